@@ -1,0 +1,1 @@
+"""Entry points: the command line, recipes, demo, replay. Imported by nobody."""

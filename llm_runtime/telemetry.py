@@ -1,0 +1,121 @@
+"""Record what was measured during one interval of a run, in SI units named in the field names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.energy import EnergySource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telemetry:
+    """One interval of a run, between two decisions. `None` means not measured here."""
+
+    decision: int
+    """Which interval, from 0."""
+    budget_used: float
+    """Share of the token budget used at the interval's end, in [0, 1]."""
+    tokens: int
+    """Tokens trained on since the run's start."""
+    interval_tokens: int
+    """Tokens trained on in this interval."""
+    steps: int
+    """Optimiser steps in this interval."""
+    epochs_seen: float
+    """Passes over the training split since the start."""
+
+    train_loss: float
+    """Mean training loss over the interval, in nats/token; NaN when the run diverged."""
+    train_loss_std: float
+    """Standard deviation of the per-step training loss around its trend, in nats/token."""
+    train_loss_max: float
+    """Largest per-step training loss, in nats/token."""
+    validation_loss: float | None
+    """Latest validation loss, in nats/token; may be from an earlier interval."""
+
+    gradient_norm: float
+    """Mean Euclidean norm of the gradient before clipping."""
+    clipped_share: float
+    """Share of the steps whose gradient was clipped."""
+    noise_scale: float | None
+    """Gradient noise scale tr(Sigma)/|G|^2, in sequences (McCandlish et al. 2018)."""
+    relative_update: float | None
+    """Norm of the last update over the norm of the weights."""
+    probe_linear: float | None
+    """Loss change along the last update predicted by the slope, in nats/token; negative is downhill."""
+    probe_quadratic: float | None
+    """What curvature adds to that change, in nats/token."""
+
+    requested: Controls
+    """Controls that were asked for."""
+    learning_rate: float
+    """Learning rate of the last step, read back from the optimiser."""
+    batch_size: float
+    """Mean sequences per step, from the tokens really consumed."""
+    micro_batch_size: int
+    """Sequences that go through the model at once."""
+    precision: str
+    """Number format of a matrix product, read back from its output."""
+    sparsity: float
+    """Share of zero weights or of removed channels, counted in the model."""
+    finishing: bool
+    """The cool-down has begun."""
+    finished: bool
+    """The run has ended: budget used up or cool-down complete."""
+    diverged: bool
+    """The training loss was not finite."""
+
+    time_s: float
+    """Seconds of this interval, probe and switching included, evaluation apart."""
+    probe_time_s: float
+    """Seconds of it spent on the curvature probe."""
+    switch_time_s: float
+    """Seconds of it spent on changing controls."""
+    evaluation_time_s: float
+    """Seconds spent on evaluation since the last interval, not part of `time_s`."""
+    energy_j: float | None
+    """Joules of this interval."""
+    energy_source: EnergySource | None
+    """Where `energy_j` comes from."""
+    power_w: float | None
+    """Mean draw over the interval, in watts."""
+    memory_share: float | None
+    """Peak memory over the device's memory, in [0, 1]."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens trained on per second of this interval."""
+        return self.interval_tokens / max(self.time_s, 1e-9)
+
+    @property
+    def energy_per_token_j(self) -> float | None:
+        """Joules per token of this interval."""
+        return None if self.energy_j is None else self.energy_j / max(self.interval_tokens, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; what is not finite becomes `None`."""
+        record = asdict(self)
+        return {key: None if _is_nonfinite(value) else value for key, value in record.items()}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Telemetry:
+        """Rebuild from `to_json`. Raises `ValueError` naming fields that are missing or unknown."""
+        names = {field.name for field in fields(cls)}
+        if odd := names ^ set(record):
+            raise ValueError(f"telemetry fields missing or unknown: {', '.join(sorted(odd))}")
+        values = dict(record, requested=Controls(**record["requested"]))
+        for name in _FLOAT_FIELDS:
+            if values[name] is None:
+                values[name] = math.nan
+        return cls(**values)
+
+
+_FLOAT_FIELDS = tuple(field.name for field in fields(Telemetry) if field.type == "float")
+
+
+def _is_nonfinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
