@@ -1,0 +1,56 @@
+# The one door for people and for continuous integration. Every target first sets up what it needs in .venv.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+FOLDERS := llm_runtime envs agents experiments
+BENCHMARKS := $(filter-out benchmarks/gpu_check.py benchmarks/_%.py,$(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: setup demo test lint types bench gpu-check docs clean help
+
+setup: $(READY)  ## create .venv with everything that the other targets need
+
+demo: $(READY)  ## steer a small model on this machine; results: runs/demo
+	$(BIN)/trainpilot demo --out runs/demo
+
+test: $(READY)  ## run the tests; choose with PYTEST_ARGS="-k reward -n 2"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## check style and formatting, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The link gives mypy the import name: .typing/trainpilot/envs is the folder envs/. Paths, never `-p trainpilot`:
+# that would check an installed copy.
+types: $(READY)  ## check types, strictly
+	mkdir -p .typing && ln -sfn .. .typing/trainpilot
+	$(BIN)/mypy $(FOLDERS:%=.typing/trainpilot/%) tests
+
+bench: $(READY)  ## run every benchmark, one after the other; results: benchmarks/results
+	set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
+
+gpu-check: $(READY)  ## try everything that needs an NVIDIA GPU; refuses without one (exit status 2)
+	@$(BIN)/python benchmarks/gpu_check.py
+
+docs: $(READY)  ## write docs/metrics.md anew from the table of TensorBoard tags
+	mkdir -p docs
+	$(BIN)/python -m trainpilot.agents.tags > docs/metrics.md.new || { rm -f docs/metrics.md.new; exit 1; }
+	mv docs/metrics.md.new docs/metrics.md
+
+clean:  ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist *.egg-info .typing .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## print this list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "  %-10s %s\n", $$1, $$2 }'
+
+# Anew whenever a dependency changes. setuptools is named because venv brings an old one or none.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=80"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,90 @@
+"""Write the readings of a meter to a CSV file and play them back where the device is not at hand."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from trainpilot.llm_runtime.energy import EnergyReading, EnergySource
+from trainpilot.llm_runtime.files import whole_file
+
+_SOURCES: tuple[EnergySource, ...] = get_args(EnergySource)
+_COLUMNS = [field.name for field in fields(EnergyReading)]
+_WHOLE_NUMBERS = {field.name for field in fields(EnergyReading) if field.type == "int | None"}
+
+
+def write_recording(path: Path, readings: Sequence[EnergyReading]) -> None:
+    """Write one line per reading, one column per field; an unknown value is an empty cell."""
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(reading) for reading in readings)
+
+
+def read_recording(path: Path) -> list[EnergyReading]:
+    """Return the readings that `write_recording` wrote.
+
+    Raises:
+        ValueError: A column is missing or unknown, or a cell is not what its column holds.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if odd := set(_COLUMNS) ^ set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: columns missing or unknown: {', '.join(sorted(odd))}")
+        return [_parse(row, f"{path}, line {rows.line_num}") for row in rows]
+
+
+def _parse(row: dict[str, Any], where: str) -> EnergyReading:
+    if None in row or None in row.values():
+        raise ValueError(f"{where}: expected {len(_COLUMNS)} cells")
+    if not row["time_s"]:
+        raise ValueError(f"{where}: time_s is empty")
+    return EnergyReading(**{name: _value(name, cell, where) for name, cell in row.items()})
+
+
+def _value(name: str, cell: str, where: str) -> Any:
+    if cell == "":
+        return None
+    if name == "source":
+        if cell not in get_args(EnergySource):
+            raise ValueError(
+                f"{where}: source must be one of {', '.join(get_args(EnergySource))}, got {cell!r}"
+            )
+        return cell
+    try:
+        number = int(cell) if name in _WHOLE_NUMBERS else float(cell)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: {name} must be a finite number, got {cell!r}")
+    return number
+
+
+class RecordedMeter:
+    """Plays readings back: each `read` returns the next one, then the last one for ever."""
+
+    def __init__(self, recording: Path | Sequence[EnergyReading]) -> None:
+        """Take the readings to play, or the CSV file with them. Raises `ValueError` if there are none."""
+        self._name = recording.name if isinstance(recording, Path) else "a list"
+        self._readings = read_recording(recording) if isinstance(recording, Path) else list(recording)
+        if not self._readings:
+            raise ValueError("a recording needs at least 1 reading, got 0")
+        self._next = 0
+
+    @property
+    def description(self) -> str:
+        """One line for people: what is played back."""
+        return f"{len(self._readings)} recorded readings from {self._name}"
+
+    def read(self) -> EnergyReading:
+        """Return the next reading."""
+        reading = self._readings[min(self._next, len(self._readings) - 1)]
+        self._next += 1
+        return reading
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -1,0 +1,312 @@
+"""Train a real model interval by interval, under controls that may change at every border, and measure each interval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainpilot.llm_runtime import optimizer as adam
+from trainpilot.llm_runtime.batches import BatchStream, fixed_batch
+from trainpilot.llm_runtime.controls import Controls, Precision
+from trainpilot.llm_runtime.corpus import Corpus, load_corpus
+from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
+from trainpilot.llm_runtime.measure import energy_between, loss_statistics, memory_share, step_noise_scale
+from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
+from trainpilot.llm_runtime.plant import ControlLimits, Snapshot
+from trainpilot.llm_runtime.precision import masked_precisions, synchronise
+from trainpilot.llm_runtime.probe import ProbeResult
+from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.schedules import Cooldown
+from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.trainer import StepRecord, Trainer
+
+TokenArray = NDArray[np.unsignedinteger[Any]]
+
+PROBE_SHARE = 0.01
+"""The curvature probe takes this share of an interval's sequences, at least one."""
+EVALUATION_SHARE = 0.02
+"""An evaluation takes this share of the budget in tokens, within the two bounds below."""
+MIN_EVALUATION_TOKENS, MAX_EVALUATION_TOKENS = 8_192, 262_144
+MASK_UPDATES = 5
+"""Masks are raised this often along an interval."""
+BATCH_RANGE = 16
+"""The batch stays within this factor of the starting batch, and leaves at least four steps in an interval."""
+
+
+@dataclass
+class _Interval:
+    """What is collected while an interval runs."""
+
+    controls: Controls
+    start_s: float
+    reading: EnergyReading
+    start_sequences: int
+    start_sparsity: float
+    mask_updates: int = 0
+    switch_s: float = 0.0
+    probe_s: float = 0.0
+    steps: list[StepRecord] = field(default_factory=list)
+    probe: ProbeResult | None = None
+
+
+class LiveRun:
+    """One real training run. It is a `Plant`: the environment, the controller and the simulator share its methods.
+
+    Args:
+        config: What is trained, on what, and how it starts.
+        meter: Energy meter; by default the best one that the device has.
+        clock: Returns seconds; replaced in tests.
+        probe: Whether to probe the curvature once per interval.
+
+    Raises:
+        ValueError: the model, the text or a setting cannot be used; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        meter: EnergyMeter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        probe: bool = True,
+    ) -> None:
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.clock = clock
+        self.probing = probe
+        torch.manual_seed(config.seed)
+        self.loaded: LoadedModel = load_model(config.model, config.seed)
+        _check_context(self.loaded, config)
+        self.corpus: Corpus = load_corpus(config.text, self.loaded.tokenizer)
+        self.stream = BatchStream(self.corpus.train, config.sequence_length, config.seed)
+        self.trainer = Trainer(self.loaded.model, config, self.device)
+        self.meter = meter if meter is not None else select_meter(self.device.type)
+        self.schedule = config.base_schedule()
+        self.cooldown: Cooldown | None = None
+        self.sequences = 0
+        self.decision = 0
+        self.target_share = 0.0
+        self.validation_loss: float | None = None
+        self._evaluation_s = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.sequences * self.config.sequence_length
+
+    @property
+    def end_sequences(self) -> int:
+        """Sequences at which the run ends: the budget, or the end of the cool-down."""
+        if self.cooldown is None:
+            return self.config.n_sequences()
+        return -(-self.cooldown.end_tokens // self.config.sequence_length)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is used up or the cool-down complete."""
+        return self.sequences >= self.end_sequences
+
+    def limits(self) -> ControlLimits:
+        """Return what may be asked of this run; the first call measures which precisions pay (cached per device)."""
+        config = self.config
+        per_interval = config.n_sequences() // config.decisions
+        return ControlLimits(
+            start=config.start(),
+            min_batch_size=max(1, config.batch_size // BATCH_RANGE),
+            max_batch_size=max(config.batch_size, min(config.batch_size * BATCH_RANGE, per_interval // 4)),
+            masked_precisions=self._masked_precisions(),
+            pruning=config.pruning,
+            decisions=config.decisions,
+        )
+
+    def advance(self, controls: Controls, share: float) -> Telemetry:
+        """Train on `share` of the budget under `controls`, at least one step, and return what was measured.
+
+        Raises:
+            ValueError: the run has finished, or a control cannot be used.
+        """
+        if self.finished:
+            raise ValueError("advance needs a run that has not finished; make a new LiveRun or restore a snapshot")
+        interval = self._begin(controls)
+        self.target_share += share
+        target = min(round(self.target_share * self.config.n_sequences()), self.end_sequences)
+        span = max(target - self.sequences, 1)
+        while self.sequences < target or not interval.steps:
+            self._prune(interval, (self.sequences - interval.start_sequences) / span)
+            self._step(interval)
+        self._prune(interval, 1.0)
+        self._probe(interval)
+        return self._end(interval)
+
+    def _begin(self, controls: Controls) -> _Interval:
+        synchronise(self.device)
+        reading = self.meter.read()
+        start = self.clock()
+        interval = _Interval(controls, start, reading, self.sequences, self.trainer.sparsity())
+        self.trainer.apply(controls)
+        if controls.finish and self.cooldown is None:
+            step_tokens = controls.batch_size * self.config.sequence_length
+            self.cooldown = Cooldown.begin(self.schedule, self.tokens, step_tokens)
+        interval.switch_s = self.clock() - start
+        return interval
+
+    def _step(self, interval: _Interval) -> None:
+        batch_size = min(interval.controls.batch_size, self.end_sequences - self.sequences)
+        learning_rate = self.learning_rate(interval.controls)
+        interval.steps.append(self.trainer.step(self.stream.take(batch_size), learning_rate))
+        self.sequences += batch_size
+
+    def learning_rate(self, controls: Controls) -> float:
+        """Return the learning rate of the next step: base schedule x scale x the batch's neutral factor."""
+        step_tokens = controls.batch_size * self.config.sequence_length
+        if self.cooldown is not None:
+            factor = self.cooldown.factor(self.tokens)
+        else:
+            factor = self.schedule.factor(self.tokens, step_tokens)
+        neutral = adam.neutral_factor(controls.batch_size, self.config.batch_size)
+        return self.config.base_learning_rate * controls.learning_rate_scale * factor * neutral
+
+    def _prune(self, interval: _Interval, done: float) -> None:
+        """Raise the masks when the next of the interval's mask updates is due; `done` is its progress in [0, 1]."""
+        due = min(int(done * MASK_UPDATES) + 1, MASK_UPDATES)
+        if due > interval.mask_updates:
+            interval.mask_updates = due
+            start, end = interval.start_sparsity, interval.controls.sparsity
+            self.trainer.prune_towards(start, end, due / MASK_UPDATES)
+
+    def _probe(self, interval: _Interval) -> None:
+        if not self.probing:
+            return
+        start = self.clock()
+        taken = self.sequences - interval.start_sequences
+        interval.probe = self.trainer.probe(self.stream.peek(max(1, round(PROBE_SHARE * taken))))
+        interval.probe_s = self.clock() - start
+
+    def _end(self, interval: _Interval) -> Telemetry:
+        losses = torch.stack([record.loss for record in interval.steps]).tolist()
+        norms = torch.stack([record.gradient_norm for record in interval.steps]).tolist()
+        time_s = self.clock() - interval.start_s
+        reading = self.meter.read()
+        config, trainer, probe = self.config, self.trainer, interval.probe
+        taken = self.sequences - interval.start_sequences
+        statistics = loss_statistics(losses)
+        batch_size = taken / len(losses)
+        energy_j, source = energy_between(interval.reading, reading)
+        self.decision += 1
+        evaluation_s, self._evaluation_s = self._evaluation_s, 0.0
+        return Telemetry(
+            decision=self.decision - 1,
+            budget_used=self.sequences / config.n_sequences(),
+            tokens=self.tokens,
+            interval_tokens=taken * config.sequence_length,
+            steps=len(losses),
+            epochs_seen=self.stream.epochs_seen,
+            train_loss=statistics.mean,
+            train_loss_std=statistics.std,
+            train_loss_max=statistics.maximum,
+            validation_loss=self.validation_loss,
+            gradient_norm=sum(norms) / len(norms),
+            clipped_share=sum(norm > config.gradient_clip for norm in norms) / len(norms),
+            noise_scale=step_noise_scale(trainer.optimizer, norms, config.gradient_clip, batch_size),
+            relative_update=probe.relative_update if probe else None,
+            probe_linear=probe.linear if probe else None,
+            probe_quadratic=probe.quadratic if probe else None,
+            requested=interval.controls,
+            learning_rate=float(trainer.optimizer.param_groups[0]["lr"]),
+            batch_size=batch_size,
+            micro_batch_size=min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size),
+            precision=trainer.effective_precision(),
+            sparsity=trainer.sparsity(),
+            finishing=self.cooldown is not None,
+            finished=self.finished,
+            diverged=not statistics.finite,
+            time_s=time_s,
+            probe_time_s=interval.probe_s,
+            switch_time_s=interval.switch_s,
+            evaluation_time_s=evaluation_s,
+            energy_j=energy_j,
+            energy_source=source,
+            power_w=energy_j / time_s if energy_j is not None and time_s > 0 else reading.power_w,
+            memory_share=memory_share(self.device),
+        )
+
+    def evaluate(self) -> float:
+        """Return the validation loss on fixed windows in float32, in nats/token."""
+        self.validation_loss = self._evaluate(self.corpus.validation)
+        return self.validation_loss
+
+    def test(self) -> float:
+        """Return the loss on the test split, in nats/token. For reports only: no decision may see it."""
+        return self._evaluate(self.corpus.test)
+
+    def _evaluate(self, tokens: TokenArray) -> float:
+        start = self.clock()
+        wanted = min(max(EVALUATION_SHARE * self.config.tokens, MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
+        length = self.config.sequence_length
+        loss = self.trainer.evaluate(fixed_batch(tokens, length, max(1, int(wanted) // length)))
+        self._evaluation_s += self.clock() - start
+        return loss
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of everything that decides how the run goes on; `torch.save` can write it."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            "trainer": self.trainer.snapshot(),
+            "stream": self.stream.state_dict(),
+            "torch_random_state": torch.get_rng_state(),
+            "cuda_random_state": cuda,
+            "cooldown": asdict(self.cooldown) if self.cooldown is not None else None,
+            "sequences": self.sequences,
+            "decision": self.decision,
+            "target_share": self.target_share,
+            "validation_loss": self.validation_loss,
+        }
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a state that `snapshot` returned; on a CPU the run then goes on bit for bit as it did."""
+        self.trainer.restore(snapshot["trainer"])
+        self.stream.load_state_dict(snapshot["stream"])
+        torch.set_rng_state(snapshot["torch_random_state"])
+        if snapshot["cuda_random_state"] is not None:
+            torch.cuda.set_rng_state(snapshot["cuda_random_state"], self.device)
+        self.cooldown = Cooldown(**snapshot["cooldown"]) if snapshot["cooldown"] is not None else None
+        self.sequences = snapshot["sequences"]
+        self.decision = snapshot["decision"]
+        self.target_share = snapshot["target_share"]
+        self.validation_loss = snapshot["validation_loss"]
+
+    def _masked_precisions(self) -> dict[Precision, str]:
+        config = self.config
+        batch = self.stream.peek(config.batch_size)
+        state = torch.get_rng_state()
+        key = f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
+        reasons = masked_precisions(self.device, lambda precision: self.trainer.rehearse(batch, precision), key)
+        torch.set_rng_state(state)
+        reasons.pop(config.precision, None)
+        return reasons
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` takes a GPU if there is one. Raises `ValueError` for what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: {name!r} needs an NVIDIA GPU that torch can see, found none; use 'cpu' or 'auto'")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
+
+
+def _check_context(loaded: LoadedModel, config: RunConfig) -> None:
+    limit = context_length(loaded.model.config)
+    if limit is not None and config.sequence_length > limit:
+        raise ValueError(
+            f"sequence_length must not exceed the model's context of {limit} tokens, got {config.sequence_length}"
+        )

@@ -1,0 +1,223 @@
+"""Hold chosen weights of a causal language model at zero while it trains: unstructured pruning by masks.
+
+The weights stay plain parameters under their own names, so optimiser state stays as it is and a saved model
+loads without this package. Masks save neither memory nor time by themselves; `width` removes whole channels
+and does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Criterion = Literal["magnitude", "evolution"]
+
+
+def cubic_sparsity(start: float, end: float, progress: float) -> float:
+    """Return the sparsity of a gradual schedule: steep at first, flat at its end.
+
+        s = end + (start - end) * (1 - progress)^3
+
+    Formula: Zhu and Gupta 2017, "To prune, or not to prune", arXiv 1710.01878, equation 1.
+
+    Args:
+        start: Sparsity before the schedule, in [0, 1).
+        end: Sparsity after the schedule, in [0, 1).
+        progress: Share of the schedule gone by; held at 0 before it and at 1 after it.
+    """
+    left = 1 - min(max(progress, 0.0), 1.0)
+    return end + (start - end) * left**3
+
+
+def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name the matrices of the attention and feed-forward blocks: two dimensions each, no matrix twice.
+
+    These are the weights of `nn.Linear` and of GPT-2's `Conv1D` inside the stack of layers (`nn.ModuleList`).
+    Embeddings, the output head (tied or not), projections around the stack, norms and biases are left out.
+    """
+    seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    found: dict[str, nn.Parameter] = {}
+    for stack_name, stack in model.named_modules():
+        if not isinstance(stack, nn.ModuleList):
+            continue
+        for name, module in stack.named_modules(prefix=stack_name):
+            if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in seen:
+                seen.add(id(module.weight))
+                found[f"{name}.weight"] = model.get_parameter(f"{name}.weight")
+    return found
+
+
+class WeightMasks:
+    """Masks over the prunable matrices of a model, grown by one of two criteria.
+
+    `magnitude` ranks a weight by its size |w|, over all matrices together.
+
+    `evolution` ranks it by the mean of its whole path, later steps counting more:
+
+        Wbar_T = sum(t * w_t for t = 1..T) / sum(t for t = 1..T)
+
+    and removes weight i of matrix l when |Wbar_i| < r * std(|Wbar_l|). Rule: Islam, Belhaouari and Bermak
+    2025, arXiv 2502.17071, with code at github.com/ashhadulislam/pruneTinyGPT. They choose r by hand and prune
+    embeddings, norms and biases too; here r is one number for all matrices, chosen so that the wanted sparsity
+    is met. Until the first `observe` the weights at construction stand in for the mean.
+
+    After every `optimizer.step()` call `apply`, then `observe`; call `prune_to` whenever sparsity shall grow.
+    Make the masks when the model is on the one device where it trains. `evolution` keeps one more copy of the
+    matrices, in float32 or wider.
+
+    Attributes:
+        criterion: How weights are ranked.
+        steps: Optimiser steps observed, T.
+        threshold_r: The r of the last pruning by `evolution`: the largest score it removed. Otherwise `None`.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Criterion) -> None:
+        if criterion not in get_args(Criterion):
+            raise ValueError(f"criterion must be one of {', '.join(get_args(Criterion))}, got {criterion!r}")
+        parameters = prunable_parameters(model)
+        if not parameters:
+            raise ValueError(
+                f"model must have linear layers in an nn.ModuleList, {type(model).__name__} has none"
+            )
+        self.criterion = criterion
+        self.steps = 0
+        self.threshold_r: float | None = None
+        self._names = list(parameters)
+        self._weights: list[Tensor] = list(parameters.values())
+        self._total = sum(weight.numel() for weight in self._weights)
+        self._masks = [
+            torch.ones_like(weight, dtype=torch.bool) for weight in self._weights
+        ]  # False: held at zero
+        self._masked = 0
+        self._mean = (
+            [_widened(weight).clone() for weight in self._weights] if criterion == "evolution" else []
+        )
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Take the weights w_t after an optimiser step into the mean.
+
+            Wbar_t = Wbar_(t-1) + 2 / (t + 1) * (w_t - Wbar_(t-1)),    as t / (1 + ... + t) = 2 / (t + 1)
+
+        Does nothing for `magnitude`.
+        """
+        if self.criterion != "evolution":
+            return
+        self.steps += 1
+        current = [_widened(weight) for weight in self._weights]
+        torch._foreach_lerp_(self._mean, current, 2 / (self.steps + 1))
+
+    @torch.no_grad()
+    def prune_to(self, sparsity: float) -> None:
+        """Mask exactly round(sparsity * n) of the n prunable weights and zero them; what is masked stays so.
+
+        Among weights of equal score the earlier matrix and the lower index go first. A sparsity below the one
+        already reached changes nothing.
+
+        Args:
+            sparsity: Wanted share of masked weights, in [0, 1).
+
+        Raises:
+            ValueError: If `sparsity` is outside [0, 1).
+        """
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+        wanted = round(sparsity * self._total)
+        if wanted > self._masked:
+            self._mask_smallest(wanted)
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Multiply the weights by their masks; costs nothing while nothing is masked."""
+        if self._masked:
+            torch._foreach_mul_(self._weights, self._masks)
+
+    @torch.no_grad()
+    def sparsity(self) -> float:
+        """Return the share of prunable weights that are zero now, counted in the weights, in [0, 1]."""
+        alive = torch.stack([torch.count_nonzero(weight) for weight in self._weights]).sum()
+        return 1 - int(alive) / self._total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all that `load_state_dict` needs: tensors, numbers and text only."""
+        return {
+            "criterion": self.criterion,
+            "steps": self.steps,
+            "threshold_r": self.threshold_r,
+            "masks": {name: mask.clone() for name, mask in zip(self._names, self._masks, strict=True)},
+            "mean": {name: mean.clone() for name, mean in zip(self._names, self._mean, strict=False)},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a state from `state_dict`, also one with fewer masks; the weights stay as they are.
+
+        Raises:
+            ValueError: If the state was made with another criterion, or for a model of other matrices.
+        """
+        self._check_state(state)
+        for name, mask in zip(self._names, self._masks, strict=True):
+            mask.copy_(state["masks"][name])
+        for name, mean in zip(self._names, self._mean, strict=False):
+            mean.copy_(state["mean"][name])
+        self.steps, self.threshold_r = state["steps"], state["threshold_r"]
+        self._masked = self._count_masked()
+
+    def _scores(self) -> list[Tensor]:
+        """Score each weight, small means unimportant, in the shapes of the matrices."""
+        if self.criterion == "magnitude":
+            return [weight.abs() for weight in self._weights]
+        sizes = [mean.abs() for mean in self._mean]
+        # A matrix of equal entries has no spread: the clamp keeps its scores from 0 / 0.
+        return [size / size.std().clamp_min(torch.finfo(size.dtype).tiny) for size in sizes]
+
+    def _mask_smallest(self, wanted: int) -> None:
+        """Grow the masks to the `wanted` lowest scores; masked weights score -inf and so come first."""
+        scores = [
+            score.masked_fill(~mask, -torch.inf).flatten()
+            for score, mask in zip(self._scores(), self._masks, strict=True)
+        ]
+        chosen, threshold = _smallest(torch.cat(scores), wanted)
+        parts = torch.split(chosen, [mask.numel() for mask in self._masks])
+        for mask, part in zip(self._masks, parts, strict=True):
+            mask.logical_and_(~part.view_as(mask))
+        self._masked = self._count_masked()
+        if self.criterion == "evolution":
+            self.threshold_r = float(threshold)
+
+    def _count_masked(self) -> int:
+        alive = torch.stack([torch.count_nonzero(mask) for mask in self._masks]).sum()
+        return self._total - int(alive)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if state["criterion"] != self.criterion:
+            raise ValueError(f"criterion of the state must be {self.criterion!r}, got {state['criterion']!r}")
+        expected = {name: tuple(mask.shape) for name, mask in zip(self._names, self._masks, strict=True)}
+        received = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
+        if expected != received:
+            names = sorted(name for name, _ in expected.items() ^ received.items())
+            raise ValueError(
+                f"masks of the state must fit the model's matrices, they differ in {', '.join(names)}"
+            )
+
+
+def _widened(weight: Tensor) -> Tensor:
+    """Return `weight` itself in float32 or wider: a long mean in bfloat16 would stop moving."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Choose exactly `count` >= 1 of `scores` [n], the smallest; ties go to the lowest index.
+
+    Returns:
+        The choice, bool [n], and the largest chosen score, [].
+    """
+    threshold = scores.kthvalue(count).values
+    chosen = scores < threshold
+    ties = (scores == threshold).nonzero().squeeze(1)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen, threshold

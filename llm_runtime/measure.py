@@ -1,0 +1,75 @@
+"""Turn what an interval left behind (losses, gradient norms, meter readings) into the numbers of its telemetry."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.optim import AdamW
+
+from trainpilot.llm_runtime.energy import EnergyReading, EnergySource
+from trainpilot.llm_runtime.noise_scale import noise_scale_from_moments
+from trainpilot.llm_runtime.optimizer import first_moment_norm_squared
+
+NOISE_SCALE_STEPS = 10
+"""Steps of gradient norms that go with Adam's first moment, whose memory is about ten steps."""
+
+
+@dataclass(frozen=True)
+class LossStatistics:
+    """Loss of an interval, in nats/token."""
+
+    mean: float
+    std: float
+    """Standard deviation around a straight line, so that progress does not count as noise."""
+    maximum: float
+    finite: bool
+
+
+def loss_statistics(losses: Sequence[float]) -> LossStatistics:
+    """Return mean, spread around the trend and maximum of per-step losses."""
+    values = np.asarray(losses, dtype=np.float64)
+    if not np.isfinite(values).all():
+        return LossStatistics(float("nan"), float("nan"), float("nan"), finite=False)
+    std = 0.0
+    if len(values) > 2:
+        steps = np.arange(len(values))
+        residuals = values - np.polyval(np.polyfit(steps, values, 1), steps)
+        std = float(np.sqrt((residuals**2).sum() / (len(values) - 2)))
+    return LossStatistics(float(values.mean()), std, float(values.max()), finite=True)
+
+
+def energy_between(before: EnergyReading, after: EnergyReading) -> tuple[float | None, EnergySource | None]:
+    """Return joules between two readings and their source; both `None` when either is unknown."""
+    if before.energy_j is None or after.energy_j is None:
+        return None, None
+    return after.energy_j - before.energy_j, after.source
+
+
+def step_noise_scale(
+    optimizer: AdamW, gradient_norms: Sequence[float], gradient_clip: float, batch_size: float
+) -> float | None:
+    """Return the gradient noise scale in sequences from the last steps' norms and Adam's first moment."""
+    last = np.minimum(gradient_norms[-NOISE_SCALE_STEPS:], gradient_clip)
+    if not np.isfinite(last).all():
+        return None
+    beta1 = optimizer.param_groups[0]["betas"][0]
+    moment = first_moment_norm_squared(optimizer)
+    return noise_scale_from_moments(float((last**2).mean()), moment, beta1, batch_size)
+
+
+def memory_share(device: torch.device) -> float | None:
+    """Return peak memory in use over the device's memory; for a CPU, this process's resident memory over the RAM."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and sys.platform == "linux":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / total
+    return None

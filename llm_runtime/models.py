@@ -1,0 +1,132 @@
+"""Turn a model's name into a transformers causal language model and the tokenizer that goes with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from trainpilot.llm_runtime.corpus import ByteTokenizer, PretrainedTokenizer, Tokenizer
+
+_LLAMA = {
+    "model_type": "llama",
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+}
+_GPT2 = {
+    "model_type": "gpt2",
+    "n_positions": 1024,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+
+
+def _llama(hidden: int, width: int, layers: int, heads: int) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
+    return {**_LLAMA, **sizes, "num_attention_heads": heads, "num_key_value_heads": heads}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-nano": _llama(64, 192, 3, 4),
+    "llama-micro": _llama(128, 384, 4, 4),
+    "llama-mini": _llama(256, 704, 6, 8),
+    "gpt2-nano": {**_GPT2, "n_embd": 64, "n_layer": 3, "n_head": 4},
+    "gpt2-micro": {**_GPT2, "n_embd": 128, "n_layer": 4, "n_head": 4},
+}
+"""Models trained from scratch on bytes: nano about 0.2 M parameters, micro about 1 M, mini about 5 M."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model in float32, ready to train, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    pretrained: bool
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def load_model(name: str, seed: int) -> LoadedModel:
+    """Load a preset, a config JSON or folder (fresh weights from `seed`), a model folder or a Hub id (its own weights).
+
+    Raises:
+        ValueError: the name leads nowhere, the config is wrong, or the Hub cannot be reached.
+    """
+    if name in PRESETS:
+        return _from_scratch(_build_config(PRESETS[name], name), seed)
+    path = Path(name)
+    if path.suffix == ".json":
+        return _from_scratch(_read_config(path), seed)
+    if path.is_dir() and not _has_weights(path):
+        return _from_scratch(_read_config(path / "config.json"), seed)
+    return _from_pretrained(name)
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return how many positions the model can see, in tokens, or `None` where its config has no limit."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model: no file {path}; presets are {', '.join(PRESETS)}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"model: {path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ValueError(f"model: {path} must be a transformers config with a 'model_type' (llama, gpt2, ...)")
+    return _build_config(content, str(path))
+
+
+def _build_config(content: dict[str, Any], name: str) -> PretrainedConfig:
+    """Make the config of a model trained from scratch on bytes: its vocabulary is 256, whatever the file says."""
+    options = {key: value for key, value in content.items() if key != "model_type"}
+    options |= {"vocab_size": ByteTokenizer.vocabulary, "bos_token_id": None, "eos_token_id": None}
+    try:
+        return AutoConfig.for_model(content["model_type"], **options)
+    except Exception as error:  # transformers raises many kinds for a wrong config
+        raise ValueError(f"model: {name} is not a usable config: {_first_line(error)}") from error
+
+
+def _from_scratch(config: PretrainedConfig, seed: int) -> LoadedModel:
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # sizes that do not divide, architectures without a causal head, ...
+        raise ValueError(f"model: no causal model can be built from this config: {_first_line(error)}") from error
+    finally:
+        torch.set_rng_state(state)
+    return LoadedModel(model, ByteTokenizer(), pretrained=False)
+
+
+def _from_pretrained(name: str) -> LoadedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # offline, gated, missing, damaged: the Hub client has a class for each
+        raise ValueError(
+            f"model: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder, and could not be loaded as a "
+            f"Hub id ({type(error).__name__}: {_first_line(error)}); download it first and give its folder"
+        ) from error
+    return LoadedModel(model, PretrainedTokenizer(tokenizer), pretrained=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

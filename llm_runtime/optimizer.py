@@ -1,0 +1,87 @@
+"""Make AdamW, and change its batch so that the change alone does not move the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from trainpilot.llm_runtime.run_config import RunConfig
+
+
+def make_optimizer(model: nn.Module, config: RunConfig) -> AdamW:
+    """Return a fused AdamW with weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return AdamW(groups, lr=config.base_learning_rate, betas=betas, eps=1e-8, fused=True)
+
+
+def neutral_factor(batch_size: int, start_batch_size: int) -> float:
+    """Return the factor on the learning rate that makes a batch change neutral for Adam: sqrt(B / B_start).
+
+    Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms".
+    """
+    return math.sqrt(batch_size / start_batch_size)
+
+
+def change_batch(optimizer: AdamW, ratio: float) -> None:
+    """Keep Adam's second moment the same in tokens when the batch grows by `ratio`.
+
+    The decay becomes beta2^ratio, so that its half-life in tokens stays (Marek et al. 2025), and the step count is
+    divided by `ratio`, so that the bias correction 1 - beta2^step stays as it was.
+    """
+    if ratio == 1:
+        return
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        group["betas"] = (beta1, beta2**ratio)
+    for state in optimizer.state.values():
+        state["step"] /= ratio
+
+
+def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def update_direction(optimizer: AdamW) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Return, for each parameter, the last update as Adam's buffers tell it (weight decay included)."""
+    updates = []
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if not state:
+                continue
+            step = float(state["step"])
+            first = state["exp_avg"] / (1 - beta1**step)
+            second = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            update = first.div_(second).add_(parameter.detach(), alpha=group["weight_decay"]).mul_(-group["lr"])
+            updates.append((parameter, update))
+    return updates
+
+
+def first_moment_norm_squared(optimizer: AdamW) -> float:
+    """Return |m|^2 of Adam's bias-corrected first moment over all parameters."""
+    moments: list[torch.Tensor] = []
+    correction = 1.0
+    for group in optimizer.param_groups:
+        states = [optimizer.state[p] for p in group["params"] if optimizer.state.get(p)]
+        moments += [state["exp_avg"] for state in states]
+        if states:
+            correction = 1 - group["betas"][0] ** float(states[0]["step"])
+    return total_norm(moments) ** 2 / correction**2 if moments else 0.0
+
+
+def total_norm(tensors: Iterable[torch.Tensor]) -> float:
+    """Return the Euclidean norm of all tensors taken as one vector."""
+    norms = torch._foreach_norm(list(tensors))
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

@@ -1,0 +1,119 @@
+"""Say which number formats a device has, which of them pay for a model, and switch the matrix products to one."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from hashlib import blake2b
+
+import torch
+
+from trainpilot.llm_runtime.controls import PRECISIONS, Precision
+from trainpilot.llm_runtime.files import cache_dir, write_json
+
+PAYS_BELOW = 0.95
+"""A precision pays when its step takes at most this share of the fp32 step's time."""
+
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def lacking(device: torch.device) -> dict[Precision, str]:
+    """Return the precisions that `device` cannot do, each with the reason."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return {}
+        return {"tf32": "needs an NVIDIA GPU of compute capability 8.0", "bf16": "needs compute capability 8.0"}
+    reasons: dict[Precision, str] = {"tf32": f"tf32 is an NVIDIA GPU format; this is {device.type}"}
+    if device.type == "cpu":
+        reasons["fp16"] = "fp16 training on a CPU is slower than fp32 and needs loss scaling"
+    else:
+        reasons["bf16"] = reasons["fp16"] = f"not tried on {device.type}"
+    return reasons
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which a forward pass runs in `precision`; weights stay in float32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    dtype = _AUTOCAST_DTYPES.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def name_of(dtype: torch.dtype, device: torch.device) -> str:
+    """Return the precision that a matrix product with output of `dtype` ran in."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if dtype in names:
+        return names[dtype]
+    tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() == "high"
+    return "tf32" if tf32 else "fp32"
+
+
+def masked_precisions(
+    device: torch.device, step: Callable[[Precision], None], model_key: str
+) -> dict[Precision, str]:
+    """Return the precisions not worth offering, each with the reason: the device lacks it, or it was measured not to pay.
+
+    Args:
+        device: Where the model lives.
+        step: Runs one forward and backward pass in the given precision.
+        model_key: Names model, batch and sequence length; the measurement is cached under it and the device's name.
+    """
+    reasons = lacking(device)
+    seconds = cached_step_seconds(device, step, model_key, [p for p in PRECISIONS if p not in reasons])
+    for precision, value in seconds.items():
+        ratio = value / seconds["fp32"]
+        if precision != "fp32" and ratio > PAYS_BELOW:
+            reasons[precision] = f"measured here: {ratio:.2f} of the fp32 step time"
+    return reasons
+
+
+def cached_step_seconds(
+    device: torch.device, step: Callable[[Precision], None], model_key: str, precisions: list[Precision]
+) -> Mapping[Precision, float]:
+    """Return seconds per step for each precision, measured once per device and model."""
+    label = f"{device_name(device)}|{torch.__version__}|{torch.get_num_threads()}|{model_key}"
+    path = cache_dir() / "precision" / f"{blake2b(label.encode(), digest_size=10).hexdigest()}.json"
+    try:
+        seconds: dict[Precision, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        if set(seconds) == set(precisions):
+            return seconds
+    except (OSError, ValueError, KeyError):
+        pass  # never measured here, or a damaged file: measure again
+    seconds = measure_step_seconds(device, step, precisions)
+    try:
+        write_json(path, {"measured": label, "seconds": seconds})
+    except OSError:
+        pass  # a cache that cannot be written only costs time
+    return seconds
+
+
+def measure_step_seconds(
+    device: torch.device, step: Callable[[Precision], None], precisions: list[Precision], rounds: int = 5
+) -> dict[Precision, float]:
+    """Return the median seconds per step for each precision, measured in alternating order after one warm-up each."""
+    times: dict[Precision, list[float]] = {precision: [] for precision in precisions}
+    for index in range(rounds + 1):
+        for precision in precisions:
+            synchronise(device)
+            start = time.perf_counter()
+            step(precision)
+            synchronise(device)
+            if index:
+                times[precision].append(time.perf_counter() - start)
+    return {precision: statistics.median(values) for precision, values in times.items()}
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device's product name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"

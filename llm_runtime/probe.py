@@ -1,0 +1,53 @@
+"""Probe the curvature along the last update: does a step of this size still go downhill, or does it overshoot?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainpilot.llm_runtime.optimizer import total_norm
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What three forward passes on one fresh micro-batch tell."""
+
+    linear: float
+    """Loss change along the update predicted by the slope, in nats/token; negative is downhill."""
+    quadratic: float
+    """What curvature adds to it, in nats/token."""
+    relative_update: float
+    """Norm of the update over the norm of the weights."""
+
+
+@torch.no_grad()
+def probe_curvature(
+    updates: list[tuple[nn.Parameter, torch.Tensor]], loss: Callable[[], torch.Tensor]
+) -> ProbeResult:
+    """Return slope and curvature of the loss along the update d, by central differences of the step's own length.
+
+    With L(w + s d) at s = -1, 0, 1: linear = (L(1) - L(-1))/2 and quadratic = (L(1) + L(-1))/2 - L(0) = d'Hd/2 up to
+    fourth order. The weights are put back bit for bit.
+
+    Args:
+        updates: Each parameter with its last update.
+        loss: Mean loss of the model on the probe's micro-batch, a scalar tensor in nats/token.
+    """
+    parameters = [parameter for parameter, _ in updates]
+    directions = [update for _, update in updates]
+    saved = [parameter.detach().clone() for parameter in parameters]
+    centre = loss()
+    torch._foreach_add_(parameters, directions)
+    ahead = loss()
+    torch._foreach_add_(parameters, directions, alpha=-2.0)
+    behind = loss()
+    torch._foreach_copy_(parameters, saved)
+    l_ahead, l_centre, l_behind = torch.stack([ahead, centre, behind]).double().tolist()
+    return ProbeResult(
+        linear=(l_ahead - l_behind) / 2,
+        quadratic=(l_ahead + l_behind) / 2 - l_centre,
+        relative_update=total_norm(directions) / max(total_norm(saved), 1e-12),
+    )

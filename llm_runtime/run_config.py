@@ -1,0 +1,98 @@
+"""Describe one run: model, corpus, budget and starting settings. Knows no torch, so that it can be read alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from trainpilot.llm_runtime.controls import PRECISIONS, PRUNINGS, Controls, Precision, Pruning
+from trainpilot.llm_runtime.schedules import SCHEDULES, Schedule, ScheduleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, also called a case: one training of one model on one corpus under one budget."""
+
+    model: str = "llama-nano"
+    """A preset, a config JSON (trained from scratch), a local model folder or a Hub id (fine-tuned)."""
+    text: tuple[str, ...] = ("stdlib",)
+    """`stdlib`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
+    tokens: int = 1_000_000
+    """Budget in tokens."""
+    batch_size: int = 16
+    """Starting batch, in sequences."""
+    sequence_length: int = 128
+    """Tokens per sequence."""
+    base_learning_rate: float = 1e-3
+    """Peak of the base schedule at the starting batch size."""
+    schedule: ScheduleName = "linear"
+    """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero) or constant."""
+    warmup_tokens: int | None = None
+    """Tokens of linear warm-up; by default 2 % of the budget."""
+    precision: Precision = "fp32"
+    """Starting precision."""
+    pruning: Pruning = "none"
+    """What the pruning control does: nothing, weight masks by magnitude or evolution, or feed-forward width."""
+    decisions: int = 50
+    """Decisions per run, at equal shares of the budget."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay at the starting batch size; its half-life in tokens is kept."""
+    gradient_clip: float = 1.0
+    """Largest Euclidean norm of the gradient."""
+    seed: int = 0
+    """Seeds the initial weights and the data order."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu` or `cuda`."""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name in ("tokens", "batch_size", "sequence_length", "decisions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (math.isfinite(self.base_learning_rate) and self.base_learning_rate > 0):
+            raise ValueError(f"base_learning_rate must be a positive number, got {self.base_learning_rate}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not self.gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be positive, got {self.gradient_clip}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        needed = self.decisions * self.batch_size * self.sequence_length
+        if self.tokens < needed:
+            raise ValueError(
+                f"tokens must give every decision at least one step: {self.decisions} decisions x batch_size "
+                f"{self.batch_size} x sequence_length {self.sequence_length} = {needed:,}, got {self.tokens:,}; "
+                "raise the budget or lower one of the three"
+            )
+        if self.warmup_tokens is not None and not 0 <= self.warmup_tokens < self.tokens:
+            raise ValueError(f"warmup_tokens must be in [0, tokens), got {self.warmup_tokens}")
+
+    def _check_choices(self) -> None:
+        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "pruning": PRUNINGS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not self.text:
+            raise ValueError("text must name at least one source, got none; the default is 'stdlib'")
+
+    def n_sequences(self) -> int:
+        """Return the budget in sequences."""
+        return self.tokens // self.sequence_length
+
+    def warmup(self) -> int:
+        """Return the tokens of warm-up."""
+        return self.tokens // 50 if self.warmup_tokens is None else self.warmup_tokens
+
+    def base_schedule(self) -> Schedule:
+        """Return the base schedule over the budget in whole sequences."""
+        tokens = self.n_sequences() * self.sequence_length
+        return Schedule(name=self.schedule, budget_tokens=tokens, warmup_tokens=self.warmup())
+
+    def start(self) -> Controls:
+        """Return the controls that leave the base schedule untouched."""
+        return Controls(batch_size=self.batch_size, precision=self.precision)

@@ -1,0 +1,72 @@
+"""Tiny random models of each supported family, and training steps on them, for the tests of pruning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 32
+WIDTH = 24
+_SHARED = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_GATED = {**_SHARED, "intermediate_size": WIDTH, "num_key_value_heads": 1, "max_position_embeddings": 32}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**_GATED, mlp_bias=True, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**_GATED),
+    "qwen3": Qwen3Config(**_GATED, head_dim=8),
+    "mistral": MistralConfig(**_GATED),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_inner=WIDTH, n_positions=32,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
+    "gpt_neox": GPTNeoXConfig(**_SHARED, intermediate_size=WIDTH, max_position_embeddings=32),
+    "opt": OPTConfig(**_SHARED, ffn_dim=WIDTH, word_embed_proj_dim=12, max_position_embeddings=32, dropout=0.0),
+}  # fmt: skip
+FAMILIES = sorted(CONFIGS)
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """Return a random model with biases away from zero, so that a forgotten bias shows."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        CONFIGS[family].__class__(**CONFIGS[family].to_dict())
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(seed: int = 0) -> Tensor:
+    """Return token ids, [2, 8]."""
+    return torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    """Return the logits of `tokens()`, [2, 8, vocabulary], without dropout."""
+    with torch.no_grad():
+        result: Tensor = model.eval()(tokens()).logits
+    return result
+
+
+def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: int = 0) -> Tensor:
+    """Make one optimiser step and return its loss, whose graph is still alive."""
+    batch = tokens(seed)
+    loss: Tensor = model.train()(batch, labels=batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
