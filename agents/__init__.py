@@ -1,1 +1,1 @@
-"""Who decides: PPO training, policy bundles, the controller, TensorBoard. Gets its environment as an argument."""
+"""Who decides: PPO, policy bundles, the controller, TensorBoard. Gets its environment as an argument."""

@@ -1,1 +1,13 @@
-"""The decision problem: observations, actions, rewards and the registered Gymnasium environment. Knows no SB3."""
+"""The decision problem: observations, actions, rewards and the Gymnasium environment. Knows no SB3.
+
+Importing this package registers `trainpilot/LiveTraining-v0`.
+"""
+
+from gymnasium import register
+
+register(
+    id="trainpilot/LiveTraining-v0",
+    entry_point="trainpilot.envs.live_training:LiveTraining",
+    nondeterministic=True,  # it measures seconds and joules
+    disable_env_checker=True,  # its reward is a vector, by MO-Gymnasium's convention
+)

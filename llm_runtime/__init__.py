@@ -1,1 +1,1 @@
-"""The training loop being steered: corpora, batches, models, the four controls, energy, telemetry. Knows no RL."""
+"""The training loop being steered: corpora, models, the four controls, energy, telemetry. Knows no RL."""

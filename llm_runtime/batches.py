@@ -19,8 +19,9 @@ Batch = npt.NDArray[np.int64]
 class BatchStream:
     """Endless shuffled sequences, in an order that does not depend on how many are taken at a time.
 
-    The ids are cut into windows of T + 1 with stride T, so every id is a target once per epoch (but for the first one
-    and a remainder shorter than T). Every epoch has its own permutation, drawn from seed and epoch number.
+    The ids are cut into windows of T + 1 with stride T, so every id but the first is a target once per
+    epoch; a remainder shorter than T is left out. Every epoch has its own permutation, drawn from
+    seed and epoch number.
     """
 
     def __init__(self, tokens: npt.NDArray[Any], sequence_length: int, seed: int) -> None:

@@ -1,13 +1,12 @@
 """Turn text into token ids: tokenizers, splits that depend on content alone, and a memory-mapped cache.
 
-Where text comes from is `trainpilot.llm_runtime.text_sources`; how ids become batches is
-`trainpilot.llm_runtime.batches`.
+Where text comes from is in `text_sources`, how ids become batches in `batches`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -15,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,17 +30,16 @@ Tokens = npt.NDArray[Any]
 """Token ids, one-dimensional: uint8, uint16 or uint32, the smallest which holds the vocabulary."""
 
 SPLITS = ("train", "validation", "test")
-HELD_OUT_SHARE = 0.05
-"""Share of the blocks in validation, and again in test, rounded up to whole blocks."""
+HELD_OUT = 20
+"""One block in so many goes to validation, and again to test, rounded up to whole blocks."""
 BLOCK_CHARACTERS = (1024, 32 * 1024)
 """Smallest and largest block of text that goes into one split as a whole, in characters."""
 CACHE_FORMAT = "1"
 """Part of the cache's key: raise it when splits, blocks or files of the cache change their meaning."""
 
-# Pieces of text a pretrained tokenizer gets at once: whole lines where a line end is near.
+# What a pretrained tokenizer gets at once: pieces that end with a line, where a line ends nearby.
 PIECE = re.compile(r"\0|[^\0]{1,32768}\n|[^\0]{1,32768}")
-PIECES_PER_CALL = 64
-PROGRESS_CHARACTERS = 4 * 2**20
+PIECES_PER_CALL, PIECES_WITHOUT_BAR = 64, 128
 
 
 class Tokenizer(Protocol):
@@ -90,16 +89,15 @@ class PretrainedTokenizer:
 
         pieces = PIECE.findall(text)
         calls = [pieces[i : i + PIECES_PER_CALL] for i in range(0, len(pieces), PIECES_PER_CALL)]
-        short = len(text) < PROGRESS_CHARACTERS
+        short = len(pieces) < PIECES_WITHOUT_BAR
         bar = track(calls, "text to tokens", disable=short, transient=True, console=Console(stderr=True))
         return np.concatenate([np.zeros(0, np.uint32), *map(self._encode_pieces, bar)])
 
     def _encode_pieces(self, pieces: list[str]) -> npt.NDArray[np.uint32]:
-        rows = self._tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
-        ids = [self._end if piece == DOCUMENT_END else row for piece, row in zip(pieces, rows, strict=True)]
-        return np.fromiter(itertools.chain.from_iterable(ids), dtype=np.uint32)
+        ids = self._tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        rows = zip(pieces, ids["input_ids"], strict=True)
+        parts = (self._end if piece == DOCUMENT_END else row for piece, row in rows)
+        return np.fromiter(chain.from_iterable(parts), dtype=np.uint32)
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) -> str:
@@ -156,24 +154,18 @@ def load_corpus(sources: Sequence[str], tokenizer: Tokenizer, *, cache: Path | N
     key = _hash("\n".join([CACHE_FORMAT, tokenizer.fingerprint, *digests]).encode())
     folder = (cache or files.cache_dir() / "tokens") / key
     tokens = _read_cache(folder) or _build(folder, blocks, split_blocks(digests), tokenizer)
-    return Corpus(
-        name=", ".join(named),
-        **tokens,
-        vocabulary=tokenizer.vocabulary,
-        key=key,
-        n_bytes=sum(map(len, encoded)),
-    )
+    n_bytes = sum(map(len, encoded))
+    return Corpus(name=", ".join(named), **tokens, vocabulary=tokenizer.vocabulary, key=key, n_bytes=n_bytes)
 
 
 # Splits -----------------------------------------------------------------------------------------------------
 
 
 def _blocks(text: str) -> list[str]:
-    """Cut `text` into 64 blocks, as far as `BLOCK_CHARACTERS` allows; the last one takes the remainder too."""
-    smallest, largest = BLOCK_CHARACTERS
-    size = min(max(len(text) // 64, smallest), largest)
+    """Cut `text` into 64 blocks, as far as `BLOCK_CHARACTERS` allows; the last takes the remainder too."""
+    size = int(np.clip(len(text) // 64, *BLOCK_CHARACTERS))
     starts = [size * i for i in range(max(len(text) // size, 1))]
-    return [text[i:j] for i, j in itertools.zip_longest(starts, starts[1:])]
+    return [text[i:j] for i, j in zip_longest(starts, starts[1:])]
 
 
 def split_blocks(digests: Sequence[str]) -> list[str]:
@@ -193,7 +185,7 @@ def split_blocks(digests: Sequence[str]) -> list[str]:
             f"to be split, got {len(counts)}; add more text with --text"
         )
     ranked = sorted(counts, key=lambda digest: (counts[digest], digest))
-    n = math.ceil(HELD_OUT_SHARE * len(ranked))
+    n = math.ceil(len(ranked) / HELD_OUT)
     held_out = dict.fromkeys(ranked[:n], "validation") | dict.fromkeys(ranked[n : 2 * n], "test")
     return [held_out.get(digest, "train") for digest in digests]
 
@@ -204,18 +196,21 @@ def split_blocks(digests: Sequence[str]) -> list[str]:
 def _build(folder: Path, blocks: list[str], names: list[str], tokenizer: Tokenizer) -> dict[str, Tokens]:
     """Tokenise the splits and write them to the cache; if that fails they stay in memory."""
     dtype = np.min_scalar_type(tokenizer.vocabulary - 1)
-    texts = {split: "".join(itertools.compress(blocks, map(split.__eq__, names))) for split in SPLITS}
-    tokens: dict[str, Tokens] = {split: tokenizer.encode(text).astype(dtype) for split, text in texts.items()}
+    tokens: dict[str, Tokens] = {}
+    for split in SPLITS:
+        text = "".join(block for block, name in zip(blocks, names, strict=True) if name == split)
+        tokens[split] = tokenizer.encode(text).astype(dtype)
+    if (cached := _read_cache(folder)) is not None:  # another process was faster
+        return cached
     try:
         with files.whole_folder(folder) as temporary:
             for split in SPLITS:
                 np.save(temporary / f"{split}.npy", tokens[split])
             files.write_json(temporary / "meta.json", {split: _hash(tokens[split].data) for split in SPLITS})
     except OSError as error:
-        # Another process may have put the same ids there first: then nothing is wrong.
-        if (cached := _read_cache(folder)) is not None:
-            return cached
-        warnings.warn(f"token cache not written ({error}); the ids stay in memory", stacklevel=3)
+        # Two processes that put the same ids in place at once trip over each other: nothing is wrong.
+        if error.errno not in (None, errno.ENOENT, errno.ENOTEMPTY):
+            warnings.warn(f"token cache not written ({error}); the ids stay in memory", stacklevel=3)
     return _read_cache(folder) or tokens
 
 
@@ -223,9 +218,7 @@ def _read_cache(folder: Path) -> dict[str, Tokens] | None:
     """Map the splits from `folder`; None if they are not there or not as they were written."""
     try:
         checksums = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        tokens: dict[str, Tokens] = {
-            split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS
-        }
+        tokens = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
         intact = all(_hash(tokens[split].data) == checksums[split] for split in SPLITS)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

@@ -14,7 +14,7 @@ from trainpilot.llm_runtime.energy import EnergyReading, MeterUnavailableError
 from trainpilot.llm_runtime.ticker import Ticker
 
 FULL_LOAD_W_PER_THREAD = 4.0
-"""Watts of a fully busy hardware thread: CodeCarbon's `DEFAULT_POWER_PER_CORE` for unknown CPUs, a rough guess."""
+"""Watts of a busy hardware thread: CodeCarbon's `DEFAULT_POWER_PER_CORE` for unknown CPUs, a rough guess."""
 IDLE_W_PER_THREAD = 0.74
 """Watts of an idle hardware thread: Cloud Carbon Footprint's average minimum per virtual CPU, for AWS."""
 WATTS_PER_BUSY_CORE = FULL_LOAD_W_PER_THREAD - IDLE_W_PER_THREAD
@@ -27,13 +27,13 @@ class RaplMeter:
     """Joules of all processor packages, and of the memory where it has a counter of its own.
 
     Linux shows the RAPL counters of Intel and AMD processors under `/sys/class/powercap`. Each `intel-rapl:N`
-    named `package-*` is counted once. Of its sub-zones only `dram` is added, because a package's counter leaves
-    memory out; `core` and `uncore` are already in it. The zone `psys` is left out: it contains the packages.
-    The whole machine is measured, other processes included; disks, fans and power supply are not.
+    named `package-*` is counted once. Of its sub-zones only `dram` is added, because a package's counter
+    leaves memory out; `core` and `uncore` are already in it. The zone `psys` is left out: it contains the
+    packages. All programs on these processors are measured; disks, fans and power supplies are not.
 
-    A counter wraps around at `max_energy_range_uj`, after a few minutes under full load on some processors, so
-    a daemon thread also looks at it every `poll_s` seconds. Counters that are reset or vanish make the energy
-    `None` from then on, with one warning.
+    A counter wraps around at `max_energy_range_uj`, after a few minutes under full load on some processors,
+    so a daemon thread also looks at it every `poll_s` seconds. Counters that are reset or vanish make the
+    energy `None` from then on, with one warning.
     """
 
     def __init__(
@@ -123,9 +123,8 @@ class _RaplZone:
 
 def _open_zones(root: Path) -> list[_RaplZone]:
     packages = [zone for zone in sorted(root.glob("intel-rapl:*")) if _is_package(zone)]
-    memory = [
-        zone for package in packages for zone in sorted(package.glob("intel-rapl:*")) if _name(zone) == "dram"
-    ]
+    parts = [zone for package in packages for zone in sorted(package.glob("intel-rapl:*"))]
+    memory = [zone for zone in parts if _name(zone) == "dram"]
     if not packages:
         raise MeterUnavailableError(f"no RAPL counter under {root}")
     try:
@@ -154,9 +153,9 @@ class CpuEstimateMeter:
 
         E = idle_w * wall seconds + watts_per_busy_core * CPU seconds of this process
 
-    All threads of this process count, its child processes and other processes do not. The defaults give 0.74 W
-    to each hardware thread that this process may use and 4 W to one that is fully busy; the truth can differ by a
-    factor of two or more either way. Use it to compare runs on one machine, not machines.
+    All threads of this process count; its child processes and other programs do not. The defaults give 0.74 W
+    to each hardware thread that this process may use and 4 W to one that is fully busy; the truth can differ
+    by a factor of two or more either way. Use it to compare runs on one machine, not machines.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Measure the joules of NVIDIA GPUs through NVML, by their energy counter or else by integrating their power."""
+"""Measure the joules of NVIDIA GPUs through NVML: by their energy counter, or by integrating their power."""
 
 from __future__ import annotations
 
@@ -6,13 +6,31 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from trainpilot.llm_runtime.energy import EnergyReading, EnergySource
-from trainpilot.llm_runtime.nvml_gpus import NvmlGpu, ask, choose_gpus, load_nvml
+from trainpilot.llm_runtime.energy import EnergyReading, EnergySource, MeterUnavailableError
+from trainpilot.llm_runtime.nvml_gpus import NvmlGpu, ask, choose_gpus
 from trainpilot.llm_runtime.ticker import Ticker
 
 _MIG = "it is split by MIG, and NVML has no energy or power per slice"
 _NEITHER = "it reports neither an energy counter nor power"
+
+
+def load_nvml() -> Any:
+    """Return the initialised `pynvml` module; every call needs one `nvmlShutdown`.
+
+    Raises:
+        MeterUnavailableError: The bindings or the driver are missing, or the driver refuses.
+    """
+    try:
+        import pynvml
+    except ImportError as error:
+        raise MeterUnavailableError(f"the package nvidia-ml-py is not installed ({error})") from error
+    try:
+        pynvml.nvmlInit()
+    except (pynvml.NVMLError, AttributeError) as error:
+        raise MeterUnavailableError(f"NVML does not start: {error}") from error
+    return pynvml
 
 
 class GpuEnergy:
@@ -77,12 +95,12 @@ class NvmlMeter:
     """Joules, watts and memory of the GPUs that this process sees, added up.
 
     The energy counter (Volta and newer) advances about every 100 ms: a window of T seconds is off by up to
-    about 0.1/T of itself, and a window shorter than that may read 0 J. Where there is no counter, a daemon thread
-    samples the power and the trapezoid rule adds it up. Either way the whole board is measured, other processes
-    on it included, and kernels still queued when `read` is called fall into the next window: synchronise first.
+    about 0.1/T of itself, and one below 100 ms may read 0 J. Without a counter, a daemon thread samples the
+    power and the trapezoid rule adds it up. Either way the whole board is measured, other programs on it
+    included, and kernels still queued when `read` is called fall into the next window: synchronise first.
 
-    A GPU that stops answering, or whose counter runs backwards, makes the energy of the sum `None` from then on,
-    with one warning. MIG slices have no energy of their own, so theirs is `None` from the start.
+    A GPU that stops answering, or whose counter runs backwards, makes the energy of the sum `None` from then
+    on, with one warning. MIG slices have no energy of their own, so theirs is `None` from the start.
     """
 
     def __init__(

@@ -50,10 +50,8 @@ def _value(name: str, cell: str, where: str) -> Any:
     if cell == "":
         return None
     if name == "source":
-        if cell not in get_args(EnergySource):
-            raise ValueError(
-                f"{where}: source must be one of {', '.join(get_args(EnergySource))}, got {cell!r}"
-            )
+        if cell not in _SOURCES:
+            raise ValueError(f"{where}: source must be one of {', '.join(_SOURCES)}, got {cell!r}")
         return cell
     try:
         number = int(cell) if name in _WHOLE_NUMBERS else float(cell)

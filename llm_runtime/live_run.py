@@ -16,7 +16,13 @@ from trainpilot.llm_runtime.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.controls import Controls, Precision
 from trainpilot.llm_runtime.corpus import Corpus, load_corpus
 from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
-from trainpilot.llm_runtime.measure import energy_between, loss_statistics, memory_share, step_noise_scale
+from trainpilot.llm_runtime.measure import (
+    MOMENT_EVERY,
+    energy_between,
+    interval_noise_scale,
+    loss_statistics,
+    memory_share,
+)
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
 from trainpilot.llm_runtime.plant import ControlLimits, Snapshot
 from trainpilot.llm_runtime.precision import masked_precisions, synchronise
@@ -52,7 +58,14 @@ class _Interval:
     switch_s: float = 0.0
     probe_s: float = 0.0
     steps: list[StepRecord] = field(default_factory=list)
+    moment_norms: list[torch.Tensor] = field(default_factory=list)
     probe: ProbeResult | None = None
+
+    def note_moment(self, trainer: Trainer) -> None:
+        """Keep the present norm of Adam's first moment, for the gradient noise scale."""
+        norm = adam.first_moment_norm(trainer.optimizer)
+        if norm is not None:
+            self.moment_norms.append(norm)
 
 
 class LiveRun:
@@ -132,7 +145,9 @@ class LiveRun:
             ValueError: the run has finished, or a control cannot be used.
         """
         if self.finished:
-            raise ValueError("advance needs a run that has not finished; make a new LiveRun or restore a snapshot")
+            raise ValueError(
+                "advance needs a run that has not finished; make a new LiveRun or restore a snapshot"
+            )
         interval = self._begin(controls)
         self.target_share += share
         target = min(round(self.target_share * self.config.n_sequences()), self.end_sequences)
@@ -161,6 +176,8 @@ class LiveRun:
         learning_rate = self.learning_rate(interval.controls)
         interval.steps.append(self.trainer.step(self.stream.take(batch_size), learning_rate))
         self.sequences += batch_size
+        if len(interval.steps) % MOMENT_EVERY == 0:
+            interval.note_moment(self.trainer)
 
     def learning_rate(self, controls: Controls) -> float:
         """Return the learning rate of the next step: base schedule x scale x the batch's neutral factor."""
@@ -189,6 +206,8 @@ class LiveRun:
         interval.probe_s = self.clock() - start
 
     def _end(self, interval: _Interval) -> Telemetry:
+        interval.note_moment(self.trainer)
+        moments = torch.stack(interval.moment_norms).tolist()
         losses = torch.stack([record.loss for record in interval.steps]).tolist()
         norms = torch.stack([record.gradient_norm for record in interval.steps]).tolist()
         time_s = self.clock() - interval.start_s
@@ -213,7 +232,7 @@ class LiveRun:
             validation_loss=self.validation_loss,
             gradient_norm=sum(norms) / len(norms),
             clipped_share=sum(norm > config.gradient_clip for norm in norms) / len(norms),
-            noise_scale=step_noise_scale(trainer.optimizer, norms, config.gradient_clip, batch_size),
+            noise_scale=interval_noise_scale(norms, moments, config, batch_size),
             relative_update=probe.relative_update if probe else None,
             probe_linear=probe.linear if probe else None,
             probe_quadratic=probe.quadratic if probe else None,
@@ -286,7 +305,9 @@ class LiveRun:
         batch = self.stream.peek(config.batch_size)
         state = torch.get_rng_state()
         key = f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
-        reasons = masked_precisions(self.device, lambda precision: self.trainer.rehearse(batch, precision), key)
+        reasons = masked_precisions(
+            self.device, lambda precision: self.trainer.rehearse(batch, precision), key
+        )
         torch.set_rng_state(state)
         reasons.pop(config.precision, None)
         return reasons
@@ -297,7 +318,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: {name!r} needs an NVIDIA GPU that torch can see, found none; use 'cpu' or 'auto'")
+        raise ValueError(
+            f"device: {name!r} needs an NVIDIA GPU that torch can see, found none; use 'cpu' or 'auto'"
+        )
     try:
         return torch.device(name)
     except RuntimeError:

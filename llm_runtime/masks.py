@@ -60,9 +60,9 @@ class WeightMasks:
         Wbar_T = sum(t * w_t for t = 1..T) / sum(t for t = 1..T)
 
     and removes weight i of matrix l when |Wbar_i| < r * std(|Wbar_l|). Rule: Islam, Belhaouari and Bermak
-    2025, arXiv 2502.17071, with code at github.com/ashhadulislam/pruneTinyGPT. They choose r by hand and prune
-    embeddings, norms and biases too; here r is one number for all matrices, chosen so that the wanted sparsity
-    is met. Until the first `observe` the weights at construction stand in for the mean.
+    2025, arXiv 2502.17071, with code at github.com/ashhadulislam/pruneTinyGPT. They choose r by hand and
+    prune embeddings, norms and biases too; here r is one number for all matrices, chosen so that the wanted
+    sparsity is met. Until the first `observe` the weights at construction stand in for the mean.
 
     After every `optimizer.step()` call `apply`, then `observe`; call `prune_to` whenever sparsity shall grow.
     Make the masks when the model is on the one device where it trains. `evolution` keeps one more copy of the

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.optim import AdamW
 
 from trainpilot.llm_runtime.energy import EnergyReading, EnergySource
 from trainpilot.llm_runtime.noise_scale import noise_scale_from_moments
-from trainpilot.llm_runtime.optimizer import first_moment_norm_squared
+from trainpilot.llm_runtime.run_config import RunConfig
 
-NOISE_SCALE_STEPS = 10
-"""Steps of gradient norms that go with Adam's first moment, whose memory is about ten steps."""
+MOMENT_EVERY = 10
+"""Adam's first moment, whose memory is about ten steps, is looked at once in as many steps."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,15 @@ def energy_between(before: EnergyReading, after: EnergyReading) -> tuple[float |
     return after.energy_j - before.energy_j, after.source
 
 
-def step_noise_scale(
-    optimizer: AdamW, gradient_norms: Sequence[float], gradient_clip: float, batch_size: float
+def interval_noise_scale(
+    gradient_norms: Sequence[float], moment_norms: Sequence[float], config: RunConfig, batch_size: float
 ) -> float | None:
-    """Return the gradient noise scale in sequences from the last steps' norms and Adam's first moment."""
-    last = np.minimum(gradient_norms[-NOISE_SCALE_STEPS:], gradient_clip)
-    if not np.isfinite(last).all():
+    """Return the gradient noise scale in sequences from an interval's gradient norms and norms of Adam's first moment."""
+    seen = np.minimum(gradient_norms, config.gradient_clip)
+    if not moment_norms or not (np.isfinite(seen).all() and np.isfinite(moment_norms).all()):
         return None
-    beta1 = optimizer.param_groups[0]["betas"][0]
-    moment = first_moment_norm_squared(optimizer)
-    return noise_scale_from_moments(float((last**2).mean()), moment, beta1, batch_size)
+    gradient, moment = float((seen**2).mean()), float((np.asarray(moment_norms) ** 2).mean())
+    return noise_scale_from_moments(gradient, moment, config.beta1, batch_size)
 
 
 def memory_share(device: torch.device) -> float | None:

@@ -14,7 +14,7 @@ def noise_scale_from_moments(
 
     hence tr(Sigma)/B = (|g|^2 - |m|^2) (1 + b)/(2 b) and |G|^2 = |m|^2 - (1 - b)/(1 + b) tr(Sigma)/B.
     The noise scale itself: McCandlish et al. 2018, "An empirical model of large-batch training". Where the signal is
-    lost in the noise the value saturates at about a thousand batches; it is a trend, not a set-point.
+    lost in the noise the value saturates at some hundred batches; it is a trend, not a set-point.
 
     Args:
         gradient_norm_squared: Mean of |g|^2 over the last steps, of the gradients that Adam saw.
@@ -28,4 +28,4 @@ def noise_scale_from_moments(
     signal = moment_norm_squared - (1 - beta1) / (1 + beta1) * noise
     if noise <= 0:
         return 0.0
-    return noise / max(signal, 1e-3 * moment_norm_squared) * batch_size
+    return noise / max(signal, 1e-2 * moment_norm_squared) * batch_size

@@ -1,9 +1,9 @@
 """Find the GPUs that this process computes on in NVML, and ask each of them what it can tell.
 
-CUDA and NVML number GPUs differently. NVML sees all of them, in the order of their PCI addresses as a rule; CUDA
-sees those in `CUDA_VISIBLE_DEVICES`, the fastest first unless `CUDA_DEVICE_ORDER=PCI_BUS_ID`. So a GPU is found by
-the UUID that torch reports once CUDA is initialised, else by `CUDA_VISIBLE_DEVICES` among the GPUs sorted by PCI
-address, and never by handing CUDA's index to NVML.
+CUDA and NVML number GPUs differently. NVML sees all of them, as a rule in the order of their PCI addresses;
+CUDA sees those in `CUDA_VISIBLE_DEVICES`, the fastest first unless `CUDA_DEVICE_ORDER=PCI_BUS_ID`. So a GPU
+is found by the UUID that torch reports once CUDA is initialised, else by `CUDA_VISIBLE_DEVICES` among the
+GPUs sorted by PCI address, and never by handing CUDA's index to NVML.
 """
 
 from __future__ import annotations
@@ -14,23 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainpilot.llm_runtime.energy import MeterUnavailableError
-
-
-def load_nvml() -> Any:
-    """Return the initialised `pynvml` module; every call needs one `nvmlShutdown`.
-
-    Raises:
-        MeterUnavailableError: The bindings or the driver are missing, or the driver refuses.
-    """
-    try:
-        import pynvml
-    except ImportError as error:
-        raise MeterUnavailableError(f"the package nvidia-ml-py is not installed ({error})") from error
-    try:
-        pynvml.nvmlInit()
-    except (pynvml.NVMLError, AttributeError) as error:
-        raise MeterUnavailableError(f"NVML does not start: {error}") from error
-    return pynvml
 
 
 def ask(nvml: Any, function: str, *arguments: Any) -> Any:
@@ -206,10 +189,9 @@ def _check_order(present: list[NvmlGpu], wanted: Sequence[int | str] | None) -> 
     entries = _environment_entries()
     by_index = wanted if entries is None else entries
     indexed = [item for item in by_index or () if str(item).isdecimal()]
-    sorted_by_speed = (
-        os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and len({gpu.name for gpu in present}) > 1
-    )
-    if sorted_by_speed and indexed and len(set(indexed)) < len(present):
+    models = {gpu.name for gpu in present}
+    by_speed = len(models) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"
+    if by_speed and indexed and len(set(indexed)) < len(present):
         raise MeterUnavailableError(
             f"which GPU has index {indexed[0]} is unknown: the GPUs differ and CUDA sorts them by speed; "
             "make the meter after CUDA is initialised, or set CUDA_DEVICE_ORDER=PCI_BUS_ID"

@@ -64,13 +64,15 @@ def update_direction(optimizer: AdamW) -> list[tuple[nn.Parameter, torch.Tensor]
             step = float(state["step"])
             first = state["exp_avg"] / (1 - beta1**step)
             second = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-            update = first.div_(second).add_(parameter.detach(), alpha=group["weight_decay"]).mul_(-group["lr"])
+            update = (
+                first.div_(second).add_(parameter.detach(), alpha=group["weight_decay"]).mul_(-group["lr"])
+            )
             updates.append((parameter, update))
     return updates
 
 
-def first_moment_norm_squared(optimizer: AdamW) -> float:
-    """Return |m|^2 of Adam's bias-corrected first moment over all parameters."""
+def first_moment_norm(optimizer: AdamW) -> torch.Tensor | None:
+    """Return |m| of Adam's bias-corrected first moment over all parameters, a scalar on the device."""
     moments: list[torch.Tensor] = []
     correction = 1.0
     for group in optimizer.param_groups:
@@ -78,10 +80,9 @@ def first_moment_norm_squared(optimizer: AdamW) -> float:
         moments += [state["exp_avg"] for state in states]
         if states:
             correction = 1 - group["betas"][0] ** float(states[0]["step"])
-    return total_norm(moments) ** 2 / correction**2 if moments else 0.0
+    return norm_of(moments) / correction if moments else None
 
 
-def total_norm(tensors: Iterable[torch.Tensor]) -> float:
-    """Return the Euclidean norm of all tensors taken as one vector."""
-    norms = torch._foreach_norm(list(tensors))
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+def norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the Euclidean norm of all tensors taken as one vector, a scalar on the device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))

@@ -25,7 +25,10 @@ def lacking(device: torch.device) -> dict[Precision, str]:
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return {}
-        return {"tf32": "needs an NVIDIA GPU of compute capability 8.0", "bf16": "needs compute capability 8.0"}
+        return {
+            "tf32": "needs an NVIDIA GPU of compute capability 8.0",
+            "bf16": "needs compute capability 8.0",
+        }
     reasons: dict[Precision, str] = {"tf32": f"tf32 is an NVIDIA GPU format; this is {device.type}"}
     if device.type == "cpu":
         reasons["fp16"] = "fp16 training on a CPU is slower than fp32 and needs loss scaling"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainpilot.llm_runtime.optimizer import total_norm
+from trainpilot.llm_runtime.optimizer import norm_of
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,5 @@ def probe_curvature(
     return ProbeResult(
         linear=(l_ahead - l_behind) / 2,
         quadratic=(l_ahead + l_behind) / 2 - l_centre,
-        relative_update=total_norm(directions) / max(total_norm(saved), 1e-12),
+        relative_update=float(norm_of(directions) / norm_of(saved).clamp_min(1e-12)),
     )

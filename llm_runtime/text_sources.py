@@ -35,8 +35,8 @@ def read_documents(sources: Sequence[str]) -> list[str]:
 
     Args:
         sources: each of them `stdlib` (the running interpreter's library sources), a file, a folder
-            (recursively), a glob (`**` for any depth), or `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`, where SPLIT
-            is `train` if not given.
+            (recursively), a glob (`**` for any depth), or `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`, where
+            SPLIT is `train` if not given.
 
     Raises:
         ValueError: a source does not exist, cannot be read, is not UTF-8 text or holds no text.
@@ -61,7 +61,7 @@ def _read_source(source: str) -> list[str]:
     if os.path.isdir(path):
         return _read_many(source, _files_below(Path(path), lambda name: not name.startswith(".")))
     if glob.has_magic(path):
-        return _read_many(source, sorted(Path(name) for name in glob.glob(path, recursive=True)))
+        return _read_many(source, map(Path, sorted(glob.glob(path, recursive=True), key=os.fsencode)))
     raise ValueError(
         f"text must be an existing file, folder or glob, 'stdlib' or 'hub:OWNER/NAME', got {source!r}; "
         "check the path, or use --text stdlib"
@@ -77,7 +77,7 @@ def _read_file(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"text must be UTF-8, got '{path}' with another byte at position {error.start}; "
-            f"convert it, for example with: iconv -t utf-8"
+            "convert it, for example with: iconv -t utf-8"
         ) from error
     except OSError as error:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -19,8 +21,18 @@ from transformers import (
 
 VOCABULARY = 32
 WIDTH = 24
-_SHARED = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-_GATED = {**_SHARED, "intermediate_size": WIDTH, "num_key_value_heads": 1, "max_position_embeddings": 32}
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+_GATED: dict[str, Any] = {
+    **_SHARED,
+    "intermediate_size": WIDTH,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_GATED, mlp_bias=True, tie_word_embeddings=True),
@@ -32,18 +44,23 @@ CONFIGS: dict[str, PretrainedConfig] = {
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     ),
     "gpt_neox": GPTNeoXConfig(**_SHARED, intermediate_size=WIDTH, max_position_embeddings=32),
-    "opt": OPTConfig(**_SHARED, ffn_dim=WIDTH, word_embed_proj_dim=12, max_position_embeddings=32, dropout=0.0),
+    "opt": OPTConfig(
+        **_SHARED, ffn_dim=WIDTH, word_embed_proj_dim=12, max_position_embeddings=32, dropout=0.0
+    ),
 }  # fmt: skip
 FAMILIES = sorted(CONFIGS)
 
 
+def model_of(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a random model as `config` describes it."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return model
+
+
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """Return a random model with biases away from zero, so that a forgotten bias shows."""
-    torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        CONFIGS[family].__class__(**CONFIGS[family].to_dict())
-    )
+    model = model_of(CONFIGS[family].__class__(**CONFIGS[family].to_dict()))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -58,7 +75,7 @@ def tokens(seed: int = 0) -> Tensor:
 def logits(model: PreTrainedModel) -> Tensor:
     """Return the logits of `tokens()`, [2, 8, vocabulary], without dropout."""
     with torch.no_grad():
-        result: Tensor = model.eval()(tokens()).logits
+        result: Tensor = model.train(mode=False)(tokens()).logits
     return result
 
 
@@ -66,7 +83,7 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: i
     """Make one optimiser step and return its loss, whose graph is still alive."""
     batch = tokens(seed)
     loss: Tensor = model.train()(batch, labels=batch).loss
-    loss.backward()
+    torch.autograd.backward(loss)
     optimizer.step()
     optimizer.zero_grad()
     return loss

@@ -30,16 +30,17 @@ class TwoMatrices(nn.Module):
 
     def __init__(self, first: list[float], second: list[float]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 1), nn.Linear(2, 2)])
+        self.first, self.second = nn.Linear(4, 1), nn.Linear(2, 2)
+        self.layers = nn.ModuleList([self.first, self.second])
         self.head = nn.Linear(2, 2)
         self.set(first, second)
 
     def set(self, first: list[float], second: list[float]) -> None:
-        for layer, values in zip(self.layers, (first, second), strict=True):
-            layer.weight.data.copy_(torch.tensor(values).view_as(layer.weight))
+        self.first.weight.data.copy_(torch.tensor(first).view(1, 4))
+        self.second.weight.data.copy_(torch.tensor(second).view(2, 2))
 
     def weights(self) -> list[list[float]]:
-        return [layer.weight.flatten().tolist() for layer in self.layers]
+        return [self.first.weight.flatten().tolist(), self.second.weight.flatten().tolist()]
 
 
 def masked_tensors(masks: WeightMasks) -> dict[str, Tensor]:
@@ -61,13 +62,18 @@ def test_cubic_sparsity_by_hand(progress: float, expected: float) -> None:
 @pytest.mark.parametrize(
     ("family", "per_layer"),
     [
-        ("llama", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
-         | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
+        (
+            "llama",
+            {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+        ),
         ("gpt2", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
-        ("gpt_neox", {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}),
-        ("opt", {f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")} | {"fc1", "fc2"}),
+        (
+            "gpt_neox",
+            {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+        ),
+        ("opt", {f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")} | {"fc1", "fc2"}),
     ],
-)  # fmt: skip
+)
 def test_only_matrices_of_the_blocks_are_prunable(family: str, per_layer: set[str]) -> None:
     stack = {"llama": "model.layers", "gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
     prefix = stack.get(family, "model.decoder.layers")
@@ -76,6 +82,15 @@ def test_only_matrices_of_the_blocks_are_prunable(family: str, per_layer: set[st
     assert set(found) == {f"{prefix}.{layer}.{name}.weight" for layer in range(2) for name in per_layer}
     assert all(parameter is model.get_parameter(name) for name, parameter in found.items())
     assert all(parameter.ndim == 2 for parameter in found.values())
+
+
+def test_shared_matrices_count_once_and_tied_embeddings_not_at_all() -> None:
+    model = nn.Module()
+    model.embedding = nn.Embedding(4, 4)
+    model.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
+    model.layers[1].weight = model.layers[0].weight
+    model.layers[2].weight = model.embedding.weight
+    assert list(prunable_parameters(model)) == ["layers.0.weight"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -93,18 +108,18 @@ def test_magnitude_zeroes_the_smallest_of_all_matrices(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_evolution_measures_each_matrix_by_its_own_spread(device: str) -> None:
-    # |Wbar| is (1, 2, 3, 4) and (10, 20, 30, 40): the spreads are 1.29099 and 12.9099, so the scores are equal,
-    # (1, 2, 3, 4) / 1.29099 in both, and the ties go to the first matrix. Magnitude alone would empty it.
-    model = TwoMatrices([1.0, -2.0, 3.0, 4.0], [10.0, 20.0, -30.0, 40.0]).to(device)
+    # |Wbar| is (1, 2, 3, 4) and (8, 16, 24, 32), of spread 1.29099 and 8 times that: both matrices have the
+    # scores (1, 2, 3, 4) / 1.29099, and ties go to the first. Magnitude would take all three from the first.
+    model = TwoMatrices([1.0, -2.0, 3.0, 4.0], [8.0, 16.0, -24.0, 32.0]).to(device)
     masks = WeightMasks(model, "evolution")
     masks.observe()
     masks.prune_to(3 / 8)
-    assert model.weights() == [[0.0, 0.0, 3.0, 4.0], [0.0, 20.0, -30.0, 40.0]]
+    assert model.weights() == [[0.0, 0.0, 3.0, 4.0], [0.0, 16.0, -24.0, 32.0]]
     assert masks.threshold_r == pytest.approx(2 / 1.2909944)
 
 
 def test_evolution_ranks_by_the_path_not_by_the_last_weight() -> None:
-    # Wbar_2 = (w_1 + 2 w_2) / 3 = (0, 4, 2, 3) in the first matrix: its first weight is large now, yet its mean is 0.
+    # Wbar_2 = (w_1 + 2 w_2) / 3 = (0, 4, 2, 3) in the first matrix: weight 0 ends at 2, its mean is 0.
     model = TwoMatrices([-4.0, 4.0, 2.0, 3.0], [2.0, 3.0, 4.0, 5.0])
     masks = WeightMasks(model, "evolution")
     masks.observe()
@@ -112,6 +127,17 @@ def test_evolution_ranks_by_the_path_not_by_the_last_weight() -> None:
     masks.observe()
     masks.prune_to(1 / 8)
     assert model.weights() == [[0.0, 4.0, 2.0, 3.0], [2.0, 3.0, 4.0, 5.0]]
+
+
+def test_a_masked_weight_counts_even_where_its_mean_is_no_longer_small() -> None:
+    model = TwoMatrices([1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0])
+    masks = WeightMasks(model, "evolution")
+    masks.observe()
+    masks.prune_to(1 / 8)
+    model.set([0.0, -1.0, -1.5, 4.0], [2.0, 3.0, 4.0, 5.0])  # the means become (1/3, 0, 0, 4)
+    masks.observe()
+    masks.prune_to(2 / 8)
+    assert model.weights() == [[0.0, 0.0, -1.5, 4.0], [2.0, 3.0, 4.0, 5.0]]
 
 
 def test_ties_are_cut_at_the_exact_count_lowest_index_first() -> None:
@@ -169,7 +195,7 @@ def test_running_mean_equals_its_definition() -> None:
 
 
 def test_mean_of_bfloat16_weights_is_kept_in_float32() -> None:
-    model = tiny_model("llama").to(torch.bfloat16)
+    model = tiny_model("llama").bfloat16()
     masks = WeightMasks(model, "evolution")
     masks.observe()
     masks.prune_to(0.5)

@@ -1,0 +1,80 @@
+"""Turn an action (one choice per control) into the controls of the next interval. One table holds every choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from trainpilot.llm_runtime.controls import PRECISIONS, Controls
+
+SPARSITY_STEP = 0.05
+"""One pruning step, as a share of the prunable weights or channels."""
+
+
+@dataclass(frozen=True)
+class ActionField:
+    """One component of the `MultiDiscrete` action."""
+
+    name: str
+    choices: tuple[str, ...]
+    meaning: str
+    keep: int
+    """Index of the choice that changes nothing."""
+
+
+LEARNING_RATE_FACTORS = (0.5, 0.71, 0.84, 1.0, 1.19, 1.41, 2.0)
+"""Quarter and half octaves, so that any two opposite choices cancel within 1 %."""
+BATCH_FACTORS = (0.5, 1.0, 2.0)
+
+ACTION_FIELDS: tuple[ActionField, ...] = (
+    ActionField(
+        "learning_rate",
+        tuple(f"x{factor:g}" for factor in LEARNING_RATE_FACTORS),
+        "factor on the present learning-rate scale; the base schedule goes on underneath",
+        keep=3,
+    ),
+    ActionField(
+        "batch_size",
+        ("half", "keep", "double"),
+        "factor on the batch, made neutral for Adam: learning rate x sqrt(factor), beta2's half-life kept in tokens",
+        keep=1,
+    ),
+    ActionField("precision", ("keep", *PRECISIONS), "number format of the matrix products", keep=0),
+    ActionField("pruning", ("keep", "+5 %"), "one more step of sparsity or of removed channels", keep=0),
+    ActionField(
+        "finish", ("go on", "cool down"), "linear fall to zero over a fifth of the tokens so far", keep=0
+    ),
+)
+"""Frozen surface: a bundle stores these names and choices and refuses to load when they differ."""
+
+KEEP: tuple[int, ...] = tuple(field.keep for field in ACTION_FIELDS)
+"""The action that changes nothing. A policy that always returns it is the base schedule."""
+
+Action = tuple[int, ...]
+
+
+def decode(action: Sequence[int], present: Controls) -> Controls:
+    """Return the controls that follow from `action` while `present` holds.
+
+    Raises:
+        ValueError: `action` has not one valid choice per field.
+    """
+    check_action(action)
+    learning_rate, batch, precision, pruning, finish = (int(choice) for choice in action)
+    return replace(
+        present,
+        learning_rate_scale=present.learning_rate_scale * LEARNING_RATE_FACTORS[learning_rate],
+        batch_size=max(1, int(present.batch_size * BATCH_FACTORS[batch])),
+        precision=present.precision if precision == 0 else PRECISIONS[precision - 1],
+        sparsity=min(present.sparsity + SPARSITY_STEP * pruning, 0.99),
+        finish=present.finish or bool(finish),
+    )
+
+
+def check_action(action: Sequence[int]) -> None:
+    """Raise `ValueError` unless `action` has one valid choice per field."""
+    if len(action) != len(ACTION_FIELDS):
+        raise ValueError(f"action must have {len(ACTION_FIELDS)} components, got {len(action)}")
+    for field, choice in zip(ACTION_FIELDS, action, strict=True):
+        if not 0 <= int(choice) < len(field.choices):
+            raise ValueError(f"action {field.name} must be in [0, {len(field.choices)}), got {choice}")

@@ -1,0 +1,220 @@
+"""Wrap a real training run as a Gymnasium environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.decision_state import N_STACK, Decision, DecisionState
+from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.preference import Preference
+from trainpilot.envs.reference import PlantFactory, Reference, reference_for
+from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY, RewardTerms
+from trainpilot.llm_runtime.plant import Plant
+from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+EVALUATE_EVERY = 10
+"""Decisions between two looks at the validation loss; the last interval always has one."""
+
+DEFAULT_CASE = RunConfig(model="llama-nano", tokens=204_800, batch_size=8, sequence_length=64)
+
+
+class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
+    """A real language-model training run, steered interval by interval.
+
+    ## Description
+
+    Each episode is one run of one case: a transformers model trained with AdamW on real text under a token budget.
+    The agent decides `decisions` times, at equal shares of the budget. It multiplies the case's base schedule
+    (residual control): an agent that always chooses "keep" is the base schedule. The environment measures time and
+    energy, so it is registered as nondeterministic; under one seed everything else repeats on a CPU.
+
+    ## Action space
+
+    `MultiDiscrete([7, 3, 5, 2, 2])`. Masked choices (`action_masks()`) are treated as "keep"; `info` says why.
+
+    | Num | Action | Choices | Unit |
+    |---|---|---|---|
+    | 0 | learning_rate | x0.5, x0.71, x0.84, x1, x1.19, x1.41, x2 | factor on the present scale |
+    | 1 | batch_size | half, keep, double | factor on the batch, neutral for Adam |
+    | 2 | precision | keep, fp32, tf32, bf16, fp16 | number format of the matrix products |
+    | 3 | pruning | keep, +5 % | share of the prunable weights or channels |
+    | 4 | finish | go on, cool down | linear fall to zero over a fifth of the tokens so far |
+
+    ## Observation space
+
+    `Box(-1, 1, (6 * 34,), float32)`: the last six observations, the newest last. Each field is a ratio or a
+    logarithm, clipped to its range and scaled linearly to [-1, 1]; what is unknown is 0. The fields with unit, range
+    and meaning are `trainpilot.envs.observation.OBSERVATION_FIELDS`, printed in `docs/environment.md`.
+
+    ## Reward
+
+    A vector, float32 of shape (3,) (`reward_space`, `reward_dim`: MO-Gymnasium's convention). `ScalarReward` makes
+    it one number. With gamma = 1 an episode sums to (quality, -energy, -time) in units of the reference run, so that
+    1 % of each is the same size on every model.
+
+    | Num | Objective | Per interval | Unit |
+    |---|---|---|---|
+    | 0 | quality | change of the compute-equivalent of the loss | shares of the budget that the reference needs |
+    | 1 | energy | -joules / reference's joules | share; 0 while unknown |
+    | 2 | time | -seconds / reference's seconds | share |
+
+    Quality is a potential: within the run it follows the training loss, at the end the validation loss. A diverged
+    run ends with a quality of -1.
+
+    ## Starting state
+
+    A fresh model (or the pretrained one) of a case drawn from `cases`, with the case's own seed for weights and data,
+    before its first step. The preference is drawn per episode unless it is given.
+
+    ## Episode end
+
+    Terminated: the run diverged (loss not finite), or a cool-down that the agent began is complete.
+    Truncated: the budget is used up.
+
+    ## Arguments
+
+    | Argument | Type | Default | Meaning |
+    |---|---|---|---|
+    | cases | sequence of RunConfig | one llama-nano run | training runs to draw from |
+    | preference | Preference or None | None | fixed preference; None draws one per episode |
+    | make_plant | callable | LiveRun | makes the plant for a case |
+    | threads | int or None | None | torch threads of this process; None leaves them alone |
+
+    `reset(options={"case": i, "preference": Preference(...)})` chooses instead of drawing.
+
+    ## Version history
+
+    * v0: first version
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012, Gymnasium's own form
+
+    def __init__(
+        self,
+        cases: Sequence[RunConfig] = (DEFAULT_CASE,),
+        preference: Preference | None = None,
+        make_plant: PlantFactory | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if not cases:
+            raise ValueError("cases must name at least one run, got none")
+        self.cases = tuple(cases)
+        self.preference = preference
+        self._make_plant = make_plant or live_plant(threads)
+        self.action_space = spaces.MultiDiscrete([len(field.choices) for field in ACTION_FIELDS])
+        n_observations = N_STACK * len(OBSERVATION_FIELDS)
+        self.observation_space = spaces.Box(-1.0, 1.0, (n_observations,), np.float32)
+        low = np.array([DIVERGED_QUALITY - MAX_QUALITY, -np.inf, -np.inf], dtype=np.float32)
+        high = np.array([MAX_QUALITY, 0.0, 0.0], dtype=np.float32)
+        self.reward_space = spaces.Box(low, high, dtype=np.float32)
+        self.reward_dim = 3
+        self.plant: Plant | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin a run of a case; the first time a case is met, its reference is run."""
+        super().reset(seed=seed)
+        options = options or {}
+        index = int(options.get("case", self.np_random.integers(len(self.cases))))
+        drawn = self.preference or Preference.draw(self.np_random)
+        preference: Preference = options.get("preference", drawn)
+        self.case = self.cases[index]
+        self.reference: Reference = reference_for(self.case, self._make_plant, device=device_label(self.case))
+        self.plant = None  # frees the last run's memory before the next is made
+        self.plant = self._make_plant(self.case)
+        self.state = DecisionState(self.plant.limits(), preference)
+        self._quality = 0.0
+        return self.state.observation(), {"case": index, "preference": preference.weights()}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
+        """Bring the action's controls into force, train one interval, and weigh what came out."""
+        if self.plant is None:
+            raise ValueError("step needs a run; call reset first")
+        decision = self.state.decide(action)
+        telemetry = self.plant.advance(decision.controls, 1 / self.case.decisions)
+        loss = self._loss(telemetry)
+        self.state.observe(telemetry)
+        terms = self._reward(telemetry, loss)
+        terminated = telemetry.diverged or (telemetry.finished and telemetry.finishing)
+        truncated = telemetry.finished and not terminated
+        info = self._info(decision, telemetry, terms, loss)
+        return self.state.observation(), terms.vector(), terminated, truncated, info
+
+    def action_masks(self) -> np.ndarray:
+        """Return which choices are allowed now, bool of shape (sum of choices,), for MaskablePPO."""
+        return self.state.action_masks()
+
+    def _loss(self, telemetry: Telemetry) -> float:
+        """Return the loss that counts now: the validation loss at the end, the training loss before."""
+        assert self.plant is not None
+        last = telemetry.finished and not telemetry.diverged
+        if last or (telemetry.decision + 1) % EVALUATE_EVERY == 0:
+            validation = self.plant.evaluate()
+            return validation if last else telemetry.train_loss
+        return telemetry.train_loss
+
+    def _reward(self, telemetry: Telemetry, loss: float) -> RewardTerms:
+        quality = DIVERGED_QUALITY if telemetry.diverged else self.reference.quality(loss)
+        before, self._quality = self._quality, quality
+        known = telemetry.energy_j is not None and self.reference.energy_j
+        return RewardTerms(
+            quality=quality - before,
+            energy=-telemetry.energy_j / self.reference.energy_j if known else 0.0,  # type: ignore[operator]
+            time=-telemetry.time_s / self.reference.time_s,
+        )
+
+    def _info(
+        self, decision: Decision, telemetry: Telemetry, terms: RewardTerms, loss: float
+    ) -> dict[str, Any]:
+        effective = {
+            "learning_rate": telemetry.learning_rate,
+            "batch_size": telemetry.batch_size,
+            "precision": telemetry.precision,
+            "sparsity": telemetry.sparsity,
+            "finishing": telemetry.finishing,
+        }
+        return {
+            "requested": asdict(decision.controls),
+            "effective": effective,
+            "refusals": decision.refusals,
+            "reward_terms": asdict(terms),
+            "preference": self.state.preference.weights(),
+            "loss": loss,
+            "loss_increase": loss - self.reference.losses[-1] if np.isfinite(loss) else 10.0,
+            "energy_j": telemetry.energy_j,
+            "energy_source": telemetry.energy_source,
+            "diverged": telemetry.diverged,
+        }
+
+
+def live_plant(threads: int | None = None) -> PlantFactory:
+    """Return what makes a real run of a case, in this process, with so many torch threads."""
+
+    def make(config: RunConfig) -> Plant:
+        import torch
+
+        from trainpilot.llm_runtime.live_run import LiveRun
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return LiveRun(config)
+
+    return make
+
+
+def device_label(config: RunConfig) -> str:
+    """Return the device that a case runs on, as a cache key."""
+    from trainpilot.llm_runtime.live_run import resolve_device
+    from trainpilot.llm_runtime.precision import device_name
+
+    return f"{device_name(resolve_device(config.device))}, {os.cpu_count()} cores"

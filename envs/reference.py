@@ -1,0 +1,129 @@
+"""Run a case once under its untouched base schedule, at three budgets, and remember what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+from trainpilot.envs.reward import compute_equivalent
+from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.plant import Plant
+from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+BUDGET_SHARES = (0.25, 0.5, 1.0)
+"""Reference runs end here; their final losses make the curve that turns a loss into compute."""
+FORMAT = 1
+"""Raised when what a cached reference means changes."""
+
+PlantFactory = Callable[[RunConfig], Plant]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What the base schedule reaches on one case, and what it costs."""
+
+    budgets: tuple[float, ...]
+    """Shares of the full budget, rising to 1."""
+    losses: tuple[float, ...]
+    """Final validation loss at each of these budgets, in nats/token."""
+    initial_loss: float
+    """Validation loss before training, in nats/token."""
+    time_s: float
+    """Seconds of the full run, evaluation apart."""
+    energy_j: float | None
+    """Joules of the full run, or `None`."""
+    energy_source: str | None
+    """Where the joules come from."""
+    telemetry: tuple[Telemetry, ...]
+    """Intervals of the full run."""
+
+    def quality(self, loss: float) -> float:
+        """Return the compute-equivalent of `loss`: the share of the budget that the reference needs for it."""
+        return compute_equivalent(loss, self.budgets, self.losses)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self) | {"telemetry": [t.to_json() for t in self.telemetry]}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Reference:
+        """Rebuild from `to_json`."""
+        telemetry = tuple(Telemetry.from_json(t) for t in record["telemetry"])
+        numbers = {"budgets": tuple(record["budgets"]), "losses": tuple(record["losses"])}
+        return cls(**{**record, **numbers, "telemetry": telemetry})
+
+
+def reference_for(
+    config: RunConfig, make_plant: PlantFactory, *, device: str, progress: Progress | None = None
+) -> Reference:
+    """Return the reference of a case: from the cache, or by running it (about 1.75 runs) and caching it.
+
+    Args:
+        config: The case.
+        make_plant: Makes the plant that the reference runs on.
+        device: Name of the device; times and joules of another device are not mixed in.
+        progress: Called with a line of text before each run.
+
+    Raises:
+        ValueError: the base schedule itself diverges on this case.
+    """
+    label = json.dumps([FORMAT, asdict(config), device], sort_keys=True)
+    path = cache_dir() / "reference" / f"{blake2b(label.encode(), digest_size=10).hexdigest()}.json"
+    try:
+        return Reference.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # never run here, or a damaged file: run it
+    reference = run_reference(config, make_plant, progress)
+    try:
+        write_json(path, reference.to_json())
+    except OSError:
+        pass  # a cache that cannot be written only costs time
+    return reference
+
+
+def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progress | None = None) -> Reference:
+    """Run the base schedule at each of the budgets."""
+    losses, initial, telemetry = [], 0.0, []
+    for share in BUDGET_SHARES:
+        if progress is not None:
+            progress(f"reference {config.model}, {share:.0%} of {config.tokens:,} tokens")
+        plant = make_plant(_shortened(config, share))
+        initial = plant.evaluate()
+        telemetry = _keep_going(plant, config.start(), config)
+        losses.append(plant.evaluate())
+    energies = [t.energy_j for t in telemetry]
+    return Reference(
+        budgets=BUDGET_SHARES,
+        losses=tuple(losses),
+        initial_loss=initial,
+        time_s=sum(t.time_s for t in telemetry),
+        energy_j=None if None in energies else sum(e for e in energies if e is not None),
+        energy_source=telemetry[-1].energy_source,
+        telemetry=tuple(telemetry),
+    )
+
+
+def _shortened(config: RunConfig, share: float) -> RunConfig:
+    """Return the case with `share` of its budget; it keeps the length of an interval, not their number."""
+    warmup = None if config.warmup_tokens is None else round(config.warmup_tokens * share)
+    decisions = max(1, round(config.decisions * share))
+    return replace(config, tokens=round(config.tokens * share), decisions=decisions, warmup_tokens=warmup)
+
+
+def _keep_going(plant: Plant, controls: Controls, config: RunConfig) -> list[Telemetry]:
+    telemetry: list[Telemetry] = []
+    decisions = plant.limits().decisions
+    while not telemetry or not telemetry[-1].finished:
+        telemetry.append(plant.advance(controls, 1 / decisions))
+        if telemetry[-1].diverged:
+            raise ValueError(
+                f"base_learning_rate: the base schedule itself diverged on {config.model} at "
+                f"{config.base_learning_rate}; lower it"
+            )
+    return telemetry

@@ -1,0 +1,140 @@
+"""Which meter a device gets, and what lies between two readings."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_nvml import UUIDS, FakeNvml, build_fake_nvml
+from trainpilot.llm_runtime import energy_host
+from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, NoMeter, energy_between, select_meter
+from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
+from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+from trainpilot.llm_runtime.ticker import Ticker
+
+
+def reading(energy_j: float | None, source: str | None = "measured_counter") -> EnergyReading:
+    return EnergyReading(time_s=0.0, energy_j=energy_j, source=source)  # type: ignore[arg-type]
+
+
+def assert_knows_nothing(meter: EnergyMeter, reason: str) -> None:
+    assert isinstance(meter, NoMeter)
+    assert reason in meter.description
+    found = meter.read()
+    assert (found.energy_j, found.source, found.power_w) == (None, None, None)
+    meter.close()
+
+
+def test_cuda_gets_the_current_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml(monkeypatch)
+    nvml.reset(3)
+    nvml.torch_reports(UUIDS[:3], current=2)
+    for device, uuid in (("cuda", UUIDS[2]), ("cuda:1", UUIDS[1])):
+        meter = select_meter(device)
+        assert isinstance(meter, NvmlMeter)
+        assert meter.uuids == [uuid]
+        meter.close()
+
+
+def test_cuda_without_nvml_is_unknown_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+
+    assert_knows_nothing(select_meter("cuda"), "nvidia-ml-py is not installed")
+
+
+def test_cuda_with_a_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeNvml(monkeypatch).set(init_error=9)
+
+    assert_knows_nothing(select_meter("cuda:0"), "NVML does not start")
+
+
+def test_the_library_is_found_by_its_own_name_in_a_fresh_interpreter() -> None:
+    program = (
+        "from trainpilot.llm_runtime.energy import select_meter\n"
+        "meter = select_meter('cuda:1')\n"
+        "print(meter.description, meter.read().energy_j)\n"
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(build_fake_nvml()), "FAKE_NVML_GPUS": "2"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment
+    )
+
+    assert outcome.stdout.strip() == f"NVML: Fake H200 ({UUIDS[1]}): energy counter 0.0", outcome.stderr
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0", "", "cuda:first"])
+def test_other_devices_are_unknown(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    FakeNvml(monkeypatch)
+
+    assert_knows_nothing(select_meter(device), "energy unknown: ")
+
+
+def test_no_error_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode() -> RaplMeter:
+        raise RuntimeError("a driver fault")
+
+    monkeypatch.setattr(energy_host, "RaplMeter", explode)
+
+    assert_knows_nothing(select_meter("cpu"), "a driver fault")
+
+
+def test_cpu_is_estimated_where_rapl_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(energy_host, "RaplMeter", lambda: RaplMeter(tmp_path))
+    meter = select_meter("cpu")
+
+    assert isinstance(meter, CpuEstimateMeter)
+    assert "no RAPL counter" in meter.description
+    assert meter.read().source == "estimated"
+
+
+def test_cpu_is_measured_where_rapl_can_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, text in (("name", "package-0"), ("max_energy_range_uj", "65532610987"), ("energy_uj", "5")):
+        (tmp_path / "intel-rapl:0").mkdir(exist_ok=True)
+        (tmp_path / "intel-rapl:0" / name).write_text(text)
+    monkeypatch.setattr(energy_host, "RaplMeter", lambda: RaplMeter(tmp_path))
+    meter = select_meter("cpu")
+
+    assert meter.read().source == "measured_counter"
+    meter.close()
+
+
+def test_energy_between_two_readings() -> None:
+    assert energy_between(reading(2.0), reading(5.5)) == (3.5, "measured_counter")
+    assert energy_between(reading(2.0), reading(5.5, "measured_power")) == (3.5, "measured_power")
+    assert energy_between(reading(2.0), reading(None, None)) == (None, None)
+    assert energy_between(reading(None, None), reading(5.5)) == (None, None)
+
+
+class Counter:
+    """Counts the ticks."""
+
+    def __init__(self) -> None:
+        self.ticked = threading.Event()
+
+    def tick(self) -> None:
+        self.ticked.set()
+
+
+def test_a_ticker_ends_with_its_object() -> None:
+    counter = Counter()
+    ticker = Ticker(counter.tick, 0.005)
+    assert counter.ticked.wait(5)
+    del counter
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while ticker._thread.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+    assert not ticker._thread.is_alive()
+
+
+def test_a_ticker_needs_an_interval() -> None:
+    with pytest.raises(ValueError, match="interval_s must be > 0 seconds, got 0"):
+        Ticker(Counter().tick, 0)

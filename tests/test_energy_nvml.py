@@ -1,0 +1,255 @@
+"""The real pynvml on a fake NVML library: joules, falls to weaker sources, and which GPU is which."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+from fake_nvml import (
+    FUNCTION_NOT_FOUND,
+    GPU_IS_LOST,
+    NOT_SUPPORTED,
+    UUIDS,
+    FakeClock,
+    FakeNvml,
+)
+from trainpilot.llm_runtime.energy import MeterUnavailableError
+from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+
+MakeMeter = Callable[..., NvmlMeter]
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    return FakeNvml(monkeypatch)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def make_meter(nvml: FakeNvml, clock: FakeClock) -> Iterator[MakeMeter]:
+    """Make meters that sample only when they are read, and close them."""
+    meters: list[NvmlMeter] = []
+
+    def make(gpus: list[int | str] | None = None) -> NvmlMeter:
+        meters.append(NvmlMeter(gpus, sample_s=3600, clock=clock))
+        return meters[-1]
+
+    yield make
+    for meter in meters:
+        meter.close()
+
+
+def test_one_gpu_is_read_by_its_counter(nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock) -> None:
+    meter = make_meter()
+    first = meter.read()
+    nvml.add(joules=1234.5)
+    clock.now_s += 4
+    second = meter.read()
+
+    assert (first.energy_j, first.time_s) == (0.0, 100.0)
+    assert (second.energy_j, second.time_s) == (1234.5, 104.0)
+    assert second.source == "measured_counter"
+    assert (second.power_w, second.power_limit_w, second.utilisation) == (300.0, 700.0, 0.5)
+    assert (second.memory_used_bytes, second.memory_total_bytes) == (2000, 8000)
+    assert meter.description == f"NVML: Fake H200 ({UUIDS[0]}): energy counter"
+
+
+def test_two_gpus_are_summed(nvml: FakeNvml, make_meter: MakeMeter) -> None:
+    nvml.reset(2)
+    nvml.set(1, power_mw=100_000, busy_percent=100)
+    meter = make_meter()
+    nvml.add(0, joules=10)
+    nvml.add(1, joules=5)
+    reading = meter.read()
+
+    assert reading.energy_j == 15.0
+    assert (reading.power_w, reading.power_limit_w, reading.utilisation) == (400.0, 1400.0, 0.75)
+    assert (reading.memory_used_bytes, reading.memory_total_bytes) == (4000, 16000)
+
+
+def test_instant_power_is_preferred_to_the_running_average(nvml: FakeNvml, make_meter: MakeMeter) -> None:
+    nvml.set(instant_error=0, instant_mw=412_000)
+
+    assert make_meter().read().power_w == 412.0
+    assert nvml.get("power_calls") == 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "field"),
+    [
+        ("limit_error", "power_limit_w"),
+        ("busy_error", "utilisation"),
+        ("memory_error", "memory_used_bytes"),
+        ("power_error", "power_w"),
+    ],
+)
+def test_each_metric_fails_on_its_own(nvml: FakeNvml, make_meter: MakeMeter, metric: str, field: str) -> None:
+    nvml.set(**{metric: NOT_SUPPORTED})
+    meter = make_meter()
+    nvml.add(joules=2)
+    reading = meter.read()
+
+    assert getattr(reading, field) is None
+    assert (reading.energy_j, reading.source) == (2.0, "measured_counter")
+
+
+def test_a_power_of_zero_is_unknown(nvml: FakeNvml, make_meter: MakeMeter) -> None:
+    nvml.set(power_mw=0)
+
+    assert make_meter().read().power_w is None
+
+
+@pytest.mark.parametrize("error", [NOT_SUPPORTED, FUNCTION_NOT_FOUND])
+def test_without_a_counter_power_is_integrated(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock, error: int
+) -> None:
+    nvml.set(energy_error=error)
+    meter = make_meter()
+    clock.now_s += 2
+    nvml.set(power_mw=500_000)
+    ramp = meter.read()
+    clock.now_s += 1
+    flat = meter.read()
+
+    assert ramp.energy_j == pytest.approx(2 * (300 + 500) / 2)
+    assert flat.energy_j == pytest.approx(800 + 500)
+    assert flat.source == "measured_power"
+    assert "power integrated" in meter.description
+
+
+def test_a_library_without_the_counter_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeNvml(monkeypatch, "-DNO_ENERGY_COUNTER")
+    meter = NvmlMeter(sample_s=3600)
+
+    assert meter.read().source == "measured_power"
+    meter.close()
+
+
+def test_the_sampling_thread_follows_the_clock(nvml: FakeNvml) -> None:
+    nvml.set(energy_error=NOT_SUPPORTED, power_mw=100_000)
+    meter = NvmlMeter(sample_s=0.01)
+    start = meter.read()
+    enough, deadline = nvml.get("power_calls") + 3, time.monotonic() + 10
+    while nvml.get("power_calls") < enough and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sampled = nvml.get("power_calls")
+    end = meter.read()
+    meter.close()
+
+    assert sampled >= enough
+    assert start.energy_j is not None
+    assert end.energy_j is not None
+    assert end.energy_j - start.energy_j == pytest.approx(100 * (end.time_s - start.time_s), rel=1e-6)
+
+
+def test_closing_ends_the_thread_and_nvml(nvml: FakeNvml) -> None:
+    nvml.set(energy_error=NOT_SUPPORTED)
+    meter = NvmlMeter(sample_s=0.005)
+    assert nvml.get("started") == 1
+    meter.close()
+    meter.close()
+    calls = nvml.get("power_calls")
+    time.sleep(0.03)
+
+    assert nvml.get("power_calls") == calls
+    assert nvml.get("started") == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert meter.read().energy_j is None
+
+
+def test_neither_counter_nor_power(nvml: FakeNvml, make_meter: MakeMeter) -> None:
+    nvml.set(energy_error=NOT_SUPPORTED, power_error=NOT_SUPPORTED)
+    meter = make_meter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reading = meter.read()
+
+    assert (reading.energy_j, reading.source, reading.power_w) == (None, None, None)
+    assert reading.memory_used_bytes == 2000
+    assert "neither an energy counter nor power" in meter.description
+
+
+def test_one_unknown_part_makes_the_sum_unknown(nvml: FakeNvml, make_meter: MakeMeter) -> None:
+    nvml.reset(2)
+    nvml.set(1, energy_error=NOT_SUPPORTED, power_error=NOT_SUPPORTED)
+    reading = make_meter().read()
+
+    assert (reading.energy_j, reading.source, reading.power_w) == (None, None, None)
+
+
+def test_a_sum_carries_its_weakest_source(nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock) -> None:
+    nvml.reset(2)
+    nvml.set(1, energy_error=NOT_SUPPORTED)
+    meter = make_meter()
+    nvml.add(0, joules=7)
+    clock.now_s += 1
+    reading = meter.read()
+
+    assert reading.energy_j == pytest.approx(307.0)
+    assert reading.source == "measured_power"
+
+
+def test_a_lost_gpu_warns_once_and_stays_unknown(nvml: FakeNvml, make_meter: MakeMeter) -> None:
+    meter = make_meter()
+    nvml.add(joules=3)
+    assert meter.read().energy_j == 3.0
+    nvml.set(all_error=GPU_IS_LOST)
+    with pytest.warns(RuntimeWarning, match="unknown from now on"):
+        lost = meter.read()
+    nvml.set(all_error=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        later = meter.read()
+
+    assert (lost.energy_j, lost.source, lost.memory_used_bytes) == (None, None, None)
+    assert (later.energy_j, later.source) == (None, None)
+    assert "stopped answering" in meter.description
+
+
+def test_a_counter_that_fails_midway_goes_on_by_power(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock
+) -> None:
+    meter = make_meter()
+    nvml.add(joules=50)
+    meter.read()
+    nvml.set(energy_error=NOT_SUPPORTED)
+    clock.now_s += 2
+    by_power = meter.read()
+    nvml.set(energy_error=0)
+    clock.now_s += 1
+    later = meter.read()
+
+    assert by_power.energy_j == pytest.approx(50 + 2 * 300)
+    assert later.energy_j == pytest.approx(50 + 3 * 300)
+    assert by_power.source == later.source == "measured_power"
+
+
+def test_a_counter_that_is_reset_never_gives_negative_joules(nvml: FakeNvml, make_meter: MakeMeter) -> None:
+    meter = make_meter()
+    nvml.set(energy_mj=0)
+    with pytest.warns(RuntimeWarning, match="fell from 5000.0 J to 0.0 J"):
+        assert meter.read().energy_j is None
+
+    assert meter.read().energy_j is None
+
+
+def test_a_driver_that_does_not_start(nvml: FakeNvml, make_meter: MakeMeter) -> None:
+    nvml.set(init_error=9)
+
+    with pytest.raises(MeterUnavailableError, match="NVML does not start"):
+        make_meter()
+
+
+def test_missing_bindings(nvml: FakeNvml, make_meter: MakeMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+
+    with pytest.raises(MeterUnavailableError, match="nvidia-ml-py"):
+        make_meter()
