@@ -41,9 +41,7 @@ ACTION_FIELDS: tuple[ActionField, ...] = (
     ),
     ActionField("precision", ("keep", *PRECISIONS), "number format of the matrix products", keep=0),
     ActionField("pruning", ("keep", "+5 %"), "one more step of sparsity or of removed channels", keep=0),
-    ActionField(
-        "finish", ("go on", "cool down"), "linear fall to zero over a fifth of the tokens so far", keep=0
-    ),
+    ActionField("finish", ("go on", "cool down"), "linear fall to zero over a fifth of the tokens so far", keep=0),
 )
 """Frozen surface: a bundle stores these names and choices and refuses to load when they differ."""
 

@@ -1,4 +1,4 @@
-"""Keep what a decision needs: the telemetry so far, the controls in force, what is masked. Shared by env and controller."""
+"""Keep what a decision needs: telemetry so far, controls in force, what is masked. Shared by env and controller."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class DecisionState:
         """Return which choices are allowed, bool of shape (sum of choices,), field after field."""
         return np.array([reason is None for why in self.mask_reasons() for reason in why])
 
-    def decide(self, action: Sequence[int]) -> Decision:
-        """Bring the allowed part of `action` into force."""
+    def decide(self, action: Sequence[int] | np.ndarray) -> Decision:
+        """Bring the allowed part of `action` into force. Raises `ValueError` unless it has one valid choice per field."""
         requested = tuple(int(choice) for choice in action)
         allowed, refusals = allow(requested, self.mask_reasons())
         controls = decode(allowed, self.controls)
@@ -82,8 +82,7 @@ class DecisionState:
 
     def _encode(self) -> np.ndarray:
         shares = [
-            choice / (len(field.choices) - 1)
-            for field, choice in zip(ACTION_FIELDS, self.last_action, strict=True)
+            choice / (len(field.choices) - 1) for field, choice in zip(ACTION_FIELDS, self.last_action, strict=True)
         ]
         weights = self.preference.weights()
         return encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,14 +16,12 @@ from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK, Decision, DecisionState
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import PlantFactory, Reference, reference_for
-from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY, RewardTerms
+from trainpilot.envs.reference import PlantFactory, Reference, reference_for, run_reference
+from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY, RewardMeter, RewardTerms, current_loss
+from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
 from trainpilot.llm_runtime.plant import Plant
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
-
-EVALUATE_EVERY = 10
-"""Decisions between two looks at the validation loss; the last interval always has one."""
 
 DEFAULT_CASE = RunConfig(model="llama-nano", tokens=204_800, batch_size=8, sequence_length=64)
 
@@ -109,7 +108,14 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
             raise ValueError("cases must name at least one run, got none")
         self.cases = tuple(cases)
         self.preference = preference
-        self._make_plant = make_plant or live_plant(threads)
+        self._threads = threads
+        self._own_plants = make_plant is not None
+        if threads is not None:
+            from trainpilot.llm_runtime.threads import use_threads
+
+            use_threads(threads)
+        self._make_plant = make_plant or live_plant()
+        self._references: dict[int, Reference] = {}
         self.action_space = spaces.MultiDiscrete([len(field.choices) for field in ACTION_FIELDS])
         n_observations = N_STACK * len(OBSERVATION_FIELDS)
         self.observation_space = spaces.Box(-1.0, 1.0, (n_observations,), np.float32)
@@ -126,14 +132,16 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
         super().reset(seed=seed)
         options = options or {}
         index = int(options.get("case", self.np_random.integers(len(self.cases))))
+        if not 0 <= index < len(self.cases):
+            raise ValueError(f"options case must be in [0, {len(self.cases)}), got {index}")
         drawn = self.preference or Preference.draw(self.np_random)
         preference: Preference = options.get("preference", drawn)
         self.case = self.cases[index]
-        self.reference: Reference = reference_for(self.case, self._make_plant, device=device_label(self.case))
         self.plant = None  # frees the last run's memory before the next is made
+        self.reference = self._reference(index)
         self.plant = self._make_plant(self.case)
         self.state = DecisionState(self.plant.limits(), preference)
-        self._quality = 0.0
+        self._meter = RewardMeter(self.reference)
         return self.state.observation(), {"case": index, "preference": preference.weights()}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
@@ -142,40 +150,31 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
             raise ValueError("step needs a run; call reset first")
         decision = self.state.decide(action)
         telemetry = self.plant.advance(decision.controls, 1 / self.case.decisions)
-        loss = self._loss(telemetry)
+        loss = current_loss(self.plant, telemetry)
         self.state.observe(telemetry)
-        terms = self._reward(telemetry, loss)
-        terminated = telemetry.diverged or (telemetry.finished and telemetry.finishing)
+        terms = self._meter.weigh(telemetry, loss)
+        diverged = telemetry.diverged or not math.isfinite(loss)
+        terminated = diverged or (telemetry.finished and telemetry.finishing)
         truncated = telemetry.finished and not terminated
         info = self._info(decision, telemetry, terms, loss)
         return self.state.observation(), terms.vector(), terminated, truncated, info
+
+    def _reference(self, index: int) -> Reference:
+        """Return the reference of a case. A caller's own plants are no live runs: theirs never go to the disk cache."""
+        if index not in self._references:
+            case = self.cases[index]
+            if self._own_plants:
+                self._references[index] = run_reference(case, self._make_plant)
+            else:
+                label = device_label(case, self._threads)
+                self._references[index] = reference_for(case, self._make_plant, device=label)
+        return self._references[index]
 
     def action_masks(self) -> np.ndarray:
         """Return which choices are allowed now, bool of shape (sum of choices,), for MaskablePPO."""
         return self.state.action_masks()
 
-    def _loss(self, telemetry: Telemetry) -> float:
-        """Return the loss that counts now: the validation loss at the end, the training loss before."""
-        assert self.plant is not None
-        last = telemetry.finished and not telemetry.diverged
-        if last or (telemetry.decision + 1) % EVALUATE_EVERY == 0:
-            validation = self.plant.evaluate()
-            return validation if last else telemetry.train_loss
-        return telemetry.train_loss
-
-    def _reward(self, telemetry: Telemetry, loss: float) -> RewardTerms:
-        quality = DIVERGED_QUALITY if telemetry.diverged else self.reference.quality(loss)
-        before, self._quality = self._quality, quality
-        known = telemetry.energy_j is not None and self.reference.energy_j
-        return RewardTerms(
-            quality=quality - before,
-            energy=-telemetry.energy_j / self.reference.energy_j if known else 0.0,  # type: ignore[operator]
-            time=-telemetry.time_s / self.reference.time_s,
-        )
-
-    def _info(
-        self, decision: Decision, telemetry: Telemetry, terms: RewardTerms, loss: float
-    ) -> dict[str, Any]:
+    def _info(self, decision: Decision, telemetry: Telemetry, terms: RewardTerms, loss: float) -> dict[str, Any]:
         effective = {
             "learning_rate": telemetry.learning_rate,
             "batch_size": telemetry.batch_size,
@@ -190,31 +189,35 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
             "reward_terms": asdict(terms),
             "preference": self.state.preference.weights(),
             "loss": loss,
-            "loss_increase": loss - self.reference.losses[-1] if np.isfinite(loss) else 10.0,
+            "loss_increase": loss - self.reference.losses[-1] if math.isfinite(loss) else 10.0,
+            "time_s": telemetry.time_s,
             "energy_j": telemetry.energy_j,
             "energy_source": telemetry.energy_source,
-            "diverged": telemetry.diverged,
+            "diverged": telemetry.diverged or not math.isfinite(loss),
         }
 
 
-def live_plant(threads: int | None = None) -> PlantFactory:
-    """Return what makes a real run of a case, in this process, with so many torch threads."""
+def live_plant() -> PlantFactory:
+    """Return what makes a real run of a case, in this process, with one energy meter for all runs."""
+    meters: dict[str, EnergyMeter] = {}
 
     def make(config: RunConfig) -> Plant:
-        import torch
+        from trainpilot.llm_runtime.live_run import LiveRun, resolve_device
 
-        from trainpilot.llm_runtime.live_run import LiveRun
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return LiveRun(config)
+        device = str(resolve_device(config.device))
+        if device not in meters:
+            meters[device] = select_meter(device)
+        return LiveRun(config, meter=meters[device])
 
     return make
 
 
-def device_label(config: RunConfig) -> str:
-    """Return the device that a case runs on, as a cache key."""
+def device_label(config: RunConfig, threads: int | None = None) -> str:
+    """Return the device that a case runs on and the threads it has there, as a cache key."""
+    import torch
+
     from trainpilot.llm_runtime.live_run import resolve_device
     from trainpilot.llm_runtime.precision import device_name
 
-    return f"{device_name(resolve_device(config.device))}, {os.cpu_count()} cores"
+    n_threads = torch.get_num_threads() if threads is None else threads or "all"
+    return f"{device_name(resolve_device(config.device))}, {os.cpu_count()} cores, {n_threads} threads"

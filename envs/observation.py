@@ -1,4 +1,4 @@
-"""Turn the telemetry so far into an observation. One table of fields: name, unit, range, meaning, and how to compute it.
+"""Turn the telemetry so far into an observation. One table of fields: name, unit, range, meaning, how to compute it.
 
 Ratios and logarithms only, so that a value means the same on every model: no raw loss, norm or parameter count, and
 nothing that needs a reference run.
@@ -74,12 +74,17 @@ def _log(value: float | None, base: float) -> float | None:
     return math.log(max(value, 1e-30), base)
 
 
+def _ratio(value: float, over: float) -> float | None:
+    return value / over if over > 0 else None
+
+
 def _slope(view: RunView, intervals: int) -> float | None:
     """Relative fall of the loss per e-fold of tokens, over the last `intervals`."""
     if len(view.telemetry) < 2:
         return None
     new, old = view.telemetry[-1], view.telemetry[max(-1 - intervals, -len(view.telemetry))]
-    return (old.train_loss - new.train_loss) / new.train_loss / math.log(new.tokens / old.tokens)
+    fall = _ratio(old.train_loss - new.train_loss, new.train_loss)
+    return None if fall is None or new.tokens <= old.tokens else fall / math.log(new.tokens / old.tokens)
 
 
 def _slope_signal(view: RunView) -> float | None:
@@ -88,17 +93,17 @@ def _slope_signal(view: RunView) -> float | None:
         return None
     old, new = view.telemetry[-2:]
     variance = new.train_loss_std**2 / new.steps + old.train_loss_std**2 / old.steps
-    return (old.train_loss - new.train_loss) / math.sqrt(variance) if variance > 0 else None
+    return _ratio(old.train_loss - new.train_loss, math.sqrt(variance))
 
 
 def _spike(last: Telemetry) -> float | None:
-    return (last.train_loss_max - last.train_loss) / last.train_loss_std if last.train_loss_std > 0 else None
+    return _ratio(last.train_loss_max - last.train_loss, last.train_loss_std)
 
 
 def _validation_gap(last: Telemetry) -> float | None:
-    return (
-        None if last.validation_loss is None else (last.validation_loss - last.train_loss) / last.train_loss
-    )
+    if last.validation_loss is None:
+        return None
+    return _ratio(last.validation_loss - last.train_loss, last.train_loss)
 
 
 def _curvature(last: Telemetry) -> float | None:
@@ -107,7 +112,7 @@ def _curvature(last: Telemetry) -> float | None:
         return None
     if last.probe_linear >= 0:
         return 5.0  # uphill already
-    return math.log(max(last.probe_quadratic, 1e-12) / -last.probe_linear)
+    return _log(max(last.probe_quadratic, 1e-12) / -last.probe_linear, math.e)
 
 
 def _over_best(
@@ -144,7 +149,7 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
     _F("loss_slope_signal", "standard errors", -10, 10, "fall since the last interval over its standard error",
        _slope_signal),
     _F("loss_spread", "log10 ratio", -4, 0, "per-step spread of the loss around its trend, over the loss",
-       _of_last(lambda t: _log(t.train_loss_std / t.train_loss, 10))),
+       _of_last(lambda t: _log(_ratio(t.train_loss_std, t.train_loss), 10))),
     _F("loss_spike", "standard deviations", 0, 10, "largest step loss above the mean", _of_last(_spike)),
     _F("validation_gap", "ratio", -0.5, 0.5, "validation loss less training loss, over the training loss",
        _of_last(_validation_gap)),
@@ -157,7 +162,8 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
     _F("curvature", "log ratio", -5, 5, "curvature over slope along the last update, from the probe; 5 means uphill",
        _of_last(_curvature)),
     _F("noise_scale", "log10 ratio", -2, 3, "gradient noise scale over the batch", _of_last(_noise_ratio)),
-    _F("clipped_share", "share", 0, 1, "share of steps whose gradient was clipped", _of_last(lambda t: t.clipped_share)),
+    _F("clipped_share", "share", 0, 1, "share of steps whose gradient was clipped",
+       _of_last(lambda t: t.clipped_share)),
     _F("batch_scale", "log2 ratio", -4, 4, "batch over the starting batch",
        lambda v: _log(v.controls.batch_size / v.limits.start.batch_size, 2)),
     _F("throughput", "ratio", 0, 1, "tokens/s over the best so far",

@@ -31,7 +31,8 @@ class Preference:
     def weights(self) -> np.ndarray:
         """Return the weights (quality, energy, time), float64 of shape (3,), which sum to 1."""
         weights = np.array([self.quality, self.energy, self.time], dtype=np.float64)
-        return weights / weights.sum()
+        weights /= weights.sum()
+        return weights
 
     @classmethod
     def parse(cls, text: str) -> Preference:

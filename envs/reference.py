@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -80,10 +82,8 @@ def reference_for(
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never run here, or a damaged file: run it
     reference = run_reference(config, make_plant, progress)
-    try:
+    with suppress(OSError):  # a cache that cannot be written only costs time
         write_json(path, reference.to_json())
-    except OSError:
-        pass  # a cache that cannot be written only costs time
     return reference
 
 
@@ -97,6 +97,8 @@ def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progres
         initial = plant.evaluate()
         telemetry = _keep_going(plant, config.start(), config)
         losses.append(plant.evaluate())
+        if not math.isfinite(losses[-1]):
+            raise _diverged(config)
     energies = [t.energy_j for t in telemetry]
     return Reference(
         budgets=BUDGET_SHARES,
@@ -112,8 +114,9 @@ def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progres
 def _shortened(config: RunConfig, share: float) -> RunConfig:
     """Return the case with `share` of its budget; it keeps the length of an interval, not their number."""
     warmup = None if config.warmup_tokens is None else round(config.warmup_tokens * share)
-    decisions = max(1, round(config.decisions * share))
-    return replace(config, tokens=round(config.tokens * share), decisions=decisions, warmup_tokens=warmup)
+    decisions = max(1, int(config.decisions * share))  # rounded up, an interval could get no whole step
+    tokens = max(round(config.tokens * share), config.batch_size * config.sequence_length)
+    return replace(config, tokens=tokens, decisions=decisions, warmup_tokens=warmup)
 
 
 def _keep_going(plant: Plant, controls: Controls, config: RunConfig) -> list[Telemetry]:
@@ -122,8 +125,12 @@ def _keep_going(plant: Plant, controls: Controls, config: RunConfig) -> list[Tel
     while not telemetry or not telemetry[-1].finished:
         telemetry.append(plant.advance(controls, 1 / decisions))
         if telemetry[-1].diverged:
-            raise ValueError(
-                f"base_learning_rate: the base schedule itself diverged on {config.model} at "
-                f"{config.base_learning_rate}; lower it"
-            )
+            raise _diverged(config)
     return telemetry
+
+
+def _diverged(config: RunConfig) -> ValueError:
+    return ValueError(
+        f"base_learning_rate: the base schedule itself diverged on {config.model} at "
+        f"{config.base_learning_rate}; lower it"
+    )

@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from trainpilot.envs.reference import Reference
+    from trainpilot.llm_runtime.plant import Plant
+    from trainpilot.llm_runtime.telemetry import Telemetry
 
 OBJECTIVES = ("quality", "energy", "time")
 MAX_QUALITY = 3.0
 """Compute-equivalents above this are not believed: they extrapolate too far beyond the reference runs."""
 DIVERGED_QUALITY = -1.0
 """Quality of a diverged run: worse than a run that never started."""
+EVALUATE_EVERY = 10
+"""Decisions between two looks at the validation loss; the last interval always has one."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ def compute_equivalent(loss: float, budgets: Sequence[float], losses: Sequence[f
     """Return the share of the full budget at which the reference reaches `loss`.
 
     Reference runs of several budgets, each with its whole schedule, give points (budget, final loss). Between them
-    the logarithm of the budget is linear in the logarithm of the loss; beyond them the end pieces go on.
+    the logarithm of the budget is linear in the logarithm of the loss; beyond them the end pieces go on. Points out of
+    order are chance and left out, never the full run's: its own loss is always worth 1.
 
     Args:
         loss: Loss reached, in nats/token.
@@ -48,12 +57,46 @@ def compute_equivalent(loss: float, budgets: Sequence[float], losses: Sequence[f
     if not math.isfinite(loss) or loss <= 0:
         return 0.0
     x, y = np.log(np.asarray(losses)), np.log(np.asarray(budgets))
-    falling = np.minimum.accumulate(x)  # a longer reference run that ended worse counts as no better
-    points = [i for i in range(len(x)) if i == 0 or falling[i] < falling[i - 1] - 1e-9]
-    if len(points) < 2:
-        return float(loss <= losses[0])
-    x, y = falling[points], y[points]
+    # What ended no better than a shorter run, or no worse than the full one, says nothing about the curve.
+    points = [i for i in range(len(x) - 1) if x[-1] + 1e-9 < x[i] < x[:i].min(initial=np.inf) - 1e-9]
+    if not points:
+        return float(loss <= losses[-1])
+    x, y = x[[*points, -1]], y[[*points, -1]]
     piece = int(np.clip(np.searchsorted(-x, -math.log(loss)) - 1, 0, len(x) - 2))
     slope = (y[piece + 1] - y[piece]) / (x[piece + 1] - x[piece])
     share = math.exp(min(y[piece] + slope * (math.log(loss) - x[piece]), 50.0))
     return min(share, MAX_QUALITY)
+
+
+def current_loss(plant: Plant, telemetry: Telemetry) -> float:
+    """Return the loss that counts now, in nats/token: validation at the end of a run, training before.
+
+    Looks at the validation loss now and then on the way, for the observation.
+    """
+    if telemetry.finished and not telemetry.diverged:
+        return plant.evaluate()
+    if (telemetry.decision + 1) % EVALUATE_EVERY == 0 and not telemetry.diverged:
+        plant.evaluate()
+    return telemetry.train_loss
+
+
+class RewardMeter:
+    """Weigh interval after interval against a reference run.
+
+    Quality is a potential: each interval brings the change of the loss's compute-equivalent, so that an episode sums to
+    the compute-equivalent of its last loss, whatever happened on the way.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self._quality = 0.0
+
+    def weigh(self, telemetry: Telemetry, loss: float) -> RewardTerms:
+        """Return the terms of an interval that reached `loss` (validation at the end of a run, training before)."""
+        diverged = telemetry.diverged or not math.isfinite(loss)
+        quality = DIVERGED_QUALITY if diverged else self.reference.quality(loss)
+        before, self._quality = self._quality, quality
+        energy = 0.0
+        if telemetry.energy_j is not None and self.reference.energy_j:
+            energy = -telemetry.energy_j / self.reference.energy_j
+        return RewardTerms(quality - before, energy, -telemetry.time_s / self.reference.time_s)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainpilot.envs.action import ACTION_FIELDS, BATCH_FACTORS, LEARNING_RATE_FACTORS, SPARSITY_STEP, Action
+from trainpilot.envs.action import (
+    ACTION_FIELDS,
+    BATCH_FACTORS,
+    LEARNING_RATE_FACTORS,
+    SPARSITY_STEP,
+    Action,
+    check_action,
+)
 from trainpilot.llm_runtime.controls import PRECISIONS, Controls
 from trainpilot.llm_runtime.plant import ControlLimits
 
@@ -39,15 +46,18 @@ def mask_reasons(situation: Situation) -> Reasons:
     """Return why each choice is masked. The choice that changes nothing is always allowed."""
     checks = (_learning_rate, _batch, _precision, _pruning, _finish)
     return tuple(
-        tuple(
-            None if choice == field.keep else check(situation, choice) for choice in range(len(field.choices))
-        )
+        tuple(None if choice == field.keep else check(situation, choice) for choice in range(len(field.choices)))
         for field, check in zip(ACTION_FIELDS, checks, strict=True)
     )
 
 
 def allow(action: Sequence[int], reasons: Reasons) -> tuple[Action, list[str]]:
-    """Replace every masked choice by the one that changes nothing; return the action and the reasons by name."""
+    """Replace every masked choice by the one that changes nothing; return the action and the reasons by name.
+
+    Raises:
+        ValueError: `action` has not one valid choice per field.
+    """
+    check_action(action)
     allowed, refusals = [], []
     for field, choice, why in zip(ACTION_FIELDS, action, reasons, strict=True):
         reason = why[int(choice)]
@@ -88,7 +98,7 @@ def _pruning(situation: Situation, choice: int) -> str | None:
         return "this run does not prune"
     if not low <= situation.budget_used <= high:
         return f"only between {low:.0%} and {high:.0%} of the budget"
-    if situation.controls.sparsity + SPARSITY_STEP > MAX_SPARSITY:
+    if situation.controls.sparsity + SPARSITY_STEP > MAX_SPARSITY + 1e-9:  # steps of 0.05 do not add up exactly
         return f"at most {MAX_SPARSITY:.0%}"
     return None
 

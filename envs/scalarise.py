@@ -1,4 +1,4 @@
-"""Turn the three objectives of a run into one number. Small pure functions, and the wrapper that applies one of them."""
+"""Turn the three objectives of a run into one number: pure functions, and the wrapper that applies one of them."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def constrained(
     outcome: Outcome, weights: Weights, max_loss_increase: float = 0.01, max_slowdown: float = 0.05
 ) -> float:
     """Return the saving of energy and time, less ten times what breaks "at most x nats worse, y slower"."""
-    broken = max(outcome.loss_increase - max_loss_increase, 0.0) + max(
-        -outcome.time - 1.0 - max_slowdown, 0.0
-    )
+    broken = max(outcome.loss_increase - max_loss_increase, 0.0) + max(-outcome.time - 1.0 - max_slowdown, 0.0)
     cost_weights = weights[1:] / max(weights[1:].sum(), 1e-9)
     return float(cost_weights @ outcome.vector()[1:]) - 10.0 * broken
 
@@ -93,9 +91,11 @@ class ScalarReward(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndar
         self._outcome = Outcome()
         self._value = 0.0
 
-    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode with an empty outcome."""
-        observation, info = self.env.reset(**options)
+        observation, info = self.env.reset(seed=seed, options=options)
         self._outcome = Outcome()
         self._value = 0.0
         return observation, info

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -14,7 +16,7 @@ PRUNINGS: tuple[Pruning, ...] = get_args(Pruning)
 
 @dataclass(frozen=True, kw_only=True)
 class Controls:
-    """What holds during one interval. `Controls.neutral(case)` is the untouched base schedule."""
+    """What holds during one interval. `RunConfig.start()` gives those of the untouched base schedule."""
 
     learning_rate_scale: float = 1.0
     """Factor on the base schedule at the starting batch size, dimensionless."""
@@ -28,10 +30,14 @@ class Controls:
     """Cool down now: the learning rate falls linearly to zero over a fifth of the tokens so far, then the run ends."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate_scale >= 0:
-            raise ValueError(f"learning_rate_scale must be >= 0, got {self.learning_rate_scale}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 sequence, got {self.batch_size}")
+        if not (self.learning_rate_scale >= 0 and math.isfinite(self.learning_rate_scale)):
+            raise ValueError(
+                f"learning_rate_scale must be a finite number >= 0, got {self.learning_rate_scale}"
+            )
+        if not isinstance(self.batch_size, Integral) or self.batch_size < 1:
+            raise ValueError(
+                f"batch_size must be a whole number of at least 1 sequence, got {self.batch_size}"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if not 0 <= self.sparsity < 1:

@@ -76,7 +76,7 @@ class PretrainedTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._end: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         vocabulary = tokenizer.get_vocab()
         self.vocabulary: int = 1 + max(vocabulary.values())
@@ -94,7 +94,7 @@ class PretrainedTokenizer:
         return np.concatenate([np.zeros(0, np.uint32), *map(self._encode_pieces, bar)])
 
     def _encode_pieces(self, pieces: list[str]) -> npt.NDArray[np.uint32]:
-        ids = self._tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
         rows = zip(pieces, ids["input_ids"], strict=True)
         parts = (self._end if piece == DOCUMENT_END else row for piece, row in rows)
         return np.fromiter(chain.from_iterable(parts), dtype=np.uint32)

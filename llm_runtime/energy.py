@@ -72,16 +72,6 @@ class NoMeter:
         """Do nothing."""
 
 
-def energy_between(start: EnergyReading, end: EnergyReading) -> tuple[float | None, EnergySource | None]:
-    """Return the joules from `start` to `end` and their source, both `None` if either reading has none.
-
-    The source is that of `end`: a meter only ever changes to a weaker one.
-    """
-    if start.energy_j is None or end.energy_j is None:
-        return None, None
-    return end.energy_j - start.energy_j, end.source
-
-
 def select_meter(device: str) -> EnergyMeter:
     """Return the best meter for a torch device name. Never raises: what cannot be measured gets a `NoMeter`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ from trainpilot.llm_runtime.measure import (
     energy_between,
     interval_noise_scale,
     loss_statistics,
+    mean_finite,
     memory_share,
 )
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
 from trainpilot.llm_runtime.plant import ControlLimits, Snapshot
-from trainpilot.llm_runtime.precision import masked_precisions, synchronise
+from trainpilot.llm_runtime.precision import lacking, masked_precisions, synchronise
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import Cooldown
@@ -99,7 +100,7 @@ class LiveRun:
         self.corpus: Corpus = load_corpus(config.text, self.loaded.tokenizer)
         self.stream = BatchStream(self.corpus.train, config.sequence_length, config.seed)
         self.trainer = Trainer(self.loaded.model, config, self.device)
-        self.meter = meter if meter is not None else select_meter(self.device.type)
+        self.meter = meter if meter is not None else select_meter(str(self.device))
         self.schedule = config.base_schedule()
         self.cooldown: Cooldown | None = None
         self.sequences = 0
@@ -127,13 +128,17 @@ class LiveRun:
 
     def limits(self) -> ControlLimits:
         """Return what may be asked of this run; the first call measures which precisions pay (cached per device)."""
+        return replace(self.base_limits(), masked_precisions=self._masked_precisions())
+
+    def base_limits(self) -> ControlLimits:
+        """Return the same without measuring: no precision is masked but what the device lacks."""
         config = self.config
         per_interval = config.n_sequences() // config.decisions
         return ControlLimits(
             start=config.start(),
             min_batch_size=max(1, config.batch_size // BATCH_RANGE),
             max_batch_size=max(config.batch_size, min(config.batch_size * BATCH_RANGE, per_interval // 4)),
-            masked_precisions=self._masked_precisions(),
+            masked_precisions=lacking(self.device),
             pruning=config.pruning,
             decisions=config.decisions,
         )
@@ -172,7 +177,7 @@ class LiveRun:
         return interval
 
     def _step(self, interval: _Interval) -> None:
-        batch_size = min(interval.controls.batch_size, self.end_sequences - self.sequences)
+        batch_size = min(self.trainer.batch_size, self.end_sequences - self.sequences)
         learning_rate = self.learning_rate(interval.controls)
         interval.steps.append(self.trainer.step(self.stream.take(batch_size), learning_rate))
         self.sequences += batch_size
@@ -200,6 +205,7 @@ class LiveRun:
     def _probe(self, interval: _Interval) -> None:
         if not self.probing:
             return
+        synchronise(self.device)  # or the steps still under way would count as the probe's time
         start = self.clock()
         taken = self.sequences - interval.start_sequences
         interval.probe = self.trainer.probe(self.stream.peek(max(1, round(PROBE_SHARE * taken))))
@@ -207,7 +213,7 @@ class LiveRun:
 
     def _end(self, interval: _Interval) -> Telemetry:
         interval.note_moment(self.trainer)
-        moments = torch.stack(interval.moment_norms).tolist()
+        moments = [float(norm) for norm in interval.moment_norms]
         losses = torch.stack([record.loss for record in interval.steps]).tolist()
         norms = torch.stack([record.gradient_norm for record in interval.steps]).tolist()
         time_s = self.clock() - interval.start_s
@@ -230,7 +236,7 @@ class LiveRun:
             train_loss_std=statistics.std,
             train_loss_max=statistics.maximum,
             validation_loss=self.validation_loss,
-            gradient_norm=sum(norms) / len(norms),
+            gradient_norm=mean_finite(norms),
             clipped_share=sum(norm > config.gradient_clip for norm in norms) / len(norms),
             noise_scale=interval_noise_scale(norms, moments, config, batch_size),
             relative_update=probe.relative_update if probe else None,

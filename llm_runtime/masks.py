@@ -88,13 +88,11 @@ class WeightMasks:
         self._names = list(parameters)
         self._weights: list[Tensor] = list(parameters.values())
         self._total = sum(weight.numel() for weight in self._weights)
-        self._masks = [
-            torch.ones_like(weight, dtype=torch.bool) for weight in self._weights
-        ]  # False: held at zero
+        # True where a weight may live, False where it is held at zero.
+        self._masks = [torch.ones_like(weight, dtype=torch.bool) for weight in self._weights]
         self._masked = 0
-        self._mean = (
-            [_widened(weight).clone() for weight in self._weights] if criterion == "evolution" else []
-        )
+        averaged = self._weights if criterion == "evolution" else []
+        self._mean = [_widened(weight).clone() for weight in averaged]
 
     @torch.no_grad()
     def observe(self) -> None:

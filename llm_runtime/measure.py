@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,20 +44,30 @@ def loss_statistics(losses: Sequence[float]) -> LossStatistics:
 
 
 def energy_between(before: EnergyReading, after: EnergyReading) -> tuple[float | None, EnergySource | None]:
-    """Return joules between two readings and their source; both `None` when either is unknown."""
+    """Return joules between two readings and their source; both `None` when either is unknown.
+
+    The source is that of `after`: a meter only ever changes to a weaker one.
+    """
     if before.energy_j is None or after.energy_j is None:
         return None, None
     return after.energy_j - before.energy_j, after.source
+
+
+def mean_finite(values: Sequence[float]) -> float:
+    """Return the mean of the finite values, NaN if there are none: float16 skips a step whose gradient overflowed."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def interval_noise_scale(
     gradient_norms: Sequence[float], moment_norms: Sequence[float], config: RunConfig, batch_size: float
 ) -> float | None:
     """Return the gradient noise scale in sequences from an interval's gradient norms and norms of Adam's first moment."""
-    seen = np.minimum(gradient_norms, config.gradient_clip)
-    if not moment_norms or not (np.isfinite(seen).all() and np.isfinite(moment_norms).all()):
+    seen = [min(norm, config.gradient_clip) ** 2 for norm in gradient_norms if norm != math.inf]
+    moments = [norm**2 for norm in moment_norms]
+    if not (seen and moments and math.isfinite(sum(seen) + sum(moments))):
         return None
-    gradient, moment = float((seen**2).mean()), float((np.asarray(moment_norms) ** 2).mean())
+    gradient, moment = sum(seen) / len(seen), sum(moments) / len(moments)
     return noise_scale_from_moments(gradient, moment, config.beta1, batch_size)
 
 
@@ -68,6 +78,8 @@ def memory_share(device: torch.device) -> float | None:
         torch.cuda.reset_peak_memory_stats(device)
         return peak / torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu" and sys.platform == "linux":
+        import resource  # not there on Windows
+
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / total
     return None

@@ -55,6 +55,12 @@ class LoadedModel:
         """Number of trainable parameters."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
+    def save(self, folder: Path) -> None:
+        """Write the model, and its tokenizer if it has one, so that plain transformers loads them."""
+        self.model.save_pretrained(folder)
+        if isinstance(self.tokenizer, PretrainedTokenizer):
+            self.tokenizer.tokenizer.save_pretrained(folder)
+
 
 def load_model(name: str, seed: int) -> LoadedModel:
     """Load a preset, a config JSON or folder (fresh weights from `seed`), a model folder or a Hub id (its own weights).

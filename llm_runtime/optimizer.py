@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,36 +33,42 @@ def neutral_factor(batch_size: int, start_batch_size: int) -> float:
 
 
 def change_batch(optimizer: AdamW, ratio: float) -> None:
-    """Keep Adam's second moment the same in tokens when the batch grows by `ratio`.
+    """Keep Adam's moments, bias correction included, as they are when the batch grows by `ratio`.
 
     The decay becomes beta2^ratio, so that its half-life in tokens stays (Marek et al. 2025), and the step count is
-    divided by `ratio`, so that the bias correction 1 - beta2^step stays as it was.
+    divided by `ratio`, so that the bias correction 1 - beta2^step stays as it was. The correction 1 - beta1^step
+    does move: the first moment moves with it, or the first steps after a change in warm-up would be too large.
     """
     if ratio == 1:
         return
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
-        group["betas"] = (beta1, beta2**ratio)
-    for state in optimizer.state.values():
-        state["step"] /= ratio
+        group["betas"] = (beta1, float(beta2**ratio))
+        for state in _states(optimizer, group):
+            before = 1 - beta1 ** state["step"]
+            state["step"] /= ratio
+            state["exp_avg"] *= (1 - beta1 ** state["step"]) / before
 
 
 def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = float(learning_rate)
 
 
 def update_direction(optimizer: AdamW) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """Return, for each parameter, the last update as Adam's buffers tell it (weight decay included)."""
+    """Return, for each parameter, the last update as Adam's buffers tell it (weight decay included).
+
+    The decay is taken of the weights after the step instead of before it: an error of lr x decay of the update.
+    """
     updates = []
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         for parameter in group["params"]:
             state = optimizer.state.get(parameter)
-            if not state:
+            step = float(state["step"]) if state else 0.0
+            if not step:  # never stepped, or every step was skipped by the loss scaler
                 continue
-            step = float(state["step"])
             first = state["exp_avg"] / (1 - beta1**step)
             second = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
             update = (
@@ -76,7 +83,7 @@ def first_moment_norm(optimizer: AdamW) -> torch.Tensor | None:
     moments: list[torch.Tensor] = []
     correction = 1.0
     for group in optimizer.param_groups:
-        states = [optimizer.state[p] for p in group["params"] if optimizer.state.get(p)]
+        states = _states(optimizer, group)
         moments += [state["exp_avg"] for state in states]
         if states:
             correction = 1 - group["betas"][0] ** float(states[0]["step"])
@@ -85,4 +92,10 @@ def first_moment_norm(optimizer: AdamW) -> torch.Tensor | None:
 
 def norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the Euclidean norm of all tensors taken as one vector, a scalar on the device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    return norm
+
+
+def _states(optimizer: AdamW, group: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Return the buffers of a group's parameters that have been stepped."""
+    return [optimizer.state[p] for p in group["params"] if optimizer.state.get(p)]

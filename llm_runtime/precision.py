@@ -81,9 +81,9 @@ def cached_step_seconds(
     path = cache_dir() / "precision" / f"{blake2b(label.encode(), digest_size=10).hexdigest()}.json"
     try:
         seconds: dict[Precision, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        if set(seconds) == set(precisions):
+        if set(seconds) == set(precisions) and all(value > 0 for value in seconds.values()):
             return seconds
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # never measured here, or a damaged file: measure again
     seconds = measure_step_seconds(device, step, precisions)
     try:

@@ -36,7 +36,7 @@ def probe_curvature(
         updates: Each parameter with its last update.
         loss: Mean loss of the model on the probe's micro-batch, a scalar tensor in nats/token.
     """
-    parameters = [parameter for parameter, _ in updates]
+    parameters: list[torch.Tensor] = [parameter for parameter, _ in updates]
     directions = [update for _, update in updates]
     saved = [parameter.detach().clone() for parameter in parameters]
     centre = loss()

@@ -50,18 +50,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_choices()
-        for name in ("tokens", "batch_size", "sequence_length", "decisions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (math.isfinite(self.base_learning_rate) and self.base_learning_rate > 0):
-            raise ValueError(f"base_learning_rate must be a positive number, got {self.base_learning_rate}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not self.gradient_clip > 0:
-            raise ValueError(f"gradient_clip must be positive, got {self.gradient_clip}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        self._check_counts()
+        self._check_optimiser()
         needed = self.decisions * self.batch_size * self.sequence_length
         if self.tokens < needed:
             raise ValueError(
@@ -80,6 +70,23 @@ class RunConfig:
         if not self.text:
             raise ValueError("text must name at least one source, got none; the default is 'stdlib'")
 
+    def _check_counts(self) -> None:
+        least = {"tokens": 1, "batch_size": 1, "sequence_length": 1, "decisions": 1, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+    def _check_optimiser(self) -> None:
+        for name in ("base_learning_rate", "gradient_clip"):
+            if not (_is_number(value := getattr(self, name)) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("beta1", "beta2"):
+            if not (_is_number(value := getattr(self, name)) and 0 <= value < 1):
+                raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay!r}")
+
     def n_sequences(self) -> int:
         """Return the budget in sequences."""
         return self.tokens // self.sequence_length
@@ -96,3 +103,7 @@ class RunConfig:
     def start(self) -> Controls:
         """Return the controls that leave the base schedule untouched."""
         return Controls(batch_size=self.batch_size, precision=self.precision)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

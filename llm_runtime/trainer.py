@@ -6,6 +6,8 @@ Shapes: B sequences, b sequences of a micro-batch, T tokens of a sequence, V voc
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +41,7 @@ class Trainer:
     """A model, its optimiser and the controls in force. Knows neither corpus nor budget."""
 
     def __init__(self, model: PreTrainedModel, config: RunConfig, device: torch.device) -> None:
-        self.model = model.to(device)
+        self.model = model.to(device)  # type: ignore[arg-type]
         self.model.train()
         self.config = config
         self.device = device
@@ -51,10 +53,10 @@ class Trainer:
         self.masks: WeightMasks | None = None
         self.width_start = 0
         if config.pruning in ("magnitude", "evolution"):
-            self.masks = WeightMasks(self.model, config.pruning)  # type: ignore[arg-type]
+            self.masks = WeightMasks(self.model, config.pruning)
         elif config.pruning == "width":
             self.width_start = channels.ffn_width(self.model)
-        self._output_dtype: torch.dtype = torch.float32
+        self._effective_precision: str = config.precision
         self._watch_a_matrix_product()
         self.set_precision(config.precision)
 
@@ -67,34 +69,34 @@ class Trainer:
         """
         batch = torch.from_numpy(sequences).to(self.device)  # (B, T + 1)
         adam.set_learning_rate(self.optimizer, learning_rate)
-        loss = self._gradient(batch)
+        loss = self._gradient(batch, self.precision)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.masks is not None:
-            self.masks.observe()
             self.masks.apply()
+            self.masks.observe()
         return StepRecord(loss, norm)
 
-    def _gradient(self, batch: torch.Tensor) -> torch.Tensor:
+    def _gradient(self, batch: torch.Tensor, precision: Precision) -> torch.Tensor:
         """Accumulate the batch's gradient; out of memory halves the micro-batch and starts this batch again."""
         while True:
             micro = min(self.micro_batch_size or len(batch), len(batch))
             try:
-                return self._accumulate(batch, micro)
+                return self._accumulate(batch, micro, precision)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
             self._shrink_micro_batch(micro)
 
-    def _accumulate(self, batch: torch.Tensor, micro: int) -> torch.Tensor:
+    def _accumulate(self, batch: torch.Tensor, micro: int, precision: Precision) -> torch.Tensor:
         total = torch.zeros((), device=self.device)
-        for part in batch.split(micro):  # (b, T + 1)
-            with number_format.autocast(self.precision, self.device):
+        for part in torch.split(batch, micro):  # (b, T + 1)
+            with number_format.autocast(precision, self.device):
                 loss = self.loss(part) * (len(part) / len(batch))
-            self.scaler.scale(loss).backward()
+            torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
         return total
 
@@ -115,24 +117,13 @@ class Trainer:
 
     def rehearse(self, sequences: np.ndarray, precision: Precision) -> None:
         """Run one forward and backward pass in `precision` and forget its gradient: for timing only."""
-        part = torch.from_numpy(sequences).to(self.device)
-        with number_format.autocast(precision, self.device):
-            loss = self.loss(part)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self._gradient(torch.from_numpy(sequences).to(self.device), precision)
         self.optimizer.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
     def evaluate(self, sequences: np.ndarray) -> float:
         """Return the mean loss over sequences of shape (n, T + 1) in float32, in nats/token."""
-        self.model.eval()
-        total = 0.0
-        size = self.micro_batch_size or self.batch_size
-        for start in range(0, len(sequences), size):
-            part = torch.from_numpy(sequences[start : start + size]).to(self.device)
-            with number_format.autocast("fp32", self.device):
-                total += float(self.loss(part)) * len(part)
-        self.model.train()
-        return total / len(sequences)
+        with self._evaluating():
+            return float(self._mean_loss(torch.from_numpy(sequences).to(self.device)))
 
     def probe(self, sequences: np.ndarray) -> ProbeResult | None:
         """Probe the curvature along the last update on sequences of shape (n, T + 1)."""
@@ -140,18 +131,37 @@ class Trainer:
         if not updates:
             return None
         batch = torch.from_numpy(sequences).to(self.device)
+        with self._evaluating():
+            return probe_curvature(updates, lambda: self._mean_loss(batch))
+
+    def _mean_loss(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of a batch of any size, taken through the model in micro-batches, a scalar."""
+        parts = torch.split(batch, min(self.micro_batch_size or self.batch_size, self.batch_size))
+        losses = [self.loss(part).double() * (len(part) / len(batch)) for part in parts]
+        return torch.stack(losses).sum()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Switch dropout and gradients off and float32 on."""
         self.model.eval()
-        with number_format.autocast("fp32", self.device):
-            result = probe_curvature(updates, lambda: self.loss(batch))
-        self.model.train()
-        return result
+        try:
+            with torch.no_grad(), number_format.autocast("fp32", self.device):
+                yield
+        finally:
+            self.model.train()
 
     def apply(self, controls: Controls) -> None:
-        """Bring batch size, precision and width into force; masks follow along the interval with `prune_towards`."""
-        adam.change_batch(self.optimizer, controls.batch_size / self.batch_size)
-        self.batch_size = controls.batch_size
+        """Bring batch size, precision and width into force; masks follow along the interval with `prune_towards`.
+
+        Raises:
+            ValueError: a control cannot be used here; nothing has changed then.
+        """
+        if controls.sparsity and self.config.pruning == "none":
+            raise ValueError(f"sparsity must be 0 in a run whose pruning is 'none', got {controls.sparsity}")
         if controls.precision != self.precision:
             self.set_precision(controls.precision)
+        adam.change_batch(self.optimizer, controls.batch_size / self.batch_size)
+        self.batch_size = int(controls.batch_size)
         if self.width_start:
             keep = channels.channels_for(controls.sparsity, self.width_start)
             if keep < channels.ffn_width(self.model):
@@ -179,15 +189,15 @@ class Trainer:
         return 0.0
 
     def effective_precision(self) -> str:
-        """Return the number format of the last matrix product, read from its output."""
-        return number_format.name_of(self._output_dtype, self.device)
+        """Return the number format of the last matrix product in training, read from its output."""
+        return self._effective_precision
 
     def _watch_a_matrix_product(self) -> None:
         first = next(m for m in self.model.base_model.modules() if isinstance(m, nn.Linear | Conv1D))
 
         def remember(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
             if self.model.training:
-                self._output_dtype = output.dtype
+                self._effective_precision = number_format.name_of(output.dtype, self.device)
 
         first.register_forward_hook(remember)
 
@@ -202,7 +212,7 @@ class Trainer:
             "batch_size": self.batch_size,
             "micro_batch_size": self.micro_batch_size,
             "masks": copy.deepcopy(self.masks.state_dict()) if self.masks is not None else {},
-            "output_dtype": str(self._output_dtype).removeprefix("torch."),
+            "effective_precision": self._effective_precision,
         }
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -217,7 +227,7 @@ class Trainer:
         self.micro_batch_size = snapshot["micro_batch_size"]
         if self.masks is not None:
             self.masks.load_state_dict(copy.deepcopy(snapshot["masks"]))
-        self._output_dtype = getattr(torch, snapshot["output_dtype"])
+        self._effective_precision = snapshot["effective_precision"]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

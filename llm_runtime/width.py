@@ -213,7 +213,7 @@ def _replace(parameter: nn.Parameter, data: Tensor) -> None:
     parameter.grad = None
     # Autograd remembers the old shape for as long as any loss of this model is alive, and the next backward
     # pass would fail on it. Only a change of dtype or device makes it forget: hence the empty tensor between.
-    passing = torch.float32 if data.dtype == torch.float64 else torch.float64
+    passing = torch.float32 if data.dtype == torch.float16 else torch.float16
     parameter.data = data.new_empty(0, dtype=passing)
     parameter.data = data
 

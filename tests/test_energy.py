@@ -1,4 +1,4 @@
-"""Which meter a device gets, and what lies between two readings."""
+"""Which meter a device gets."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ from pathlib import Path
 import pytest
 from fake_nvml import UUIDS, FakeNvml, build_fake_nvml
 from trainpilot.llm_runtime import energy_host
-from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, NoMeter, energy_between, select_meter
+from trainpilot.llm_runtime.energy import EnergyMeter, NoMeter, select_meter
 from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
 from trainpilot.llm_runtime.energy_nvml import NvmlMeter
 from trainpilot.llm_runtime.ticker import Ticker
-
-
-def reading(energy_j: float | None, source: str | None = "measured_counter") -> EnergyReading:
-    return EnergyReading(time_s=0.0, energy_j=energy_j, source=source)  # type: ignore[arg-type]
 
 
 def assert_knows_nothing(meter: EnergyMeter, reason: str) -> None:
@@ -103,13 +99,6 @@ def test_cpu_is_measured_where_rapl_can_be_read(monkeypatch: pytest.MonkeyPatch,
 
     assert meter.read().source == "measured_counter"
     meter.close()
-
-
-def test_energy_between_two_readings() -> None:
-    assert energy_between(reading(2.0), reading(5.5)) == (3.5, "measured_counter")
-    assert energy_between(reading(2.0), reading(5.5, "measured_power")) == (3.5, "measured_power")
-    assert energy_between(reading(2.0), reading(None, None)) == (None, None)
-    assert energy_between(reading(None, None), reading(5.5)) == (None, None)
 
 
 class Counter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -245,11 +244,4 @@ def test_a_driver_that_does_not_start(nvml: FakeNvml, make_meter: MakeMeter) -> 
     nvml.set(init_error=9)
 
     with pytest.raises(MeterUnavailableError, match="NVML does not start"):
-        make_meter()
-
-
-def test_missing_bindings(nvml: FakeNvml, make_meter: MakeMeter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-
-    with pytest.raises(MeterUnavailableError, match="nvidia-ml-py"):
         make_meter()

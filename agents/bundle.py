@@ -1,0 +1,148 @@
+"""Save a trained policy as one small file, and load it without running any code from it.
+
+A bundle is a safetensors file: the weights of the policy network, and one JSON text in the header with everything that
+must fit before a decision makes sense (action and observation tables) and where the policy comes from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.llm_runtime.files import whole_file
+
+FORMAT = 1
+MAX_BYTES = 16 * 2**20
+"""No policy network is larger than this; a file that is holds something else."""
+
+
+def field_tables() -> dict[str, Any]:
+    """Return what a policy's inputs and outputs mean: the part of a bundle that must match this version."""
+    return {
+        "actions": [{"name": f.name, "choices": list(f.choices)} for f in ACTION_FIELDS],
+        "observations": [{"name": f.name, "low": f.low, "high": f.high} for f in OBSERVATION_FIELDS],
+        "n_stack": N_STACK,
+    }
+
+
+@dataclass(frozen=True)
+class PolicyBundle:
+    """A policy network and its provenance."""
+
+    weights: Mapping[str, np.ndarray]
+    """`hidden.I.weight`, `hidden.I.bias`, `action.weight`, `action.bias`, float32."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Training cases, preference range, decisions per run, versions, what training cost: plain JSON values."""
+
+    @property
+    def decisions(self) -> int:
+        """Decisions per run that the policy was trained with."""
+        return int(self.provenance.get("decisions", 50))
+
+    def logits(self, observation: np.ndarray) -> np.ndarray:
+        """Return the logits of all choices, float32 of shape (sum of choices,), for one observation."""
+        x = observation.astype(np.float32)
+        for index in range(self._n_hidden()):
+            x = np.tanh(self.weights[f"hidden.{index}.weight"] @ x + self.weights[f"hidden.{index}.bias"])
+        return np.asarray(self.weights["action.weight"] @ x + self.weights["action.bias"])
+
+    def act(self, observation: np.ndarray, masks: np.ndarray) -> tuple[int, ...]:
+        """Return the most likely allowed choice of every action field."""
+        logits = np.where(masks, self.logits(observation), -np.inf)
+        borders = np.cumsum([len(f.choices) for f in ACTION_FIELDS])[:-1]
+        return tuple(int(part.argmax()) for part in np.split(logits, borders))
+
+    def _n_hidden(self) -> int:
+        return sum(name.startswith("hidden.") and name.endswith(".weight") for name in self.weights)
+
+    def save(self, path: Path) -> None:
+        """Write the bundle, whole."""
+        content = {"format": FORMAT, "fields": field_tables(), "provenance": dict(self.provenance)}
+        metadata = {"trainpilot": json.dumps(content, allow_nan=False)}
+        weights = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in self.weights.items()}
+        with whole_file(path) as temporary:
+            temporary.write_bytes(to_bytes(weights, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> PolicyBundle:
+        """Read a bundle.
+
+        Raises:
+            ValueError: no such file, not a bundle, or one whose fields, shapes or values do not fit this version.
+        """
+        content, weights = _read(path)
+        _check_fields(path, content)
+        _check_weights(path, weights)
+        return cls(weights, content.get("provenance", {}))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if not path.is_file():
+        raise ValueError(f"policy: no file {path}; give 'none' or a bundle that train-agent wrote")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"policy: {path} is larger than {MAX_BYTES // 2**20} MiB and cannot be a bundle")
+    head = path.read_bytes()[:4]
+    if head[:1] == b"\x80" or head == b"PK\x03\x04":
+        raise ValueError(
+            f"policy: {path} is a pickle or an SB3 zip, which could run code when loaded; "
+            "give the .safetensors bundle that train-agent wrote"
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {})["trainpilot"]
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        content = json.loads(text)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"policy: {path} is not a trainpilot bundle ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"policy: {path} is not a trainpilot bundle (its header is no JSON object)")
+    return content, weights
+
+
+def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
+    if content.get("format") != FORMAT:
+        raise ValueError(f"policy: {path} has format {content.get('format')!r}, this version reads {FORMAT}; retrain it")
+    stored, expected = content.get("fields", {}), field_tables()
+    for table in ("actions", "observations"):
+        if difference := _first_difference(stored.get(table, []), expected[table]):
+            raise ValueError(f"policy: {path} does not fit this version: {table}: {difference}; retrain it")
+    if stored.get("n_stack") != N_STACK:
+        raise ValueError(f"policy: {path} stacks {stored.get('n_stack')} observations, this version {N_STACK}; retrain it")
+
+
+def _first_difference(stored: Sequence[Any], expected: Sequence[Any]) -> str | None:
+    names = [entry.get("name") if isinstance(entry, dict) else entry for entry in stored]
+    known = [entry["name"] for entry in expected]
+    if missing := [name for name in known if name not in names]:
+        return f"{missing[0]!r} is missing"
+    if unknown := [name for name in names if name not in known]:
+        return f"{unknown[0]!r} is unknown"
+    for entry, wanted in zip(stored, expected, strict=True):
+        if entry != wanted:
+            return f"{entry.get('name')!r} is {entry}, expected {wanted}"
+    return None
+
+
+def _check_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    size = N_STACK * len(OBSERVATION_FIELDS)
+    names = sorted(name for name in weights if name.startswith("hidden.") and name.endswith(".weight"))
+    layers = [f"hidden.{index}" for index in range(len(names))] + ["action"]
+    n_choices = sum(len(f.choices) for f in ACTION_FIELDS)
+    for layer in layers:
+        weight, bias = weights.get(f"{layer}.weight"), weights.get(f"{layer}.bias")
+        if weight is None or bias is None or weight.ndim != 2 or weight.shape != (len(bias), size):
+            raise ValueError(f"policy: {path}: {layer} must map {size} inputs, got {None if weight is None else weight.shape}")
+        size = len(bias)
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise ValueError(f"policy: {path}: {layer} holds values that are not finite")
+    if size != n_choices:
+        raise ValueError(f"policy: {path}: action must have {n_choices} outputs, got {size}")

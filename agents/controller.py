@@ -1,0 +1,70 @@
+"""Decide the controls of the next interval from the telemetry so far. Needs numpy, never SB3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.envs.action import KEEP, Action
+from trainpilot.envs.decision_state import Decision, DecisionState
+from trainpilot.envs.preference import Preference
+from trainpilot.envs.reward import RewardTerms
+from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+Policy = Callable[[np.ndarray, np.ndarray], Action]
+"""Takes the observation and the masks, returns an action."""
+
+
+def keep(observation: np.ndarray, masks: np.ndarray) -> Action:
+    """Never change anything: the base schedule."""
+    return KEEP
+
+
+class Controller:
+    """A policy, and what it knows about the run that it steers.
+
+    Args:
+        policy: `keep`, `PolicyBundle.act`, or any function of observation and masks.
+        limits: What the run can do.
+        preference: Weights on quality, energy and time.
+    """
+
+    def __init__(self, policy: Policy, limits: ControlLimits, preference: Preference) -> None:
+        self.policy = policy
+        self.state = DecisionState(limits, preference)
+        self.decision: Decision | None = None
+
+    @classmethod
+    def of_bundle(cls, bundle: PolicyBundle, limits: ControlLimits, preference: Preference) -> Controller:
+        """Return a controller that takes a bundle's most likely action."""
+        return cls(bundle.act, limits, preference)
+
+    def decide(self, telemetry: Telemetry | None) -> Controls:
+        """Return the controls of the next interval; `telemetry` is the last interval's, `None` before the first."""
+        if telemetry is not None:
+            self.state.observe(telemetry)
+        self._observation = self.state.fields()
+        self._reasons = self.state.mask_reasons()
+        action = self.policy(self.state.observation(), self.state.action_masks())
+        self.decision = self.state.decide(action)
+        return self.decision.controls
+
+    def record(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> DecisionRecord:
+        """Return the record of the last decision and the interval that followed it."""
+        if self.decision is None:
+            raise ValueError("record needs a decision; call decide first")
+        return DecisionRecord.of(telemetry, self.decision, self._reasons, self._observation, reward)
+
+    def resume(self, records: list[DecisionRecord]) -> Telemetry | None:
+        """Take in the decisions and telemetry of an interrupted run; return the last telemetry, for `decide`."""
+        for record in records[:-1]:
+            self.state.decide(record.requested)
+            self.state.observe(record.telemetry)
+        if not records:
+            return None
+        self.state.decide(records[-1].requested)
+        return records[-1].telemetry

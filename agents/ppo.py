@@ -1,0 +1,197 @@
+"""Train a policy with PPO (MaskablePPO) on an environment that it is given, resumably, and hand it over as a bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecEnv
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.llm_runtime.files import whole_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """How the policy learns. Names and meanings are Stable-Baselines3's."""
+
+    total_decisions: int = 20_000
+    """Environment steps to learn from."""
+    n_steps: int = 100
+    """Decisions per environment between two updates."""
+    batch_size: int = 100
+    """Minibatch of an update, in decisions."""
+    n_epochs: int = 6
+    """Passes over the collected decisions per update."""
+    learning_rate: float = 5e-4
+    """Of the policy's optimiser."""
+    gamma: float = 1.0
+    """No discount: the outcome of the run is what counts."""
+    gae_lambda: float = 0.97
+    """Bias against variance of the advantage estimate."""
+    clip_range: float = 0.2
+    """Trust region of the probability ratio."""
+    ent_coef: float = 0.003
+    """Weight of the entropy bonus."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Largest gradient norm of an update."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Width of each hidden layer, of policy and value network alike."""
+    keep_probability: float = 0.7
+    """Chance that the untrained policy leaves a control alone: learning starts near the base schedule."""
+    finish_probability: float = 0.003
+    """Chance per decision that the untrained policy begins the cool-down."""
+    seed: int = 0
+    """Seeds the policy's initial weights and its sampling."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_decisions", "n_steps", "batch_size", "n_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ppo.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("keep_probability", "finish_probability"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"ppo.{name} must be in (0, 1), got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"ppo.learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"ppo.gae_lambda must be in [0, 1], got {self.gae_lambda}")
+
+
+def make_ppo(env: VecEnv, config: PPOConfig) -> MaskablePPO:
+    """Return a fresh agent whose untrained policy mostly keeps everything as it is."""
+    model = MaskablePPO(
+        "MlpPolicy",
+        env,
+        learning_rate=config.learning_rate,
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        ent_coef=config.ent_coef,
+        vf_coef=config.vf_coef,
+        max_grad_norm=config.max_grad_norm,
+        policy_kwargs={"net_arch": list(config.hidden), "activation_fn": torch.nn.Tanh},
+        seed=config.seed,
+        device="cpu",  # a small network is faster there
+    )
+    with torch.no_grad():
+        bias = torch.from_numpy(initial_bias(config)).to(model.policy.action_net.bias)
+        model.policy.action_net.bias.copy_(bias)
+    return model
+
+
+def initial_bias(config: PPOConfig) -> np.ndarray:
+    """Return the logits, float32 of shape (sum of choices,), of a policy that mostly keeps."""
+    parts = []
+    for field in ACTION_FIELDS:
+        keep = 1 - config.finish_probability if field.name == "finish" else config.keep_probability
+        logits = np.zeros(len(field.choices), dtype=np.float32)
+        logits[field.keep] = math.log(keep / (1 - keep) * (len(field.choices) - 1))
+        parts.append(logits)
+    return np.concatenate(parts)
+
+
+def train(
+    env: VecEnv,
+    config: PPOConfig,
+    folder: Path,
+    *,
+    callbacks: Sequence[BaseCallback] = (),
+    progress: Callable[[int], None] | None = None,
+) -> tuple[MaskablePPO, dict[str, float]]:
+    """Train to `config.total_decisions`; go on from `folder`/checkpoint.pt if there is one.
+
+    Args:
+        env: Vectorised environment with scalar rewards and `action_masks`.
+        config: How to learn.
+        folder: Takes the checkpoint and the TensorBoard events (`tb/`).
+        callbacks: Further SB3 callbacks, such as `TrainingLog`.
+        progress: Called with the number of decisions made so far.
+
+    Returns:
+        The agent, and what training cost: decisions, episodes, joules (NaN where unknown), seconds.
+    """
+    model = make_ppo(env, config)
+    keeper = _Keeper(folder / "checkpoint.pt", progress)
+    keeper.load(model)
+    model.set_logger(configure(str(folder / "tb"), ["tensorboard"]))
+    left = config.total_decisions - model.num_timesteps
+    if left > 0:
+        model.learn(left, callback=CallbackList([keeper, *callbacks]), reset_num_timesteps=False)
+    return model, keeper.cost
+
+
+class _Keeper(BaseCallback):
+    """Writes a checkpoint after every update, counts what training costs, reports progress."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None] | None) -> None:
+        super().__init__()
+        self.path = path
+        self.progress = progress
+        self.cost = {"decisions": 0.0, "episodes": 0.0, "energy_j": 0.0, "time_s": 0.0}
+
+    def _on_step(self) -> bool:
+        for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
+            energy = info.get("energy_j")
+            self.cost["energy_j"] += math.nan if energy is None else energy
+            self.cost["time_s"] += info.get("time_s", math.nan)
+            self.cost["episodes"] += done
+        self.cost["decisions"] = self.num_timesteps
+        if self.progress is not None:
+            self.progress(self.num_timesteps)
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps:
+            self.save()  # the update on the last rollout is done
+
+    def _on_training_end(self) -> None:
+        self.save()
+
+    def save(self) -> None:
+        state = {
+            "policy": self.model.policy.state_dict(),
+            "optimizer": self.model.policy.optimizer.state_dict(),
+            "num_timesteps": self.model.num_timesteps,
+            "n_updates": self.model._n_updates,
+            "cost": self.cost,
+        }
+        with whole_file(self.path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, model: MaskablePPO) -> None:
+        if not self.path.is_file():
+            return
+        try:
+            state = torch.load(self.path, weights_only=True)
+            model.policy.load_state_dict(state["policy"])
+        except Exception as error:  # torch raises many kinds for a damaged or foreign file
+            raise ValueError(f"out: {self.path} cannot be resumed ({type(error).__name__}); remove it") from error
+        model.policy.optimizer.load_state_dict(state["optimizer"])
+        model.num_timesteps = state["num_timesteps"]
+        model._n_updates = state["n_updates"]
+        self.cost = state["cost"]
+
+
+def bundle_of(model: MaskablePPO, provenance: Mapping[str, Any]) -> PolicyBundle:
+    """Return the policy network of an agent as a bundle."""
+    weights: dict[str, np.ndarray] = {}
+    linears = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, torch.nn.Linear)]
+    for index, layer in enumerate(linears):
+        weights[f"hidden.{index}.weight"] = layer.weight.detach().numpy()
+        weights[f"hidden.{index}.bias"] = layer.bias.detach().numpy()
+    weights["action.weight"] = model.policy.action_net.weight.detach().numpy()
+    weights["action.bias"] = model.policy.action_net.bias.detach().numpy()
+    return PolicyBundle({name: value.copy() for name, value in weights.items()}, provenance)

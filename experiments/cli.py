@@ -1,0 +1,124 @@
+"""The console command `trainpilot`. Imports what a command needs only when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from typing import Annotated, NoReturn
+
+import tyro
+from rich.console import Console
+from trainpilot.experiments.options import (
+    DemoOptions,
+    DoctorOptions,
+    InspectOptions,
+    ReplayOptions,
+    TrainAgentOptions,
+)
+from tyro.conf import subcommand
+
+Command = (
+    Annotated[DemoOptions, subcommand("demo")]
+    | Annotated[TrainAgentOptions, subcommand("train-agent")]
+    | Annotated[ReplayOptions, subcommand("replay")]
+    | Annotated[DoctorOptions, subcommand("doctor")]
+    | Annotated[InspectOptions, subcommand("inspect")]
+)
+
+COMMANDS = ("demo", "train-agent", "replay", "doctor", "inspect")
+DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot demo`, then `trainpilot replay --help`."
+
+
+def main() -> None:
+    """Run the command line. Bad input ends with one clear line and exit code 2."""
+    _quieten_libraries()
+    options = _parse(sys.argv[1:])
+    try:
+        _run(options)
+    except ValueError as error:
+        _refuse(str(error))
+    except OSError as error:
+        _refuse(f"{error.strerror or error}: {error.filename or 'output'}; free space or choose another --out", code=1)
+    except KeyboardInterrupt:
+        _refuse("interrupted; the same command goes on where it was", code=130)
+
+
+def _run(options: object) -> None:
+    console = Console()
+    if isinstance(options, DemoOptions):
+        from trainpilot.experiments.demo import demo
+
+        demo(options, console)
+    elif isinstance(options, TrainAgentOptions):
+        from trainpilot.experiments.train_agent import train_agent
+
+        train_agent(options, console)
+    elif isinstance(options, ReplayOptions):
+        from trainpilot.experiments.replay import replay
+
+        replay(options, console)
+    elif isinstance(options, DoctorOptions):
+        _doctor(options, console)
+    elif isinstance(options, InspectOptions):
+        from trainpilot.experiments.inspect_path import inspect_path
+
+        inspect_path(options.path, console)
+
+
+def _doctor(options: DoctorOptions, console: Console) -> None:
+    from trainpilot.experiments.doctor import diagnose, print_report
+
+    report = diagnose()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report, console)
+
+
+def _parse(arguments: list[str]) -> object:
+    """Return the chosen command's options; what cannot be parsed ends with one line and exit code 2."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(  # type: ignore[call-overload]
+                Command,
+                prog="trainpilot",
+                description=DESCRIPTION,
+                args=arguments,
+                config=(tyro.conf.OmitSubcommandPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            command = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
+            _refuse(f"{_first_block(captured.getvalue()).rstrip('.')}; see trainpilot {command}--help")
+        raise
+
+
+def _first_block(box: str) -> str:
+    """Return the first paragraph of a message drawn in a box, as one line."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()[1:]]
+    block = []
+    for line in lines:
+        if not line:
+            break
+        block.append(line)
+    return re.sub(r"\s+", " ", " ".join(block)) or "these arguments cannot be understood"
+
+
+def _refuse(message: str, code: int = 2) -> NoReturn:
+    print(f"trainpilot: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _quieten_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()
