@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
+
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
@@ -110,13 +111,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
     if content.get("format") != FORMAT:
-        raise ValueError(f"policy: {path} has format {content.get('format')!r}, this version reads {FORMAT}; retrain it")
+        raise ValueError(f"policy: {path} has format {content.get('format')!r}, expected {FORMAT}; retrain it")
     stored, expected = content.get("fields", {}), field_tables()
     for table in ("actions", "observations"):
         if difference := _first_difference(stored.get(table, []), expected[table]):
             raise ValueError(f"policy: {path} does not fit this version: {table}: {difference}; retrain it")
     if stored.get("n_stack") != N_STACK:
-        raise ValueError(f"policy: {path} stacks {stored.get('n_stack')} observations, this version {N_STACK}; retrain it")
+        raise ValueError(f"policy: {path} has n_stack {stored.get('n_stack')}, expected {N_STACK}; retrain it")
 
 
 def _first_difference(stored: Sequence[Any], expected: Sequence[Any]) -> str | None:
@@ -140,7 +141,8 @@ def _check_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
     for layer in layers:
         weight, bias = weights.get(f"{layer}.weight"), weights.get(f"{layer}.bias")
         if weight is None or bias is None or weight.ndim != 2 or weight.shape != (len(bias), size):
-            raise ValueError(f"policy: {path}: {layer} must map {size} inputs, got {None if weight is None else weight.shape}")
+            got = None if weight is None else weight.shape
+            raise ValueError(f"policy: {path}: {layer} must map {size} inputs, got {got}")
         size = len(bias)
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise ValueError(f"policy: {path}: {layer} holds values that are not finite")

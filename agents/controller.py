@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import KEEP, Action

@@ -14,6 +14,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
+
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.llm_runtime.files import whole_file

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from trainpilot.agents.flat_settings import hparams, markdown_table
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.tags import TAGS, multiline
 from trainpilot.envs.action import ACTION_FIELDS
@@ -90,18 +91,22 @@ class RunWriter:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the run's summary as a table of text."""
-        rows = [f"| {key} | {_cell(value)} |" for key, value in flatten(summary).items()]
-        self._text("run/summary", "\n".join(["| | |", "|---|---|", *rows]))
+        self._text("run/summary", markdown_table(summary))
 
     def write_hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
         """Write settings and final figures for the HPARAMS tab.
 
         Args:
             config: The settings, nested or not.
-            metrics: Figures of the whole run by tag, `final/...`; `None` is left out.
+            metrics: Figures of the whole run by their name in the summary, as in `final_validation_loss` or `time_s`;
+                `None` is left out. They become the tags `final/validation_loss`, `final/time_s`.
         """
-        settings = {key: _setting(value) for key, value in flatten(config).items()}
-        figures = {TAGS[tag].name: value for tag, value in metrics.items() if _is_finite(value)}
+        settings = hparams(config)
+        figures = {
+            TAGS[f"final/{name.removeprefix('final_')}"].name: value
+            for name, value in metrics.items()
+            if value is not None and math.isfinite(value)
+        }
         self._try(lambda: self._writer.add_hparams(settings, figures, run_name=".", global_step=self._tokens))
 
     def close(self) -> None:
@@ -220,31 +225,3 @@ def _of_record(record: DecisionRecord, totals: Totals) -> Scalars:
 
 def _code(precision: str) -> float | None:
     return float(PRECISIONS.index(precision)) if precision in PRECISIONS else None
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        inner = value if isinstance(value, Mapping) else None
-        flat |= {f"{prefix}{key}": value} if inner is None else flatten(inner, f"{prefix}{key}.")
-    return flat
-
-
-def _setting(value: Any) -> bool | int | float | str:
-    """Return a value that the HPARAMS tab can hold."""
-    return value if isinstance(value, bool | int | float | str) else _cell(value)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "unknown"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_cell(item) for item in value)
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, decode
 from trainpilot.envs.observation import OBSERVATION_FIELDS, RunView, encode
 from trainpilot.envs.preference import Preference
@@ -72,7 +71,7 @@ class DecisionState:
         return np.array([reason is None for why in self.mask_reasons() for reason in why])
 
     def decide(self, action: Sequence[int] | np.ndarray) -> Decision:
-        """Bring the allowed part of `action` into force. Raises `ValueError` unless it has one valid choice per field."""
+        """Bring the allowed part of `action` into force. Raises `ValueError` for a choice that does not exist."""
         requested = tuple(int(choice) for choice in action)
         allowed, refusals = allow(requested, self.mask_reasons())
         controls = decode(allowed, self.controls)

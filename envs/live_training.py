@@ -11,7 +11,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK, Decision, DecisionState
 from trainpilot.envs.observation import OBSERVATION_FIELDS
@@ -108,7 +107,6 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
             raise ValueError("cases must name at least one run, got none")
         self.cases = tuple(cases)
         self.preference = preference
-        self._threads = threads
         self._own_plants = make_plant is not None
         if threads is not None:
             from trainpilot.llm_runtime.threads import use_threads
@@ -153,10 +151,9 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
         loss = current_loss(self.plant, telemetry)
         self.state.observe(telemetry)
         terms = self._meter.weigh(telemetry, loss)
-        diverged = telemetry.diverged or not math.isfinite(loss)
-        terminated = diverged or (telemetry.finished and telemetry.finishing)
-        truncated = telemetry.finished and not terminated
         info = self._info(decision, telemetry, terms, loss)
+        terminated = info["diverged"] or (telemetry.finished and telemetry.finishing)
+        truncated = telemetry.finished and not terminated
         return self.state.observation(), terms.vector(), terminated, truncated, info
 
     def _reference(self, index: int) -> Reference:
@@ -166,8 +163,7 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
             if self._own_plants:
                 self._references[index] = run_reference(case, self._make_plant)
             else:
-                label = device_label(case, self._threads)
-                self._references[index] = reference_for(case, self._make_plant, device=label)
+                self._references[index] = reference_for(case, self._make_plant, device=device_label(case))
         return self._references[index]
 
     def action_masks(self) -> np.ndarray:
@@ -212,12 +208,11 @@ def live_plant() -> PlantFactory:
     return make
 
 
-def device_label(config: RunConfig, threads: int | None = None) -> str:
+def device_label(config: RunConfig) -> str:
     """Return the device that a case runs on and the threads it has there, as a cache key."""
     import torch
-
     from trainpilot.llm_runtime.live_run import resolve_device
     from trainpilot.llm_runtime.precision import device_name
 
-    n_threads = torch.get_num_threads() if threads is None else threads or "all"
-    return f"{device_name(resolve_device(config.device))}, {os.cpu_count()} cores, {n_threads} threads"
+    device = device_name(resolve_device(config.device))
+    return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
 from trainpilot.llm_runtime.controls import PRECISIONS, Controls
 from trainpilot.llm_runtime.plant import ControlLimits
 from trainpilot.llm_runtime.telemetry import Telemetry

@@ -12,6 +12,8 @@ from typing import Annotated, NoReturn
 
 import tyro
 from rich.console import Console
+from tyro.conf import subcommand
+
 from trainpilot.experiments.options import (
     DemoOptions,
     DoctorOptions,
@@ -19,7 +21,6 @@ from trainpilot.experiments.options import (
     ReplayOptions,
     TrainAgentOptions,
 )
-from tyro.conf import subcommand
 
 Command = (
     Annotated[DemoOptions, subcommand("demo")]

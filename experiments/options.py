@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+
 from trainpilot.envs.preference import Preference
 from trainpilot.llm_runtime.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
 from trainpilot.llm_runtime.controls import Precision, Pruning
@@ -30,7 +31,7 @@ class ReplayOptions:
     policy: str = "none"
     """`none` for the plain base schedule, or a bundle that train-agent wrote."""
     model: str = "llama-nano"
-    """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro), a config JSON, a model folder or a Hub id."""
+    """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro), config JSON, model folder or Hub id."""
     text: tuple[str, ...] = ("stdlib",)
     """Text to train on: `stdlib`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
     tokens: int = 1_000_000

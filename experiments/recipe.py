@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from trainpilot.agents.ppo import PPOConfig
 from trainpilot.envs.scalarise import UTILITIES
 from trainpilot.llm_runtime.run_config import RunConfig

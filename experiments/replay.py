@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, keep
 from trainpilot.agents.run_record import DecisionRecord
@@ -148,7 +150,7 @@ def _summarise(
         "grid_intensity_g_per_kwh": options.grid_intensity,
         "grid_intensity_source": _intensity_source(options.grid_intensity),
         "n_decisions": len(intervals),
-        "n_changes": sum(r.telemetry.requested != p.telemetry.requested for p, r in _pairs(measured.records)),
+        "n_changes": sum(a.requested != b.requested for a, b in pairwise(intervals)),
         "diverged": last.diverged,
         "final_controls": asdict(last.requested),
         "final_effective": {"precision": last.precision, "sparsity": last.sparsity, "batch_size": last.batch_size},
@@ -226,10 +228,6 @@ def _intensity_source(intensity: float) -> str:
 def _total(values: Any) -> float | None:
     known = list(values)
     return None if None in known else sum(known)
-
-
-def _pairs(records: list[DecisionRecord]) -> Any:
-    return zip(records, records[1:], strict=False)
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

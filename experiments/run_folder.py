@@ -1,4 +1,4 @@
-"""Keep what a run leaves behind: its settings, a line per decision, a checkpoint, a summary. All files are written whole."""
+"""Keep what a run leaves behind: its settings, a line per decision, a checkpoint, a summary."""
 
 from __future__ import annotations
 

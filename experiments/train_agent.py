@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
+
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
 from trainpilot.agents.ppo import bundle_of, train
@@ -84,14 +85,12 @@ def _reference(case: RunConfig, threads: int) -> Reference:
 
 
 def _vector_env(cases: Sequence[RunConfig], recipe: Recipe) -> VecEnv:
-    makers = [partial(_make_env, cases, recipe, rank) for rank in range(recipe.n_envs)]
+    makers = [partial(_make_env, cases, recipe)] * recipe.n_envs
     return VecMonitor(SubprocVecEnv(makers, start_method="spawn"))  # type: ignore[arg-type]
 
 
-def _make_env(cases: Sequence[RunConfig], recipe: Recipe, rank: int) -> gymnasium.Env[np.ndarray, np.ndarray]:
-    env = ScalarReward(LiveTraining(cases, threads=recipe.threads), recipe.utility)
-    env.reset(seed=recipe.ppo.seed * 1000 + rank)
-    return env
+def _make_env(cases: Sequence[RunConfig], recipe: Recipe) -> gymnasium.Env[np.ndarray, np.ndarray]:
+    return ScalarReward(LiveTraining(cases, threads=recipe.threads), recipe.utility)
 
 
 def greedy_run(bundle: PolicyBundle, case: RunConfig, reference: Reference) -> list[DecisionRecord]:

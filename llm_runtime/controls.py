@@ -31,13 +31,9 @@ class Controls:
 
     def __post_init__(self) -> None:
         if not (self.learning_rate_scale >= 0 and math.isfinite(self.learning_rate_scale)):
-            raise ValueError(
-                f"learning_rate_scale must be a finite number >= 0, got {self.learning_rate_scale}"
-            )
+            raise ValueError(f"learning_rate_scale must be a finite number >= 0, got {self.learning_rate_scale}")
         if not isinstance(self.batch_size, Integral) or self.batch_size < 1:
-            raise ValueError(
-                f"batch_size must be a whole number of at least 1 sequence, got {self.batch_size}"
-            )
+            raise ValueError(f"batch_size must be a whole number of at least 1 sequence, got {self.batch_size}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if not 0 <= self.sparsity < 1:

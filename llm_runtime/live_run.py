@@ -1,9 +1,10 @@
-"""Train a real model interval by interval, under controls that may change at every border, and measure each interval."""
+"""Train a real model interval by interval, under controls that may change at every border, and measure it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -94,8 +95,10 @@ class LiveRun:
         self.device = resolve_device(config.device)
         self.clock = clock
         self.probing = probe
-        torch.manual_seed(config.seed)
-        self.loaded: LoadedModel = load_model(config.model, config.seed)
+        with self._apart():
+            torch.manual_seed(config.seed)
+            self._random_state = self._read_random_state()
+            self.loaded: LoadedModel = load_model(config.model, config.seed)
         _check_context(self.loaded, config)
         self.corpus: Corpus = load_corpus(config.text, self.loaded.tokenizer)
         self.stream = BatchStream(self.corpus.train, config.sequence_length, config.seed)
@@ -150,16 +153,15 @@ class LiveRun:
             ValueError: the run has finished, or a control cannot be used.
         """
         if self.finished:
-            raise ValueError(
-                "advance needs a run that has not finished; make a new LiveRun or restore a snapshot"
-            )
+            raise ValueError("advance needs a run that has not finished; make a new LiveRun or restore a snapshot")
         interval = self._begin(controls)
         self.target_share += share
         target = min(round(self.target_share * self.config.n_sequences()), self.end_sequences)
         span = max(target - self.sequences, 1)
-        while self.sequences < target or not interval.steps:
-            self._prune(interval, (self.sequences - interval.start_sequences) / span)
-            self._step(interval)
+        with self._own_random_numbers():
+            while self.sequences < target or not interval.steps:
+                self._prune(interval, (self.sequences - interval.start_sequences) / span)
+                self._step(interval)
         self._prune(interval, 1.0)
         self._probe(interval)
         return self._end(interval)
@@ -213,7 +215,7 @@ class LiveRun:
 
     def _end(self, interval: _Interval) -> Telemetry:
         interval.note_moment(self.trainer)
-        moments = [float(norm) for norm in interval.moment_norms]
+        moments = torch.stack(interval.moment_norms).tolist() if interval.moment_norms else []
         losses = torch.stack([record.loss for record in interval.steps]).tolist()
         norms = torch.stack([record.gradient_norm for record in interval.steps]).tolist()
         time_s = self.clock() - interval.start_s
@@ -280,11 +282,11 @@ class LiveRun:
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything that decides how the run goes on; `torch.save` can write it."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        cpu, cuda = self._random_state
         return {
             "trainer": self.trainer.snapshot(),
             "stream": self.stream.state_dict(),
-            "torch_random_state": torch.get_rng_state(),
+            "torch_random_state": cpu,
             "cuda_random_state": cuda,
             "cooldown": asdict(self.cooldown) if self.cooldown is not None else None,
             "sequences": self.sequences,
@@ -297,9 +299,7 @@ class LiveRun:
         """Go back to a state that `snapshot` returned; on a CPU the run then goes on bit for bit as it did."""
         self.trainer.restore(snapshot["trainer"])
         self.stream.load_state_dict(snapshot["stream"])
-        torch.set_rng_state(snapshot["torch_random_state"])
-        if snapshot["cuda_random_state"] is not None:
-            torch.cuda.set_rng_state(snapshot["cuda_random_state"], self.device)
+        self._random_state = (snapshot["torch_random_state"], snapshot["cuda_random_state"])
         self.cooldown = Cooldown(**snapshot["cooldown"]) if snapshot["cooldown"] is not None else None
         self.sequences = snapshot["sequences"]
         self.decision = snapshot["decision"]
@@ -309,24 +309,38 @@ class LiveRun:
     def _masked_precisions(self) -> dict[Precision, str]:
         config = self.config
         batch = self.stream.peek(config.batch_size)
-        state = torch.get_rng_state()
         key = f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
-        reasons = masked_precisions(
-            self.device, lambda precision: self.trainer.rehearse(batch, precision), key
-        )
-        torch.set_rng_state(state)
+        with self._apart():
+            reasons = masked_precisions(self.device, lambda precision: self.trainer.rehearse(batch, precision), key)
         reasons.pop(config.precision, None)
         return reasons
 
+    def _apart(self) -> AbstractContextManager[None]:
+        """Leave everyone else's random numbers as they were: a policy draws its own in the same process."""
+        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Go on with the run's own random numbers, which dropout draws."""
+        with self._apart():
+            cpu, cuda = self._random_state
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.device)
+            yield
+            self._random_state = self._read_random_state()
+
+    def _read_random_state(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return torch.get_rng_state(), cuda
+
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` takes a GPU if there is one. Raises `ValueError` for what is not there."""
+    """Return the device called `name`; `auto` takes a GPU if there is one. Raises `ValueError` if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device: {name!r} needs an NVIDIA GPU that torch can see, found none; use 'cpu' or 'auto'"
-        )
+        raise ValueError(f"device: {name!r} needs an NVIDIA GPU that torch can see, found none; use 'cpu' or 'auto'")
     try:
         return torch.device(name)
     except RuntimeError:

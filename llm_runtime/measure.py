@@ -62,7 +62,7 @@ def mean_finite(values: Sequence[float]) -> float:
 def interval_noise_scale(
     gradient_norms: Sequence[float], moment_norms: Sequence[float], config: RunConfig, batch_size: float
 ) -> float | None:
-    """Return the gradient noise scale in sequences from an interval's gradient norms and norms of Adam's first moment."""
+    """Return the gradient noise scale in sequences from the norms of gradients and of Adam's first moment."""
     seen = [min(norm, config.gradient_clip) ** 2 for norm in gradient_norms if norm != math.inf]
     moments = [norm**2 for norm in moment_norms]
     if not (seen and moments and math.isfinite(sum(seen) + sum(moments))):

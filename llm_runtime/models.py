@@ -95,9 +95,7 @@ def _read_config(path: Path) -> PretrainedConfig:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"model: {path} is not readable JSON: {error}") from error
     if not isinstance(content, dict) or "model_type" not in content:
-        raise ValueError(
-            f"model: {path} must be a transformers config with a 'model_type' (llama, gpt2, ...)"
-        )
+        raise ValueError(f"model: {path} must be a transformers config with a 'model_type' (llama, gpt2, ...)")
     return _build_config(content, str(path))
 
 
@@ -115,11 +113,9 @@ def _from_scratch(config: PretrainedConfig, seed: int) -> LoadedModel:
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     except Exception as error:  # sizes that do not divide, architectures without a causal head, ...
-        raise ValueError(
-            f"model: no causal model can be built from this config: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"model: no causal model can be built from this config: {_first_line(error)}") from error
     finally:
         torch.set_rng_state(state)
     return LoadedModel(model, ByteTokenizer(), pretrained=False)

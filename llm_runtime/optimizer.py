@@ -65,15 +65,13 @@ def update_direction(optimizer: AdamW) -> list[tuple[nn.Parameter, torch.Tensor]
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            step = float(state["step"]) if state else 0.0
-            if not step:  # never stepped, or every step was skipped by the loss scaler
+            state = optimizer.state.get(parameter) or {"step": 0.0}
+            step = float(state["step"])
+            if step == 0:  # never stepped, or every step was skipped by the loss scaler
                 continue
             first = state["exp_avg"] / (1 - beta1**step)
             second = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-            update = (
-                first.div_(second).add_(parameter.detach(), alpha=group["weight_decay"]).mul_(-group["lr"])
-            )
+            update = first.div_(second).add_(parameter.detach(), alpha=group["weight_decay"]).mul_(-group["lr"])
             updates.append((parameter, update))
     return updates
 

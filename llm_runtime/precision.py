@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from hashlib import blake2b
 
 import torch
@@ -54,10 +54,8 @@ def name_of(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if tf32 else "fp32"
 
 
-def masked_precisions(
-    device: torch.device, step: Callable[[Precision], None], model_key: str
-) -> dict[Precision, str]:
-    """Return the precisions not worth offering, each with the reason: the device lacks it, or it was measured not to pay.
+def masked_precisions(device: torch.device, step: Callable[[Precision], None], model_key: str) -> dict[Precision, str]:
+    """Return the precisions not worth offering, each with the reason: lacking here, or measured not to pay.
 
     Args:
         device: Where the model lives.
@@ -86,10 +84,8 @@ def cached_step_seconds(
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # never measured here, or a damaged file: measure again
     seconds = measure_step_seconds(device, step, precisions)
-    try:
+    with suppress(OSError):  # a cache that cannot be written only costs time
         write_json(path, {"measured": label, "seconds": seconds})
-    except OSError:
-        pass  # a cache that cannot be written only costs time
     return seconds
 
 

@@ -24,9 +24,7 @@ class ProbeResult:
 
 
 @torch.no_grad()
-def probe_curvature(
-    updates: list[tuple[nn.Parameter, torch.Tensor]], loss: Callable[[], torch.Tensor]
-) -> ProbeResult:
+def probe_curvature(updates: list[tuple[nn.Parameter, torch.Tensor]], loss: Callable[[], torch.Tensor]) -> ProbeResult:
     """Return slope and curvature of the loss along the update d, by central differences of the step's own length.
 
     With L(w + s d) at s = -1, 0, 1: linear = (L(1) - L(-1))/2 and quadratic = (L(1) + L(-1))/2 - L(0) = d'Hd/2 up to

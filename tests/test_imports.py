@@ -19,7 +19,7 @@ FLOORS = ("llm_runtime", "envs", "agents", "experiments")
 NOT_PACKAGES = ("tests", "benchmarks")
 
 ONLY_IN = {
-    "torch": ("llm_runtime/", "agents/ppo", "agents/bundle"),
+    "torch": ("llm_runtime/", "agents/ppo", "agents/bundle", "agents/run_writer.py"),
     "transformers": ("llm_runtime/",),
     "pynvml": ("llm_runtime/energy_nvml.py",),
     "gymnasium": ("envs/", "agents/"),

@@ -1,0 +1,52 @@
+"""Write a benchmark's result with its command, versions and machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainpilot.experiments.versions import versions
+from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.precision import device_name
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "system": platform.platform(terse=True),
+    }
+
+
+def write_result(name: str, result: dict[str, Any], device: torch.device) -> Path:
+    """Write `results/NAME.json` and return its path."""
+    path = RESULTS / f"{name}.json"
+    header = {
+        "command": " ".join(["python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))]).replace(
+            "python ", "python benchmarks/", 1
+        ),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(device),
+        "versions": versions(),
+    }
+    write_json(path, {**header, **result})
+    return path
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,65 @@
+"""Measure how the time per step falls when half of the feed-forward channels are removed, in alternating order.
+
+python benchmarks/width_speed.py [--models llama-micro llama-mini]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from _common import write_result
+
+from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.precision import synchronise
+from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.llm_runtime.width import ffn_width
+
+
+def compare(model: str, rounds: int) -> dict[str, object]:
+    """Return seconds per optimiser step of the dense model and of one with half its channels."""
+    config = RunConfig(model=model, pruning="width")
+    runs = {"dense": LiveRun(config, probe=False), "half": LiveRun(config, probe=False)}
+    runs["half"].trainer.apply(replace(config.start(), sparsity=0.5))
+    seconds: dict[str, list[float]] = {"dense": [], "half": []}
+    for index in range(rounds + 2):
+        for name in ("dense", "half") if index % 2 else ("half", "dense"):
+            run = runs[name]
+            batch = run.stream.take(config.batch_size)
+            synchronise(run.device)
+            start = time.perf_counter()
+            run.trainer.step(batch, 1e-4)
+            synchronise(run.device)
+            if index >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "model": model,
+        "channels": {name: ffn_width(run.loaded.model) for name, run in runs.items()},
+        "n_parameters": {name: run.loaded.n_parameters for name, run in runs.items()},
+        "step_s": medians,
+        "step_time_ratio": medians["half"] / medians["dense"],
+    }
+
+
+def main() -> None:
+    """Measure the models named on the command line and write `results/width_speed.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama-micro", "llama-mini"])
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    use_threads(0)
+    results = [compare(model, options.rounds) for model in options.models]
+    for result in results:
+        print(f"{result['model']}: a step takes {result['step_time_ratio']:.3f} of the dense one's time")
+    print(
+        write_result("width_speed", {"results": results}, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    )
+
+
+if __name__ == "__main__":
+    main()
