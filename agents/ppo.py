@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.llm_runtime.files import whole_file
+from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,14 @@ def make_ppo(env: VecEnv, config: PPOConfig) -> MaskablePPO:
         device="cpu",  # a small network is faster there
     )
     with torch.no_grad():
-        bias = torch.from_numpy(initial_bias(config)).to(model.policy.action_net.bias)
-        model.policy.action_net.bias.copy_(bias)
+        _action_layer(model).bias.copy_(torch.from_numpy(initial_bias(config)))
     return model
+
+
+def _action_layer(model: MaskablePPO) -> torch.nn.Linear:
+    layer = model.policy.action_net
+    assert isinstance(layer, torch.nn.Linear)
+    return layer
 
 
 def initial_bias(config: PPOConfig) -> np.ndarray:
@@ -146,9 +151,9 @@ class _Keeper(BaseCallback):
     def _on_step(self) -> bool:
         for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
             energy = info.get("energy_j")
-            self.cost["energy_j"] += math.nan if energy is None else energy
-            self.cost["time_s"] += info.get("time_s", math.nan)
-            self.cost["episodes"] += done
+            self.cost["energy_j"] += math.nan if energy is None else float(energy)
+            self.cost["time_s"] += float(info["time_s"])
+            self.cost["episodes"] += float(done)
         self.cost["decisions"] = self.num_timesteps
         if self.progress is not None:
             self.progress(self.num_timesteps)
@@ -169,17 +174,13 @@ class _Keeper(BaseCallback):
             "n_updates": self.model._n_updates,
             "cost": self.cost,
         }
-        with whole_file(self.path) as temporary:
-            torch.save(state, temporary)
+        save_checkpoint(self.path, state)
 
     def load(self, model: MaskablePPO) -> None:
-        if not self.path.is_file():
+        state = load_checkpoint(self.path)
+        if state is None:
             return
-        try:
-            state = torch.load(self.path, weights_only=True)
-            model.policy.load_state_dict(state["policy"])
-        except Exception as error:  # torch raises many kinds for a damaged or foreign file
-            raise ValueError(f"out: {self.path} cannot be resumed ({type(error).__name__}); remove it") from error
+        model.policy.load_state_dict(state["policy"])
         model.policy.optimizer.load_state_dict(state["optimizer"])
         model.num_timesteps = state["num_timesteps"]
         model._n_updates = state["n_updates"]
@@ -193,6 +194,6 @@ def bundle_of(model: MaskablePPO, provenance: Mapping[str, Any]) -> PolicyBundle
     for index, layer in enumerate(linears):
         weights[f"hidden.{index}.weight"] = layer.weight.detach().numpy()
         weights[f"hidden.{index}.bias"] = layer.bias.detach().numpy()
-    weights["action.weight"] = model.policy.action_net.weight.detach().numpy()
-    weights["action.bias"] = model.policy.action_net.bias.detach().numpy()
+    weights["action.weight"] = _action_layer(model).weight.detach().numpy()
+    weights["action.bias"] = _action_layer(model).bias.detach().numpy()
     return PolicyBundle({name: value.copy() for name, value in weights.items()}, provenance)

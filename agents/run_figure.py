@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.reference import Reference
 from trainpilot.llm_runtime.controls import PRECISIONS
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 STEERED, REFERENCE, INK, FAINT = "#1b6ca8", "#9aa0a6", "#3c4043", "#e8eaed"
+PRECISION_CHART = 3
 Value = Callable[[Telemetry], float | None]
 
 
@@ -28,16 +30,18 @@ def run_figure(records: Sequence[DecisionRecord], reference: Reference | None = 
         raise ValueError("records must hold at least one decision, got none")
     run = [record.telemetry for record in records]
     base = list(reference.telemetry) if reference is not None else []
-    figure = Figure(figsize=(10, 7.2), dpi=110, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(10, 7.5), dpi=110, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08, wspace=0.04, hspace=0.06)
     axes = figure.subplots(3, 2, sharex=True).ravel()
     _lines(axes[0], run, base, lambda t: t.train_loss, "training loss, nats/token")
     _lines(axes[1], run, base, lambda t: t.learning_rate, "learning rate")
+    axes[1].set_ylim(bottom=0)
     _steps(axes[2], run, base, lambda t: t.batch_size, "batch, sequences")
-    _precision(axes[3], run, base)
+    _precision(axes[PRECISION_CHART], run, base)
     _steps(axes[4], run, base, lambda t: 100 * t.sparsity, "sparsity, %")
     _energy(axes[5], run, base)
     _finishing_touches(figure, axes, run, base)
-    figure.suptitle(title or _headline(run, reference), x=0.01, ha="left", fontsize=11, color=INK)
+    figure.suptitle(f"{title or _headline(run, reference)}\n", x=0.012, ha="left", fontsize=12.5, color=INK)
     return figure
 
 
@@ -57,9 +61,7 @@ def _steps(
             x = [0, *(t.tokens for t in telemetry)]
             y = [value(t) for t in telemetry]
             axes.plot(x, [*y, y[-1]], color=color, linewidth=1.8, drawstyle="steps-post")
-    axes.set_ylim(bottom=0)
-    if axes.get_ylim()[1] < 1:
-        axes.set_ylim(top=1)
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.0))
     _title(axes, title)
 
 
@@ -94,8 +96,9 @@ def _finishing_touches(figure: Figure, axes: Sequence[Axes], run: list[Telemetry
         chart.xaxis.set_minor_formatter(NullFormatter())
         if index >= len(axes) - 2:
             chart.set_xlabel("tokens", fontsize=9, color=INK)
-        if index != 3:
-            chart.yaxis.set_major_locator(MaxNLocator(4))
+        if index != PRECISION_CHART:
+            chart.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+            chart.yaxis.set_major_formatter("{x:.4g}")
     names = [("steered", STEERED), *([("reference: base schedule", REFERENCE)] if base else [])]
     for line, (name, color) in enumerate(names):
         axes[0].text(0.98, 0.95 - 0.12 * line, name, color=color, ha="right", va="top", fontsize=9.5,

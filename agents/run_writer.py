@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
 from trainpilot.agents.flat_settings import hparams, markdown_table
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.tags import TAGS, multiline

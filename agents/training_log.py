@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat
+
 from trainpilot.agents.flat_settings import hparams
 from trainpilot.agents.run_figure import run_figure
 from trainpilot.agents.run_record import DecisionRecord
@@ -124,7 +125,7 @@ class TrainingLog(BaseCallback):
             )
 
     def _tensorboard(self) -> TensorBoardOutputFormat | None:
-        formats = self.logger.output_formats
+        formats = self.logger.output_formats if hasattr(self, "model") else []  # no model before the training starts
         return next((f for f in formats if isinstance(f, TensorBoardOutputFormat)), None)
 
 

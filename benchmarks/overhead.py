@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def keeping_bundle() -> PolicyBundle:
     random = np.random.default_rng(0)
     sizes = [N_STACK * len(OBSERVATION_FIELDS), 64, 64]
     weights = {}
-    for index, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for index, (n_in, n_out) in enumerate(pairwise(sizes)):
         weights[f"hidden.{index}.weight"] = random.normal(0, 0.1, (n_out, n_in)).astype(np.float32)
         weights[f"hidden.{index}.bias"] = np.zeros(n_out, np.float32)
     bias = np.concatenate([np.eye(len(f.choices), dtype=np.float32)[f.keep] for f in ACTION_FIELDS])

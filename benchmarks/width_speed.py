@@ -56,9 +56,8 @@ def main() -> None:
     results = [compare(model, options.rounds) for model in options.models]
     for result in results:
         print(f"{result['model']}: a step takes {result['step_time_ratio']:.3f} of the dense one's time")
-    print(
-        write_result("width_speed", {"results": results}, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(write_result("width_speed", {"results": results}, device))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, decode
 from trainpilot.envs.observation import OBSERVATION_FIELDS, RunView, encode
 from trainpilot.envs.preference import Preference

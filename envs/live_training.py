@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK, Decision, DecisionState
 from trainpilot.envs.observation import OBSERVATION_FIELDS
@@ -211,6 +212,7 @@ def live_plant() -> PlantFactory:
 def device_label(config: RunConfig) -> str:
     """Return the device that a case runs on and the threads it has there, as a cache key."""
     import torch
+
     from trainpilot.llm_runtime.live_run import resolve_device
     from trainpilot.llm_runtime.precision import device_name
 

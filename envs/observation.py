@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from trainpilot.llm_runtime.controls import PRECISIONS, Controls
 from trainpilot.llm_runtime.plant import ControlLimits
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -123,7 +124,7 @@ def _over_best(
 
 
 def _noise_ratio(last: Telemetry) -> float | None:
-    return None if last.noise_scale is None else _log(last.noise_scale / last.batch_size, 10)
+    return None if last.noise_scale is None else _log(_ratio(last.noise_scale, last.batch_size), 10)
 
 
 def _precision(name: str) -> Callable[[RunView], float]:

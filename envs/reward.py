@@ -57,8 +57,11 @@ def compute_equivalent(loss: float, budgets: Sequence[float], losses: Sequence[f
     if not math.isfinite(loss) or loss <= 0:
         return 0.0
     x, y = np.log(np.asarray(losses)), np.log(np.asarray(budgets))
-    # What ended no better than a shorter run, or no worse than the full one, says nothing about the curve.
-    points = [i for i in range(len(x) - 1) if x[-1] + 1e-9 < x[i] < x[:i].min(initial=np.inf) - 1e-9]
+    points: list[int] = []
+    for i in range(len(x) - 1):
+        worse_than_the_full_run = x[i] > x[-1] + 1e-9
+        if worse_than_the_full_run and (not points or x[i] < x[points[-1]] - 1e-9):
+            points.append(i)
     if not points:
         return float(loss <= losses[-1])
     x, y = x[[*points, -1]], y[[*points, -1]]

@@ -85,7 +85,7 @@ def _parse(arguments: list[str]) -> object:
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(  # type: ignore[call-overload]
+            return tyro.cli(
                 Command,
                 prog="trainpilot",
                 description=DESCRIPTION,

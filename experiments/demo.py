@@ -98,5 +98,6 @@ def _say_where(out: Path, console: Console) -> None:
         f"in the terminal:    trainpilot inspect {out / 'steered'}\n"
         f"the policy:         trainpilot inspect {out / 'agent' / 'policy.safetensors'}\n"
         f"steer your own:     trainpilot replay --policy {out / 'agent' / 'policy.safetensors'} "
-        "--model llama-micro --text YOUR_FILES --out runs/mine"
+        "--model llama-micro --text YOUR_FILES --out runs/mine",
+        soft_wrap=True,
     )

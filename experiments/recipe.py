@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -15,6 +15,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from trainpilot.agents.ppo import PPOConfig
 from trainpilot.envs.scalarise import UTILITIES
 from trainpilot.llm_runtime.run_config import RunConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ def _case(content: dict[str, Any]) -> RunConfig:
     return _validated(RunConfig, content, "recipe case")
 
 
-def _validated(kind: type, content: dict[str, Any], where: str) -> Any:
+def _validated(kind: type[T], content: dict[str, Any], where: str) -> T:
     """Build a dataclass from plain values; the first fault becomes one line."""
     known = kind.__dataclass_fields__  # type: ignore[attr-defined]
     if unknown := sorted(set(content) - set(known)):
@@ -102,5 +104,6 @@ def _validated(kind: type, content: dict[str, Any], where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {place + ': ' if place else ''}{message}, got {first['input']!r}") from error
+        own = first["type"] == "value_error"  # a dataclass's own message, which says what it got
+        message = first["msg"].removeprefix("Value error, ") + ("" if own else f", got {first['input']!r}")
+        raise ValueError(f"{where}: {place + ': ' if place else ''}{message}") from error

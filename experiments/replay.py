@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from trainpilot.agents.bundle import PolicyBundle
@@ -22,6 +21,7 @@ from trainpilot.envs.preference import Preference
 from trainpilot.envs.reference import Reference, reference_for
 from trainpilot.envs.reward import RewardMeter, current_loss
 from trainpilot.experiments.options import ReplayOptions
+from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_folder import RunFolder
 from trainpilot.experiments.versions import versions
 from trainpilot.llm_runtime.carbon import DEFAULT_GRID_INTENSITY_SOURCE, device_hours, grams_co2e
@@ -57,7 +57,7 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     settings = {**asdict(config), "policy": options.policy, "preference": str(preference), "probe": options.probe}
     folder = RunFolder(options.out, settings)
     if (summary := folder.summary()) is not None:
-        console.print(f"[dim]{options.out} is already finished[/dim]")
+        console.print(f"[dim]{options.out} is already finished[/dim]", soft_wrap=True)
         print_summary(summary, console)
         return summary
     limits = run.limits() if bundle is not None else run.base_limits()
@@ -89,8 +89,7 @@ def _train(
     writer = RunWriter(folder.path / "tb", purge_step=telemetry.tokens if telemetry is not None else None)
     if reference is not None:
         writer.write_reference(reference)
-    with _progress(console) as progress:
-        task = progress.add_task("", total=1.0, completed=telemetry.budget_used if telemetry else 0.0)
+    with progress_bar(console, run.config.model, 1.0) as advance:
         while telemetry is None or not (telemetry.finished or telemetry.diverged):
             controls = controller.decide(telemetry)
             telemetry = run.advance(controls, 1 / run.config.decisions)
@@ -99,7 +98,7 @@ def _train(
             measured.records.append(record)
             folder.append(record)
             writer.write(record)
-            progress.update(task, completed=telemetry.budget_used, description=_line(telemetry))
+            advance(telemetry.budget_used, _line(telemetry))
             if folder.checkpoint_due():
                 folder.write_checkpoint(
                     {"snapshot": run.snapshot(), "initial_loss": measured.initial_loss}, measured.records
@@ -240,8 +239,3 @@ def _line(telemetry: Telemetry) -> str:
         f"loss {telemetry.train_loss:.3f}  lr {telemetry.learning_rate:.1e}  batch {controls.batch_size}"
         f"  {telemetry.precision}  {telemetry.tokens_per_s:,.0f} tok/s"
     )
-
-
-def _progress(console: Console) -> Progress:
-    columns = (SpinnerColumn(), BarColumn(30), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.description}"), console=console)

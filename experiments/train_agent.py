@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,7 +14,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.bundle import PolicyBundle
@@ -28,6 +27,7 @@ from trainpilot.envs.reference import Reference, reference_for
 from trainpilot.envs.reward import RewardMeter, current_loss
 from trainpilot.envs.scalarise import ScalarReward
 from trainpilot.experiments.options import TrainAgentOptions
+from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import Recipe, load_recipe
 from trainpilot.experiments.run_folder import claim_folder
 from trainpilot.experiments.versions import versions
@@ -45,15 +45,15 @@ def train_agent(options: TrainAgentOptions, console: Console) -> PolicyBundle:
     claim_folder(options.out, "recipe.json", asdict(recipe))
     path = options.out / "policy.safetensors"
     if path.is_file():
-        console.print(f"[dim]{path} is already trained[/dim]")
+        console.print(f"[dim]{path} is already trained[/dim]", soft_wrap=True)
         return PolicyBundle.load(path)
     cases = recipe.cases()
     use_threads(recipe.threads)
     references = run_references(cases, recipe, console)
-    log = TrainingLog()
+    log = TrainingLog({"recipe": options.recipe, **asdict(recipe.ppo)})
     env = _vector_env(cases, recipe)
     try:
-        with _bar(console, "PPO on live runs, decisions", recipe.ppo.total_decisions) as advance:
+        with progress_bar(console, "PPO on live runs, decisions", recipe.ppo.total_decisions) as advance:
             model, cost = train(env, recipe.ppo, options.out, callbacks=[log], progress=advance)
     finally:
         env.close()
@@ -69,7 +69,7 @@ def run_references(cases: Sequence[RunConfig], recipe: Recipe, console: Console)
     """Return every case's reference, from the cache or run now, as many side by side as training will."""
     context = get_context("spawn")
     with (
-        _bar(console, "reference runs of the base schedule", len(cases)) as advance,
+        progress_bar(console, "reference runs of the base schedule", len(cases)) as advance,
         ProcessPoolExecutor(recipe.n_envs, mp_context=context) as pool,
     ):
         references = []
@@ -120,25 +120,10 @@ def _provenance(name: str, recipe: Recipe, cases: Sequence[RunConfig], cost: dic
     }
 
 
-class _bar:  # noqa: N801, used as a function
-    """A progress bar whose value is set by calling what `with` gives."""
-
-    def __init__(self, console: Console, label: str, total: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console)
-        self._task = self._progress.add_task(label, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._progress.start()
-        return lambda value: self._progress.update(self._task, completed=value)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-
 def _say(console: Console, options: TrainAgentOptions, cost: dict[str, float]) -> None:
     energy = f"{cost['energy_j']:,.0f} J" if math.isfinite(cost["energy_j"]) else "energy unknown"
     console.print(
         f"policy: {options.out / 'policy.safetensors'}  ({cost['decisions']:,.0f} decisions, {cost['episodes']:,.0f} "
-        f"runs, {energy})\nwatch:  tensorboard --logdir {options.out / 'tb'}"
+        f"runs, {energy})\nwatch:  tensorboard --logdir {options.out / 'tb'}",
+        soft_wrap=True,
     )

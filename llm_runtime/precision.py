@@ -31,7 +31,7 @@ def lacking(device: torch.device) -> dict[Precision, str]:
         }
     reasons: dict[Precision, str] = {"tf32": f"tf32 is an NVIDIA GPU format; this is {device.type}"}
     if device.type == "cpu":
-        reasons["fp16"] = "fp16 training on a CPU is slower than fp32 and needs loss scaling"
+        reasons["fp16"] = "on a cpu fp16 is slower than fp32 and needs loss scaling"
     else:
         reasons["bf16"] = reasons["fp16"] = f"not tried on {device.type}"
     return reasons

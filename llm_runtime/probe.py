@@ -38,11 +38,13 @@ def probe_curvature(updates: list[tuple[nn.Parameter, torch.Tensor]], loss: Call
     directions = [update for _, update in updates]
     saved = [parameter.detach().clone() for parameter in parameters]
     centre = loss()
-    torch._foreach_add_(parameters, directions)
-    ahead = loss()
-    torch._foreach_add_(parameters, directions, alpha=-2.0)
-    behind = loss()
-    torch._foreach_copy_(parameters, saved)
+    try:
+        torch._foreach_add_(parameters, directions)
+        ahead = loss()
+        torch._foreach_add_(parameters, directions, alpha=-2.0)
+        behind = loss()
+    finally:
+        torch._foreach_copy_(parameters, saved)
     l_ahead, l_centre, l_behind = torch.stack([ahead, centre, behind]).double().tolist()
     return ProbeResult(
         linear=(l_ahead - l_behind) / 2,

@@ -126,13 +126,19 @@ class Trainer:
             return float(self._mean_loss(torch.from_numpy(sequences).to(self.device)))
 
     def probe(self, sequences: np.ndarray) -> ProbeResult | None:
-        """Probe the curvature along the last update on sequences of shape (n, T + 1)."""
-        updates = adam.update_direction(self.optimizer)
-        if not updates:
-            return None
+        """Probe the curvature along the last update on sequences of shape (n, T + 1); `None` if it cannot be done.
+
+        The probe needs room for two copies of the weights: it may never be what stops a run.
+        """
         batch = torch.from_numpy(sequences).to(self.device)
-        with self._evaluating():
-            return probe_curvature(updates, lambda: self._mean_loss(batch))
+        try:
+            updates = adam.update_direction(self.optimizer)
+            with self._evaluating():
+                return probe_curvature(updates, lambda: self._mean_loss(batch)) if updates else None
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        return None
 
     def _mean_loss(self, batch: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of a batch of any size, taken through the model in micro-batches, a scalar."""

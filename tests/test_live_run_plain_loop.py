@@ -112,8 +112,9 @@ def test_looking_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     while not looked_at.finished:
         torch.rand(3)  # someone else draws random numbers
         losses.append(looked_at.advance(config.start(), 0.1).train_loss)
-        looked_at.evaluate()
-        looked_at.test()
+        if len(losses) in (1, 5):
+            looked_at.evaluate()
+            looked_at.test()
         looked_at.limits()
         looked_at.snapshot()
 

@@ -1,0 +1,141 @@
+"""A bundle keeps what it was given, runs no code when loaded, and refuses what does not fit, naming it."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from trainpilot.agents.bundle import PolicyBundle, field_tables
+from trainpilot.envs.action import ACTION_FIELDS, KEEP
+from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.observation import OBSERVATION_FIELDS
+
+N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)
+N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
+
+
+def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        "hidden.0.weight": random.normal(size=(8, N_INPUTS)).astype(np.float32),
+        "hidden.0.bias": random.normal(size=8).astype(np.float32),
+        "action.weight": random.normal(size=(N_CHOICES, 8)).astype(np.float32),
+        "action.bias": random.normal(size=N_CHOICES).astype(np.float32),
+    }
+
+
+def write_raw(path: Path, weights: dict[str, np.ndarray], content: object) -> None:
+    save_file(weights, path, metadata={"trainpilot": json.dumps(content)})
+
+
+def header(**changes: object) -> dict[str, object]:
+    return {"format": 1, "fields": field_tables(), "provenance": {}, **changes}
+
+
+def test_round_trip_gives_the_same_logits_and_provenance(tmp_path: Path) -> None:
+    bundle = PolicyBundle(random_weights(), {"decisions": 25, "recipe": "demo"})
+    bundle.save(tmp_path / "policy.safetensors")
+    loaded = PolicyBundle.load(tmp_path / "policy.safetensors")
+    observation = np.random.default_rng(1).uniform(-1, 1, N_INPUTS).astype(np.float32)
+    np.testing.assert_array_equal(loaded.logits(observation), bundle.logits(observation))
+    assert loaded.provenance == {"decisions": 25, "recipe": "demo"}
+    assert loaded.decisions == 25
+    assert [p.name for p in tmp_path.iterdir()] == ["policy.safetensors"]
+
+
+def test_logits_by_hand() -> None:
+    weights = {name: np.zeros_like(value) for name, value in random_weights().items()}
+    weights["hidden.0.bias"][0] = 0.5
+    weights["action.weight"][3, 0] = 2.0
+    logits = PolicyBundle(weights).logits(np.zeros(N_INPUTS, np.float32))
+    assert logits[3] == pytest.approx(2 * np.tanh(0.5))
+    assert np.count_nonzero(logits) == 1
+
+
+def test_act_takes_the_most_likely_allowed_choice() -> None:
+    weights = {name: np.zeros_like(value) for name, value in random_weights().items()}
+    weights["action.bias"] = np.arange(N_CHOICES, dtype=np.float32)
+    bundle, observation = PolicyBundle(weights), np.zeros(N_INPUTS, np.float32)
+    last = tuple(len(field.choices) - 1 for field in ACTION_FIELDS)
+    assert bundle.act(observation, np.ones(N_CHOICES, bool)) == last
+    only_keep = np.concatenate([np.arange(len(f.choices)) == f.keep for f in ACTION_FIELDS])
+    assert bundle.act(observation, only_keep) == KEEP
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("should-not-exist"),))  # type: ignore[return-value]
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(ValueError, match="pickle or an SB3 zip"):
+        PolicyBundle.load(path)
+    assert not Path("should-not-exist").exists()
+
+
+def test_an_sb3_zip_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("data", "{}")
+    with pytest.raises(ValueError, match="SB3 zip"):
+        PolicyBundle.load(tmp_path / "model.zip")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(format=99), "format 99, expected 1"),
+        (header(fields={**field_tables(), "n_stack": 2}), "n_stack 2, expected 6"),
+        ([], "no JSON object"),
+    ],
+)
+def test_a_wrong_header_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    write_raw(tmp_path / "p.safetensors", random_weights(), content)
+    with pytest.raises(ValueError, match=message):
+        PolicyBundle.load(tmp_path / "p.safetensors")
+
+
+def test_changed_fields_are_refused_by_name(tmp_path: Path) -> None:
+    tables = field_tables()
+    tables["observations"] = [f for f in tables["observations"] if f["name"] != "curvature"]
+    write_raw(tmp_path / "p.safetensors", random_weights(), header(fields=tables))
+    with pytest.raises(ValueError, match="observations: 'curvature' is missing"):
+        PolicyBundle.load(tmp_path / "p.safetensors")
+    tables = field_tables()
+    tables["actions"][0]["choices"][0] = "x0.25"
+    write_raw(tmp_path / "q.safetensors", random_weights(), header(fields=tables))
+    with pytest.raises(ValueError, match=r"actions: 'learning_rate' is .*x0\.25"):
+        PolicyBundle.load(tmp_path / "q.safetensors")
+
+
+def test_wrong_weights_are_refused(tmp_path: Path) -> None:
+    weights = random_weights()
+    weights["hidden.0.weight"] = weights["hidden.0.weight"][:, :-1].copy()
+    write_raw(tmp_path / "p.safetensors", weights, header())
+    with pytest.raises(ValueError, match=rf"hidden\.0 must map {N_INPUTS} inputs"):
+        PolicyBundle.load(tmp_path / "p.safetensors")
+    weights = random_weights()
+    weights["action.bias"][0] = np.nan
+    write_raw(tmp_path / "q.safetensors", weights, header())
+    with pytest.raises(ValueError, match="not finite"):
+        PolicyBundle.load(tmp_path / "q.safetensors")
+
+
+def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    for name, content in {"text": b"hello", "empty": b"", "foreign": None}.items():
+        path = tmp_path / name
+        if content is None:
+            save_file({"a": np.zeros(2, np.float32)}, path)
+        else:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a trainpilot bundle") as caught:
+            PolicyBundle.load(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no file"):
+        PolicyBundle.load(tmp_path / "missing")

@@ -1,0 +1,280 @@
+"""Observation fields: hand-worked values, unknown values, and the frozen table."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import START, make_limits, make_telemetry
+
+from trainpilot.envs.action import ACTION_FIELDS, KEEP
+from trainpilot.envs.decision_state import N_STACK, DecisionState
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, RunView, encode
+from trainpilot.envs.preference import Preference
+from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+GOLDEN = Path(__file__).parent / "golden" / "fields.json"
+FIELDS = {field.name: field for field in OBSERVATION_FIELDS}
+BUDGET_USED = 0
+
+
+def view(*telemetry: Telemetry, **overrides: Any) -> RunView:
+    quiet: dict[str, Any] = {
+        "limits": make_limits(),
+        "controls": START,
+        "precision_switches": 0,
+        "last_action": {field.name: 0.5 for field in ACTION_FIELDS},
+        "preference": {"quality": 0.7, "energy": 0.2, "time": 0.1},
+    }
+    return RunView(telemetry=telemetry, **quiet | overrides)
+
+
+def raw(name: str, *telemetry: Telemetry, **overrides: Any) -> float | None:
+    return FIELDS[name].value(view(*telemetry, **overrides))
+
+
+def falling(*losses: float, **overrides: Any) -> list[Telemetry]:
+    """Return intervals with these training losses, after 1,000, 2,000, ... tokens."""
+    return [make_telemetry(train_loss=loss, tokens=1_000 * (i + 1), **overrides) for i, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("value", "scaled"),
+    [(-2.0, -1.0), (-6.0, -1.0), (0.0, -0.5), (2.0, 0.0), (5.0, 0.75), (6.0, 1.0), (1e9, 1.0), (math.inf, 1.0)],
+)
+def test_a_value_is_clipped_and_scaled_to_one(value: float, scaled: float) -> None:
+    assert ObservationField("x", "m", -2, 6, "", lambda v: None).scale(value) == scaled
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_an_unknown_value_is_the_middle_of_the_range(value: float | None) -> None:
+    assert ObservationField("x", "m", -2, 6, "", lambda v: None).scale(value) == 0.0
+
+
+def test_budget_used_is_the_last_interval_s() -> None:
+    assert raw("budget_used") == 0.0
+    assert raw("budget_used", make_telemetry(budget_used=0.3)) == 0.3
+
+
+def test_the_fast_slope_is_the_relative_fall_per_e_fold_of_tokens() -> None:
+    # (4.0 - 2.0)/2.0 over ln(2,000/1,000)
+    assert raw("loss_slope_fast", *falling(4.0, 2.0)) == pytest.approx(1 / math.log(2))
+    # only the last interval counts: (2.2 - 2.0)/2.0 over ln(3/2)
+    assert raw("loss_slope_fast", *falling(9.0, 2.2, 2.0)) == pytest.approx(0.1 / math.log(1.5))
+    assert raw("loss_slope_fast", *falling(2.0, 2.5)) == pytest.approx(-0.2 / math.log(2))
+
+
+def test_the_slow_slope_looks_back_over_six_intervals() -> None:
+    losses = [9.0, 8.0, 3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.0]
+
+    # from the third to the ninth: (3.0 - 2.0)/2.0 over ln(9/3)
+    assert raw("loss_slope_slow", *falling(*losses)) == pytest.approx(0.5 / math.log(3))
+    # with less history, from the first
+    assert raw("loss_slope_slow", *falling(3.0, 2.0)) == pytest.approx(0.5 / math.log(2))
+
+
+def test_the_slope_signal_is_in_standard_errors() -> None:
+    # each of 4 steps spreads 0.02: variance 2 x 0.02^2/4, fall 0.1
+    assert raw("loss_slope_signal", *falling(2.1, 2.0)) == pytest.approx(0.1 / (0.02 / math.sqrt(2)))
+
+
+def test_spread_and_spike() -> None:
+    last = make_telemetry(train_loss=2.0, train_loss_std=0.02, train_loss_max=2.05)
+
+    assert raw("loss_spread", last) == pytest.approx(-2.0)  # log10(0.02/2)
+    assert raw("loss_spike", last) == pytest.approx(2.5)  # 0.05/0.02
+
+
+def test_the_validation_gap_is_relative() -> None:
+    assert raw("validation_gap", make_telemetry(validation_loss=2.2)) == pytest.approx(0.1)
+
+
+def test_learning_rate_scale_and_height() -> None:
+    rates = [make_telemetry(learning_rate=rate) for rate in (1e-3, 4e-3, 1e-3)]
+
+    assert raw("learning_rate_scale", controls=Controls(batch_size=8, learning_rate_scale=8.0)) == 3.0
+    assert raw("learning_rate_height", *rates) == pytest.approx(-2.0)  # log2(1/4)
+
+
+def test_the_relative_update_is_a_logarithm() -> None:
+    assert raw("relative_update", make_telemetry(relative_update=1e-3)) == pytest.approx(-3.0)
+
+
+@pytest.mark.parametrize(
+    ("linear", "quadratic", "curvature"),
+    [
+        (-0.01, 0.01, 0.0),  # twice the step would gain nothing
+        (-0.02, 0.02 * math.e, 1.0),
+        (-0.02, 0.02 / math.e, -1.0),
+        (0.001, 0.01, 5.0),  # uphill
+        (0.0, 0.0, 5.0),
+        (-0.01, -0.5, math.log(1e-10)),  # downhill and bending further down: as flat as can be
+    ],
+)
+def test_the_curvature_compares_the_probe_s_two_parts(linear: float, quadratic: float, curvature: float) -> None:
+    last = make_telemetry(probe_linear=linear, probe_quadratic=quadratic)
+
+    assert raw("curvature", last) == pytest.approx(curvature)
+
+
+def test_the_noise_scale_is_over_the_batch() -> None:
+    assert raw("noise_scale", make_telemetry(noise_scale=800.0, batch_size=8.0)) == pytest.approx(2.0)
+    assert FIELDS["noise_scale"].scale(raw("noise_scale", make_telemetry(noise_scale=0.0))) == -1.0
+
+
+def test_the_batch_is_over_the_start() -> None:
+    assert raw("batch_scale", controls=Controls(batch_size=32)) == 2.0
+
+
+def test_throughput_and_watts_are_over_the_best_so_far() -> None:
+    # 500, 1,000 and 250 tokens/s; 50, 100 and 80 W
+    run = [make_telemetry(time_s=s, power_w=w) for s, w in ((2.0, 50.0), (1.0, 100.0), (4.0, 80.0))]
+
+    assert raw("throughput", *run) == pytest.approx(0.25)
+    assert raw("power", *run) == pytest.approx(0.8)
+
+
+def test_joules_per_token_are_over_the_lowest_so_far() -> None:
+    run = [make_telemetry(energy_j=joules) for joules in (200.0, 100.0, 400.0)]
+
+    assert raw("energy_per_token", *run) == pytest.approx(2.0)  # log2(400/100)
+    assert raw("energy_per_token", *run[:2]) == 0.0
+
+
+def test_epochs_are_a_logarithm() -> None:
+    assert raw("epochs_seen", make_telemetry(epochs_seen=9.0)) == pytest.approx(1.0)
+
+
+def test_what_is_in_force_is_told_before_the_first_interval() -> None:
+    controls = Controls(batch_size=8, precision="bf16", finish=True)
+    names = ("precision_fp32", "precision_tf32", "precision_bf16", "precision_fp16", "finishing", "precision_switches")
+
+    assert [raw(name, controls=controls, precision_switches=1) for name in names] == [0, 0, 1, 0, 1, 1]
+
+
+def test_last_action_and_preference_are_passed_on() -> None:
+    state = DecisionState(make_limits(), Preference(quality=0.6, energy=0.3, time=0.1))
+    state.decide((6, 0, 3, 0, 0))
+    state.observe(make_telemetry())
+    seen = state.fields()
+
+    # 6/6, 0/2, 3/4, 0/1, 0/1 and the weights, scaled from [0, 1] to [-1, 1]
+    expected = {
+        **{"last_learning_rate": 1.0, "last_batch_size": -1.0, "last_precision": 0.5},
+        **{"last_pruning": -1.0, "last_finish": -1.0},
+        **{"prefers_quality": 0.2, "prefers_energy": -0.4, "prefers_time": -0.8},
+    }
+    assert {name: seen[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_refused_choice_is_not_told_as_the_last_action() -> None:
+    state = DecisionState(make_limits(), Preference())
+    decision = state.decide((3, 1, 0, 1, 1))  # too early for both
+    state.observe(make_telemetry())
+
+    assert decision.requested == (3, 1, 0, 1, 1)
+    assert decision.allowed == state.last_action == KEEP
+    assert len(decision.refusals) == 2
+    assert state.fields()["last_pruning"] == state.fields()["last_finish"] == -1.0
+
+
+KNOWN_AT_THE_START = {
+    *("budget_used", "learning_rate_scale", "batch_scale", "precision_switches", "finishing"),
+    *(name for name in FIELDS if name.startswith(("precision_", "last_", "prefers_"))),
+}
+
+
+def test_before_the_first_interval_only_settings_are_known() -> None:
+    known = {field.name for field in OBSERVATION_FIELDS if field.value(view()) is not None}
+
+    assert known == KNOWN_AT_THE_START
+
+
+def test_what_was_not_measured_is_unknown() -> None:
+    optional = [field.name for field in fields(Telemetry) if "None" in str(field.type)]
+    nothing = make_telemetry(**dict.fromkeys(optional))
+    run = view(nothing, replace(nothing, tokens=2_000))
+    unknown = {field.name for field in OBSERVATION_FIELDS if field.value(run) is None}
+
+    assert unknown == {
+        *("validation_gap", "relative_update", "curvature", "noise_scale", "energy_per_token", "power", "memory"),
+    }
+    assert all(encode(view(nothing))[i] == 0.0 for i, name in enumerate(FIELDS) if name in unknown)
+
+
+COUNTED = {"budget_used", "epochs_seen", "batch_size"}
+MEASURED = [
+    field.name
+    for field in fields(Telemetry)
+    if str(field.type) in ("float", "float | None") and field.name not in COUNTED
+]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0], ids=str)
+@pytest.mark.parametrize("name", MEASURED)
+def test_no_measured_number_breaks_the_observation(name: str, bad: float) -> None:
+    quiet, odd = make_telemetry(), make_telemetry(**{name: bad})
+
+    for run in ([odd], [quiet, replace(odd, tokens=2_000)], [odd, replace(quiet, tokens=2_000)]):
+        observed = encode(view(*run))
+        assert np.isfinite(observed).all()
+        assert np.abs(observed).max() <= 1.0
+
+
+def test_a_diverged_interval_is_all_nan_and_still_observed() -> None:
+    floats = [field.name for field in fields(Telemetry) if str(field.type) in ("float", "float | None")]
+    diverged = make_telemetry(**dict.fromkeys(floats, math.nan), diverged=True)
+
+    assert np.isfinite(encode(view(make_telemetry(), diverged))).all()
+
+
+def test_the_stack_begins_with_the_first_observation_and_ends_with_the_newest() -> None:
+    state = DecisionState(make_limits(), Preference())
+    width = len(OBSERVATION_FIELDS)
+    first = state.observation().reshape(N_STACK, width)
+    assert (first == first[0]).all()
+
+    for used in (0.25, 0.5):
+        state.decide(KEEP)
+        state.observe(make_telemetry(budget_used=used))
+    stack = state.observation().reshape(N_STACK, width)
+
+    assert state.observation().dtype == np.float32
+    assert stack[:, BUDGET_USED].tolist() == [-1.0, -1.0, -1.0, -1.0, -0.5, 0.0]
+    assert stack[-1].tolist() == pytest.approx(list(state.fields().values()))
+
+
+def test_an_observation_does_not_change_afterwards() -> None:
+    state = DecisionState(make_limits(), Preference())
+    before = state.observation()
+    copy = before.copy()
+    state.observe(make_telemetry(budget_used=0.9))
+
+    assert (before == copy).all()
+
+
+def test_names_are_unique_and_ranges_are_ranges() -> None:
+    assert len(FIELDS) == len(OBSERVATION_FIELDS)
+    assert all(field.low < field.high for field in OBSERVATION_FIELDS)
+    assert all(field.unit and field.meaning for field in OBSERVATION_FIELDS)
+    assert list(FIELDS)[BUDGET_USED] == "budget_used"
+
+
+def test_the_tables_are_those_of_the_shipped_policies() -> None:
+    """A change here makes every trained policy useless: make it on purpose, with a newly trained policy."""
+    present = {
+        "stack": N_STACK,
+        "observation": [
+            {"name": field.name, "unit": field.unit, "low": field.low, "high": field.high}
+            for field in OBSERVATION_FIELDS
+        ],
+        "action": [{"name": field.name, "choices": list(field.choices), "keep": field.keep} for field in ACTION_FIELDS],
+    }
+
+    assert present == json.loads(GOLDEN.read_text(encoding="utf-8"))

@@ -1,0 +1,96 @@
+"""PPO starts near the base schedule, learns a toy plant whose best control is known, and resumes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fakes import TOY_CASE, ToyPlant
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from trainpilot.agents.controller import Controller
+from trainpilot.agents.ppo import PPOConfig, bundle_of, initial_bias, make_ppo, train
+from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.live_training import LiveTraining
+from trainpilot.envs.preference import Preference
+from trainpilot.envs.scalarise import ScalarReward
+
+QUALITY_ONLY = Preference(quality=1, energy=0, time=0)
+
+
+def toy_env(n_envs: int = 4) -> VecEnv:
+    def make() -> ScalarReward:
+        return ScalarReward(LiveTraining([TOY_CASE], preference=QUALITY_ONLY, make_plant=ToyPlant))
+
+    return DummyVecEnv([make] * n_envs)
+
+
+def test_the_untrained_policy_mostly_keeps() -> None:
+    bias = initial_bias(PPOConfig(keep_probability=0.7, finish_probability=0.01))
+    start = 0
+    for field in ACTION_FIELDS:
+        logits = bias[start : start + len(field.choices)]
+        start += len(field.choices)
+        shares = np.exp(logits) / np.exp(logits).sum()
+        assert shares[field.keep] == pytest.approx(0.99 if field.name == "finish" else 0.7, abs=1e-5)
+
+
+def test_bundle_gives_the_agents_own_greedy_actions() -> None:
+    env = toy_env(1)
+    model = make_ppo(env, PPOConfig(seed=3))
+    torch.nn.init.normal_(model.policy.action_net.weight)
+    bundle = bundle_of(model, {})
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        observation = random.uniform(-1, 1, env.observation_space.shape).astype(np.float32)
+        masks = random.random(sum(len(f.choices) for f in ACTION_FIELDS)) < 0.7
+        start = 0
+        for field in ACTION_FIELDS:
+            masks[start + field.keep] = True
+            start += len(field.choices)
+        expected, _ = model.predict(observation, action_masks=masks, deterministic=True)
+        assert bundle.act(observation, masks) == tuple(expected)
+
+
+def test_ppo_learns_the_best_learning_rate_of_a_toy(tmp_path: Path) -> None:
+    config = PPOConfig(total_decisions=12_000, n_steps=200, batch_size=200, n_epochs=8, learning_rate=2e-3, seed=1)
+    model, cost = train(toy_env(), config, tmp_path)
+    assert cost["decisions"] >= 12_000
+    plant = ToyPlant()
+    controller = Controller.of_bundle(bundle_of(model, {}), plant.limits(), QUALITY_ONLY)
+    telemetry, scales = None, []
+    while telemetry is None or not telemetry.finished:
+        controls = controller.decide(telemetry)
+        scales.append(controls.learning_rate_scale)
+        telemetry = plant.advance(controls, 1 / TOY_CASE.decisions)
+    assert ToyPlant.BEST_SCALE / 2 < np.median(scales[5:]) < ToyPlant.BEST_SCALE * 2
+    base = ToyPlant()
+    while base.tokens < TOY_CASE.tokens:
+        base.advance(TOY_CASE.start(), 1 / TOY_CASE.decisions)
+    assert plant.work > 1.5 * base.work  # the best possible is just below 2
+
+
+def test_training_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    first = PPOConfig(total_decisions=400, n_steps=50, batch_size=50)
+    train(toy_env(), first, tmp_path)
+    model, cost = train(toy_env(), PPOConfig(total_decisions=800, n_steps=50, batch_size=50), tmp_path)
+    assert model.num_timesteps == 800
+    assert cost["decisions"] == 800
+    assert cost["energy_j"] == pytest.approx(2 * 0.1 * 400 * TOY_CASE.tokens / TOY_CASE.decisions, rel=0.3)
+    again, _ = train(toy_env(), PPOConfig(total_decisions=800, n_steps=50, batch_size=50), tmp_path)
+    for a, b in zip(model.policy.parameters(), again.policy.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        train(toy_env(), PPOConfig(total_decisions=100, n_steps=50, batch_size=50), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_steps", 0), ("keep_probability", 1.0), ("learning_rate", 0.0), ("gae_lambda", 1.5)]
+)
+def test_bad_settings_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"ppo\.{name} must be .*got {value}"):
+        PPOConfig(**{name: value})  # type: ignore[arg-type]

@@ -1,0 +1,225 @@
+"""A replay writes what it promises, goes on after kill -9 with the same result, and leaves plain transformers models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.experiments import run_folder
+from trainpilot.experiments.cli import main
+
+COMMAND = [sys.executable, "-m", "trainpilot.experiments.cli", "replay"]
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+SUMMARY_KEYS = {
+    "policy", "model", "n_parameters", "tokens", "initial_validation_loss", "final_validation_loss", "final_test_loss",
+    "time_s", "energy_j", "energy_source", "n_decisions", "diverged", "final_controls", "versions", "co2e_g",
+    "grid_intensity_g_per_kwh", "device_hours",
+}  # fmt: skip
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i % 97}\n" for i in range(8000)))
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def command(place: Path, out: str, *more: str, decisions: int = 20, tokens: int = 20_480) -> list[str]:
+    return [
+        *COMMAND, "--model", str(place / "model.json"), "--text", str(place / "text.txt"), "--tokens", str(tokens),
+        "--batch-size", "4", "--sequence-length", "32", "--decisions", str(decisions), "--threads", "1",
+        "--out", str(place / out), *more,
+    ]  # fmt: skip
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(*arguments, capture_output=True, text=True, check=False)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return content
+
+
+def zigzag_bundle(path: Path) -> None:
+    """Write a policy that moves all it can, from inputs that repeat exactly: no seconds, joules or memory."""
+    random = np.random.default_rng(5)
+    noisy = {"throughput", "energy_per_token", "power", "memory"}
+    weight = random.normal(0, 2, (16, N_STACK * len(OBSERVATION_FIELDS))).astype(np.float32)
+    for stack in range(N_STACK):
+        for index, field in enumerate(OBSERVATION_FIELDS):
+            if field.name in noisy:
+                weight[:, stack * len(OBSERVATION_FIELDS) + index] = 0
+    n_choices = sum(len(field.choices) for field in ACTION_FIELDS)
+    action = random.normal(0, 1, (n_choices, 16)).astype(np.float32)
+    bias = np.zeros(n_choices, np.float32)
+    bias[-1] = -100  # never finish early
+    weights = {"hidden.0.weight": weight, "hidden.0.bias": np.zeros(16, np.float32)}
+    PolicyBundle({**weights, "action.weight": action, "action.bias": bias}, {"decisions": 20}).save(path)
+
+
+def test_a_replay_writes_what_it_promises(workplace: Path) -> None:
+    result = run(command(workplace, "run", "--policy", "none", "--reference"))
+    assert result.returncode == 0, result.stderr
+    found = summary(workplace / "run")
+    assert found.keys() >= SUMMARY_KEYS
+    assert found["tokens"] == 20_480
+    assert found["n_decisions"] == 20
+    assert found["final_validation_loss"] < found["initial_validation_loss"]
+    assert found["final_validation_loss"] == found["reference"]["final_validation_loss"]
+    assert found["co2e_g"] == pytest.approx(found["energy_j"] / 3.6e6 * found["grid_intensity_g_per_kwh"])
+    lines = (workplace / "run" / "telemetry.jsonl").read_text().splitlines()
+    assert len(lines) == 20
+    assert sum(json.loads(line)["reward"]["quality"] for line in lines) == pytest.approx(1.0, abs=1e-6)
+    assert "base schedule" in result.stdout
+    assert oct((workplace / "run" / "summary.json").stat().st_mode & 0o777) == oct(0o666 & ~os.umask(os.umask(0o22)))
+
+
+def test_the_pruned_model_loads_with_plain_transformers(workplace: Path) -> None:
+    zigzag_bundle(workplace / "policy.safetensors")
+    policy = ("--policy", str(workplace / "policy.safetensors"), "--pruning", "width")
+    result = run(command(workplace, "run", *policy))
+    assert result.returncode == 0, result.stderr
+    found = summary(workplace / "run")
+    assert found["n_changes"] > 5
+    model = AutoModelForCausalLM.from_pretrained(workplace / "run" / "model")
+    width = round(32 * (1 - found["final_effective"]["sparsity"]))
+    assert model.config.intermediate_size == width
+    assert torch.isfinite(model(torch.arange(16)[None]).logits).all()
+
+
+@pytest.mark.parametrize("policy", ["none", "bundle"])
+def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    zigzag_bundle(workplace / "policy.safetensors")
+    chosen = "none" if policy == "none" else str(workplace / "policy.safetensors")
+    more = ("--policy", chosen, "--pruning", "magnitude")
+    size = {"tokens": 163_840, "decisions": 40}
+    whole = run(command(workplace, "whole", *more, **size))
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([sys.executable, "-c", EAGER, *command(workplace, "cut", *more, **size)[3:]])
+    checkpoint, lines = workplace / "cut" / "checkpoint.pt", workplace / "cut" / "telemetry.jsonl"
+    end = time.monotonic() + 120
+    while not (checkpoint.exists() and lines.read_text().count("\n") > 12):
+        assert time.monotonic() < end
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workplace / "cut" / "summary.json").exists()
+    again = run(command(workplace, "cut", *more, **size))
+    assert again.returncode == 0, again.stderr
+    expected, found = summary(workplace / "whole"), summary(workplace / "cut")
+    for name in ("final_validation_loss", "final_test_loss", "initial_validation_loss", "n_decisions", "n_changes"):
+        assert found[name] == expected[name], name
+    losses = [
+        [json.loads(line)["telemetry"]["train_loss"] for line in (workplace / out / "telemetry.jsonl").open()]
+        for out in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+    assert found["n_changes"] > 5 or policy == "none"
+    assert not checkpoint.exists()
+
+
+EAGER = """
+import sys
+from trainpilot.experiments import run_folder
+from trainpilot.experiments.cli import main
+run_folder.CHECKPOINT_EVERY_S, run_folder.CHECKPOINT_COST = 0.0, 1e9
+from trainpilot.experiments.cli import main
+sys.argv = ["trainpilot", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_finished_run_is_not_run_again(workplace: Path) -> None:
+    first = run(command(workplace, "run"))
+    assert first.returncode == 0, first.stderr
+    before = (workplace / "run" / "summary.json").read_bytes()
+    again = run(command(workplace, "run"))
+    assert "already finished" in again.stdout
+    assert (workplace / "run" / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--policy", "nowhere.safetensors"), "policy: no file nowhere.safetensors"),
+        (("--tokens", "many"), "--tokens"),
+        (("--tokens", "100"), "tokens must give every decision at least one step"),
+        (("--text", "nowhere.txt"), "nowhere.txt"),
+        (("--model", "nowhere.json"), "no file nowhere.json"),
+        (("--preference", "speed=1"), "preference must look like"),
+        (("--grid-intensity", "-1"), "grid_intensity must be a number >= 0"),
+        (("--precision", "fp16"), "precision fp16 cannot be used"),
+        (("--schedule", "wave"), "--schedule"),
+        (("--device", "cuda"), "needs an NVIDIA GPU"),
+        (("--colour", "red"), "--colour"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    workplace: Path,
+    change: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if change[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.setattr(sys, "argv", ["trainpilot", *command(workplace, "run", *change)[3:]])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in said
+    assert said.startswith("trainpilot: ")
+    assert said.count("\n") == 1
+    assert not (workplace / "run").exists()
+
+
+def test_the_folder_of_another_run_is_refused(workplace: Path) -> None:
+    assert run(command(workplace, "run")).returncode == 0
+    result = run(command(workplace, "run", "--seed", "1"))
+    assert result.returncode == 2
+    assert "seed was 0, now 1" in result.stderr
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder.RunFolder(tmp_path / "run", {"seed": 0})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", full)
+    with pytest.warns(UserWarning, match="checkpoint could not be written: No space left"):
+        folder.write_checkpoint({"snapshot": {}}, [])
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(workplace: Path) -> None:
+    (workplace / "run").mkdir()
+    (workplace / "run" / "checkpoint.pt").write_bytes(b"nonsense")
+    result = run(command(workplace, "run"))
+    assert result.returncode == 2
+    assert "cannot be resumed" in result.stderr
+    assert result.stderr.count("\n") == 1
