@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ class PPOConfig:
     """Chance that the untrained policy leaves a control alone: learning starts near the base schedule."""
     finish_probability: float = 0.003
     """Chance per decision that the untrained policy begins the cool-down."""
+    time_limit_s: float | None = None
+    """Stop early after so many seconds, for machines slower than expected."""
     seed: int = 0
     """Seeds the policy's initial weights and its sampling."""
 
@@ -62,6 +65,8 @@ class PPOConfig:
         for name in ("keep_probability", "finish_probability"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"ppo.{name} must be in (0, 1), got {getattr(self, name)}")
+        if self.time_limit_s is not None and not self.time_limit_s > 0:
+            raise ValueError(f"ppo.time_limit_s must be positive, got {self.time_limit_s}")
         if not self.learning_rate > 0:
             raise ValueError(f"ppo.learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.gae_lambda <= 1:
@@ -130,20 +135,23 @@ def train(
         The agent, and what training cost: decisions, episodes, joules (NaN where unknown), seconds.
     """
     model = make_ppo(env, config)
-    keeper = _Keeper(folder / "checkpoint.pt", progress)
+    keeper = _Keeper(folder / "checkpoint.pt", progress, config.time_limit_s)
     keeper.load(model)
     model.set_logger(configure(str(folder / "tb"), ["tensorboard"]))
+    everyone = CallbackList([keeper, *callbacks])
+    everyone.init_callback(model)
     left = config.total_decisions - model.num_timesteps
     if left > 0:
-        model.learn(left, callback=CallbackList([keeper, *callbacks]), reset_num_timesteps=False)
+        model.learn(left, callback=everyone, reset_num_timesteps=False)
     return model, keeper.cost
 
 
 class _Keeper(BaseCallback):
     """Writes a checkpoint after every update, counts what training costs, reports progress."""
 
-    def __init__(self, path: Path, progress: Callable[[int], None] | None) -> None:
+    def __init__(self, path: Path, progress: Callable[[int], None] | None, time_limit_s: float | None) -> None:
         super().__init__()
+        self.end_s = math.inf if time_limit_s is None else time.monotonic() + time_limit_s
         self.path = path
         self.progress = progress
         self.cost = {"decisions": 0.0, "episodes": 0.0, "energy_j": 0.0, "time_s": 0.0}
@@ -157,7 +165,7 @@ class _Keeper(BaseCallback):
         self.cost["decisions"] = self.num_timesteps
         if self.progress is not None:
             self.progress(self.num_timesteps)
-        return True
+        return time.monotonic() < self.end_s
 
     def _on_rollout_start(self) -> None:
         if self.num_timesteps:

@@ -7,6 +7,7 @@ TensorBoard draws both into one chart.
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -85,7 +86,8 @@ class RunWriter:
     def write_reference(self, reference: Reference) -> None:
         """Put the reference run beside the steered one; a second call takes the place of the first."""
         totals = Totals()
-        with SummaryWriter(str(self.folder / "reference"), purge_step=0) as writer:
+        shutil.rmtree(self.folder / "reference", ignore_errors=True)
+        with SummaryWriter(str(self.folder / "reference")) as writer:
             for telemetry in reference.telemetry:
                 totals.add(telemetry)
                 self._scalars(writer, _of_telemetry(telemetry, totals), telemetry.tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from trainpilot.llm_runtime.controls import PRECISIONS, Controls
 
 SPARSITY_STEP = 0.05
@@ -49,9 +51,11 @@ KEEP: tuple[int, ...] = tuple(field.keep for field in ACTION_FIELDS)
 """The action that changes nothing. A policy that always returns it is the base schedule."""
 
 Action = tuple[int, ...]
+Choices = Sequence[int] | np.ndarray
+"""One number per field, as a policy or a space gives them."""
 
 
-def decode(action: Sequence[int], present: Controls) -> Controls:
+def decode(action: Choices, present: Controls) -> Controls:
     """Return the controls that follow from `action` while `present` holds.
 
     Raises:
@@ -69,7 +73,7 @@ def decode(action: Sequence[int], present: Controls) -> Controls:
     )
 
 
-def check_action(action: Sequence[int]) -> None:
+def check_action(action: Choices) -> None:
     """Raise `ValueError` unless `action` has one valid choice per field."""
     if len(action) != len(ACTION_FIELDS):
         raise ValueError(f"action must have {len(ACTION_FIELDS)} components, got {len(action)}")

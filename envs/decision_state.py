@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, decode
+from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, Choices, decode
 from trainpilot.envs.observation import OBSERVATION_FIELDS, RunView, encode
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.safety import Reasons, Situation, allow, mask_reasons
@@ -71,7 +70,7 @@ class DecisionState:
         """Return which choices are allowed, bool of shape (sum of choices,), field after field."""
         return np.array([reason is None for why in self.mask_reasons() for reason in why])
 
-    def decide(self, action: Sequence[int] | np.ndarray) -> Decision:
+    def decide(self, action: Choices) -> Decision:
         """Bring the allowed part of `action` into force. Raises `ValueError` for a choice that does not exist."""
         requested = tuple(int(choice) for choice in action)
         allowed, refusals = allow(requested, self.mask_reasons())

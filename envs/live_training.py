@@ -211,10 +211,9 @@ def live_plant() -> PlantFactory:
 
 def device_label(config: RunConfig) -> str:
     """Return the device that a case runs on and the threads it has there, as a cache key."""
-    import torch
-
     from trainpilot.llm_runtime.live_run import resolve_device
     from trainpilot.llm_runtime.precision import device_name
+    from trainpilot.llm_runtime.threads import threads_in_use
 
     device = device_name(resolve_device(config.device))
-    return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{device}, {os.cpu_count()} cores, {threads_in_use()} threads"

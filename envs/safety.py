@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainpilot.envs.action import (
@@ -11,6 +10,7 @@ from trainpilot.envs.action import (
     LEARNING_RATE_FACTORS,
     SPARSITY_STEP,
     Action,
+    Choices,
     check_action,
 )
 from trainpilot.llm_runtime.controls import PRECISIONS, Controls
@@ -51,7 +51,7 @@ def mask_reasons(situation: Situation) -> Reasons:
     )
 
 
-def allow(action: Sequence[int], reasons: Reasons) -> tuple[Action, list[str]]:
+def allow(action: Choices, reasons: Reasons) -> tuple[Action, list[str]]:
     """Replace every masked choice by the one that changes nothing; return the action and the reasons by name.
 
     Raises:

@@ -44,6 +44,7 @@ def _run(policy: str, out: Path, options: DemoOptions) -> ReplayOptions:
         tokens=600_000,
         batch_size=8,
         sequence_length=128,
+        base_learning_rate=3e-4,
         decisions=25,
         seed=options.seed,
         reference=policy != "none",

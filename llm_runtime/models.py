@@ -102,11 +102,12 @@ def _read_config(path: Path) -> PretrainedConfig:
 def _build_config(content: dict[str, Any], name: str) -> PretrainedConfig:
     """Make the config of a model trained from scratch on bytes: its vocabulary is 256, whatever the file says."""
     options = {key: value for key, value in content.items() if key != "model_type"}
-    options |= {"vocab_size": ByteTokenizer.vocabulary, "bos_token_id": None, "eos_token_id": None}
+    options |= {"vocab_size": ByteTokenizer.vocabulary}
+    options |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     try:
         return AutoConfig.for_model(content["model_type"], **options)
     except Exception as error:  # transformers raises many kinds for a wrong config
-        raise ValueError(f"model: {name} is not a usable config: {_first_line(error)}") from error
+        raise ValueError(f"model: {name} is not a usable config: {_one_line(error)}") from error
 
 
 def _from_scratch(config: PretrainedConfig, seed: int) -> LoadedModel:
@@ -114,8 +115,9 @@ def _from_scratch(config: PretrainedConfig, seed: int) -> LoadedModel:
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long))  # some sizes only show here that they do not divide
     except Exception as error:  # sizes that do not divide, architectures without a causal head, ...
-        raise ValueError(f"model: no causal model can be built from this config: {_first_line(error)}") from error
+        raise ValueError(f"model: no causal model can be built from this config: {_one_line(error)}") from error
     finally:
         torch.set_rng_state(state)
     return LoadedModel(model, ByteTokenizer(), pretrained=False)
@@ -128,11 +130,10 @@ def _from_pretrained(name: str) -> LoadedModel:
     except Exception as error:  # offline, gated, missing, damaged: the Hub client has a class for each
         raise ValueError(
             f"model: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder, and could not be loaded as a "
-            f"Hub id ({type(error).__name__}: {_first_line(error)}); download it first and give its folder"
+            f"Hub id ({type(error).__name__}: {_one_line(error)}); download it first and give its folder"
         ) from error
     return LoadedModel(model, PretrainedTokenizer(tokenizer), pretrained=True)
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

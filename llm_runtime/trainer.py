@@ -199,7 +199,7 @@ class Trainer:
         return self._effective_precision
 
     def _watch_a_matrix_product(self) -> None:
-        first = next(m for m in self.model.base_model.modules() if isinstance(m, nn.Linear | Conv1D))
+        first = next(m for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D))
 
         def remember(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
             if self.model.training:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.energy import EnergyMeter, NoMeter
 from trainpilot.llm_runtime.live_run import LiveRun
@@ -35,7 +36,28 @@ GPT2: dict[str, Any] = {
 }
 DROPOUT: dict[str, Any] = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
-WORDS = "the pilot reads loss noise and power then sets rate batch format for one more stretch of this run .".split()
+WORDS = [
+    "the",
+    "pilot",
+    "reads",
+    "loss",
+    "noise",
+    "and",
+    "power",
+    "then",
+    "sets",
+    "rate",
+    "batch",
+    "format",
+    "for",
+    "one",
+    "more",
+    "stretch",
+    "of",
+    "this",
+    "run",
+    ".",
+]
 
 
 def text_by_rule(n_characters: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_FACTORS, check_action, decode
 from trainpilot.llm_runtime.controls import Controls
 

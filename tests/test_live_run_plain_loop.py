@@ -10,8 +10,9 @@ import pytest
 import torch
 from live_runs import GPT2, LLAMA, case, live_run
 from torch import nn
-from trainpilot.llm_runtime.live_run import LiveRun
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from trainpilot.llm_runtime.live_run import LiveRun
 
 SEED = 3
 STEPS, BATCH, LENGTH = 200, 2, 16

@@ -28,7 +28,7 @@ from trainpilot.envs.preference import Preference
 from trainpilot.envs.reward import OBJECTIVES
 from trainpilot.envs.scalarise import UTILITIES, ScalarReward
 from trainpilot.llm_runtime import live_run
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.controls import Controls, Pruning
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.plant import ControlLimits, Plant
 from trainpilot.llm_runtime.run_config import RunConfig
@@ -83,8 +83,8 @@ def action(**choices: int) -> np.ndarray:
 
 def random_masked(env: Any) -> np.ndarray:
     """Return a random action among the allowed ones."""
-    parts = np.split(env.action_masks(), np.cumsum(env.action_space.nvec)[:-1])
-    drawn: np.ndarray = env.action_space.sample(mask=tuple(part.astype(np.int8) for part in parts))
+    parts = np.split(env.action_masks().astype(np.int8), np.cumsum(env.action_space.nvec)[:-1])
+    drawn: np.ndarray = env.action_space.sample(mask=tuple(parts))
     return drawn
 
 
@@ -100,7 +100,8 @@ class Scalarised(LiveTraining):
 def scalarised() -> Iterator[str]:
     """Register `Scalarised` as deterministic, which it is on a steady machine, and return its id."""
     name = "trainpilot-tests/Scalarised-v0"
-    gymnasium.register(name, Scalarised, nondeterministic=False, disable_env_checker=True)
+    make: Any = Scalarised
+    gymnasium.register(name, make, nondeterministic=False, disable_env_checker=True)
     yield name
     del gymnasium.registry[name]
 
@@ -195,7 +196,7 @@ def test_what_is_no_action_is_refused_and_changes_nothing(bad: list[int]) -> Non
 def test_always_keeping_is_the_base_schedule(case: RunConfig) -> None:
     env = LiveTraining([case], PREFERENCE, make_plant=steady_run)
     env.reset(seed=0)
-    total, rates, info, ended, truncated = np.zeros(3), [], {}, False, False
+    total, rates, ended, truncated = np.zeros(3), [], False, False
     while not ended:
         _, reward, terminated, truncated, info = env.step(KEEP_ARRAY)
         total += reward
@@ -214,19 +215,23 @@ def test_always_keeping_is_the_base_schedule(case: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("pruning", ["none", "magnitude", "width"])
-def test_a_random_masked_policy_gets_through_whole_episodes(pruning: str, case: RunConfig) -> None:
+def test_a_random_masked_policy_gets_through_whole_episodes(pruning: Pruning, case: RunConfig) -> None:
     env = LiveTraining([replace(case, pruning=pruning)], make_plant=steady_run)
     env.action_space.seed(len(pruning))
-    observation, _ = env.reset(seed=0)
-    ended, seen = False, [observation]
-    while not ended:
-        observation, reward, terminated, truncated, info = env.step(random_masked(env))
-        ended = terminated or truncated
+    observation, info = env.reset(seed=0)
+    truncated, seen = False, [observation]
+    while not truncated:
+        chosen = random_masked(env)
+        chosen[-1] = 0  # no cool-down, so that the episode is whole
+        observation, reward, terminated, truncated, info = env.step(chosen)
         seen.append(observation)
+        assert not terminated
         assert info["refusals"] == []
         assert reward in env.reward_space
         assert np.isfinite(reward).all()
 
+    assert len(seen) == 1 + 12
+    assert (info["effective"]["sparsity"] > 0) == (pruning != "none")
     assert all(observation in env.observation_space for observation in seen)
     assert np.isfinite(seen).all()
 
@@ -277,7 +282,7 @@ class LastStepDivergingToy(ToyPlant):
 def test_a_run_lost_in_its_very_last_step_is_terminated_too() -> None:
     env = LiveTraining([TOY_CASE], PREFERENCE, make_plant=LastStepDivergingToy)
     env.reset(seed=0)
-    total, terminated, truncated, info = np.zeros(3), False, False, {}
+    total, terminated, truncated = np.zeros(3), False, False
     for i in range(TOY_CASE.decisions):
         assert not terminated
         assert not truncated
@@ -394,7 +399,7 @@ def test_a_reference_of_a_real_run_is_found_again_on_the_disk(
 def test_it_can_be_made_by_its_id(case: RunConfig) -> None:
     import trainpilot.envs  # noqa: F401
 
-    env = gymnasium.make("trainpilot/LiveTraining-v0", cases=[case], make_plant=steady_run)
+    env: Any = gymnasium.make("trainpilot/LiveTraining-v0", cases=[case], make_plant=steady_run)
     env.reset(seed=0)
     observation, reward, *_ = env.step(KEEP_ARRAY)
 

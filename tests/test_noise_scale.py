@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from live_runs import advance, case, live_run
+
 from trainpilot.llm_runtime.measure import interval_noise_scale, loss_statistics, mean_finite
 from trainpilot.llm_runtime.noise_scale import noise_scale_from_moments
 from trainpilot.llm_runtime.optimizer import first_moment_norm
@@ -91,9 +92,9 @@ def test_first_moment_norm_is_bias_corrected(tmp_path: Path) -> None:
     assert first_moment_norm(run.trainer.optimizer) is None
     trainer = run.trainer
     batch = run.stream.take(2)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(
-        trainer.loss(torch.from_numpy(batch)), list(trainer.model.parameters()))])  # fmt: skip
-    norm = float(gradient.norm())
+    loss = trainer.loss(torch.from_numpy(batch))
+    gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
 
     trainer.step(batch, learning_rate=0.0)
 
@@ -103,7 +104,7 @@ def test_first_moment_norm_is_bias_corrected(tmp_path: Path) -> None:
     assert float(moment) == pytest.approx(min(norm, 1.0), rel=1e-5)
 
 
-def test_a_run_measures_more_noise_with_a_smaller_batch_share(tmp_path: Path) -> None:
+def test_a_run_measures_a_noise_scale(tmp_path: Path) -> None:
     run = live_run(case(tmp_path, tokens=25_600, batch_size=16, decisions=4, base_learning_rate=1e-4))
     noise_scale = advance(run).noise_scale
     assert noise_scale is not None

@@ -9,6 +9,8 @@ import pytest
 import torch
 from live_runs import advance, case, live_run, same_bits, weights
 from torch import Tensor, nn
+
+from trainpilot.llm_runtime.optimizer import update_direction
 from trainpilot.llm_runtime.probe import probe_curvature
 
 
@@ -50,8 +52,8 @@ def test_one_weight_by_hand() -> None:
 
     result = probe_curvature([(weight, torch.tensor([-0.5]))], lambda: 3 * weight.square().sum())
 
-    assert result.linear == -6.0  # 12 w d... of slope 12 times -0.5
-    assert result.quadratic == 0.75  # 6 d^2 / 2
+    assert result.linear == -6.0  # slope 12 times d
+    assert result.quadratic == 0.75  # curvature 6 times d^2 / 2
     assert result.relative_update == 0.25
 
 
@@ -110,8 +112,6 @@ def test_probe_of_a_run_agrees_with_its_gradient(tmp_path: Path) -> None:
     assert result is not None
     assert same_bits(weights(run), before)
     assert run.stream.state_dict() == position
-    from trainpilot.llm_runtime.optimizer import update_direction
-
     updates = update_direction(trainer.optimizer)
     gradients = torch.autograd.grad(trainer.loss(torch.from_numpy(sequences)), [p for p, _ in updates])
     slope = sum(float((g * d).sum()) for g, (_, d) in zip(gradients, updates, strict=True))

@@ -223,10 +223,11 @@ def toy_loss(scale: float) -> float:
 def test_the_rewards_of_an_episode_sum_to_the_utility_of_its_outcome(utility: str, scale: float) -> None:
     preference = Preference(quality=0.5, energy=0.3, time=0.2)
     env = ScalarReward(LiveTraining([TOY_CASE], preference, make_plant=ToyPlant), utility)
-    vectors, rewards = [], []
     for _ in range(2):  # the second episode begins anew
         env.reset(seed=0)
-        vectors, rewards, ended = [], [], False
+        vectors: list[np.ndarray] = []
+        rewards: list[float] = []
+        ended = False
         action = np.array([6, 1, 0, 0, 0] if scale > 1 else KEEP)  # x2, twice
         while not ended:
             _, reward, terminated, truncated, info = env.step(action if len(rewards) < 2 else np.array(KEEP))

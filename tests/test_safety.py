@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from fakes import make_limits
+
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, decode
 from trainpilot.envs.safety import Reasons, Situation, allow, mask_reasons
 from trainpilot.llm_runtime.controls import Controls

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import SCHEDULES, Cooldown, Schedule, ScheduleName
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from live_runs import DROPOUT, GPT2, LLAMA, advance, case, live_run, same_bits, weights
+
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.plant import Snapshot
 

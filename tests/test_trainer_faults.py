@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from live_runs import advance, case, live_run, weights
+
 from trainpilot.llm_runtime import precision as number_format
 from trainpilot.llm_runtime.controls import PRECISIONS
 from trainpilot.llm_runtime.energy import EnergyReading
@@ -107,9 +108,7 @@ def test_out_of_memory_with_one_sequence_says_what_to_do(tmp_path: Path, monkeyp
     assert sizes == [4, 2, 1]
 
 
-def test_out_of_memory_while_precisions_are_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_while_precisions_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINPILOT_CACHE", str(tmp_path / "cache"))
     run = live_run(case(tmp_path, batch_size=8))
     fail(run, lambda size: size > 4, gpu_is_full, monkeypatch)

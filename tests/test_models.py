@@ -1,0 +1,250 @@
+"""Models from presets, config files, folders and the Hub's cache; what cannot be used is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_runs import GPT2, LLAMA, advance, case, live_run, text_by_rule
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trainpilot.llm_runtime.corpus import ByteTokenizer, PretrainedTokenizer
+from trainpilot.llm_runtime.models import PRESETS, LoadedModel, context_length, load_model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "gpt2": GPT2,
+    "gpt_neox": {"model_type": "gpt_neox", "intermediate_size": 32, **SIZES},
+    "qwen2": {"model_type": "qwen2", "intermediate_size": 32, "num_key_value_heads": 1, **SIZES},
+    "opt": {"model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 16, **SIZES},
+}
+
+
+def write_config(folder: Path, content: Any) -> str:
+    path = folder / "model.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def one_line(raised: pytest.ExceptionInfo[ValueError]) -> str:
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+# From scratch -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("llama-nano", 0.2), ("llama-micro", 1), ("llama-mini", 5), ("gpt2-nano", 0.2), ("gpt2-micro", 1)],
+)
+def test_preset_sizes(preset: str, millions: float) -> None:
+    loaded = load_model(preset, seed=0)
+
+    assert loaded.n_parameters == pytest.approx(millions * 1e6, rel=0.25)
+    assert not loaded.pretrained
+    assert isinstance(loaded.tokenizer, ByteTokenizer)
+    assert context_length(loaded.model.config) == 1_024
+    assert loaded.model.get_input_embeddings().weight.shape[0] == 256
+
+
+def test_all_presets_are_tested() -> None:
+    assert set(PRESETS) == {"llama-nano", "llama-micro", "llama-mini", "gpt2-nano", "gpt2-micro"}
+
+
+def test_presets_have_no_dropout() -> None:
+    ids = torch.arange(32).unsqueeze(0)
+    for preset in ("llama-nano", "gpt2-nano"):
+        model = load_model(preset, seed=0).model.train()
+        assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_config_file_trains(family: str, tmp_path: Path) -> None:
+    run = live_run(case(tmp_path, CONFIGS[family]), probe=True)
+
+    telemetry = advance(run)
+
+    assert run.loaded.model.config.model_type == family
+    assert run.loaded.model.config.vocab_size == 256
+    assert telemetry.steps == 10
+    assert 0 < telemetry.train_loss < 8
+    assert telemetry.probe_linear is not None
+
+
+def test_config_of_a_published_model_is_cut_to_bytes(tmp_path: Path) -> None:
+    # What such files carry besides sizes: ids beyond 256, a 16-bit format, a chat model's leftovers.
+    published = CONFIGS["qwen2"] | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "bos_token_id": 151_643,
+        "eos_token_id": [151_645, 151_643],
+        "pad_token_id": 151_643,
+        "vocab_size": 151_936,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.0",
+        "use_cache": False,
+    }
+
+    loaded = load_model(write_config(tmp_path, published), seed=0)
+
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    assert loaded.model.get_input_embeddings().weight.shape == (256, 16)
+
+
+def test_folder_with_a_config_alone_is_from_scratch(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    assert not load_model(str(tmp_path), seed=0).pretrained
+
+
+def weights_of(loaded: LoadedModel) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in loaded.model.parameters()]
+
+
+def test_one_seed_one_model() -> None:
+    torch.manual_seed(1)
+    first = weights_of(load_model("llama-nano", seed=4))
+    torch.manual_seed(2)
+    again, other = (weights_of(load_model("llama-nano", seed=seed)) for seed in (4, 5))
+
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_making_a_model_draws_no_random_numbers_of_others() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    load_model("llama-nano", seed=0)
+    assert torch.equal(torch.rand(2), expected)
+
+
+# Refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        ("{not json", "is not readable JSON"),
+        ("[1, 2]", "must be a transformers config with a 'model_type'"),
+        ({"hidden_size": 16}, "must be a transformers config with a 'model_type'"),
+        ({"model_type": "nonsense"}, "is not a usable config"),
+        (LLAMA | {"hidden_size": 15}, "not a multiple of the number of attention heads"),
+        (LLAMA | {"hidden_size": "sixteen"}, "hidden_size"),
+        (LLAMA | {"num_attention_heads": 4, "num_key_value_heads": 3}, "no causal model can be built"),
+        (GPT2 | {"n_head": 3}, "must be divisible by num_heads"),
+        ({"model_type": "vit"}, "no causal model can be built from this config"),
+    ],
+)
+def test_wrong_config_file(content: Any, rule: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^model: ") as raised:
+        load_model(write_config(tmp_path, content), seed=0)
+    assert rule in one_line(raised)
+
+
+def test_no_such_config_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="presets are llama-nano") as raised:
+        load_model(str(tmp_path / "nowhere.json"), seed=0)
+    assert "nowhere.json" in one_line(raised)
+
+
+def test_unknown_name_is_refused_quickly() -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="'nobody/no-such-model' is neither a preset") as raised:
+        load_model("nobody/no-such-model", seed=0)
+    assert time.monotonic() - start < 5
+    assert "download it first and give its folder" in one_line(raised)
+
+
+def test_sequences_longer_than_the_context(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^sequence_length must not exceed the model's context of 64 tokens, got 65$"):
+        live_run(case(tmp_path, sequence_length=65, tokens=10_000))
+    assert live_run(case(tmp_path, sequence_length=64, tokens=10_000)).finished is False
+
+
+# Pretrained -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Save a tiny LLaMA and a byte-level tokenizer trained on the text of the tests."""
+    folder = tmp_path / "saved"
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([text_by_rule(4_096)], vocab_size=300, special_tokens=["<end>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<end>")
+    tokenizer.save_pretrained(folder)
+    sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    torch.manual_seed(11)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_saved_folder_is_fine_tuned(saved: Path, tmp_path: Path) -> None:
+    run = live_run(case(tmp_path, str(saved)), probe=True)
+
+    assert run.loaded.pretrained
+    assert isinstance(run.loaded.tokenizer, PretrainedTokenizer)
+    assert run.loaded.tokenizer.vocabulary == run.loaded.model.config.vocab_size
+    expected = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in run.loaded.model.state_dict().items())
+    # Words of several letters became one token: fewer tokens than bytes.
+    assert run.corpus.bytes_per_token > 2
+
+    telemetry = advance(run)
+
+    assert telemetry.train_loss == pytest.approx(math.log(run.loaded.tokenizer.vocabulary), rel=0.5)
+    assert not telemetry.diverged
+    assert run.evaluate() > 0
+
+
+def test_saved_again_it_is_an_ordinary_folder(saved: Path, tmp_path: Path) -> None:
+    run = live_run(case(tmp_path, str(saved), pruning="width"))
+    advance(run)
+    advance(run, sparsity=0.5)
+    loss = run.evaluate()
+
+    run.loaded.save(tmp_path / "again")
+    again = live_run(case(tmp_path, str(tmp_path / "again")))
+
+    assert again.loaded.pretrained
+    assert again.corpus.key == run.corpus.key
+    assert again.evaluate() == pytest.approx(loss, abs=1e-5)
+
+
+def test_from_scratch_saves_without_a_tokenizer(tmp_path: Path) -> None:
+    loaded = load_model("llama-nano", seed=0)
+    loaded.save(tmp_path / "bytes")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "bytes")
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(loaded), again.parameters(), strict=True))
+
+
+def test_sixteen_bit_weights_are_widened(saved: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16).save_pretrained(saved)
+    assert {p.dtype for p in load_model(str(saved), seed=0).model.parameters()} == {torch.float32}
+
+
+def test_folder_without_its_tokenizer(saved: Path) -> None:
+    for file in [*saved.glob("tokenizer*"), *saved.glob("special*")]:
+        file.unlink()
+    with pytest.raises(ValueError, match="^model: ") as raised:
+        load_model(str(saved), seed=0)
+    one_line(raised)
+
+
+def test_damaged_weights(saved: Path) -> None:
+    (saved / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="^model: ") as raised:
+        load_model(str(saved), seed=0)
+    one_line(raised)

@@ -1,0 +1,99 @@
+"""Every bad setting of a run is refused with its name, the rule and the value; good ones give the derived numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.live_run import resolve_device
+from trainpilot.llm_runtime.run_config import RunConfig
+
+WHOLE = "must be a whole number of at least"
+
+BAD: list[tuple[str, Any, str]] = [
+    ("tokens", 0, f"tokens {WHOLE} 1, got 0"),
+    ("tokens", 1e6, f"tokens {WHOLE} 1, got 1000000.0"),
+    ("tokens", "1000000", f"tokens {WHOLE} 1, got '1000000'"),
+    ("batch_size", 0, f"batch_size {WHOLE} 1, got 0"),
+    ("batch_size", 2.5, f"batch_size {WHOLE} 1, got 2.5"),
+    ("sequence_length", -1, f"sequence_length {WHOLE} 1, got -1"),
+    ("decisions", 0, f"decisions {WHOLE} 1, got 0"),
+    ("seed", -1, f"seed {WHOLE} 0, got -1"),
+    ("base_learning_rate", 0.0, "base_learning_rate must be a positive number, got 0.0"),
+    ("base_learning_rate", -1e-3, "base_learning_rate must be a positive number, got -0.001"),
+    ("base_learning_rate", math.inf, "base_learning_rate must be a positive number, got inf"),
+    ("base_learning_rate", math.nan, "base_learning_rate must be a positive number, got nan"),
+    ("base_learning_rate", "1e-3", "base_learning_rate must be a positive number, got '1e-3'"),
+    ("gradient_clip", 0.0, "gradient_clip must be a positive number, got 0.0"),
+    ("gradient_clip", math.nan, "gradient_clip must be a positive number, got nan"),
+    ("beta1", 1.0, "beta1 must be in [0, 1), got 1.0"),
+    ("beta1", -0.1, "beta1 must be in [0, 1), got -0.1"),
+    ("beta2", 1.5, "beta2 must be in [0, 1), got 1.5"),
+    ("beta2", math.nan, "beta2 must be in [0, 1), got nan"),
+    ("weight_decay", -0.1, "weight_decay must be a number >= 0, got -0.1"),
+    ("weight_decay", math.nan, "weight_decay must be a number >= 0, got nan"),
+    ("schedule", "poly", "schedule must be one of linear, cosine, wsd, constant, got 'poly'"),
+    ("precision", "fp8", "precision must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
+    ("pruning", "random", "pruning must be one of none, magnitude, evolution, width, got 'random'"),
+    ("text", (), "text must name at least one source, got none; the default is 'stdlib'"),
+    ("warmup_tokens", -1, "warmup_tokens must be in [0, tokens), got -1"),
+    ("warmup_tokens", 1_000_000, "warmup_tokens must be in [0, tokens), got 1000000"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD)
+def test_bad_value(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        RunConfig(**{name: value})
+
+
+def test_budget_gives_every_decision_a_step() -> None:
+    RunConfig(tokens=51_200, batch_size=16, sequence_length=64, decisions=50)
+    with pytest.raises(ValueError, match="tokens must give every decision at least one step") as raised:
+        RunConfig(tokens=51_199, batch_size=16, sequence_length=64, decisions=50)
+    assert "50 decisions x batch_size 16 x sequence_length 64 = 51,200, got 51,199" in str(raised.value)
+    assert "raise the budget or lower one of the three" in str(raised.value)
+
+
+def test_derived_numbers_by_hand() -> None:
+    config = RunConfig(tokens=100_000, batch_size=8, sequence_length=96, decisions=20, precision="bf16")
+
+    assert config.n_sequences() == 1_041  # 99,936 tokens; the last 64 make no sequence
+    assert config.warmup() == 2_000
+    assert config.base_schedule().budget_tokens == 99_936
+    assert config.start() == Controls(batch_size=8, precision="bf16")
+    assert RunConfig(warmup_tokens=77).warmup() == 77
+
+
+def test_start_touches_nothing() -> None:
+    start = RunConfig().start()
+    assert (start.learning_rate_scale, start.sparsity, start.finish) == (1.0, 0.0, False)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cpu:x", ""])
+def test_unknown_device(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^device must be auto, cpu or cuda, got '{name}'$"):
+        resolve_device(name)
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert resolve_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match=r"^device: 'cuda:1' needs an NVIDIA GPU .* use 'cpu' or 'auto'$"):
+        resolve_device("cuda:1")
+
+
+def test_a_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert resolve_device("auto").type == "cuda"
+
+
+def test_can_be_read_without_torch() -> None:
+    code = "import sys, trainpilot.llm_runtime.run_config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from hand_made_runs import hand_made_record, hand_made_reference, hand_made_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from trainpilot.agents.flat_settings import flatten, markdown_table
+from trainpilot.agents.run_writer import RunWriter
+
+
+def read(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(tag)]
+
+
+def texts(events: EventAccumulator, tag: str) -> list[tuple[int, str]]:
+    found = events.Tensors(f"{tag}/text_summary")
+    return [(event.step, event.tensor_proto.string_val[0].decode()) for event in found]
+
+
+def test_values_stand_at_the_tokens_trained_on(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    for record in hand_made_run(3):
+        writer.write(record)
+    writer.close()
+
+    events = read(tmp_path / "steered")
+    assert scalars(events, "loss/train") == [(1000, 5.0), (2000, 4.0), (3000, 3.0)]
+    assert scalars(events, "loss/validation") == [(2000, 4.1), (3000, 3.1)], "unknown is left out, not 0"
+    assert scalars(events, "controls_requested/learning_rate_scale")[0] == (1000, 2.0)
+    assert scalars(events, "controls_requested/batch_size")[0] == (1000, 8.0)
+    assert scalars(events, "controls_effective/batch_size")[0] == (1000, 7.5)
+    assert scalars(events, "controls_effective/precision")[0] == (1000, 2.0), "bf16 is the third of the formats"
+    assert scalars(events, "energy/total") == [(1000, 10.0), (2000, 20.0), (3000, 30.0)]
+    assert scalars(events, "energy/per_token")[0] == (1000, 0.01)
+    assert scalars(events, "speed/tokens_per_s")[0] == (1000, 500.0)
+    assert scalars(events, "speed/total")[-1] == (3000, 6.0)
+    assert scalars(events, "reward/quality_total") == [(1000, 0.25), (2000, 0.5), (3000, 0.75)]
+    assert scalars(events, "observation/noise_scale")[0] == (1000, 0.5)
+
+
+def test_decisions_count_from_keep(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.write(hand_made_record(0, requested=(1, 2, 0, 1, 0), allowed=(1, 1, 0, 0, 0)))
+    writer.close()
+
+    events = read(tmp_path / "steered")
+    assert scalars(events, "decision/learning_rate") == [(1000, -2.0)]
+    assert scalars(events, "decision/batch_size") == [(1000, 1.0)]
+    assert scalars(events, "decision/batch_size_allowed") == [(1000, 0.0)]
+    assert scalars(events, "decision/pruning") == [(1000, 1.0)]
+
+
+def test_what_is_unknown_or_not_finite_is_left_out(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.write(hand_made_record(0, energy_j=None, power_w=None, energy_source=None))
+    writer.write(hand_made_record(1, train_loss=math.nan, diverged=True))
+    writer.close()
+
+    events = read(tmp_path / "steered")
+    assert scalars(events, "loss/train") == [(1000, 5.0)]
+    assert scalars(events, "run/diverged") == [(1000, 0.0), (2000, 1.0)]
+    assert scalars(events, "energy/interval") == [(2000, 10.0)]
+    assert "energy/total" not in events.Tags()["scalars"], "a sum with an unknown part is unknown"
+    assert texts(events, "energy/source") == [(1000, "unknown"), (2000, "measured_counter")]
+
+
+def test_reasons_are_written_as_text_when_they_change(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.write(hand_made_record(0))
+    writer.write(hand_made_record(1, refusals=("precision tf32: an NVIDIA GPU format",)))
+    writer.write(hand_made_record(2, masked={"finish cool down": "not before 20% of the budget"}))
+    writer.write(hand_made_record(3, masked={}))
+    writer.close()
+
+    events = read(tmp_path / "steered")
+    assert texts(events, "masks/masked_reasons") == [
+        (1000, "* precision tf32: an NVIDIA GPU format"),
+        (3000, "* finish cool down: not before 20% of the budget"),
+        (4000, "nothing is masked"),
+    ]
+    assert texts(events, "masks/refused_reasons") == [(2000, "* precision tf32: an NVIDIA GPU format")]
+    assert scalars(events, "masks/masked") == [(1000, 1.0), (2000, 1.0), (3000, 1.0), (4000, 0.0)]
+    assert [value for _, value in scalars(events, "masks/refused")] == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_the_reference_stands_beside_the_run_under_the_same_tags(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.write(hand_made_record(0))
+    writer.write_reference(hand_made_reference(2))
+    writer.write_reference(hand_made_reference(3))
+    writer.close()
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "steered"]
+    events = read(tmp_path / "reference")
+    assert scalars(events, "loss/train") == [(1000, 6.0), (2000, 5.0), (3000, 4.0)], (
+        "the second takes the first's place"
+    )
+    assert scalars(events, "energy/total")[-1] == (3000, 60.0)
+
+
+def test_going_on_hides_what_was_written_beyond_and_keeps_the_sums(tmp_path: Path) -> None:
+    records = hand_made_run(4)
+    interrupted = RunWriter(tmp_path)
+    for record in records[:3]:
+        interrupted.write(record)
+    interrupted.close()
+    time.sleep(1.1)  # TensorBoard reads a folder's files in the order of the seconds in their names
+
+    writer = RunWriter(tmp_path, purge_step=2000, earlier=records[:2])
+    for record in (hand_made_record(2, train_loss=2.5), records[3]):
+        writer.write(record)
+    writer.close()
+
+    events = read(tmp_path / "steered")
+    assert scalars(events, "loss/train") == [(1000, 5.0), (2000, 4.0), (3000, 2.5), (4000, 2.0)]
+    assert scalars(events, "energy/total") == [(1000, 10.0), (2000, 20.0), (3000, 30.0), (4000, 40.0)]
+    assert scalars(events, "reward/time_total")[-1] == (4000, -0.4)
+
+
+def test_the_summary_is_a_table_at_the_end_of_the_run(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path, earlier=hand_made_run(4))
+    writer.write_summary({"model": "llama-nano", "energy_j": None, "versions": {"python": "3.11"}})
+    writer.close()
+
+    [(step, table)] = texts(read(tmp_path / "steered"), "run/summary")
+    assert step == 4000
+    assert table.splitlines()[2:] == ["| model | llama-nano |", "| energy_j | unknown |", "| versions.python | 3.11 |"]
+
+
+def test_hparams_carry_settings_and_final_metrics_in_the_same_run(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.write(hand_made_record(0))
+    config = {"seed": 3, "text": ("stdlib", "a.txt"), "warmup_tokens": None, "ppo": {"clip_range": 0.2}}
+    writer.write_hparams(config, {"final_validation_loss": 2.5, "time_s": 8.0, "energy_j": None})
+    writer.close()
+
+    events = read(tmp_path / "steered")
+    assert scalars(events, "final/validation_loss") == [(1000, 2.5)]
+    assert scalars(events, "final/time_s") == [(1000, 8.0)]
+    assert "final/energy_j" not in events.Tags()["scalars"]
+    start = plugin_data_pb2.HParamsPluginData.FromString(
+        events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    )
+    settings = start.session_start_info.hparams
+    assert settings["seed"].number_value == 3
+    assert settings["text"].string_value == "stdlib, a.txt"
+    assert settings["warmup_tokens"].string_value == "unknown"
+    assert settings["ppo.clip_range"].number_value == 0.2
+    assert [path.name for path in tmp_path.iterdir()] == ["steered"], "no run of its own for the table"
+
+
+def test_the_layout_shows_requested_beside_effective(tmp_path: Path) -> None:
+    RunWriter(tmp_path).close()
+
+    events = read(tmp_path / "steered")
+    [event] = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for part in layout.category for chart in part.chart}
+    assert [part.title for part in layout.category] == ["Loss", "Controls", "Energy and time", "Reward"]
+    assert charts["batch requested and in force (sequences)"] == [
+        r"^controls_requested/batch_size$",
+        r"^controls_effective/batch_size$",
+    ]
+
+
+def test_a_metric_that_is_not_in_the_table_is_our_mistake(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    with pytest.raises(KeyError):
+        writer.write_hparams({}, {"accuracy": 1.0})
+    writer.close()
+
+
+def test_a_full_disk_costs_the_charts_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RunWriter(tmp_path)
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer._writer, "add_scalar", full)
+    with pytest.warns(UserWarning, match="no more TensorBoard events"):
+        writer.write(hand_made_record(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        writer.write(hand_made_record(1))
+        writer.close()
+
+
+def test_an_unknown_precision_leaves_no_value(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.write(hand_made_record(0, precision="fp8"))
+    writer.close()
+
+    events = read(tmp_path / "steered")
+    assert "controls_effective/precision" not in events.Tags()["scalars"]
+    assert scalars(events, "controls_requested/precision") == [(1000, 2.0)]
+
+
+def test_settings_are_flattened_with_dots_and_cells_are_escaped() -> None:
+    assert flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
+    assert markdown_table({"a": "x|y\nz"}).splitlines()[-1] == "| a | x\\|y z |"

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from hand_made_runs import hand_made_record, hand_made_reference, hand_made_run
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from trainpilot.agents.run_figure import run_figure
+from trainpilot.agents.tags import TAGS, tags_of
+from trainpilot.agents.training_log import Episode, TrainingLog, means
+from trainpilot.envs.action import ACTION_FIELDS
+
+LENGTH = 5
+
+
+def info(quality: float = 0.2, energy_j: float | None = 3.0, weight: float = 0.8, **more: Any) -> dict[str, Any]:
+    energy = -0.1 if energy_j is not None else 0.0
+    return {
+        "reward_terms": {"quality": quality, "energy": energy, "time": -0.3},
+        "preference": np.array([weight, 0.1, 0.1]),
+        "energy_j": energy_j,
+        "loss_increase": 0.05,
+        "diverged": False,
+        **more,
+    }
+
+
+class Steered(gymnasium.Env[np.ndarray, np.ndarray]):
+    """An episode of five decisions with a known outcome; only 'keep' is ever allowed."""
+
+    def __init__(self) -> None:
+        self.action_space = spaces.MultiDiscrete([len(field.choices) for field in ACTION_FIELDS])
+        self.observation_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
+
+    def reset(self, **_options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        self.decision = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.decision += 1
+        return np.zeros(4, np.float32), 0.5, False, self.decision == LENGTH, info()
+
+    def action_masks(self) -> np.ndarray:
+        return np.concatenate([np.arange(len(field.choices)) == field.keep for field in ACTION_FIELDS])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    folder = tmp_path_factory.mktemp("tb")
+    model = MaskablePPO("MlpPolicy", VecMonitor(DummyVecEnv([Steered, Steered])), n_steps=10, batch_size=20, n_epochs=1)
+    model.set_logger(configure(str(folder), ["tensorboard"]))
+    log = TrainingLog({"ppo": {"n_steps": 10}, "recipe": "demo"})
+    model.learn(40, callback=log)
+    log.log_greedy_run(hand_made_run(), hand_made_reference())
+    model.logger.close()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def values(events: EventAccumulator, tag: str) -> list[Any]:
+    return [pytest.approx(event.value, rel=1e-6) for event in events.Scalars(tag)]
+
+
+def test_outcomes_are_means_over_the_episodes_of_a_rollout(trained: EventAccumulator) -> None:
+    assert values(trained, "agent/quality") == [1.0, 1.0]
+    assert values(trained, "agent/energy_over_reference") == [0.5, 0.5]
+    assert values(trained, "agent/time_over_reference") == [1.5, 1.5]
+    assert values(trained, "agent/energy_j") == [15.0, 15.0]
+    assert values(trained, "agent/return") == [2.5, 2.5]
+    assert values(trained, "agent/length") == [5.0, 5.0]
+    assert values(trained, "agent/episodes") == [4.0, 4.0], "two environments, two episodes each"
+    assert values(trained, "agent/diverged_share") == [0.0, 0.0]
+    assert values(trained, "agent/quality_first/quality") == [1.0, 1.0]
+    assert "agent/saving_first/quality" not in trained.Tags()["scalars"]
+    assert [event.step for event in trained.Scalars("agent/quality")] == [20, 40], "decisions over all environments"
+
+
+def test_actions_are_shares_of_each_choice(trained: EventAccumulator) -> None:
+    assert values(trained, "action/learning_rate/x1") == [1.0, 1.0]
+    assert values(trained, "action/learning_rate/x2") == [0.0, 0.0]
+    for field in ACTION_FIELDS:
+        tags = [tag for tag in TAGS if tag.startswith(f"action/{field.name}/")]
+        assert sum(trained.Scalars(tag)[0].value for tag in tags) == pytest.approx(1.0)
+
+
+def test_every_tag_of_a_training_is_in_the_table(trained: EventAccumulator) -> None:
+    written = set(trained.Tags()["scalars"]) | set(trained.Tags()["images"])
+    table = {tag.name for tag in tags_of("agent")}
+
+    assert written <= table
+    assert table - written == {
+        "agent/saving_first/quality",
+        "agent/saving_first/energy_over_reference",
+        "train/clip_range_vf",
+    }
+
+
+def test_hparams_and_layout_are_written(trained: EventAccumulator) -> None:
+    start = plugin_data_pb2.HParamsPluginData.FromString(
+        trained.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    )
+    assert start.session_start_info.hparams["ppo.n_steps"].number_value == 10
+    assert start.session_start_info.hparams["recipe"].string_value == "demo"
+    [event] = trained.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [part.title for part in layout.category] == ["Outcome", "Actions", "Learning"]
+    assert [len(chart.multiline.tag) for chart in layout.category[1].chart] == [7, 3, 5, 2, 2]
+
+
+def test_a_greedy_run_is_a_picture(trained: EventAccumulator) -> None:
+    [image] = trained.Images("agent/greedy_run")
+
+    assert image.step == 40
+    assert (image.width, image.height) == (1100, 825)
+
+
+def episode(*infos: Mapping[str, Any]) -> Episode:
+    summed = Episode()
+    for one in infos:
+        summed.add(0.5, one)
+    return summed
+
+
+def test_an_interval_of_unknown_energy_makes_the_episode_unknown() -> None:
+    result = means([episode(info(), info(energy_j=None)), episode(info(), info())])
+
+    assert result["agent/energy_j"] == 6.0, "the mean of the one that is known"
+    assert result["agent/energy_over_reference"] == pytest.approx(0.2)
+    assert "agent/energy_j" not in means([episode(info(energy_j=None))])
+
+
+def test_preferences_split_the_outcome() -> None:
+    result = means([episode(info(quality=0.9, weight=0.75)), episode(info(quality=0.5, weight=0.74))])
+
+    assert result["agent/quality"] == pytest.approx(0.7)
+    assert result["agent/quality_first/quality"] == 0.9
+    assert result["agent/saving_first/quality"] == 0.5
+
+
+def test_a_diverged_episode_counts_but_not_in_the_loss() -> None:
+    result = means([episode(info()), episode(info(quality=-1.0, diverged=True, loss_increase=10.0))])
+
+    assert result["agent/diverged_share"] == 0.5
+    assert result["agent/loss_increase"] == 0.05
+    assert result["agent/quality"] == pytest.approx(-0.4)
+
+
+def test_no_finished_episode_no_means() -> None:
+    assert means([]) == {}
+
+
+def test_a_log_that_never_trained_writes_nothing() -> None:
+    TrainingLog().log_greedy_run(hand_made_run())
+
+
+def test_the_picture_says_what_was_reached_and_paid() -> None:
+    figure = run_figure(hand_made_run(), hand_made_reference())
+
+    assert figure._suptitle is not None
+    assert figure._suptitle.get_text().strip() == (
+        "loss 2.100 nats/token (reference 3.000), 50% of the reference's energy, 100% of its time"
+    )
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [
+        "training loss, nats/token",
+        "learning rate",
+        "batch, sequences",
+        "precision of the matrix products",
+        "sparsity, %",
+        "energy, mJ/token",
+    ]
+
+
+def test_the_picture_does_without_reference_energy_or_progress(tmp_path: Path) -> None:
+    run = [hand_made_record(0, energy_j=None, energy_source=None, train_loss=float("nan"), diverged=True)]
+
+    figure = run_figure(run)
+    figure.savefig(tmp_path / "run.png")
+
+    assert figure.axes[5].get_title(loc="left") == "speed, tokens/s (energy unknown)"
+    assert figure._suptitle is not None
+    assert figure._suptitle.get_text().strip() == "diverged"
+    with pytest.raises(ValueError, match="at least one decision"):
+        run_figure([])
