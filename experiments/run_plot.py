@@ -54,6 +54,8 @@ CURVES: tuple[tuple[str, Value, str], ...] = (
 )
 CHARTS = (CURVES[0], CURVES[2])
 """Drawn large where plotext is installed."""
+FLAT = 0.005
+"""Values that differ by less than this share are drawn as a flat line."""
 MANY = 6
 """More different values than this are not listed."""
 
@@ -160,10 +162,10 @@ def _chart(figure: Any, telemetry: Sequence[Telemetry], value: Value, title: str
 
 
 def _curves(telemetry: Sequence[Telemetry], console: Console) -> Table:
-    table = _table("Curves", "", "over the tokens", "first", "last", "lowest", "highest")
-    table.columns[1].justify = "left"
+    table = _table("Curves", "", "course", "first", "last", "lowest", "highest")
+    table.columns[0].no_wrap, table.columns[1].justify = True, "left"
     levels = SPARKS if _speaks_unicode(console) else PLAIN_SPARKS
-    width = max(min(console.width - 72, 50), 12)
+    width = max(min(console.width - 72, 50), 8)
     for label, value, form in CURVES:
         known = [v for t in telemetry if (v := value(t)) is not None and math.isfinite(v)]
         if known:
@@ -182,7 +184,7 @@ def sparkline(values: Sequence[float], width: int, levels: str = SPARKS) -> str:
     parts = [values[a:b] for a, b in pairwise(cuts)]
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)
-    span = high - low if high - low > 1e-9 * max(abs(high), abs(low)) else math.inf
+    span = high - low if high - low > FLAT * max(abs(high), abs(low)) else math.inf
     return "".join(levels[min(int((mean - low) / span * len(levels)), len(levels) - 1)] for mean in means)
 
 
@@ -220,7 +222,7 @@ def _decisions(records: Sequence[DecisionRecord]) -> Table:
     table.columns[2].justify = "left"
     for index, field in enumerate(ACTION_FIELDS):
         taken = Counter(record.allowed[index] for record in records)
-        changes = [f"{field.choices[c]} {n} times" for c, n in sorted(taken.items()) if c != field.keep]
+        changes = [f"{field.choices[c]}: {n}" for c, n in sorted(taken.items()) if c != field.keep]
         table.add_row(field.name, str(len(records) - taken[field.keep]), escape(", ".join(changes)) or "-")
     return table
 

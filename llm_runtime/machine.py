@@ -89,7 +89,7 @@ class Payoff:
     """Slowest over fastest pass of the same kind: well above 1 on a machine that is busy with something else."""
 
 
-def measure_payoff(model: str = "llama-micro", batch_size: int = 4, limit_s: float = 4.0) -> Payoff:
+def measure_payoff(model: str = "llama-micro", batch_size: int = 4, limit_s: float = 3.0) -> Payoff:
     """Time forward and backward passes of a preset on random tokens, on the default device, in alternating order.
 
     Args:

@@ -36,42 +36,23 @@ GPT2: dict[str, Any] = {
 }
 DROPOUT: dict[str, Any] = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
-WORDS = [
-    "the",
-    "pilot",
-    "reads",
-    "loss",
-    "noise",
-    "and",
-    "power",
-    "then",
-    "sets",
-    "rate",
-    "batch",
-    "format",
-    "for",
-    "one",
-    "more",
-    "stretch",
-    "of",
-    "this",
-    "run",
-    ".",
-]
+SENTENCE = "the pilot reads loss noise and power then sets rate batch format for one more stretch of this run ."
 
 
 def text_by_rule(n_characters: int) -> str:
     """Return words chosen by a linear congruential generator: the same text on every machine."""
-    state, words, length = 1, [], 0
+    choices = SENTENCE.split()
+    state, length = 1, 0
+    words: list[str] = []
     while length < n_characters:
         state = (1_103_515_245 * state + 12_345) % 2**31
-        words.append(WORDS[state // 65_536 % len(WORDS)])
+        words.append(choices[state // 65_536 % len(choices)])
         length += len(words[-1]) + 1
     return " ".join(words)[:n_characters]
 
 
 def case(folder: Path, model: dict[str, Any] | str = LLAMA, **options: Any) -> RunConfig:
-    """Return a run of 100 steps of 2 sequences of 16 tokens, in 10 intervals; the text and the model lie in `folder`."""
+    """Return a run of 100 steps of 2 sequences of 16 tokens, in 10 intervals; text and model lie in `folder`."""
     text = folder / "text.txt"
     text.write_text(text_by_rule(8_192), encoding="utf-8")
     name = model

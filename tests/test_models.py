@@ -58,7 +58,7 @@ def test_preset_sizes(preset: str, millions: float) -> None:
     assert not loaded.pretrained
     assert isinstance(loaded.tokenizer, ByteTokenizer)
     assert context_length(loaded.model.config) == 1_024
-    assert loaded.model.get_input_embeddings().weight.shape[0] == 256
+    assert loaded.model.config.vocab_size == 256
 
 
 def test_all_presets_are_tested() -> None:
@@ -149,7 +149,7 @@ def test_making_a_model_draws_no_random_numbers_of_others() -> None:
     ],
 )
 def test_wrong_config_file(content: Any, rule: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^model: ") as raised:
+    with pytest.raises(ValueError, match=r"^model: ") as raised:
         load_model(write_config(tmp_path, content), seed=0)
     assert rule in one_line(raised)
 
@@ -169,7 +169,7 @@ def test_unknown_name_is_refused_quickly() -> None:
 
 
 def test_sequences_longer_than_the_context(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^sequence_length must not exceed the model's context of 64 tokens, got 65$"):
+    with pytest.raises(ValueError, match="sequence_length must not exceed the model's context of 64 tokens, got 65"):
         live_run(case(tmp_path, sequence_length=65, tokens=10_000))
     assert live_run(case(tmp_path, sequence_length=64, tokens=10_000)).finished is False
 
@@ -183,7 +183,9 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "saved"
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator([text_by_rule(4_096)], vocab_size=300, special_tokens=["<end>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=trained._tokenizer, eos_token="<end>"
+    )
     tokenizer.save_pretrained(folder)
     sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
     torch.manual_seed(11)
@@ -238,13 +240,13 @@ def test_sixteen_bit_weights_are_widened(saved: Path) -> None:
 def test_folder_without_its_tokenizer(saved: Path) -> None:
     for file in [*saved.glob("tokenizer*"), *saved.glob("special*")]:
         file.unlink()
-    with pytest.raises(ValueError, match="^model: ") as raised:
+    with pytest.raises(ValueError, match=r"^model: ") as raised:
         load_model(str(saved), seed=0)
     one_line(raised)
 
 
 def test_damaged_weights(saved: Path) -> None:
     (saved / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="^model: ") as raised:
+    with pytest.raises(ValueError, match=r"^model: ") as raised:
         load_model(str(saved), seed=0)
     one_line(raised)

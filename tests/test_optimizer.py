@@ -53,7 +53,7 @@ def test_decay_on_matrices_only() -> None:
 
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Linear(4, 3)
-    model.bias.requires_grad_(requires_grad=False)
+    model.bias.requires_grad = False
     groups = make_optimizer(model, RunConfig()).param_groups
     assert [len(group["params"]) for group in groups] == [1, 0]
 

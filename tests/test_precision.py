@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from live_runs import case, live_run, same_bits, weights
@@ -33,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def highest() -> object:
+def highest() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
@@ -130,10 +131,11 @@ def test_border_of_what_pays(ratio: float, pays: bool, monkeypatch: pytest.Monke
 
 def test_measured_in_turns_and_the_first_round_does_not_count() -> None:
     step = Step(fp32=1, bf16=1)
-    slow_start: Callable[[Precision], None] = lambda precision: (  # noqa: E731
-        time.sleep(0.05) if len(step.calls) < 2 else None,
-        step(precision),
-    )[1]
+
+    def slow_start(precision: Precision) -> None:
+        if len(step.calls) < 2:
+            time.sleep(0.05)
+        step(precision)
 
     seconds = measure_step_seconds(CPU, slow_start, ["fp32", "bf16"], rounds=3)
 
@@ -211,9 +213,15 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("cache")
 def test_limits_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = live_run(case(tmp_path))
-    before, timed = weights(run), []
+    before = weights(run)
+    timed: list[Precision] = []
     rehearse = run.trainer.rehearse
-    monkeypatch.setattr(run.trainer, "rehearse", lambda batch, p: (timed.append(p), rehearse(batch, p)))
+
+    def recorded(batch: np.ndarray, precision: Precision) -> None:
+        timed.append(precision)
+        rehearse(batch, precision)
+
+    monkeypatch.setattr(run.trainer, "rehearse", recorded)
 
     masked = run.limits().masked_precisions
 

@@ -96,7 +96,7 @@ def test_weights_are_put_back_after_an_error() -> None:
 
 def test_weights_at_zero_have_a_finite_relative_update() -> None:
     weight = nn.Parameter(torch.zeros(2))
-    result = probe_curvature([(weight, torch.ones(2))], lambda: weight.sum())
+    result = probe_curvature([(weight, torch.ones(2))], weight.sum)
     assert math.isfinite(result.relative_update)
 
 

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hand_made_runs import hand_made_record, hand_made_reference, hand_made_run
@@ -21,7 +22,7 @@ def read(folder: Path) -> EventAccumulator:
     return events
 
 
-def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, Any]]:
     return [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(tag)]
 
 

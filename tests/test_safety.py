@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fakes import make_limits
+from fakes import make_limits, make_telemetry
 
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, decode
+from trainpilot.envs.decision_state import DecisionState
+from trainpilot.envs.preference import Preference
 from trainpilot.envs.safety import Reasons, Situation, allow, mask_reasons
 from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.plant import ControlLimits
@@ -172,3 +174,19 @@ def test_an_allowed_action_passes_unchanged() -> None:
 def test_what_is_no_action_is_refused_not_masked(bad: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="action"):
         allow(bad, all_reasons(finish=1))
+
+
+def test_the_masks_follow_the_run() -> None:
+    state = DecisionState(make_limits(), Preference())
+    assert state.mask_reasons()[3] == (None, "only between 20% and 80% of the budget")
+    state.observe(make_telemetry(budget_used=0.3))
+    assert state.mask_reasons()[3] == (None, None)
+
+    for precision in (3, 1):  # to bf16 and back
+        assert state.decide((3, 1, precision, 0, 0)).refusals == []
+    assert state.precision_switches == 2
+    decision = state.decide((3, 1, 3, 0, 0))
+    assert decision.refusals == ["precision bf16: at most 2 switches per run"]
+    assert (decision.controls.precision, state.precision_switches) == ("fp32", 2)
+    state.observe(make_telemetry())
+    assert state.fields()["precision_switches"] == 1.0

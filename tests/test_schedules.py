@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_beyond_the_budget_the_end_holds(name: ScheduleName) -> None:
 def test_factor_stays_in_range_and_never_rises_after_warm_up(name: ScheduleName) -> None:
     factors = [schedule(name).factor(tokens, step_tokens=10) for tokens in range(200, 1_001)]
     assert all(0 <= factor <= 1 for factor in factors)
-    assert all(later <= earlier for earlier, later in zip(factors, factors[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(factors))
 
 
 def test_cool_down_takes_a_fifth_of_the_tokens_so_far() -> None:

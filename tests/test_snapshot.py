@@ -1,4 +1,4 @@
-"""A run that goes back to a snapshot goes on bit for bit as it did, in the same object, from a file, and in a fresh one."""
+"""A run that goes back to a snapshot goes on bit for bit as it did: the same object, and a fresh one from a file."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_what_is_not_finite_is_null(telemetry: Telemetry) -> None:
 def test_missing_and_unknown_fields_are_named(telemetry: Telemetry) -> None:
     record = telemetry.to_json() | {"colour": "blue"}
     del record["train_loss"]
-    with pytest.raises(ValueError, match="^telemetry fields missing or unknown: colour, train_loss$"):
+    with pytest.raises(ValueError, match=r"^telemetry fields missing or unknown: colour, train_loss$"):
         Telemetry.from_json(record)
 
 
@@ -60,5 +60,5 @@ def test_fields_of_one_interval(telemetry: Telemetry) -> None:
     assert telemetry.validation_loss is None
     assert 0 <= telemetry.clipped_share <= 1
     assert telemetry.memory_share is None or 0 < telemetry.memory_share <= 1
-    assert telemetry.energy_j is telemetry.energy_source is telemetry.power_w is None
-    assert not (telemetry.finishing or telemetry.finished or telemetry.diverged)
+    assert (telemetry.energy_j, telemetry.energy_source, telemetry.power_w) == (None, None, None)
+    assert (telemetry.finishing, telemetry.finished, telemetry.diverged) == (False, False, False)

@@ -102,7 +102,7 @@ def test_out_of_memory_with_one_sequence_says_what_to_do(tmp_path: Path, monkeyp
     run = live_run(case(tmp_path, batch_size=4))
     sizes = fail(run, lambda size: True, gpu_is_full, monkeypatch)
 
-    with pytest.raises(ValueError, match="^out of memory with a micro-batch of one sequence; lower sequence_length"):
+    with pytest.raises(ValueError, match=r"^out of memory with a micro-batch of one sequence; lower sequence_length"):
         advance(run)
 
     assert sizes == [4, 2, 1]

@@ -168,8 +168,7 @@ def test_a_log_that_never_trained_writes_nothing() -> None:
 def test_the_picture_says_what_was_reached_and_paid() -> None:
     figure = run_figure(hand_made_run(), hand_made_reference())
 
-    assert figure._suptitle is not None
-    assert figure._suptitle.get_text().strip() == (
+    assert figure.get_suptitle().strip() == (
         "loss 2.100 nats/token (reference 3.000), 50% of the reference's energy, 100% of its time"
     )
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -190,7 +189,6 @@ def test_the_picture_does_without_reference_energy_or_progress(tmp_path: Path) -
     figure.savefig(tmp_path / "run.png")
 
     assert figure.axes[5].get_title(loc="left") == "speed, tokens/s (energy unknown)"
-    assert figure._suptitle is not None
-    assert figure._suptitle.get_text().strip() == "diverged"
+    assert figure.get_suptitle().strip() == "diverged"
     with pytest.raises(ValueError, match="at least one decision"):
         run_figure([])
