@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import Env
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
@@ -71,6 +72,11 @@ class PPOConfig:
             raise ValueError(f"ppo.learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.gae_lambda <= 1:
             raise ValueError(f"ppo.gae_lambda must be in [0, 1], got {self.gae_lambda}")
+
+
+def side_by_side(make_env: Callable[[], Env[np.ndarray, np.ndarray]], n_envs: int) -> VecEnv:
+    """Return `n_envs` environments, each in a process of its own. `make_env` is pickled to get there."""
+    return VecMonitor(SubprocVecEnv([make_env] * n_envs, start_method="spawn"))
 
 
 def make_ppo(env: VecEnv, config: PPOConfig) -> MaskablePPO:

@@ -100,10 +100,16 @@ def _spike(last: Telemetry) -> float | None:
     return _ratio(last.train_loss_max - last.train_loss, last.train_loss_std)
 
 
-def _validation_gap(last: Telemetry) -> float | None:
-    if last.validation_loss is None:
+def _validation_gap(view: RunView) -> float | None:
+    """Relative gap of the latest validation loss to the training loss of the interval before it was measured."""
+    latest = view.last.validation_loss if view.last is not None else None
+    if latest is None or math.isnan(latest):
         return None
-    return _ratio(last.validation_loss - last.train_loss, last.train_loss)
+    since = next(i for i, t in enumerate(view.telemetry) if t.validation_loss == latest)
+    if since == 0:
+        return None  # measured before training
+    train_loss = view.telemetry[since - 1].train_loss
+    return _ratio(latest - train_loss, train_loss)
 
 
 def _curvature(last: Telemetry) -> float | None:
@@ -151,11 +157,11 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
     _F("loss_spread", "log10 ratio", -4, 0, "per-step spread of the loss around its trend, over the loss",
        _of_last(lambda t: _log(_ratio(t.train_loss_std, t.train_loss), 10))),
     _F("loss_spike", "standard deviations", 0, 10, "largest step loss above the mean", _of_last(_spike)),
-    _F("validation_gap", "ratio", -0.5, 0.5, "validation loss less training loss, over the training loss",
-       _of_last(_validation_gap)),
+    _F("validation_gap", "ratio", -0.5, 0.5, "validation less training loss, over the latter, when last measured",
+       _validation_gap),
     _F("learning_rate_scale", "log2 ratio", -6, 6, "factor on the base schedule",
        lambda v: _log(v.controls.learning_rate_scale, 2)),
-    _F("learning_rate_height", "log2 ratio", -10, 6, "learning rate now over the largest so far",
+    _F("learning_rate_height", "log2 ratio", -10, 0, "learning rate now over the largest so far",
        lambda v: _log(_over_best(v, lambda t: t.learning_rate, best=max), 2)),
     _F("relative_update", "log10 ratio", -6, 0, "norm of the last update over the norm of the weights",
        _of_last(lambda t: _log(t.relative_update, 10))),

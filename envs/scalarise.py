@@ -31,6 +31,9 @@ class Outcome:
         return np.array([self.quality, self.energy, self.time])
 
 
+MAX_LOSS_INCREASE = 2.0
+"""Nats/token; what is worse counts as this bad, so that a diverged run does not drown every other."""
+
 Utility = Callable[[Outcome, Weights], float]
 
 
@@ -65,7 +68,7 @@ def product(outcome: Outcome, weights: Weights) -> float:
     """
     cost_weights = weights[1:] / max(weights[1:].sum(), 1e-9)
     cost = -float(cost_weights @ outcome.vector()[1:])
-    return -float(np.exp(1.5 * min(outcome.loss_increase, 10.0))) * cost
+    return -float(np.exp(1.5 * min(outcome.loss_increase, MAX_LOSS_INCREASE))) * cost
 
 
 UTILITIES: dict[str, Utility] = {

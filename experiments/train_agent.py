@@ -11,14 +11,11 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
-import gymnasium
-import numpy as np
 from rich.console import Console
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
-from trainpilot.agents.ppo import bundle_of, train
+from trainpilot.agents.ppo import bundle_of, side_by_side, train
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.training_log import TrainingLog
 from trainpilot.envs.live_training import LiveTraining, device_label, live_plant
@@ -51,7 +48,7 @@ def train_agent(options: TrainAgentOptions, console: Console) -> PolicyBundle:
     use_threads(recipe.threads)
     references = run_references(cases, recipe, console)
     log = TrainingLog({"recipe": options.recipe, **asdict(recipe.ppo)})
-    env = _vector_env(cases, recipe)
+    env = side_by_side(partial(_make_env, cases, recipe), recipe.n_envs)
     try:
         with progress_bar(console, "PPO on live runs, decisions", recipe.ppo.total_decisions) as advance:
             model, cost = train(env, recipe.ppo, options.out, callbacks=[log], progress=advance)
@@ -84,12 +81,7 @@ def _reference(case: RunConfig, threads: int) -> Reference:
     return reference_for(case, live_plant(), device=device_label(case))
 
 
-def _vector_env(cases: Sequence[RunConfig], recipe: Recipe) -> VecEnv:
-    makers = [partial(_make_env, cases, recipe)] * recipe.n_envs
-    return VecMonitor(SubprocVecEnv(makers, start_method="spawn"))  # type: ignore[arg-type]
-
-
-def _make_env(cases: Sequence[RunConfig], recipe: Recipe) -> gymnasium.Env[np.ndarray, np.ndarray]:
+def _make_env(cases: Sequence[RunConfig], recipe: Recipe) -> ScalarReward:
     return ScalarReward(LiveTraining(cases, threads=recipe.threads), recipe.utility)
 
 

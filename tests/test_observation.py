@@ -92,7 +92,12 @@ def test_spread_and_spike() -> None:
 
 
 def test_the_validation_gap_is_relative() -> None:
-    assert raw("validation_gap", make_telemetry(validation_loss=2.2)) == pytest.approx(0.1)
+    before = make_telemetry(train_loss=2.0)
+    measured = make_telemetry(train_loss=1.8, validation_loss=2.2)
+    stale = make_telemetry(train_loss=1.5, validation_loss=2.2)
+    assert raw("validation_gap", before, measured) == pytest.approx(0.1)
+    assert raw("validation_gap", before, measured, stale) == pytest.approx(0.1)
+    assert raw("validation_gap", measured, stale) is None  # measured before the first interval
 
 
 def test_learning_rate_scale_and_height() -> None:
