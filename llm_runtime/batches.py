@@ -75,9 +75,7 @@ class BatchStream:
         """Go on where `state_dict` was taken. Raises `ValueError` if the position is missing or below 0."""
         position = state.get("position", -1)
         if position < 0:
-            raise ValueError(
-                f"state must hold a position >= 0, got {dict(state)}; use state_dict() of a BatchStream"
-            )
+            raise ValueError(f"state must hold a position >= 0, got {dict(state)}; use state_dict() of a BatchStream")
         self._position = int(position)
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:

@@ -12,9 +12,7 @@ DEFAULT_GRID_INTENSITY_SOURCE = (
 """Where the default comes from. National grids differ from it by up to a factor of ten: state your own."""
 
 
-def grams_co2e(
-    energy_j: float | None, intensity_g_per_kwh: float = DEFAULT_GRID_INTENSITY_G_PER_KWH
-) -> float | None:
+def grams_co2e(energy_j: float | None, intensity_g_per_kwh: float = DEFAULT_GRID_INTENSITY_G_PER_KWH) -> float | None:
     """Return the grams of CO2 equivalent of making this electricity; unknown energy stays `None`.
 
     What the devices took to build, and what cooling and power supplies add, is not in it.

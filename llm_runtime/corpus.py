@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from trainpilot.llm_runtime import files
 from trainpilot.llm_runtime.text_sources import DOCUMENT_END, read_documents
 

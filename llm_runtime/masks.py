@@ -79,9 +79,7 @@ class WeightMasks:
             raise ValueError(f"criterion must be one of {', '.join(get_args(Criterion))}, got {criterion!r}")
         parameters = prunable_parameters(model)
         if not parameters:
-            raise ValueError(
-                f"model must have linear layers in an nn.ModuleList, {type(model).__name__} has none"
-            )
+            raise ValueError(f"model must have linear layers in an nn.ModuleList, {type(model).__name__} has none")
         self.criterion = criterion
         self.steps = 0
         self.threshold_r: float | None = None
@@ -198,9 +196,7 @@ class WeightMasks:
         received = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
         if expected != received:
             names = sorted(name for name, _ in expected.items() ^ received.items())
-            raise ValueError(
-                f"masks of the state must fit the model's matrices, they differ in {', '.join(names)}"
-            )
+            raise ValueError(f"masks of the state must fit the model's matrices, they differ in {', '.join(names)}")
 
 
 def _widened(weight: Tensor) -> Tensor:

@@ -24,9 +24,7 @@ NOT_TEXT_TO_LEARN = {
 }
 """Folders left out of the `stdlib` source, at any depth."""
 
-HUB_SOURCE = re.compile(
-    r"hub:(?P<name>[^/:\s]+/[^/:\s]+)(?:/(?P<configuration>[^/:\s]+))?(?::(?P<split>\S+))?"
-)
+HUB_SOURCE = re.compile(r"hub:(?P<name>[^/:\s]+/[^/:\s]+)(?:/(?P<configuration>[^/:\s]+))?(?::(?P<split>\S+))?")
 TEXT_COLUMNS = ("text", "content")
 
 
@@ -101,13 +99,10 @@ def _read_many(source: str, paths: Iterable[Path]) -> list[str]:
     if not documents:
         found = f"{skipped} files, none of them UTF-8 text" if skipped else "no file"
         raise ValueError(
-            f"text must hold at least one UTF-8 file, got {source!r} ({found}); "
-            "check the path, or use --text stdlib"
+            f"text must hold at least one UTF-8 file, got {source!r} ({found}); check the path, or use --text stdlib"
         )
     if skipped:
-        warnings.warn(
-            f"text {source!r}: left out {skipped} of {len(files)} files, not UTF-8 text", stacklevel=2
-        )
+        warnings.warn(f"text {source!r}: left out {skipped} of {len(files)} files, not UTF-8 text", stacklevel=2)
     return documents
 
 

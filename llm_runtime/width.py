@@ -140,9 +140,7 @@ def resize(model: PreTrainedModel, width: int) -> None:
 def _layout(model: PreTrainedModel) -> FfnLayout:
     kind = model.config.model_type
     if kind not in FFN_LAYOUTS:
-        raise ValueError(
-            f"model_type must be one of {', '.join(FFN_LAYOUTS)} to change its width, got {kind!r}"
-        )
+        raise ValueError(f"model_type must be one of {', '.join(FFN_LAYOUTS)} to change its width, got {kind!r}")
     return FFN_LAYOUTS[kind]
 
 
@@ -182,9 +180,7 @@ def _channel_norms(group: list[tuple[nn.Parameter, int]]) -> Tensor:
     return torch.stack(squares).sum(dim=0).sqrt()
 
 
-def _check_state(
-    optimizer: torch.optim.Optimizer | None, groups: list[list[tuple[nn.Parameter, int]]]
-) -> None:
+def _check_state(optimizer: torch.optim.Optimizer | None, groups: list[list[tuple[nn.Parameter, int]]]) -> None:
     if optimizer is None:
         return
     for parameter, _ in (pair for group in groups for pair in group):
@@ -196,9 +192,7 @@ def _check_state(
                 )
 
 
-def _cut_state(
-    optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, dim: int, kept: Tensor
-) -> None:
+def _cut_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, dim: int, kept: Tensor) -> None:
     """Cut the state tensors of `parameter`, which still has its old shape, to the channels `kept`."""
     if optimizer is None or parameter not in optimizer.state:
         return

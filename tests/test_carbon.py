@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from trainpilot.llm_runtime.carbon import (
     DEFAULT_GRID_INTENSITY_G_PER_KWH,
     DEFAULT_GRID_INTENSITY_SOURCE,

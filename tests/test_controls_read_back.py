@@ -115,6 +115,16 @@ def test_batch_counted_in_consumed_tokens(tmp_path: Path) -> None:
     assert telemetry.budget_used == 1.0
 
 
+@pytest.mark.parametrize("decisions", [3, 7, 10, 49])
+def test_equal_shares_end_on_the_budget(decisions: int, tmp_path: Path) -> None:
+    # Shares like 1/10 do not add up to 1 exactly.
+    run = live_run(case(tmp_path, batch_size=1, decisions=decisions))
+    seen = [advance(run) for _ in range(decisions)]
+
+    assert [t.finished for t in seen] == [False] * (decisions - 1) + [True]
+    assert [t.tokens for t in seen] == [16 * round(200 * (i + 1) / decisions) for i in range(decisions)]
+
+
 def test_sequences_reach_the_model_in_the_corpus_order_whatever_the_batch(tmp_path: Path) -> None:
     run = live_run(case(tmp_path))
     seen: list[Tensor] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from trainpilot.llm_runtime import corpus as corpus_module
 from trainpilot.llm_runtime import files, text_sources
 from trainpilot.llm_runtime.corpus import (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_nvml import UUIDS, FakeNvml, build_fake_nvml
+
 from trainpilot.llm_runtime import energy_host
 from trainpilot.llm_runtime.energy import EnergyMeter, NoMeter, select_meter
 from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from fake_nvml import UUIDS, FakeNvml
+
 from trainpilot.llm_runtime.energy import MeterUnavailableError
 from trainpilot.llm_runtime.energy_nvml import NvmlMeter
 
@@ -62,9 +63,7 @@ def test_no_visible_gpu_is_refused(
     assert nvml.get("started") == 0
 
 
-def test_indices_follow_the_pci_order(
-    nvml: FakeNvml, make_meter: MakeMeter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_indices_follow_the_pci_order(nvml: FakeNvml, make_meter: MakeMeter, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml.reset(2)
     nvml.set(0, bus=90)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_nvml import FakeClock
+
 from trainpilot.llm_runtime.energy import MeterUnavailableError
 from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
 
@@ -63,9 +64,7 @@ def test_a_package_is_counted_from_the_start(package: Path, make_meter: MakeMete
     assert meter.description == "RAPL energy counters: package-0"
 
 
-def test_packages_and_memory_are_added_and_nothing_twice(
-    tmp_path: Path, package: Path, make_meter: MakeMeter
-) -> None:
+def test_packages_and_memory_are_added_and_nothing_twice(tmp_path: Path, package: Path, make_meter: MakeMeter) -> None:
     zones = [
         package,
         add_zone(tmp_path / "intel-rapl:1", "package-1"),
@@ -138,9 +137,7 @@ def test_no_counters_are_named(tmp_path: Path) -> None:
         RaplMeter(tmp_path / "nowhere")
 
 
-def test_root_only_counters_are_named(
-    package: Path, make_meter: MakeMeter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_only_counters_are_named(package: Path, make_meter: MakeMeter, monkeypatch: pytest.MonkeyPatch) -> None:
     read_text = Path.read_text
 
     def guarded(path: Path, encoding: str | None = None) -> str:

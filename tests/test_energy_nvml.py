@@ -15,6 +15,7 @@ from fake_nvml import (
     FakeClock,
     FakeNvml,
 )
+
 from trainpilot.llm_runtime.energy import MeterUnavailableError
 from trainpilot.llm_runtime.energy_nvml import NvmlMeter
 
@@ -213,9 +214,7 @@ def test_a_lost_gpu_warns_once_and_stays_unknown(nvml: FakeNvml, make_meter: Mak
     assert "stopped answering" in meter.description
 
 
-def test_a_counter_that_fails_midway_goes_on_by_power(
-    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock
-) -> None:
+def test_a_counter_that_fails_midway_goes_on_by_power(nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock) -> None:
     meter = make_meter()
     nvml.add(joules=50)
     meter.read()

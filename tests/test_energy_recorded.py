@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from trainpilot.llm_runtime.energy import EnergyReading
 from trainpilot.llm_runtime.energy_recorded import RecordedMeter, read_recording, write_recording
 

@@ -88,9 +88,7 @@ def _names(node: ast.AST) -> list[str]:
             return ["." * level + (module or "")]
         case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(name)), *_]):
             return [name]
-        case ast.Call(
-            func=ast.Name(id="import_module" | "__import__"), args=[ast.Constant(value=str(name)), *_]
-        ):
+        case ast.Call(func=ast.Name(id="import_module" | "__import__"), args=[ast.Constant(value=str(name)), *_]):
             return [name]
     return []
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from pruning_models import FAMILIES, logits, tiny_model, train_step
 from torch import Tensor, nn
-from trainpilot.llm_runtime.masks import Criterion, WeightMasks, cubic_sparsity, prunable_parameters
 from transformers import AutoModelForCausalLM
+
+from trainpilot.llm_runtime.masks import Criterion, WeightMasks, cubic_sparsity, prunable_parameters
 
 CRITERIA: tuple[Criterion, ...] = ("magnitude", "evolution")
 DEVICES = [

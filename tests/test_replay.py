@@ -1,4 +1,4 @@
-"""A replay writes what it promises, goes on after kill -9 with the same result, and leaves plain transformers models."""
+"""A replay writes what it promises, goes on after kill -9 with the same result, and leaves a plain model."""
 
 import json
 import os

@@ -196,7 +196,8 @@ def test_product_is_perplexity_to_the_one_and_a_half_times_the_cost() -> None:
     # the cost is 0.6 x 0.6 + 0.4 x 0.7; a loss 0.2 nats higher is a perplexity e^0.2 times as high
     assert product(OUTCOME, WEIGHTS) == pytest.approx(-0.64)
     assert product(replace(OUTCOME, loss_increase=0.2), WEIGHTS) == pytest.approx(-0.64 * math.exp(0.3))
-    assert product(replace(OUTCOME, loss_increase=1e9), WEIGHTS) == pytest.approx(-0.64 * math.exp(3.0))  # at most 2 nats
+    # at most 2 nats count
+    assert product(replace(OUTCOME, loss_increase=1e9), WEIGHTS) == pytest.approx(-0.64 * math.exp(3.0))
 
 
 @pytest.mark.parametrize("utility", UTILITIES.values(), ids=UTILITIES)

@@ -25,7 +25,8 @@ CONFIG = {
     "num_key_value_heads": 2,
 }
 RECIPE = """
-common: {{model: {place}/model.json, text: {place}/text.txt, tokens: 5120, batch_size: 4, sequence_length: 16, decisions: 8}}
+common: {{model: {place}/model.json, text: {place}/text.txt, tokens: 5120, batch_size: 4, sequence_length: 16,
+          decisions: 8}}
 vary: {{base_learning_rate: [1.0e-3, 3.0e-3]}}
 ppo: {{total_decisions: 96, n_steps: 16, batch_size: 16}}
 n_envs: 2

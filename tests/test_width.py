@@ -10,8 +10,9 @@ import pytest
 import torch
 from pruning_models import FAMILIES, WIDTH, logits, model_of, tiny_model, train_step
 from torch import Tensor, nn
-from trainpilot.llm_runtime.width import channels_for, ffn_width, remove_channels, resize
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trainpilot.llm_runtime.width import channels_for, ffn_width, remove_channels, resize
 
 KEEP = 16
 # Per layer: each parameter that holds channels, as the end of its name, and the dimension they lie along.
@@ -44,8 +45,7 @@ def kept_channels(model: PreTrainedModel, layer: dict[str, int], n_keep: int) ->
     parameters = dict(model.named_parameters())
     norms = [
         sum(
-            float(parameters[name].select(dim, channel).detach().double().square().sum())
-            for name, dim in layer.items()
+            float(parameters[name].select(dim, channel).detach().double().square().sum()) for name, dim in layer.items()
         )
         for channel in range(WIDTH)
     ]
@@ -261,9 +261,7 @@ def test_faulty_arguments_are_named_and_change_nothing() -> None:
         channels_for(0.5, 64, 0)
     setattr(model.config, "model_type", "bloom")  # noqa: B010  a class variable by its annotation
     for call in (lambda: ffn_width(model), lambda: remove_channels(model, None, 8), lambda: resize(model, 8)):
-        with pytest.raises(
-            ValueError, match=r"gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3 .* got 'bloom'"
-        ):
+        with pytest.raises(ValueError, match=r"gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3 .* got 'bloom'"):
             call()
     assert torch.equal(logits(model), before)
 
