@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -16,23 +15,17 @@ from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.controls import Controls, Precision
 from trainpilot.llm_runtime.corpus import Corpus, load_corpus
-from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
-from trainpilot.llm_runtime.measure import (
-    MOMENT_EVERY,
-    energy_between,
-    interval_noise_scale,
-    loss_statistics,
-    mean_finite,
-    memory_share,
-)
+from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
+from trainpilot.llm_runtime.interval import Interval
+from trainpilot.llm_runtime.measure import memory_share
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
 from trainpilot.llm_runtime.plant import ControlLimits, Snapshot
 from trainpilot.llm_runtime.precision import lacking, masked_precisions, synchronise
-from trainpilot.llm_runtime.probe import ProbeResult
+from trainpilot.llm_runtime.random_state import RandomState
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import Cooldown
 from trainpilot.llm_runtime.telemetry import Telemetry
-from trainpilot.llm_runtime.trainer import StepRecord, Trainer
+from trainpilot.llm_runtime.trainer import Trainer
 
 TokenArray = NDArray[np.unsignedinteger[Any]]
 
@@ -45,29 +38,6 @@ MASK_UPDATES = 5
 """Masks are raised this often along an interval."""
 BATCH_RANGE = 16
 """The batch stays within this factor of the starting batch, and leaves at least four steps in an interval."""
-
-
-@dataclass
-class _Interval:
-    """What is collected while an interval runs."""
-
-    controls: Controls
-    start_s: float
-    reading: EnergyReading
-    start_sequences: int
-    start_sparsity: float
-    mask_updates: int = 0
-    switch_s: float = 0.0
-    probe_s: float = 0.0
-    steps: list[StepRecord] = field(default_factory=list)
-    moment_norms: list[torch.Tensor] = field(default_factory=list)
-    probe: ProbeResult | None = None
-
-    def note_moment(self, trainer: Trainer) -> None:
-        """Keep the present norm of Adam's first moment, for the gradient noise scale."""
-        norm = adam.first_moment_norm(trainer.optimizer)
-        if norm is not None:
-            self.moment_norms.append(norm)
 
 
 class LiveRun:
@@ -95,9 +65,8 @@ class LiveRun:
         self.device = resolve_device(config.device)
         self.clock = clock
         self.probing = probe
-        with self._apart():
-            torch.manual_seed(config.seed)
-            self._random_state = self._read_random_state()
+        self.random_state = RandomState(self.device, config.seed)
+        with self.random_state.apart():
             self.loaded: LoadedModel = load_model(config.model, config.seed)
         _check_context(self.loaded, config)
         self.corpus: Corpus = load_corpus(config.text, self.loaded.tokenizer)
@@ -158,7 +127,7 @@ class LiveRun:
         self.target_share += share
         target = min(round(self.target_share * self.config.n_sequences()), self.end_sequences)
         span = max(target - self.sequences, 1)
-        with self._own_random_numbers():
+        with self.random_state.in_force():
             while self.sequences < target or not interval.steps:
                 self._prune(interval, (self.sequences - interval.start_sequences) / span)
                 self._step(interval)
@@ -166,11 +135,11 @@ class LiveRun:
         self._probe(interval)
         return self._end(interval)
 
-    def _begin(self, controls: Controls) -> _Interval:
+    def _begin(self, controls: Controls) -> Interval:
         synchronise(self.device)
         reading = self.meter.read()
         start = self.clock()
-        interval = _Interval(controls, start, reading, self.sequences, self.trainer.sparsity())
+        interval = Interval(controls, start, reading, self.sequences, self.trainer.sparsity())
         self.trainer.apply(controls)
         if controls.finish and self.cooldown is None:
             step_tokens = controls.batch_size * self.config.sequence_length
@@ -178,13 +147,11 @@ class LiveRun:
         interval.switch_s = self.clock() - start
         return interval
 
-    def _step(self, interval: _Interval) -> None:
+    def _step(self, interval: Interval) -> None:
         batch_size = min(self.trainer.batch_size, self.end_sequences - self.sequences)
         learning_rate = self.learning_rate(interval.controls)
-        interval.steps.append(self.trainer.step(self.stream.take(batch_size), learning_rate))
+        interval.note_step(self.trainer.step(self.stream.take(batch_size), learning_rate), self.trainer)
         self.sequences += batch_size
-        if len(interval.steps) % MOMENT_EVERY == 0:
-            interval.note_moment(self.trainer)
 
     def learning_rate(self, controls: Controls) -> float:
         """Return the learning rate of the next step: base schedule x scale x the batch's neutral factor."""
@@ -196,7 +163,7 @@ class LiveRun:
         neutral = adam.neutral_factor(controls.batch_size, self.config.batch_size)
         return self.config.base_learning_rate * controls.learning_rate_scale * factor * neutral
 
-    def _prune(self, interval: _Interval, done: float) -> None:
+    def _prune(self, interval: Interval, done: float) -> None:
         """Raise the masks when the next of the interval's mask updates is due; `done` is its progress in [0, 1]."""
         due = min(int(done * MASK_UPDATES) + 1, MASK_UPDATES)
         if due > interval.mask_updates:
@@ -204,7 +171,7 @@ class LiveRun:
             start, end = interval.start_sparsity, interval.controls.sparsity
             self.trainer.prune_towards(start, end, due / MASK_UPDATES)
 
-    def _probe(self, interval: _Interval) -> None:
+    def _probe(self, interval: Interval) -> None:
         if not self.probing:
             return
         synchronise(self.device)  # or the steps still under way would count as the probe's time
@@ -213,37 +180,25 @@ class LiveRun:
         interval.probe = self.trainer.probe(self.stream.peek(max(1, round(PROBE_SHARE * taken))))
         interval.probe_s = self.clock() - start
 
-    def _end(self, interval: _Interval) -> Telemetry:
+    def _end(self, interval: Interval) -> Telemetry:
         interval.note_moment(self.trainer)
-        moments = torch.stack(interval.moment_norms).tolist() if interval.moment_norms else []
-        losses = torch.stack([record.loss for record in interval.steps]).tolist()
-        norms = torch.stack([record.gradient_norm for record in interval.steps]).tolist()
-        time_s = self.clock() - interval.start_s
-        reading = self.meter.read()
-        config, trainer, probe = self.config, self.trainer, interval.probe
+        config, trainer = self.config, self.trainer
         taken = self.sequences - interval.start_sequences
-        statistics = loss_statistics(losses)
-        batch_size = taken / len(losses)
-        energy_j, source = energy_between(interval.reading, reading)
+        batch_size = taken / len(interval.steps)
+        learned = interval.losses_and_gradients(config, batch_size)  # waits for the device, so the clock comes after
+        cost = interval.cost(self.clock(), self.meter.read())
         self.decision += 1
         evaluation_s, self._evaluation_s = self._evaluation_s, 0.0
         return Telemetry(
+            **learned,
+            **cost,
             decision=self.decision - 1,
             budget_used=self.sequences / config.n_sequences(),
             tokens=self.tokens,
             interval_tokens=taken * config.sequence_length,
-            steps=len(losses),
+            steps=len(interval.steps),
             epochs_seen=self.stream.epochs_seen,
-            train_loss=statistics.mean,
-            train_loss_std=statistics.std,
-            train_loss_max=statistics.maximum,
             validation_loss=self.validation_loss,
-            gradient_norm=mean_finite(norms),
-            clipped_share=sum(norm > config.gradient_clip for norm in norms) / len(norms),
-            noise_scale=interval_noise_scale(norms, moments, config, batch_size),
-            relative_update=probe.relative_update if probe else None,
-            probe_linear=probe.linear if probe else None,
-            probe_quadratic=probe.quadratic if probe else None,
             requested=interval.controls,
             learning_rate=float(trainer.optimizer.param_groups[0]["lr"]),
             batch_size=batch_size,
@@ -252,14 +207,7 @@ class LiveRun:
             sparsity=trainer.sparsity(),
             finishing=self.cooldown is not None,
             finished=self.finished,
-            diverged=not statistics.finite,
-            time_s=time_s,
-            probe_time_s=interval.probe_s,
-            switch_time_s=interval.switch_s,
             evaluation_time_s=evaluation_s,
-            energy_j=energy_j,
-            energy_source=source,
-            power_w=energy_j / time_s if energy_j is not None and time_s > 0 else reading.power_w,
             memory_share=memory_share(self.device),
         )
 
@@ -282,12 +230,10 @@ class LiveRun:
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything that decides how the run goes on; `torch.save` can write it."""
-        cpu, cuda = self._random_state
         return {
             "trainer": self.trainer.snapshot(),
             "stream": self.stream.state_dict(),
-            "torch_random_state": cpu,
-            "cuda_random_state": cuda,
+            "random_state": self.random_state.state_dict(),
             "cooldown": asdict(self.cooldown) if self.cooldown is not None else None,
             "sequences": self.sequences,
             "decision": self.decision,
@@ -299,7 +245,7 @@ class LiveRun:
         """Go back to a state that `snapshot` returned; on a CPU the run then goes on bit for bit as it did."""
         self.trainer.restore(snapshot["trainer"])
         self.stream.load_state_dict(snapshot["stream"])
-        self._random_state = (snapshot["torch_random_state"], snapshot["cuda_random_state"])
+        self.random_state.load_state_dict(snapshot["random_state"])
         self.cooldown = Cooldown(**snapshot["cooldown"]) if snapshot["cooldown"] is not None else None
         self.sequences = snapshot["sequences"]
         self.decision = snapshot["decision"]
@@ -310,29 +256,10 @@ class LiveRun:
         config = self.config
         batch = self.stream.peek(config.batch_size)
         key = f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
-        with self._apart():
+        with self.random_state.apart():
             reasons = masked_precisions(self.device, lambda precision: self.trainer.rehearse(batch, precision), key)
         reasons.pop(config.precision, None)
         return reasons
-
-    def _apart(self) -> AbstractContextManager[None]:
-        """Leave everyone else's random numbers as they were: a policy draws its own in the same process."""
-        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
-
-    @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        """Go on with the run's own random numbers, which dropout draws."""
-        with self._apart():
-            cpu, cuda = self._random_state
-            torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda, self.device)
-            yield
-            self._random_state = self._read_random_state()
-
-    def _read_random_state(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return torch.get_rng_state(), cuda
 
 
 def resolve_device(name: str) -> torch.device:
