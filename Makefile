@@ -29,7 +29,7 @@ lint: $(READY)  ## check style and formatting, change nothing
 types: $(READY)  ## check types, strictly
 	mkdir -p .typing && ln -sfn .. .typing/trainpilot
 	$(BIN)/mypy $(FOLDERS:%=.typing/trainpilot/%)
-	$(BIN)/mypy --allow-untyped-defs --allow-untyped-calls --allow-incomplete-defs tests
+	$(BIN)/mypy --allow-untyped-defs --allow-untyped-calls --allow-incomplete-defs --no-warn-unused-ignores tests
 
 bench: $(READY)  ## run every benchmark, one after the other; results: benchmarks/results
 	set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done

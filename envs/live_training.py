@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,11 +13,11 @@ from gymnasium import spaces
 
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK, Decision, DecisionState
+from trainpilot.envs.live_plant import live_plant, live_reference
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import PlantFactory, Reference, reference_for, run_reference
+from trainpilot.envs.reference import PlantFactory, Reference, run_reference
 from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY, RewardMeter, RewardTerms, current_loss
-from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
 from trainpilot.llm_runtime.plant import Plant
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -164,7 +163,7 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
             if self._own_plants:
                 self._references[index] = run_reference(case, self._make_plant)
             else:
-                self._references[index] = reference_for(case, self._make_plant, device=device_label(case))
+                self._references[index] = live_reference(case, self._make_plant)
         return self._references[index]
 
     def action_masks(self) -> np.ndarray:
@@ -192,28 +191,3 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
             "energy_source": telemetry.energy_source,
             "diverged": telemetry.diverged or not math.isfinite(loss),
         }
-
-
-def live_plant() -> PlantFactory:
-    """Return what makes a real run of a case, in this process, with one energy meter for all runs."""
-    meters: dict[str, EnergyMeter] = {}
-
-    def make(config: RunConfig) -> Plant:
-        from trainpilot.llm_runtime.live_run import LiveRun, resolve_device
-
-        device = str(resolve_device(config.device))
-        if device not in meters:
-            meters[device] = select_meter(device)
-        return LiveRun(config, meter=meters[device])
-
-    return make
-
-
-def device_label(config: RunConfig) -> str:
-    """Return the device that a case runs on and the threads it has there, as a cache key."""
-    from trainpilot.llm_runtime.live_run import resolve_device
-    from trainpilot.llm_runtime.precision import device_name
-    from trainpilot.llm_runtime.threads import threads_in_use
-
-    device = device_name(resolve_device(config.device))
-    return f"{device}, {os.cpu_count()} cores, {threads_in_use()} threads"

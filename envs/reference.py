@@ -62,20 +62,20 @@ class Reference:
 
 
 def reference_for(
-    config: RunConfig, make_plant: PlantFactory, *, device: str, progress: Progress | None = None
+    config: RunConfig, make_plant: PlantFactory, *, setting: str, progress: Progress | None = None
 ) -> Reference:
     """Return the reference of a case: from the cache, or by running it (about 1.75 runs) and caching it.
 
     Args:
         config: The case.
         make_plant: Makes the plant that the reference runs on.
-        device: Name of the device; times and joules of another device are not mixed in.
+        setting: Device, threads and content; times, joules and losses of another setting are not mixed in.
         progress: Called with a line of text before each run.
 
     Raises:
         ValueError: the base schedule itself diverges on this case.
     """
-    label = json.dumps([FORMAT, asdict(config), device], sort_keys=True)
+    label = json.dumps([FORMAT, asdict(config), setting], sort_keys=True)
     path = cache_dir() / "reference" / f"{blake2b(label.encode(), digest_size=10).hexdigest()}.json"
     try:
         return Reference.from_json(json.loads(path.read_text(encoding="utf-8")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,30 +54,34 @@ def _run(policy: str, out: Path, options: DemoOptions) -> ReplayOptions:
 
 def comparison(base: dict[str, Any], steered: dict[str, Any]) -> Table:
     """Return the table of both runs and their ratio."""
-    table = Table(title=f"{steered['model']}, {steered['n_parameters']:,} parameters, one seed")
-    for name in ("", "base schedule", "steered", "steered / base"):
+    table = Table(title=f"{steered['model']}, {steered['n_parameters']:,} parameters, one seed", title_style="bold")
+    for name in ("", "base schedule", "steered", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     source = steered["energy_source"] or "no meter"
     rows = [
-        ("validation loss, nats/token", "final_validation_loss", "{:.4f}"),
-        ("test loss, nats/token", "final_test_loss", "{:.4f}"),
+        ("validation, nats/token", "final_validation_loss", "{:.4f}"),
+        ("test, nats/token", "final_test_loss", "{:.4f}"),
         ("tokens", "tokens", "{:,}"),
         ("time, s", "time_s", "{:.1f}"),
-        (f"energy, J ({source})", "energy_j", "{:.1f}"),
+        (f"energy, J, {source}", "energy_j", "{:.1f}"),
     ]
     for label, key, form in rows:
         a, b = base[key], steered[key]
         known = a is not None and b is not None
         cells = [form.format(value) if value is not None else "-" for value in (a, b)]
         table.add_row(label, *cells, f"{b / a:.3f}" if known else "-")
-    table.add_row("controls at the end", _controls(base), _controls(steered), f"{steered['n_changes']} changes")
+    for name, show in _CONTROLS.items():
+        table.add_row(f"{name} at the end", show(base["final_controls"]), show(steered["final_controls"]), "")
+    table.add_row("changes of controls", str(base["n_changes"]), str(steered["n_changes"]), "")
     return table
 
 
-def _controls(summary: dict[str, Any]) -> str:
-    last = summary["final_controls"]
-    scale = last["learning_rate_scale"]
-    return f"lr x{scale:.3g}, batch {last['batch_size']}, {last['precision']}, {last['sparsity']:.0%} pruned"
+_CONTROLS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "learning-rate scale": lambda controls: f"{controls['learning_rate_scale']:.3g}",
+    "batch": lambda controls: str(controls["batch_size"]),
+    "precision": lambda controls: str(controls["precision"]),
+    "pruned": lambda controls: f"{controls['sparsity']:.0%}",
+}
 
 
 def verdict(base: dict[str, Any], steered: dict[str, Any]) -> str:

@@ -21,7 +21,8 @@ class ReplayOptions:
 
     Killed at any moment, the same command goes on where it was and ends with the same result.
 
-    Examples:
+    Try for instance:
+
       trainpilot replay --policy none --model llama-micro --out runs/base
       trainpilot replay --policy runs/agent/policy.safetensors --model gpt2-micro --text docs/*.md --out runs/steered
     """
@@ -92,7 +93,8 @@ class TrainAgentOptions:
 
     Killed at any moment, the same command goes on from the last update. Watch it: tensorboard --logdir OUT/tb
 
-    Examples:
+    Try for instance:
+
       trainpilot train-agent --recipe tiny --out runs/agent
       trainpilot train-agent --recipe tiny --out runs/agent --set ppo.total_decisions=2000 ppo.learning_rate=1e-3
     """

@@ -13,15 +13,16 @@ from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, keep
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.run_writer import RunWriter
-from trainpilot.envs.live_training import device_label, live_plant
+from trainpilot.envs.live_plant import live_reference
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import Reference, reference_for
+from trainpilot.envs.reference import Reference
 from trainpilot.envs.reward import RewardMeter, current_loss
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_folder import RunFolder
 from trainpilot.experiments.summary import print_summary, summarise
 from trainpilot.llm_runtime.files import whole_folder
+from trainpilot.llm_runtime.fingerprint import content_digest
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -41,8 +42,8 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     config = options.run_config(bundle.decisions if bundle is not None else 50)
     use_threads(options.threads)
     run = LiveRun(config, probe=options.probe)
-    settings = {**asdict(config), "policy": options.policy, "preference": str(preference), "probe": options.probe}
-    folder = RunFolder(options.out, settings)
+    chosen = {"policy": options.policy, "preference": str(preference), "probe": options.probe}
+    folder = RunFolder(options.out, {**asdict(config), **chosen, "text_and_model_digest": content_digest(config)})
     if (summary := folder.summary()) is not None:
         console.print(f"[dim]{options.out} is already finished[/dim]", soft_wrap=True)
         print_summary(summary, console)
@@ -60,7 +61,7 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
 
 def _reference(config: RunConfig, console: Console) -> Reference:
     with console.status("reference run") as status:
-        return reference_for(config, live_plant(), device=device_label(config), progress=status.update)
+        return live_reference(config, progress=status.update)
 
 
 class SteeredRun:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.envs.live_training import device_label
+from trainpilot.envs.live_plant import device_label
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.reference import Reference
 from trainpilot.experiments.options import ReplayOptions

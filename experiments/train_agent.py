@@ -18,9 +18,10 @@ from trainpilot.agents.controller import Controller
 from trainpilot.agents.ppo import bundle_of, side_by_side, train
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.training_log import TrainingLog
-from trainpilot.envs.live_training import LiveTraining, device_label, live_plant
+from trainpilot.envs.live_plant import live_plant, live_reference
+from trainpilot.envs.live_training import LiveTraining
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import Reference, reference_for
+from trainpilot.envs.reference import Reference
 from trainpilot.envs.reward import RewardMeter, current_loss
 from trainpilot.envs.scalarise import ScalarReward
 from trainpilot.experiments.options import TrainAgentOptions
@@ -78,7 +79,7 @@ def run_references(cases: Sequence[RunConfig], recipe: Recipe, console: Console)
 
 def _reference(case: RunConfig, threads: int) -> Reference:
     use_threads(threads)
-    return reference_for(case, live_plant(), device=device_label(case))
+    return live_reference(case)
 
 
 def _make_env(cases: Sequence[RunConfig], recipe: Recipe) -> ScalarReward:

@@ -29,7 +29,7 @@ from trainpilot.llm_runtime.trainer import Trainer
 
 TokenArray = NDArray[np.unsignedinteger[Any]]
 
-PROBE_SHARE = 0.01
+PROBE_SHARE = 0.005
 """The curvature probe takes this share of an interval's sequences, at least one."""
 EVALUATION_SHARE = 0.02
 """An evaluation takes this share of the budget in tokens, within the two bounds below."""

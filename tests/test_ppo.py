@@ -38,7 +38,9 @@ def test_the_untrained_policy_mostly_keeps() -> None:
 def test_bundle_gives_the_agents_own_greedy_actions() -> None:
     env = toy_env(1)
     model = make_ppo(env, PPOConfig(seed=3))
-    torch.nn.init.normal_(model.policy.action_net.weight)
+    layer = model.policy.action_net
+    assert isinstance(layer, torch.nn.Linear)
+    torch.nn.init.normal_(layer.weight)
     bundle = bundle_of(model, {})
     random = np.random.default_rng(0)
     for _ in range(20):

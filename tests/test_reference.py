@@ -80,10 +80,10 @@ def test_energy_is_unknown_when_one_interval_s_is() -> None:
 
 def test_a_second_call_runs_nothing(cache: Path) -> None:
     first = CountingFactory()
-    reference = reference_for(TOY_CASE, first, device="cpu one")
+    reference = reference_for(TOY_CASE, first, setting="cpu one")
     again = CountingFactory()
 
-    assert reference_for(TOY_CASE, again, device="cpu one") == reference
+    assert reference_for(TOY_CASE, again, setting="cpu one") == reference
     assert (len(first.cases), len(again.cases)) == (3, 0)
     assert len(list((cache / "reference").iterdir())) == 1
 
@@ -93,9 +93,9 @@ def test_a_second_call_runs_nothing(cache: Path) -> None:
     [(TOY_CASE, "cpu two"), (replace(TOY_CASE, seed=1), "cpu one"), (replace(TOY_CASE, beta2=0.9), "")],
 )
 def test_another_device_or_another_case_has_its_own_entry(cache: Path, case: RunConfig, device: str) -> None:
-    reference_for(TOY_CASE, ToyPlant, device="cpu one")
+    reference_for(TOY_CASE, ToyPlant, setting="cpu one")
     factory = CountingFactory()
-    reference_for(case, factory, device=device)
+    reference_for(case, factory, setting=device)
 
     assert len(factory.cases) == 3
     assert len(list((cache / "reference").iterdir())) == 2
@@ -103,23 +103,23 @@ def test_another_device_or_another_case_has_its_own_entry(cache: Path, case: Run
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", "{}", '{"telemetry": [], "budgets": 1}', "\udcff"])
 def test_a_damaged_entry_is_run_again_and_replaced(cache: Path, damage: str) -> None:
-    reference = reference_for(TOY_CASE, ToyPlant, device="cpu one")
+    reference = reference_for(TOY_CASE, ToyPlant, setting="cpu one")
     (entry,) = (cache / "reference").iterdir()
     whole = entry.read_bytes()
     entry.write_bytes(damage.encode("utf-8", "surrogateescape"))
     factory = CountingFactory()
 
-    assert reference_for(TOY_CASE, factory, device="cpu one") == reference
+    assert reference_for(TOY_CASE, factory, setting="cpu one") == reference
     assert len(factory.cases) == 3
     assert entry.read_bytes() == whole
 
 
 def test_a_cut_off_entry_is_run_again(cache: Path) -> None:
-    reference_for(TOY_CASE, ToyPlant, device="cpu one")
+    reference_for(TOY_CASE, ToyPlant, setting="cpu one")
     (entry,) = (cache / "reference").iterdir()
     entry.write_text(entry.read_text()[:500])
     factory = CountingFactory()
-    reference_for(TOY_CASE, factory, device="cpu one")
+    reference_for(TOY_CASE, factory, setting="cpu one")
 
     assert len(factory.cases) == 3
 
@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypa
     file.touch()
     monkeypatch.setenv("TRAINPILOT_CACHE", str(file / "below"))
 
-    assert reference_for(TOY_CASE, ToyPlant, device="cpu one").initial_loss == 4.0
+    assert reference_for(TOY_CASE, ToyPlant, setting="cpu one").initial_loss == 4.0
 
 
 def test_a_reference_survives_json() -> None:
@@ -158,5 +158,5 @@ def test_a_base_schedule_that_diverges_is_refused_with_the_way_out(cache: Path, 
     message = "base_learning_rate: the base schedule itself diverged on llama-nano at 0.001; lower it"
 
     with pytest.raises(ValueError, match=message):
-        reference_for(TOY_CASE, kind, device="cpu one")
+        reference_for(TOY_CASE, kind, setting="cpu one")
     assert not (cache / "reference").exists()

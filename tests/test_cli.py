@@ -1,0 +1,131 @@
+"""The command line teaches, starts fast, and turns every fault into one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainpilot.experiments import cli
+from trainpilot.experiments.demo import comparison, verdict
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["trainpilot", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert call(monkeypatch, *command.split(), "--help") == 0
+    said = capsys.readouterr().out
+    assert "usage: trainpilot" in said
+    if command in ("replay", "train-agent"):
+        assert f"trainpilot {command} --" in said  # an example to copy
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nsys.argv = ['trainpilot', 'replay', '--help']\n"
+        "from trainpilot.experiments.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'stable_baselines3', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "trainpilot"),
+        (("fly",), "Unrecognized options: fly"),
+        (("replay",), "--out"),
+        (("train-agent", "--out", "x"), "--recipe"),
+        (("train-agent", "--recipe", "nope", "--out", "x"), "recipe must be one of demo, tiny or a YAML file"),
+        (("inspect", "nowhere"), "path must be a bundle, a run's folder or an agent's folder, got nowhere"),
+        (("replay", "--model", "nobody/nothing", "--out", "x"), "neither a preset"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("trainpilot: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(28, "No space left on device", "out/summary.json"), 1, "No space left on device: out/summary.json"),
+        (KeyboardInterrupt(), 130, "the same command goes on where it was"),
+    ],
+)
+def test_faults_on_the_way_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert call(monkeypatch, "doctor") == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_doctor_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainpilot.experiments import doctor
+
+    monkeypatch.setattr(doctor, "diagnose", lambda: {"controls": {}})
+    monkeypatch.setattr(sys, "argv", ["trainpilot", "doctor", "--json"])
+    cli.main()
+    assert json.loads(capsys.readouterr().out) == {"controls": {}}
+
+
+def run_summary(loss: float | None, energy_j: float | None, *, diverged: bool = False) -> dict[str, object]:
+    controls = {"learning_rate_scale": 2.0, "batch_size": 8, "precision": "bf16", "sparsity": 0.05}
+    return {
+        "model": "gpt2-micro",
+        "n_parameters": 1000,
+        "final_validation_loss": loss,
+        "final_test_loss": loss,
+        "tokens": 1000,
+        "time_s": 10.0,
+        "energy_j": energy_j,
+        "energy_source": "estimated",
+        "n_changes": 3,
+        "final_controls": controls,
+        "diverged": diverged,
+        "reference": {"quality": 0.8},
+    }
+
+
+def test_the_demo_says_when_the_steered_run_is_worse() -> None:
+    said = verdict(run_summary(2.0, 5.0), run_summary(2.5, 5.0))
+    assert "0.5000 nats/token higher" in said
+    assert "0.80 of its budget" in said
+    assert "diverged" in verdict(run_summary(2.0, 5.0), run_summary(None, 5.0, diverged=True))
+
+
+def test_the_demo_table_shows_unknown_energy_as_unknown() -> None:
+    table = comparison(run_summary(2.0, None), run_summary(2.5, 5.0))
+    cells = [list(column.cells) for column in table.columns]
+    row = next(i for i, label in enumerate(cells[0]) if "energy" in str(label))
+    assert [column[row] for column in cells[1:]] == ["-", "5.0", "-"]
