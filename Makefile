@@ -1,7 +1,8 @@
 # The one door for people and for continuous integration. Every target first sets up what it needs in .venv.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
+PIP_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ setup: $(READY)  ## create .venv with everything that the other targets need
 demo: $(READY)  ## steer a small model on this machine; results: runs/demo
 	$(BIN)/trainpilot demo --out runs/demo
 
-test: $(READY)  ## run the tests; choose with PYTEST_ARGS="-k reward -n 2"
+test: $(READY)  ## run the tests; choose with PYTEST_ARGS="-k reward"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)  ## check style and formatting, change nothing
@@ -58,5 +59,5 @@ help:  ## print this list
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=80"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_ARGS) -e ".[dev]"
 	touch $@

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from _common import RESULTS, write_result
+from _common import RESULTS
 
 from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
 from trainpilot.llm_runtime.energy_recorded import write_recording
@@ -30,7 +30,8 @@ def main() -> None:
         print("gpu-check: needs an NVIDIA GPU that torch can see, found none", file=sys.stderr)
         raise SystemExit(2)
     device = torch.device("cuda")
-    doctor = subprocess.run(_trainpilot("doctor", "--json"), check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", "trainpilot.experiments.cli", "doctor", "--json"]
+    doctor = subprocess.run(command, check=True, capture_output=True, text=True)
     write_json(RESULTS / "gpu_doctor.json", json.loads(doctor.stdout))
     print("doctor: written")
     torch.zeros(1, device=device)
@@ -38,16 +39,12 @@ def main() -> None:
     write_recording(RESULTS / "gpu_readings.csv", readings)
     energies = [r.energy_j for r in readings if r.energy_j is not None]
     print(f"meter: {len(readings)} readings, {energies[-1] - energies[0]:.1f} J" if energies else "meter: no joules")
-    out = Path("runs/gpu-demo")
-    subprocess.run(_trainpilot("demo", "--out", str(out)), check=True)
-    runs = {name: json.loads((out / name / "summary.json").read_text(encoding="utf-8")) for name in ("base", "steered")}
-    print(write_result("gpu_demo", {"runs": runs}, device))
-    overhead = [sys.executable, str(Path(__file__).with_name("overhead.py")), "--name", "gpu_overhead"]
-    subprocess.run([*overhead, "--tokens", "4000000"], check=True)
+    _benchmark("demo.py", "--out", "runs/gpu-demo", "--name", "gpu_demo")
+    _benchmark("overhead.py", "--tokens", "4000000", "--name", "gpu_overhead")
 
 
-def _trainpilot(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "trainpilot.experiments.cli", *arguments]
+def _benchmark(script: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *arguments], check=True)
 
 
 def record(meter: EnergyMeter, device: torch.device) -> list[EnergyReading]:
