@@ -1,6 +1,8 @@
 """Run the demo, or take up a finished one, and keep what both of its runs measured.
 
     python benchmarks/demo.py [--out runs/demo] [--name demo]
+
+The result is `results/NAME.json`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 
 from trainpilot.envs.reward import compute_equivalent
 from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.energy import sum_known
 from trainpilot.llm_runtime.files import cache_dir, write_json
 from trainpilot.llm_runtime.plant import Plant
 from trainpilot.llm_runtime.run_config import RunConfig
@@ -99,13 +100,12 @@ def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progres
         losses.append(plant.evaluate())
         if not math.isfinite(losses[-1]):
             raise _diverged(config)
-    energies = [t.energy_j for t in telemetry]
     return Reference(
         budgets=BUDGET_SHARES,
         losses=tuple(losses),
         initial_loss=initial,
         time_s=sum(t.time_s for t in telemetry),
-        energy_j=None if None in energies else sum(e for e in energies if e is not None),
+        energy_j=sum_known(t.energy_j for t in telemetry),
         energy_source=telemetry[-1].energy_source,
         telemetry=tuple(telemetry),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from trainpilot.llm_runtime.carbon import (
     device_hours,
     grams_co2e,
 )
+from trainpilot.llm_runtime.energy import sum_known
 from trainpilot.llm_runtime.live_run import LiveRun
 
 
@@ -64,7 +65,7 @@ def _cost(run: LiveRun, records: Sequence[DecisionRecord], options: ReplayOption
     """Return time, energy and what follows from them, of the intervals; evaluation is listed apart."""
     intervals = [record.telemetry for record in records]
     time_s = sum(t.time_s for t in intervals)
-    energy_j = _total(t.energy_j for t in intervals)
+    energy_j = sum_known(t.energy_j for t in intervals)
     default = options.grid_intensity == DEFAULT_GRID_INTENSITY_G_PER_KWH
     return {
         "time_s": time_s,
@@ -80,15 +81,6 @@ def _cost(run: LiveRun, records: Sequence[DecisionRecord], options: ReplayOption
         "grid_intensity_g_per_kwh": options.grid_intensity,
         "grid_intensity_source": DEFAULT_GRID_INTENSITY_SOURCE if default else "given with --grid-intensity",
     }
-
-
-def _total(values: Iterable[float | None]) -> float | None:
-    total = 0.0
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
 
 
 def _against(reference: Reference, summary: dict[str, Any]) -> dict[str, Any]:

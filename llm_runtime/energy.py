@@ -7,6 +7,7 @@ CPUs) and `energy_recorded` (a recording played back).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -51,6 +52,16 @@ class EnergyMeter(Protocol):
 
     def close(self) -> None:
         """Release the device library."""
+
+
+def sum_known(values: Iterable[float | None]) -> float | None:
+    """Return the sum, or `None` where one part is unknown."""
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
 
 
 class NoMeter:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from trainpilot.llm_runtime.energy import EnergyReading, EnergySource, MeterUnavailableError
+from trainpilot.llm_runtime.energy import EnergyReading, EnergySource, MeterUnavailableError, sum_known
 from trainpilot.llm_runtime.nvml_gpus import NvmlGpu, ask, choose_gpus
 from trainpilot.llm_runtime.ticker import Ticker
 
@@ -159,13 +159,14 @@ class NvmlMeter:
     def _reading(self, now_s: float) -> EnergyReading:
         shares = [gpu.gpu.utilisation() for gpu in self._gpus]
         memory = [gpu.gpu.memory_bytes() or (None, None) for gpu in self._gpus]
-        busy, used, total = _sum(shares), _sum(item[0] for item in memory), _sum(item[1] for item in memory)
+        busy = sum_known(shares)
+        used, total = (sum_known(item[part] for item in memory) for part in (0, 1))
         return EnergyReading(
             time_s=now_s,
-            energy_j=_sum(gpu.energy_j for gpu in self._gpus),
+            energy_j=sum_known(gpu.energy_j for gpu in self._gpus),
             source=_weakest([gpu.source for gpu in self._gpus]),
-            power_w=_sum(gpu.power_w for gpu in self._gpus),
-            power_limit_w=_sum(gpu.gpu.power_limit_w() for gpu in self._gpus),
+            power_w=sum_known(gpu.power_w for gpu in self._gpus),
+            power_limit_w=sum_known(gpu.gpu.power_limit_w() for gpu in self._gpus),
             utilisation=None if busy is None else busy / len(shares),
             memory_used_bytes=None if used is None else int(used),
             memory_total_bytes=None if total is None else int(total),
@@ -196,15 +197,6 @@ class NvmlMeter:
             self._sampler.stop()
         with self._lock:
             ask(self._nvml, "nvmlShutdown")
-
-
-def _sum(values: Iterable[float | None]) -> float | None:
-    total = 0.0
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
 
 
 def _weakest(sources: list[EnergySource | None]) -> EnergySource | None:
