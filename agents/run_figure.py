@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -99,10 +100,10 @@ def _finishing_touches(figure: Figure, axes: Sequence[Axes], run: list[Telemetry
         if index != PRECISION_CHART:
             chart.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
             chart.yaxis.set_major_formatter("{x:.4g}")
-    names = [("steered", STEERED), *([("reference: base schedule", REFERENCE)] if base else [])]
-    for line, (name, color) in enumerate(names):
-        axes[0].text(0.98, 0.95 - 0.12 * line, name, color=color, ha="right", va="top", fontsize=9.5,
-                     fontweight="bold", transform=axes[0].transAxes)  # fmt: skip
+    names = [("steered", STEERED, 1.0), *([("base schedule", REFERENCE, 0.82)] if base else [])]
+    place: dict[str, Any] = {"ha": "right", "fontsize": 9.5, "fontweight": "bold", "transform": axes[0].transAxes}
+    for name, color, x in names:
+        axes[0].text(x, 1.03, name, color=color, **place)
 
 
 def _title(axes: Axes, title: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trainpilot.envs.reward import MAX_QUALITY
 from trainpilot.experiments.options import DemoOptions, ReplayOptions, TrainAgentOptions
 
 TRAINED_ON = "llama-nano (0.2 M)"
@@ -89,12 +89,13 @@ def verdict(base: dict[str, Any], steered: dict[str, Any]) -> str:
     if steered["diverged"] or base["diverged"]:
         return "[red]a run diverged: nothing can be compared[/red]"
     gain = base["final_validation_loss"] - steered["final_validation_loss"]
-    quality = steered["reference"]["quality"] if "reference" in steered else math.nan
+    quality = steered["reference"]["quality"]
+    share = f"about {quality:.2f} times" if quality < MAX_QUALITY else f"more than {MAX_QUALITY:g} times"
     word = "lower" if gain > 0 else "higher"
     return (
         f"The steered run's validation loss is {abs(gain):.4f} nats/token {word}: the base schedule would need "
-        f"{quality:.2f} of its budget for it.\nOne seed, a base schedule that nobody tuned, and a policy trained for "
-        "minutes: this shows the machinery, not a result."
+        f"{share} its budget for it.\nOne seed, a base schedule whose learning rate nobody tuned, and a policy "
+        "trained for minutes: this shows the machinery, not a result."
     )
 
 

@@ -120,7 +120,9 @@ def run_summary(loss: float | None, energy_j: float | None, *, diverged: bool = 
 def test_the_demo_says_when_the_steered_run_is_worse() -> None:
     said = verdict(run_summary(2.0, 5.0), run_summary(2.5, 5.0))
     assert "0.5000 nats/token higher" in said
-    assert "0.80 of its budget" in said
+    assert "0.80 times its budget" in said
+    best = {**run_summary(1.0, 5.0), "reference": {"quality": 3.0}}
+    assert "more than 3 times its budget" in verdict(run_summary(2.0, 5.0), best)
     assert "diverged" in verdict(run_summary(2.0, 5.0), run_summary(None, 5.0, diverged=True))
 
 
