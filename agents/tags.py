@@ -118,10 +118,10 @@ _RUN_GROUPS = (
     ),
     _group(
         "reward", "run", "Only where a reference run is known. Totals at the end are the outcome of the run.",
-        ("quality", _REFERENCE, "change of the compute-equivalent of the loss"),
+        ("quality", _REFERENCE, "change of the worth of the loss's compute-equivalent (logarithmic above 1)"),
         ("energy", _REFERENCE, "joules of the interval, negative; 0 while unknown"),
         ("time", _REFERENCE, "seconds of the interval, negative"),
-        ("quality_total", _REFERENCE, "compute-equivalent so far; 1 is as good as the reference"),
+        ("quality_total", _REFERENCE, "worth of the loss so far; 1 is as good as the reference"),
         ("energy_total", _REFERENCE, "sum so far; -1 is as much as the reference"),
         ("time_total", _REFERENCE, "sum so far; -1 is as long as the reference"),
     ),
@@ -161,7 +161,7 @@ _RUN_GROUPS = (
 )  # fmt: skip
 
 _EPISODE = (
-    ("quality", _REFERENCE, "compute-equivalent reached: the sum of the quality terms"),
+    ("quality", _REFERENCE, "worth of the loss reached: the sum of the quality terms"),
     ("energy_over_reference", "ratio", "joules over the reference run's"),
 )
 _AGENT_GROUPS = (

@@ -61,7 +61,7 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
 
     | Num | Objective | Per interval | Unit |
     |---|---|---|---|
-    | 0 | quality | change of the compute-equivalent of the loss | shares of the budget that the reference needs |
+    | 0 | quality | change of the worth of the loss's compute-equivalent | shares of the reference's budget |
     | 1 | energy | -joules / reference's joules | share; 0 while unknown |
     | 2 | time | -seconds / reference's seconds | share |
 

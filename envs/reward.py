@@ -28,7 +28,7 @@ class RewardTerms:
     """Reward of one interval. Summed over an episode (gamma = 1) they give the outcome of the run."""
 
     quality: float
-    """Change of the compute-equivalent: the share of the budget that the reference needs for the loss reached."""
+    """Change of what the loss is worth: the share of the budget that the reference needs for it, logarithmic above 1."""
     energy: float
     """Joules of the interval over the reference run's joules, negative; 0 while unknown."""
     time: float
@@ -71,6 +71,15 @@ def compute_equivalent(loss: float, budgets: Sequence[float], losses: Sequence[f
     return min(share, MAX_QUALITY)
 
 
+def worth(share: float) -> float:
+    """Return what a compute-equivalent is worth as quality: itself up to 1, and 1 + log(share) above.
+
+    Around 1 both pieces have slope 1, so that 1 % of quality still is the size of 1 % of energy. Above it, a base
+    schedule that was badly tuned would otherwise make any waste of time and energy look like a bargain.
+    """
+    return share if share <= 1 else 1 + math.log(share)
+
+
 def current_loss(plant: Plant, telemetry: Telemetry) -> float:
     """Return the loss that counts now, in nats/token: validation at the end of a run, training before.
 
@@ -86,8 +95,8 @@ def current_loss(plant: Plant, telemetry: Telemetry) -> float:
 class RewardMeter:
     """Weigh interval after interval against a reference run.
 
-    Quality is a potential: each interval brings the change of the loss's compute-equivalent, so that an episode sums to
-    the compute-equivalent of its last loss, whatever happened on the way.
+    Quality is a potential: each interval brings the change of what the loss's compute-equivalent is worth, so that an
+    episode sums to the worth of its last loss, whatever happened on the way.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -97,7 +106,7 @@ class RewardMeter:
     def weigh(self, telemetry: Telemetry, loss: float) -> RewardTerms:
         """Return the terms of an interval that reached `loss` (validation at the end of a run, training before)."""
         diverged = telemetry.diverged or not math.isfinite(loss)
-        quality = DIVERGED_QUALITY if diverged else self.reference.quality(loss)
+        quality = DIVERGED_QUALITY if diverged else worth(self.reference.quality(loss))
         before, self._quality = self._quality, quality
         energy = 0.0
         if telemetry.energy_j is not None and self.reference.energy_j:

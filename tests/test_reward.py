@@ -21,6 +21,7 @@ from trainpilot.envs.reward import (
     RewardTerms,
     compute_equivalent,
     current_loss,
+    worth,
 )
 from trainpilot.envs.scalarise import UTILITIES, Outcome, ScalarReward, constrained, linear, product, tchebycheff
 from trainpilot.llm_runtime.controls import Controls
@@ -30,6 +31,12 @@ BUDGETS = (0.25, 0.5, 1.0)
 HALVING = (8.0, 4.0, 2.0)
 """Final losses of a reference whose loss halves as its budget doubles: a loss is worth 2 over the loss."""
 KINKED = (8.0, 4.0, 3.0)
+
+
+def test_worth_is_the_share_up_to_one_and_logarithmic_above() -> None:
+    assert [worth(share) for share in (0.0, 0.5, 1.0)] == [0.0, 0.5, 1.0]
+    assert worth(math.e) == pytest.approx(2.0)
+    assert worth(1.01) == pytest.approx(1.01, abs=1e-4)  # 1 % better is worth 1 %
 
 
 @pytest.mark.parametrize(("loss", "share"), [(8.0, 0.25), (4.0, 0.5), (2.0, 1.0)])
