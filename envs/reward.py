@@ -28,7 +28,7 @@ class RewardTerms:
     """Reward of one interval. Summed over an episode (gamma = 1) they give the outcome of the run."""
 
     quality: float
-    """Change of what the loss is worth: the share of the budget that the reference needs for it, logarithmic above 1."""
+    """Change of what the loss is worth: the reference's share of budget for it, logarithmic above 1."""
     energy: float
     """Joules of the interval over the reference run's joules, negative; 0 while unknown."""
     time: float
