@@ -160,9 +160,9 @@ Q(loss) is what the compute-equivalent c, the share of the budget that the refer
 up to 1 and 1 + log(c) above, so that a badly tuned base schedule does not make waste look like a bargain. The final
 losses of the reference at its budgets are points of a curve. Between them log(budget) is linear in log(loss), beyond
 them the end pieces go on, up to c = {MAX_QUALITY:g}. Points out of order are left out, never the full run's: the
-reference's own final loss is worth 1. The loss is the interval's mean training loss, and in the last interval the validation loss.
-A diverged run ends with Q = {DIVERGED_QUALITY:g}. Seconds include the curvature probe and the switching of controls,
-not the evaluation, which takes place every {EVALUATE_EVERY} decisions and at the end.
+reference's own final loss is worth 1. The loss is the interval's mean training loss, and in the last interval the
+validation loss. A diverged run ends with Q = {DIVERGED_QUALITY:g}. Seconds include the curvature probe and the
+switching of controls, not the evaluation, which takes place every {EVALUATE_EVERY} decisions and at the end.
 
 `ScalarReward(env, utility)` turns the vector into one number per interval: the change of a utility of the run so
 far, so that an episode sums to the utility of its outcome. The weights w are the episode's preference; f is the sum
