@@ -1,8 +1,8 @@
-"""Run the demo, or take up a finished one, and keep what both of its runs measured.
+"""Run the demo, or take up a finished one, and keep what its runs measured, beside a small sweep of the learning rate.
 
     python benchmarks/demo.py [--out runs/demo] [--name demo]
 
-The result is `results/NAME.json`.
+The sweep is what the steered run must be seen against: the same run under its base schedule at three other rates.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from _common import write_result
 
 from trainpilot.agents.bundle import PolicyBundle
+
+SWEEP = (1e-3, 3e-3, 1e-2)
+"""Peak learning rates of the base schedule beside the demo's own."""
 
 
 def main() -> None:
@@ -27,12 +31,28 @@ def main() -> None:
     options = parser.parse_args()
     command = [sys.executable, "-m", "trainpilot.experiments.cli", "demo", "--out", str(options.out)]
     subprocess.run(command, check=True)
-    names = ("base", "steered")
-    runs = {n: json.loads((options.out / n / "summary.json").read_text(encoding="utf-8")) for n in names}
+    runs = {name: _summary(options.out / name) for name in ("base", "steered")}
+    config = json.loads((options.out / "base" / "config.json").read_text(encoding="utf-8"))
+    sweep = {str(rate): _at(rate, config, options.out / f"rate-{rate:g}") for rate in SWEEP}
     provenance = PolicyBundle.load(options.out / "agent" / "policy.safetensors").provenance
     cost = {"policy_training_cost": provenance["training_cost"]}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(write_result(options.name, {**cost, "runs": runs}, device))
+    print(write_result(options.name, {**cost, "runs": runs, "base_schedule_at_other_rates": sweep}, device))
+
+
+def _at(rate: float, config: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return losses and time of the demo's run under its base schedule at another peak learning rate."""
+    names = ("model", "tokens", "batch_size", "sequence_length", "decisions", "seed")
+    arguments = [part for name in names for part in (f"--{name.replace('_', '-')}", str(config[name]))]
+    command = [sys.executable, "-m", "trainpilot.experiments.cli", "replay", "--policy", "none", "--out", str(out)]
+    subprocess.run([*command, *arguments, "--base-learning-rate", str(rate)], check=True)
+    kept = ("final_validation_loss", "final_test_loss", "time_s", "energy_j", "energy_source", "diverged")
+    return {name: value for name, value in _summary(out).items() if name in kept}
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return content
 
 
 if __name__ == "__main__":
