@@ -1,8 +1,8 @@
-"""Run the demo, or take up a finished one, and keep what its runs measured, beside a small sweep of the learning rate.
+"""Run the demo, or take up a finished one, and keep what its runs measured, beside a small sweep.
 
     python benchmarks/demo.py [--out runs/demo] [--name demo]
 
-The sweep is what the steered run must be seen against: the same run under its base schedule at three other rates.
+The sweep is what the steered run must be seen against: the same run under its base schedule at other learning rates and warm-ups.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from _common import write_result
 
 from trainpilot.agents.bundle import PolicyBundle
 
-SWEEP = (1e-3, 3e-3, 1e-2)
-"""Peak learning rates of the base schedule beside the demo's own."""
+SWEEP = ((1e-3, 12_000), (3e-3, 12_000), (1e-2, 12_000), (1e-3, 120_000), (3e-3, 120_000))
+"""Peak learning rates and warm-up tokens (2 % and 20 % of the budget) of the base schedule, beside the demo's own."""
 
 
 def main() -> None:
@@ -33,21 +33,23 @@ def main() -> None:
     subprocess.run(command, check=True)
     runs = {name: _summary(options.out / name) for name in ("base", "steered")}
     config = json.loads((options.out / "base" / "config.json").read_text(encoding="utf-8"))
-    sweep = {str(rate): _at(rate, config, options.out / f"rate-{rate:g}") for rate in SWEEP}
+    sweep = [_at(rate, warmup, config, options.out / f"rate-{rate:g}-{warmup}") for rate, warmup in SWEEP]
     provenance = PolicyBundle.load(options.out / "agent" / "policy.safetensors").provenance
     cost = {"policy_training_cost": provenance["training_cost"]}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(write_result(options.name, {**cost, "runs": runs, "base_schedule_at_other_rates": sweep}, device))
+    print(write_result(options.name, {**cost, "runs": runs, "base_schedule_elsewhere": sweep}, device))
 
 
-def _at(rate: float, config: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Return losses and time of the demo's run under its base schedule at another peak learning rate."""
+def _at(rate: float, warmup_tokens: int, config: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return losses and time of the demo's run under its base schedule at another learning rate and warm-up."""
     names = ("model", "tokens", "batch_size", "sequence_length", "decisions", "seed")
     arguments = [part for name in names for part in (f"--{name.replace('_', '-')}", str(config[name]))]
     command = [sys.executable, "-m", "trainpilot.experiments.cli", "replay", "--policy", "none", "--out", str(out)]
-    subprocess.run([*command, *arguments, "--base-learning-rate", str(rate)], check=True)
+    chosen = ["--base-learning-rate", str(rate), "--warmup-tokens", str(warmup_tokens)]
+    subprocess.run([*command, *arguments, *chosen], check=True)
     kept = ("final_validation_loss", "final_test_loss", "time_s", "energy_j", "energy_source", "diverged")
-    return {name: value for name, value in _summary(out).items() if name in kept}
+    figures = {name: value for name, value in _summary(out).items() if name in kept}
+    return {"base_learning_rate": rate, "warmup_tokens": warmup_tokens, **figures}
 
 
 def _summary(folder: Path) -> dict[str, Any]:
