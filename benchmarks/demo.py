@@ -2,7 +2,8 @@
 
     python benchmarks/demo.py [--out runs/demo] [--name demo]
 
-The sweep is what the steered run must be seen against: the same run under its base schedule at other learning rates and warm-ups.
+The sweep is what the steered run must be seen against: the same run under its base schedule at other learning rates
+and warm-ups.
 """
 
 from __future__ import annotations

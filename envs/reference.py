@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
-from trainpilot.envs.reward import compute_equivalent
+from trainpilot.envs.reward import compute_equivalent, current_loss
 from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.energy import sum_known
 from trainpilot.llm_runtime.files import cache_dir, write_json
@@ -20,7 +20,7 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 
 BUDGET_SHARES = (0.25, 0.5, 1.0)
 """Reference runs end here; their final losses make the curve that turns a loss into compute."""
-FORMAT = 1
+FORMAT = 2
 """Raised when what a cached reference means changes."""
 
 PlantFactory = Callable[[RunConfig], Plant]
@@ -90,14 +90,16 @@ def reference_for(
 
 def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progress | None = None) -> Reference:
     """Run the base schedule at each of the budgets."""
-    losses, initial, telemetry = [], 0.0, []
+    losses: list[float] = []
+    telemetry: list[Telemetry] = []
+    initial = 0.0
     for share in BUDGET_SHARES:
         if progress is not None:
             progress(f"reference {config.model}, {share:.0%} of {config.tokens:,} tokens")
         plant = make_plant(_shortened(config, share))
         initial = plant.evaluate()
-        telemetry = _keep_going(plant, config.start(), config)
-        losses.append(plant.evaluate())
+        telemetry, loss = _keep_going(plant, config.start(), config)
+        losses.append(loss)
         if not math.isfinite(losses[-1]):
             raise _diverged(config)
     return Reference(
@@ -119,14 +121,17 @@ def _shortened(config: RunConfig, share: float) -> RunConfig:
     return replace(config, tokens=tokens, decisions=decisions, warmup_tokens=warmup)
 
 
-def _keep_going(plant: Plant, controls: Controls, config: RunConfig) -> list[Telemetry]:
+def _keep_going(plant: Plant, controls: Controls, config: RunConfig) -> tuple[list[Telemetry], float]:
+    """Return the intervals of a run that is left alone, and its final validation loss."""
     telemetry: list[Telemetry] = []
+    loss = math.nan
     decisions = plant.limits().decisions
     while not telemetry or not telemetry[-1].finished:
         telemetry.append(plant.advance(controls, 1 / decisions))
         if telemetry[-1].diverged:
             raise _diverged(config)
-    return telemetry
+        loss = current_loss(plant, telemetry[-1])
+    return telemetry, loss
 
 
 def _diverged(config: RunConfig) -> ValueError:
