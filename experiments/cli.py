@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -43,7 +44,9 @@ def main() -> None:
     except ValueError as error:
         _refuse(str(error))
     except OSError as error:
-        _refuse(f"{error.strerror or error}: {error.filename or 'output'}; free space or choose another --out", code=1)
+        full = error.errno == errno.ENOSPC
+        way_out = "free space or choose another --out" if full else "choose another --out"
+        _refuse(f"{error.strerror or error}: {error.filename or 'output'}; {way_out}", code=1 if full else 2)
     except KeyboardInterrupt:
         _refuse("interrupted; the same command goes on where it was", code=130)
 

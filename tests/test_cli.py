@@ -70,6 +70,7 @@ def test_bad_input_is_one_line(
     ("error", "code", "message"),
     [
         (OSError(28, "No space left on device", "out/summary.json"), 1, "No space left on device: out/summary.json"),
+        (NotADirectoryError(20, "Not a directory", "file/out"), 2, "Not a directory: file/out; choose another --out"),
         (KeyboardInterrupt(), 130, "the same command goes on where it was"),
     ],
 )
