@@ -16,6 +16,7 @@ from rich.console import Console
 from tyro.conf import subcommand
 
 from trainpilot.experiments.options import (
+    CompareOptions,
     DemoOptions,
     DoctorOptions,
     InspectOptions,
@@ -27,11 +28,12 @@ Command = (
     Annotated[DemoOptions, subcommand("demo")]
     | Annotated[TrainAgentOptions, subcommand("train-agent")]
     | Annotated[ReplayOptions, subcommand("replay")]
+    | Annotated[CompareOptions, subcommand("compare")]
     | Annotated[DoctorOptions, subcommand("doctor")]
     | Annotated[InspectOptions, subcommand("inspect")]
 )
 
-COMMANDS = ("demo", "train-agent", "replay", "doctor", "inspect")
+COMMANDS = ("demo", "train-agent", "replay", "compare", "doctor", "inspect")
 DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot demo`, then `trainpilot replay --help`."
 
 
@@ -65,6 +67,10 @@ def _run(options: object) -> None:
         from trainpilot.experiments.replay import replay
 
         replay(options, console)
+    elif isinstance(options, CompareOptions):
+        from trainpilot.experiments.compare.command import compare
+
+        compare(options, console)
     elif isinstance(options, DoctorOptions):
         _doctor(options, console)
     elif isinstance(options, InspectOptions):

@@ -108,6 +108,45 @@ class TrainAgentOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Compare methods over cases and seeds, against baselines that are tuned as hard as they can be, in one report.
+
+    Every finished run is a file of its own: killed at any moment, the same command goes on; with another method or one
+    more seed only what is missing is run. The number of processes changes no loss.
+
+    Methods: constant, cosine (the untuned default), linear, wsd, plateau, schedule-free, prodigy, noise-batch, seesaw,
+    gradual-pruning, random; tuned (the best static setting a search finds), tuned-linear, tuned-cosine, tuned-wsd,
+    tuned-constant, check-self, check-budget, check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE[@PREFERENCE] for
+    a bundle, open-loop:FILE for its average schedule without feedback.
+
+    Try for instance:
+
+      trainpilot compare --cases quick --out runs/quick
+      trainpilot compare --cases test --methods cosine,tuned,policy:runs/agent/policy.safetensors --out runs/mine
+      trainpilot compare --cases my-cases.yaml --methods default --seeds 5 --out runs/mine
+    """
+
+    out: Path
+    """Folder for report.html, figures.json, comparison.json, three CSV files, runs/, costs/ and tensorboard/."""
+    cases: str = "quick"
+    """`quick`, `test` or `train`, which come with trainpilot, or a YAML or JSON file of your own."""
+    methods: str = "default"
+    """Names with commas between them; `default` is everything but tuned-tpe, tuned-halving, nsga2 and policies."""
+    seeds: int = 3
+    """Paired seeds per case and method: 3 for a look, 5 for a claim."""
+    jobs: int = 0
+    """Runs side by side; 0 takes as many as there are cores for."""
+    threads: int = 1
+    """Torch threads of each run. Unlike jobs it changes the last digits of a loss: keep it within one folder."""
+    plan: bool = False
+    """Say how many runs and how long, measure the cost tables, and stop."""
+    report_only: bool = False
+    """Run nothing; write the report from the runs that are there, while others may still be running."""
+    tensorboard: bool = True
+    """Write the runs for TensorBoard too."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     """Do the main job once, in at most ten minutes on two cores.
 

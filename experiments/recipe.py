@@ -6,17 +6,15 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from trainpilot.agents.ppo import PPOConfig
 from trainpilot.envs.scalarise import UTILITIES
+from trainpilot.experiments.validated import read_mapping, run_config, validated
 from trainpilot.llm_runtime.run_config import RunConfig
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,8 @@ class Recipe:
         """Return every combination. Raises `ValueError` naming a field that is unknown or a value that is wrong."""
         names = list(self.vary)
         combinations = itertools.product(*self.vary.values())
-        return tuple(_case({**self.common, **dict(zip(names, values, strict=True))}) for values in combinations)
+        cases = ({**self.common, **dict(zip(names, values, strict=True))} for values in combinations)
+        return tuple(run_config(case, "recipe case") for case in cases)
 
 
 def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
@@ -58,19 +57,10 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: no such recipe, an unknown name in it, or a value that is wrong.
     """
-    shipped = {p.name.removesuffix(".yaml"): p for p in files("trainpilot.experiments").joinpath("recipes").iterdir()}
-    source = shipped.get(name, Path(name))
-    try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"recipe must be one of {', '.join(sorted(shipped))} or a YAML file, got {name!r}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe: {name} is not readable YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe: {name} must hold names and values, got {type(content).__name__}")
+    content = read_mapping("recipe", name, files("trainpilot.experiments").joinpath("recipes"))
     for change in changes:
         _set(content, change)
-    recipe = _validated(Recipe, content, f"recipe {name}")
+    recipe = validated(Recipe, content, f"recipe {name}")
     if len({case.decisions for case in recipe.cases()}) != 1:
         raise ValueError(f"recipe {name}: decisions must be the same in all cases")
     return recipe
@@ -86,24 +76,3 @@ def _set(content: dict[str, Any], change: str) -> None:
         if not isinstance(content, dict):
             raise ValueError(f"set: {part} in {key!r} has no fields below it")
     content[last] = yaml.safe_load(value)
-
-
-def _case(content: dict[str, Any]) -> RunConfig:
-    if isinstance(content.get("text"), str):
-        content["text"] = [content["text"]]
-    return _validated(RunConfig, content, "recipe case")
-
-
-def _validated(kind: type[T], content: dict[str, Any], where: str) -> T:
-    """Build a dataclass from plain values; the first fault becomes one line."""
-    known = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    if unknown := sorted(set(content) - set(known)):
-        raise ValueError(f"{where}: {unknown[0]!r} is unknown; known are {', '.join(known)}")
-    try:
-        return TypeAdapter(kind).validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        own = first["type"] == "value_error"  # a dataclass's own message, which says what it got
-        message = first["msg"].removeprefix("Value error, ") + ("" if own else f", got {first['input']!r}")
-        raise ValueError(f"{where}: {place + ': ' if place else ''}{message}") from error

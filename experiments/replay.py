@@ -120,7 +120,7 @@ class SteeredRun:
         """Write model and TensorBoard summary first and summary.json last: it says that the run is complete."""
         if not summary["diverged"]:
             with whole_folder(self.folder.path / "model") as temporary:
-                self.run.loaded.save(temporary)
+                self.run.save(temporary)
         self.writer.write_summary(summary)
         names = ("final_validation_loss", "final_test_loss", "time_s", "energy_j")
         settings = asdict(self.run.config) | {"policy": summary["policy"], "preference": summary["preference"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import Cooldown
 from trainpilot.llm_runtime.telemetry import Telemetry
 from trainpilot.llm_runtime.trainer import Trainer
+from trainpilot.llm_runtime.tuning_free import averaged_weights
 
 TokenArray = NDArray[np.unsignedinteger[Any]]
 
@@ -64,7 +66,7 @@ class LiveRun:
         self.config = config
         self.device = resolve_device(config.device)
         self.clock = clock
-        self.probing = probe
+        self.probing = probe and config.optimizer == "adamw"  # only its buffers tell the last update
         self.random_state = RandomState(self.device, config.seed)
         with self.random_state.apart():
             self.loaded: LoadedModel = load_model(config.model, config.seed)
@@ -98,6 +100,16 @@ class LiveRun:
         """Whether the budget is used up or the cool-down complete."""
         return self.sequences >= self.end_sequences
 
+    @property
+    def evaluation_sequences(self) -> int:
+        """Sequences that one evaluation looks at."""
+        wanted = min(max(EVALUATION_SHARE * self.config.tokens, MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
+        return max(1, int(wanted) // self.config.sequence_length)
+
+    def probe_sequences(self, taken: int) -> int:
+        """Return the sequences that the probe of an interval of `taken` sequences looks at; 0 without a probe."""
+        return max(1, round(PROBE_SHARE * taken)) if self.probing else 0
+
     def limits(self) -> ControlLimits:
         """Return what may be asked of this run; the first call measures which precisions pay (cached per device)."""
         return replace(self.base_limits(), masked_precisions=self._masked_precisions())
@@ -106,10 +118,11 @@ class LiveRun:
         """Return the same without measuring: no precision is masked but what the device lacks."""
         config = self.config
         per_interval = config.n_sequences() // config.decisions
+        span = BATCH_RANGE if config.optimizer == "adamw" else 1  # only AdamW can take another batch
         return ControlLimits(
             start=config.start(),
-            min_batch_size=max(1, config.batch_size // BATCH_RANGE),
-            max_batch_size=max(config.batch_size, min(config.batch_size * BATCH_RANGE, per_interval // 4)),
+            min_batch_size=max(1, config.batch_size // span),
+            max_batch_size=max(config.batch_size, min(config.batch_size * span, per_interval // 4)),
             masked_precisions=lacking(self.device),
             pruning=config.pruning,
             decisions=config.decisions,
@@ -177,7 +190,7 @@ class LiveRun:
         synchronise(self.device)  # or the steps still under way would count as the probe's time
         start = self.clock()
         taken = self.sequences - interval.start_sequences
-        interval.probe = self.trainer.probe(self.stream.peek(max(1, round(PROBE_SHARE * taken))))
+        interval.probe = self.trainer.probe(self.stream.peek(self.probe_sequences(taken)))
         interval.probe_s = self.clock() - start
 
     def _end(self, interval: Interval) -> Telemetry:
@@ -200,7 +213,7 @@ class LiveRun:
             epochs_seen=self.stream.epochs_seen,
             validation_loss=self.validation_loss,
             requested=interval.controls,
-            learning_rate=float(trainer.optimizer.param_groups[0]["lr"]),
+            learning_rate=adam.effective_learning_rate(trainer.optimizer),
             batch_size=batch_size,
             micro_batch_size=min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size),
             precision=trainer.effective_precision(),
@@ -222,11 +235,14 @@ class LiveRun:
 
     def _evaluate(self, tokens: TokenArray) -> float:
         start = self.clock()
-        wanted = min(max(EVALUATION_SHARE * self.config.tokens, MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
-        length = self.config.sequence_length
-        loss = self.trainer.evaluate(fixed_batch(tokens, length, max(1, int(wanted) // length)))
+        loss = self.trainer.evaluate(fixed_batch(tokens, self.config.sequence_length, self.evaluation_sequences))
         self._evaluation_s += self.clock() - start
         return loss
+
+    def save(self, folder: Path) -> None:
+        """Write the model as `evaluate` sees it (schedule-free's averaged weights), for plain transformers."""
+        with averaged_weights(self.trainer.optimizer):
+            self.loaded.save(folder)
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything that decides how the run goes on; `torch.save` can write it."""

@@ -1,4 +1,4 @@
-"""Make AdamW, and change its batch so that the change alone does not move the run."""
+"""Make the optimiser, read it, and change AdamW's batch so that the change alone does not move the run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.tuning_free import make_prodigy, make_schedule_free
 
 
-def make_optimizer(model: nn.Module, config: RunConfig) -> AdamW:
-    """Return a fused AdamW with weight decay on matrices only."""
+def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
+    """Return a fused AdamW, or what the run asks for in its place, with weight decay on matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.optimizer == "schedule-free":
+        return make_schedule_free(groups, config)
+    if config.optimizer == "prodigy":
+        return make_prodigy(groups, config)
     betas = (config.beta1, config.beta2)
     return AdamW(groups, lr=config.base_learning_rate, betas=betas, eps=1e-8, fused=True)
 
@@ -32,7 +37,7 @@ def neutral_factor(batch_size: int, start_batch_size: int) -> float:
     return math.sqrt(batch_size / start_batch_size)
 
 
-def change_batch(optimizer: AdamW, ratio: float) -> None:
+def change_batch(optimizer: Optimizer, ratio: float) -> None:
     """Keep Adam's moments, bias correction included, as they are when the batch grows by `ratio`.
 
     The decay becomes beta2^ratio, so that its half-life in tokens stays (Marek et al. 2025), and the step count is
@@ -41,6 +46,7 @@ def change_batch(optimizer: AdamW, ratio: float) -> None:
     """
     if ratio == 1:
         return
+    assert isinstance(optimizer, AdamW), "the buffers of other optimisers mean other things"
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         group["betas"] = (beta1, float(beta2**ratio))
@@ -50,18 +56,27 @@ def change_batch(optimizer: AdamW, ratio: float) -> None:
             state["exp_avg"] *= (1 - beta1 ** state["step"]) / before
 
 
-def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = float(learning_rate)
 
 
-def update_direction(optimizer: AdamW) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """Return, for each parameter, the last update as Adam's buffers tell it (weight decay included).
+def effective_learning_rate(optimizer: Optimizer) -> float:
+    """Return the learning rate in force, read from the optimiser: for Prodigy the rate set times its estimate `d`."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) * float(group.get("d", 1.0))
+
+
+def update_direction(optimizer: Optimizer) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Return, for each parameter, the last update as AdamW's buffers tell it (weight decay included).
 
     The decay is taken of the weights after the step instead of before it: an error of lr x decay of the update.
+    Nothing for other optimisers: their buffers mean other things.
     """
-    updates = []
+    updates: list[tuple[nn.Parameter, torch.Tensor]] = []
+    if not isinstance(optimizer, AdamW):
+        return updates
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         for parameter in group["params"]:
@@ -76,8 +91,13 @@ def update_direction(optimizer: AdamW) -> list[tuple[nn.Parameter, torch.Tensor]
     return updates
 
 
-def first_moment_norm(optimizer: AdamW) -> torch.Tensor | None:
-    """Return |m| of Adam's bias-corrected first moment over all parameters, a scalar on the device."""
+def first_moment_norm(optimizer: Optimizer) -> torch.Tensor | None:
+    """Return |m| of AdamW's bias-corrected first moment over all parameters, a scalar on the device.
+
+    `None` before the first step, and for other optimisers.
+    """
+    if not isinstance(optimizer, AdamW):
+        return None
     moments: list[torch.Tensor] = []
     correction = 1.0
     for group in optimizer.param_groups:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from trainpilot.llm_runtime.controls import PRECISIONS, PRUNINGS, Controls, Precision, Pruning
 from trainpilot.llm_runtime.schedules import SCHEDULES, Schedule, ScheduleName
+
+OptimizerName = Literal["adamw", "schedule-free", "prodigy"]
+
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +40,13 @@ class RunConfig:
     """What the pruning control does: nothing, weight masks by magnitude or evolution, or feed-forward width."""
     decisions: int = 50
     """Decisions per run, at equal shares of the budget."""
+    optimizer: OptimizerName = "adamw"
+    """`adamw`, or one that needs less tuning, at one batch size and without pruning: `schedule-free` AdamW, meant for
+    the schedule `constant`, or `prodigy`, whose base_learning_rate is a factor on its own estimate: 1.0."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
-    """AdamW's first-moment decay."""
+    """AdamW's first-moment decay. The other optimisers have their own decays."""
     beta2: float = 0.95
     """AdamW's second-moment decay at the starting batch size; its half-life in tokens is kept."""
     gradient_clip: float = 1.0
@@ -63,7 +71,7 @@ class RunConfig:
             raise ValueError(f"warmup_tokens must be in [0, tokens), got {self.warmup_tokens}")
 
     def _check_choices(self) -> None:
-        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "pruning": PRUNINGS}
+        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "pruning": PRUNINGS, "optimizer": OPTIMIZERS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -84,6 +92,11 @@ class RunConfig:
         for name in ("beta1", "beta2"):
             if not (_is_number(value := getattr(self, name)) and 0 <= value < 1):
                 raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+        if self.optimizer != "adamw" and self.pruning != "none":
+            raise ValueError(
+                f"pruning must be 'none' with optimizer {self.optimizer!r}, got {self.pruning!r}; "
+                "only optimizer 'adamw' can prune"
+            )
         if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay!r}")
 

@@ -1,4 +1,4 @@
-"""Read the documents of a corpus from files, folders, globs, the standard library or the Hugging Face Hub.
+"""Read the documents of a corpus from files, folders, globs, what Python brings, or the Hugging Face Hub.
 
 What a document becomes (token ids, splits, a cache) is `trainpilot.llm_runtime.corpus`.
 """
@@ -12,6 +12,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ NOT_TEXT_TO_LEARN = {
     *("idle_test", "idlelib", "lib2to3", "turtledemo"),
 }
 """Folders left out of the `stdlib` source, at any depth."""
+STDLIB, PYTHON_DOCS = "stdlib", "python-docs"
 
 HUB_SOURCE = re.compile(r"hub:(?P<name>[^/:\s]+/[^/:\s]+)(?:/(?P<configuration>[^/:\s]+))?(?::(?P<split>\S+))?")
 TEXT_COLUMNS = ("text", "content")
@@ -32,7 +34,9 @@ def read_documents(sources: Sequence[str]) -> list[str]:
     """Read every source in the order given; equal documents are taken once, empty ones not at all.
 
     Args:
-        sources: each of them `stdlib` (the running interpreter's library sources), a file, a folder
+        sources: each of them `stdlib` (the running interpreter's library sources), `stdlib:PATTERN[,PATTERN...]`
+            (its top-level packages and modules of these names: `stdlib:asyncio,json`; `stdlib:*.py` for all
+            single-file modules), `python-docs` (the interpreter's documentation topics: prose), a file, a folder
             (recursively), a glob (`**` for any depth), or `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`, where
             SPLIT is `train` if not given.
 
@@ -49,10 +53,16 @@ def read_documents(sources: Sequence[str]) -> list[str]:
 
 
 def _read_source(source: str) -> list[str]:
-    if source == "stdlib":
+    if source == STDLIB:
         return _read_many(source, _standard_library())
-    if source.startswith("hub:"):
-        return [_read_hub(source)]
+    if source.startswith(f"{STDLIB}:"):
+        return _read_many(source, _part_of_standard_library(source))
+    if source == PYTHON_DOCS:
+        return _python_docs()
+    return [_read_hub(source)] if source.startswith("hub:") else _read_paths(source)
+
+
+def _read_paths(source: str) -> list[str]:
     path = os.path.expanduser(source)
     if os.path.isfile(path):
         return [_read_file(Path(path))]
@@ -61,7 +71,7 @@ def _read_source(source: str) -> list[str]:
     if glob.has_magic(path):
         return _read_many(source, map(Path, sorted(glob.glob(path, recursive=True), key=os.fsencode)))
     raise ValueError(
-        f"text must be an existing file, folder or glob, 'stdlib' or 'hub:OWNER/NAME', got {source!r}; "
+        f"text must be an existing file, folder or glob, 'stdlib', 'python-docs' or 'hub:OWNER/NAME', got {source!r}; "
         "check the path, or use --text stdlib"
     )
 
@@ -115,9 +125,52 @@ def _files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
+# What the interpreter brings ---------------------------------------------------------------------------------
+
+
 def _standard_library() -> list[Path]:
     files = _files_below(Path(sysconfig.get_path("stdlib")), lambda name: name not in NOT_TEXT_TO_LEARN)
     return [path for path in files if path.suffix == ".py"]
+
+
+def _part_of_standard_library(source: str) -> list[Path]:
+    """List the files of the top-level packages and modules that `stdlib:PATTERN[,PATTERN...]` asks for."""
+    parts = _packages_and_modules()
+    wanted: set[str] = set()
+    for pattern in source.removeprefix(f"{STDLIB}:").split(","):
+        found = {name for name in parts if _is_called(name, pattern.strip())}
+        if not found:
+            raise ValueError(
+                f"text {source!r} must name packages or modules of the standard library, got {pattern.strip()!r}, "
+                "which is none; for example --text stdlib:asyncio,json, or stdlib:*.py for all single-file modules"
+            )
+        wanted |= found
+    return [file for name in sorted(wanted) for file in parts[name]]
+
+
+def _is_called(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".py"), pattern)
+
+
+def _packages_and_modules() -> dict[str, list[Path]]:
+    """Map the top level of the standard library to its files, but for the prose that `python-docs` holds."""
+    parts: dict[str, list[Path]] = {}
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in _standard_library():
+        parts.setdefault(file.relative_to(root).parts[0], []).append(file)
+    return {name: files for name, files in parts.items() if name != "pydoc_data"}
+
+
+def _python_docs() -> list[str]:
+    """Read the topics of `help()`, one document each, sorted by name."""
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"text {PYTHON_DOCS!r} needs the interpreter's module pydoc_data.topics, got none; "
+            "install Python's full standard library, or use --text stdlib"
+        ) from error
+    return [topics[name].replace(DOCUMENT_END, " ") for name in sorted(topics)]
 
 
 # The Hub ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from trainpilot.llm_runtime.masks import WeightMasks, cubic_sparsity
 from trainpilot.llm_runtime.plant import Snapshot
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
 from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.tuning_free import averaged_weights
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ class Trainer:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Switch dropout and gradients off and float32 on."""
+        """Switch dropout and gradients off and float32 on; under schedule-free, take the averaged weights."""
         self.model.eval()
         try:
-            with torch.no_grad(), number_format.autocast("fp32", self.device):
+            with averaged_weights(self.optimizer), torch.no_grad(), number_format.autocast("fp32", self.device):
                 yield
         finally:
             self.model.train()
@@ -164,6 +165,11 @@ class Trainer:
         """
         if controls.sparsity and self.config.pruning == "none":
             raise ValueError(f"sparsity must be 0 in a run whose pruning is 'none', got {controls.sparsity}")
+        if controls.batch_size != self.batch_size and self.config.optimizer != "adamw":
+            raise ValueError(
+                f"batch_size changes need optimizer 'adamw', got {controls.batch_size} after {self.batch_size} "
+                f"under {self.config.optimizer!r}; keep the batch or take 'adamw'"
+            )
         if controls.precision != self.precision:
             self.set_precision(controls.precision)
         adam.change_batch(self.optimizer, controls.batch_size / self.batch_size)

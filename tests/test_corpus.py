@@ -1,7 +1,9 @@
 import errno
 import json
+import os
 import string
 import sys
+import sysconfig
 import threading
 import types
 import warnings
@@ -20,7 +22,11 @@ from trainpilot.llm_runtime.corpus import (
     load_corpus,
     split_blocks,
 )
+from trainpilot.llm_runtime.fingerprint import content_digest
+from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.text_sources import DOCUMENT_END, read_documents
+
+JSON = ["json/__init__.py", "json/tool.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -348,6 +354,73 @@ def test_standard_library_is_a_real_corpus():
     assert not any({"test", "site-packages"} & set(path.parts) for path in text_sources._standard_library())
 
 
+@pytest.fixture
+def library(folder, monkeypatch):
+    """A small standard library: each file holds its own path."""
+    names = [
+        "ast.py",
+        "json/__init__.py",
+        "json/tool.py",
+        "json/tests/test_json.py",
+        "jsonlike.py",
+        "logging/config.py",
+    ]
+    for name in [*names, "pydoc_data/topics.py", "site-packages/numpy/__init__.py", "json/data.bin", "LICENSE.txt"]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(folder)}.__getitem__)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "files"),
+    [
+        ("stdlib", ["ast.py", *JSON, "jsonlike.py", "logging/config.py", "pydoc_data/topics.py"]),
+        ("stdlib:json", JSON),
+        ("stdlib:json,logging", [*JSON, "logging/config.py"]),
+        ("stdlib:logging, json,js*n", [*JSON, "logging/config.py"]),
+        ("stdlib:json*", [*JSON, "jsonlike.py"]),
+        ("stdlib:ast", ["ast.py"]),
+        ("stdlib:ast.py", ["ast.py"]),
+        ("stdlib:*.py", ["ast.py", "jsonlike.py"]),
+        ("stdlib:*", ["ast.py", *JSON, "jsonlike.py", "logging/config.py"]),
+    ],
+)
+def test_part_of_the_standard_library(library, source, files):
+    assert read_documents([source]) == files
+
+
+@pytest.mark.parametrize("pattern", ["jso", "pydoc_data", "site-packages", "LICENSE*", "JSON", "json/tool.py", ""])
+def test_pattern_that_matches_nothing_in_the_standard_library(library, pattern):
+    source = f"stdlib:ast,{pattern}"
+    assert message_of([source]) == (
+        f"text {source!r} must name packages or modules of the standard library, got {pattern!r}, which is none; "
+        "for example --text stdlib:asyncio,json, or stdlib:*.py for all single-file modules"
+    )
+
+
+def test_python_docs_are_prose():
+    documents = read_documents(["python-docs"])
+    assert any(document.startswith('The "while" statement') for document in documents)
+    assert 300_000 < sum(map(len, documents)) < 3_000_000
+    assert not set(documents) & set(read_documents(["stdlib:*"]))
+
+
+def test_python_docs_are_a_document_per_topic_in_order(monkeypatch):
+    module = types.SimpleNamespace(topics={"b": "two", "a": "o\0ne", "c": ""})
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", module)
+    assert read_documents(["python-docs"]) == ["o ne", "two"]
+
+
+def test_python_docs_that_are_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert message_of(["python-docs"]) == (
+        "text 'python-docs' needs the interpreter's module pydoc_data.topics, got none; "
+        "install Python's full standard library, or use --text stdlib"
+    )
+
+
 def test_one_source_may_be_given_as_plain_text(text_file):
     assert load_corpus(str(text_file), ByteTokenizer()).name == str(text_file)
 
@@ -405,6 +478,34 @@ def test_other_files_in_a_folder_are_counted_and_left_out(folder):
         assert read_documents([str(folder)]) == ["text"]
 
 
+# Fingerprints
+
+
+def test_fingerprint_of_a_config_is_its_content(text_file, tmp_path):
+    paths = [tmp_path / "here" / "a.json", tmp_path / "there" / "b.json", tmp_path / "other.json"]
+    for path, content in zip(paths, ("{}", "{}", "{ }"), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    os.utime(paths[0], (0, 0))
+    configs = [RunConfig(text=(str(text_file),), model=str(path)) for path in paths]
+    same, moved, changed = map(content_digest, configs)
+    assert same == moved != changed
+    text_file.write_text(some_text(100_000, seed=1))
+    assert content_digest(configs[0]) != same
+
+
+def test_fingerprint_of_a_folder_changes_with_its_files(text_file, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    config = RunConfig(text=(str(text_file),), model=str(model))
+    digests = [content_digest(config)]
+    for size in (1, 2):
+        (model / "model.safetensors").write_bytes(b"x" * size)
+        digests.append(content_digest(config))
+    assert len(set(digests)) == 3
+    assert content_digest(config) == digests[-1]
+
+
 # Errors
 
 
@@ -418,7 +519,7 @@ def message_of(sources):
 @pytest.mark.parametrize("source", ["no/such/file.txt", "", "pipe\0", "stdlib2"])
 def test_missing_path(source):
     assert message_of([source]) == (
-        f"text must be an existing file, folder or glob, 'stdlib' or 'hub:OWNER/NAME', got {source!r}; "
+        f"text must be an existing file, folder or glob, 'stdlib', 'python-docs' or 'hub:OWNER/NAME', got {source!r}; "
         "check the path, or use --text stdlib"
     )
 

@@ -26,12 +26,19 @@ ONLY_IN = {
     "stable_baselines3": ("agents/",),
     "sb3_contrib": ("agents/",),
     "tyro": ("experiments/",),
+    "schedulefree": ("llm_runtime/tuning_free.py",),
+    "prodigyopt": ("llm_runtime/tuning_free.py",),
+    "optuna": ("experiments/compare/",),
+    "pymoo": ("experiments/measuring/",),
+    "jinja2": ("experiments/report/",),
+    "scipy": ("llm_runtime/", "experiments/"),
 }
 """Where a library may be imported at all, by the beginning of the path."""
 
 TORCH_FREE = (
     "llm_runtime/controls.py",
     "llm_runtime/telemetry.py",
+    "llm_runtime/cost_table.py",
     "llm_runtime/energy.py",
     "llm_runtime/files.py",
     "envs/observation.py",

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from trainpilot.llm_runtime.optimizer import (
     change_batch,
+    effective_learning_rate,
     first_moment_norm,
     make_optimizer,
     neutral_factor,
@@ -21,14 +22,14 @@ from trainpilot.llm_runtime.optimizer import (
 from trainpilot.llm_runtime.run_config import RunConfig
 
 
-def model_and_optimizer(**options: float) -> tuple[nn.Module, AdamW]:
+def model_and_optimizer(**options: float) -> tuple[nn.Module, Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     settings = {"base_learning_rate": 1e-2} | options
     return model, make_optimizer(model, RunConfig(**settings))  # type: ignore[arg-type]
 
 
-def one_step(model: nn.Module, optimizer: AdamW, seed: int) -> list[Tensor]:
+def one_step(model: nn.Module, optimizer: Optimizer, seed: int) -> list[Tensor]:
     """Take a step; return the real change of each parameter, in the optimiser's order."""
     generator = torch.Generator().manual_seed(seed)
     loss = (model(torch.randn(8, 4, generator=generator)) - 1).square().mean()
@@ -49,6 +50,12 @@ def test_decay_on_matrices_only() -> None:
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_the_default_is_fused_adamw() -> None:
+    _, optimizer = model_and_optimizer()
+    assert type(optimizer) is AdamW
+    assert optimizer.defaults["fused"]
 
 
 def test_frozen_parameters_are_left_out() -> None:
@@ -175,6 +182,7 @@ def test_set_learning_rate_reaches_every_group() -> None:
     _, optimizer = model_and_optimizer()
     set_learning_rate(optimizer, 0.123)
     assert [group["lr"] for group in optimizer.param_groups] == [0.123, 0.123]
+    assert effective_learning_rate(optimizer) == 0.123
 
 
 def test_norm_of_by_hand() -> None:

@@ -42,10 +42,12 @@ def contents(wheel: Path) -> set[str]:
 
 
 def test_the_listed_packages_are_the_folders_with_an_init() -> None:
-    found = {f"trainpilot.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}
+    tops = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    inits = [path.parent.relative_to(ROOT) for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/__init__.py")]
+    found = {".".join(("trainpilot", *folder.parts)) for folder in inits}
 
     assert set(pyproject()["tool"]["setuptools"]["packages"]) == found
-    assert found == {f"trainpilot.{folder}" for folder in FOLDERS}
+    assert tops == set(FOLDERS)
 
 
 def test_the_root_and_the_tests_are_no_packages() -> None:

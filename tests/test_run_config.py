@@ -41,6 +41,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("schedule", "poly", "schedule must be one of linear, cosine, wsd, constant, got 'poly'"),
     ("precision", "fp8", "precision must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
     ("pruning", "random", "pruning must be one of none, magnitude, evolution, width, got 'random'"),
+    ("optimizer", "sgd", "optimizer must be one of adamw, schedule-free, prodigy, got 'sgd'"),
     ("text", (), "text must name at least one source, got none; the default is 'stdlib'"),
     ("warmup_tokens", -1, "warmup_tokens must be in [0, tokens), got -1"),
     ("warmup_tokens", 1_000_000, "warmup_tokens must be in [0, tokens), got 1000000"),
@@ -59,6 +60,16 @@ def test_budget_gives_every_decision_a_step() -> None:
         RunConfig(tokens=51_199, batch_size=16, sequence_length=64, decisions=50)
     assert "50 decisions x batch_size 16 x sequence_length 64 = 51,200, got 51,199" in str(raised.value)
     assert "raise the budget or lower one of the three" in str(raised.value)
+
+
+@pytest.mark.parametrize("optimizer", ["schedule-free", "prodigy"])
+@pytest.mark.parametrize("pruning", ["magnitude", "evolution", "width"])
+def test_only_adamw_prunes(optimizer: Any, pruning: Any) -> None:
+    RunConfig(pruning=pruning)
+    RunConfig(optimizer=optimizer)
+    message = f"pruning must be 'none' with optimizer '{optimizer}', got '{pruning}'; only optimizer 'adamw' can prune"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        RunConfig(optimizer=optimizer, pruning=pruning)
 
 
 def test_derived_numbers_by_hand() -> None:

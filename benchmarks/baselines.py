@@ -1,0 +1,75 @@
+"""Compare all schedules and tuning-free optimisers with the tuned static baseline on the test cases.
+
+    python benchmarks/baselines.py [--out runs/baselines] [--jobs 0]
+
+About an hour and a half on two cores. Killed at any moment, the same command goes on; run again, it only works out the
+figures anew. The whole report is OUT/report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import write_result
+
+DIGITS = 5
+LEFT_OUT = ("points",)
+"""Figures of the charts alone: every trial of every search."""
+
+
+def main() -> None:
+    """Run `trainpilot compare --cases test` and write `results/baselines.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
+    parser.add_argument("--jobs", type=int, default=0)
+    options = parser.parse_args()
+    command = ["compare", "--cases", "test", "--jobs", str(options.jobs), "--out", str(options.out)]
+    subprocess.run([sys.executable, "-m", "trainpilot.experiments.cli", *command], check=True)
+    comparison = json.loads((options.out / "comparison.json").read_text(encoding="utf-8"))
+    figures = json.loads((options.out / "figures.json").read_text(encoding="utf-8"))
+    result = {
+        "compare": {"seeds": comparison["seeds"], **_how(comparison["provenance"])},
+        "cases": [_case(case) for case in comparison["cases"]],
+        "tuned": {case: [_tuned(found) for found in all_] for case, all_ in comparison["baselines"].items()},
+        **{name: value for name, value in _rounded(figures).items() if name not in LEFT_OUT},
+    }
+    print(write_result("baselines", result, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def _how(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: provenance[name] for name in ("jobs", "threads", "tuning_seeds")}
+
+
+def _case(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a case is; its model by architecture, as the file it was written to is this machine's."""
+    config = {name: value for name, value in case["config"].items() if name not in ("model", "seed", "device")}
+    return {"name": case["name"], "architecture": case["architecture"], **config}
+
+
+def _tuned(found: Mapping[str, Any]) -> dict[str, Any]:
+    config = found["config"]
+    return {
+        **{name: found[name] for name in ("axis", "method", "n_trials", "on_edge")},
+        **{name: config[name] for name in ("base_learning_rate", "batch_size", "schedule", "precision")},
+        "warmup_share": round(config["warmup_tokens"] / config["tokens"], 3),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Round every number to a few digits: more would only be noise, and a larger file."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()

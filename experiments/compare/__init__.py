@@ -1,0 +1,1 @@
+"""Run every method on every case, with tuned baselines beside them; keep each run as its own file."""

@@ -1,0 +1,150 @@
+"""The tuned static baseline of a case: its search, its judged runs, its curve over budgets, and planted checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Generator
+from dataclasses import dataclass, replace
+
+from trainpilot.experiments.compare.bench import Bench
+from trainpilot.experiments.compare.comparison import TUNED, UNTUNED, Case, TunedBaseline
+from trainpilot.experiments.compare.records import Role, RunResult, RunSpec
+from trainpilot.experiments.compare.settings import TUNED_SCHEDULES, Setting
+from trainpilot.experiments.compare.tuning import Trial, Trials, retune, tune
+from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.schedules import ScheduleName
+
+CURVE_BUDGETS = (0.125, 0.25, 0.5, 2.0)
+"""Shares of the case's budget at which a tuned baseline is tuned and judged again, besides the whole of it."""
+UNTUNED_CURVE_BUDGETS = (0.25, 0.5, 2.0, 4.0)
+COST_AXES = ("time_s", "energy_j")
+
+Steps = Generator[list[RunSpec], list[RunResult], None]
+
+PER_SCHEDULE: dict[str, ScheduleName] = {
+    "tuned-linear": "linear",
+    "tuned-cosine": "cosine",
+    "tuned-wsd": "wsd",
+    "tuned-constant": "constant",
+}
+CHECKS: dict[str, Callable[[Setting], tuple[Setting, float]]] = {
+    "check-self": lambda setting: (setting, 1.0),
+    "check-budget": lambda setting: (setting, 1.25),
+    "check-rate": lambda setting: (replace(setting, learning_rate=setting.learning_rate / 4), 1.0),
+}
+"""Planted methods whose compute multiplier is known: what is run, and with what share of the budget."""
+
+
+@dataclass
+class TunedStatic:
+    """Carries one case's tuned static baseline through a comparison."""
+
+    bench: Bench
+    case: Case
+    wanted: Collection[str]
+    """Names of the methods asked for that rest on the search."""
+
+    def program(self) -> Steps:
+        """Search, then judge what was found."""
+        extra: list[ScheduleName] = ["constant"] if "tuned-constant" in self.wanted else []
+        trials = yield from tune(self.case.config, self.bench.precisions(self.case), self.bench.tuning_seeds, extra)
+        best = trials.best_confirmed(TUNED_SCHEDULES)
+        if math.isinf(trials.mean_loss(best.setting)):
+            self._note_sweep(trials)
+            self.bench.warn(f"{self.case.name}: every setting of the sweep diverged or failed; there is no baseline")
+            return
+        yield from self._judge(TUNED, best.setting)
+        for name, schedule in PER_SCHEDULE.items():
+            if name in self.wanted:
+                yield from self._judge(name, trials.best_confirmed([schedule]).setting)
+        yield from self._checks(best.setting)
+        curve = yield from self._curve(TUNED, best.setting)
+        points = sorted([*curve, (1.0, trials.mean_loss(best.setting))])
+        choices = yield from self._cost_choices(trials, points)
+        self._note_sweep(trials)
+        self._remember(TUNED, "tokens", best, trials)
+        yield from self._judge_cost_choices(trials, best, choices)
+
+    def _note_sweep(self, trials: Trials) -> None:
+        for trial in trials.all_trials():
+            self.bench.row(self.case, TUNED, trial.spec, role="sweep")
+
+    def _judge(self, name: str, setting: Setting, *, budget: float = 1.0, counted: float | None = None) -> Steps:
+        """Run a setting with every judged seed."""
+        role: Role = "method" if budget == 1 or counted is not None else "curve"
+        configs = [setting.on(self.case.config, budget=budget, seed=seed) for seed in self.bench.seeds]
+        specs = [RunSpec(config=config) for config in configs]
+        yield specs
+        for spec in specs:
+            self.bench.row(self.case, name, spec, role=role, budget=budget, counted=counted or budget)
+
+    def _checks(self, setting: Setting) -> Steps:
+        for name, plant in CHECKS.items():
+            if name in self.wanted:
+                planted, budget = plant(setting)
+                yield from self._judge(name, planted, budget=budget, counted=1.0)
+
+    def _curve(
+        self, name: str, setting: Setting, respects: Collection[str] = ("learning_rate", "batch_size")
+    ) -> Generator[list[RunSpec], list[RunResult], list[tuple[float, float]]]:
+        """Tune and judge at every other budget; return (budget share, mean loss of the tuning seeds)."""
+        points = []
+        for budget in CURVE_BUDGETS:
+            trials = Trials(self.case.config, self.bench.tuning_seeds, budget)
+            trial = yield from retune(trials, setting, respects)
+            yield from self._judge(name, trial.setting, budget=budget)
+            points.append((budget, trials.mean_loss(trial.setting)))
+        return points
+
+    def _cost_choices(
+        self, trials: Trials, points: list[tuple[float, float]]
+    ) -> Generator[list[RunSpec], list[RunResult], dict[str, Trial]]:
+        """Find the best settings for equal seconds and joules: equal tokens favour small batches, these need not."""
+        choices: dict[str, Trial] = {}
+        for axis in COST_AXES:
+            candidates = self.bench.cheapest(trials, points, axis)
+            yield from trials.confirm(trial.setting for trial in candidates)
+            if found := self.bench.cheapest(trials, points, axis, among=trials.confirmed):
+                choices[axis] = found[0]
+        return choices
+
+    def _judge_cost_choices(self, trials: Trials, best: Trial, choices: dict[str, Trial]) -> Steps:
+        known: dict[Setting, str] = {best.setting: TUNED}
+        for axis, choice in choices.items():
+            if choice.setting not in known:
+                name = known[choice.setting] = f"tuned-{axis.partition('_')[0]}"
+                yield from self._judge(name, choice.setting)
+                yield from self._curve(name, choice.setting, ("learning_rate",))  # its batch is what makes it cheap
+            self._remember(known[choice.setting], axis, choice, trials)
+
+    def _remember(self, name: str, axis: str, trial: Trial, trials: Trials) -> None:
+        baseline = TunedBaseline(
+            method=name,
+            axis=axis,
+            config=trial.spec.config,
+            search="grid",
+            n_trials=len(trials.all_trials()),
+            on_edge=trials.on_edge(trial),
+        )
+        self.bench.baseline(self.case, baseline)
+
+
+def untuned_curve(bench: Bench, case: Case) -> Steps:
+    """Run the untuned default at other budgets with the first seed, for multipliers against it."""
+    for budget in UNTUNED_CURVE_BUDGETS:
+        spec = RunSpec(config=at_budget(case, budget, bench.seeds[0]))
+        yield [spec]
+        bench.row(case, UNTUNED, spec, role="curve", budget=budget)
+
+
+def at_budget(case: Case, budget: float, seed: int) -> RunConfig:
+    """Return the case's own setting on another budget."""
+    config = replace(case.config, schedule="cosine")
+    setting = Setting(
+        learning_rate=config.base_learning_rate,
+        batch_size=config.batch_size,
+        schedule="cosine",
+        warmup_share=config.warmup() / config.tokens,
+        precision=config.precision,
+    )
+    return setting.on(config, budget=budget, seed=seed)

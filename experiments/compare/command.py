@@ -1,0 +1,199 @@
+"""Carry out `trainpilot compare`: plan, run what is missing, work out the figures, write the report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from trainpilot.experiments.compare.baseline import TunedStatic, untuned_curve
+from trainpilot.experiments.compare.bench import Bench
+from trainpilot.experiments.compare.cases import load_cases
+from trainpilot.experiments.compare.comparison import UNTUNED, Case, Comparison
+from trainpilot.experiments.compare.costs import cost_tables, precisions_that_pay
+from trainpilot.experiments.compare.direct import direct_program, open_loop_program
+from trainpilot.experiments.compare.methods import Chosen, choose_methods
+from trainpilot.experiments.compare.plan import make_plan, runs_on_a_case
+from trainpilot.experiments.compare.programs import Program, Scheduler
+from trainpilot.experiments.compare.records import RunResult
+from trainpilot.experiments.compare.searches import search_program
+from trainpilot.experiments.compare.settings import grid
+from trainpilot.experiments.compare.store import RunStore, run_key
+from trainpilot.experiments.compare.variants import all_sizes
+from trainpilot.experiments.compare.workers import Workers
+from trainpilot.experiments.options import CompareOptions
+from trainpilot.experiments.progress import progress_bar
+from trainpilot.experiments.versions import versions
+from trainpilot.llm_runtime.cost_table import CostTable
+from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.threads import available_cores, use_threads
+
+TUNING_SEEDS = (1_000, 1_001, 1_002)
+"""Seeds of the searches: the first tries, the others confirm. The judged seeds count from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What stands before the first run."""
+
+    cases: tuple[Case, ...]
+    chosen: Chosen
+    bench: Bench
+    tables: dict[str, CostTable]
+    jobs: int
+
+
+def compare(options: CompareOptions, console: Console) -> None:
+    """Compare methods on cases and write the report.
+
+    Raises:
+        ValueError: an option, the cases file or a policy cannot be used; nothing has been run then.
+    """
+    start = time.monotonic()
+    prepared = prepare(options, console)
+    plan = make_plan(prepared.cases, prepared.chosen.names, options.seeds, prepared.tables, prepared.jobs)
+    console.print(
+        f"{len(prepared.cases)} cases x {len(prepared.chosen.names)} methods x {options.seeds} seeds: about "
+        f"{plan.n_runs:,} runs, about {_duration(plan.time_s)} with {prepared.jobs} side by side; "
+        f"what is in {options.out} is not run again",
+        soft_wrap=True,
+    )
+    if options.plan:
+        return
+    store = RunStore(options.out / "runs")
+    results = _run(prepared, store, options, console)
+    comparison = Comparison(
+        cases=prepared.cases,
+        methods=prepared.chosen.notes({row.method for row in prepared.bench.rows}),
+        seeds=prepared.bench.seeds,
+        rows=prepared.bench.rows,
+        baselines={case: tuple(found) for case, found in prepared.bench.baselines.items()},
+        provenance=_provenance(options, prepared.jobs, time.monotonic() - start),
+    )
+    write_json(options.out / "comparison.json", comparison.to_json())
+    _report(comparison, results, prepared, options, console)
+
+
+def prepare(options: CompareOptions, console: Console) -> Prepared:
+    """Check everything that can be checked before the first run, and measure what the runs will cost."""
+    for name, least in (("seeds", 1), ("threads", 1), ("jobs", 0)):
+        if (value := getattr(options, name)) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {options.out}")
+    use_threads(options.threads)
+    jobs = options.jobs or max(1, available_cores() // options.threads)
+    cases = load_cases(options.cases)
+    chosen = choose_methods(options.methods)
+    for case in cases:
+        run_key(chosen.any_spec(case))  # the text can be read
+        _check_search(case, chosen)
+    with console.status("precisions") as status:
+        precisions = {case.name: precisions_that_pay(case) for case in cases}
+        configs = {case.name: all_sizes(case.config) if chosen.varies_size else [case.config] for case in cases}
+        tables = cost_tables(configs, precisions, options.out / "costs", status.update)
+    seeds = range(options.seeds)
+    warn = _warner(console)
+    bench = Bench(seeds, TUNING_SEEDS, tables, precisions, warn)
+    return Prepared(cases=cases, chosen=chosen, bench=bench, tables=tables, jobs=jobs)
+
+
+def _check_search(case: Case, chosen: Chosen) -> None:
+    names = (*chosen.searched, *chosen.optional)
+    if names and not grid(case.config, [case.config.precision]):
+        raise ValueError(
+            f"case {case.name}: tokens must give a search sixteen steps of half the case's batch, got "
+            f"{case.config.tokens:,}; raise them or leave out {', '.join(names)}"
+        )
+
+
+def _run(prepared: Prepared, store: RunStore, options: CompareOptions, console: Console) -> dict[str, RunResult]:
+    """Carry the programs out, and return every result by key."""
+    results: dict[str, RunResult] = {}
+    names, n_seeds = prepared.chosen.names, options.seeds
+    total = sum(runs_on_a_case(case, names, n_seeds) * case.config.tokens for case in prepared.cases)
+    done = 0.0
+    with (
+        progress_bar(console, "runs", total) as advance,
+        nullcontext() if options.report_only else Workers(prepared.jobs, options.threads) as workers,
+    ):
+
+        def take(result: RunResult, kept: bool) -> None:
+            nonlocal done
+            results[result.key] = result
+            done = min(done + result.spec.config.tokens, total)
+            advance(done, f"{len(results):,} runs  {escape(_line(result, kept, prepared.cases))}")
+
+        Scheduler(workers, store, take).run(list(_programs(prepared)))
+        advance(total, f"{len(results):,} runs")
+    return results
+
+
+def _line(result: RunResult, kept: bool, cases: Sequence[Case]) -> str:
+    """Say which run has just come in, and how it ended."""
+    ran = result.spec.config
+    name = next((case.name for case in cases if (case.config.model, case.config.text) == (ran.model, ran.text)), "")
+    if result.failure is not None:
+        return f"{name}: {result.failure}"
+    loss = result.final_validation_loss
+    ended = "diverged" if loss is None else f"loss {loss:.3f}"
+    return f"{name}: {result.spec.steering.kind}, lr {ran.base_learning_rate:.2g}, {ended}{', kept' if kept else ''}"
+
+
+def _programs(prepared: Prepared) -> Iterator[Program]:
+    """Return the programs, case after case, so that an interrupted comparison holds whole cases."""
+    bench, chosen = prepared.bench, prepared.chosen
+    for case in prepared.cases:
+        for method in chosen.direct:
+            yield direct_program(bench, case, method)
+        if UNTUNED in chosen.names:
+            yield untuned_curve(bench, case)
+        for name in chosen.optional:
+            yield search_program(bench, case, name)
+        if chosen.searched:
+            yield TunedStatic(bench, case, chosen.searched).program()
+    for closed, note in chosen.open_loop:
+        yield open_loop_program(bench, prepared.cases, closed, note)
+
+
+def _report(
+    comparison: Comparison,
+    results: dict[str, RunResult],
+    prepared: Prepared,
+    options: CompareOptions,
+    console: Console,
+) -> None:
+    from trainpilot.experiments.measuring.analyse import analyse
+    from trainpilot.experiments.report.write import write_report
+
+    with console.status("figures and report"):
+        figures = analyse(comparison, results, prepared.tables)
+        page = write_report(options.out, comparison, results, prepared.tables, figures, tensorboard=options.tensorboard)
+    console.print(f"report: {page}", soft_wrap=True)
+
+
+def _provenance(options: CompareOptions, jobs: int, wall_time_s: float) -> dict[str, Any]:
+    return {
+        "command": " ".join(["trainpilot", *sys.argv[1:]]),
+        "versions": versions(),
+        "jobs": jobs,
+        "threads": options.threads,
+        "wall_time_s": wall_time_s,
+        "tuning_seeds": TUNING_SEEDS,
+    }
+
+
+def _warner(console: Console) -> Any:
+    return lambda text: console.print(f"[yellow]{escape(text)}[/yellow]", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"

@@ -1,0 +1,66 @@
+"""Measure the cost table of every model in a comparison once, and keep it beside the runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from trainpilot.experiments.compare.comparison import Case
+from trainpilot.experiments.compare.records import cost_key
+from trainpilot.llm_runtime.controls import PRECISIONS, Precision, Pruning
+from trainpilot.llm_runtime.cost_measuring import measure_cost_table
+from trainpilot.llm_runtime.cost_table import CostTable
+from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.run_config import OptimizerName, RunConfig
+
+BATCH_FACTORS = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+"""Batches that are timed, as factors on the case's own."""
+OPTIMIZERS: tuple[OptimizerName, ...] = ("schedule-free", "prodigy")
+PRUNINGS: tuple[Pruning, ...] = ("magnitude",)
+
+
+def cost_tables(
+    configs: Mapping[str, Sequence[RunConfig]],
+    precisions: Mapping[str, Sequence[Precision]],
+    folder: Path,
+    progress: Callable[[str], None],
+) -> dict[str, CostTable]:
+    """Return the tables by `cost_key`, from `folder` where they have been measured before.
+
+    Args:
+        configs: Runs by case: the case's own, and others on its text whose models have another size.
+        precisions: Precisions that are tried, by case.
+        folder: Where the tables are kept, a file each.
+        progress: Called with a line of text before each measurement.
+    """
+    tables: dict[str, CostTable] = {}
+    for name, sizes in configs.items():
+        for number, config in enumerate(sizes, start=1):
+            key = cost_key(config)
+            if key not in tables:
+                progress(f"cost table of {name}" + (f", size {number} of {len(sizes)}" if len(sizes) > 1 else ""))
+                tables[key] = _table(config, precisions[name], folder)
+    return tables
+
+
+def _table(config: RunConfig, precisions: Sequence[Precision], folder: Path) -> CostTable:
+    path = folder / f"{blake2b(cost_key(config).encode(), digest_size=8).hexdigest()}.json"
+    try:
+        return CostTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # never measured here, or a damaged file: measure it
+    sizes = sorted({max(1, round(config.batch_size * factor)) for factor in BATCH_FACTORS})
+    table = measure_cost_table(
+        config, batch_sizes=sizes, precisions=precisions, optimizers=OPTIMIZERS, prunings=PRUNINGS
+    )
+    write_json(path, table.to_json())
+    return table
+
+
+def precisions_that_pay(case: Case) -> tuple[Precision, ...]:
+    """Return the case's own precision and those that were measured to be faster here than float32."""
+    masked = LiveRun(case.config, probe=False).limits().masked_precisions
+    return tuple(p for p in PRECISIONS if p == case.config.precision or p not in masked)

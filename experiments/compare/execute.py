@@ -1,0 +1,156 @@
+"""Carry out one run: a live run under its steering, with everything that it uses counted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from trainpilot.agents.baselines import Steerer
+from trainpilot.envs.live_plant import device_label
+from trainpilot.experiments.compare.records import IntervalResult, RunResult, RunSpec
+from trainpilot.experiments.compare.steerers import make_steerer
+from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One look at the validation loss, and what it cost."""
+
+    loss: float
+    """In nats/token."""
+    time_s: float
+    energy_j: float | None
+    sequences: int
+
+
+def execute(spec: RunSpec, key: str, *, energy_shared: bool = False, meter: EnergyMeter | None = None) -> RunResult:
+    """Run `spec` to its end and return what came out. Never raises for what goes wrong inside the run.
+
+    Args:
+        spec: The run.
+        key: Its name.
+        energy_shared: Whether other runs run beside it on the same meter and the same cores.
+        meter: Energy meter; by default the best one that the device has.
+    """
+    try:
+        return _Execution(spec, key, energy_shared, meter).result()
+    except (ValueError, RuntimeError, MemoryError, OSError) as error:
+        return failed(spec, key, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def failed(spec: RunSpec, key: str, reason: str) -> RunResult:
+    """Return the result of a run that did not end by itself."""
+    return RunResult(
+        key=key,
+        spec=spec,
+        n_parameters=0,
+        initial_validation_loss=None,
+        final_validation_loss=None,
+        final_test_loss=None,
+        diverged=False,
+        stopped_early=False,
+        failure=reason,
+        energy_source=None,
+        energy_shared=False,
+        device="",
+        intervals=(),
+    )
+
+
+class _Execution:
+    """One run in progress."""
+
+    def __init__(self, spec: RunSpec, key: str, energy_shared: bool, meter: EnergyMeter | None) -> None:
+        self.spec, self.key, self.energy_shared = spec, key, energy_shared
+        self.run = LiveRun(spec.config, meter=meter, probe=spec.steering.probe)
+        self.steerer: Steerer = make_steerer(spec.steering, self.run)
+        self.intervals: list[IntervalResult] = []
+        self.last: Telemetry | None = None
+        self.stopped_early = False
+
+    def result(self) -> RunResult:
+        run = self.run
+        initial = run.evaluate()
+        self._train()
+        diverged = self.last is None or self.last.diverged or not _finite(run.validation_loss)
+        test = None if diverged else run.test()
+        return RunResult(
+            key=self.key,
+            spec=self.spec,
+            n_parameters=run.loaded.n_parameters,
+            initial_validation_loss=initial if _finite(initial) else None,
+            final_validation_loss=None if diverged else run.validation_loss,
+            final_test_loss=test if _finite(test) else None,
+            diverged=diverged,
+            stopped_early=self.stopped_early,
+            failure=None,
+            energy_source=self.last.energy_source if self.last is not None else None,
+            energy_shared=self.energy_shared,
+            device=device_label(self.spec.config),
+            intervals=tuple(self.intervals),
+        )
+
+    def _train(self) -> None:
+        share = 1 / self.spec.config.decisions
+        while self.last is None or not (self.last.finished or self.last.diverged):
+            controls = self.steerer.decide(self.last)
+            if controls is None:
+                self.stopped_early = True
+                self._look_once_more()
+                return
+            telemetry = self.run.advance(controls, share)
+            self.intervals.append(self._keep(telemetry, self._look(telemetry)))
+            self.last = self._as_seen(telemetry)
+
+    def _as_seen(self, telemetry: Telemetry) -> Telemetry:
+        """Give a heuristic its reading at once; a policy gets it one interval later, as when it was trained."""
+        if self.spec.steering.kind == "policy":
+            return telemetry
+        return replace(telemetry, validation_loss=self.run.validation_loss)
+
+    def _look(self, telemetry: Telemetry) -> Reading | None:
+        due = telemetry.finished or (telemetry.decision + 1) % self.spec.steering.evaluate_every == 0
+        return self._read() if due and not telemetry.diverged else None
+
+    def _read(self) -> Reading:
+        run = self.run
+        before, start = run.meter.read(), run.clock()
+        loss = run.evaluate()
+        time_s, after = run.clock() - start, run.meter.read()
+        known = before.energy_j is not None and after.energy_j is not None
+        energy_j = after.energy_j - before.energy_j if known else None  # type: ignore[operator]
+        return Reading(loss, time_s, energy_j, run.evaluation_sequences)
+
+    def _look_once_more(self) -> None:
+        """Measure the loss that a run stopped early ends with, unless its last interval has been looked at."""
+        if self.last is not None and self.intervals[-1].validation_loss is None:
+            self.intervals[-1] = self._keep(self.last, self._read())
+
+    def _keep(self, telemetry: Telemetry, reading: Reading | None) -> IntervalResult:
+        taken = telemetry.interval_tokens // self.spec.config.sequence_length
+        return IntervalResult(
+            tokens=telemetry.tokens,
+            steps=telemetry.steps,
+            train_loss=telemetry.train_loss if math.isfinite(telemetry.train_loss) else None,
+            validation_loss=reading.loss if reading is not None and math.isfinite(reading.loss) else None,
+            learning_rate=telemetry.learning_rate,
+            learning_rate_scale=telemetry.requested.learning_rate_scale,
+            finishing=telemetry.finishing,
+            batch_size=telemetry.batch_size,
+            precision=telemetry.precision,
+            sparsity=telemetry.sparsity,
+            probe_sequences=self.run.probe_sequences(taken),
+            evaluation_sequences=reading.sequences if reading is not None else 0,
+            time_s=telemetry.time_s,
+            probe_time_s=telemetry.probe_time_s,
+            switch_time_s=telemetry.switch_time_s,
+            evaluation_time_s=reading.time_s if reading is not None else 0.0,
+            energy_j=telemetry.energy_j,
+            evaluation_energy_j=reading.energy_j if reading is not None else 0.0,
+        )
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,283 @@
+"""The methods that can be compared, by name: what each one runs on a case with a seed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.envs.preference import Preference
+from trainpilot.experiments.compare.baseline import CHECKS, PER_SCHEDULE
+from trainpilot.experiments.compare.comparison import TUNED, Case, MethodNote
+from trainpilot.experiments.compare.records import RunSpec, Steering
+from trainpilot.llm_runtime.run_config import RunConfig
+
+SCHEDULE_FREE_LEARNING_RATE = 2.5e-3
+"""The default of the package schedulefree, which is what somebody who tunes nothing gets."""
+PRODIGY_FACTOR = 1.0
+"""Prodigy finds its own learning rate; its authors say to leave the factor at 1."""
+
+BATCH_RULE_DECISIONS = 20
+
+
+KEEP = Steering()
+PLATEAU = {"factor": 0.5, "patience": 0, "stop_patience": 5, "threshold": 1e-4}
+"""Half of the rate after one reading without a gain; the end after five. Torch's own threshold."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method whose runs follow from case and seed alone."""
+
+    note: MethodNote
+    configure: Callable[[RunConfig], RunConfig]
+    """Returns the run on a case's config, before the seed is set."""
+    steering: Steering = KEEP
+
+    def spec(self, case: Case, seed: int) -> RunSpec:
+        """Return the run on a case with a seed."""
+        return RunSpec(config=replace(self.configure(case.config), seed=seed), steering=self.steering)
+
+
+def _set(**fields: Any) -> Callable[[RunConfig], RunConfig]:
+    return lambda config: replace(config, **fields)
+
+
+def _coarse(**fields: Any) -> Callable[[RunConfig], RunConfig]:
+    """Give a rule that doubles the batch longer intervals: an interval bounds the batch, as it holds four steps."""
+    return lambda config: replace(config, decisions=min(config.decisions, BATCH_RULE_DECISIONS), **fields)
+
+
+def _note(name: str, title: str, kind: str, description: str, **more: Any) -> MethodNote:
+    return MethodNote(name=name, title=title, kind=kind, description=description, **{"family": name} | more)
+
+
+_SIMPLE = (
+    Method(
+        _note("constant", "constant", "untuned", "AdamW at the case's own learning rate, no decay."),
+        _set(schedule="constant"),
+    ),
+    Method(
+        _note("cosine", "cosine to 10 %", "untuned", "The untuned default: AdamW, its own rate, cosine to 10 %."),
+        _set(schedule="cosine"),
+    ),
+    Method(
+        _note("linear", "linear to zero", "untuned", "AdamW at the case's own learning rate, linear to zero."),
+        _set(schedule="linear"),
+    ),
+    Method(
+        _note("wsd", "WSD", "untuned", "AdamW at the case's own learning rate, the last fifth linear to zero."),
+        _set(schedule="wsd"),
+    ),
+    Method(
+        _note(
+            "plateau", "reduce on plateau", "heuristic", "Halves the rate when the validation loss stalls; stops early."
+        ),
+        _set(schedule="constant"),
+        Steering(kind="plateau", settings=PLATEAU, evaluate_every=2),
+    ),
+    Method(
+        _note("schedule-free", "schedule-free AdamW", "tuning-free", "schedulefree's AdamW with its default rate."),
+        _set(optimizer="schedule-free", schedule="constant", base_learning_rate=SCHEDULE_FREE_LEARNING_RATE),
+    ),
+    Method(
+        _note("prodigy", "Prodigy", "tuning-free", "prodigyopt's Prodigy, factor 1, cosine to 10 %."),
+        _set(optimizer="prodigy", schedule="cosine", base_learning_rate=PRODIGY_FACTOR),
+    ),
+    Method(
+        _note("noise-batch", "noise-scale batch", "heuristic", "Batch follows the gradient noise scale upwards."),
+        _coarse(schedule="linear"),
+        Steering(kind="noise-batch"),
+    ),
+    Method(
+        _note("seesaw", "Seesaw", "heuristic", "Doubles the batch where the cosine schedule would halve the rate."),
+        _coarse(schedule="constant"),
+        Steering(kind="seesaw"),
+    ),
+    Method(
+        _note("gradual-pruning", "gradual pruning", "heuristic", "Half of the weights go between 25 % and 75 % of it."),
+        _set(schedule="linear", pruning="magnitude"),
+        Steering(kind="gradual-pruning"),
+    ),
+    Method(
+        _note("random", "random policy", "heuristic", "Random allowed actions under the safety layer."),
+        _set(schedule="linear"),
+        Steering(kind="random"),
+    ),
+)
+SIMPLE: Mapping[str, Method] = {method.note.name: method for method in _SIMPLE}
+
+SEARCHED: Mapping[str, MethodNote] = {
+    note.name: note
+    for note in (
+        _note("tuned", "tuned static", "tuned", "Best static setting for equal tokens.", family="tuned static"),
+        _note("tuned-linear", "tuned linear", "tuned", "Linear to zero with its own best rate."),
+        _note("tuned-cosine", "tuned cosine", "tuned", "Cosine to 10 % with its own best rate."),
+        _note("tuned-wsd", "tuned WSD", "tuned", "WSD with its own best rate."),
+        _note("tuned-constant", "tuned constant", "tuned", "No decay, with its own best rate."),
+        _note("check-self", "check: itself", "check", "The tuned static again: must come out as 1.00."),
+        _note("check-budget", "check: 1.25 x budget", "check", "The tuned static with a quarter more, not counted."),
+        _note("check-rate", "check: rate / 4", "check", "The tuned static with a quarter of its learning rate."),
+    )
+}
+COST_NOTES: Mapping[str, MethodNote] = {
+    "tuned-time": _note("tuned-time", "tuned for time", "tuned", "Best for equal seconds.", family="tuned static"),
+    "tuned-energy": _note("tuned-energy", "tuned for energy", "tuned", "Best for equal joules.", family="tuned static"),
+}
+"""Methods that appear by themselves, where the best setting for a cost differs from that for tokens."""
+
+OPTIONAL: Mapping[str, MethodNote] = {
+    "tuned-tpe": _note("tuned-tpe", "tuned by TPE", "tuned", "Best of Optuna's TPE with as many runs as the grid."),
+    "tuned-halving": _note(
+        "tuned-halving", "tuned by halving", "tuned", "Best of Optuna's successive halving with eight runs' tokens."
+    ),
+    "nsga2": _note("nsga2", "NSGA-II", "tuned", "Front of Optuna's NSGA-II over settings, width and depth."),
+}
+
+OPTIONAL_RUNS: Mapping[str, float] = {"tuned-tpe": 78, "tuned-halving": 8, "nsga2": 60}
+"""How much each of them runs, in runs of the whole budget."""
+
+DEFAULT_METHODS = (*SIMPLE, *SEARCHED)
+HELP = (
+    f"{', '.join(SIMPLE)}; {', '.join(SEARCHED)}; {', '.join(OPTIONAL)}; "
+    "policy:FILE[@PREFERENCE] for a bundle, open-loop:FILE for its average schedule without feedback"
+)
+
+
+def known_methods() -> tuple[str, ...]:
+    """Return the names that need no file."""
+    return (*SIMPLE, *SEARCHED, *OPTIONAL)
+
+
+def policy_method(name: str) -> Method:
+    """Return the method `policy:FILE[@PREFERENCE]`.
+
+    Raises:
+        ValueError: the file is no bundle, or the preference cannot be read.
+    """
+    path, bundle, preference = _bundle_of(name)
+    title = Path(path).parent.name or Path(path).stem
+    note = _note(
+        name,
+        f"{title} {preference}" if "@" in name else title,
+        "policy",
+        f"The policy {path}, decided on the way from what it sees.",
+        family=f"policy {path}",
+        training_energy_j=_training_energy(bundle),
+    )
+    settings = {
+        "path": path,
+        "digest": blake2b(Path(path).read_bytes(), digest_size=8).hexdigest(),
+        "preference": preference,
+    }
+    steering = Steering(kind="policy", settings=settings, probe=True)
+    return Method(note, _set(schedule="linear", decisions=bundle.decisions), steering)
+
+
+def open_loop_note(name: str) -> MethodNote:
+    """Return the note of `open-loop:FILE`. Raises `ValueError` like `policy_method`."""
+    path, bundle, _ = _bundle_of(name)
+    description = f"The average schedule of {path} over all cases, without feedback."
+    return _note(
+        name, "open loop", "policy", description, family=f"policy {path}", training_energy_j=_training_energy(bundle)
+    )
+
+
+def open_loop_method(note: MethodNote, closed: Method, schedule: Any) -> Method:
+    """Return the method that replays `schedule`, the average of a closed-loop method's runs."""
+    return Method(note, closed.configure, Steering(kind="open-loop", settings={"schedule": schedule}))
+
+
+def _bundle_of(name: str) -> tuple[str, PolicyBundle, str]:
+    path, _, preference = name.partition(":")[2].partition("@")
+    if not path:
+        raise ValueError(f"methods: {name!r} must name a bundle, as in policy:runs/agent/policy.safetensors")
+    return path, PolicyBundle.load(Path(path)), str(Preference.parse(preference) if preference else Preference())
+
+
+def _training_energy(bundle: PolicyBundle) -> float | None:
+    cost = bundle.provenance.get("training_cost") or {}
+    value = cost.get("energy_j")
+    return float(value) if value is not None else None
+
+
+def rests_on_search(names: Sequence[str]) -> bool:
+    """Return whether any of the methods needs the tuned static's search."""
+    return any(name == TUNED or name in PER_SCHEDULE or name in CHECKS for name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The methods of one comparison, sorted by how they run."""
+
+    names: tuple[str, ...]
+    direct: tuple[Method, ...]
+    """Need no search."""
+    searched: tuple[str, ...]
+    """Rest on the tuned static's search."""
+    optional: tuple[str, ...]
+    """Other searches."""
+    open_loop: tuple[tuple[Method, MethodNote], ...]
+    """A policy's closed loop, and the note of its average schedule."""
+
+    @property
+    def varies_size(self) -> bool:
+        """Whether models of other sizes than the cases' will run."""
+        return "nsga2" in self.optional
+
+    def notes(self, with_rows: Collection[str]) -> tuple[MethodNote, ...]:
+        """Return the notes in the order of the names, and of methods that appeared by themselves."""
+        known = {**SEARCHED, **OPTIONAL, **{method.note.name: method.note for method in self.direct}}
+        known |= {note.name: note for _, note in self.open_loop}
+        named = [known[name] for name in self.names]
+        extra = {**SEARCHED, **COST_NOTES, **_front_notes(with_rows)}
+        return (*named, *(note for name, note in extra.items() if name in with_rows and name not in self.names))
+
+    def any_spec(self, case: Case) -> RunSpec:
+        """Return some run on a case, to see whether the case can be run at all."""
+        return SIMPLE["cosine"].spec(case, 0)
+
+
+def _front_notes(names: Collection[str]) -> dict[str, MethodNote]:
+    """Return a note for every judged point of NSGA-II's front: `nsga2-1`, the cheapest, and so on."""
+    front = OPTIONAL["nsga2"]
+    points = sorted(name for name in names if name.startswith(f"{front.name}-"))
+    return {name: replace(front, name=name, title=f"{front.title} {name.rpartition('-')[2]}") for name in points}
+
+
+def choose_methods(text: str) -> Chosen:
+    """Return the methods that a comma-separated list names; `default` stands for all that need no file.
+
+    Raises:
+        ValueError: a method does not exist or is named twice, or a policy's file cannot be used.
+    """
+    names: list[str] = []
+    parts = re.split(r",(?!\s*\w+\s*=)", text)  # not between the weights of a policy's preference
+    for name in (part.strip() for part in parts if part.strip()):
+        names += DEFAULT_METHODS if name == "default" else [name]
+    check_names(names)
+    direct = [SIMPLE[name] for name in names if name in SIMPLE]
+    direct += [policy_method(name) for name in names if name.startswith("policy:")]
+    open_loop = [name for name in names if name.startswith("open-loop:")]
+    return Chosen(
+        names=tuple(names),
+        direct=tuple(direct),
+        searched=tuple(name for name in names if name in SEARCHED),
+        optional=tuple(name for name in names if name in OPTIONAL),
+        open_loop=tuple((policy_method(name), open_loop_note(name)) for name in open_loop),
+    )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `ValueError` for a method that does not exist, or is named twice."""
+    for name in names:
+        if name not in known_methods() and not name.startswith(("policy:", "open-loop:")):
+            raise ValueError(f"methods must be among {HELP}; got {name!r}")
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"methods must be named once each, got {twice[0]!r} twice")
+    if not names:
+        raise ValueError("methods must name at least one method, got none")

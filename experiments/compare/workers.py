@@ -1,0 +1,125 @@
+"""Run specs side by side in processes of their own; a process that dies costs its own run and no other."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from types import TracebackType
+
+from trainpilot.experiments.compare.execute import execute, failed
+from trainpilot.experiments.compare.records import RunResult, RunSpec
+from trainpilot.llm_runtime.threads import use_threads
+
+ATTEMPTS = 2
+"""A run whose process died is tried again once."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run is running."""
+
+    slot: int
+    spec: RunSpec
+    key: str
+
+
+class Workers:
+    """`jobs` processes with `threads` torch threads each. The number of processes never changes a loss."""
+
+    def __init__(self, jobs: int, threads: int) -> None:
+        for name, value in (("jobs", jobs), ("threads", threads)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.jobs, self.threads = jobs, threads
+        self._slots = [self._executor() for _ in range(jobs)]
+        self._free = list(range(jobs))
+        self._busy: dict[Future[RunResult], _Place] = {}
+        self._deaths: Counter[str] = Counter()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for executor in self._slots:
+            if error is not None:  # or an interrupt would wait for runs that nobody takes any more
+                for process in (executor._processes or {}).values():
+                    process.terminate()
+            executor.shutdown(wait=error is None, cancel_futures=True)
+
+    @property
+    def free(self) -> bool:
+        """Whether another run can start at once."""
+        return bool(self._free)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a run is under way."""
+        return bool(self._busy)
+
+    def start(self, spec: RunSpec, key: str) -> None:
+        """Start a run in a free process."""
+        place = _Place(self._free.pop(0), spec, key)
+        self._busy[self._submit(place)] = place
+
+    def finished(self) -> list[RunResult]:
+        """Wait until at least one run has ended, and return those that have."""
+        results: list[RunResult] = []
+        while self._busy and not results:
+            done, _ = wait(self._busy, return_when=FIRST_COMPLETED)
+            for future in done:
+                place = self._busy.pop(future)
+                if (result := self._outcome(future, place)) is not None:
+                    self._free.append(place.slot)
+                    results.append(result)
+        return results
+
+    def _outcome(self, future: Future[RunResult], place: _Place) -> RunResult | None:
+        """Return a run's result; `None` if its process died and it has been started again in a new one."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            self._renew(place.slot)
+        self._deaths[place.key] += 1
+        if self._deaths[place.key] >= ATTEMPTS:
+            return failed(place.spec, place.key, f"its process was killed {ATTEMPTS} times, perhaps for lack of memory")
+        self._busy[self._submit(place)] = place
+        return None
+
+    def _submit(self, place: _Place) -> Future[RunResult]:
+        shared = self.jobs > 1
+        try:
+            return self._slots[place.slot].submit(execute, place.spec, place.key, energy_shared=shared)
+        except BrokenProcessPool:  # its process died while it had nothing to do
+            self._renew(place.slot)
+            return self._slots[place.slot].submit(execute, place.spec, place.key, energy_shared=shared)
+
+    def _renew(self, slot: int) -> None:
+        self._slots[slot].shutdown(wait=False)
+        self._slots[slot] = self._executor()
+
+    def _executor(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prepare, initargs=(self.threads,))
+
+
+def _prepare(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    Thread(target=_end_with_parent, daemon=True).start()
+
+    use_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """Leave no process behind when the comparison is killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

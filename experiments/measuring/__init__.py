@@ -1,0 +1,1 @@
+"""Turn finished runs into figures: compute multipliers, intervals, fronts. docs/measuring.md says what each means."""

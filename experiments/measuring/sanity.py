@@ -1,0 +1,142 @@
+"""Hold what was found against what was planted, and against what the literature leads to expect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from trainpilot.experiments.compare.comparison import UNTUNED, MethodNote
+from trainpilot.experiments.measuring.figures import CaseFigures, Estimate, MethodFigures, SanityCheck
+from trainpilot.experiments.measuring.statistics import TIE
+
+PLANTED_BUDGET = 1.25
+INTERPOLATION = 0.01
+"""Relative error of a multiplier that the curve's interpolation may add to its interval."""
+PUBLISHED_QUARTER_RATE = 0.33
+"""A quarter of the best peak costs 2.9 to 3.1 times the steps, for WSD on models of 25 to 400 M parameters."""
+WIDE_MARGIN = 1.1
+"""So many times the tokens at least must a tuned constant rate need; at equal peaks it needs 1.56 to 2.2 times."""
+ABOUT_EQUAL = 0.95
+PRESUMED_BUG = 1.05
+"""A gain above this over the tuned static is presumed to be a bug in the baseline."""
+MAY_NOT_WIN = ("untuned", "heuristic", "tuning-free", "policy")
+"""Kinds of methods that are judged against the tuned static."""
+
+NO_DECAY = "decay to zero beats a constant rate"
+AS_GOOD = "linear to zero is about as good as cosine to 10 %, or better"
+
+Worths = Mapping[str, Estimate]
+"""Compute multipliers over all cases by method, in tokens against the tuned static; known ones only."""
+
+
+def sanity_checks(
+    cases: Sequence[CaseFigures], methods: Sequence[MethodFigures], notes: Mapping[str, MethodNote]
+) -> tuple[SanityCheck, ...]:
+    """Return the checks, all in tokens and against the tuned static."""
+    found = {figures.method: figures.multipliers["tuned"]["tokens"] for figures in methods}
+    worths = {name: estimate for name, estimate in found.items() if estimate.value is not None}
+    return (
+        _itself(worths),
+        _planted_budget(worths),
+        _quarter_rate(worths),
+        _ratio(NO_DECAY, _ratios(cases, "tuned-linear", "tuned-constant"), WIDE_MARGIN, "equal peaks gave 1.56 to 2.2"),
+        _ratio(AS_GOOD, _ratios(cases, "tuned-linear", "tuned-cosine"), ABOUT_EQUAL, "both tuned"),
+        *(_in_between(name, worths) for name in ("schedule-free", "prodigy")),
+        _no_wonder({name: worth for name, worth in worths.items() if notes[name].kind in MAY_NOT_WIN}),
+    )
+
+
+def _itself(worths: Worths) -> SanityCheck:
+    worth = worths.get("check-self")
+    return _check(
+        "the tuned static against itself",
+        "1.00",
+        _told(worth),
+        worth is not None and not worth.censored and abs(_value(worth) - 1) <= TIE,
+    )
+
+
+def _planted_budget(worths: Worths) -> SanityCheck:
+    worth = worths.get("check-budget")
+    return _check(
+        "the tuned static with a quarter more tokens, not counted",
+        f"{PLANTED_BUDGET}, within its interval (and 1 % for the interpolation)",
+        _told(worth),
+        worth is not None and _low(worth) * (1 - INTERPOLATION) <= PLANTED_BUDGET <= _high(worth) * (1 + INTERPOLATION),
+    )
+
+
+def _quarter_rate(worths: Worths) -> SanityCheck:
+    worth = worths.get("check-rate")
+    return _check(
+        "the tuned static with a quarter of its learning rate",
+        f"clearly below 1; published {PUBLISHED_QUARTER_RATE} on larger models. At 1 the tuned rate would be too high",
+        _told(worth),
+        worth is not None and _high(worth) < 1,
+    )
+
+
+def _ratio(name: str, ratios: Sequence[float], least: float, published: str) -> SanityCheck:
+    found = f"{median(ratios):.2f} in the median of {len(ratios)} cases" if ratios else None
+    expected = f"a ratio of multipliers of at least {least} ({published})"
+    return _check(name, expected, found, bool(ratios) and median(ratios) >= least)
+
+
+def _ratios(cases: Sequence[CaseFigures], method: str, other: str) -> list[float]:
+    """Return, case by case, a method's multiplier over another's; infinite where the other is worth nothing."""
+    worths = {(found.case, found.method): found.multipliers["tuned"]["tokens"].value for found in cases}
+    names = dict.fromkeys(found.case for found in cases)
+    pairs = [(worths.get((case, method)), worths.get((case, other))) for case in names]
+    return [a / b if b else float("inf") for a, b in pairs if a is not None and b is not None]
+
+
+def _in_between(name: str, worths: Worths) -> SanityCheck:
+    untuned, worth = worths.get(UNTUNED), worths.get(name)
+    expected = f"at least the untuned default, and at most {PRESUMED_BUG} times the tuned static"
+    if untuned is None or worth is None:
+        return _check(f"{name} lies between the untuned default and the tuned static", expected, None, False)
+    return _check(
+        f"{name} lies between the untuned default and the tuned static",
+        expected,
+        f"{_told(worth)}, the untuned default {_told(untuned)}",
+        _value(untuned) <= _value(worth) <= PRESUMED_BUG,
+    )
+
+
+def _no_wonder(worths: Worths) -> SanityCheck:
+    wonders = [f"{name} {_told(worth)}" for name, worth in worths.items() if _value(worth) > PRESUMED_BUG]
+    found = ", ".join(wonders) or f"none of {len(worths)}"
+    return _check(
+        "no method beats the tuned static by more than 5 %",
+        "none; if one does, presume a bug in the baseline and look a second time",
+        found if worths else None,
+        not wonders,
+    )
+
+
+def _check(name: str, expected: str, found: str | None, passed: bool) -> SanityCheck:
+    """Return a check; without anything found it was not made."""
+    return SanityCheck(name=name, expected=expected, found=found or "not compared", passed=passed if found else None)
+
+
+def _told(worth: Estimate | None) -> str | None:
+    if worth is None:
+        return None
+    interval = "" if worth.low is None else f" [{worth.low:.2f}, {_high(worth):.2f}]"
+    return f"{worth.censored}{_value(worth):.2f}{interval}"
+
+
+def _value(worth: Estimate) -> float:
+    assert worth.value is not None
+    return worth.value
+
+
+def _low(worth: Estimate) -> float:
+    return _value(worth) if worth.low is None else worth.low
+
+
+def _high(worth: Estimate) -> float:
+    """Return the interval's upper end; a single number is its own interval, and one without upper end has none."""
+    if worth.high is not None:
+        return worth.high
+    return float("inf") if worth.censored == ">" or worth.low is not None else _value(worth)

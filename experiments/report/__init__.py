@@ -1,0 +1,1 @@
+"""Show the figures: one HTML page, CSV, JSON, TensorBoard."""
