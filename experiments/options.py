@@ -34,7 +34,7 @@ class ReplayOptions:
     model: str = "llama-nano"
     """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro), config JSON, model folder or Hub id."""
     text: tuple[str, ...] = ("stdlib",)
-    """Text to train on: `stdlib`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
+    """Text: `stdlib`, `stdlib:asyncio,json`, `python-docs`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
     tokens: int = 1_000_000
     """Budget in tokens."""
     batch_size: int = 16

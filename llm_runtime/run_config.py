@@ -21,7 +21,7 @@ class RunConfig:
     model: str = "llama-nano"
     """A preset, a config JSON (trained from scratch), a local model folder or a Hub id (fine-tuned)."""
     text: tuple[str, ...] = ("stdlib",)
-    """`stdlib`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
+    """`stdlib`, parts of it (`stdlib:asyncio,json`), `python-docs`, UTF-8 files, folders, globs, `hub:OWNER/NAME`."""
     tokens: int = 1_000_000
     """Budget in tokens."""
     batch_size: int = 16

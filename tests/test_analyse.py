@@ -234,7 +234,7 @@ def test_a_run_that_is_still_missing_is_left_out_and_told_of() -> None:
     figures = made.figures()
 
     assert on_case(figures, "policy:planted").n_runs == 2
-    assert any(text.startswith("1 runs have no result yet") for text in figures.notes)
+    assert any(text.startswith("1 run without a result yet") for text in figures.notes)
 
 
 def test_runs_without_a_cost_table_keep_their_losses() -> None:
@@ -295,6 +295,15 @@ def test_a_family_without_a_loss_on_a_case_counts_as_the_worst_point() -> None:
     assert (front.n_points, front.hypervolume.value, front.expected_utility.value) == (0, 0, -3)
 
 
+def test_no_point_is_worse_than_none() -> None:
+    figures = planted(efficiencies={**SMALL, "policy:planted": 0.05}).figures()
+    front = next(front for front in figures.fronts if front.family == "policy:planted")
+
+    # The loss is worth a twentieth of the compute at best, which counts as a quarter, at the same cost.
+    assert front.hypervolume.value == 0
+    assert front.expected_utility.value == pytest.approx((1 - 4) / 2)
+
+
 def test_the_points_of_a_search_without_a_note_belong_to_its_family() -> None:
     made = planted(efficiencies={**SMALL, "nsga2-1": 0.9, "nsga2-2": 0.7})
     notes = [found for found in made.comparison().methods if not found.name.startswith("nsga2")]
@@ -312,6 +321,19 @@ def test_a_gain_of_more_than_five_percent_is_presumed_a_bug() -> None:
     assert found.passed is False
     assert "policy:planted 1.20" in found.found
     assert check(planted().figures(), "no method beats").passed is True
+
+
+def test_a_tuned_static_that_half_its_budget_beats_is_told_of() -> None:
+    made = planted()
+    for row in made.rows:
+        if (row.case, row.method, row.role) == ("planted-a", "tuned", "method"):
+            made.results[row.key] = replace(made.results[row.key], final_validation_loss=PowerLaw().loss(0.4 * TOKENS))
+    figures = made.figures()
+
+    found = check(figures, "the tuned static gets better")
+    assert (found.passed, found.found) == (False, "not on planted-a")
+    assert any("looks too good" in text for text in figures.notes)
+    assert check(planted().figures(), "the tuned static gets better").passed
 
 
 def test_checks_that_need_other_methods_were_not_made() -> None:

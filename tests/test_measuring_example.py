@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planted_comparison import STEP_TOKENS, TOKENS, TUNING_SEED, Planted, note
+from planted_comparison import TUNING_SEED, Planted, note
 
 from trainpilot.experiments.compare.comparison import Comparison, TunedBaseline
 from trainpilot.experiments.compare.records import Role, cost_key
 from trainpilot.experiments.measuring.analyse import analyse
 from trainpilot.experiments.measuring.figures import CaseFigures, Figures, MethodFigures
-from trainpilot.experiments.measuring.statistics import over_seeds
 from trainpilot.llm_runtime.cost_table import Cost
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "measuring.md"
@@ -97,3 +96,98 @@ def on_case(figures: Figures, case: str, method: str = STEERED) -> CaseFigures:
 
 def over_all(figures: Figures, method: str = STEERED) -> MethodFigures:
     return next(found for found in figures.methods if found.method == method)
+
+
+def test_multipliers_seed_by_seed_give_the_medians_of_the_two_cases(figures: Figures, doc: str) -> None:
+    a, b = (on_case(figures, case).multipliers["tuned"]["tokens"] for case in ("A", "B"))
+
+    assert f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" == "1.070 [0.967, 1.127]"
+    assert f"{b.value:.3f} [{b.low:.3f}, {b.high:.3f}]" == "0.934 [0.845, 1.017]"
+    assert "| A | 1.070 | 0.967 | 1.127 | 1.070 [0.967, 1.127] |" in doc
+    assert "| B | 0.934 | 1.017 | 0.845 | 0.934 [0.845, 1.017] |" in doc
+    assert f"{over_all(figures).multipliers['tuned']['tokens'].value:.3f}" == "1.002"
+    assert "(1.070 + 0.934) / 2 = 1.002" in doc
+
+
+def test_the_losses_are_those_of_the_page(doc: str) -> None:
+    for losses in (TUNED_LOSSES, STEERED_LOSSES):
+        for case, of_seeds in losses.items():
+            assert f"| {case} | {' | '.join(f'{loss:.4f}' for loss in of_seeds)} |" in doc
+
+
+def test_in_joules_and_seconds_the_probes_are_paid(figures: Figures, doc: str) -> None:
+    found = on_case(figures, "A")
+
+    assert (found.time_s.value, found.energy_j.value) == pytest.approx((4.16, 204))
+    assert f"{found.multipliers['tuned']['energy_j'].value:.3f}" == "1.049"
+    assert f"{found.multipliers['tuned']['time_s'].value:.3f}" == "1.029"
+    assert "214.1 J where the run took 204 J: 1.049" in doc
+    assert "4.282 s over 4.16 s: 1.029" in doc
+
+
+def test_a_diverged_seed_counts_as_worst(doc: str) -> None:
+    example = Example()
+    key = next(row.key for row in example.rows if (row.case, row.method, row.seed) == ("A", STEERED, 0))
+    example.results[key] = replace(example.results[key], final_validation_loss=None, diverged=True)
+    found = on_case(example.figures(), "A").multipliers["tuned"]["tokens"]
+
+    assert found.value == pytest.approx(0.967, abs=5e-4)
+    assert found.low == 0
+    assert "0.967 and 1.127, and their median 0.967" in doc
+
+
+def test_with_the_sweep_paid_nine_runs_come_on_top(figures: Figures, doc: str) -> None:
+    found = on_case(figures, "A").multipliers["tuned_with_sweep"]["tokens"]
+
+    assert f"{found.value:.2f}" == "10.07"
+    assert "(1.070 + 9) / 1 = 10.07" in doc
+
+
+def test_one_case_won_and_one_lost_says_nothing(figures: Figures, doc: str) -> None:
+    one, both = (over_all(figures, name).sign_tests["tuned"]["tokens"] for name in (STEERED, SAVING))
+
+    assert (one.wins, one.losses, one.p_value) == (1, 1, 1)
+    assert (both.wins, both.losses, both.p_value) == (2, 0, 0.5)
+    assert "p = 2 x (1/2)^2 = 0.50" in doc
+
+
+def test_break_even(figures: Figures, doc: str) -> None:
+    found = over_all(figures).break_even_runs
+
+    assert found is not None
+    assert found.value == pytest.approx(27.8, abs=0.05)
+    on_seed_0 = TRAINING_J / (214.08 + 1_800 - 204)
+    assert on_seed_0 == pytest.approx(27.6, abs=0.05)
+    assert "214.1 + 1,800 - 204 = 1,810.1 J: 27.6 runs. Over both cases it is 27.8." in doc
+
+
+def test_the_target_is_reached_a_seventh_of_the_way(figures: Figures, doc: str) -> None:
+    assert figures.targets["A"] == 3.0600
+    assert on_case(figures, "A").to_target.tokens.value == pytest.approx(160_000 + 40_000 / 7)
+    assert "1/7 of the way between: 165.7 k tokens" in doc
+
+
+def test_product_score(figures: Figures, doc: str) -> None:
+    assert f"{on_case(figures, 'A').product_score.value:.3f}" == "0.925"
+    assert "0.8976 x 1.03 = 0.925" in doc
+
+
+def test_the_family_has_two_points_on_the_front_of_case_a(doc: str) -> None:
+    example = Example()
+    figures = analyse(
+        replace(example.comparison(), cases=example.comparison().cases[:1]),
+        example.results,
+        {cost_key(example.config("A")): replace(next(iter(example.tables().values())), probe_overhead=PROBE)},
+    )
+    front = next(front for front in figures.fronts if front.family == STEERED)
+
+    assert front.n_points == 2
+    assert f"{front.hypervolume.value:.2f}" == "9.72"
+    assert f"{front.igd_plus.value:.4f}" == "0.0067"
+    assert f"{front.expected_utility.value:.3f}" == "0.073"
+    assert "(1 / 1.0704, 204/200) = (0.934, 1.020)" in doc
+    assert "(1 / 0.8734, 163.2/200) = (1.145, 0.816)" in doc
+    assert "(4 - 0.934) x (4 - 1.020) = 9.136" in doc
+    assert "(4 - 1.145) x (1.020 - 0.816) = 0.582: 9.72" in doc
+    assert "0.020 / 3 = 0.0067" in doc
+    assert "on average over all weights 7.3 % are saved" in doc

@@ -60,7 +60,9 @@ def test_between_two_budgets_the_logarithms_are_joined() -> None:
 def test_a_quarter_more_budget_comes_out_as_a_quarter_more() -> None:
     curve = curve_of({share: law(share) for share in SHARES})
 
-    # Straight pieces would say 1.262: the chord from 1 to 2 lies above the law.
+    # The chord from 1 to 2 lies above the law.
+    straight = math.pow(2, math.log(law(1.25) / law(1)) / math.log(law(2) / law(1)))
+    assert straight == pytest.approx(1.261, abs=1e-3)
     assert value(compute_multiplier(law(1.25), BUDGET, curve)) == pytest.approx(1.25, rel=1e-3)
     assert value(compute_multiplier(law(1.05), BUDGET, curve)) == pytest.approx(1.05, rel=1e-3)
     assert value(compute_multiplier(law(0.3), BUDGET, curve)) == pytest.approx(0.3, rel=1e-3)
@@ -124,6 +126,8 @@ def test_a_lucky_small_budget_makes_no_jump() -> None:
 
     assert curve.points == ((math.log(0.25), math.log(3.2 / 3)), (0.0, 0.0), (math.log(2), math.log(2.8 / 3)))
     assert curve.n_pooled == 1
+    assert curve.whole_beaten
+    assert not curve.flat_end
     assert curve.needed(3.0) == exactly(BUDGET)
     assert value(curve.needed(2.999)) == pytest.approx(BUDGET, rel=0.02)
     assert value(curve.needed(3.001)) == pytest.approx(BUDGET, rel=0.02)
@@ -173,6 +177,7 @@ def test_where_more_budget_brought_nothing_a_better_loss_needs_more_than_the_lin
     found = curve.needed(2.95)
 
     assert curve.flat_end
+    assert not curve.whole_beaten
     assert found.high == math.inf
     assert 1.0 < found.low / BUDGET < 2.0
 

@@ -7,47 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_workers import FakeWorkers
 from made_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.execute import failed
 from trainpilot.experiments.compare.programs import Program, Scheduler
 from trainpilot.experiments.compare.records import RunResult, RunSpec
 from trainpilot.experiments.compare.store import RunStore, run_key
-from trainpilot.experiments.compare.workers import Workers
 
 
 def spec(seed: int) -> RunSpec:
     return RunSpec(config=replace(CONFIG, seed=seed))
 
 
-class FakeWorkers(Workers):
-    """Ends the runs in the order in which they began, or in the opposite one; the loss of a run is its seed."""
+def by_seed(spec: RunSpec) -> RunResult:
+    """Return a run whose loss is its seed."""
+    return made_result(spec, float(spec.config.seed))
 
-    def __init__(self, jobs: int = 1, *, last_first: bool = False, failing: set[int] | None = None) -> None:
-        self.jobs = jobs
-        self.last_first, self.failing = last_first, failing or set()
-        self.under_way: list[RunSpec] = []
-        self.started: list[int] = []
 
-    @property
-    def free(self) -> bool:
-        return len(self.under_way) < self.jobs
+def failing(spec: RunSpec) -> RunResult:
+    """Return the same, but for the second seed, which fails."""
+    return failed(spec, run_key(spec), "a planted failure") if spec.config.seed == 2 else by_seed(spec)
 
-    @property
-    def busy(self) -> bool:
-        return bool(self.under_way)
 
-    def start(self, spec: RunSpec, key: str) -> None:
-        assert self.free
-        assert key == run_key(spec)
-        self.under_way.append(spec)
-        self.started.append(spec.config.seed)
-
-    def finished(self) -> list[RunResult]:
-        ended = self.under_way.pop(-1 if self.last_first else 0)
-        if ended.config.seed in self.failing:
-            return [failed(ended, run_key(ended), "a planted failure")]
-        return [made_result(ended, float(ended.config.seed))]
+def workers_for(jobs: int = 1, **options: bool) -> FakeWorkers:
+    return FakeWorkers(by_seed, jobs, **options)
 
 
 class Played:
@@ -78,7 +62,7 @@ class Played:
 @pytest.mark.parametrize("jobs", [1, 2, 5])
 @pytest.mark.parametrize("last_first", [False, True])
 def test_waves_come_back_whole_and_in_their_order(tmp_path: Path, jobs: int, last_first: bool) -> None:
-    played = Played(tmp_path, FakeWorkers(jobs, last_first=last_first)).run(
+    played = Played(tmp_path, workers_for(jobs, last_first=last_first)).run(
         first=[[3, 1, 2], [5, 4]],
         second=[[9], [8], [7, 6]],
     )
@@ -86,7 +70,7 @@ def test_waves_come_back_whole_and_in_their_order(tmp_path: Path, jobs: int, las
     assert played.seen["first"] == [[3, 1, 2], [5, 4]]
     assert played.seen["second"] == [[9], [8], [7, 6]]
     assert played.workers is not None
-    assert sorted(played.workers.started) == list(range(1, 10))
+    assert sorted(played.workers.seeds) == list(range(1, 10))
     assert sorted(played.told) == [(seed, False) for seed in range(1, 10)]
 
 
@@ -100,12 +84,12 @@ def test_a_program_may_look_at_its_results_before_it_goes_on(tmp_path: Path) -> 
             found.append(result.final_validation_loss)
             seed //= 2
 
-    Scheduler(FakeWorkers(), RunStore(tmp_path), lambda result, kept: None).run([search()])
+    Scheduler(workers_for(), RunStore(tmp_path), lambda result, kept: None).run([search()])
     assert found == [8, 4, 2]
 
 
 def test_equal_runs_are_run_once_for_all_who_ask(tmp_path: Path) -> None:
-    workers = FakeWorkers(2)
+    workers = workers_for(2)
     played = Played(tmp_path, workers).run(
         first=[[1, 2], [3]],
         second=[[2, 2, 1], [4]],  # asked for twice in one wave
@@ -117,34 +101,34 @@ def test_equal_runs_are_run_once_for_all_who_ask(tmp_path: Path) -> None:
         "second": [[2, 2, 1], [4]],
         "third": [[4], [1], [2]],
     }
-    assert sorted(workers.started) == [1, 2, 3, 4]
+    assert sorted(workers.seeds) == [1, 2, 3, 4]
     assert sorted(played.told) == [(1, False), (2, False), (3, False), (4, False)]
 
 
 def test_empty_waves_and_empty_programs_hold_nobody_up(tmp_path: Path) -> None:
-    played = Played(tmp_path, FakeWorkers()).run(none=[], empty=[[], []], mixed=[[], [1], [], [], [2], []])
+    played = Played(tmp_path, workers_for()).run(none=[], empty=[[], []], mixed=[[], [1], [], [], [2], []])
 
     assert played.seen == {"none": [], "empty": [[], []], "mixed": [[], [1], [], [], [2], []]}
 
 
 def test_no_programs_at_all(tmp_path: Path) -> None:
-    assert Played(tmp_path, FakeWorkers()).run().told == []
+    assert Played(tmp_path, workers_for()).run().told == []
 
 
 def test_what_was_run_before_is_not_run_again(tmp_path: Path) -> None:
     programs = {"first": [[1, 2], [3]], "second": [[2], [4]]}
-    Played(tmp_path, FakeWorkers()).run(**programs)
+    Played(tmp_path, workers_for()).run(**programs)
 
-    workers = FakeWorkers()
+    workers = workers_for()
     again = Played(tmp_path, workers).run(**programs, third=[[4], [5], [1]])
 
-    assert workers.started == [5]
+    assert workers.seeds == [5]
     assert again.seen == {"first": [[1, 2], [3]], "second": [[2], [4]], "third": [[4], [5], [1]]}
     assert sorted(again.told) == [(1, True), (2, True), (3, True), (4, True), (5, False)]
 
 
 def test_an_interrupted_comparison_goes_on_with_what_is_missing(tmp_path: Path) -> None:
-    played = Played(tmp_path, FakeWorkers())
+    played = Played(tmp_path, workers_for())
     workers = played.workers
     assert workers is not None
 
@@ -154,57 +138,57 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(tmp_path: Path) 
                 raise KeyboardInterrupt
             return super().finished()
 
-    first = Played(tmp_path, InterruptedWorkers())
+    first = Played(tmp_path, InterruptedWorkers(by_seed))
     with pytest.raises(KeyboardInterrupt):
         first.run(a=[[1, 2], [3, 4], [5]])
     played.run(a=[[1, 2], [3, 4], [5]])
 
-    assert workers.started == [4, 5]  # the fourth was under way
+    assert workers.seeds == [4, 5]  # the fourth was under way
     assert played.seen["a"] == [[1, 2], [3, 4], [5]]
 
 
 def test_a_run_deleted_from_the_middle_is_the_only_one_run_again(tmp_path: Path) -> None:
-    Played(tmp_path, FakeWorkers()).run(a=[[1, 2], [3, 4]])
+    Played(tmp_path, workers_for()).run(a=[[1, 2], [3, 4]])
     (tmp_path / f"{run_key(spec(2))}.json").unlink()
     (tmp_path / f"{run_key(spec(3))}.json").write_text("{")
 
-    workers = FakeWorkers()
+    workers = workers_for()
     assert Played(tmp_path, workers).run(a=[[1, 2], [3, 4]]).seen["a"] == [[1, 2], [3, 4]]
-    assert workers.started == [2, 3]
+    assert workers.seeds == [2, 3]
 
 
 def test_earlier_programs_go_first(tmp_path: Path) -> None:
-    workers = FakeWorkers()
+    workers = workers_for()
     Played(tmp_path, workers).run(first=[[1], [2], [3]], second=[[11], [12]], third=[[21]])
 
-    assert workers.started == [1, 2, 3, 11, 12, 21]
+    assert workers.seeds == [1, 2, 3, 11, 12, 21]
 
 
 def test_later_programs_fill_the_places_that_earlier_ones_leave_free(tmp_path: Path) -> None:
-    workers = FakeWorkers(3)
+    workers = workers_for(3)
     Played(tmp_path, workers).run(first=[[1], [2]], second=[[11, 12, 13]])
 
-    assert workers.started == [1, 11, 12, 2, 13]
+    assert workers.seeds == [1, 11, 12, 2, 13]
 
 
 def test_a_failed_run_reaches_everyone_once_and_is_tried_again_next_time(tmp_path: Path) -> None:
-    workers = FakeWorkers(failing={2})
+    workers = FakeWorkers(failing)
     played = Played(tmp_path, workers).run(first=[[1, 2], [3]], second=[[2], [2]], third=[[3], [2]])
 
     assert played.seen["first"] == [[1, None], [3]]
     assert played.seen["second"] == [[None], [None]]
     assert played.seen["third"] == [[3], [None]]
-    assert workers.started == [1, 2, 3]
+    assert workers.seeds == [1, 2, 3]
     assert played.told == [(1, False), (2, False), (3, False)]
 
-    workers = FakeWorkers()
+    workers = workers_for()
     again = Played(tmp_path, workers).run(first=[[1, 2], [3]])
-    assert workers.started == [2]
+    assert workers.seeds == [2]
     assert again.seen["first"] == [[1, 2], [3]]
 
 
 def test_without_workers_a_program_goes_as_far_as_there_are_runs(tmp_path: Path) -> None:
-    Played(tmp_path, FakeWorkers()).run(a=[[1, 2], [3]])
+    Played(tmp_path, workers_for()).run(a=[[1, 2], [3]])
 
     played = Played(tmp_path, None).run(a=[[1, 2], [3], [4], [5]], b=[[6]], c=[[3]])
 
@@ -226,7 +210,7 @@ def test_a_kept_run_is_described_as_it_is_asked_for(tmp_path: Path) -> None:
             found.extend((yield [RunSpec(config=replace(CONFIG, text=text, seed=3))]))
 
         listened: list[RunResult] = []
-        Scheduler(FakeWorkers(), RunStore(tmp_path / "runs"), lambda r, kept: listened.append(r)).run([program()])
+        Scheduler(workers_for(), RunStore(tmp_path / "runs"), lambda r, kept: listened.append(r)).run([program()])
         assert listened == found
         assert found[0].spec.config.text == text
         return found[0]
@@ -242,4 +226,4 @@ def test_a_fault_in_a_program_is_not_swallowed(tmp_path: Path) -> None:
         raise ValueError("methods must be better than this")
 
     with pytest.raises(ValueError, match="better than this"):
-        Scheduler(FakeWorkers(), RunStore(tmp_path), lambda result, kept: None).run([broken()])
+        Scheduler(workers_for(), RunStore(tmp_path), lambda result, kept: None).run([broken()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, replace
 
 from trainpilot.experiments.compare.bench import Bench
@@ -14,8 +14,13 @@ from trainpilot.experiments.compare.tuning import Trial, Trials, retune, tune
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
-CURVE_BUDGETS = (0.125, 0.25, 0.5, 2.0)
-"""Shares of the case's budget at which a tuned baseline is tuned and judged again, besides the whole of it."""
+CURVE_BUDGETS: Mapping[float, tuple[str, ...]] = {
+    0.125: ("learning_rate", "batch_size"),
+    0.25: ("learning_rate", "batch_size"),
+    0.5: ("learning_rate", "batch_size"),
+    2.0: ("learning_rate",),
+}
+"""Shares of the case's budget at which the tuned baseline is tuned and judged again, and in what it is tuned."""
 UNTUNED_CURVE_BUDGETS = (0.25, 0.5, 2.0, 4.0)
 COST_AXES = ("time_s", "energy_j")
 
@@ -58,7 +63,7 @@ class TunedStatic:
             if name in self.wanted:
                 yield from self._judge(name, trials.best_confirmed([schedule]).setting)
         yield from self._checks(best.setting)
-        curve = yield from self._curve(TUNED, best.setting)
+        curve = yield from self._curve(best.setting)
         points = sorted([*curve, (1.0, trials.mean_loss(best.setting))])
         choices = yield from self._cost_choices(trials, points)
         self._note_sweep(trials)
@@ -84,15 +89,13 @@ class TunedStatic:
                 planted, budget = plant(setting)
                 yield from self._judge(name, planted, budget=budget, counted=1.0)
 
-    def _curve(
-        self, name: str, setting: Setting, respects: Collection[str] = ("learning_rate", "batch_size")
-    ) -> Generator[list[RunSpec], list[RunResult], list[tuple[float, float]]]:
+    def _curve(self, setting: Setting) -> Generator[list[RunSpec], list[RunResult], list[tuple[float, float]]]:
         """Tune and judge at every other budget; return (budget share, mean loss of the tuning seeds)."""
         points = []
-        for budget in CURVE_BUDGETS:
+        for budget, respects in CURVE_BUDGETS.items():
             trials = Trials(self.case.config, self.bench.tuning_seeds, budget)
             trial = yield from retune(trials, setting, respects)
-            yield from self._judge(name, trial.setting, budget=budget)
+            yield from self._judge(TUNED, trial.setting, budget=budget)
             points.append((budget, trials.mean_loss(trial.setting)))
         return points
 
@@ -114,7 +117,8 @@ class TunedStatic:
             if choice.setting not in known:
                 name = known[choice.setting] = f"tuned-{axis.partition('_')[0]}"
                 yield from self._judge(name, choice.setting)
-                yield from self._curve(name, choice.setting, ("learning_rate",))  # its batch is what makes it cheap
+                for budget in CURVE_BUDGETS:
+                    yield from self._judge(name, choice.setting, budget=budget)
             self._remember(known[choice.setting], axis, choice, trials)
 
     def _remember(self, name: str, axis: str, trial: Trial, trials: Trials) -> None:

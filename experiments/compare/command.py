@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -181,6 +182,7 @@ def _report(
 def _provenance(options: CompareOptions, jobs: int, wall_time_s: float) -> dict[str, Any]:
     return {
         "command": " ".join(["trainpilot", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "jobs": jobs,
         "threads": options.threads,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import optuna
 
@@ -71,6 +72,7 @@ def halving(
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seeds[0]), pruner=pruner)
     survivors = [study.ask() for _ in range(HALVING_TRIALS)]
+    order = Random(seeds[0])
     rungs: list[Trials] = []
     done: list[Trial] = []
     for rung in HALVING_RUNGS:
@@ -81,7 +83,9 @@ def halving(
         for asked, setting in zip(survivors, settings, strict=True):
             asked.report(_told(found[setting]), rung)
         if rung != HALVING_RUNGS[-1]:
-            survivors = [trial for trial in survivors if not trial.should_prune()]
+            # Optuna judges each by those that came before it. Survivors stand with the better ones last, and would nearly
+            # all pass.
+            survivors = [trial for trial in order.sample(survivors, len(survivors)) if not trial.should_prune()]
     return Halved(min(done, key=lambda trial: final_loss(trial.result)), tuple(rungs))
 
 

@@ -16,7 +16,7 @@ REFINEMENT_RUNS = 30
 """Runs that refining a grid's best point takes, about."""
 SCHEDULE_RUNS = 11
 """Runs that refining one schedule's learning rate and confirming its best settings takes, about."""
-RETUNE_RUNS = 13
+RETUNE_RUNS = 10
 """Runs that tuning again at another budget takes, about."""
 
 

@@ -28,6 +28,8 @@ MAX_MOVES = 8
 
 N_CONFIRMED = 3
 """So many of each schedule's best settings are run again with the other tuning seeds."""
+N_RECONFIRMED = 2
+"""So many at another budget."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,10 @@ def tune(
 
 
 def retune(trials: Trials, setting: Setting, respects: Collection[str]) -> Moves:
-    """Return the best trial at another budget, found from the setting that is best at the full one."""
+    """Return the best trial at another budget, found from the setting that is best at the whole one."""
     [start] = yield from trials.run([setting])
     yield from descend(trials, start, LEARNING_RATE_STEP**0.5, respects)
-    yield from trials.confirm(trial.setting for trial in trials.ranked()[:N_CONFIRMED])
+    yield from trials.confirm(trial.setting for trial in trials.ranked()[:N_RECONFIRMED])
     return trials.best_confirmed([setting.schedule])
 
 

@@ -46,7 +46,7 @@ def analyse(comparison: Comparison, results: Mapping[str, RunResult], tables: Ma
         points=tuple(points),
         fronts=tuple(family_fronts(runs, points, baselines)),
         curves=tuple(curve for case in names for curve in baselines[case].curves()),
-        checks=sanity_checks(cases, methods, runs.notes),
+        checks=sanity_checks(cases, methods, runs.notes, baselines),
         targets=targets,
         sweep_costs={case: baselines[case].search for case in names},
         rests_on=rests_on(runs),

@@ -14,7 +14,7 @@ import numpy as np
 
 REFERENCE_POINT = (4.0, 4.0)
 """The worst that still counts: a loss worth a quarter of the compute, four times the cost. (1, 1) alone dominates 9."""
-N_WEIGHTS = 101
+N_WEIGHTS = 100
 
 Objectives = tuple[float, float]
 
@@ -79,7 +79,7 @@ def expected_utility(points: Sequence[Objectives]) -> float:
 
     As Zintgraf et al. 2015: the user who picks the best point for a weighting of his own, drawn at random.
     """
-    weights = np.linspace(0.0, 1.0, N_WEIGHTS)
+    weights = (np.arange(N_WEIGHTS) + 0.5) / N_WEIGHTS
     saved = 1.0 - np.asarray(points, dtype=float)  # (points, objectives)
     utilities = np.outer(weights, saved[:, 0]) + np.outer(1.0 - weights, saved[:, 1])
     return float(utilities.max(axis=1).mean())

@@ -20,6 +20,9 @@ Point = tuple[float, float]
 """(logarithm of a budget over the whole one, logarithm of the loss over the whole run's)."""
 
 
+WHOLE: Point = (0.0, 0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CurveRun:
     """One run of a baseline."""
@@ -45,6 +48,8 @@ class Curve:
     """Budgets that were out of order and count as one with a neighbour."""
     flat_end: bool
     """The largest budget got no better than those before it."""
+    whole_beaten: bool
+    """A smaller budget got at least as good as the whole one: what is compared with that looks too good."""
     whole: tuple[float, float]
     """Budget and loss of the whole run, medians over seeds."""
     by_seed: Mapping[int, tuple[float, float]]
@@ -84,7 +89,7 @@ class Curve:
 
     @cached_property
     def _between(self) -> Any:
-        """Monotone cubic pieces (Fritsch and Carlson 1980) from -log loss to log budget.
+        """Monotone cubic pieces (Fritsch and Butland 1984) from -log loss to log budget.
 
         A loss that falls towards a floor is curved in the logarithms, and its chords lie above it: straight pieces
         would make a gain of 25 % look like one of 26 %.
@@ -118,13 +123,14 @@ def fit_curve(runs: Sequence[CurveRun]) -> Curve | None:
     if not math.isfinite(level):
         return None
     ended = {run.seed: (run.used, run.loss) for run in whole if run.loss is not None}
-    measured = sorted([(0.0, 0.0), *_other_points(runs, ended)])
+    measured = sorted([WHOLE, *_other_points(runs, ended)])
     blocks = _in_order(measured)
     return Curve(
         points=tuple(_place(block) for block in blocks),
         measured=(measured[0][0], measured[-1][0]),
         n_pooled=len(measured) - len(blocks),
         flat_end=len(blocks[-1]) > 1,
+        whole_beaten=any(WHOLE in block and block[0] != WHOLE for block in blocks),
         whole=(median([run.used for run in whole if run.loss is not None]), level),
         by_seed=ended,
     )
@@ -173,8 +179,8 @@ def _in_order(points: Sequence[Point]) -> list[list[Point]]:
 
 def _place(block: Sequence[Point]) -> Point:
     """Return where a block lies: at the whole run if that is in it, otherwise in its middle."""
-    if (0.0, 0.0) in block:
-        return (0.0, 0.0)
+    if WHOLE in block:
+        return WHOLE
     return (fmean(x for x, _ in block), fmean(y for _, y in block))
 
 

@@ -10,7 +10,7 @@ from statistics import median
 from trainpilot.experiments.compare.comparison import TUNED
 from trainpilot.experiments.measuring.baselines import CaseBaselines
 from trainpilot.experiments.measuring.figures import FamilyFront, FrontPoint
-from trainpilot.experiments.measuring.fronts import Objectives, SetQuality, on_front, set_quality
+from trainpilot.experiments.measuring.fronts import REFERENCE_POINT, Objectives, SetQuality, on_front, set_quality
 from trainpilot.experiments.measuring.runs import Run, Runs
 from trainpilot.experiments.measuring.statistics import exactly, over_cases
 
@@ -101,7 +101,10 @@ def _families(runs: Runs, case: str) -> list[str]:
 
 
 def _objectives(points: Sequence[FrontPoint], baselines: CaseBaselines) -> dict[str, list[Objectives]]:
-    """Return the points of each family, as ratios to the tuned static's: compute that the loss is worth, and cost."""
+    """Return the points of each family, as ratios to the tuned static's: compute that the loss is worth, and cost.
+
+    What is worse than `REFERENCE_POINT` counts as just as bad: no point is worse than none.
+    """
     tuned = next((point for point in points if point.method == TUNED), None)
     baseline = baselines.tuned.get("tokens")
     if tuned is None or baseline is None:
@@ -114,5 +117,6 @@ def _objectives(points: Sequence[FrontPoint], baselines: CaseBaselines) -> dict[
         needed = baseline.curve.needed(point.validation_loss)
         share = (needed.high if math.isfinite(needed.high) else needed.low) / baseline.curve.whole[0]
         cost = _cost(point.time_s, point.energy_j, by_energy) / unit
-        sets.setdefault(point.family, []).append((1 / share, cost))
+        place = (min(1 / share, REFERENCE_POINT[0]), min(cost, REFERENCE_POINT[1]))
+        sets.setdefault(point.family, []).append(place)
     return sets

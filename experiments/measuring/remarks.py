@@ -45,7 +45,7 @@ def remarks(runs: Runs, baselines: Mapping[str, CaseBaselines], methods: Sequenc
         *_about_missing_runs(runs, methods),
         *_about_edges(runs),
         *(note for of_case in baselines.values() for note in _about_curves(runs, of_case)),
-        *(f"The modelled cost of {n} runs is unknown: {reason}." for reason, n in runs.unknown_costs.items()),
+        *(f"{_count(n, 'run')} without a modelled cost: {reason}." for reason, n in runs.unknown_costs.items()),
     ]
     return tuple(found)
 
@@ -54,21 +54,23 @@ def _about_the_design(runs: Runs) -> list[str]:
     n_seeds, n_cases = len(runs.comparison.seeds), len(runs.comparison.cases)
     notes = []
     if n_seeds < SEEDS_FOR_A_CLAIM:
-        enough = "a first look" if n_seeds >= SEEDS_FOR_A_LOOK else "not even a first look (3)"
+        enough = "enough for a look" if n_seeds >= SEEDS_FOR_A_LOOK else f"a look takes {SEEDS_FOR_A_LOOK}"
         notes.append(
-            f"{n_seeds} paired seeds are enough for {enough}, a claim takes {SEEDS_FOR_A_CLAIM}: on one case the "
-            "interval is little more than the range of the seeds."
+            f"{_count(n_seeds, 'paired seed')} per method: {enough}, a claim takes {SEEDS_FOR_A_CLAIM}. On one case "
+            "the interval is little more than the range of the seeds."
         )
     if n_cases < CASES_FOR_A_P_VALUE:
         least = 2 * 0.5**n_cases
-        notes.append(f"With {n_cases} cases no sign test can give a p-value below {min(least, 1.0):.2g}.")
+        notes.append(f"With {_count(n_cases, 'case')} no sign test can give a p-value below {min(least, 1.0):.2g}.")
     return notes
 
 
 def _about_missing_runs(runs: Runs, methods: Sequence[MethodFigures]) -> list[str]:
     notes = []
     if runs.n_missing:
-        notes.append(f"{runs.n_missing} runs have no result yet and are left out: the comparison is not finished.")
+        notes.append(
+            f"{_count(runs.n_missing, 'run')} without a result yet, left out here: the comparison is not finished."
+        )
     bad = [found for found in methods if found.n_diverged + found.n_failed]
     if bad:
         counts = ", ".join(f"{found.method} {found.n_diverged + found.n_failed} of {found.n_runs}" for found in bad)
@@ -95,20 +97,33 @@ def _about_curves(runs: Runs, baselines: CaseBaselines) -> list[str]:
             if runs.of(baselines.case, name):
                 notes.append(f"{baselines.case}: {name} gave no loss in half its runs or more: no multipliers.")
         elif texts := [*_put_in_order(baseline), *_used_beyond(runs, baselines.case, baseline)]:
-            notes.append(f"{baselines.case}: on the curve of {name}, {' and '.join(texts)}.")
+            notes.append(f"{baselines.case}: on the curve of {name}, {'; '.join(texts)}.")
     return notes
 
 
 def _put_in_order(baseline: Baseline) -> list[str]:
     n = baseline.curve.n_pooled
     flat = ", the largest among them" if baseline.curve.flat_end else ""
-    return [f"{n} budgets gave no better loss than a smaller one and were pooled with it{flat}"] if n else []
+    beaten = " (the whole one too: what is compared with it looks too good)" if baseline.curve.whole_beaten else ""
+    return (
+        [f"{_count(n, 'budget')} gave no better loss than a smaller one, so that they were pooled{flat}{beaten}"]
+        if n
+        else []
+    )
 
 
 def _used_beyond(runs: Runs, case: str, baseline: Baseline) -> list[str]:
     judged = [run for method in runs.notes for run in runs.of(case, method) if run.loss is not None]
     beyond = [run for run in judged if run.loss and baseline.curve.extrapolates(run.loss, run.seed)]
-    return [f"{len(beyond)} of {len(judged)} judged runs lie outside the budgets that were measured"] if beyond else []
+    return (
+        [f"the losses of {len(beyond)} of {len(judged)} judged runs lie outside those that were measured"]
+        if beyond
+        else []
+    )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _sentence(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from trainpilot.experiments.compare.comparison import UNTUNED, MethodNote
+from trainpilot.experiments.measuring.baselines import CaseBaselines
 from trainpilot.experiments.measuring.figures import CaseFigures, Estimate, MethodFigures, SanityCheck
 from trainpilot.experiments.measuring.statistics import TIE
 
@@ -19,10 +20,10 @@ WIDE_MARGIN = 1.1
 ABOUT_EQUAL = 0.95
 PRESUMED_BUG = 1.05
 """A gain above this over the tuned static is presumed to be a bug in the baseline."""
-MAY_NOT_WIN = ("untuned", "heuristic", "tuning-free", "policy")
-"""Kinds of methods that are judged against the tuned static."""
-
-NO_DECAY = "decay to zero beats a constant rate"
+DECAYS = ("tuned-linear", "tuned-cosine", "tuned-wsd")
+SOME_DECAY = "decay, the best of three schedules, beats a constant rate"
+LINEAR_DECAY = "linear to zero beats a constant rate"
+AT_EQUAL_PEAKS = "long runs at equal peaks gave 1.56 to 2.2"
 AS_GOOD = "linear to zero is about as good as cosine to 10 %, or better"
 
 Worths = Mapping[str, Estimate]
@@ -30,7 +31,10 @@ Worths = Mapping[str, Estimate]
 
 
 def sanity_checks(
-    cases: Sequence[CaseFigures], methods: Sequence[MethodFigures], notes: Mapping[str, MethodNote]
+    cases: Sequence[CaseFigures],
+    methods: Sequence[MethodFigures],
+    notes: Mapping[str, MethodNote],
+    baselines: Mapping[str, CaseBaselines],
 ) -> tuple[SanityCheck, ...]:
     """Return the checks, all in tokens and against the tuned static."""
     found = {figures.method: figures.multipliers["tuned"]["tokens"] for figures in methods}
@@ -39,10 +43,12 @@ def sanity_checks(
         _itself(worths),
         _planted_budget(worths),
         _quarter_rate(worths),
-        _ratio(NO_DECAY, _ratios(cases, "tuned-linear", "tuned-constant"), WIDE_MARGIN, "equal peaks gave 1.56 to 2.2"),
-        _ratio(AS_GOOD, _ratios(cases, "tuned-linear", "tuned-cosine"), ABOUT_EQUAL, "both tuned"),
+        _more_helps(baselines),
+        _ratio(SOME_DECAY, _ratios(cases, DECAYS, "tuned-constant"), WIDE_MARGIN, AT_EQUAL_PEAKS),
+        _ratio(LINEAR_DECAY, _ratios(cases, DECAYS[:1], "tuned-constant"), WIDE_MARGIN, AT_EQUAL_PEAKS),
+        _ratio(AS_GOOD, _ratios(cases, DECAYS[:1], "tuned-cosine"), ABOUT_EQUAL, "both tuned"),
         *(_in_between(name, worths) for name in ("schedule-free", "prodigy")),
-        _no_wonder({name: worth for name, worth in worths.items() if notes[name].kind in MAY_NOT_WIN}),
+        _no_wonder({name: worth for name, worth in worths.items() if notes[name].kind != "check"}),
     )
 
 
@@ -76,18 +82,35 @@ def _quarter_rate(worths: Worths) -> SanityCheck:
     )
 
 
+def _more_helps(baselines: Mapping[str, CaseBaselines]) -> SanityCheck:
+    curves = {case: found.tuned["tokens"].curve for case, found in baselines.items() if "tokens" in found.tuned}
+    known = [case for case, curve in curves.items() if len(curve.points) + curve.n_pooled > 1]
+    beaten = [case for case in known if curves[case].whole_beaten]
+    return _check(
+        "the tuned static gets better with more budget",
+        "no smaller budget is as good as the whole one; if one is, a lucky setting was taken for the best",
+        (f"not on {', '.join(beaten)}" if beaten else f"on all of {len(known)} cases") if known else None,
+        not beaten,
+    )
+
+
 def _ratio(name: str, ratios: Sequence[float], least: float, published: str) -> SanityCheck:
     found = f"{median(ratios):.2f} in the median of {len(ratios)} cases" if ratios else None
     expected = f"a ratio of multipliers of at least {least} ({published})"
     return _check(name, expected, found, bool(ratios) and median(ratios) >= least)
 
 
-def _ratios(cases: Sequence[CaseFigures], method: str, other: str) -> list[float]:
-    """Return, case by case, a method's multiplier over another's; infinite where the other is worth nothing."""
+def _ratios(cases: Sequence[CaseFigures], methods: Sequence[str], other: str) -> list[float]:
+    """Return, case by case, the best method's multiplier over another's; infinite where the other is worth nothing."""
     worths = {(found.case, found.method): found.multipliers["tuned"]["tokens"].value for found in cases}
     names = dict.fromkeys(found.case for found in cases)
-    pairs = [(worths.get((case, method)), worths.get((case, other))) for case in names]
-    return [a / b if b else float("inf") for a, b in pairs if a is not None and b is not None]
+    found = []
+    for case in names:
+        known = [worth for method in methods if (worth := worths.get((case, method))) is not None]
+        against = worths.get((case, other))
+        if known and against is not None:
+            found.append(max(known) / against if against else float("inf"))
+    return found
 
 
 def _in_between(name: str, worths: Worths) -> SanityCheck:

@@ -22,6 +22,7 @@ FLOOR = 0.01
 """Learning rates below this share of the starting one are not told apart: a schedule ends at zero."""
 GRID = tuple(index / 50 for index in range(51))
 """Shares of the budget at which the median over runs is taken."""
+HALF_STEP = 0.01
 
 Value = Callable[[IntervalResult, RunConfig], float]
 Course = tuple[list[float], list[float]]
@@ -87,9 +88,15 @@ CONTROLS = (
 
 def control_moves(material: Material, looks: Looks) -> list[Moves]:
     """Return the controls over the budget for methods that change them: policies first, else the heuristics."""
-    candidates = [look for look in looks.chosen if _steers(material, look.method)]
-    policies = [look for look in candidates if material.notes[look.method].kind == "policy"]
-    return [_moves(material, look) for look in (policies or candidates)[:N_METHODS]]
+    steering = [name for name in material.notes if _steers(material, name)]
+    policies = [name for name in steering if material.notes[name].kind == "policy"]
+    chosen = policies or sorted(steering, key=lambda name: name == "random")
+    return [_moves(material, looks.of(name) or _plain(material, name)) for name in chosen[:N_METHODS]]
+
+
+def _plain(material: Material, name: str) -> Look:
+    """Return the look of a method that has none: it stands alone here."""
+    return Look(method=name, title=material.title(name), color="s1", marker="o")
 
 
 def _steers(material: Material, method: str) -> bool:
@@ -127,9 +134,9 @@ def _panel(control: Control, look: Look, runs: Sequence[RunResult]) -> Panel:
         _base(drawn, runs)
     for shares, values in courses:
         drawn.axes.plot(shares, values, color=ink(look.color), linewidth=0.7, alpha=0.35, drawstyle="steps-post")
-    typical = [median(_at(shares, values, x) for shares, values in courses) for x in GRID]
     gid = drawn.mark(f"{look.title}, median of {len(courses)} runs")
-    drawn.axes.plot(GRID, typical, color=ink(look.color), linewidth=1.8, drawstyle="steps-post", gid=gid, zorder=3)
+    style: dict[str, Any] = {"color": ink(look.color), "linewidth": 1.8, "drawstyle": "steps-post", "zorder": 3}
+    drawn.axes.plot(*zip(*_typical(courses), strict=True), gid=gid, **style)
     return drawn
 
 
@@ -141,8 +148,14 @@ def _course(control: Control, run: RunResult) -> Course:
     return [0.0, *ends], [*values, values[-1]]
 
 
+def _typical(courses: Sequence[Course]) -> list[tuple[float, float]]:
+    """Return the median over the runs, as far as at least half of them go."""
+    columns = ((x, [_at(*course, x) for course in courses if course[0][-1] >= x - HALF_STEP]) for x in GRID)
+    return [(x, median(values)) for x, values in columns if 2 * len(values) >= len(courses)]
+
+
 def _at(shares: Sequence[float], values: Sequence[float], x: float) -> float:
-    """Return the value that holds at `x`; a run that has ended keeps its last."""
+    """Return the value that holds at `x`."""
     place = sum(share <= x for share in shares) - 1
     return values[max(place, 0)]
 
@@ -179,4 +192,6 @@ def _scale(drawn: Panel, control: Control, values: Sequence[float]) -> None:
 
 
 def _times(value: float) -> str:
+    if value < 1 and (1 / value).is_integer():
+        return f"\N{MULTIPLICATION SIGN} 1/{1 / value:g}"
     return f"\N{MULTIPLICATION SIGN} {value:g}"

@@ -157,19 +157,26 @@ def _budgets(material: Material, looks: Looks, case: str) -> Panel | None:
     if not curves:
         return None
     drawn = panel(case, LOSS, about=f"final loss of the baselines at several budgets on {case}")
-    log_axis(drawn.axes, "x", log_window([b for curve in curves for b in curve.budgets]), counted)
-    log_axis(drawn.axes, "y", log_window([loss for curve in curves for loss in curve.losses]), lambda y: f"{y:.4g}")
+    marks = _marks(material, looks, case)
+    budgets = [x for curve in curves for x in curve.budgets] + [x for x, _ in marks.values()]
+    losses = [y for curve in curves for y in curve.losses] + [y for _, y in marks.values()]
+    log_axis(drawn.axes, "x", log_window(budgets), counted)
+    log_axis(drawn.axes, "y", log_window(losses), lambda y: f"{y:.4g}")
     name_x(drawn.axes, "budget, tokens")
     for curve in curves:
         _curve(drawn, curve, looks)
-    for look in looks.subjects:
-        found = material.by_case.get((case, look.method))
-        if found and found.validation_loss.value is not None and found.tokens.value:
-            place = ([found.tokens.value], [found.validation_loss.value])
-            text = drawn.mark(f"{look.title}: {nats(place[1][0])} after {si(place[0][0])} tokens")
-            edge: Style = {"markeredgecolor": ink("paper"), "markeredgewidth": 0.8}
-            drawn.axes.plot(*place, look.marker, color=ink(look.color), markersize=6.5, zorder=4, gid=text, **edge)
+    edge: Style = {"markeredgecolor": ink("paper"), "markeredgewidth": 0.8, "markersize": 6.5, "zorder": 4}
+    for look, (tokens, loss) in marks.items():
+        gid = drawn.mark(f"{look.title}: {nats(loss)} after {si(tokens)} tokens")
+        drawn.axes.plot([tokens], [loss], look.marker, color=ink(look.color), gid=gid, **edge)
     return drawn
+
+
+def _marks(material: Material, looks: Looks, case: str) -> dict[Look, tuple[float, float]]:
+    """Return tokens and final loss of the methods that are followed."""
+    found = {look: material.by_case.get((case, look.method)) for look in looks.subjects}
+    known = {look: (f.tokens.value, f.validation_loss.value) for look, f in found.items() if f is not None}
+    return {look: (x, y) for look, (x, y) in known.items() if x and y is not None}
 
 
 def _curve(drawn: Panel, curve: BaselineCurve, looks: Looks) -> None:

@@ -16,12 +16,12 @@ from trainpilot.experiments.report.svg import BOTTOM, TEXT, TOP, Panel, ink, nam
 
 ROW = 0.235
 """Height of a method's row, in inches."""
-NAMES = 1.34
+NAMES = 1.4
 """Width of the names before the rows, in inches."""
 LONGEST_NAME = 20
 FAR = 4.0
 """Multipliers beyond this factor are drawn as arrows at the edge."""
-MARKS = (1 / 8, 1 / 4, 1 / 2, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 8.0)
+TICKS = ((1 / 4, 1 / 2, 1, 2, 4), (0.5, 0.7, 1, 1.5, 2), (0.8, 0.9, 1, 1.1, 1.25))
 N_BARS = 14
 
 Of = Callable[[str, str], Estimate]
@@ -64,7 +64,7 @@ def _limits(estimates: Sequence[Estimate]) -> tuple[float, float]:
 
 def _forest(shown: Sequence[Look], title: str, of: Of, second: str | None, limits: tuple[float, float]) -> Panel:
     drawn = _rows(title, [look.title for look in shown], f"compute multipliers, {title}")
-    log_axis(drawn.axes, "x", limits, ratio, _some([m for m in MARKS if limits[0] <= m <= limits[1]], limits))
+    log_axis(drawn.axes, "x", limits, ratio, _ticks(limits))
     name_x(drawn.axes, "compute multiplier")
     drawn.axes.axvline(1, color=ink("ink"), linewidth=0.9, zorder=1)
     unit = {"energy_j": "joules", "time_s": "seconds"}.get(second or "")
@@ -77,12 +77,10 @@ def _forest(shown: Sequence[Look], title: str, of: Of, second: str | None, limit
     return drawn
 
 
-def _some(ticks: Sequence[float], limits: tuple[float, float]) -> list[float]:
-    """Return the ticks that there is room for, 1 among them."""
-    if len(ticks) < 3:
-        return log_ticks(*limits)
-    wide = [tick for tick in ticks if tick in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)]
-    return wide if len(ticks) > 6 and len(wide) >= 3 else [t for t in ticks if t in (0.7, 1, 1.5, 2, 0.5)] or [1.0]
+def _ticks(limits: tuple[float, float]) -> list[float]:
+    """Return the widest of the usual sets of ticks of which three are in sight."""
+    inside = ([tick for tick in ticks if limits[0] <= tick <= limits[1]] for ticks in TICKS)
+    return next((ticks for ticks in inside if len(ticks) >= 3), log_ticks(*limits))
 
 
 def _estimate(drawn: Panel, estimate: Estimate, row: float, color: str, text: str) -> None:
@@ -171,7 +169,7 @@ def _rows(title: str, names: Sequence[str], about: str) -> Panel:
     drawn = panel(title, about=about, height=height, left=NAMES)
     drawn.axes.set_ylim(max(len(names), 2) - 0.5, -0.5)
     drawn.axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
-    drawn.axes.tick_params(axis="y", labelcolor=ink("ink"))
+    drawn.axes.tick_params(axis="y", labelcolor=ink("ink"), pad=8)
     drawn.axes.grid(visible=False)
     drawn.axes.grid(axis="x", color=ink("faint"), linewidth=0.7)
     return drawn

@@ -23,7 +23,7 @@ from trainpilot.experiments.report.material import Material
 from trainpilot.llm_runtime.controls import PRECISIONS
 from trainpilot.llm_runtime.files import whole_folder
 
-SETTINGS = ("model", "tokens", "batch_size", "base_learning_rate", "schedule", "precision", "optimizer", "seed")
+SETTINGS = ("tokens", "batch_size", "base_learning_rate", "schedule", "precision", "optimizer", "seed")
 
 
 def write_events(folder: Path, material: Material) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trainpilot.experiments.compare.comparison import TUNED, UNTUNED
 from trainpilot.experiments.measuring.figures import Estimate, SignTest
 from trainpilot.experiments.report.material import Material
-from trainpilot.experiments.report.numbers import count, listed, percent
+from trainpilot.experiments.report.numbers import count, listed, percent, ratio
 
 LEVEL = 0.05
 TOO_GOOD = 1.05
@@ -32,7 +32,8 @@ class Finding:
 
 def finding(material: Material) -> Finding:
     """Return what was found about the first policy, or else about what came out best."""
-    subject = next(iter(material.of_kind("policy")), next(iter(material.ranked), None))
+    tuned = TUNED if TUNED in material.notes else None
+    subject = next(iter(material.of_kind("policy")), next(iter(material.ranked), tuned))
     return Finding(
         subject=subject,
         title=_title(material, subject),
@@ -42,14 +43,14 @@ def finding(material: Material) -> Finding:
 
 
 def _title(material: Material, subject: str | None) -> str:
-    known = [b for b in NAMES if subject and material.multiplier(subject, b).value is not None]
+    others = [b for b in NAMES if subject and (b, subject) not in (("tuned", TUNED), ("untuned", UNTUNED))]
+    known = [b for b in others if subject and material.multiplier(subject, b).value is not None]
     if subject is None or not known:
         n_methods = count(len(material.notes), "method")
         return f"{n_methods} on {count(len(material.case_names), 'case')}: no compute multiplier could be worked out"
     title = material.title(subject)
     parts = [claim(title, material.multiplier(subject, b), _test(material, subject, b), NAMES[b]) for b in known[::-1]]
-    first = parts[0] if parts[0].startswith(title) else parts[0][:1].upper() + parts[0][1:]
-    return "; ".join([first, *(part.replace(title, "it") for part in parts[1:])])
+    return "; ".join([parts[0], *(f"it{part.removeprefix(title)}" for part in parts[1:])])
 
 
 def claim(name: str, worth: Estimate, test: SignTest | None, baseline: str) -> str:
@@ -66,26 +67,31 @@ def claim(name: str, worth: Estimate, test: SignTest | None, baseline: str) -> s
     surely = test is not None and test.p_value <= LEVEL
     if not (apart or surely) or abs(value - 1) < SAME:
         return f"{name} is neither clearly better nor clearly worse than {baseline}"
-    better = value > 1
-    part = 1 - 1 / value if better else 1 - value
-    bound = "more than " if worth.censored == (">" if better else "<") else ""
-    size = f"{bound}{percent(part)} fewer tokens"
-    if better:
-        verb = "needs" if apart and surely else "seems to need"
-        return f"{name} {verb} {size} than {baseline}"
     verb = "needs" if apart and surely else "seems to need"
-    return f"{baseline} {verb} {size} than {name}"
+    bound = "more than " if worth.censored == (">" if value > 1 else "<") else ""
+    return f"{name} {verb} {bound}{_tokens(value)} {baseline}"
+
+
+def _tokens(worth: float) -> str:
+    """Return how many tokens a method with this multiplier needs, compared with the baseline's."""
+    if worth > 1:
+        return f"{percent(1 - 1 / worth)} fewer tokens than"
+    return f"{percent(1 / worth - 1)} more tokens than" if worth > 1 / 2 else f"{ratio(1 / worth)} times the tokens of"
 
 
 def _compared(material: Material) -> str:
-    seeds, cases = len(material.comparison.seeds), len(material.case_names)
-    n_runs = len({row.key for row in material.comparison.rows})
-    each = f" with {count(seeds, 'paired seed')}" + (" each" if cases > 1 else "")
-    text = f"{count(len(material.notes), 'method')} on {count(cases, 'case')}{each}, {count(n_runs, 'run')} in all. "
-    return text + (
-        "A compute multiplier of 1.10 means that the baseline needs 1.10 times the method's budget to reach "
-        "the method's final validation loss. Medians with bootstrap 95 % intervals over "
-        + ("cases." if cases > 1 else "seeds.")
+    """Return how much was compared, and how to read a multiplier."""
+    cases = [case for case in material.case_names if material.judged_on(case)]
+    waiting = len(material.case_names) - len(cases)
+    n_methods = sum(material.was_run(name) for name in material.notes)
+    n_runs = len({row.key for row in material.comparison.rows if row.key in material.results})
+    seeds = f"{count(len(material.comparison.seeds), 'paired seed')}{' each' if len(cases) > 1 else ''}"
+    unfinished = f" The comparison is not finished: {count(waiting, 'case')} have no runs yet." if waiting else ""
+    return (
+        f"{count(n_methods, 'method')} on {count(len(cases), 'case')} with {seeds}, {count(n_runs, 'run')} in all."
+        f"{unfinished} A compute multiplier of 1.10 means that the baseline needs 1.10 times the method's budget to "
+        "reach the method's final validation loss. Medians with bootstrap 95 % intervals over "
+        f"{'cases' if len(cases) > 1 else 'seeds'}."
     )
 
 
@@ -124,7 +130,7 @@ def _cautions(material: Material, subject: str | None) -> list[str]:
         )
     if failed := [check.name for check in figures.checks if check.passed is False]:
         found.append(f"Sanity checks that failed: {'; '.join(failed)}.")
-    return [*found, *figures.notes, *([figures.rests_on] if figures.rests_on else [])]
+    return [*found, *([figures.rests_on] if figures.rests_on else []), *figures.notes]
 
 
 def _test(material: Material, method: str, baseline: str) -> SignTest | None:

@@ -78,7 +78,7 @@ _BASELINES = {TUNED: ("ink", "s", ()), UNTUNED: ("soft", "D", (3.0, 1.6))}
 
 
 def choose(material: Material) -> Looks:
-    """Return the methods that charts show: the two baselines, the policies, then the best of the others."""
+    """Return the methods that charts show: the two baselines, the policies, then the best of what was not tuned."""
     coloured = [
         Look(
             method=name,
@@ -87,14 +87,14 @@ def choose(material: Material) -> Looks:
             marker="o^vPXp"[index],
             dash=_DASHES[index],
         )
-        for index, name in enumerate(material.ranked[:N_COLOURED])
+        for index, name in enumerate([name for name in material.ranked if material.was_run(name)][:N_COLOURED])
     ]
     baselines = [
         Look(method=name, title=material.title(name), color=color, marker=marker, dash=dash)
         for name, (color, marker, dash) in _BASELINES.items()
-        if name in material.notes
+        if material.was_run(name)
     ]
     policies = [look for look in coloured if material.notes[look.method].kind == "policy"]
-    n_methods = sum(note.kind != "check" for note in material.notes.values())
+    n_methods = sum(note.kind != "check" and material.was_run(name) for name, note in material.notes.items())
     subjects = (policies or coloured[:2])[:N_SUBJECTS]
     return Looks(chosen=(*baselines, *coloured), subjects=tuple(subjects), n_methods=n_methods)

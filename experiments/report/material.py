@@ -87,6 +87,10 @@ class Material:
             places.setdefault((row.case, row.method, row.role), []).append(row)
         return places
 
+    def was_run(self, method: str) -> bool:
+        """Return whether there are figures of a method on any case."""
+        return any((case, method) in self.by_case for case in self.case_names)
+
     def rows(self, case: str, method: str, role: Role = "method") -> list[Row]:
         """Return a method's rows on a case, by seed."""
         return sorted(self._by_place.get((case, method, role), []), key=lambda row: row.seed)
@@ -97,9 +101,13 @@ class Material:
 
     @cached_property
     def ranked(self) -> list[str]:
-        """Methods other than the two baselines and the planted checks: policies first, then the best multiplier."""
+        """Methods other than the two baselines and the planted checks: policies, then the best multiplier first.
+
+        What was tuned itself comes last: it is a variant of what the others are measured against.
+        """
         rest = [n for n, note in self.notes.items() if note.kind != "check" and n not in (TUNED, UNTUNED)]
-        return sorted(rest, key=lambda name: (self.notes[name].kind != "policy", -self._worth(name)))
+        place = {"policy": 0, "tuned": 2}
+        return sorted(rest, key=lambda name: (place.get(self.notes[name].kind, 1), -self._worth(name)))
 
     def _worth(self, method: str) -> float:
         values = (self.multiplier(method, baseline).value for baseline in ("tuned", "untuned"))

@@ -9,7 +9,8 @@ from typing import Literal
 
 from trainpilot.experiments.measuring.figures import Estimate, SignTest
 
-DASH = "\N{EN DASH}"
+DASH, SPACE = "\N{EN DASH}", "\N{NO-BREAK SPACE}"
+"""A figure and its unit stay on one line."""
 Tone = Literal["", "better", "worse", "bad"]
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
@@ -60,12 +61,11 @@ def score(estimate: Estimate) -> Cell:
 
 
 def quantity(estimate: Estimate | None, unit: str, why_not: str) -> Cell:
-    """Return a time, an energy or a number of tokens with its unit and its interval."""
+    """Return a time, an energy or a number of tokens with its unit; a pointer is told the interval."""
     if estimate is None or estimate.value is None:
         return dash(why_not)
     form = duration if unit == "s" else lambda value: si(value, unit)
-    ends = interval(estimate, form) if _spread(estimate) else ""
-    return Cell(text=f"{_sign(estimate)}{form(estimate.value)}", interval=ends)
+    return Cell(text=f"{_sign(estimate)}{form(estimate.value)}", title=interval(estimate, form))
 
 
 def loss(estimate: Estimate | None, why_not: str = "no run ended with a finite loss") -> Cell:
@@ -113,11 +113,11 @@ def nats(value: float) -> str:
 def si(value: float, unit: str = "") -> str:
     """Return a quantity with three digits and a metric prefix: `164 k`, `2.30 kJ`."""
     if value == 0 or not math.isfinite(value):
-        return f"{value:g} {unit}".strip()
-    limit, prefix = next((p for p in PREFIXES if abs(value) >= p[0] * 0.9995), PREFIXES[-1])
-    scaled = value / limit
-    decimals = max(0, SIGNIFICANT - 1 - math.floor(math.log10(abs(scaled)) + 1e-9))
-    return f"{scaled:.{decimals}f} {prefix}{unit}".strip()
+        return f"{value:g}{SPACE}{unit}".strip()
+    value = float(f"{value:.{SIGNIFICANT - 1}e}")
+    limit, prefix = next((p for p in PREFIXES if abs(value) >= p[0]), PREFIXES[-1])
+    decimals = max(0, SIGNIFICANT - 1 - math.floor(math.log10(abs(value / limit))))
+    return f"{value / limit:.{decimals}f}{SPACE}{prefix}{unit}".strip()
 
 
 def duration(seconds: float) -> str:
@@ -125,8 +125,8 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return si(seconds, "s")
     if seconds < 7200:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
+        return f"{seconds / 60:.1f}{SPACE}min"
+    return f"{seconds / 3600:.1f}{SPACE}h"
 
 
 def rate(value: float) -> str:
@@ -137,7 +137,7 @@ def rate(value: float) -> str:
 
 def percent(value: float, decimals: int = 0) -> str:
     """Return a share as `12 %`."""
-    return f"{100 * value:.{decimals}f} %"
+    return f"{100 * value:.{decimals}f}{SPACE}%"
 
 
 def count(n: int, noun: str, plural: str | None = None) -> str:
@@ -151,7 +151,7 @@ def listed(items: list[str]) -> str:
 
 
 def _sign(estimate: Estimate) -> str:
-    return f"{estimate.censored} " if estimate.censored else ""
+    return f"{estimate.censored}{SPACE}" if estimate.censored else ""
 
 
 def interval(estimate: Estimate, form: Callable[[float], str]) -> str:
@@ -173,7 +173,7 @@ def _spoken(estimate: Estimate, of: str) -> str:
 
 
 def _side(estimate: Estimate) -> Tone:
-    """Return on which side of 1 the whole interval lies."""
-    if estimate.low is not None and estimate.low > 1:
+    """Return on which side of 1 the whole interval lies, as far as two decimals show it."""
+    if estimate.low is not None and round(estimate.low, 2) > 1:
         return "better"
-    return "worse" if estimate.high is not None and estimate.high < 1 else ""
+    return "worse" if estimate.high is not None and round(estimate.high, 2) < 1 else ""

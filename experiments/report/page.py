@@ -97,7 +97,7 @@ class Page:
     provenance: Table
     case_list: Table
     settings: Table
-    run_files: list[Fold]
+    run_files: Table
     chosen: str
     """Which methods the charts show, where that is not all of them."""
 
@@ -127,7 +127,7 @@ def build(material: Material) -> Page:
         multipliers=all_multipliers(material),
         break_even=break_even(material),
         front=_charts("front", front_panels(material, looks), looks.chosen),
-        front_joules=all(counts_joules(material, case) for case in material.case_names),
+        front_joules=all(counts_joules(material, point.case) for point in material.figures.points),
         fronts=front_table(material),
         courses=_charts("course", course_panels(material, looks), (*looks.baselines, *looks.subjects)),
         controls=tuple(_control_charts(moves) for moves in control_moves(material, looks)),
@@ -179,7 +179,8 @@ def _chosen(looks: Looks) -> str:
     rest = count(looks.n_grey, "other method")
     return (
         f"Charts show {count(len(looks.chosen), 'method')} in colour: the baselines, the policies, then the highest "
-        f"multipliers. The {rest} stand in the tables, and as grey dots where a chart has dots."
+        f"multipliers among those that were not tuned. The {rest} stand in the tables, and as grey dots where a chart "
+        "has dots."
     )
 
 

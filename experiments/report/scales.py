@@ -9,7 +9,7 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from trainpilot.experiments.report.numbers import si
+from trainpilot.experiments.report.numbers import SPACE, si
 
 STEPS = (1, 1.5, 2, 3, 5, 7)
 """Where the ticks of a logarithmic axis stand within a decade, as far as there is room."""
@@ -73,10 +73,10 @@ def counted(value: float) -> str:
 
 def measured(unit: str) -> Form:
     """Return the form of an axis in `unit`."""
-    return lambda value: f"0 {unit}" if value == 0 else _short(si(value, unit))
+    return lambda value: f"0{SPACE}{unit}" if value == 0 else _short(si(value, unit))
 
 
 def _short(text: str) -> str:
     """Drop the zeros that an axis does not need: `50.0 k` is `50 k`."""
-    number, _, unit = text.partition(" ")
-    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".strip()
+    number, _, unit = text.partition(SPACE)
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number}{SPACE}{unit}".strip()

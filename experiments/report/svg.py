@@ -99,7 +99,7 @@ def _tidy(root: ElementTree.Element, name: str, hover: Mapping[str, str]) -> Non
             if _local(child.tag) in ("metadata", "style"):
                 parent.remove(child)
     wanted = _referenced(root)
-    for element in root.iter():
+    for element in list(root.iter()):
         element.tag = _local(element.tag)
         element.text = element.text if element.tag in ("text", "tspan") else None
         element.tail = None
@@ -108,9 +108,9 @@ def _tidy(root: ElementTree.Element, name: str, hover: Mapping[str, str]) -> Non
         if identity in wanted:
             element.set("id", f"{name}-{identity}")
         if identity in hover:
-            ElementTree.SubElement(element, "title").text = hover[identity]
-            element.insert(0, element[-1])
-            del element[-1]
+            title = ElementTree.Element("title")
+            title.text = hover[identity]
+            element.insert(0, title)
 
 
 def _value(key: str, value: str, name: str) -> str:

@@ -28,6 +28,11 @@ BASELINE_NAMES = {
     "tuned": "tuned static",
     "tuned_with_sweep": "tuned, sweep paid",
 }
+AGAINST = {
+    "tuned": "against the tuned static",
+    "tuned_with_sweep": "the same with its search paid for",
+    "untuned": "against the untuned default",
+}
 
 
 def headline_table(material: Material) -> Table:
@@ -75,13 +80,13 @@ def glance(material: Material, subject: str) -> Table:
     columns = (*(Column(name=AXIS_NAMES[axis]) for axis in AXES), Column(name="better on, in tokens"))
     lines = tuple(
         Line(
-            name=f"against the {BASELINE_NAMES[b]}",
+            name=name,
             cells=(
                 *(multiplier(material.multiplier(subject, b, a), _why_no_multiplier(material, b, a), of) for a in AXES),
                 sign_test(found.sign_tests.get(b, {}).get("tokens") if found else None),
             ),
         )
-        for b in ("tuned", "tuned_with_sweep", "untuned")
+        for b, name in AGAINST.items()
     )
     return Table(corner=f"multiplier of {material.title(subject)}", columns=columns, groups=(("", lines),))
 
@@ -139,6 +144,7 @@ def case_tables(material: Material) -> list[Fold]:
             ),
         )
         for case in material.case_names
+        if material.judged_on(case)
     ]
 
 
@@ -169,8 +175,7 @@ def _case_line(material: Material, case: str, name: str) -> Line:
 
 def _to_target(found: CaseFigures, estimate: Estimate, unit: str) -> Cell:
     reached = f"{found.to_target.n_reached} of {count(found.to_target.n_runs, 'seed')} reached it"
-    cell = quantity(estimate, unit, reached if found.to_target.n_runs else "there is no target")
-    return Cell(text=cell.text, interval=cell.interval, title=reached)
+    return Cell(text=quantity(estimate, unit, reached).text, title=reached)
 
 
 def front_table(material: Material) -> Table | None:

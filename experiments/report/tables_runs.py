@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trainpilot.agents.flat_settings import flatten, text
@@ -11,7 +12,7 @@ from trainpilot.experiments.compare.records import Role, Row, RunResult
 from trainpilot.experiments.measuring.figures import AXES
 from trainpilot.experiments.report.material import Material
 from trainpilot.experiments.report.numbers import Cell, count, dash, listed, nats, percent, rate, si
-from trainpilot.experiments.report.table import Column, Fold, Line, Table
+from trainpilot.experiments.report.table import Column, Line, Table
 from trainpilot.experiments.report.tables import AXIS_NAMES, AXIS_UNITS
 from trainpilot.llm_runtime.run_config import RunConfig
 
@@ -87,7 +88,7 @@ def _case_line(material: Material, case: Case) -> Line:
     sizes = [run.n_parameters for name in material.notes for run in material.runs(case.name, name)]
     return Line(
         name=case.name,
-        title=config.model,
+        title=Path(config.model).name,
         cells=(
             Cell(text=case.architecture),
             Cell(text=si(sizes[0])) if sizes else dash("there was no run"),
@@ -172,19 +173,14 @@ def edges(material: Material) -> list[str]:
     ]
 
 
-def run_files(material: Material) -> list[Fold]:
-    """Return which file holds which judged run, case by case."""
-    return [
-        Fold(
-            summary=case,
-            table=Table(
-                corner="method",
-                columns=(Column(name="files in runs/, by seed", wraps=True),),
-                groups=(("", tuple(_files_line(material, case, name) for name in material.notes)),),
-            ),
-        )
+def run_files(material: Material) -> Table:
+    """Return which file holds which judged run."""
+    groups = tuple(
+        (case, tuple(_files_line(material, case, name) for name in material.judged_on(case)))
         for case in material.case_names
-    ]
+        if material.judged_on(case)
+    )
+    return Table(corner="method", columns=(Column(name="files in runs/, by seed", wraps=True),), groups=groups)
 
 
 def _files_line(material: Material, case: str, name: str) -> Line:

@@ -1,0 +1,463 @@
+"""The whole command on tiny cases: runs once, goes on where it was, reports what went wrong, refuses in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_workers import FakeWorkers
+from live_runs import GPT2, LLAMA, text_by_rule
+from made_runs import Bowl, Run, made_table
+from rich.console import Console
+
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.experiments import cli
+from trainpilot.experiments.compare import command, costs
+from trainpilot.experiments.compare.comparison import Comparison
+from trainpilot.experiments.compare.execute import execute, failed
+from trainpilot.experiments.compare.methods import DEFAULT_METHODS
+from trainpilot.experiments.compare.records import RunResult, RunSpec
+from trainpilot.experiments.compare.store import run_key
+from trainpilot.experiments.options import CompareOptions
+from trainpilot.llm_runtime.cost_table import CostTable
+from trainpilot.llm_runtime.energy import NoMeter
+from trainpilot.llm_runtime.run_config import RunConfig
+
+TINY: dict[str, Any] = {
+    "tokens": 1_280,
+    "batch_size": 2,
+    "sequence_length": 16,
+    "decisions": 5,
+    "base_learning_rate": 1e-2,
+    "device": "cpu",
+}
+"""Forty steps."""
+
+
+def train(spec: RunSpec) -> RunResult:
+    """Carry a run out here."""
+    return execute(spec, run_key(spec), meter=NoMeter("a test"))
+
+
+@dataclass
+class Tool:
+    """The command, with workers that run in this process and cost tables that nobody measures."""
+
+    folder: Path
+    patch: pytest.MonkeyPatch
+    run: Run = train
+    workers: list[FakeWorkers] = field(default_factory=list)
+    measured: list[RunConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.patch.setattr(command, "Workers", self._workers)
+        self.patch.setattr(costs, "measure_cost_table", self._table)
+        self.patch.setattr(sys, "argv", ["trainpilot", "compare"])
+        self.cases()
+
+    def _workers(self, jobs: int, threads: int) -> FakeWorkers:
+        self.workers.append(FakeWorkers(self.run, jobs))
+        return self.workers[-1]
+
+    def _table(self, config: RunConfig, **_: Any) -> CostTable:
+        self.measured.append(config)
+        return made_table(config=config, per_row=0.5)
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Every kept run, and when it was written."""
+        return {path.stem: path.stat().st_mtime_ns for path in (self.out / "runs").glob("*.json")}
+
+    @property
+    def started(self) -> list[RunSpec]:
+        """The runs that the last call started."""
+        return self.workers[-1].started
+
+    def cases(self, **changes: Any) -> None:
+        """Write the file of cases: one tiny model, unless `cases` lists others."""
+        text = self.folder / "text.txt"
+        text.write_text(text_by_rule(8_192), encoding="utf-8")
+        usual = {"cases": [{"name": "tiny", "model": LLAMA}]}
+        content = usual | {"cases": changes.pop("cases")} if "cases" in changes else usual
+        common = TINY | {"text": str(text)} | changes
+        self.file.write_text(json.dumps({"common": common, **content}), encoding="utf-8")
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "cases.json"
+
+    def compare(self, methods: str = "cosine,linear", *, seeds: int = 1, jobs: int = 1, **options: Any) -> str:
+        """Call the command and return what it said."""
+        said = io.StringIO()
+        chosen = CompareOptions(
+            out=self.out, cases=str(self.file), methods=methods, seeds=seeds, jobs=jobs, **{"tensorboard": False} | options
+        )
+        command.compare(chosen, Console(file=said, width=200))
+        return said.getvalue()
+
+    def comparison(self) -> Comparison:
+        return Comparison.from_json(json.loads((self.out / "comparison.json").read_text()))
+
+    def figures(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.out / "figures.json").read_text())
+        return found
+
+    def on_case(self, method: str) -> dict[str, Any]:
+        """Return the figures of a method on the only case."""
+        [found] = [one for one in self.figures()["cases"] if one["method"] == method]
+        return dict(found)
+
+
+MakeTool = Callable[..., Tool]
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    return Tool(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """Return the command on made-up losses."""
+    made = Tool(tmp_path, monkeypatch, run=Bowl())
+    made.cases(tokens=12_800, batch_size=8, decisions=10, base_learning_rate=1e-3)
+    return made
+
+
+# From beginning to end
+
+
+def test_a_comparison_runs_and_reports(tool: Tool) -> None:
+    said = tool.compare()
+
+    assert "1 cases x 2 methods x 1 seeds: about 9 runs, about" in said
+    assert f"report: {tool.out / 'report.html'}" in said
+    for name in ("report.html", "comparison.json", "figures.json", "per_case.csv", "methods.csv", "runs.csv"):
+        assert (tool.out / name).stat().st_size > 0
+    comparison = tool.comparison()
+    assert [(row.method, row.role, row.budget) for row in comparison.rows] == [
+        *(("cosine", "curve", budget) for budget in (0.25, 0.5, 2.0, 4.0)),
+        ("cosine", "method", 1.0),
+        ("linear", "method", 1.0),
+    ]
+    assert {row.key for row in comparison.rows} == set(tool.files)
+    assert [note.name for note in comparison.methods] == ["cosine", "linear"]
+    assert comparison.provenance["command"] == "trainpilot compare"
+    assert comparison.provenance["jobs"] == 1
+
+
+def test_the_same_command_again_runs_nothing_and_measures_nothing(tool: Tool) -> None:
+    tool.compare()
+    before, rows = tool.files, tool.comparison().rows
+    tool.measured.clear()
+    tool.compare()
+
+    assert tool.started == []
+    assert tool.measured == []
+    assert tool.files == before
+    assert tool.comparison().rows == rows
+
+
+def test_with_another_method_and_another_seed_only_what_is_missing_is_run(tool: Tool) -> None:
+    tool.compare("cosine,linear")
+    before = tool.files
+    tool.compare("linear,cosine,wsd")
+
+    assert [(spec.config.schedule, spec.config.seed) for spec in tool.started] == [("wsd", 0)]
+    assert {key: tool.files[key] for key in before} == before
+
+    before = tool.files
+    tool.compare("linear,wsd", seeds=2)
+    assert [(spec.config.schedule, spec.config.seed) for spec in tool.started] == [("linear", 1), ("wsd", 1)]
+    assert {key: tool.files[key] for key in before} == before
+    assert {row.method for row in tool.comparison().rows} == {"linear", "wsd"}  # of what was asked for
+
+
+def test_killed_half_way_it_goes_on_with_the_same_losses(tool: Tool) -> None:
+    tool.compare()
+    whole = {path.stem: json.loads(path.read_text()) for path in (tool.out / "runs").iterdir()}
+    lost, damaged, *kept = sorted(whole)
+    (tool.out / "runs" / f"{lost}.json").unlink()
+    (tool.out / "runs" / f"{damaged}.json").write_text("{")
+    before = tool.files
+    tool.compare()
+
+    assert {run_key(spec) for spec in tool.started} == {lost, damaged}
+    assert {key: tool.files[key] for key in kept} == {key: before[key] for key in kept}
+    for key in (lost, damaged):
+        again = json.loads((tool.out / "runs" / f"{key}.json").read_text())
+        for name in ("final_validation_loss", "final_test_loss", "spec"):
+            assert again[name] == whole[key][name]
+        assert again["intervals"]["train_loss"] == whole[key]["intervals"]["train_loss"]
+
+
+def test_it_may_be_interrupted(tool: Tool) -> None:
+    class Interrupted(FakeWorkers):
+        def finished(self) -> list[RunResult]:
+            if len(self.started) == 3:
+                raise KeyboardInterrupt
+            return super().finished()
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command, "Workers", lambda jobs, threads: Interrupted(train, jobs))
+        tool.compare()
+    before = tool.files
+    assert len(before) == 2
+
+    tool.compare()
+    assert len(tool.started) == 4
+    assert {key: tool.files[key] for key in before} == before
+
+
+def test_runs_are_found_again_when_the_cache_of_models_has_moved(tool: Tool, tmp_path: Path) -> None:
+    tool.compare()
+    tool.patch.setenv("TRAINPILOT_CACHE", str(tmp_path / "elsewhere"))
+    tool.compare()
+
+    assert tool.started == []
+    assert tool.on_case("linear")["time_s"]["value"] is not None  # its cost table is found, too
+
+
+def test_two_cases_come_one_after_the_other(tool: Tool) -> None:
+    tool.cases(cases=[{"name": "a", "model": LLAMA}, {"name": "b", "model": GPT2, "tokens": 960}])
+    tool.compare("linear,wsd", jobs=2)
+
+    assert [spec.config.tokens for spec in tool.started] == [1_280, 1_280, 960, 960]
+    assert {(row.case, row.method) for row in tool.comparison().rows} == {
+        (case, method) for case in "ab" for method in ("linear", "wsd")
+    }
+
+
+def test_a_policy_and_its_open_loop(tool: Tool) -> None:
+    n_choices = sum(len(field.choices) for field in ACTION_FIELDS)
+    weights = {
+        "action.weight": np.zeros((n_choices, N_STACK * len(OBSERVATION_FIELDS)), np.float32),
+        "action.bias": np.zeros(n_choices, np.float32),
+    }
+    path = tool.folder / "agent" / "policy.safetensors"
+    path.parent.mkdir()
+    PolicyBundle(weights, {"decisions": 5, "training_cost": {"energy_j": 100.0}}).save(path)
+    names = [f"policy:{path}", f"policy:{path}@quality=0.5,time=0.5", f"open-loop:{path}", "cosine"]
+    tool.compare(",".join(names))
+    before = tool.files
+
+    judged = [row.method for row in tool.comparison().rows if row.role == "method"]
+    assert sorted(judged) == sorted(names)
+    assert all(tool.on_case(name)["validation_loss"]["value"] is not None for name in names)
+    policy = next(spec for spec in tool.started if spec.steering.kind == "policy")
+    assert json.loads((tool.out / "runs" / f"{run_key(policy)}.json").read_text())["intervals"]["probe_sequences"][0] > 0
+
+    path.rename(path.parent / "moved.safetensors")
+    tool.compare(",".join(name.replace("policy.safetensors", "moved.safetensors") for name in names))
+    assert tool.started == []
+    assert tool.files == before
+
+
+# With made-up losses: all methods
+
+
+def test_every_method_that_needs_no_file_gets_into_the_report(made: Tool) -> None:
+    said = made.compare("default,nsga2,tuned-tpe,tuned-halving", seeds=2, tensorboard=True)
+    comparison = made.comparison()
+    judged = {row.method for row in comparison.rows if row.role == "method"}
+
+    assert {*DEFAULT_METHODS, "tuned-tpe", "tuned-halving", "nsga2-1"} <= judged
+    assert judged <= {note.name for note in comparison.methods}
+    assert {baseline.axis for baseline in comparison.baselines["tiny"]} == {"tokens", "time_s", "energy_j"}
+    assert {one["method"] for one in made.figures()["cases"]} == judged
+    assert "tuned static" in (made.out / "report.html").read_text()
+    assert any((made.out / "tensorboard").iterdir())
+    assert len(made.measured) == 9  # every size of the model
+    assert "report:" in said
+
+    multipliers = made.on_case("check-budget")["multipliers"]["tuned"]["tokens"]
+    assert multipliers["value"] == pytest.approx(1.25, rel=0.01)
+    assert made.on_case("check-self")["multipliers"]["tuned"]["tokens"]["value"] == pytest.approx(1.0, rel=0.01)
+
+    made.compare("default,nsga2,tuned-tpe,tuned-halving", seeds=2)
+    assert made.started == []
+    assert made.comparison().rows == comparison.rows
+
+
+def test_the_number_of_runs_side_by_side_changes_nothing(made: Tool) -> None:
+    made.compare("cosine,tuned,check-rate")
+    alone = made.comparison()
+    (made.out / "runs").rename(made.folder / "before")
+    made.compare("cosine,tuned,check-rate", jobs=7)
+
+    assert replace(made.comparison(), provenance={}) == replace(alone, provenance={})
+
+
+def test_a_report_is_written_from_the_runs_that_are_there(made: Tool) -> None:
+    made.compare("cosine,tuned")
+    rows = made.comparison().rows
+    calls = len(made.workers)
+    key = next(row.key for row in rows if row.method == "tuned" and row.role == "curve" and row.budget == 2.0)
+    (made.out / "runs" / f"{key}.json").unlink()
+    made.compare("cosine,tuned,linear", report_only=True)
+
+    assert len(made.workers) == calls  # nobody to run anything
+    there = made.comparison().rows
+    assert set(there) < set(rows)
+    assert {"cosine", "tuned"} == {row.method for row in there if row.role == "method"}
+    assert (made.out / "report.html").is_file()
+
+
+# What goes wrong on the way
+
+
+def test_a_default_that_diverges_still_gives_a_report(tool: Tool) -> None:
+    tool.cases(base_learning_rate=1e30)
+    tool.compare("cosine,linear,schedule-free")
+
+    figures = tool.on_case("cosine")
+    assert (figures["n_runs"], figures["n_diverged"], figures["n_failed"]) == (1, 1, 0)
+    assert figures["validation_loss"]["value"] is None
+    assert tool.on_case("schedule-free")["n_diverged"] == 0
+    assert (tool.out / "report.html").is_file()
+    tool.compare("cosine,linear,schedule-free")
+    assert tool.started == []
+
+
+def test_a_search_in_which_everything_diverges_warns_and_reports(made: Tool) -> None:
+    made.run = Bowl(diverges_from=0.0)
+    said = made.compare("cosine,tuned,tuned-linear,check-self")
+
+    assert "tiny: every setting of the sweep diverged or failed; there is no baseline" in said
+    assert made.comparison().baselines == {}
+    assert (made.out / "report.html").is_file()
+
+
+def test_a_target_that_is_never_reached(tool: Tool) -> None:
+    tool.cases(cases=[{"name": "tiny", "model": LLAMA, "target_loss": 1e-3}])
+    tool.compare()
+
+    figures = tool.on_case("linear")
+    assert (figures["to_target"]["n_reached"], figures["to_target"]["n_runs"]) == (0, 1)
+    assert tool.figures()["targets"] == {"tiny": 1e-3}
+    assert (tool.out / "report.html").is_file()
+
+
+def test_a_failed_run_is_reported_and_tried_again(made: Tool) -> None:
+    def run(spec: RunSpec) -> RunResult:
+        if spec.config.schedule == "wsd":
+            return failed(spec, run_key(spec), "RuntimeError: no memory [/here] [enforce]")
+        return Bowl()(spec)
+
+    made.run = run
+    said = made.compare("cosine,wsd", seeds=2)
+    assert (made.on_case("wsd")["n_runs"], made.on_case("wsd")["n_failed"]) == (2, 2)
+    assert "no memory [/here] [enforce]" in (made.out / "report.html").read_text()
+    assert "report:" in said
+
+    made.run = Bowl()
+    made.compare("cosine,wsd", seeds=2)
+    assert [(spec.config.schedule, spec.config.seed) for spec in made.started] == [("wsd", 0), ("wsd", 1)]
+    assert made.on_case("wsd")["n_failed"] == 0
+
+
+# Beforehand
+
+
+def test_a_plan_runs_nothing_and_its_cost_tables_are_kept(tool: Tool) -> None:
+    said = tool.compare(plan=True)
+
+    assert "about 9 runs" in said
+    assert tool.workers == []
+    assert {path.name for path in tool.out.iterdir()} == {"costs"}
+    assert len(tool.measured) == 1
+    tool.compare(plan=True)
+    assert len(tool.measured) == 1
+
+
+def test_a_damaged_cost_table_is_measured_again(tool: Tool) -> None:
+    tool.compare(plan=True)
+    [path] = (tool.out / "costs").iterdir()
+    whole = path.read_text()
+    for content in ("", "[]", '{"rows": 1}', whole[:99]):
+        path.write_text(content)
+        tool.measured.clear()
+        tool.compare(plan=True)
+        assert len(tool.measured) == 1
+        assert path.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": "cosine,flying"}, "methods must be among constant"),
+        ({"methods": "policy:nowhere"}, "policy: no file nowhere"),
+        ({"cases": "nowhere"}, "cases must be one of quick, test, train or a YAML file, got 'nowhere'"),
+        ({"cases": "broken.json"}, "cases: broken.json is not readable JSON"),
+        ({"cases": "unknown.json"}, "'colour' is unknown"),
+        ({"cases": "no-text.json"}, "nowhere.txt"),
+        ({"cases": "no-model.json"}, "model"),
+        ({"cases": "short.json", "methods": "cosine,tuned-wsd,nsga2"}, "case a: tokens must give a search sixteen steps"),
+        ({"seeds": "0"}, "seeds must be at least 1, got 0"),
+        ({"seeds": "many"}, "seeds"),
+        ({"jobs": "-1"}, "jobs must be at least 0, got -1"),
+        ({"threads": "0"}, "threads must be at least 1, got 0"),
+        ({"out": "a-file"}, "out must be a folder, got the file a-file"),
+        ({"out": "a-file/out"}, "Not a directory"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tool: Tool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    message: str,
+) -> None:
+    tool.cases(text="text.txt")
+    files = {
+        "a-file": "in the way",
+        "broken.json": "{",
+        "unknown.json": '{"cases": [{"name": "a", "colour": "red"}]}',
+        "no-text.json": '{"cases": [{"name": "a", "text": "nowhere.txt"}]}',
+        "no-model.json": '{"cases": [{"name": "a", "text": "text.txt", "model": "nobody/nothing"}]}',
+        "short.json": json.dumps({"cases": [{**TINY, "name": "a", "text": "text.txt", "batch_size": 3, "tokens": 480}]}),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    before = sorted(tmp_path.iterdir())
+    options = {"cases": "cases.json", "methods": "linear", "out": "out"} | changes
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["trainpilot", "compare", *(part for name, value in options.items() for part in (f"--{name}", value))]
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("trainpilot: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert tool.workers == []
+
+
+def test_it_runs_through_the_command_line(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--cases", str(tool.file), "--methods", "linear", "--seeds", "1", "--jobs", "1", "--out", str(tool.out)]
+    monkeypatch.setattr(sys, "argv", ["trainpilot", "compare", *arguments, "--no-tensorboard"])
+    cli.main()
+
+    assert "report:" in capsys.readouterr().out
+    assert tool.comparison().provenance["command"] == " ".join(["trainpilot", "compare", *arguments, "--no-tensorboard"])

@@ -1,0 +1,323 @@
+"""Methods by name: what each one runs, which files it needs, and what cannot be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_runs import CASE, CONFIG, made_bench, made_interval, made_result, with_config
+
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.experiments.compare.baseline import CHECKS, PER_SCHEDULE
+from trainpilot.experiments.compare.direct import direct_program, open_loop_program
+from trainpilot.experiments.compare.methods import (
+    COST_NOTES,
+    DEFAULT_METHODS,
+    OPTIONAL,
+    SEARCHED,
+    SIMPLE,
+    choose_methods,
+    known_methods,
+    open_loop_note,
+    policy_method,
+    rests_on_search,
+)
+from trainpilot.experiments.compare.records import RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.store import run_key
+from trainpilot.experiments.compare.workers import Workers
+
+N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)
+N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
+
+
+def bundle(path: Path, weight: float = 0.0, **provenance: Any) -> str:
+    """Write a policy of ten decisions and return its path."""
+    weights = {
+        "action.weight": np.full((N_CHOICES, N_INPUTS), weight, np.float32),
+        "action.bias": np.zeros(N_CHOICES, np.float32),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PolicyBundle(weights, {"decisions": 10} | provenance).save(path)
+    return str(path)
+
+
+# Names
+
+
+def test_default_is_everything_that_needs_no_file_and_no_second_search() -> None:
+    chosen = choose_methods("default")
+
+    assert chosen.names == DEFAULT_METHODS == (*SIMPLE, *SEARCHED)
+    assert [method.note.name for method in chosen.direct] == list(SIMPLE)
+    assert chosen.searched == tuple(SEARCHED)
+    assert chosen.optional == chosen.open_loop == ()
+    assert not chosen.varies_size
+
+
+def test_names_are_taken_in_their_order_with_spaces_and_empty_places(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "agent" / "policy.safetensors")
+    chosen = choose_methods(f" tuned-tpe,  seesaw ,,policy:{path}, tuned-wsd,open-loop:{path},nsga2,")
+
+    names = ("tuned-tpe", "seesaw", f"policy:{path}", "tuned-wsd", f"open-loop:{path}", "nsga2")
+    assert chosen.names == names
+    assert [method.note.name for method in chosen.direct] == ["seesaw", f"policy:{path}"]
+    assert chosen.searched == ("tuned-wsd",)
+    assert chosen.optional == ("tuned-tpe", "nsga2")
+    assert chosen.varies_size
+    assert [note.name for _, note in chosen.open_loop] == [f"open-loop:{path}"]
+    assert [note.name for note in chosen.notes(())] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cosine,flying", "methods must be among constant, cosine, .*; got 'flying'"),
+        ("Cosine", "got 'Cosine'"),
+        ("policy", "got 'policy'"),
+        ("open-loop", "got 'open-loop'"),
+        ("tuned-time", "got 'tuned-time'"),  # appears by itself
+        ("nsga2-1", "got 'nsga2-1'"),
+        ("cosine,linear,cosine", "methods must be named once each, got 'cosine' twice"),
+        ("default,tuned", "methods must be named once each, got 'tuned' twice"),
+        ("", "methods must name at least one method, got none"),
+        (" , ,", "methods must name at least one method, got none"),
+        ("policy:", "methods: 'policy:' must name a bundle, as in policy:"),
+        ("policy:@quality=1", "must name a bundle"),
+        ("policy:nowhere.safetensors", "policy: no file nowhere.safetensors"),
+        ("open-loop:nowhere.safetensors", "policy: no file nowhere.safetensors"),
+        ("quality=1", "got 'quality=1'"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        choose_methods(text)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_the_help_names_every_method() -> None:
+    with pytest.raises(ValueError) as caught:
+        choose_methods("flying")
+
+    assert all(name in str(caught.value) for name in known_methods())
+
+
+def test_every_method_has_a_note_of_its_own() -> None:
+    notes = [*(method.note for method in SIMPLE.values()), *SEARCHED.values(), *OPTIONAL.values(), *COST_NOTES.values()]
+
+    assert len({note.name for note in notes}) == len({note.title for note in notes}) == len(notes)
+    assert all(note.description.endswith(".") for note in notes)
+    assert {note.kind for note in notes} == {"untuned", "tuned", "heuristic", "tuning-free", "check"}
+    assert {note.name for note in notes if note.kind == "check"} == set(CHECKS)
+
+
+def test_which_methods_rest_on_the_search() -> None:
+    assert all(rests_on_search(["cosine", name]) for name in ("tuned", *PER_SCHEDULE, *CHECKS))
+    assert set(SEARCHED) == {"tuned", *PER_SCHEDULE, *CHECKS}
+    assert not rests_on_search([*SIMPLE, *OPTIONAL, "policy:x"])
+
+
+def test_methods_that_appear_by_themselves_get_their_notes() -> None:
+    chosen = choose_methods("check-self,nsga2")
+    notes = chosen.notes({"check-self", "tuned", "tuned-energy", "nsga2", "nsga2-2", "nsga2-1"})
+
+    assert [note.name for note in notes] == ["check-self", "nsga2", "tuned", "tuned-energy", "nsga2-1", "nsga2-2"]
+    assert [(note.title, note.family, note.kind) for note in notes[-2:]] == [
+        ("NSGA-II 1", "nsga2", "tuned"),
+        ("NSGA-II 2", "nsga2", "tuned"),
+    ]
+
+
+# What each one runs
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("constant", {"schedule": "constant"}),
+        ("cosine", {"schedule": "cosine"}),
+        ("linear", {"schedule": "linear"}),
+        ("wsd", {"schedule": "wsd"}),
+        ("plateau", {"schedule": "constant"}),
+        ("schedule-free", {"schedule": "constant", "optimizer": "schedule-free", "base_learning_rate": 2.5e-3}),
+        ("prodigy", {"schedule": "cosine", "optimizer": "prodigy", "base_learning_rate": 1.0}),
+        ("noise-batch", {"schedule": "linear", "decisions": 20}),
+        ("seesaw", {"schedule": "constant", "decisions": 20}),
+        ("gradual-pruning", {"schedule": "linear", "pruning": "magnitude"}),
+        ("random", {"schedule": "linear"}),
+    ],
+)
+def test_a_method_changes_of_the_case_what_it_is_about_and_nothing_else(name: str, changes: dict[str, Any]) -> None:
+    case = with_config(tokens=25_600, decisions=50)
+    spec = SIMPLE[name].spec(case, 3)
+
+    assert spec.config == replace(case.config, seed=3, **changes)
+
+
+def test_there_is_no_method_that_the_test_above_leaves_out() -> None:
+    [marks] = test_a_method_changes_of_the_case_what_it_is_about_and_nothing_else.pytestmark  # type: ignore[attr-defined]
+    assert [name for name, _ in marks.args[1]] == list(SIMPLE)
+
+
+@pytest.mark.parametrize("name", ["noise-batch", "seesaw"])
+def test_a_rule_for_the_batch_takes_no_more_decisions_than_the_case_has(name: str) -> None:
+    assert SIMPLE[name].spec(CASE, 0).config.decisions == 10
+
+
+def test_who_steers() -> None:
+    kinds = {name: method.steering.kind for name, method in SIMPLE.items()}
+    rules = {"plateau", "noise-batch", "seesaw", "gradual-pruning", "random"}
+
+    assert kinds == {name: name if name in rules else "keep" for name in SIMPLE}
+    assert not any(method.steering.probe for method in SIMPLE.values())
+    assert SIMPLE["plateau"].steering.evaluate_every == 2
+
+
+def test_direct_methods_run_with_every_judged_seed() -> None:
+    bench = made_bench(seeds=(0, 1, 5))
+    program = direct_program(bench, CASE, SIMPLE["wsd"])
+    wave = next(program)
+    with pytest.raises(StopIteration):
+        program.send([made_result(spec) for spec in wave])
+
+    assert [(row.case, row.method, row.role, row.seed) for row in bench.rows] == [
+        ("made", "wsd", "method", seed) for seed in (0, 1, 5)
+    ]
+    assert [row.key for row in bench.rows] == [run_key(spec) for spec in wave]
+
+
+# Policies
+
+
+def test_a_policy_is_its_file_and_its_preference(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "agent" / "policy.safetensors", decisions=5, training_cost={"energy_j": 7.5})
+    method = policy_method(f"policy:{path}@quality=1,energy=0,time=1")
+    spec = method.spec(with_config(schedule="wsd"), 2)
+
+    assert spec.config == replace(CONFIG, schedule="linear", decisions=5, seed=2)
+    assert spec.steering.kind == "policy"
+    assert spec.steering.probe
+    assert spec.steering.settings["path"] == path
+    assert spec.steering.settings["preference"] == "quality=0.5,energy=0,time=0.5"
+    assert method.note.title == "agent quality=0.5,energy=0,time=0.5"
+    assert method.note.training_energy_j == 7.5
+
+
+def test_a_policy_without_a_preference_has_the_usual_one(tmp_path: Path) -> None:
+    method = policy_method(f"policy:{bundle(tmp_path / 'agent' / 'policy.safetensors')}")
+
+    assert method.note.title == "agent"
+    assert method.note.training_energy_j is None
+    assert method.steering.settings["preference"] == "quality=0.7,energy=0.15,time=0.15"
+
+
+def test_a_preference_may_hold_commas(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors")
+    first, second = f"policy:{path}@quality=0.5,energy=0.5", f"policy:{path}@time = 1"
+    chosen = choose_methods(f"cosine,{first},{second},open-loop:{path}@quality=1, energy=1,linear")
+
+    assert chosen.names == ("cosine", first, second, f"open-loop:{path}@quality=1, energy=1", "linear")
+    assert {method.note.family for method in chosen.direct[2:]} == {f"policy {path}"}
+    with pytest.raises(ValueError, match="preference must look like"):
+        choose_methods(f"policy:{path}@fun=1,quality=1")
+
+
+def test_a_policy_is_known_by_its_content(tmp_path: Path) -> None:
+    here = bundle(tmp_path / "here" / "policy.safetensors")
+    there = bundle(tmp_path / "there" / "policy.safetensors")
+    other = bundle(tmp_path / "other" / "policy.safetensors", weight=1.0)
+    keys = [run_key(policy_method(f"policy:{path}").spec(CASE, 0)) for path in (here, there, other)]
+
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_policys_points_and_its_open_loop_are_one_family(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors", training_cost={"energy_j": None})
+    note = open_loop_note(f"open-loop:{path}")
+
+    assert note.family == policy_method(f"policy:{path}@quality=1").note.family
+    assert note.training_energy_j is None
+
+
+# The average schedule
+
+
+def played(program: Any, run: Any) -> list[list[RunSpec]]:
+    waves, results = [], None
+    try:
+        while True:
+            waves.append(next(program) if results is None else program.send(results))
+            results = [run(spec) for spec in waves[-1]]
+    except StopIteration:
+        return waves
+
+
+def closed_run(spec: RunSpec) -> RunResult:
+    """Return a run of two intervals: the rate doubles on the first seed and halves twice on the second."""
+    scale = {0: 2.0, 1: 0.25}[spec.config.seed]
+    intervals = tuple(
+        made_interval(spec.config, tokens=tokens, learning_rate_scale=scale**number, batch_size=8.0 * 2**number)
+        for number, tokens in enumerate((6_400, 12_800))
+    )
+    return made_result(spec, intervals=intervals)
+
+
+def test_the_open_loop_replays_the_average_of_the_closed_loops_on_every_case(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors", decisions=2)
+    cases = (CASE, replace(CASE, name="other", config=replace(CONFIG, base_learning_rate=5e-3)))
+    [(closed, note)] = choose_methods(f"open-loop:{path}").open_loop
+    bench = made_bench()
+    waves = played(open_loop_program(bench, cases, closed, note), closed_run)
+
+    assert waves[0] == [closed.spec(case, seed) for case in cases for seed in (0, 1)]
+    replayed = [spec for wave in waves[1:] for spec in wave]
+    assert {spec.steering.kind for spec in replayed} == {"open-loop"}
+    assert [spec.config for spec in replayed] == [spec.config for spec in waves[0]]
+    first, second = replayed[0].steering.settings["schedule"]
+    assert (first["share"], second["share"]) == (0.0, 0.5)
+    assert (first["learning_rate_scale"], second["learning_rate_scale"]) == pytest.approx((1.0, 0.5**0.5))
+    assert (first["batch_factor"], second["batch_factor"]) == pytest.approx((1.0, 2.0))
+    assert [(row.case, row.method, row.seed) for row in bench.rows] == [
+        (case, f"open-loop:{path}", seed) for case in ("made", "other") for seed in (0, 1)
+    ]
+    assert not replayed[0].steering.probe  # nobody looks
+
+
+def test_runs_without_a_loss_are_left_out_of_the_average(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors", decisions=2)
+    [(closed, note)] = choose_methods(f"open-loop:{path}").open_loop
+
+    def run(spec: RunSpec) -> RunResult:
+        result = closed_run(spec)
+        return result if spec.config.seed == 0 else replace(result, final_validation_loss=None, diverged=True)
+
+    waves = played(open_loop_program(made_bench(), (CASE,), closed, note), run)
+    _, second = waves[1][0].steering.settings["schedule"]
+    assert second["learning_rate_scale"] == 2.0
+
+
+def test_without_any_closed_loop_run_there_is_a_warning_and_no_rows(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors")
+    [(closed, note)] = choose_methods(f"open-loop:{path}").open_loop
+    warnings: list[str] = []
+    bench = made_bench(warnings=warnings)
+    waves = played(open_loop_program(bench, (CASE,), closed, note), lambda spec: made_result(spec, None))
+
+    assert len(waves) == 1
+    assert bench.rows == ()
+    assert warnings == [f"{note.name}: no closed-loop run ended with a finite loss; there is nothing to average"]
+
+
+def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
+    from trainpilot.experiments.compare.steerers import make_steerer
+
+    with pytest.raises(ValueError, match="steering must be one of keep, plateau, .*, got 'flying'"):
+        make_steerer(Steering(kind="flying"), None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        Workers(0, 1)

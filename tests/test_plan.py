@@ -1,0 +1,57 @@
+"""What a comparison will take is said beforehand, worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from made_runs import CASE, CONFIG, Bowl, drive, made_bench, made_table, with_config
+
+from trainpilot.experiments.compare.baseline import TunedStatic
+from trainpilot.experiments.compare.methods import DEFAULT_METHODS, OPTIONAL, OPTIONAL_RUNS
+from trainpilot.experiments.compare.plan import make_plan, runs_on_a_case, seconds_of_a_run
+from trainpilot.experiments.compare.records import cost_key
+
+TABLES = {cost_key(CONFIG): made_table(per_step=0.5, per_row=0.25)}
+"""A step of 8 sequences takes 2.5 s."""
+
+
+@pytest.mark.parametrize(
+    ("names", "runs"),
+    [
+        (["linear"], 3),
+        (["linear", "seesaw", "policy:x"], 9),
+        (["cosine"], 3 + 0.25 + 0.5 + 2 + 4),
+        (["tuned-halving"], 8 + 3),
+        (["nsga2", "linear"], 60 + 3 + 3),
+    ],
+)
+def test_runs_without_a_search_are_counted_exactly(names: list[str], runs: float) -> None:
+    assert runs_on_a_case(CASE, names, 3) == runs
+
+
+def test_seconds_come_from_the_cost_table() -> None:
+    assert seconds_of_a_run(CASE, TABLES) == 250  # 100 steps
+    assert seconds_of_a_run(with_config(batch_size=16), TABLES) == 50 * 4.5
+
+
+def test_a_plan_adds_up_the_cases_and_shares_them_among_the_jobs() -> None:
+    cases = [CASE, replace(CASE, name="other", config=replace(CONFIG, tokens=25_600))]
+    plan = make_plan(cases, ["linear", "wsd"], 2, TABLES, jobs=2)
+
+    assert plan.n_runs == 8
+    assert plan.time_s == (4 * 250 + 4 * 500) / 2
+
+
+def test_every_optional_search_says_what_it_takes() -> None:
+    assert set(OPTIONAL_RUNS) == set(OPTIONAL)
+
+
+def test_the_plan_of_the_search_is_about_what_it_takes() -> None:
+    names = [name for name in DEFAULT_METHODS if name.startswith(("tuned", "check"))]
+    bench = made_bench(made_table(per_step=0.0, per_row=1.0), seeds=(0, 1, 2))
+    _, waves = drive(TunedStatic(bench, CASE, names).program(), Bowl())
+    took = sum({spec.key(""): spec.config.tokens for wave in waves for spec in wave}.values()) / CONFIG.tokens
+
+    assert runs_on_a_case(CASE, names, 3) == pytest.approx(took, rel=0.25)
+    assert took > 100
