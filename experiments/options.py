@@ -116,8 +116,8 @@ class CompareOptions:
 
     Methods: constant, cosine (the untuned default), linear, wsd, plateau, schedule-free, prodigy, noise-batch, seesaw,
     gradual-pruning, random; tuned (the best static setting a search finds), tuned-linear, tuned-cosine, tuned-wsd,
-    tuned-constant, check-self, check-budget, check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE[@PREFERENCE] for
-    a bundle, open-loop:FILE for its average schedule without feedback.
+    tuned-constant, check-self, check-budget, check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE for a bundle,
+    policy:FILE@quality=0.5+energy=0.5 under that preference, open-loop:FILE for its average schedule without feedback.
 
     Try for instance:
 

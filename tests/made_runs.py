@@ -106,7 +106,7 @@ class Bowl:
         warmup = min(WARMUP_SHARES, key=lambda known: abs(known - share))
         return (
             1
-            + (config.tokens / CONFIG.tokens) ** -0.25
+            + math.pow(config.tokens / CONFIG.tokens, -0.25)
             + math.log10(config.base_learning_rate / self.learning_rate) ** 2
             + self.batch_weight * math.log2(config.batch_size / self.batch_size) ** 2
             + 0.05 * math.log2(warmup / self.warmup_share) ** 2
@@ -130,14 +130,20 @@ def drive(program: Generator[list[RunSpec], list[RunResult], T], run: Run) -> tu
 
 
 def made_table(
-    *, config: RunConfig = CONFIG, joules: bool = True, per_step: float = 1.0, per_row: float = 0.0
+    *,
+    config: RunConfig = CONFIG,
+    joules: bool = True,
+    per_step: float = 1.0,
+    per_row: float = 0.0,
+    precisions: Iterable[str] = ("fp32", "bf16"),
+    extras: Iterable[str] = ("schedule-free", "prodigy", "magnitude"),
 ) -> CostTable:
-    """Return a table of steps that take `per_step` + `per_row` x batch seconds, and as many joules; the rest is free."""
+    """Return a table where a step takes `per_step` + `per_row` x batch seconds and joules, and all else is free."""
 
     def cost(time_s: float) -> Cost:
         return Cost(time_s=time_s, energy_j=time_s if joules else None)
 
-    steps = [(precision, batch) for precision in ("fp32", "bf16") for batch in (1, 64)]
+    steps = [(precision, batch) for precision in precisions for batch in (1, 64)]
     rows = [
         CostRow(kind="step", precision=precision, batch_size=batch, cost=cost(per_step + per_row * batch))
         for precision, batch in steps
@@ -150,7 +156,7 @@ def made_table(
         energy_source="estimated" if joules else None,
         rows=tuple(rows),
         probe_overhead=cost(0.0),
-        extras={name: cost(0.0) for name in ("schedule-free", "prodigy", "magnitude")},
+        extras={name: cost(0.0) for name in extras},
         rounds=4,
         spread=1.0,
     )

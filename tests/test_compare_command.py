@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,16 @@ from trainpilot.llm_runtime.cost_table import CostTable
 from trainpilot.llm_runtime.energy import NoMeter
 from trainpilot.llm_runtime.run_config import RunConfig
 
-TINY: dict[str, Any] = {
-    "tokens": 1_280,
-    "batch_size": 2,
+COMMON: dict[str, Any] = {
+    "tokens": 12_800,
+    "batch_size": 8,
     "sequence_length": 16,
-    "decisions": 5,
-    "base_learning_rate": 1e-2,
+    "decisions": 10,
+    "base_learning_rate": 1e-3,
     "device": "cpu",
 }
-"""Forty steps."""
+SHORT: dict[str, Any] = {"tokens": 640, "batch_size": 2, "decisions": 5, "base_learning_rate": 1e-2}
+"""Twenty steps, for runs that are really trained."""
 
 
 def train(spec: RunSpec) -> RunResult:
@@ -55,7 +55,7 @@ class Tool:
 
     folder: Path
     patch: pytest.MonkeyPatch
-    run: Run = train
+    run: Run = field(default_factory=Bowl)
     workers: list[FakeWorkers] = field(default_factory=list)
     measured: list[RunConfig] = field(default_factory=list)
 
@@ -69,9 +69,10 @@ class Tool:
         self.workers.append(FakeWorkers(self.run, jobs))
         return self.workers[-1]
 
-    def _table(self, config: RunConfig, **_: Any) -> CostTable:
+    def _table(self, config: RunConfig, **asked: Any) -> CostTable:
         self.measured.append(config)
-        return made_table(config=config, per_row=0.5)
+        extras = (*asked["optimizers"], *asked["prunings"])
+        return made_table(config=config, per_row=0.5, precisions=asked["precisions"], extras=extras)
 
     @property
     def out(self) -> Path:
@@ -93,7 +94,7 @@ class Tool:
         text.write_text(text_by_rule(8_192), encoding="utf-8")
         usual = {"cases": [{"name": "tiny", "model": LLAMA}]}
         content = usual | {"cases": changes.pop("cases")} if "cases" in changes else usual
-        common = TINY | {"text": str(text)} | changes
+        common = COMMON | {"text": str(text)} | changes
         self.file.write_text(json.dumps({"common": common, **content}), encoding="utf-8")
 
     @property
@@ -104,7 +105,12 @@ class Tool:
         """Call the command and return what it said."""
         said = io.StringIO()
         chosen = CompareOptions(
-            out=self.out, cases=str(self.file), methods=methods, seeds=seeds, jobs=jobs, **{"tensorboard": False} | options
+            out=self.out,
+            cases=str(self.file),
+            methods=methods,
+            seeds=seeds,
+            jobs=jobs,
+            **{"tensorboard": False} | options,
         )
         command.compare(chosen, Console(file=said, width=200))
         return said.getvalue()
@@ -122,20 +128,18 @@ class Tool:
         return dict(found)
 
 
-MakeTool = Callable[..., Tool]
-
-
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """Return the command on made-up losses."""
     return Tool(tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
-    """Return the command on made-up losses."""
-    made = Tool(tmp_path, monkeypatch, run=Bowl())
-    made.cases(tokens=12_800, batch_size=8, decisions=10, base_learning_rate=1e-3)
-    return made
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """Return the command on runs that are trained."""
+    real = Tool(tmp_path, monkeypatch, run=train)
+    real.cases(**SHORT)
+    return real
 
 
 # From beginning to end
@@ -187,22 +191,21 @@ def test_with_another_method_and_another_seed_only_what_is_missing_is_run(tool: 
     assert {row.method for row in tool.comparison().rows} == {"linear", "wsd"}  # of what was asked for
 
 
-def test_killed_half_way_it_goes_on_with_the_same_losses(tool: Tool) -> None:
-    tool.compare()
-    whole = {path.stem: json.loads(path.read_text()) for path in (tool.out / "runs").iterdir()}
-    lost, damaged, *kept = sorted(whole)
-    (tool.out / "runs" / f"{lost}.json").unlink()
-    (tool.out / "runs" / f"{damaged}.json").write_text("{")
-    before = tool.files
-    tool.compare()
+def test_killed_half_way_it_goes_on_with_the_same_losses(real: Tool) -> None:
+    real.compare("linear,wsd")
+    assert all(real.on_case(name)["validation_loss"]["value"] < 5.6 for name in ("linear", "wsd"))
+    lost, kept = sorted(real.files)
+    path, before = real.out / "runs" / f"{lost}.json", real.files
+    whole = json.loads(path.read_text())
+    path.unlink()
+    real.compare("linear,wsd")
 
-    assert {run_key(spec) for spec in tool.started} == {lost, damaged}
-    assert {key: tool.files[key] for key in kept} == {key: before[key] for key in kept}
-    for key in (lost, damaged):
-        again = json.loads((tool.out / "runs" / f"{key}.json").read_text())
-        for name in ("final_validation_loss", "final_test_loss", "spec"):
-            assert again[name] == whole[key][name]
-        assert again["intervals"]["train_loss"] == whole[key]["intervals"]["train_loss"]
+    assert [run_key(spec) for spec in real.started] == [lost]
+    assert real.files[kept] == before[kept]
+    again = json.loads(path.read_text())
+    for name in ("final_validation_loss", "final_test_loss", "spec"):
+        assert again[name] == whole[name]
+    assert again["intervals"]["train_loss"] == whole["intervals"]["train_loss"]
 
 
 def test_it_may_be_interrupted(tool: Tool) -> None:
@@ -212,9 +215,10 @@ def test_it_may_be_interrupted(tool: Tool) -> None:
                 raise KeyboardInterrupt
             return super().finished()
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(command, "Workers", lambda jobs, threads: Interrupted(train, jobs))
-        tool.compare()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "Workers", lambda jobs, threads: Interrupted(Bowl(), jobs))
+        with pytest.raises(KeyboardInterrupt):
+            tool.compare()
     before = tool.files
     assert len(before) == 2
 
@@ -233,113 +237,114 @@ def test_runs_are_found_again_when_the_cache_of_models_has_moved(tool: Tool, tmp
 
 
 def test_two_cases_come_one_after_the_other(tool: Tool) -> None:
-    tool.cases(cases=[{"name": "a", "model": LLAMA}, {"name": "b", "model": GPT2, "tokens": 960}])
+    tool.cases(cases=[{"name": "a", "model": LLAMA}, {"name": "b", "model": GPT2, "tokens": 9_600}])
     tool.compare("linear,wsd", jobs=2)
 
-    assert [spec.config.tokens for spec in tool.started] == [1_280, 1_280, 960, 960]
+    assert [spec.config.tokens for spec in tool.started] == [12_800, 12_800, 9_600, 9_600]
     assert {(row.case, row.method) for row in tool.comparison().rows} == {
         (case, method) for case in "ab" for method in ("linear", "wsd")
     }
 
 
-def test_a_policy_and_its_open_loop(tool: Tool) -> None:
+def test_a_policy_and_its_open_loop(real: Tool) -> None:
     n_choices = sum(len(field.choices) for field in ACTION_FIELDS)
     weights = {
         "action.weight": np.zeros((n_choices, N_STACK * len(OBSERVATION_FIELDS)), np.float32),
         "action.bias": np.zeros(n_choices, np.float32),
     }
-    path = tool.folder / "agent" / "policy.safetensors"
+    path = real.folder / "agent" / "policy.safetensors"
     path.parent.mkdir()
     PolicyBundle(weights, {"decisions": 5, "training_cost": {"energy_j": 100.0}}).save(path)
-    names = [f"policy:{path}", f"policy:{path}@quality=0.5,time=0.5", f"open-loop:{path}", "cosine"]
-    tool.compare(",".join(names))
-    before = tool.files
+    names = [f"policy:{path}@quality=0.5,time=0.5", f"open-loop:{path}@quality=0.5,time=0.5"]
+    real.compare(",".join(names))
+    before = real.files
 
-    judged = [row.method for row in tool.comparison().rows if row.role == "method"]
+    judged = [row.method for row in real.comparison().rows if row.role == "method"]
     assert sorted(judged) == sorted(names)
-    assert all(tool.on_case(name)["validation_loss"]["value"] is not None for name in names)
-    policy = next(spec for spec in tool.started if spec.steering.kind == "policy")
-    assert json.loads((tool.out / "runs" / f"{run_key(policy)}.json").read_text())["intervals"]["probe_sequences"][0] > 0
+    assert all(real.on_case(name)["validation_loss"]["value"] is not None for name in names)
+    policy = next(spec for spec in real.started if spec.steering.kind == "policy")
+    assert (
+        json.loads((real.out / "runs" / f"{run_key(policy)}.json").read_text())["intervals"]["probe_sequences"][0] > 0
+    )
 
     path.rename(path.parent / "moved.safetensors")
-    tool.compare(",".join(name.replace("policy.safetensors", "moved.safetensors") for name in names))
-    assert tool.started == []
-    assert tool.files == before
+    real.compare(",".join(name.replace("policy.safetensors", "moved.safetensors") for name in names))
+    assert real.started == []
+    assert real.files == before
 
 
-# With made-up losses: all methods
+# All methods
 
 
-def test_every_method_that_needs_no_file_gets_into_the_report(made: Tool) -> None:
-    said = made.compare("default,nsga2,tuned-tpe,tuned-halving", seeds=2, tensorboard=True)
-    comparison = made.comparison()
+def test_every_method_that_needs_no_file_gets_into_the_report(tool: Tool) -> None:
+    said = tool.compare("default,nsga2,tuned-tpe,tuned-halving", seeds=2, tensorboard=True)
+    comparison = tool.comparison()
     judged = {row.method for row in comparison.rows if row.role == "method"}
 
     assert {*DEFAULT_METHODS, "tuned-tpe", "tuned-halving", "nsga2-1"} <= judged
     assert judged <= {note.name for note in comparison.methods}
     assert {baseline.axis for baseline in comparison.baselines["tiny"]} == {"tokens", "time_s", "energy_j"}
-    assert {one["method"] for one in made.figures()["cases"]} == judged
-    assert "tuned static" in (made.out / "report.html").read_text()
-    assert any((made.out / "tensorboard").iterdir())
-    assert len(made.measured) == 9  # every size of the model
+    assert {one["method"] for one in tool.figures()["cases"]} == judged
+    assert "tuned static" in (tool.out / "report.html").read_text()
+    assert any((tool.out / "tensorboard").iterdir())
+    assert len(tool.measured) == 9  # every size of the model
     assert "report:" in said
 
-    multipliers = made.on_case("check-budget")["multipliers"]["tuned"]["tokens"]
+    multipliers = tool.on_case("check-budget")["multipliers"]["tuned"]["tokens"]
     assert multipliers["value"] == pytest.approx(1.25, rel=0.01)
-    assert made.on_case("check-self")["multipliers"]["tuned"]["tokens"]["value"] == pytest.approx(1.0, rel=0.01)
+    assert tool.on_case("check-self")["multipliers"]["tuned"]["tokens"]["value"] == pytest.approx(1.0, rel=0.01)
 
-    made.compare("default,nsga2,tuned-tpe,tuned-halving", seeds=2)
-    assert made.started == []
-    assert made.comparison().rows == comparison.rows
-
-
-def test_the_number_of_runs_side_by_side_changes_nothing(made: Tool) -> None:
-    made.compare("cosine,tuned,check-rate")
-    alone = made.comparison()
-    (made.out / "runs").rename(made.folder / "before")
-    made.compare("cosine,tuned,check-rate", jobs=7)
-
-    assert replace(made.comparison(), provenance={}) == replace(alone, provenance={})
+    tool.compare("default,nsga2,tuned-tpe,tuned-halving", seeds=2)
+    assert tool.started == []
+    assert tool.comparison().rows == comparison.rows
 
 
-def test_a_report_is_written_from_the_runs_that_are_there(made: Tool) -> None:
-    made.compare("cosine,tuned")
-    rows = made.comparison().rows
-    calls = len(made.workers)
+def test_the_number_of_runs_side_by_side_changes_nothing(tool: Tool) -> None:
+    tool.compare("cosine,tuned,check-rate")
+    alone = tool.comparison()
+    (tool.out / "runs").rename(tool.folder / "before")
+    tool.compare("cosine,tuned,check-rate", jobs=7)
+
+    assert replace(tool.comparison(), provenance={}) == replace(alone, provenance={})
+
+
+def test_a_report_is_written_from_the_runs_that_are_there(tool: Tool) -> None:
+    tool.compare("cosine,tuned")
+    rows = tool.comparison().rows
+    calls = len(tool.workers)
     key = next(row.key for row in rows if row.method == "tuned" and row.role == "curve" and row.budget == 2.0)
-    (made.out / "runs" / f"{key}.json").unlink()
-    made.compare("cosine,tuned,linear", report_only=True)
+    (tool.out / "runs" / f"{key}.json").unlink()
+    tool.compare("cosine,tuned,linear", report_only=True)
 
-    assert len(made.workers) == calls  # nobody to run anything
-    there = made.comparison().rows
+    assert len(tool.workers) == calls  # nobody to run anything
+    there = tool.comparison().rows
     assert set(there) < set(rows)
     assert {"cosine", "tuned"} == {row.method for row in there if row.role == "method"}
-    assert (made.out / "report.html").is_file()
+    assert (tool.out / "report.html").is_file()
 
 
 # What goes wrong on the way
 
 
-def test_a_default_that_diverges_still_gives_a_report(tool: Tool) -> None:
-    tool.cases(base_learning_rate=1e30)
-    tool.compare("cosine,linear,schedule-free")
+def test_a_default_that_diverges_still_gives_a_report(real: Tool) -> None:
+    real.cases(**SHORT | {"base_learning_rate": 1e30})
+    real.compare("cosine,linear")
 
-    figures = tool.on_case("cosine")
+    figures = real.on_case("cosine")
     assert (figures["n_runs"], figures["n_diverged"], figures["n_failed"]) == (1, 1, 0)
-    assert figures["validation_loss"]["value"] is None
-    assert tool.on_case("schedule-free")["n_diverged"] == 0
-    assert (tool.out / "report.html").is_file()
-    tool.compare("cosine,linear,schedule-free")
-    assert tool.started == []
+    assert figures["validation_loss"]["value"] > 5  # as before its training
+    assert (real.out / "report.html").is_file()
+    real.compare("cosine,linear")
+    assert real.started == []
 
 
-def test_a_search_in_which_everything_diverges_warns_and_reports(made: Tool) -> None:
-    made.run = Bowl(diverges_from=0.0)
-    said = made.compare("cosine,tuned,tuned-linear,check-self")
+def test_a_search_in_which_everything_diverges_warns_and_reports(tool: Tool) -> None:
+    tool.run = Bowl(diverges_from=0.0)
+    said = tool.compare("cosine,tuned,tuned-linear,check-self")
 
     assert "tiny: every setting of the sweep diverged or failed; there is no baseline" in said
-    assert made.comparison().baselines == {}
-    assert (made.out / "report.html").is_file()
+    assert tool.comparison().baselines == {}
+    assert (tool.out / "report.html").is_file()
 
 
 def test_a_target_that_is_never_reached(tool: Tool) -> None:
@@ -352,22 +357,22 @@ def test_a_target_that_is_never_reached(tool: Tool) -> None:
     assert (tool.out / "report.html").is_file()
 
 
-def test_a_failed_run_is_reported_and_tried_again(made: Tool) -> None:
+def test_a_failed_run_is_reported_and_tried_again(tool: Tool) -> None:
     def run(spec: RunSpec) -> RunResult:
         if spec.config.schedule == "wsd":
             return failed(spec, run_key(spec), "RuntimeError: no memory [/here] [enforce]")
         return Bowl()(spec)
 
-    made.run = run
-    said = made.compare("cosine,wsd", seeds=2)
-    assert (made.on_case("wsd")["n_runs"], made.on_case("wsd")["n_failed"]) == (2, 2)
-    assert "no memory [/here] [enforce]" in (made.out / "report.html").read_text()
+    tool.run = run
+    said = tool.compare("cosine,wsd", seeds=2)
+    assert (tool.on_case("wsd")["n_runs"], tool.on_case("wsd")["n_failed"]) == (2, 2)
+    assert "no memory [/here] [enforce]" in (tool.out / "report.html").read_text()
     assert "report:" in said
 
-    made.run = Bowl()
-    made.compare("cosine,wsd", seeds=2)
-    assert [(spec.config.schedule, spec.config.seed) for spec in made.started] == [("wsd", 0), ("wsd", 1)]
-    assert made.on_case("wsd")["n_failed"] == 0
+    tool.run = Bowl()
+    tool.compare("cosine,wsd", seeds=2)
+    assert [(spec.config.schedule, spec.config.seed) for spec in tool.started] == [("wsd", 0), ("wsd", 1)]
+    assert tool.on_case("wsd")["n_failed"] == 0
 
 
 # Beforehand
@@ -396,6 +401,25 @@ def test_a_damaged_cost_table_is_measured_again(tool: Tool) -> None:
         assert path.read_text() == whole
 
 
+def test_a_cost_table_holds_all_that_its_cases_may_use(tool: Tool) -> None:
+    tool.compare(plan=True)
+    tool.patch.setattr(command, "precisions_that_pay", lambda case: (case.config.precision,))
+    plain = {"name": "a", "model": LLAMA}
+    other = {"name": "b", "model": LLAMA, "precision": "bf16"}
+    for cases in (
+        [plain],
+        [plain, other],
+        [plain | {"pruning": "evolution"}],
+        [plain | {"pruning": "evolution"}, other],
+    ):
+        tool.cases(cases=cases)
+        tool.compare(plan=True)
+        measured = len(tool.measured)
+        tool.compare(plan=True)
+        assert len(tool.measured) == measured  # once is enough
+    assert measured == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -406,7 +430,10 @@ def test_a_damaged_cost_table_is_measured_again(tool: Tool) -> None:
         ({"cases": "unknown.json"}, "'colour' is unknown"),
         ({"cases": "no-text.json"}, "nowhere.txt"),
         ({"cases": "no-model.json"}, "model"),
-        ({"cases": "short.json", "methods": "cosine,tuned-wsd,nsga2"}, "case a: tokens must give a search sixteen steps"),
+        (
+            {"cases": "short.json", "methods": "cosine,tuned-wsd,nsga2"},
+            "case a: tokens must give a search sixteen steps",
+        ),
         ({"seeds": "0"}, "seeds must be at least 1, got 0"),
         ({"seeds": "many"}, "seeds"),
         ({"jobs": "-1"}, "jobs must be at least 0, got -1"),
@@ -417,28 +444,32 @@ def test_a_damaged_cost_table_is_measured_again(tool: Tool) -> None:
 )
 def test_bad_input_is_one_line(
     tool: Tool,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     changes: dict[str, str],
     message: str,
 ) -> None:
     tool.cases(text="text.txt")
+    folder = tool.folder
     files = {
         "a-file": "in the way",
         "broken.json": "{",
         "unknown.json": '{"cases": [{"name": "a", "colour": "red"}]}',
         "no-text.json": '{"cases": [{"name": "a", "text": "nowhere.txt"}]}',
         "no-model.json": '{"cases": [{"name": "a", "text": "text.txt", "model": "nobody/nothing"}]}',
-        "short.json": json.dumps({"cases": [{**TINY, "name": "a", "text": "text.txt", "batch_size": 3, "tokens": 480}]}),
+        "short.json": json.dumps(
+            {"cases": [{**COMMON, "name": "a", "text": "text.txt", "batch_size": 3, "tokens": 480, "decisions": 5}]}
+        ),
     }
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    before = sorted(tmp_path.iterdir())
+        (folder / name).write_text(content)
+    before = sorted(folder.iterdir())
     options = {"cases": "cases.json", "methods": "linear", "out": "out"} | changes
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(
-        sys, "argv", ["trainpilot", "compare", *(part for name, value in options.items() for part in (f"--{name}", value))]
+        sys,
+        "argv",
+        ["trainpilot", "compare", *(part for name, value in options.items() for part in (f"--{name}", value))],
     )
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -448,16 +479,29 @@ def test_bad_input_is_one_line(
     assert said.startswith("trainpilot: ")
     assert message in said
     assert said.count("\n") == 1
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(folder.iterdir()) == before
     assert tool.workers == []
 
 
 def test_it_runs_through_the_command_line(
     tool: Tool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--cases", str(tool.file), "--methods", "linear", "--seeds", "1", "--jobs", "1", "--out", str(tool.out)]
+    arguments = [
+        "--cases",
+        str(tool.file),
+        "--methods",
+        "linear",
+        "--seeds",
+        "1",
+        "--jobs",
+        "1",
+        "--out",
+        str(tool.out),
+    ]
     monkeypatch.setattr(sys, "argv", ["trainpilot", "compare", *arguments, "--no-tensorboard"])
     cli.main()
 
     assert "report:" in capsys.readouterr().out
-    assert tool.comparison().provenance["command"] == " ".join(["trainpilot", "compare", *arguments, "--no-tensorboard"])
+    assert tool.comparison().provenance["command"] == " ".join(
+        ["trainpilot", "compare", *arguments, "--no-tensorboard"]
+    )

@@ -56,7 +56,8 @@ def test_default_is_everything_that_needs_no_file_and_no_second_search() -> None
     assert chosen.names == DEFAULT_METHODS == (*SIMPLE, *SEARCHED)
     assert [method.note.name for method in chosen.direct] == list(SIMPLE)
     assert chosen.searched == tuple(SEARCHED)
-    assert chosen.optional == chosen.open_loop == ()
+    assert chosen.optional == ()
+    assert chosen.open_loop == ()
     assert not chosen.varies_size
 
 
@@ -161,7 +162,7 @@ def test_a_method_changes_of_the_case_what_it_is_about_and_nothing_else(name: st
 
 
 def test_there_is_no_method_that_the_test_above_leaves_out() -> None:
-    [marks] = test_a_method_changes_of_the_case_what_it_is_about_and_nothing_else.pytestmark  # type: ignore[attr-defined]
+    [marks] = test_a_method_changes_of_the_case_what_it_is_about_and_nothing_else.pytestmark
     assert [name for name, _ in marks.args[1]] == list(SIMPLE)
 
 
@@ -221,9 +222,11 @@ def test_a_preference_may_hold_commas(tmp_path: Path) -> None:
     path = bundle(tmp_path / "policy.safetensors")
     first, second = f"policy:{path}@quality=0.5,energy=0.5", f"policy:{path}@time = 1"
     chosen = choose_methods(f"cosine,{first},{second},open-loop:{path}@quality=1, energy=1,linear")
+    plus = policy_method(first.replace(",", "+"))
 
     assert chosen.names == ("cosine", first, second, f"open-loop:{path}@quality=1, energy=1", "linear")
     assert {method.note.family for method in chosen.direct[2:]} == {f"policy {path}"}
+    assert plus.steering == chosen.direct[2].steering
     with pytest.raises(ValueError, match="preference must look like"):
         choose_methods(f"policy:{path}@fun=1,quality=1")
 
@@ -317,7 +320,7 @@ def test_without_any_closed_loop_run_there_is_a_warning_and_no_rows(tmp_path: Pa
 def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
     from trainpilot.experiments.compare.steerers import make_steerer
 
-    with pytest.raises(ValueError, match="steering must be one of keep, plateau, .*, got 'flying'"):
+    with pytest.raises(ValueError, match=r"steering must be one of keep, plateau, .*, got 'flying'"):
         make_steerer(Steering(kind="flying"), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         Workers(0, 1)

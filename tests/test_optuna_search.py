@@ -1,4 +1,4 @@
-"""Optuna's searches on a surface that is known: the same every time, as dear as they say, and fronts that are fronts."""
+"""Optuna's searches on a known surface: the same every time, as dear as they say, with fronts that are fronts."""
 
 from __future__ import annotations
 
@@ -177,12 +177,12 @@ def test_nsga2_runs_generations_of_one_size() -> None:
 
 
 def test_nothing_that_was_tried_beats_a_judged_point_in_both() -> None:
-    for seed in (1_000, 2_000, 3_000):
+    for seed in (1_000, 1_005, 2_000):
         front, _ = front_search(seed)
         tried = [(final_loss(larger_is_better(spec)), cost(larger_is_better(spec))) for spec in front.tried]
         points = [(final_loss(larger_is_better(spec)), cost(larger_is_better(spec))) for spec in front.best]
 
-        assert 2 <= len(points) <= N_JUDGED
+        assert 2 <= len(points) == len({spec.config for spec in front.best}) <= N_JUDGED
         assert not [(a, b) for a in tried for b in points if a != b and a[0] <= b[0] and a[1] <= b[1]]
         assert [price for _, price in points] == sorted(price for _, price in points)
         assert min(price for _, price in tried) == points[0][1]
@@ -220,7 +220,9 @@ def test_a_judged_point_is_its_run_with_another_seed_and_looks_on_the_way() -> N
 # Their rows
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("tuned-tpe", {12_800}), ("tuned-halving", {1_600, 3_200, 6_400, 12_800})])
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("tuned-tpe", {12_800}), ("tuned-halving", {1_600, 3_200, 6_400, 12_800})]
+)
 def test_a_search_notes_its_sweep_and_judges_its_best(name: str, tokens: set[int]) -> None:
     bench = made_bench(seeds=(0, 1))
     _, waves = drive(search_program(bench, CASE, name), Bowl())

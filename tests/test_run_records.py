@@ -168,7 +168,12 @@ def test_a_record_without_its_format_is_refused() -> None:
 
 def test_a_comparison_goes_to_json_and_back() -> None:
     note = MethodNote(
-        name="cosine", title="cosine", description="The default.", family="cosine", kind="untuned", training_energy_j=5.0
+        name="cosine",
+        title="cosine",
+        description="The default.",
+        family="cosine",
+        kind="untuned",
+        training_energy_j=5.0,
     )
     baseline = TunedBaseline(
         method="tuned", axis="tokens", config=CONFIG, search="grid", n_trials=3, on_edge=("learning_rate",)

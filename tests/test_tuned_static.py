@@ -207,6 +207,17 @@ def test_time_and_energy_may_want_different_settings() -> None:
     assert not tuned.rows("tuned-time")
 
 
+def test_the_cheapest_batch_may_lie_beyond_the_grid() -> None:
+    """With a weight of 0.01, four times the batch reaches a share of (1.04)^-4 = 0.85 and costs 0.25 / 0.85 = 0.29.
+
+    Twice the batch, where the grid ends, costs 0.52.
+    """
+    tuned = Tuned(Bowl(batch_weight=0.01), table=PER_STEP)
+
+    assert {config.batch_size for config in tuned.runs("tuned-time")} == {32}
+    assert {config.batch_size for config in tuned.runs("tuned")} == {8}
+
+
 def test_where_large_batches_learn_too_badly_they_are_not_taken() -> None:
     """Twice the batch reaches a share of (1.5)^-4 = 0.20, and costs 0.5 / 0.20 = 2.5 times as much."""
     tuned = Tuned(Bowl(batch_weight=0.5), table=PER_STEP)

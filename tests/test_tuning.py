@@ -13,7 +13,15 @@ from made_runs import CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_result
 from trainpilot.experiments.compare.execute import failed
 from trainpilot.experiments.compare.records import RunResult, RunSpec
 from trainpilot.experiments.compare.settings import TUNED_SCHEDULES, Setting
-from trainpilot.experiments.compare.tuning import MAX_MOVES, N_CONFIRMED, Trials, final_loss, retune, tune
+from trainpilot.experiments.compare.tuning import (
+    MAX_MOVES,
+    N_CONFIRMED,
+    N_RECONFIRMED,
+    Trials,
+    final_loss,
+    retune,
+    tune,
+)
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 SETTING = Setting(learning_rate=1e-2, batch_size=8, schedule="linear", warmup_share=0.1, precision="fp32")
@@ -197,13 +205,15 @@ def test_a_rate_beyond_the_last_move_is_an_edge(rate: float) -> None:
 
 def test_tuning_again_starts_from_the_best_setting_and_runs_on_its_own_budget() -> None:
     trials = Trials(CONFIG, TUNING_SEEDS, 0.25)
-    best, waves = drive(retune(trials, SETTING, ["learning_rate", "batch_size"]), Bowl(learning_rate=3e-2, batch_size=4))
+    best, waves = drive(
+        retune(trials, SETTING, ["learning_rate", "batch_size"]), Bowl(learning_rate=3e-2, batch_size=4)
+    )
 
     assert waves[0] == [trials.spec(SETTING, TUNING_SEEDS[0])]
     assert {spec.config.tokens for wave in waves for spec in wave} == {3_200}
     assert rate_error(best.setting, 3e-2) <= 0.125 + 1e-3
     assert best.setting.batch_size == 4
-    assert len(trials.confirmed) == N_CONFIRMED
+    assert len(trials.confirmed) == N_RECONFIRMED
 
 
 def test_tuning_again_leaves_alone_what_it_shall_not_respect() -> None:
@@ -217,7 +227,9 @@ def test_tuning_again_leaves_alone_what_it_shall_not_respect() -> None:
 
 def test_ranked_begins_with_the_lowest_loss_and_the_first_of_equals() -> None:
     trials = Trials(CONFIG, TUNING_SEEDS)
-    settings = [replace(SETTING, learning_rate=rate, schedule=name) for rate in (1e-3, 1e-2) for name in TUNED_SCHEDULES]
+    settings = [
+        replace(SETTING, learning_rate=rate, schedule=name) for rate in (1e-3, 1e-2) for name in TUNED_SCHEDULES
+    ]
     drive(trials.run(settings), lambda spec: made_result(spec, 2.0 + (spec.config.base_learning_rate < 5e-3)))
 
     assert [trial.setting for trial in trials.ranked()] == [*settings[3:], *settings[:3]]

@@ -75,7 +75,8 @@ class Made:
 
     def run(self, *seeds: int) -> dict[str, RunResult]:
         """Start the runs, as many at once as go, and return the results by key."""
-        waiting, found = list(seeds), {}
+        waiting = list(seeds)
+        found: dict[str, RunResult] = {}
         while waiting or self.workers.busy:
             while waiting and self.workers.free:
                 seed = waiting.pop(0)
@@ -150,6 +151,15 @@ def test_a_process_that_dies_between_two_runs_is_replaced(monkeypatch: pytest.Mo
 
     assert all(result.usable for result in found.values())
     assert [executor.closed for executor in made.executors] == [True, False]
+
+
+def test_a_process_is_replaced_after_so_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainpilot.experiments.compare.workers.RUNS_PER_PROCESS", 2)
+    made = Made(monkeypatch, 1)
+    found = made.run(1, 2, 3, 4, 5)
+
+    assert len(found) == 5
+    assert [executor.closed for executor in made.executors] == [True, True, False]
 
 
 def test_leaving_closes_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,14 +241,20 @@ def new_child(before: set[int]) -> int:
 
 
 def test_an_interrupt_ends_the_runs_under_way(tmp_path: Path) -> None:
-    before = children()
-    interrupted = Workers(1, 1)
-    with pytest.raises(KeyboardInterrupt), interrupted:
-        interrupted.start(RunSpec(config=case(tmp_path, tokens=ENDLESS)), "endless")
-        child = new_child(before)
-        raise KeyboardInterrupt
+    known = children()
+    started: set[int] = set()
 
-    assert wait_until(lambda: not alive(child), 30)
+    def interrupted() -> None:
+        with Workers(1, 1) as workers:
+            workers.start(RunSpec(config=case(tmp_path, tokens=ENDLESS)), "endless")
+            started.add(new_child(known))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    assert started
+    assert wait_until(lambda: not any(map(alive, started)), 30)
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from trainpilot.experiments.compare.bench import Bench
 from trainpilot.experiments.compare.comparison import TUNED, UNTUNED, Case, TunedBaseline
 from trainpilot.experiments.compare.records import Role, RunResult, RunSpec
-from trainpilot.experiments.compare.settings import TUNED_SCHEDULES, Setting
-from trainpilot.experiments.compare.tuning import Trial, Trials, retune, tune
+from trainpilot.experiments.compare.settings import LEARNING_RATE_STEP, TUNED_SCHEDULES, Setting, neighbours
+from trainpilot.experiments.compare.tuning import MAX_MOVES, Trial, Trials, retune, tune
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
@@ -105,11 +105,25 @@ class TunedStatic:
         """Find the best settings for equal seconds and joules: equal tokens favour small batches, these need not."""
         choices: dict[str, Trial] = {}
         for axis in COST_AXES:
+            yield from self._descend_in_cost(trials, points, axis)
             candidates = self.bench.cheapest(trials, points, axis)
             yield from trials.confirm(trial.setting for trial in candidates)
             if found := self.bench.cheapest(trials, points, axis, among=trials.confirmed):
                 choices[axis] = found[0]
         return choices
+
+    def _descend_in_cost(self, trials: Trials, points: list[tuple[float, float]], axis: str) -> Steps:
+        """Try the neighbours of the cheapest trial until it stays the cheapest: its batch may be beyond the grid."""
+        settled: set[Setting] = set()
+        for _ in range(MAX_MOVES):
+            first = self.bench.cheapest(trials, points, axis)[:1]
+            if not first or first[0].setting in settled:
+                return
+            settled.add(first[0].setting)
+            around = neighbours(
+                first[0].setting, LEARNING_RATE_STEP**0.5, self.case.config, ("learning_rate", "batch_size")
+            )
+            yield from trials.run(around)
 
     def _judge_cost_choices(self, trials: Trials, best: Trial, choices: dict[str, Trial]) -> Steps:
         known: dict[Setting, str] = {best.setting: TUNED}

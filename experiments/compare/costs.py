@@ -36,28 +36,46 @@ def cost_tables(
         folder: Where the tables are kept, a file each.
         progress: Called with a line of text before each measurement.
     """
+    tried: dict[str, dict[Precision, None]] = {}
+    for name, sizes in configs.items():
+        for config in sizes:
+            tried.setdefault(cost_key(config), {}).update(dict.fromkeys(precisions[name]))
     tables: dict[str, CostTable] = {}
     for name, sizes in configs.items():
         for number, config in enumerate(sizes, start=1):
             key = cost_key(config)
             if key not in tables:
                 progress(f"cost table of {name}" + (f", size {number} of {len(sizes)}" if len(sizes) > 1 else ""))
-                tables[key] = _table(config, precisions[name], folder)
+                tables[key] = _table(config, tuple(tried[key]), folder)
     return tables
 
 
 def _table(config: RunConfig, precisions: Sequence[Precision], folder: Path) -> CostTable:
     path = folder / f"{blake2b(cost_key(config).encode(), digest_size=8).hexdigest()}.json"
     try:
-        return CostTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+        table = CostTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+        if _holds(table, config, precisions):
+            return table
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never measured here, or a damaged file: measure it
     sizes = sorted({max(1, round(config.batch_size * factor)) for factor in BATCH_FACTORS})
     table = measure_cost_table(
-        config, batch_sizes=sizes, precisions=precisions, optimizers=OPTIMIZERS, prunings=PRUNINGS
+        config,
+        batch_sizes=sizes,
+        precisions=precisions,
+        optimizers=OPTIMIZERS,
+        prunings=tuple(dict.fromkeys((*PRUNINGS, config.pruning))),
     )
     write_json(path, table.to_json())
     return table
+
+
+def _holds(table: CostTable, config: RunConfig, precisions: Sequence[Precision]) -> bool:
+    """Return whether a table was measured with all that runs on `config` may use."""
+    steps = {row.precision for row in table.rows if row.kind == "step"}
+    narrowed = any(row.removed for row in table.rows)
+    prunes = narrowed if config.pruning == "width" else config.pruning in ("none", *table.extras)
+    return steps >= set(precisions) and prunes
 
 
 def precisions_that_pay(case: Case) -> tuple[Precision, ...]:

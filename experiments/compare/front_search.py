@@ -53,7 +53,8 @@ def nsga2(
             worst = not result.usable
             study.tell(trial, (WORST_LOSS, float("1e12")) if worst else (final_loss(result), cost(result)))
     front = sorted(study.best_trials, key=lambda trial: trial.values[1])
-    return Front(_evenly([specs[trial.number] for trial in front]), tuple(specs.values()))
+    points = {specs[trial.number].config: specs[trial.number] for trial in front}  # it may ask for a run twice
+    return Front(_evenly(list(points.values())), tuple(specs.values()))
 
 
 def _spec(trial: optuna.Trial, config: RunConfig, precisions: Sequence[Precision], seed: int) -> RunSpec:

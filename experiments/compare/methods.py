@@ -144,7 +144,7 @@ OPTIONAL_RUNS: Mapping[str, float] = {"tuned-tpe": 78, "tuned-halving": 8, "nsga
 DEFAULT_METHODS = (*SIMPLE, *SEARCHED)
 HELP = (
     f"{', '.join(SIMPLE)}; {', '.join(SEARCHED)}; {', '.join(OPTIONAL)}; "
-    "policy:FILE[@PREFERENCE] for a bundle, open-loop:FILE for its average schedule without feedback"
+    "policy:FILE[@quality=0.5+energy=0.5] for a bundle, open-loop:FILE for its average schedule without feedback"
 )
 
 
@@ -196,7 +196,8 @@ def _bundle_of(name: str) -> tuple[str, PolicyBundle, str]:
     path, _, preference = name.partition(":")[2].partition("@")
     if not path:
         raise ValueError(f"methods: {name!r} must name a bundle, as in policy:runs/agent/policy.safetensors")
-    return path, PolicyBundle.load(Path(path)), str(Preference.parse(preference) if preference else Preference())
+    weights = Preference.parse(preference.replace("+", ",")) if preference else Preference()
+    return path, PolicyBundle.load(Path(path)), str(weights)
 
 
 def _training_energy(bundle: PolicyBundle) -> float | None:

@@ -83,8 +83,8 @@ def halving(
         for asked, setting in zip(survivors, settings, strict=True):
             asked.report(_told(found[setting]), rung)
         if rung != HALVING_RUNGS[-1]:
-            # Optuna judges each by those that came before it. Survivors stand with the better ones last, and would nearly
-            # all pass.
+            # Optuna judges each by those that came before it. Survivors stand with the better ones last, and nearly all
+            # of them would pass.
             survivors = [trial for trial in order.sample(survivors, len(survivors)) if not trial.should_prune()]
     return Halved(min(done, key=lambda trial: final_loss(trial.result)), tuple(rungs))
 

@@ -18,6 +18,8 @@ from trainpilot.llm_runtime.threads import use_threads
 
 ATTEMPTS = 2
 """A run whose process died is tried again once."""
+RUNS_PER_PROCESS = 200
+"""Then a new process takes over: what libraries keep from run to run adds up."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Workers:
         self._free = list(range(jobs))
         self._busy: dict[Future[RunResult], _Place] = {}
         self._deaths: Counter[str] = Counter()
+        self._ended: Counter[int] = Counter()
 
     def __enter__(self) -> Workers:
         return self
@@ -84,9 +87,14 @@ class Workers:
     def _outcome(self, future: Future[RunResult], place: _Place) -> RunResult | None:
         """Return a run's result; `None` if its process died and it has been started again in a new one."""
         try:
-            return future.result()
+            result = future.result()
         except BrokenProcessPool:
             self._renew(place.slot)
+        else:
+            self._ended[place.slot] += 1
+            if self._ended[place.slot] % RUNS_PER_PROCESS == 0:  # max_tasks_per_child can hang: CPython issue 115634
+                self._renew(place.slot)
+            return result
         self._deaths[place.key] += 1
         if self._deaths[place.key] >= ATTEMPTS:
             return failed(place.spec, place.key, f"its process was killed {ATTEMPTS} times, perhaps for lack of memory")
@@ -113,7 +121,6 @@ def _prepare(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     Thread(target=_end_with_parent, daemon=True).start()
-
     use_threads(threads)
 
 
