@@ -20,8 +20,9 @@ import torch
 from _common import write_result
 
 DIGITS = 5
-LEFT_OUT = ("points",)
-"""Figures of the charts alone: every trial of every search."""
+LEFT_OUT = ("points", "cases")
+"""Figures of the charts alone (every trial of every search), and those that stand below in short."""
+PER_CASE = ("case", "method", "n_runs", "n_diverged", "n_failed", "validation_loss", "test_loss", "time_s", "energy_j")
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
         "compare": {"seeds": comparison["seeds"], **_how(comparison["provenance"])},
         "cases": [_case(case) for case in comparison["cases"]],
         "tuned": {case: [_tuned(found) for found in all_] for case, all_ in comparison["baselines"].items()},
+        "per_case": [_on_case(found) for found in _rounded(figures["cases"])],
         **{name: value for name, value in _rounded(figures).items() if name not in LEFT_OUT},
     }
     print(write_result("baselines", result, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
@@ -62,10 +64,20 @@ def _tuned(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _on_case(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's losses, modelled costs and multipliers on one case."""
+    against = {baseline: found["multipliers"][baseline] for baseline in ("untuned", "tuned")}
+    return {**{name: found[name] for name in PER_CASE}, "multipliers": against}
+
+
 def _rounded(value: Any) -> Any:
-    """Round every number to a few digits: more would only be noise, and a larger file."""
+    """Round every number to a few digits, and write an estimate as one line: `1.03 [0.98, 1.07]`."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping) and {"value", "low", "high", "censored"} <= value.keys():
+        number, low, high = (_rounded(value[name]) for name in ("value", "low", "high"))
+        interval = "" if low is None else f" [{low}, {'inf' if high is None else high}]"
+        return None if number is None else f"{value['censored']}{number}{interval}"
     if isinstance(value, Mapping):
         return {name: _rounded(inner) for name, inner in value.items()}
     return [_rounded(inner) for inner in value] if isinstance(value, list) else value
