@@ -32,7 +32,7 @@ types: $(READY)  ## check types, strictly
 	$(BIN)/mypy $(FOLDERS:%=.typing/trainpilot/%)
 	$(BIN)/mypy --allow-untyped-defs --allow-untyped-calls --allow-incomplete-defs --no-warn-unused-ignores tests
 
-bench: $(READY)  ## run every benchmark, one after the other; results: benchmarks/results
+bench: $(READY)  ## run every benchmark, one after the other (about two hours); results: benchmarks/results
 	set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
 
 gpu-check: $(READY)  ## try everything that needs an NVIDIA GPU; refuses without one (exit status 2)
