@@ -121,15 +121,15 @@ class CompareOptions:
 
     Try for instance:
 
-      trainpilot compare --cases quick --out runs/quick
+      trainpilot compare --cases quick
       trainpilot compare --cases test --methods cosine,tuned,policy:runs/agent/policy.safetensors --out runs/mine
       trainpilot compare --cases my-cases.yaml --methods default --seeds 5 --out runs/mine
     """
 
-    out: Path
-    """Folder for report.html, figures.json, comparison.json, three CSV files, runs/, costs/ and tensorboard/."""
     cases: str = "quick"
     """`quick`, `test` or `train`, which come with trainpilot, or a YAML or JSON file of your own."""
+    out: Path | None = None
+    """Folder for report.html, three CSV files, JSON, runs/, costs/ and tensorboard/; runs/compare-CASES by default."""
     methods: str = "default"
     """Names with commas between them; `default` is everything but tuned-tpe, tuned-halving, nsga2 and policies."""
     seeds: int = 3
@@ -144,6 +144,11 @@ class CompareOptions:
     """Run nothing; write the report from the runs that are there, while others may still be running."""
     tensorboard: bool = True
     """Write the runs for TensorBoard too."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder for everything."""
+        return self.out if self.out is not None else Path("runs") / f"compare-{Path(self.cases).stem}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from made_runs import CASE, CONFIG, Bowl, drive, made_bench, made_table, with_config
@@ -11,6 +12,7 @@ from trainpilot.experiments.compare.baseline import TunedStatic
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS, OPTIONAL, OPTIONAL_RUNS
 from trainpilot.experiments.compare.plan import make_plan, runs_on_a_case, seconds_of_a_run
 from trainpilot.experiments.compare.records import cost_key
+from trainpilot.experiments.options import CompareOptions
 
 TABLES = {cost_key(CONFIG): made_table(per_step=0.5, per_row=0.25)}
 """A step of 8 sequences takes 2.5 s."""
@@ -55,3 +57,9 @@ def test_the_plan_of_the_search_is_about_what_it_takes() -> None:
 
     assert runs_on_a_case(CASE, names, 3) == pytest.approx(took, rel=0.25)
     assert took > 100
+
+
+def test_a_comparison_without_a_folder_is_named_after_its_cases() -> None:
+    assert CompareOptions(cases="quick").folder == Path("runs/compare-quick")
+    assert CompareOptions(cases="sets/mine.yaml").folder == Path("runs/compare-mine")
+    assert CompareOptions(out=Path("elsewhere")).folder == Path("elsewhere")

@@ -62,12 +62,12 @@ def compare(options: CompareOptions, console: Console) -> None:
     console.print(
         f"{len(prepared.cases)} cases x {len(prepared.chosen.names)} methods x {options.seeds} seeds: about "
         f"{plan.n_runs:,} runs, about {_duration(plan.time_s)} with {prepared.jobs} side by side; "
-        f"what is in {options.out} is not run again",
+        f"what is in {options.folder} is not run again",
         soft_wrap=True,
     )
     if options.plan:
         return
-    store = RunStore(options.out / "runs")
+    store = RunStore(options.folder / "runs")
     results = _run(prepared, store, options, console)
     comparison = Comparison(
         cases=prepared.cases,
@@ -77,7 +77,7 @@ def compare(options: CompareOptions, console: Console) -> None:
         baselines={case: tuple(found) for case, found in prepared.bench.baselines.items()},
         provenance=_provenance(options, prepared.jobs, time.monotonic() - start),
     )
-    write_json(options.out / "comparison.json", comparison.to_json())
+    write_json(options.folder / "comparison.json", comparison.to_json())
     _report(comparison, results, prepared, options, console)
 
 
@@ -86,8 +86,8 @@ def prepare(options: CompareOptions, console: Console) -> Prepared:
     for name, least in (("seeds", 1), ("threads", 1), ("jobs", 0)):
         if (value := getattr(options, name)) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"out must be a folder, got the file {options.out}")
+    if options.folder.exists() and not options.folder.is_dir():
+        raise ValueError(f"out must be a folder, got the file {options.folder}")
     use_threads(options.threads)
     jobs = options.jobs or max(1, available_cores() // options.threads)
     cases = load_cases(options.cases)
@@ -98,7 +98,7 @@ def prepare(options: CompareOptions, console: Console) -> Prepared:
     with console.status("precisions") as status:
         precisions = {case.name: precisions_that_pay(case) for case in cases}
         configs = {case.name: all_sizes(case.config) if chosen.varies_size else [case.config] for case in cases}
-        tables = cost_tables(configs, precisions, options.out / "costs", status.update)
+        tables = cost_tables(configs, precisions, options.folder / "costs", status.update)
     seeds = range(options.seeds)
     warn = _warner(console)
     bench = Bench(seeds, TUNING_SEEDS, tables, precisions, warn)
@@ -175,7 +175,9 @@ def _report(
 
     with console.status("figures and report"):
         figures = analyse(comparison, results, prepared.tables)
-        page = write_report(options.out, comparison, results, prepared.tables, figures, tensorboard=options.tensorboard)
+        page = write_report(
+            options.folder, comparison, results, prepared.tables, figures, tensorboard=options.tensorboard
+        )
     console.print(f"report: {page}", soft_wrap=True)
 
 
