@@ -33,8 +33,12 @@ def test_runs_without_a_search_are_counted_exactly(names: list[str], runs: float
 
 
 def test_seconds_come_from_the_cost_table() -> None:
-    assert seconds_of_a_run(CASE, TABLES) == 250  # 100 steps
-    assert seconds_of_a_run(with_config(batch_size=16), TABLES) == 50 * 4.5
+    assert seconds_of_a_run(CASE, TABLES) == 0.5 + 250  # 100 steps
+    assert seconds_of_a_run(with_config(batch_size=16), TABLES) == 0.5 + 50 * 4.5
+
+
+def test_a_search_runs_mostly_smaller_batches() -> None:
+    assert seconds_of_a_run(CASE, TABLES, searched=True) == 0.5 + 400 * 1.0  # 400 steps of 2 sequences
 
 
 def test_a_plan_adds_up_the_cases_and_shares_them_among_the_jobs() -> None:
@@ -42,7 +46,7 @@ def test_a_plan_adds_up_the_cases_and_shares_them_among_the_jobs() -> None:
     plan = make_plan(cases, ["linear", "wsd"], 2, TABLES, jobs=2)
 
     assert plan.n_runs == 8
-    assert plan.time_s == (4 * 250 + 4 * 500) / 2
+    assert plan.time_s == (4 * 250.5 + 4 * 500.5) / 2
 
 
 def test_every_optional_search_says_what_it_takes() -> None:

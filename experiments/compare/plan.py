@@ -16,6 +16,10 @@ REFINEMENT_RUNS = 30
 """Runs that refining a grid's best point takes, about."""
 SCHEDULE_RUNS = 11
 """Runs that refining one schedule's learning rate and confirming its best settings takes, about."""
+SEARCHED_BATCH = 0.25
+"""Share of the case's batch that a search's runs have, about: at equal tokens small batches win on small models."""
+SET_UP_S = 0.5
+"""Seconds of making the model and looking at its losses, about."""
 RETUNE_RUNS = 10
 """Runs that tuning again at another budget takes, about."""
 
@@ -38,7 +42,7 @@ def make_plan(
     for case in cases:
         equivalents = runs_on_a_case(case, names, n_seeds)
         runs += equivalents
-        seconds += equivalents * seconds_of_a_run(case, tables)
+        seconds += equivalents * seconds_of_a_run(case, tables, searched=rests_on_search(names))
     return Plan(n_runs=round(runs), time_s=seconds / jobs)
 
 
@@ -57,8 +61,9 @@ def runs_on_a_case(case: Case, names: Sequence[str], n_seeds: int) -> float:
     return runs + sum(OPTIONAL_RUNS[name] + n_seeds for name in optional)
 
 
-def seconds_of_a_run(case: Case, tables: Mapping[str, CostTable]) -> float:
-    """Return the modelled seconds of the case's own setting."""
+def seconds_of_a_run(case: Case, tables: Mapping[str, CostTable], *, searched: bool = False) -> float:
+    """Return the modelled seconds of the case's own setting, or of what a search mostly runs: smaller batches."""
     config = case.config
-    step = tables[cost_key(config)].step(config.batch_size, config.precision)
-    return step.time_s * config.n_sequences() / config.batch_size
+    batch_size = max(1, round(config.batch_size * SEARCHED_BATCH)) if searched else config.batch_size
+    step = tables[cost_key(config)].step(batch_size, config.precision)
+    return SET_UP_S + step.time_s * config.n_sequences() / batch_size
