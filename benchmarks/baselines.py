@@ -9,6 +9,7 @@ figures anew. The whole report is OUT/report.html.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def main() -> None:
         "compare": {"seeds": comparison["seeds"], **_how(comparison["provenance"])},
         "cases": [_case(case) for case in comparison["cases"]],
         "tuned": {case: [_tuned(found) for found in all_] for case, all_ in comparison["baselines"].items()},
+        "decay_at_equal_rates": _pairs(options.out / "runs.csv"),
         "per_case": [_on_case(found) for found in _rounded(figures["cases"])],
         **{name: value for name, value in _rounded(figures).items() if name not in LEFT_OUT},
     }
@@ -62,6 +64,22 @@ def _tuned(found: Mapping[str, Any]) -> dict[str, Any]:
         **{name: config[name] for name in ("base_learning_rate", "batch_size", "schedule", "precision")},
         "warmup_share": round(config["warmup_tokens"] / config["tokens"], 3),
     }
+
+
+def _pairs(path: Path) -> list[dict[str, Any]]:
+    """Return the search's trials that differ in nothing but the schedule, linear to zero against constant."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["role"] == "sweep" and row["final_validation_loss"]:
+                same = ("case", "seed", "base_learning_rate", "batch_size", "warmup_tokens")
+                losses = found.setdefault(tuple(row[name] for name in same), {})
+                losses[row["schedule"]] = _rounded(float(row["final_validation_loss"]))
+    return [
+        {"case": key[0], "seed": int(key[1]), "base_learning_rate": float(key[2]), "batch_size": int(key[3]), **both}
+        for key, losses in sorted(found.items(), key=lambda item: (item[0][0], item[0][1], float(item[0][2])))
+        if len(both := {name: losses[name] for name in ("linear", "constant") if name in losses}) == 2
+    ]
 
 
 def _on_case(found: Mapping[str, Any]) -> dict[str, Any]:
