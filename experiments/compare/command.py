@@ -139,7 +139,8 @@ def _run(prepared: Prepared, store: RunStore, options: CompareOptions, console: 
 def _line(result: RunResult, kept: bool, cases: Sequence[Case]) -> str:
     """Say which run has just come in, and how it ended."""
     ran = result.spec.config
-    name = next((case.name for case in cases if (case.config.model, case.config.text) == (ran.model, ran.text)), "")
+    on_text = [case for case in cases if case.config.text == ran.text]  # a resized model is no case's own
+    name = next((case.name for case in on_text if case.config.model == ran.model), on_text[0].name if on_text else "")
     if result.failure is not None:
         return f"{name}: {result.failure}"
     loss = result.final_validation_loss

@@ -20,7 +20,7 @@ class Estimate:
     """A median with its bootstrap 95 % interval."""
 
     value: float | None
-    """`None` where there is nothing to take a median of."""
+    """`None` where there is nothing to take a median of; with `censored` `>`, never."""
     low: float | None = None
     high: float | None = None
     n: int = 0
@@ -145,7 +145,7 @@ class BaselineCurve:
     budgets: tuple[float, ...]
     """In the axis's unit, rising."""
     losses: tuple[float, ...]
-    """Median over seeds, in nats/token."""
+    """In nats/token, as fitted: medians over seeds, made to fall with the budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
