@@ -7,8 +7,10 @@ must fit before a decision makes sense (action and observation tables) and where
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,42 @@ from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.llm_runtime.files import whole_file
+from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
 
+POLICIES = Path(__file__).with_name("policies")
+"""Policies that come with trainpilot."""
 FORMAT = 1
 MAX_BYTES = 16 * 2**20
 """No policy network is larger than this; a file that is holds something else."""
+
+
+def policy_path(name: str) -> Path:
+    """Return the file of a policy: a bare name is one that comes with trainpilot, anything else is a path.
+
+    Raises:
+        ValueError: no policy of that name comes with trainpilot. A path is checked when it is loaded.
+    """
+    path = Path(name)
+    if path.suffix or path.name != name:
+        return path
+    shipped = POLICIES / f"{name}.safetensors"
+    if not shipped.is_file():
+        known = ", ".join(shipped_policies()) or "none"
+        raise ValueError(
+            f"policy: no policy named {name!r} comes with trainpilot, which has: {known}; "
+            f"write a file with its suffix or folder, such as ./{name or 'policy.safetensors'}"
+        )
+    return shipped
+
+
+def shipped_policies() -> list[str]:
+    """Return the names of the policies that come with trainpilot."""
+    return sorted(file.stem for file in POLICIES.glob("*.safetensors"))
+
+
+def policy_digest(path: Path) -> str:
+    """Return a digest of a policy's file, to tell later whether it is still the same."""
+    return blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def field_tables() -> dict[str, Any]:
@@ -33,6 +67,27 @@ def field_tables() -> dict[str, Any]:
         "observations": [{"name": f.name, "low": f.low, "high": f.high} for f in OBSERVATION_FIELDS],
         "n_stack": N_STACK,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSchedule:
+    """The base schedule that a policy was trained to multiply."""
+
+    schedule: ScheduleName
+    """Which decay."""
+    warmup_share: float
+    """Share of the budget that is linear warm-up."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        share = self.warmup_share
+        if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share < 1):
+            raise ValueError(f"warmup_share must be a number in [0, 1), got {share!r}")
+
+    def warmup_tokens(self, tokens: int) -> int:
+        """Return the tokens of warm-up under a budget of `tokens`."""
+        return int(self.warmup_share * tokens)
 
 
 @dataclass(frozen=True)
@@ -49,12 +104,18 @@ class PolicyBundle:
         """Decisions per run that the policy was trained with."""
         return int(self.provenance.get("decisions", 50))
 
+    @property
+    def base_schedule(self) -> BaseSchedule | None:
+        """The base schedule that the policy brings; `None` where it brings none."""
+        stored = self.provenance.get("base_schedule")
+        return None if stored is None else BaseSchedule(**stored)
+
     def logits(self, observation: np.ndarray) -> np.ndarray:
-        """Return the logits of all choices, float32 of shape (sum of choices,), for one observation."""
+        """Return the logits of all choices, float32 of shape (..., sum of choices), for observations (..., inputs)."""
         x = observation.astype(np.float32)
         for index in range(self._n_hidden()):
-            x = np.tanh(self.weights[f"hidden.{index}.weight"] @ x + self.weights[f"hidden.{index}.bias"])
-        return np.asarray(self.weights["action.weight"] @ x + self.weights["action.bias"])
+            x = np.tanh(x @ self.weights[f"hidden.{index}.weight"].T + self.weights[f"hidden.{index}.bias"])
+        return np.asarray(x @ self.weights["action.weight"].T + self.weights["action.bias"])
 
     def act(self, observation: np.ndarray, masks: np.ndarray) -> tuple[int, ...]:
         """Return the most likely allowed choice of every action field."""
@@ -83,7 +144,9 @@ class PolicyBundle:
         content, weights = _read(path)
         _check_fields(path, content)
         _check_weights(path, weights)
-        return cls(weights, content.get("provenance", {}))
+        bundle = cls(weights, content.get("provenance", {}))
+        _check_base_schedule(path, bundle)
+        return bundle
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -148,3 +211,10 @@ def _check_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"policy: {path}: {layer} holds values that are not finite")
     if size != n_choices:
         raise ValueError(f"policy: {path}: action must have {n_choices} outputs, got {size}")
+
+
+def _check_base_schedule(path: Path, bundle: PolicyBundle) -> None:
+    try:
+        _ = bundle.base_schedule
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"policy: {path}: base_schedule: {error}; retrain it") from error

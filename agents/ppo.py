@@ -20,6 +20,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
+from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.measure import energy_between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class PPOConfig:
     """How the policy learns. Names and meanings are Stable-Baselines3's."""
 
     total_decisions: int = 20_000
-    """Environment steps to learn from."""
+    """Environment steps to learn from; 0 leaves the policy as it starts."""
     n_steps: int = 100
     """Decisions per environment between two updates."""
     batch_size: int = 100
@@ -36,6 +38,8 @@ class PPOConfig:
     """Passes over the collected decisions per update."""
     learning_rate: float = 5e-4
     """Of the policy's optimiser."""
+    learning_rate_end: float = 1.0
+    """Share of the learning rate that is left at the end; linear in between."""
     gamma: float = 1.0
     """No discount: the outcome of the run is what counts."""
     gae_lambda: float = 0.97
@@ -60,7 +64,9 @@ class PPOConfig:
     """Seeds the policy's initial weights and its sampling."""
 
     def __post_init__(self) -> None:
-        for name in ("total_decisions", "n_steps", "batch_size", "n_epochs"):
+        if self.total_decisions < 0:
+            raise ValueError(f"ppo.total_decisions must be at least 0, got {self.total_decisions}")
+        for name in ("n_steps", "batch_size", "n_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ppo.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("keep_probability", "finish_probability"):
@@ -70,8 +76,26 @@ class PPOConfig:
             raise ValueError(f"ppo.time_limit_s must be positive, got {self.time_limit_s}")
         if not self.learning_rate > 0:
             raise ValueError(f"ppo.learning_rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.gae_lambda <= 1:
-            raise ValueError(f"ppo.gae_lambda must be in [0, 1], got {self.gae_lambda}")
+        for name in ("gae_lambda", "learning_rate_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ppo.{name} must be in [0, 1], got {getattr(self, name)}")
+
+    def learning_rate_at(self, left: float) -> float:
+        """Return the learning rate while a share `left` of the decisions is still to come."""
+        end = self.learning_rate_end
+        return self.learning_rate * (end + (1 - end) * min(max(left, 0.0), 1.0))
+
+
+class RememberedCallback(BaseCallback):
+    """A callback whose state is part of the checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """Return tensors, numbers, text and containers of these."""
+        raise NotImplementedError
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state` returned."""
+        raise NotImplementedError
 
 
 def side_by_side(make_env: Callable[[], Env[np.ndarray, np.ndarray]], n_envs: int) -> VecEnv:
@@ -84,7 +108,7 @@ def make_ppo(env: VecEnv, config: PPOConfig) -> MaskablePPO:
     model = MaskablePPO(
         "MlpPolicy",
         env,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate_at,
         n_steps=config.n_steps,
         batch_size=config.batch_size,
         n_epochs=config.n_epochs,
@@ -127,6 +151,8 @@ def train(
     *,
     callbacks: Sequence[BaseCallback] = (),
     progress: Callable[[int], None] | None = None,
+    start: Mapping[str, torch.Tensor] | None = None,
+    meter: EnergyMeter | None = None,
 ) -> tuple[MaskablePPO, dict[str, float]]:
     """Train to `config.total_decisions`; go on from `folder`/checkpoint.pt if there is one.
 
@@ -136,15 +162,19 @@ def train(
         folder: Takes the checkpoint and the TensorBoard events (`tb/`).
         callbacks: Further SB3 callbacks, such as `TrainingLog`.
         progress: Called with the number of decisions made so far.
+        start: Weights of policy and value network to begin with where there is no checkpoint.
+        meter: Counts joules and seconds of this process, where those of the runs are not real ones.
 
     Returns:
         The agent, and what training cost: decisions, episodes, joules (NaN where unknown), seconds.
     """
     model = make_ppo(env, config)
-    keeper = _Keeper(folder / "checkpoint.pt", progress, config.time_limit_s)
+    if start is not None:
+        model.policy.load_state_dict(start)
+    keeper = _Keeper(folder / "checkpoint.pt", progress, config.time_limit_s, callbacks, meter)
     keeper.load(model)
     model.set_logger(configure(str(folder / "tb"), ["tensorboard"]))
-    everyone = CallbackList([keeper, *callbacks])
+    everyone = CallbackList([*callbacks, keeper])
     everyone.init_callback(model)
     left = config.total_decisions - model.num_timesteps
     if left > 0:
@@ -155,23 +185,40 @@ def train(
 class _Keeper(BaseCallback):
     """Writes a checkpoint after every update, counts what training costs, reports progress."""
 
-    def __init__(self, path: Path, progress: Callable[[int], None] | None, time_limit_s: float | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        progress: Callable[[int], None] | None,
+        time_limit_s: float | None,
+        others: Sequence[BaseCallback],
+        meter: EnergyMeter | None,
+    ) -> None:
         super().__init__()
+        self.remembered = {type(other).__name__: other for other in others if isinstance(other, RememberedCallback)}
+        self.meter = meter
+        self.reading = meter.read() if meter is not None else None
         self.end_s = math.inf if time_limit_s is None else time.monotonic() + time_limit_s
         self.path = path
         self.progress = progress
         self.cost = {"decisions": 0.0, "episodes": 0.0, "energy_j": 0.0, "time_s": 0.0}
 
     def _on_step(self) -> bool:
-        for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
-            energy = info.get("energy_j")
-            self.cost["energy_j"] += math.nan if energy is None else float(energy)
-            self.cost["time_s"] += float(info["time_s"])
-            self.cost["episodes"] += float(done)
+        self.cost["episodes"] += float(np.sum(self.locals["dones"]))
+        for info in self.locals["infos"] if self.meter is None else ():
+            self._add(info.get("energy_j"), float(info["time_s"]))
         self.cost["decisions"] = self.num_timesteps
         if self.progress is not None:
             self.progress(self.num_timesteps)
         return time.monotonic() < self.end_s
+
+    def _add(self, energy_j: float | None, time_s: float) -> None:
+        self.cost["energy_j"] += math.nan if energy_j is None else float(energy_j)
+        self.cost["time_s"] += time_s
+
+    def _add_measured(self) -> None:
+        if self.meter is not None and self.reading is not None:
+            last, self.reading = self.reading, self.meter.read()
+            self._add(energy_between(last, self.reading)[0], self.reading.time_s - last.time_s)
 
     def _on_rollout_start(self) -> None:
         if self.num_timesteps:
@@ -181,12 +228,14 @@ class _Keeper(BaseCallback):
         self.save()
 
     def save(self) -> None:
+        self._add_measured()
         state = {
             "policy": self.model.policy.state_dict(),
             "optimizer": self.model.policy.optimizer.state_dict(),
             "num_timesteps": self.model.num_timesteps,
             "n_updates": self.model._n_updates,
             "cost": self.cost,
+            "callbacks": {name: callback.state() for name, callback in self.remembered.items()},
         }
         save_checkpoint(self.path, state)
 
@@ -199,6 +248,9 @@ class _Keeper(BaseCallback):
         model.num_timesteps = state["num_timesteps"]
         model._n_updates = state["n_updates"]
         self.cost = state["cost"]
+        for name, callback in self.remembered.items():
+            if name in state.get("callbacks", {}):
+                callback.restore(state["callbacks"][name])
 
 
 def bundle_of(model: MaskablePPO, provenance: Mapping[str, Any]) -> PolicyBundle:

@@ -15,7 +15,7 @@ from trainpilot.envs.action import ACTION_FIELDS, ActionField
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.llm_runtime.controls import PRECISIONS
 
-Writer = Literal["run", "agent"]
+Writer = Literal["run", "agent", "simulator"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Group:
 
     prefix: str
     written_by: Writer
-    """A steered run, or the training of an agent."""
+    """A steered run, the training of an agent, or that part of it which takes place in the simulator."""
     about: str
     tags: tuple[Tag, ...]
 
@@ -211,13 +211,33 @@ _AGENT_GROUPS = (
     ),
 )  # fmt: skip
 
-GROUPS: tuple[Group, ...] = _RUN_GROUPS + _AGENT_GROUPS
+_SIMULATOR_GROUPS = (
+    _group(
+        "validation", "simulator", "The policy without exploration on simulated runs that no training draws, told to "
+        "care for quality alone; medians over the runs. The multiplier is the share of the budget that the tuned "
+        "static setting needs for the loss reached.",
+        ("multiplier", "ratio", "of all runs; 1 is as good as the best static setting of each run"),
+        ("multiplier_p10", "ratio", "10th percentile over the runs"),
+        ("score", "ratio", "mean of the two: the weights with the highest one are kept"),
+        ("best_score", "ratio", "highest score so far"),
+        ("from_far_below", "ratio", "multiplier of runs started below 0.18 times the best learning rate"),
+        ("from_below", "ratio", "the same, 0.18 to 0.56 times"),
+        ("from_near", "ratio", "the same, 0.56 to 1.8 times"),
+        ("from_above", "ratio", "the same, 1.8 to 5.6 times"),
+        ("from_far_above", "ratio", "the same, above 5.6 times"),
+        ("time_over_reference", "ratio", "seconds over the tuned static setting's"),
+        ("energy_over_reference", "ratio", "joules over the tuned static setting's"),
+        ("diverged_share", _SHARE, "runs that diverged"),
+    ),
+)  # fmt: skip
+
+GROUPS: tuple[Group, ...] = _RUN_GROUPS + _AGENT_GROUPS + _SIMULATOR_GROUPS
 TAGS: dict[str, Tag] = {tag.name: tag for group in GROUPS for tag in group.tags}
 """Every tag by its name. A writer that asks for another one gets a `KeyError`."""
 
 
 def tags_of(writer: Writer) -> list[Tag]:
-    """Return the tags of a steered run, or those of agent training."""
+    """Return the tags of a steered run, those of agent training, or those that only its simulator stage has."""
     return [tag for group in GROUPS if group.written_by == writer for tag in group.tags]
 
 
@@ -251,6 +271,11 @@ it has no `decision`, `reward`, `observation`, `masks` and `final`. A value that
 ## The training of an agent
 
 The x-axis counts **decisions** over all environments. A rollout is what lies between two updates of the policy.
+""",
+    "simulator": """\
+## The simulator stage of an agent's training
+
+Lies in OUT/simulator/SEED/tb, one run for each agent that is trained, with all the tags above and these.
 """,
 }
 

@@ -1,9 +1,8 @@
-"""Run the demo, or take up a finished one, and keep what its runs measured, beside a small sweep.
+"""Run the demo, or take up a finished one, and keep what its runs measured.
 
-    python benchmarks/demo.py [--out runs/demo] [--name demo]
+    python benchmarks/demo.py [--out runs/demo] [--name demo] [--policy default]
 
-The sweep is what the steered run must be seen against: the same run under its base schedule at other learning rates
-and warm-ups.
+The sweep is what the steered run must be seen against.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 from _common import write_result
 
-from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.bundle import PolicyBundle, policy_path
+from trainpilot.experiments.demo import SWEEP_RATES, best_of, cost_of
 
-SWEEP = ((1e-3, 12_000), (3e-3, 12_000), (1e-2, 12_000), (1e-3, 120_000), (3e-3, 120_000))
-"""Peak learning rates and warm-up tokens (2 % and 20 % of the budget) of the base schedule, beside the demo's own."""
+KEPT = ("final_validation_loss", "final_test_loss", "tokens", "time_s", "energy_j", "energy_source", "diverged")
 
 
 def main() -> None:
@@ -29,28 +28,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--name", default="demo")
+    parser.add_argument("--policy", default="default")
     options = parser.parse_args()
-    command = [sys.executable, "-m", "trainpilot.experiments.cli", "demo", "--out", str(options.out)]
-    subprocess.run(command, check=True)
-    runs = {name: _summary(options.out / name) for name in ("base", "steered")}
-    config = json.loads((options.out / "base" / "config.json").read_text(encoding="utf-8"))
-    sweep = [_at(rate, warmup, config, options.out / f"rate-{rate:g}-{warmup}") for rate, warmup in SWEEP]
-    provenance = PolicyBundle.load(options.out / "agent" / "policy.safetensors").provenance
-    cost = {"policy_training_cost": provenance["training_cost"]}
+    chosen = ["--out", str(options.out), "--policy", options.policy]
+    subprocess.run([sys.executable, "-m", "trainpilot.experiments.cli", "demo", *chosen], check=True)
+    provenance = PolicyBundle.load(policy_path(options.policy)).provenance
+    sweep = [_swept(rate, options.out / f"sweep-{rate:g}") for rate in SWEEP_RATES]
+    result = {
+        "policy_training_cost": provenance.get("training_cost"),
+        "runs": {name: _summary(options.out / name) for name in ("base", "steered")},
+        "sweep": sweep,
+        "sweep_best_learning_rate": best_of(sweep)["base_learning_rate"],
+        "sweep_cost": cost_of(sweep),
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(write_result(options.name, {**cost, "runs": runs, "base_schedule_elsewhere": sweep}, device))
+    print(write_result(options.name, result, device))
 
 
-def _at(rate: float, warmup_tokens: int, config: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Return losses and time of the demo's run under its base schedule at another learning rate and warm-up."""
-    names = ("model", "tokens", "batch_size", "sequence_length", "decisions", "seed")
-    arguments = [part for name in names for part in (f"--{name.replace('_', '-')}", str(config[name]))]
-    command = [sys.executable, "-m", "trainpilot.experiments.cli", "replay", "--policy", "none", "--out", str(out)]
-    chosen = ["--base-learning-rate", str(rate), "--warmup-tokens", str(warmup_tokens)]
-    subprocess.run([*command, *arguments, *chosen], check=True)
-    kept = ("final_validation_loss", "final_test_loss", "time_s", "energy_j", "energy_source", "diverged")
-    figures = {name: value for name, value in _summary(out).items() if name in kept}
-    return {"base_learning_rate": rate, "warmup_tokens": warmup_tokens, **figures}
+def _swept(rate: float, folder: Path) -> dict[str, Any]:
+    summary = _summary(folder)
+    return {"base_learning_rate": rate, **{name: summary[name] for name in KEPT}}
 
 
 def _summary(folder: Path) -> dict[str, Any]:

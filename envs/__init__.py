@@ -1,6 +1,6 @@
-"""The decision problem: observations, actions, rewards and the Gymnasium environment. Knows no SB3.
+"""The decision problem: observations, actions, rewards and the Gymnasium environments. Knows no SB3.
 
-Importing this package registers `trainpilot/LiveTraining-v0`.
+Importing this package registers `trainpilot/LiveTraining-v0` and `trainpilot/SimulatedTraining-v0`.
 """
 
 from gymnasium import register
@@ -10,4 +10,9 @@ register(
     entry_point="trainpilot.envs.live_training:LiveTraining",
     nondeterministic=True,  # it measures seconds and joules
     disable_env_checker=True,  # its reward is a vector, by MO-Gymnasium's convention
+)
+register(
+    id="trainpilot/SimulatedTraining-v0",
+    entry_point="trainpilot.envs.simulated_training:SimulatedTraining",
+    disable_env_checker=True,  # as above
 )

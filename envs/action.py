@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from trainpilot.llm_runtime.controls import PRECISIONS, Controls
+from trainpilot.llm_runtime.simulator.records import ControlBatch, Ints
 
 SPARSITY_STEP = 0.05
 """One pruning step, as a share of the prunable weights or channels."""
@@ -50,6 +51,9 @@ ACTION_FIELDS: tuple[ActionField, ...] = (
 KEEP: tuple[int, ...] = tuple(field.keep for field in ACTION_FIELDS)
 """The action that changes nothing. A policy that always returns it is the base schedule."""
 
+N_CHOICES: tuple[int, ...] = tuple(len(field.choices) for field in ACTION_FIELDS)
+"""Choices of each field."""
+
 Action = tuple[int, ...]
 Choices = Sequence[int] | np.ndarray
 """One number per field, as a policy or a space gives them."""
@@ -62,15 +66,34 @@ def decode(action: Choices, present: Controls) -> Controls:
         ValueError: `action` has not one valid choice per field.
     """
     check_action(action)
-    learning_rate, batch, precision, pruning, finish = (int(choice) for choice in action)
-    return replace(
-        present,
-        learning_rate_scale=present.learning_rate_scale * LEARNING_RATE_FACTORS[learning_rate],
-        batch_size=max(1, int(present.batch_size * BATCH_FACTORS[batch])),
-        precision=present.precision if precision == 0 else PRECISIONS[precision - 1],
-        sparsity=min(present.sparsity + SPARSITY_STEP * pruning, 0.99),
-        finish=present.finish or bool(finish),
+    return decode_batch(np.array([action], dtype=np.int64), ControlBatch.of([present])).row(0)
+
+
+def decode_batch(actions: Ints, present: ControlBatch) -> ControlBatch:
+    """Return the same for many runs; `actions` has shape (n_runs, number of fields).
+
+    Raises:
+        ValueError: an action has not one valid choice per field.
+    """
+    check_actions(actions)
+    learning_rate, batch, precision, pruning, finish = actions.T
+    batch_size = (present.batch_size * np.array(BATCH_FACTORS)[batch]).astype(np.int64)
+    return ControlBatch(
+        learning_rate_scale=present.learning_rate_scale * np.array(LEARNING_RATE_FACTORS)[learning_rate],
+        batch_size=np.maximum(batch_size, 1),
+        precision=np.where(precision == 0, present.precision, precision - 1),
+        sparsity=np.minimum(present.sparsity + SPARSITY_STEP * pruning, 0.99),
+        finish=present.finish | (finish == 1),
     )
+
+
+def check_actions(actions: Ints) -> None:
+    """Raise `ValueError` unless every row of `actions` has one valid choice per field."""
+    shape_fits = actions.ndim == 2 and actions.shape[1] == len(ACTION_FIELDS)
+    if shape_fits and ((actions >= 0) & (actions < N_CHOICES)).all():
+        return
+    for action in np.atleast_2d(actions):
+        check_action(action)
 
 
 def check_action(action: Choices) -> None:

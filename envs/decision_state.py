@@ -1,21 +1,119 @@
-"""Keep what a decision needs: telemetry so far, controls in force, what is masked. Shared by env and controller."""
+"""Keep what a decision needs: telemetry so far, controls in force, what is masked. Shared by envs and controller."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, Choices, decode
+from trainpilot.envs.action import KEEP, N_CHOICES, Action, Choices, decode_batch
+from trainpilot.envs.batch_rows import put, take
 from trainpilot.envs.observation import OBSERVATION_FIELDS, RunView, encode
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.safety import Reasons, Situation, allow, mask_reasons
+from trainpilot.envs.run_history import RunHistory
+from trainpilot.envs.safety import Reasons, Situation, SituationBatch, action_masks, allow, allow_batch, mask_reasons
 from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 N_STACK = 6
 """Observations seen at once, the newest last."""
+
+
+class DecisionStates:
+    """Many runs as their controller sees them, as arrays with one row per run.
+
+    Args:
+        limits: What the runs can do.
+        preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
+    """
+
+    def __init__(self, limits: LimitBatch, preference: Floats) -> None:
+        n_runs = len(limits.decisions)
+        self.limits = limits
+        self.preference = preference
+        self.controls = limits.start
+        self.history = RunHistory(n_runs)
+        self.precision_switches: Ints = np.zeros(n_runs, dtype=np.int64)
+        self.last_action: Ints = np.tile(KEEP, (n_runs, 1))
+        self.newest: Floats = encode(self._view())
+        """Newest observation, shape (n_runs, n_fields)."""
+        self._stack = _first_stack(self.newest)
+        self._masks: Bools | None = None
+
+    def begin(self, rows: Ints, limits: LimitBatch, preference: Floats) -> None:
+        """Begin new runs in these rows; `limits` is of all runs, `preference` of the new ones."""
+        fresh = DecisionStates(take(limits, rows), preference)
+        self.limits = limits
+        self.preference = self.preference.copy()
+        self.preference[rows] = preference
+        self.controls = put(self.controls, rows, fresh.controls)
+        self.history.reset(rows)
+        self.precision_switches[rows] = 0
+        self.last_action[rows] = KEEP
+        self.newest[rows] = fresh.newest
+        self._stack = self._stack.copy()  # what was handed out stays as it was
+        self._stack[rows] = fresh._stack
+        self._masks = None
+
+    def observe(self, telemetry: TelemetryBatch) -> None:
+        """Take in the interval that has just ended, of every run."""
+        self.history.observe(telemetry)
+        self.newest = encode(self._view())
+        width, before = len(OBSERVATION_FIELDS), self._stack
+        self._stack = np.empty_like(before)
+        self._stack[:, :-width] = before[:, width:]
+        self._stack[:, -width:] = self.newest
+        self._masks = None
+
+    def observation(self) -> NDArray[np.float32]:
+        """Return the stacked observations, float32 of shape (n_runs, N_STACK * n_fields), newest last."""
+        return self._stack
+
+    def action_masks(self) -> Bools:
+        """Return which choices are allowed, shape (n_runs, sum of choices), field after field."""
+        if self._masks is None:
+            self._masks = self._allowed()
+        return self._masks
+
+    def _allowed(self) -> Bools:
+        situation = SituationBatch(
+            limits=self.limits,
+            controls=self.controls,
+            budget_used=np.where(self.history.started, self.history.newest("budget_used"), 0.0),
+            precision_switches=self.precision_switches,
+        )
+        return action_masks(situation)
+
+    def decide(self, actions: Ints) -> ControlBatch:
+        """Bring the allowed part of `actions`, shape (n_runs, number of fields), into force.
+
+        Raises:
+            ValueError: a choice does not exist.
+        """
+        self.last_action = allow_batch(actions, self.action_masks())
+        controls = decode_batch(self.last_action, self.controls)
+        self.precision_switches = self.precision_switches + (controls.precision != self.controls.precision)
+        self.controls = controls
+        self._masks = None
+        return controls
+
+    def _view(self) -> RunView:
+        return RunView(
+            history=self.history,
+            limits=self.limits,
+            controls=self.controls,
+            precision_switches=self.precision_switches,
+            last_action=self.last_action / (np.array(N_CHOICES) - 1),
+            preference=self.preference,
+        )
+
+
+def _first_stack(first: Floats) -> NDArray[np.float32]:
+    """Return stacks that are full of the first observation."""
+    return np.tile(first.astype(np.float32), (1, N_STACK))
 
 
 @dataclass(frozen=True)
@@ -30,67 +128,61 @@ class Decision:
 
 
 class DecisionState:
-    """The run as its controller sees it. Holds no torch and no policy."""
+    """One run as its controller sees it, with reasons in words. Holds no torch and no policy."""
 
     def __init__(self, limits: ControlLimits, preference: Preference) -> None:
         self.limits = limits
         self.preference = preference
-        self.controls = limits.start
         self.telemetry: list[Telemetry] = []
-        self.precision_switches = 0
-        self.last_action: Action = KEEP
-        first = self._encode()
-        self._stack = np.tile(first, (N_STACK, 1))  # (N_STACK, n_fields)
+        self._states = DecisionStates(LimitBatch.of([limits]), preference.weights()[None])
+
+    @property
+    def controls(self) -> Controls:
+        """Controls in force."""
+        return self._states.controls.row(0)
+
+    @property
+    def precision_switches(self) -> int:
+        """Switches of precision made so far."""
+        return int(self._states.precision_switches[0])
+
+    @property
+    def last_action(self) -> Action:
+        """What was let through last."""
+        return tuple(self._states.last_action[0].tolist())
 
     def observe(self, telemetry: Telemetry) -> None:
         """Take in the interval that has just ended."""
         self.telemetry.append(telemetry)
-        self._stack = np.vstack([self._stack[1:], self._encode()])
+        self._states.observe(TelemetryBatch.of([telemetry]))
 
     def observation(self) -> np.ndarray:
         """Return the stacked observation, float32 of shape (N_STACK * n_fields,), in [-1, 1], newest last."""
-        return self._stack.reshape(-1).astype(np.float32)
+        observation: np.ndarray = self._states.observation()[0]
+        return observation
 
     def fields(self) -> dict[str, float]:
         """Return the newest observation by field name, scaled."""
-        return dict(zip((field.name for field in OBSERVATION_FIELDS), self._stack[-1].tolist(), strict=True))
+        return dict(zip((field.name for field in OBSERVATION_FIELDS), self._states.newest[0].tolist(), strict=True))
 
     def mask_reasons(self) -> Reasons:
         """Return why each choice is masked now."""
-        used = self.telemetry[-1].budget_used if self.telemetry else 0.0
         situation = Situation(
             limits=self.limits,
             controls=self.controls,
-            budget_used=used,
+            budget_used=self.telemetry[-1].budget_used if self.telemetry else 0.0,
             precision_switches=self.precision_switches,
         )
         return mask_reasons(situation)
 
     def action_masks(self) -> np.ndarray:
         """Return which choices are allowed, bool of shape (sum of choices,), field after field."""
-        return np.array([reason is None for why in self.mask_reasons() for reason in why])
+        masks: np.ndarray = self._states.action_masks()[0]
+        return masks
 
     def decide(self, action: Choices) -> Decision:
         """Bring the allowed part of `action` into force. Raises `ValueError` for a choice that does not exist."""
         requested = tuple(int(choice) for choice in action)
         allowed, refusals = allow(requested, self.mask_reasons())
-        controls = decode(allowed, self.controls)
-        self.precision_switches += controls.precision != self.controls.precision
-        self.controls, self.last_action = controls, allowed
-        return Decision(requested, allowed, controls, refusals)
-
-    def _encode(self) -> np.ndarray:
-        shares = [
-            choice / (len(field.choices) - 1) for field, choice in zip(ACTION_FIELDS, self.last_action, strict=True)
-        ]
-        weights = self.preference.weights()
-        return encode(
-            RunView(
-                telemetry=self.telemetry,
-                limits=self.limits,
-                controls=self.controls,
-                precision_switches=self.precision_switches,
-                last_action=dict(zip((field.name for field in ACTION_FIELDS), shares, strict=True)),
-                preference=dict(zip(("quality", "energy", "time"), weights.tolist(), strict=True)),
-            )
-        )
+        self._states.decide(np.array([allowed]))
+        return Decision(requested, allowed, self.controls, refusals)

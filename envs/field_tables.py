@@ -102,7 +102,13 @@ base schedule at {_shares()} of the budget. Energy, time and quality are told in
 {EXAMPLE}```
 
 An episode is real training: the example takes some seconds on a processor. Time and energy are measured, so
-two episodes differ in these; everything else repeats under one seed on a processor."""
+two episodes differ in these; everything else repeats under one seed on a processor.
+
+`trainpilot/SimulatedTraining-v0` is the same with a simulated run instead of a real one: same actions, observations,
+rewards, masks and ends, from the same code, so that a policy cannot tell which of the two it steers. An episode takes
+milliseconds, its run is drawn anew each time, and it repeats exactly under one seed.
+`trainpilot.envs.vector_simulated.VectorSimulatedTraining` steers thousands of such runs at once, as a Gymnasium
+`VectorEnv` with autoreset in the same step: that is what policies are pre-trained in."""
 
 
 def _shares() -> str:
@@ -179,6 +185,8 @@ of the vectors.
 
 `reset` draws a case and a preference (quality weighs at least half), or takes
 `options={{"case": i, "preference": Preference(...)}}`. The run starts with the case's own seed for weights and data.
+
+`trainpilot/SimulatedTraining-v0` draws a run of the simulator instead, or takes `"plant_seed": i`.
 
 * **Terminated**: the run diverged (its loss is not finite), or a cool-down that the agent began is complete.
 * **Truncated**: the budget is used up.

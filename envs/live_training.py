@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 
-from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import N_STACK, Decision, DecisionState
 from trainpilot.envs.live_plant import live_plant, live_reference
-from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.reference import PlantFactory, Reference, run_reference
-from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY, RewardMeter, RewardTerms, current_loss
-from trainpilot.llm_runtime.plant import Plant
+from trainpilot.envs.training_env import TrainingEnv
 from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.telemetry import Telemetry
 
 DEFAULT_CASE = RunConfig(model="llama-nano", tokens=204_800, batch_size=8, sequence_length=64)
 
 
-class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
+class LiveTraining(TrainingEnv):
     """A real language-model training run, steered interval by interval.
 
     ## Description
@@ -86,6 +77,7 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
     | preference | Preference or None | None | fixed preference; None draws one per episode |
     | make_plant | callable | LiveRun | makes the plant for a case |
     | threads | int or None | None | torch threads of this process; None leaves them alone |
+    | reference_cases | sequence of RunConfig or None | None | runs to measure each case against; None: its own |
 
     `reset(options={"case": i, "preference": Preference(...)})` chooses instead of drawing.
 
@@ -94,18 +86,22 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
     * v0: first version
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012, Gymnasium's own form
-
     def __init__(
         self,
         cases: Sequence[RunConfig] = (DEFAULT_CASE,),
         preference: Preference | None = None,
         make_plant: PlantFactory | None = None,
         threads: int | None = None,
+        reference_cases: Sequence[RunConfig] | None = None,
     ) -> None:
+        super().__init__()
         if not cases:
             raise ValueError("cases must name at least one run, got none")
         self.cases = tuple(cases)
+        self.reference_cases = self.cases if reference_cases is None else tuple(reference_cases)
+        if len(self.reference_cases) != len(self.cases):
+            counts = f"{len(self.reference_cases)} for {len(self.cases)} cases"
+            raise ValueError(f"reference_cases must name one run for each case, got {counts}")
         self.preference = preference
         self._own_plants = make_plant is not None
         if threads is not None:
@@ -114,14 +110,6 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
             use_threads(threads)
         self._make_plant = make_plant or live_plant()
         self._references: dict[int, Reference] = {}
-        self.action_space = spaces.MultiDiscrete([len(field.choices) for field in ACTION_FIELDS])
-        n_observations = N_STACK * len(OBSERVATION_FIELDS)
-        self.observation_space = spaces.Box(-1.0, 1.0, (n_observations,), np.float32)
-        low = np.array([DIVERGED_QUALITY - MAX_QUALITY, -np.inf, -np.inf], dtype=np.float32)
-        high = np.array([MAX_QUALITY, 0.0, 0.0], dtype=np.float32)
-        self.reward_space = spaces.Box(low, high, dtype=np.float32)
-        self.reward_dim = 3
-        self.plant: Plant | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -137,57 +125,15 @@ class LiveTraining(gymnasium.Env[np.ndarray, np.ndarray]):
         self.case = self.cases[index]
         self.plant = None  # frees the last run's memory before the next is made
         self.reference = self._reference(index)
-        self.plant = self._make_plant(self.case)
-        self.state = DecisionState(self.plant.limits(), preference)
-        self._meter = RewardMeter(self.reference)
-        return self.state.observation(), {"case": index, "preference": preference.weights()}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
-        """Bring the action's controls into force, train one interval, and weigh what came out."""
-        if self.plant is None:
-            raise ValueError("step needs a run; call reset first")
-        decision = self.state.decide(action)
-        telemetry = self.plant.advance(decision.controls, 1 / self.case.decisions)
-        loss = current_loss(self.plant, telemetry)
-        self.state.observe(telemetry)
-        terms = self._meter.weigh(telemetry, loss)
-        info = self._info(decision, telemetry, terms, loss)
-        terminated = info["diverged"] or (telemetry.finished and telemetry.finishing)
-        truncated = telemetry.finished and not terminated
-        return self.state.observation(), terms.vector(), terminated, truncated, info
+        observation = self._begin(self._make_plant(self.case), self.reference, preference)
+        return observation, {"case": index, "preference": preference.weights()}
 
     def _reference(self, index: int) -> Reference:
         """Return the reference of a case. A caller's own plants are no live runs: theirs never go to the disk cache."""
         if index not in self._references:
-            case = self.cases[index]
+            case = self.reference_cases[index]
             if self._own_plants:
                 self._references[index] = run_reference(case, self._make_plant)
             else:
                 self._references[index] = live_reference(case, self._make_plant)
         return self._references[index]
-
-    def action_masks(self) -> np.ndarray:
-        """Return which choices are allowed now, bool of shape (sum of choices,), for MaskablePPO."""
-        return self.state.action_masks()
-
-    def _info(self, decision: Decision, telemetry: Telemetry, terms: RewardTerms, loss: float) -> dict[str, Any]:
-        effective = {
-            "learning_rate": telemetry.learning_rate,
-            "batch_size": telemetry.batch_size,
-            "precision": telemetry.precision,
-            "sparsity": telemetry.sparsity,
-            "finishing": telemetry.finishing,
-        }
-        return {
-            "requested": asdict(decision.controls),
-            "effective": effective,
-            "refusals": decision.refusals,
-            "reward_terms": asdict(terms),
-            "preference": self.state.preference.weights(),
-            "loss": loss,
-            "loss_increase": loss - self.reference.losses[-1] if math.isfinite(loss) else 10.0,
-            "time_s": telemetry.time_s,
-            "energy_j": telemetry.energy_j,
-            "energy_source": telemetry.energy_source,
-            "diverged": telemetry.diverged or not math.isfinite(loss),
-        }

@@ -16,6 +16,7 @@ from rich.console import Console
 from tyro.conf import subcommand
 
 from trainpilot.experiments.options import (
+    CalibrateOptions,
     CompareOptions,
     DemoOptions,
     DoctorOptions,
@@ -29,11 +30,12 @@ Command = (
     | Annotated[TrainAgentOptions, subcommand("train-agent")]
     | Annotated[ReplayOptions, subcommand("replay")]
     | Annotated[CompareOptions, subcommand("compare")]
+    | Annotated[CalibrateOptions, subcommand("calibrate")]
     | Annotated[DoctorOptions, subcommand("doctor")]
     | Annotated[InspectOptions, subcommand("inspect")]
 )
 
-COMMANDS = ("demo", "train-agent", "replay", "compare", "doctor", "inspect")
+COMMANDS = ("demo", "train-agent", "replay", "compare", "calibrate", "doctor", "inspect")
 DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot demo`, then `trainpilot replay --help`."
 
 
@@ -71,6 +73,10 @@ def _run(options: object) -> None:
         from trainpilot.experiments.compare.command import compare
 
         compare(options, console)
+    elif isinstance(options, CalibrateOptions):
+        from trainpilot.experiments.calibrate.command import calibrate
+
+        calibrate(options, console)
     elif isinstance(options, DoctorOptions):
         _doctor(options, console)
     elif isinstance(options, InspectOptions):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -13,6 +13,11 @@ from trainpilot.llm_runtime.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
 from trainpilot.llm_runtime.controls import Precision, Pruning
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
+
+Effort = Literal["quick", "standard"]
+
+if TYPE_CHECKING:
+    from trainpilot.agents.bundle import BaseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +29,14 @@ class ReplayOptions:
     Try for instance:
 
       trainpilot replay --policy none --model llama-micro --out runs/base
-      trainpilot replay --policy runs/agent/policy.safetensors --model gpt2-micro --text docs/*.md --out runs/steered
+      trainpilot replay --policy default --model gpt2-micro --text docs/*.md --out runs/steered
+      trainpilot replay --policy runs/agent/policy.safetensors --model gpt2-micro --out runs/mine
     """
 
     out: Path
     """Folder for summary.json, telemetry.jsonl, tb/ and model/. An interrupted run in it is resumed."""
     policy: str = "none"
-    """`none` for the plain base schedule, or a bundle that train-agent wrote."""
+    """`none` for the plain base schedule, `default` for the policy that comes with trainpilot, or a bundle's file."""
     model: str = "llama-nano"
     """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro), config JSON, model folder or Hub id."""
     text: tuple[str, ...] = ("stdlib",)
@@ -43,10 +49,11 @@ class ReplayOptions:
     """Tokens per sequence."""
     base_learning_rate: float = 1e-3
     """Peak learning rate of the base schedule."""
-    schedule: ScheduleName = "linear"
-    """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero), constant."""
+    schedule: ScheduleName | None = None
+    """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero), constant; by default the one that
+    the policy was trained on, linear without a policy."""
     warmup_tokens: int | None = None
-    """Tokens of linear warm-up; 2 % of the budget if not given."""
+    """Tokens of linear warm-up; by default the policy's share of the budget, 2 % without a policy."""
     precision: Precision = "fp32"
     """Starting precision of the matrix products."""
     pruning: Pruning = "none"
@@ -68,8 +75,16 @@ class ReplayOptions:
     grid_intensity: float = DEFAULT_GRID_INTENSITY_G_PER_KWH
     """Grams of CO2e per kWh of your electricity."""
 
-    def run_config(self, decisions: int) -> RunConfig:
-        """Return the run, with `decisions` where the option is not given. Raises `ValueError` for a bad setting."""
+    def run_config(self, decisions: int, base: BaseSchedule | None = None) -> RunConfig:
+        """Return the run, with `decisions` and the base schedule of the policy where the options leave them open.
+
+        Raises:
+            ValueError: a bad setting.
+        """
+        schedule, warmup_tokens = self.schedule, self.warmup_tokens
+        if base is not None:
+            schedule = base.schedule if schedule is None else schedule
+            warmup_tokens = base.warmup_tokens(self.tokens) if warmup_tokens is None else warmup_tokens
         return RunConfig(
             model=self.model,
             text=self.text,
@@ -77,8 +92,8 @@ class ReplayOptions:
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
             base_learning_rate=self.base_learning_rate,
-            schedule=self.schedule,
-            warmup_tokens=self.warmup_tokens,
+            schedule=schedule if schedule is not None else "linear",
+            warmup_tokens=warmup_tokens,
             precision=self.precision,
             pruning=self.pruning,
             decisions=self.decisions if self.decisions is not None else decisions,
@@ -89,22 +104,26 @@ class ReplayOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainAgentOptions:
-    """Train a policy with PPO on live training runs, and write it as a bundle.
+    """Train a policy with PPO, in the simulator and on live training runs, and write it as a bundle.
 
-    Killed at any moment, the same command goes on from the last update. Watch it: tensorboard --logdir OUT/tb
+    The recipe `default` trains two agents on thousands of simulated runs at once, keeps the one that is better on
+    simulated runs it has not met, and goes on training it on live runs; `tiny` and `demo` have live runs only.
+
+    Killed at any moment, the same command goes on from the last update. Watch it: tensorboard --logdir OUT
 
     Try for instance:
 
-      trainpilot train-agent --recipe tiny --out runs/agent
-      trainpilot train-agent --recipe tiny --out runs/agent --set ppo.total_decisions=2000 ppo.learning_rate=1e-3
+      trainpilot train-agent --recipe default --out runs/agent
+      trainpilot train-agent --recipe default --out runs/simulated --set ppo.total_decisions=0 simulator.seeds=1
+      trainpilot train-agent --recipe tiny --out runs/live --set ppo.total_decisions=2000 ppo.learning_rate=1e-3
     """
 
     recipe: str
-    """Name of a recipe that comes with trainpilot (demo, tiny), or a YAML file of your own."""
+    """Name of a recipe that comes with trainpilot (default, demo, tiny), or a YAML file of your own."""
     out: Path
-    """Folder for policy.safetensors, recipe.json, checkpoint.pt and tb/."""
+    """Folder for policy.safetensors, recipe.json, checkpoint.pt, tb/ and simulator/."""
     set: tuple[str, ...] = ()
-    """Changes to the recipe, as key=value with dots for levels: ppo.seed=1 utility=linear."""
+    """Changes to the recipe, as key=value with dots for levels: ppo.seed=1 simulator.hide=[curvature]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +174,17 @@ class CompareOptions:
 class DemoOptions:
     """Do the main job once, in at most ten minutes on two cores.
 
-    Reference runs, a short PPO training on live runs of a small Llama, then the trained policy steers a larger model of
-    another architecture that it has never seen. What is printed was measured, also where the steered run is worse.
+    A small GPT-2 at a learning rate that nobody tuned; the same run steered by the policy that comes with trainpilot,
+    which has never seen this model; and what a sweep over learning rates finds and costs. What is printed was measured,
+    also where the steered run is worse.
     """
 
     out: Path = Path("runs/demo")
     """Folder for everything; an interrupted demo in it is resumed."""
     seed: int = 0
-    """Seeds the runs and the agent."""
+    """Seeds the runs."""
+    policy: str = "default"
+    """The policy that steers: `default`, or a bundle's file."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +197,64 @@ class DoctorOptions:
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Show where a bundle comes from, or how a run went, in the terminal; say how to open TensorBoard."""
+    """Show where a policy comes from and what it looks at, or how a run went and why it was steered so."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A bundle (policy.safetensors) or the folder of a run or of an agent."""
+    """A bundle (policy.safetensors), `default` for the one that comes with trainpilot, or the folder of a run or of an
+    agent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """Measure how a model of yours trains on this machine, and fit the simulator's physics to it.
+
+    A designed set of short live runs: learning rates from 1/30 to 10 times yours, three batches, four schedules, random
+    walks of the controls, one pruning step, and every precision that pays here. About a third of them are never
+    fitted: the error that is printed was measured on those. Every finished run is a file of its own: killed at any
+    moment, the same command goes on where it was.
+
+    Try for instance:
+
+      trainpilot calibrate --effort quick --out runs/calibration
+      trainpilot calibrate --model gpt2-nano --text docs/*.md --tokens 200000 --out runs/my-calibration
+    """
+
+    out: Path
+    """Folder for calibration.json, cost_table.json and runs/."""
+    model: str = "llama-nano"
+    """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro), config JSON, model folder or Hub id."""
+    text: tuple[str, ...] = ("stdlib",)
+    """Text: `stdlib`, `stdlib:asyncio,json`, `python-docs`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
+    tokens: int = 131_072
+    """Budget of each run in tokens; one run takes twice as many."""
+    batch_size: int = 8
+    """Starting batch, in sequences; 1/8, 1/2 and 2 times as many are tried."""
+    sequence_length: int = 64
+    """Tokens per sequence."""
+    base_learning_rate: float = 3e-3
+    """Peak learning rate that the tried ones are multiples of."""
+    effort: Effort = "standard"
+    """How many runs: quick (about 14) or standard (about 29)."""
+    decisions: int = 50
+    """Intervals per run."""
+    jobs: int = 0
+    """Runs side by side, each in a process of one thread; 0 takes as many as there are cores."""
+    seed: int = 0
+    """Seeds the initial weights and the data order of every run."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def run_config(self) -> RunConfig:
+        """Return the run that all others are variations of. Raises `ValueError` for a bad setting."""
+        return RunConfig(
+            model=self.model,
+            text=self.text,
+            tokens=self.tokens,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            base_learning_rate=self.base_learning_rate,
+            schedule="wsd",
+            decisions=self.decisions,
+            seed=self.seed,
+            device=self.device,
+        )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.agents.controller import Controller, keep
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.run_writer import RunWriter
@@ -35,14 +34,16 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     Raises:
         ValueError: an option cannot be used; nothing has been written then.
     """
-    bundle = None if options.policy == "none" else PolicyBundle.load(Path(options.policy))
+    path = None if options.policy == "none" else policy_path(options.policy)
+    bundle = PolicyBundle.load(path) if path is not None else None
     preference = Preference.parse(options.preference)
     if not (math.isfinite(options.grid_intensity) and options.grid_intensity >= 0):
         raise ValueError(f"grid_intensity must be a number >= 0, got {options.grid_intensity}")
-    config = options.run_config(bundle.decisions if bundle is not None else 50)
+    config = _config(options, bundle)
     use_threads(options.threads)
     run = LiveRun(config, probe=options.probe)
-    chosen = {"policy": options.policy, "preference": str(preference), "probe": options.probe}
+    used = {"policy_digest": policy_digest(path)} if path is not None else {}
+    chosen = {"policy": options.policy, **used, "preference": str(preference), "probe": options.probe}
     folder = RunFolder(options.out, {**asdict(config), **chosen, "text_and_model_digest": content_digest(config)})
     if (summary := folder.summary()) is not None:
         console.print(f"[dim]{options.out} is already finished[/dim]", soft_wrap=True)
@@ -53,10 +54,15 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     reference = _reference(config, console) if options.reference else None
     steered = SteeredRun(run, controller, folder, reference)
     steered.train(console)
-    summary = summarise(run, steered.records, steered.initial_loss, reference, options)
+    summary = summarise(run, steered.records, steered.initial_loss, reference, options) | used
     steered.finish(summary)
     print_summary(summary, console)
     return summary
+
+
+def _config(options: ReplayOptions, bundle: PolicyBundle | None) -> RunConfig:
+    """Return the run; the policy brings its number of decisions and its base schedule, which options override."""
+    return options.run_config(50) if bundle is None else options.run_config(bundle.decisions, bundle.base_schedule)
 
 
 def _reference(config: RunConfig, console: Console) -> Reference:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.schedules import neutral_factor as neutral_factor  # noqa: PLC0414, found here too
 from trainpilot.llm_runtime.tuning_free import make_prodigy, make_schedule_free
 
 
@@ -27,14 +27,6 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
         return make_prodigy(groups, config)
     betas = (config.beta1, config.beta2)
     return AdamW(groups, lr=config.base_learning_rate, betas=betas, eps=1e-8, fused=True)
-
-
-def neutral_factor(batch_size: int, start_batch_size: int) -> float:
-    """Return the factor on the learning rate that makes a batch change neutral for Adam: sqrt(B / B_start).
-
-    Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms".
-    """
-    return math.sqrt(batch_size / start_batch_size)
 
 
 def change_batch(optimizer: Optimizer, ratio: float) -> None:

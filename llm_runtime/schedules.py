@@ -59,6 +59,14 @@ class Cooldown:
         return self.start_factor * min(max((self.end_tokens - tokens) / span, 0.0), 1.0)
 
 
+def neutral_factor(batch_size: int, start_batch_size: int) -> float:
+    """Return the factor on the learning rate that makes a batch change neutral for Adam: sqrt(B / B_start).
+
+    Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms".
+    """
+    return math.sqrt(batch_size / start_batch_size)
+
+
 def _linear(progress: float) -> float:
     return 1.0 - progress
 

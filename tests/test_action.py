@@ -9,8 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_FACTORS, check_action, decode
+from trainpilot.envs.action import (
+    ACTION_FIELDS,
+    KEEP,
+    LEARNING_RATE_FACTORS,
+    N_CHOICES,
+    check_action,
+    check_actions,
+    decode,
+    decode_batch,
+)
 from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.simulator.records import ControlBatch
 
 PRESENT = Controls(learning_rate_scale=2.0, batch_size=6, precision="bf16", sparsity=0.1)
 
@@ -107,3 +117,16 @@ def test_what_is_no_action_is_refused_by_name(bad: Sequence[int], message: str) 
         check_action(bad)
     with pytest.raises(ValueError, match=message):
         decode(bad, PRESENT)
+    with pytest.raises(ValueError, match=message):
+        check_actions(np.array([bad, bad]))
+
+
+def test_many_actions_are_decoded_like_each_alone() -> None:
+    random = np.random.default_rng(0)
+    actions = np.stack([random.integers(n, size=100) for n in N_CHOICES], axis=1)
+    present = [
+        Controls(batch_size=int(size), sparsity=0.97 if size > 30 else 0.1) for size in random.integers(1, 65, 100)
+    ]
+    decoded = decode_batch(actions, ControlBatch.of(present))
+
+    assert [decoded.row(i) for i in range(100)] == [decode(*pair) for pair in zip(actions, present, strict=True)]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from trainpilot.agents.bundle import PolicyBundle, field_tables
+from trainpilot.agents import bundle as bundle_module
+from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, field_tables, policy_digest, policy_path
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
 from trainpilot.envs.decision_state import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
@@ -139,3 +140,76 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="no file"):
         PolicyBundle.load(tmp_path / "missing")
+
+
+@pytest.fixture
+def policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "policies"
+    folder.mkdir()
+    PolicyBundle(random_weights()).save(folder / "default.safetensors")
+    monkeypatch.setattr(bundle_module, "POLICIES", folder)
+    return folder
+
+
+def test_a_bare_name_is_a_policy_that_comes_with_trainpilot(policies: Path) -> None:
+    assert policy_path("default") == policies / "default.safetensors"
+
+
+@pytest.mark.parametrize("name", ["default.safetensors", "./default", "runs/default", "folder/"])
+def test_a_suffix_or_a_folder_makes_it_a_path(policies: Path, name: str) -> None:
+    assert policy_path(name) == Path(name)
+
+
+@pytest.mark.parametrize("name", ["nope", "", ".."])
+def test_an_unknown_name_is_refused_with_those_that_exist(policies: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"policy: no policy named .* comes with trainpilot, which has: default;"):
+        policy_path(name)
+
+
+def test_every_policy_that_comes_with_trainpilot_loads() -> None:
+    for name in bundle_module.shipped_policies():
+        assert PolicyBundle.load(policy_path(name)).weights
+
+
+def test_a_bundle_brings_its_base_schedule(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    PolicyBundle(random_weights(), {"base_schedule": {"schedule": "wsd", "warmup_share": 0.1}}).save(path)
+    base = PolicyBundle.load(path).base_schedule
+    assert base == BaseSchedule(schedule="wsd", warmup_share=0.1)
+    assert base.warmup_tokens(1_000_000) == 100_000
+    assert PolicyBundle(random_weights()).base_schedule is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"schedule": "wave", "warmup_share": 0.1}, "schedule must be one of .*, got 'wave'"),
+        ({"schedule": ["wsd"], "warmup_share": 0.1}, "schedule must be one of"),
+        ({"schedule": "wsd", "warmup_share": 1.0}, r"warmup_share must be a number in \[0, 1\), got 1.0"),
+        ({"schedule": "wsd", "warmup_share": "much"}, "warmup_share must be a number"),
+        ({"schedule": "wsd"}, "base_schedule: .*warmup_share"),
+        ("wsd", "base_schedule"),
+    ],
+)
+def test_a_wrong_base_schedule_is_refused_when_loaded(tmp_path: Path, stored: object, message: str) -> None:
+    path = tmp_path / "p.safetensors"
+    write_raw(path, random_weights(), header(provenance={"base_schedule": stored}))
+    with pytest.raises(ValueError, match=message) as caught:
+        PolicyBundle.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_digest_tells_files_apart(tmp_path: Path) -> None:
+    for seed in (0, 0, 1):
+        PolicyBundle(random_weights(seed)).save(tmp_path / f"{seed}.safetensors")
+    first = policy_digest(tmp_path / "0.safetensors")
+    assert first != policy_digest(tmp_path / "1.safetensors")
+    PolicyBundle(random_weights(0)).save(tmp_path / "again.safetensors")
+    assert first == policy_digest(tmp_path / "again.safetensors")
+
+
+def test_logits_of_many_observations_are_those_of_each() -> None:
+    bundle = PolicyBundle(random_weights())
+    many = np.random.default_rng(1).uniform(-1, 1, (3, 2, N_INPUTS)).astype(np.float32)
+    assert bundle.logits(many).shape == (3, 2, N_CHOICES)
+    np.testing.assert_allclose(bundle.logits(many)[2, 1], bundle.logits(many[2, 1]), rtol=1e-4, atol=1e-5)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from trainpilot.experiments import cli
-from trainpilot.experiments.demo import comparison, verdict
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -98,37 +97,3 @@ def test_doctor_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(sys, "argv", ["trainpilot", "doctor", "--json"])
     cli.main()
     assert json.loads(capsys.readouterr().out) == {"controls": {}}
-
-
-def run_summary(loss: float | None, energy_j: float | None, *, diverged: bool = False) -> dict[str, object]:
-    controls = {"learning_rate_scale": 2.0, "batch_size": 8, "precision": "bf16", "sparsity": 0.05}
-    return {
-        "model": "gpt2-micro",
-        "n_parameters": 1000,
-        "final_validation_loss": loss,
-        "final_test_loss": loss,
-        "tokens": 1000,
-        "time_s": 10.0,
-        "energy_j": energy_j,
-        "energy_source": "estimated",
-        "n_changes": 3,
-        "final_controls": controls,
-        "diverged": diverged,
-        "reference": {"quality": 0.8},
-    }
-
-
-def test_the_demo_says_when_the_steered_run_is_worse() -> None:
-    said = verdict(run_summary(2.0, 5.0), run_summary(2.5, 5.0))
-    assert "0.5000 nats/token higher" in said
-    assert "0.80 times its budget" in said
-    best = {**run_summary(1.0, 5.0), "reference": {"quality": 3.0}}
-    assert "more than 3 times its budget" in verdict(run_summary(2.0, 5.0), best)
-    assert "diverged" in verdict(run_summary(2.0, 5.0), run_summary(None, 5.0, diverged=True))
-
-
-def test_the_demo_table_shows_unknown_energy_as_unknown() -> None:
-    table = comparison(run_summary(2.0, None), run_summary(2.5, 5.0))
-    cells = [list(column.cells) for column in table.columns]
-    row = next(i for i, label in enumerate(cells[0]) if "energy" in str(label))
-    assert [column[row] for column in cells[1:]] == ["-", "5.0", "-"]

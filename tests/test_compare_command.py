@@ -16,6 +16,7 @@ from live_runs import GPT2, LLAMA, text_by_rule
 from made_runs import Bowl, Run, made_table
 from rich.console import Console
 
+from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK
@@ -25,6 +26,7 @@ from trainpilot.experiments.compare import command, costs
 from trainpilot.experiments.compare.comparison import Comparison
 from trainpilot.experiments.compare.execute import execute, failed
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS
+from trainpilot.experiments.compare.plan import runs_on_a_case
 from trainpilot.experiments.compare.records import RunResult, RunSpec
 from trainpilot.experiments.compare.store import run_key
 from trainpilot.experiments.options import CompareOptions
@@ -273,6 +275,32 @@ def test_a_policy_and_its_open_loop(real: Tool) -> None:
     assert real.files == before
 
 
+def test_a_policy_starts_at_factors_of_the_tuned_rate(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "POLICIES", tool.folder)
+    choices = sum(len(field.choices) for field in ACTION_FIELDS)
+    weights = np.zeros((choices, N_STACK * len(OBSERVATION_FIELDS)), np.float32)
+    bundle = PolicyBundle({"action.weight": weights, "action.bias": weights[:, 0]}, {"decisions": 5})
+    bundle.save(tool.folder / "mine.safetensors")
+    starts = [f"policy:mine@quality=1@start={factor}" for factor in ("0.1", "10")]
+    said = tool.compare(",".join(["cosine", *starts]))
+
+    rows = {row.method: row.key for row in tool.comparison().rows if row.role == "method"}
+    specs = {run_key(spec): spec for spec in tool.started}
+    [tuned] = [one.config for one in tool.comparison().baselines["tiny"] if one.axis == "tokens"]
+    carried = tuned.base_learning_rate * (8 / tuned.batch_size) ** 0.5  # to the case's batch of 8
+    rates = [specs[rows[name]].config.base_learning_rate for name in starts]
+    assert rates == pytest.approx([0.1 * carried, 10 * carried], rel=0.01)
+    assert {"tuned", "cosine", *starts} <= set(rows)  # what they rest on is shown too
+    assert f"about {round(runs_on_a_case(tool.comparison().cases[0], ['cosine', *starts], 1)):,} runs" in said
+
+    tool.compare(",".join(["cosine", "tuned", *starts, "policy:mine@time=1"]))
+    assert [spec.config.base_learning_rate for spec in tool.started] == [1e-3]  # the case's own, the only new one
+
+    (tool.out / "runs" / f"{rows[starts[0]]}.json").unlink()
+    tool.compare(",".join(["cosine", *starts]), report_only=True)
+    assert tool.comparison().baselines["tiny"]  # the tuned static does not wait for what starts at its rate
+
+
 # All methods
 
 
@@ -424,7 +452,7 @@ def test_a_cost_table_holds_all_that_its_cases_may_use(tool: Tool) -> None:
     ("changes", "message"),
     [
         ({"methods": "cosine,flying"}, "methods must be among constant"),
-        ({"methods": "policy:nowhere"}, "policy: no file nowhere"),
+        ({"methods": "policy:nowhere"}, "policy: no policy named 'nowhere'"),
         ({"cases": "nowhere"}, "cases must be one of quick, test, train or a YAML file, got 'nowhere'"),
         ({"cases": "broken.json"}, "cases: broken.json is not readable JSON"),
         ({"cases": "unknown.json"}, "'colour' is unknown"),

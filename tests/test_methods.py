@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from made_runs import CASE, CONFIG, made_bench, made_interval, made_result, with_config
 
+from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK
@@ -29,6 +30,7 @@ from trainpilot.experiments.compare.methods import (
     rests_on_search,
 )
 from trainpilot.experiments.compare.records import RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.settings import Setting
 from trainpilot.experiments.compare.store import run_key
 from trainpilot.experiments.compare.workers import Workers
 
@@ -93,6 +95,13 @@ def test_names_are_taken_in_their_order_with_spaces_and_empty_places(tmp_path: P
         ("policy:nowhere.safetensors", "policy: no file nowhere.safetensors"),
         ("open-loop:nowhere.safetensors", "policy: no file nowhere.safetensors"),
         ("quality=1", "got 'quality=1'"),
+        ("policy:a.b@start=0", "start must be a factor above 0, as in @start=0.1, got '0'"),
+        ("policy:a.b@start=inf", "start must be a factor above 0"),
+        ("policy:a.b@start=fast", "got 'fast' in 'policy:a.b@start=fast'"),
+        ("policy:a.b@start=1@start=2", "may hold one preference and one start"),
+        ("policy:a.b@time=1@energy=1", "may hold one preference and one start"),
+        ("open-loop:a.b@start=1", "an open loop has no start of its own, .*; leave out @start=1"),
+        ("policy:nobody", "no policy named 'nobody' comes with trainpilot"),
     ],
 )
 def test_what_cannot_be_asked_for_is_one_line(text: str, message: str) -> None:
@@ -121,7 +130,8 @@ def test_every_method_has_a_note_of_its_own() -> None:
 def test_which_methods_rest_on_the_search() -> None:
     assert all(rests_on_search(["cosine", name]) for name in ("tuned", *PER_SCHEDULE, *CHECKS))
     assert set(SEARCHED) == {"tuned", *PER_SCHEDULE, *CHECKS}
-    assert not rests_on_search([*SIMPLE, *OPTIONAL, "policy:x"])
+    assert not rests_on_search([*SIMPLE, *OPTIONAL, "policy:x", "policy:x@time=1", "open-loop:x"])
+    assert rests_on_search(["cosine", "policy:x@time=1@start=3"])
 
 
 def test_methods_that_appear_by_themselves_get_their_notes() -> None:
@@ -206,7 +216,7 @@ def test_a_policy_is_its_file_and_its_preference(tmp_path: Path) -> None:
     assert spec.steering.probe
     assert spec.steering.settings["path"] == path
     assert spec.steering.settings["preference"] == "quality=0.5,energy=0,time=0.5"
-    assert method.note.title == "agent quality=0.5,energy=0,time=0.5"
+    assert method.note.title == "agent quality=0.5,time=0.5"
     assert method.note.training_energy_j == 7.5
 
 
@@ -246,6 +256,56 @@ def test_a_policys_points_and_its_open_loop_are_one_family(tmp_path: Path) -> No
 
     assert note.family == policy_method(f"policy:{path}@quality=1").note.family
     assert note.training_energy_j is None
+
+
+def test_a_policy_that_comes_with_trainpilot_goes_by_its_bare_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundle(tmp_path / "default.safetensors")
+    monkeypatch.setattr(bundles, "POLICIES", tmp_path)
+    method = policy_method("policy:default@start=0.1@quality=1,time=1")
+
+    assert method.note.title == "default \N{MULTIPLICATION SIGN} 0.1 quality=0.5,time=0.5"
+    assert method.note.family == "policy default from 0.1"
+    assert str(tmp_path) not in method.note.description
+    assert method.steering == policy_method(f"policy:{path}@quality=0.5,time=0.5").steering
+    assert open_loop_note("open-loop:default").family == policy_method("policy:default").note.family
+
+
+def test_a_policy_brings_its_base_schedule(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors", base_schedule={"schedule": "wsd", "warmup_share": 0.1})
+    spec = policy_method(f"policy:{path}").spec(with_config(warmup_tokens=5), 2)
+
+    assert spec.config == replace(CONFIG, schedule="wsd", warmup_tokens=1_280, seed=2)
+
+
+def test_a_policy_decides_as_often_as_the_budget_has_steps_at_most(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors", decisions=200)
+
+    assert policy_method(f"policy:{path}").spec(CASE, 0).config.decisions == 100
+
+
+def test_a_start_is_told_in_the_tuned_rate_carried_over_to_the_cases_batch(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors", base_schedule={"schedule": "wsd", "warmup_share": 0.1})
+    tuned = Setting(learning_rate=4e-3, batch_size=2, schedule="cosine", warmup_share=0.4, precision="bf16")
+    first, second = (policy_method(f"policy:{path}@{options}") for options in ("start=0.1@time=1", "time=1@start=0.1"))
+
+    # 0.1 x 4e-3 x sqrt(8 / 2); nothing else is the tuned static's
+    assert first.placed(tuned).spec(CASE, 1).config == replace(
+        CONFIG, base_learning_rate=8e-4, schedule="wsd", warmup_tokens=1_280, seed=1
+    )
+    assert first.placed(tuned).spec(CASE, 1) == second.placed(tuned).spec(CASE, 1)
+    assert first.placed(tuned).steering == policy_method(f"policy:{path}@time=1").steering
+
+
+def test_what_starts_at_the_tuned_rate_is_kept_apart_from_what_needs_no_search(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors")
+    names = ["cosine", f"policy:{path}@start=3", f"policy:{path}"]
+    chosen = choose_methods(",".join(names))
+
+    assert [method.note.name for method in chosen.direct] == ["cosine", f"policy:{path}"]
+    assert [method.note.name for method in chosen.started] == [f"policy:{path}@start=3"]
+    assert [note.name for note in chosen.notes({"tuned"})] == [*names, "tuned"]
 
 
 # The average schedule

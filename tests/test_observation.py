@@ -11,32 +11,50 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import START, make_limits, make_telemetry
+from observed_runs import random_run
 
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
 from trainpilot.envs.decision_state import N_STACK, DecisionState
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, RunView, encode
 from trainpilot.envs.preference import Preference
+from trainpilot.envs.run_history import RunHistory
 from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.simulator.records import ControlBatch, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 GOLDEN = Path(__file__).parent / "golden" / "fields.json"
+OBSERVED = Path(__file__).parent / "golden" / "observations.json"
+"""Observations of four random runs, recorded when each field was computed from the records of one run."""
 FIELDS = {field.name: field for field in OBSERVATION_FIELDS}
 BUDGET_USED = 0
 
 
 def view(*telemetry: Telemetry, **overrides: Any) -> RunView:
-    quiet: dict[str, Any] = {
-        "limits": make_limits(),
-        "controls": START,
-        "precision_switches": 0,
-        "last_action": {field.name: 0.5 for field in ACTION_FIELDS},
-        "preference": {"quality": 0.7, "energy": 0.2, "time": 0.1},
-    }
-    return RunView(telemetry=telemetry, **quiet | overrides)
+    """Return what is seen of one run after these intervals."""
+    history = RunHistory(1)
+    for interval in telemetry:
+        history.observe(TelemetryBatch.of([interval]))
+    quiet: dict[str, Any] = {"limits": make_limits(), "controls": START, "precision_switches": 0}
+    values = quiet | overrides
+    return RunView(
+        history=history,
+        limits=LimitBatch.of([values["limits"]]),
+        controls=ControlBatch.of([values["controls"]]),
+        precision_switches=np.array([values["precision_switches"]]),
+        last_action=np.full((1, len(ACTION_FIELDS)), 0.5),
+        preference=np.array([[0.7, 0.2, 0.1]]),
+    )
 
 
 def raw(name: str, *telemetry: Telemetry, **overrides: Any) -> float | None:
-    return FIELDS[name].value(view(*telemetry, **overrides))
+    """Return the only number of a field, `None` while unknown."""
+    with np.errstate(all="ignore"):
+        (value,) = FIELDS[name].value(view(*telemetry, **overrides))
+    return None if np.isnan(value) else float(value)
+
+
+def nothing(view: RunView) -> np.ndarray:
+    return np.array([])
 
 
 def falling(*losses: float, **overrides: Any) -> list[Telemetry]:
@@ -49,12 +67,11 @@ def falling(*losses: float, **overrides: Any) -> list[Telemetry]:
     [(-2.0, -1.0), (-6.0, -1.0), (0.0, -0.5), (2.0, 0.0), (5.0, 0.75), (6.0, 1.0), (1e9, 1.0), (math.inf, 1.0)],
 )
 def test_a_value_is_clipped_and_scaled_to_one(value: float, scaled: float) -> None:
-    assert ObservationField("x", "m", -2, 6, "", lambda v: None).scale(value) == scaled
+    assert ObservationField("x", "m", -2, 6, "", nothing).scale(value) == scaled
 
 
-@pytest.mark.parametrize("value", [None, math.nan])
-def test_an_unknown_value_is_the_middle_of_the_range(value: float | None) -> None:
-    assert ObservationField("x", "m", -2, 6, "", lambda v: None).scale(value) == 0.0
+def test_an_unknown_value_is_the_middle_of_the_range() -> None:
+    assert ObservationField("x", "m", -2, 6, "", nothing).scale([math.nan, 2.0, 6.0]).tolist() == [0.0, 0.0, 1.0]
 
 
 def test_budget_used_is_the_last_interval_s() -> None:
@@ -130,7 +147,7 @@ def test_the_curvature_compares_the_probe_s_two_parts(linear: float, quadratic: 
 
 def test_the_noise_scale_is_over_the_batch() -> None:
     assert raw("noise_scale", make_telemetry(noise_scale=800.0, batch_size=8.0)) == pytest.approx(2.0)
-    assert FIELDS["noise_scale"].scale(raw("noise_scale", make_telemetry(noise_scale=0.0))) == -1.0
+    assert FIELDS["noise_scale"].scale(raw("noise_scale", make_telemetry(noise_scale=0.0)) or math.nan) == -1.0
 
 
 def test_the_batch_is_over_the_start() -> None:
@@ -196,21 +213,20 @@ KNOWN_AT_THE_START = {
 
 
 def test_before_the_first_interval_only_settings_are_known() -> None:
-    known = {field.name for field in OBSERVATION_FIELDS if field.value(view()) is not None}
+    known = {name for name in FIELDS if raw(name) is not None}
 
     assert known == KNOWN_AT_THE_START
 
 
 def test_what_was_not_measured_is_unknown() -> None:
     optional = [field.name for field in fields(Telemetry) if "None" in str(field.type)]
-    nothing = make_telemetry(**dict.fromkeys(optional))
-    run = view(nothing, replace(nothing, tokens=2_000))
-    unknown = {field.name for field in OBSERVATION_FIELDS if field.value(run) is None}
+    bare = make_telemetry(**dict.fromkeys(optional))
+    unknown = {name for name in FIELDS if raw(name, bare, replace(bare, tokens=2_000)) is None}
 
     assert unknown == {
         *("validation_gap", "relative_update", "curvature", "noise_scale", "energy_per_token", "power", "memory"),
     }
-    assert all(encode(view(nothing))[i] == 0.0 for i, name in enumerate(FIELDS) if name in unknown)
+    assert all(encode(view(bare))[0, i] == 0.0 for i, name in enumerate(FIELDS) if name in unknown)
 
 
 COUNTED = {"budget_used", "epochs_seen", "batch_size"}
@@ -283,3 +299,40 @@ def test_the_tables_are_those_of_the_shipped_policies() -> None:
     }
 
     assert present == json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+def test_the_observations_are_those_that_the_shipped_policies_learnt_from() -> None:
+    recorded = json.loads(OBSERVED.read_text(encoding="utf-8"))
+    present = [[list(state.fields().values()) for state, _ in random_run(seed)] for seed in range(len(recorded))]
+
+    assert np.abs(np.array(present) - np.array(recorded)).max() < 1e-12
+
+
+def test_many_runs_at_different_decisions_are_observed_like_each_alone() -> None:
+    alone = [[state.fields() for state, _ in random_run(seed)] for seed in range(6)]
+    intervals = [[telemetry for _, telemetry in random_run(seed)][1:] for seed in range(6)]
+    states = [next(state for state, _ in random_run(seed, decisions=0)) for seed in range(6)]
+    history = RunHistory(6)
+    for step in range(20):  # run i begins anew after 12 intervals, the first time after 12 - i
+        decisions = [(step + row) % 12 for row in range(6)]
+        history.reset(np.array([row for row in range(6) if decisions[row] == 0], dtype=np.int64))
+        now = [intervals[row][decision] for row, decision in enumerate(decisions)]
+        history.observe(TelemetryBatch.of([each for each in now if each is not None]))
+        seen = encode(
+            RunView(
+                history=history,
+                limits=LimitBatch.of([state.limits for state in states]),
+                controls=ControlBatch.of([START] * 6),
+                precision_switches=np.zeros(6, dtype=np.int64),
+                last_action=np.zeros((6, len(ACTION_FIELDS))),
+                preference=np.zeros((6, 3)),
+            )
+        )
+        whole = [row for row in range(6) if decisions[row] <= step]  # observed from their beginning
+        for row in whole:
+            expected = alone[row][decisions[row] + 1]
+            same = {name: seen[row, i] for i, name in enumerate(FIELDS) if name not in OF_THE_STATE}
+            assert same == pytest.approx({name: expected[name] for name in same}, abs=1e-12)
+
+
+OF_THE_STATE = KNOWN_AT_THE_START - {"budget_used"}

@@ -32,6 +32,13 @@ def test_runs_without_a_search_are_counted_exactly(names: list[str], runs: float
     assert runs_on_a_case(CASE, names, 3) == runs
 
 
+def test_a_policy_that_starts_at_the_tuned_rate_needs_the_search_and_its_own_runs() -> None:
+    search = runs_on_a_case(CASE, ["tuned"], 3)
+
+    assert runs_on_a_case(CASE, ["policy:x@start=3"], 3) == search + 3
+    assert runs_on_a_case(CASE, ["tuned", "policy:x", "policy:x@start=3", "policy:x@time=1@start=3"], 3) == search + 9
+
+
 def test_seconds_come_from_the_cost_table() -> None:
     assert seconds_of_a_run(CASE, TABLES) == 0.5 + 250  # 100 steps
     assert seconds_of_a_run(with_config(batch_size=16), TABLES) == 0.5 + 50 * 4.5

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import TOY_CASE, ToyPlant
+from fakes import TOY_CASE, ToyPlant, steady_meter
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from trainpilot.agents.controller import Controller
@@ -84,6 +84,30 @@ def test_training_resumes_from_its_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_the_learning_rate_falls_linearly_to_its_end(tmp_path: Path) -> None:
+    config = PPOConfig(total_decisions=400, n_steps=50, batch_size=50, learning_rate=2e-3, learning_rate_end=0.25)
+    assert [config.learning_rate_at(left) for left in (1.0, 0.5, 0.0, -0.1)] == pytest.approx(
+        [2e-3, 1.25e-3, 5e-4, 5e-4]
+    )
+    model, _ = train(toy_env(), config, tmp_path)
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    assert PPOConfig(learning_rate=1e-3).learning_rate_at(0.1) == pytest.approx(1e-3), "constant unless told otherwise"
+
+
+def test_training_begins_with_given_weights_and_ends_at_once_without_decisions(tmp_path: Path) -> None:
+    other = make_ppo(toy_env(1), PPOConfig(seed=5)).policy.state_dict()
+    model, cost = train(toy_env(1), PPOConfig(total_decisions=0), tmp_path, start=other)
+    for name, value in model.policy.state_dict().items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=0)
+    assert cost["decisions"] == 0
+
+
+def test_a_meter_counts_what_simulated_runs_do_not_cost(tmp_path: Path) -> None:
+    config = PPOConfig(total_decisions=400, n_steps=50, batch_size=50)
+    _, cost = train(toy_env(), config, tmp_path, meter=steady_meter())
+    assert (cost["energy_j"], cost["time_s"]) == (10.0, 2.0), "two updates, a reading after each"
+
+
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="cannot be resumed"):
@@ -91,7 +115,15 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("n_steps", 0), ("keep_probability", 1.0), ("learning_rate", 0.0), ("gae_lambda", 1.5)]
+    ("name", "value"),
+    [
+        ("n_steps", 0),
+        ("total_decisions", -1),
+        ("keep_probability", 1.0),
+        ("learning_rate", 0.0),
+        ("learning_rate_end", -0.5),
+        ("gae_lambda", 1.5),
+    ],
 )
 def test_bad_settings_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"ppo\.{name} must be .*got {value}"):

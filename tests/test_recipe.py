@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from trainpilot.experiments.compare.cases import load_cases
 from trainpilot.experiments.recipe import load_recipe
 
 
 def test_shipped_recipes_load_and_vary() -> None:
     demo, tiny = load_recipe("demo"), load_recipe("tiny")
-    assert len(demo.cases()) == len(demo.vary["base_learning_rate"]) * len(demo.vary["seed"])
-    assert {case.model for case in tiny.cases()} == {"llama-nano", "gpt2-nano"}
+    assert len(demo.live_cases()) == len(demo.vary["base_learning_rate"]) * len(demo.vary["seed"])
+    assert {case.model for case in tiny.live_cases()} == {"llama-nano", "gpt2-nano"}
 
 
 def test_changes_reach_their_place() -> None:
@@ -18,24 +19,58 @@ def test_changes_reach_their_place() -> None:
     assert recipe.ppo.learning_rate == pytest.approx(1e-3)
     assert recipe.ppo.hidden == (32,)
     assert recipe.n_envs == 3
-    assert {case.seed for case in recipe.cases()} == {7}
+    assert {case.seed for case in recipe.live_cases()} == {7}
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("common: {tokens: 200000, text: stdlib}\nppo: {total_decisions: 10}\n")
     recipe = load_recipe(str(path))
-    assert recipe.cases()[0].tokens == 200_000
-    assert recipe.cases()[0].text == ("stdlib",)
+    assert recipe.live_cases()[0].tokens == 200_000
+    assert recipe.live_cases()[0].text == ("stdlib",)
+    assert recipe.reference_cases() == recipe.live_cases()
+
+
+def test_the_default_recipe_has_a_simulator_stage_and_live_cases_on_its_base_schedule() -> None:
+    recipe = load_recipe("default")
+    assert recipe.simulator is not None
+    assert recipe.simulator.ppo.total_decisions == 8_000_000
+    assert list(recipe.simulator.agents) == [0, 1]
+    cases = recipe.live_cases()
+    assert [case.base_learning_rate for case in cases] == [c.config.base_learning_rate for c in load_cases("train")]
+    assert {(case.schedule, case.warmup_tokens, case.decisions) for case in cases} == {("wsd", 16_384, 50)}
+    assert {case.base_learning_rate for case in recipe.reference_cases()} == {3e-3}
+
+
+def test_the_live_stage_can_be_left_out() -> None:
+    recipe = load_recipe("default", ["ppo.total_decisions=0", "simulator.hide=[curvature]", "simulator.seeds=3"])
+    assert recipe.live_cases() == ()
+    assert recipe.simulator is not None
+    assert recipe.simulator.hide == ("curvature",)
+    assert list(recipe.simulator.agents) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        (None, [], "recipe must be one of demo, tiny or a YAML file, got '.*nope.yaml'"),
+        (None, [], "recipe must be one of default, demo, tiny or a YAML file, got '.*nope.yaml'"),
         ("- a\n- b\n", [], "must hold names and values, got list"),
         ("a: [\n", [], "is not readable YAML"),
-        ("colour: red\n", [], "'colour' is unknown; known are common"),
+        ("colour: red\n", [], "'colour' is unknown; known are simulator, cases, common"),
+        ("cases: train\ncommon: {tokens: 5}\n", [], "cases must stand alone, got 'train'"),
+        ("cases: nowhere\n", [], "cases must be one of .*got 'nowhere'"),
+        ("reference_learning_rate: -1\n", [], "reference_learning_rate must be a positive number, got -1"),
+        ("ppo: {total_decisions: 0}\n", [], "must be at least 1 where there is no simulator stage, got 0"),
+        ("simulator: {runs: 3}\n", [], "simulator.*runs"),
+        ("simulator: {seeds: 0}\n", [], "simulator.seeds must be at least 1, got 0"),
+        ("simulator: {hide: [colour]}\n", [], "hide must name observation fields .*got 'colour'"),
+        ("simulator: {stack: 7}\n", [], r"stack must be in \[1, 6\], got 7"),
+        ("simulator: {start_rates: [10, 1]}\n", [], "start_rates must be two rising positive numbers"),
+        ("simulator: {utility: best}\n", [], "simulator.utility must be one of linear"),
+        ("simulator: {validation: {seed: 1}}\n", [], "validation.seed must be none of the agents' own seeds, got 1"),
+        ("simulator: {widening: {spread: -1}}\n", [], "widening must have a rising budget and a spread >= 0"),
+        ("simulator: {ppo: {total_decisions: 0}}\n", [], "total_decisions must be at least 1, got 0"),
+        ("simulator: {decisions: 20}\n", [], "decisions must be the same .* got 20, 50"),
         ("common: {tokns: 5}\n", [], "'tokns' is unknown"),
         ("common: {tokens: many}\n", [], "tokens: .*got 'many'"),
         ("common: {tokens: -5}\n", [], "tokens must be a whole number of at least 1, got -5$"),

@@ -1,5 +1,6 @@
 """A replay writes what it promises, goes on after kill -9 with the same result, and leaves a plain model."""
 
+import io
 import json
 import os
 import signal
@@ -12,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_digest
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.experiments import run_folder
 from trainpilot.experiments.cli import main
+from trainpilot.experiments.inspect_path import inspect_path
+from trainpilot.experiments.options import ReplayOptions
 
 COMMAND = [sys.executable, "-m", "trainpilot.experiments.cli", "replay"]
 CONFIG = {
@@ -62,7 +66,7 @@ def summary(folder: Path) -> dict[str, Any]:
     return content
 
 
-def zigzag_bundle(path: Path) -> None:
+def zigzag_bundle(path: Path, **provenance: Any) -> None:
     """Write a policy that moves all it can, from inputs that repeat exactly: no seconds, joules or memory."""
     random = np.random.default_rng(5)
     noisy = {"throughput", "energy_per_token", "power", "memory"}
@@ -76,7 +80,7 @@ def zigzag_bundle(path: Path) -> None:
     bias = np.zeros(n_choices, np.float32)
     bias[-1] = -100  # never finish early
     weights = {"hidden.0.weight": weight, "hidden.0.bias": np.zeros(16, np.float32)}
-    PolicyBundle({**weights, "action.weight": action, "action.bias": bias}, {"decisions": 20}).save(path)
+    PolicyBundle({**weights, "action.weight": action, "action.bias": bias}, {"decisions": 20, **provenance}).save(path)
 
 
 def test_a_replay_writes_what_it_promises(workplace: Path) -> None:
@@ -107,6 +111,44 @@ def test_the_pruned_model_loads_with_plain_transformers(workplace: Path) -> None
     width = round(32 * (1 - found["final_effective"]["sparsity"]))
     assert model.config.intermediate_size == width
     assert torch.isfinite(model(torch.arange(16)[None]).logits).all()
+
+
+def test_the_policy_brings_its_base_schedule_and_options_win() -> None:
+    wsd = BaseSchedule(schedule="wsd", warmup_share=0.1)
+
+    def chosen(base: BaseSchedule | None, **options: Any) -> tuple[str, int]:
+        config = ReplayOptions(out=Path("x"), tokens=1_000_000, **options).run_config(40, base)
+        return config.schedule, config.warmup()
+
+    assert chosen(None) == ("linear", 20_000)
+    assert chosen(wsd) == ("wsd", 100_000)
+    assert chosen(wsd, schedule="cosine") == ("cosine", 100_000)
+    assert chosen(wsd, warmup_tokens=0) == ("wsd", 0)
+    assert ReplayOptions(out=Path("x")).run_config(40, wsd).decisions == 40
+    assert ReplayOptions(out=Path("x"), decisions=30).run_config(40, wsd).decisions == 30
+
+
+def test_a_steered_run_says_which_policy_under_which_schedule(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = workplace / "policy.safetensors"
+    zigzag_bundle(path, base_schedule={"schedule": "wsd", "warmup_share": 0.25})
+    arguments = command(workplace, "run", "--policy", str(path))
+    assert run(arguments).returncode == 0
+    config = json.loads((workplace / "run" / "config.json").read_text())
+    assert (config["schedule"], config["warmup_tokens"]) == ("wsd", 5_120)
+    assert config["policy_digest"] == summary(workplace / "run")["policy_digest"] == policy_digest(path)
+    console = Console(file=io.StringIO(), width=100)
+    inspect_path(workplace / "run", console)
+    assert isinstance(console.file, io.StringIO)
+    assert "Why: what moved the decisions" in console.file.getvalue()
+    assert "would repeat only" not in console.file.getvalue()
+    zigzag_bundle(path, base_schedule={"schedule": "wsd", "warmup_share": 0.25}, note="another file")
+    monkeypatch.setattr(sys, "argv", ["trainpilot", *arguments[3:]])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "policy_digest was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("policy", ["none", "bundle"])
@@ -165,6 +207,7 @@ def test_a_finished_run_is_not_run_again(workplace: Path) -> None:
     ("change", "message"),
     [
         (("--policy", "nowhere.safetensors"), "policy: no file nowhere.safetensors"),
+        (("--policy", "nowhere"), "no policy named 'nowhere' comes with trainpilot"),
         (("--tokens", "many"), "--tokens"),
         (("--tokens", "100"), "tokens must give every decision at least one step"),
         (("--text", "nowhere.txt"), "nowhere.txt"),

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import make_limits, make_telemetry
 
-from trainpilot.envs.action import ACTION_FIELDS, KEEP, decode
+from trainpilot.envs.action import ACTION_FIELDS, KEEP, N_CHOICES, decode
 from trainpilot.envs.decision_state import DecisionState
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.safety import Reasons, Situation, allow, mask_reasons
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.envs.safety import (
+    RULES,
+    Reasons,
+    Situation,
+    SituationBatch,
+    action_masks,
+    allow,
+    allow_batch,
+    mask_reasons,
+)
+from trainpilot.llm_runtime.controls import PRECISIONS, PRUNINGS, Controls
 from trainpilot.llm_runtime.plant import ControlLimits
 
 NAMES = [field.name for field in ACTION_FIELDS]
@@ -190,3 +200,55 @@ def test_the_masks_follow_the_run() -> None:
     assert (decision.controls.precision, state.precision_switches) == ("fp32", 2)
     state.observe(make_telemetry())
     assert state.fields()["precision_switches"] == 1.0
+
+
+def random_situation(random: np.random.Generator) -> Situation:
+    """Draw a situation in which every rule has something to say now and then."""
+    limits = make_limits(
+        min_batch_size=int(random.choice([1, 2, 8])),
+        max_batch_size=int(random.choice([8, 16, 64])),
+        masked_precisions={name: f"no {name}" for name in PRECISIONS if random.random() < 0.3},
+        pruning=str(random.choice(PRUNINGS)),
+    )
+    controls = Controls(
+        learning_rate_scale=float(2 ** random.uniform(-6, 6)),
+        batch_size=int(random.integers(1, 65)),
+        precision=PRECISIONS[random.integers(len(PRECISIONS))],
+        sparsity=float(random.choice([0.0, 0.5, 0.85, 0.9])),
+        finish=bool(random.random() < 0.3),
+    )
+    budget_used = float(random.choice([0.0, 0.2, 0.5, 0.8, 1.0, np.nan]))
+    switches = int(random.integers(4))
+    return Situation(limits=limits, controls=controls, budget_used=budget_used, precision_switches=switches)
+
+
+def test_the_masks_of_many_runs_are_the_reasons_of_each() -> None:
+    random = np.random.default_rng(0)
+    situations = [random_situation(random) for _ in range(500)]
+    masks = action_masks(SituationBatch.of(situations))
+    expected = [[reason is None for why in mask_reasons(each) for reason in why] for each in situations]
+
+    assert masks.shape == (500, sum(N_CHOICES))
+    assert masks.tolist() == expected
+    assert all(mask.any() and not mask.all() for mask in np.split(masks[:, 10:], [5, 7], axis=1))
+
+
+def test_every_rule_masks_something_and_says_why() -> None:
+    random = np.random.default_rng(1)
+    situations = [random_situation(random) for _ in range(200)]
+    told = {reason for each in situations for why in mask_reasons(each) for reason in why if reason}
+
+    assert all(rule.masked(SituationBatch.of(situations)).any() for rule in RULES)
+    assert {"no bf16", "at most 2 switches per run", "the cool-down has begun", "at most 90%"} <= told
+
+
+def test_masked_choices_of_many_runs_become_keep() -> None:
+    random = np.random.default_rng(2)
+    situations = [random_situation(random) for _ in range(200)]
+    actions = np.stack([random.integers(n, size=200) for n in N_CHOICES], axis=1)
+    allowed = allow_batch(actions, action_masks(SituationBatch.of(situations)))
+
+    alone = [allow(action, mask_reasons(each))[0] for action, each in zip(actions, situations, strict=True)]
+    assert [tuple(row) for row in allowed.tolist()] == alone
+    with pytest.raises(ValueError, match=r"action batch_size must be in \[0, 3\), got 3"):
+        allow_batch(np.array([[3, 1, 0, 0, 0], [3, 3, 0, 0, 0]]), np.ones((2, 19), dtype=np.bool_))

@@ -1,15 +1,17 @@
-"""Training on live runs ends in a bundle that steers, resumes after an interruption, and refuses another recipe."""
+"""Training ends in a bundle that steers, resumes after an interruption, and refuses another recipe."""
 
 import json
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.hidden_inputs import seen_inputs
 from trainpilot.experiments import train_agent as module
 from trainpilot.experiments.inspect_path import inspect_path
 from trainpilot.experiments.options import TrainAgentOptions
@@ -58,7 +60,7 @@ def _interrupt(*_: object) -> None:
 
 def test_the_bundle_says_where_it_comes_from(trained: Path) -> None:
     bundle = PolicyBundle.load(trained / "out" / "policy.safetensors")
-    cases = load_recipe(str(trained / "recipe.yaml")).cases()
+    cases = load_recipe(str(trained / "recipe.yaml")).live_cases()
     assert bundle.decisions == 8
     assert bundle.provenance["training_cases"] == json.loads(json.dumps([asdict(case) for case in cases]))
     cost = bundle.provenance["training_cost"]
@@ -94,3 +96,67 @@ def test_another_recipe_in_the_same_folder_is_refused(trained: Path) -> None:
 def test_inspecting_nothing_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="path must be a bundle"):
         inspect_path(tmp_path, Console(file=StringIO()))
+
+
+BOTH_STAGES = """
+simulator: {{n_runs: 8, instances: 16, seeds: 1, decisions: 8, hide: [curvature],
+             ppo: {{total_decisions: 128, n_steps: 8, batch_size: 32}}, validation: {{instances: 8, every: 1}}}}
+reference_learning_rate: 2.0e-3
+"""
+
+
+@pytest.fixture(scope="module")
+def both(trained: Path) -> Path:
+    """Train in the simulator and then live, with an interruption at the end of the live stage."""
+    (trained / "both.yaml").write_text(BOTH_STAGES.format() + RECIPE.format(place=trained))
+    options = TrainAgentOptions(recipe=str(trained / "both.yaml"), out=trained / "both")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "bundle_of", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_agent(options, Console(file=StringIO()))
+    assert (trained / "both" / "simulator" / "policy.safetensors").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train_agents", _interrupt)  # the first stage is not run again
+        train_agent(options, Console(file=StringIO()))
+    return trained / "both"
+
+
+def test_both_stages_end_in_a_bundle_that_says_what_they_were(both: Path) -> None:
+    bundle = PolicyBundle.load(both / "policy.safetensors")
+    base = bundle.base_schedule
+    cost = bundle.provenance["training_cost"]
+
+    assert base is not None
+    assert (base.schedule, base.warmup_share, bundle.decisions) == ("wsd", 0.1, 8)
+    assert (cost["decisions"], cost["simulator"]["decisions"], cost["live"]["decisions"]) == (224, 128, 96)
+    assert cost["energy_j"] == pytest.approx(cost["simulator"]["energy_j"] + cost["live"]["energy_j"])
+    assert {case["schedule"] for case in bundle.provenance["training_cases"]} == {"wsd"}
+    assert {case["warmup_tokens"] for case in bundle.provenance["training_cases"]} == {512}
+    assert bundle.provenance["simulator"]["hide"] == ["curvature"]
+    assert bundle.provenance["scores"]["simulator"]["n_runs"] == 8
+    assert [each["seed"] for each in bundle.provenance["simulator_agents"]] == [0]
+    inspect_path(both, Console(file=StringIO()))
+
+
+def test_the_live_stage_moves_the_simulators_weights_and_still_sees_nothing_hidden(both: Path) -> None:
+    before = PolicyBundle.load(both / "simulator" / "policy.safetensors").weights
+    after = PolicyBundle.load(both / "policy.safetensors").weights
+    seen = seen_inputs(("curvature",))
+
+    moved = np.abs(after["hidden.0.weight"] - before["hidden.0.weight"])
+    assert 0 < moved.max() < 0.1
+    assert (after["hidden.0.weight"][:, ~seen] == 0).all()
+
+
+def test_without_live_decisions_the_simulators_policy_is_the_policy(both: Path) -> None:
+    recipe = str(both.parent / "both.yaml")
+    options = TrainAgentOptions(recipe=recipe, out=both.parent / "simulated", set=("ppo.total_decisions=0",))
+    text = StringIO()
+    bundle = train_agent(options, Console(file=text, width=300))
+
+    stored = PolicyBundle.load(options.out / "simulator" / "policy.safetensors")
+    assert bundle.provenance == stored.provenance | {"created": bundle.provenance["created"]}
+    assert bundle.provenance["training_cases"] == []
+    assert not (options.out / "checkpoint.pt").exists()
+    assert "agent 0: compute multiplier" in text.getvalue()
+    assert "128 decisions" in text.getvalue()

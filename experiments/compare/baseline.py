@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from trainpilot.experiments.compare.bench import Bench
 from trainpilot.experiments.compare.comparison import TUNED, UNTUNED, Case, TunedBaseline
@@ -13,6 +14,9 @@ from trainpilot.experiments.compare.settings import LEARNING_RATE_STEP, TUNED_SC
 from trainpilot.experiments.compare.tuning import MAX_MOVES, Trial, Trials, retune, tune
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
+
+if TYPE_CHECKING:
+    from trainpilot.experiments.compare.methods import Method
 
 CURVE_BUDGETS: Mapping[float, tuple[str, ...]] = {
     0.125: ("learning_rate", "batch_size"),
@@ -48,6 +52,8 @@ class TunedStatic:
     case: Case
     wanted: Collection[str]
     """Names of the methods asked for that rest on the search."""
+    started: Sequence[Method] = ()
+    """Policies that start at a factor of the learning rate found."""
 
     def program(self) -> Steps:
         """Search, then judge what was found."""
@@ -69,6 +75,7 @@ class TunedStatic:
         self._note_sweep(trials)
         self._remember(TUNED, "tokens", best, trials)
         yield from self._judge_cost_choices(trials, best, choices)
+        yield from self._started(best.setting)
 
     def _note_sweep(self, trials: Trials) -> None:
         for trial in trials.all_trials():
@@ -88,6 +95,14 @@ class TunedStatic:
             if name in self.wanted:
                 planted, budget = plant(setting)
                 yield from self._judge(name, planted, budget=budget, counted=1.0)
+
+    def _started(self, setting: Setting) -> Steps:
+        """Run what starts at a factor of the tuned learning rate, all of it in one wave."""
+        placed = [(method.note.name, method.placed(setting)) for method in self.started]
+        specs = [(name, method.spec(self.case, seed)) for name, method in placed for seed in self.bench.seeds]
+        yield [spec for _, spec in specs]
+        for name, spec in specs:
+            self.bench.row(self.case, name, spec)
 
     def _curve(self, setting: Setting) -> Generator[list[RunSpec], list[RunResult], list[tuple[float, float]]]:
         """Tune and judge at every other budget; return (budget share, mean loss of the tuning seeds)."""

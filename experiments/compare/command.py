@@ -106,7 +106,7 @@ def prepare(options: CompareOptions, console: Console) -> Prepared:
 
 
 def _check_search(case: Case, chosen: Chosen) -> None:
-    names = (*chosen.searched, *chosen.optional)
+    names = (*chosen.searched, *(method.note.name for method in chosen.started), *chosen.optional)
     if names and not grid(case.config, [case.config.precision]):
         raise ValueError(
             f"case {case.name}: tokens must give a search sixteen steps of half the case's batch, got "
@@ -158,8 +158,8 @@ def _programs(prepared: Prepared) -> Iterator[Program]:
             yield untuned_curve(bench, case)
         for name in chosen.optional:
             yield search_program(bench, case, name)
-        if chosen.searched:
-            yield TunedStatic(bench, case, chosen.searched).program()
+        if chosen.searched or chosen.started:
+            yield TunedStatic(bench, case, chosen.searched, chosen.started).program()
     for closed, note in chosen.open_loop:
         yield open_loop_program(bench, prepared.cases, closed, note)
 

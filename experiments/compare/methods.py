@@ -5,15 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
-from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.envs.preference import Preference
+from trainpilot.agents.bundle import policy_digest
 from trainpilot.experiments.compare.baseline import CHECKS, PER_SCHEDULE
 from trainpilot.experiments.compare.comparison import TUNED, Case, MethodNote
+from trainpilot.experiments.compare.policies import (
+    Policy,
+    PolicyName,
+    from_tuned,
+    is_policy,
+    spoken,
+    starts_from_tuned,
+)
 from trainpilot.experiments.compare.records import RunSpec, Steering
+from trainpilot.experiments.compare.settings import Setting
 from trainpilot.llm_runtime.run_config import RunConfig
 
 SCHEDULE_FREE_LEARNING_RATE = 2.5e-3
@@ -31,12 +37,20 @@ PLATEAU = {"factor": 0.5, "patience": 0, "stop_patience": 5, "threshold": 1e-4}
 
 @dataclass(frozen=True)
 class Method:
-    """A method whose runs follow from case and seed alone."""
+    """A method whose runs follow from case and seed, and from the tuned static where they start at its rate."""
 
     note: MethodNote
     configure: Callable[[RunConfig], RunConfig]
     """Returns the run on a case's config, before the seed is set."""
     steering: Steering = KEEP
+    start: float | None = None
+    """Starting learning rate over the tuned static's; `None` is the rate that `configure` sets."""
+
+    def placed(self, tuned: Setting) -> Method:
+        """Return the method with its start at the tuned static's learning rate times `start`."""
+        assert self.start is not None, "it starts where the case starts"
+        factor = self.start
+        return replace(self, configure=lambda config: from_tuned(self.configure(config), tuned, factor), start=None)
 
     def spec(self, case: Case, seed: int) -> RunSpec:
         """Return the run on a case with a seed."""
@@ -144,7 +158,9 @@ OPTIONAL_RUNS: Mapping[str, float] = {"tuned-tpe": 78, "tuned-halving": 8, "nsga
 DEFAULT_METHODS = (*SIMPLE, *SEARCHED)
 HELP = (
     f"{', '.join(SIMPLE)}; {', '.join(SEARCHED)}; {', '.join(OPTIONAL)}; "
-    "policy:FILE[@quality=0.5+energy=0.5] for a bundle, open-loop:FILE for its average schedule without feedback"
+    "policy:FILE[@quality=0.5+energy=0.5][@start=0.1] for a bundle or the name of one that comes with trainpilot, "
+    "started at the case's learning rate or at so many times the tuned static's; "
+    "open-loop:FILE for its average schedule without feedback"
 )
 
 
@@ -154,37 +170,36 @@ def known_methods() -> tuple[str, ...]:
 
 
 def policy_method(name: str) -> Method:
-    """Return the method `policy:FILE[@PREFERENCE]`.
+    """Return the method `policy:FILE[@PREFERENCE][@start=F]`.
 
     Raises:
-        ValueError: the file is no bundle, or the preference cannot be read.
+        ValueError: the name cannot be read, the file is no bundle, or the preference is none.
     """
-    path, bundle, preference = _bundle_of(name)
-    title = Path(path).parent.name or Path(path).stem
+    named = PolicyName.parse(name)
+    policy = Policy.load(named)
+    words = [named.short]
+    words += [] if named.start is None else [f"\N{MULTIPLICATION SIGN} {named.start:g}"]
+    words += [spoken(policy.preference)] if named.preference else []
+    began = "" if named.start is None else f", started at {named.start:g} times the tuned static's learning rate"
     note = _note(
         name,
-        f"{title} {preference}" if "@" in name else title,
+        " ".join(words),
         "policy",
-        f"The policy {path}, decided on the way from what it sees.",
-        family=f"policy {path}",
-        training_energy_j=_training_energy(bundle),
+        f"The policy {named.file}, decided on the way from what it sees{began}.",
+        family=named.family,
+        training_energy_j=policy.training_energy_j,
     )
-    settings = {
-        "path": path,
-        "digest": blake2b(Path(path).read_bytes(), digest_size=8).hexdigest(),
-        "preference": preference,
-    }
-    steering = Steering(kind="policy", settings=settings, probe=True)
-    return Method(note, _set(schedule="linear", decisions=bundle.decisions), steering)
+    settings = {"path": str(policy.path), "digest": policy_digest(policy.path), "preference": str(policy.preference)}
+    return Method(note, policy.configure, Steering(kind="policy", settings=settings, probe=True), start=named.start)
 
 
 def open_loop_note(name: str) -> MethodNote:
     """Return the note of `open-loop:FILE`. Raises `ValueError` like `policy_method`."""
-    path, bundle, _ = _bundle_of(name)
-    description = f"The average schedule of {path} over all cases, without feedback."
-    return _note(
-        name, "open loop", "policy", description, family=f"policy {path}", training_energy_j=_training_energy(bundle)
-    )
+    named = PolicyName.parse(name)
+    policy = Policy.load(named)
+    description = f"The average schedule of {named.file} over all cases, without feedback."
+    more = {"family": named.family, "training_energy_j": policy.training_energy_j}
+    return _note(name, "open loop", "policy", description, **more)
 
 
 def open_loop_method(note: MethodNote, closed: Method, schedule: Any) -> Method:
@@ -192,23 +207,9 @@ def open_loop_method(note: MethodNote, closed: Method, schedule: Any) -> Method:
     return Method(note, closed.configure, Steering(kind="open-loop", settings={"schedule": schedule}))
 
 
-def _bundle_of(name: str) -> tuple[str, PolicyBundle, str]:
-    path, _, preference = name.partition(":")[2].partition("@")
-    if not path:
-        raise ValueError(f"methods: {name!r} must name a bundle, as in policy:runs/agent/policy.safetensors")
-    weights = Preference.parse(preference.replace("+", ",")) if preference else Preference()
-    return path, PolicyBundle.load(Path(path)), str(weights)
-
-
-def _training_energy(bundle: PolicyBundle) -> float | None:
-    cost = bundle.provenance.get("training_cost") or {}
-    value = cost.get("energy_j")
-    return float(value) if value is not None else None
-
-
 def rests_on_search(names: Sequence[str]) -> bool:
     """Return whether any of the methods needs the tuned static's search."""
-    return any(name == TUNED or name in PER_SCHEDULE or name in CHECKS for name in names)
+    return any(name == TUNED or name in PER_SCHEDULE or name in CHECKS or starts_from_tuned(name) for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +221,8 @@ class Chosen:
     """Need no search."""
     searched: tuple[str, ...]
     """Rest on the tuned static's search."""
+    started: tuple[Method, ...]
+    """Policies that start at a factor of the tuned static's learning rate, so that they rest on its search too."""
     optional: tuple[str, ...]
     """Other searches."""
     open_loop: tuple[tuple[Method, MethodNote], ...]
@@ -232,7 +235,7 @@ class Chosen:
 
     def notes(self, with_rows: Collection[str]) -> tuple[MethodNote, ...]:
         """Return the notes in the order of the names, and of methods that appeared by themselves."""
-        known = {**SEARCHED, **OPTIONAL, **{method.note.name: method.note for method in self.direct}}
+        known = {**SEARCHED, **OPTIONAL, **{m.note.name: m.note for m in (*self.direct, *self.started)}}
         known |= {note.name: note for _, note in self.open_loop}
         named = [known[name] for name in self.names]
         extra = {**SEARCHED, **COST_NOTES, **_front_notes(with_rows)}
@@ -261,13 +264,13 @@ def choose_methods(text: str) -> Chosen:
     for name in (part.strip() for part in parts if part.strip()):
         names += DEFAULT_METHODS if name == "default" else [name]
     check_names(names)
-    direct = [SIMPLE[name] for name in names if name in SIMPLE]
-    direct += [policy_method(name) for name in names if name.startswith("policy:")]
+    policies = [policy_method(name) for name in names if name.startswith("policy:")]
     open_loop = [name for name in names if name.startswith("open-loop:")]
     return Chosen(
         names=tuple(names),
-        direct=tuple(direct),
+        direct=(*(SIMPLE[name] for name in names if name in SIMPLE), *(p for p in policies if p.start is None)),
         searched=tuple(name for name in names if name in SEARCHED),
+        started=tuple(policy for policy in policies if policy.start is not None),
         optional=tuple(name for name in names if name in OPTIONAL),
         open_loop=tuple((policy_method(name), open_loop_note(name)) for name in open_loop),
     )
@@ -276,7 +279,7 @@ def choose_methods(text: str) -> Chosen:
 def check_names(names: Sequence[str]) -> None:
     """Raise `ValueError` for a method that does not exist, or is named twice."""
     for name in names:
-        if name not in known_methods() and not name.startswith(("policy:", "open-loop:")):
+        if name not in known_methods() and not is_policy(name):
             raise ValueError(f"methods must be among {HELP}; got {name!r}")
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"methods must be named once each, got {twice[0]!r} twice")

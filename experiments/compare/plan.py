@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from trainpilot.experiments.compare.baseline import CHECKS, CURVE_BUDGETS, PER_SCHEDULE, UNTUNED_CURVE_BUDGETS
 from trainpilot.experiments.compare.comparison import UNTUNED, Case
 from trainpilot.experiments.compare.methods import OPTIONAL_RUNS, rests_on_search
+from trainpilot.experiments.compare.policies import starts_from_tuned
 from trainpilot.experiments.compare.records import cost_key
 from trainpilot.experiments.compare.settings import TUNED_SCHEDULES, grid
 from trainpilot.llm_runtime.cost_table import CostTable
@@ -58,6 +59,7 @@ def runs_on_a_case(case: Case, names: Sequence[str], n_seeds: int) -> float:
         runs += len(grid(case.config, [case.config.precision])) + REFINEMENT_RUNS + n_seeds + per_curve
         runs += SCHEDULE_RUNS * len(TUNED_SCHEDULES) + sum(n_seeds for name in searched if name in PER_SCHEDULE)
         runs += sum(1.1 * n_seeds for name in searched if name in CHECKS)
+        runs += sum(n_seeds for name in searched if starts_from_tuned(name))
     return runs + sum(OPTIONAL_RUNS[name] + n_seeds for name in optional)
 
 

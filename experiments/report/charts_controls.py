@@ -150,12 +150,13 @@ def _course(control: Control, run: RunResult) -> Course:
 
 def _typical(courses: Sequence[Course]) -> list[tuple[float, float]]:
     """Return the median over the runs, as far as at least half of them go."""
-    columns = ((x, [_at(*course, x) for course in courses if course[0][-1] >= x - HALF_STEP]) for x in GRID)
+    columns = ((x, [at(course, x) for course in courses if course[0][-1] >= x - HALF_STEP]) for x in GRID)
     return [(x, median(values)) for x, values in columns if 2 * len(values) >= len(courses)]
 
 
-def _at(shares: Sequence[float], values: Sequence[float], x: float) -> float:
+def at(course: Course, x: float) -> float:
     """Return the value that holds at `x`."""
+    shares, values = course
     place = sum(share <= x for share in shares) - 1
     return values[max(place, 0)]
 
@@ -182,16 +183,17 @@ def _scale(drawn: Panel, control: Control, values: Sequence[float]) -> None:
     if control.name == "learning rate":
         limits = (FLOOR, max(high, 1.0) * 1.3)
         ticks = [tick for tick in log_ticks(*limits, most=6) if tick > 1.5 * FLOOR]
-        log_axis(drawn.axes, "y", limits, _times, ticks)
+        log_axis(drawn.axes, "y", limits, times, ticks)
     elif control.name == "batch":
         limits = (min(low, 1.0) / 1.2, max(high, 1.0) * 1.2)
         doublings = [2.0**k for k in range(-8, 12) if limits[0] <= 2.0**k <= limits[1]]
-        log_axis(drawn.axes, "y", limits, _times, doublings)
+        log_axis(drawn.axes, "y", limits, times, doublings)
     else:
         plain_axis(drawn.axes, "y", (0, max(high * 1.1, 0.1)), percent)
 
 
-def _times(value: float) -> str:
+def times(value: float) -> str:
+    """Return a factor for an axis: `× 1/4`, `× 3`."""
     if value < 1 and (1 / value).is_integer():
         return f"\N{MULTIPLICATION SIGN} 1/{1 / value:g}"
     return f"\N{MULTIPLICATION SIGN} {value:g}"

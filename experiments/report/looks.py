@@ -73,7 +73,8 @@ class Looks:
         return self.n_methods - len(self.chosen)
 
 
-_DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.5, 1.2), (6, 1.5, 1.5, 1.5), (3, 1.2), (8, 2))
+MARKERS = "o^vPXp"
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.5, 1.2), (6, 1.5, 1.5, 1.5), (3, 1.2), (8, 2))
 _BASELINES = {TUNED: ("ink", "s", ()), UNTUNED: ("soft", "D", (3.0, 1.6))}
 
 
@@ -84,8 +85,8 @@ def choose(material: Material) -> Looks:
             method=name,
             title=material.title(name),
             color=f"s{index + 1}",
-            marker="o^vPXp"[index],
-            dash=_DASHES[index],
+            marker=MARKERS[index],
+            dash=DASHES[index],
         )
         for index, name in enumerate([name for name in material.ranked if material.was_run(name)][:N_COLOURED])
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from trainpilot.experiments.report.charts_controls import Moves, control_moves
+from trainpilot.experiments.report.charts_learnt import Learnt, learnt
 from trainpilot.experiments.report.charts_loss import (
     budget_panels,
     counts_joules,
@@ -79,6 +80,8 @@ class Page:
     fronts: Table | None
     courses: Charts
     controls: tuple[Charts, ...]
+    learnt: tuple[Charts, ...]
+    """Average schedules, one figure for each policy and preference; none without a policy or a tuned static."""
     forest: Charts
     second_axis: str | None
     """What the hollow marks of the forest stand for."""
@@ -131,6 +134,7 @@ def build(material: Material) -> Page:
         fronts=front_table(material),
         courses=_charts("course", course_panels(material, looks), (*looks.baselines, *looks.subjects)),
         controls=tuple(_control_charts(moves) for moves in control_moves(material, looks)),
+        learnt=tuple(_learnt_charts(index, found) for index, found in enumerate(learnt(material))),
         forest=_charts("forest", multiplier_panels(material, looks, second), ()),
         second_axis={"energy_j": "modelled joules", "time_s": "modelled seconds"}.get(second or ""),
         cases=case_tables(material),
@@ -171,6 +175,10 @@ def _control_charts(moves: Moves) -> Charts:
     note = f"It never changed {listed(list(moves.unmoved))}." if moves.unmoved else ""
     name = "control" + re.sub(r"\W+", "", moves.look.color)
     return _charts(name, moves.panels, (moves.look,), moves.look.title, note)
+
+
+def _learnt_charts(index: int, found: Learnt) -> Charts:
+    return _charts(f"learnt{index}x", found.panels, found.looks, found.heading, found.note)
 
 
 def _chosen(looks: Looks) -> str:

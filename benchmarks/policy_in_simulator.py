@@ -1,0 +1,234 @@
+"""Measure a policy on simulated runs that it was not trained on, against the best static schedule of each.
+
+    python benchmarks/policy_in_simulator.py [--policy default] [--instances 512] [--runs 2048]
+
+Every run starts at its own factor of the tuned learning rate, from 1/30 to 10, which the policy does not know. Figures
+are compute multipliers: the budget at which the instance's best static schedule, tuned anew at each budget, reaches the
+run's loss, over the budget that the run used. A second physics, the Multi-Power Law, was never trained on. Most of the
+five minutes or so go into the static schedules.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import write_result
+from _in_simulator_chart import draw
+from _simulated import (
+    DECISIONS,
+    TEST_INSTANCES,
+    TEST_SEED,
+    Outcome,
+    blindly,
+    by_policy,
+    estimate,
+    held,
+    line,
+    middle,
+    rounded,
+    steer,
+    summary,
+    unseen_pool,
+)
+from _static_grid import POWERS, SHARES, StaticGrid, needed
+
+from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_digest, policy_path
+from trainpilot.agents.open_loop import SchedulePoint
+from trainpilot.envs.preference import Preference
+from trainpilot.llm_runtime.schedules import ScheduleName
+from trainpilot.llm_runtime.simulator.multi_power import MultiPowerRuns
+from trainpilot.llm_runtime.simulator.records import Floats, Ints
+from trainpilot.llm_runtime.simulator.references import static_losses
+from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
+from trainpilot.llm_runtime.simulator.schedule_table import ScheduleTable
+
+IMAGE = Path(__file__).parent.parent / "docs" / "images" / "policy_in_simulator.png"
+RUNS_SEED = 7
+QUALITY = Preference(quality=1, energy=0, time=0)
+RATE_POWERS = np.arange(-6, 7) / 2
+"""Doublings of the tuned learning rate that are tried around it."""
+NO_BASE = BaseSchedule(schedule="wsd", warmup_share=0.1)
+"""Base schedule of a policy that brings none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bed:
+    """Fresh runs to try methods on, the same ones each time, and what their losses are measured with."""
+
+    fresh: Callable[[], SimulatedRuns | MultiPowerRuns]
+    shares: tuple[float, ...]
+    curve: Floats
+    """Losses of the static baseline at `shares`, shape (n_runs, budgets)."""
+    group: Ints
+    """Runs of one instance go together when intervals are worked out."""
+    start: Floats
+    """Starting learning rate over the tuned one."""
+
+    def multiplier(self, loss: Floats, used: Floats | float = 1.0) -> Floats:
+        """Return the compute multipliers of runs."""
+        return needed(loss, self.shares, self.curve) / used
+
+    def tell(self, multiplier: Floats) -> dict[str, Any]:
+        """Return the figures of a method."""
+        return summary(multiplier, self.group, self.start)
+
+
+def main() -> None:
+    """Steer, compare, and write `results/policy_in_simulator.json` and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="default", help="a bundle's file, or the name of one that is shipped")
+    parser.add_argument("--instances", type=int, default=TEST_INSTANCES)
+    parser.add_argument("--runs", type=int, default=2048)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = policy_path(options.policy)
+    bundle = PolicyBundle.load(path)
+    pool = unseen_pool(options.instances)
+    grid = StaticGrid.search(pool.instances)
+    base = bundle.base_schedule or NO_BASE
+    result = {
+        "policy": {"name": options.policy, "digest": policy_digest(path)},
+        "runs": {"n": options.runs, "instances": options.instances, "seed": TEST_SEED, "preference": str(QUALITY)},
+        "static_grid": grid.describe(),
+        "simulator": in_simulator(bundle, base, pool, grid, options.runs),
+        "multi_power_law": in_multi_power_law(bundle, options.runs),
+    }
+    draw(result, IMAGE)
+    print(write_result("policy_in_simulator", result, torch.device("cpu")))
+    for physics in ("simulator", "multi_power_law"):
+        print(f"\n{physics}: median, 95 % interval, 10th percentile | median by starting rate, lowest first")
+        for name, told in result[physics]["methods"].items():
+            print(line(name, told))
+
+
+def simulator_bed(pool: Pool, grid: StaticGrid, base: BaseSchedule, n_runs: int) -> Bed:
+    """Return runs of the physics that policies are trained on."""
+    start = Start(decisions=DECISIONS, schedule=base.schedule, warmup_share=base.warmup_share)
+    runs = SimulatedRuns(n_runs, RUNS_SEED, pool, start)
+    return Bed(
+        fresh=lambda: SimulatedRuns(n_runs, RUNS_SEED, pool, start),
+        shares=SHARES,
+        curve=grid.best[runs.index],
+        group=runs.index.copy(),
+        start=runs.start_rate / runs.best_learning_rate,
+    )
+
+
+def in_simulator(bundle: PolicyBundle, base: BaseSchedule, pool: Pool, grid: StaticGrid, n_runs: int) -> dict[str, Any]:
+    """Return the figures of every method in the physics of the training."""
+    bed = simulator_bed(pool, grid, base, n_runs)
+    policy, blind, steered = _steered(bed, bundle)
+    single, losses = grid.best_single()
+    methods = {
+        "policy": policy,
+        "open loop": blind,
+        f"untuned, {base.schedule}": bed.multiplier(_untuned(bed, base.schedule, base.warmup_share)),
+        "untuned, cosine": bed.multiplier(_untuned(bed, "cosine", 0.1)),
+        "best single setting": bed.multiplier(losses[bed.group]),
+        "tuned rate and batch, wsd": bed.multiplier(grid.of_base(("wsd", 0.1))[bed.group]),
+    }
+    return {
+        "best_single_setting": single,
+        "methods": {name: bed.tell(found) for name, found in methods.items()},
+        **_closed_against_open(bed, policy, blind),
+        "steered": _describe(bed, steered),
+    }
+
+
+def in_multi_power_law(bundle: PolicyBundle, n_runs: int) -> dict[str, Any]:
+    """Return the figures of every method in a physics that nothing was trained on."""
+    runs = MultiPowerRuns(n_runs, RUNS_SEED, decisions=DECISIONS)
+    bed = Bed(
+        fresh=lambda: MultiPowerRuns(n_runs, RUNS_SEED, decisions=DECISIONS),
+        shares=SHARES,
+        curve=multi_power_curve(runs),
+        group=np.arange(n_runs),
+        start=runs.start_learning_rate / runs.best_learning_rate,
+    )
+    policy, blind, steered = _steered(bed, bundle)
+    methods = {
+        "policy": policy,
+        "open loop": blind,
+        "untuned, wsd": bed.multiplier(steer(bed.fresh(), held()).loss),
+        "tuned rate, wsd": bed.multiplier(steer(bed.fresh(), held(1 / bed.start)).loss),
+        "tuned rate and batch, wsd": bed.multiplier(best_held(bed)),
+    }
+    return {
+        "methods": {name: bed.tell(found) for name, found in methods.items()},
+        **_closed_against_open(bed, policy, blind),
+        "steered": _describe(bed, steered),
+    }
+
+
+def multi_power_curve(runs: MultiPowerRuns) -> Floats:
+    """Return the loss of the base schedule at the starting batch, its rate tuned at each of `SHARES`."""
+    cases, best = runs.cases, runs.best_learning_rate / runs.cases.unit
+
+    def tuned(share: float) -> Floats:
+        factors, steps = cases.base_factors(share, DECISIONS), share * cases.n_steps
+        return np.minimum.reduce([cases.law.base_loss(best * 2.0**power, factors, steps) for power in RATE_POWERS])
+
+    return np.minimum.accumulate(np.stack([tuned(share) for share in SHARES], axis=1), axis=1)
+
+
+def best_held(bed: Bed) -> Floats:
+    """Return the lowest loss of each run over learning rates and batches that are held from start to end."""
+    tried = ((1 / bed.start * 2.0**power, batch) for power in RATE_POWERS[::2] for batch in 2.0**POWERS)
+    return np.minimum.reduce([steer(bed.fresh(), held(scale, batch)).loss for scale, batch in tried])
+
+
+def _steered(bed: Bed, bundle: PolicyBundle) -> tuple[Floats, Floats, Outcome]:
+    """Return the multipliers of the policy and of its own average schedule, and how the policy's runs went."""
+    plants = bed.fresh()
+    limits = plants.limits()
+    closed = steer(plants, by_policy(bundle, QUALITY))
+    schedule: tuple[SchedulePoint, ...] = closed.average(limits)
+    blind = steer(bed.fresh(), blindly(schedule))
+    return bed.multiplier(closed.loss, closed.used), bed.multiplier(blind.loss, blind.used), closed
+
+
+def _untuned(bed: Bed, schedule: ScheduleName, warmup_share: float) -> Floats:
+    """Return the losses of runs that are left alone at their starting rate and batch."""
+    runs = bed.fresh()
+    assert isinstance(runs, SimulatedRuns)
+    batch = runs.instances.start_batch.astype(np.float64)
+    return static_losses(runs.instances, runs.start_rate, batch, ScheduleTable.of(schedule, warmup_share, DECISIONS))
+
+
+def _closed_against_open(bed: Bed, policy: Floats, blind: Floats) -> dict[str, Any]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(policy == blind, 1.0, policy / blind)
+    told = {
+        "share_of_runs_better": rounded(float((policy > blind).mean())),
+        "share_of_runs_worse": rounded(float((policy < blind).mean())),
+        "median_ratio": estimate(ratio, bed.group),
+    }
+    return {"closed_against_open": told}
+
+
+def _describe(bed: Bed, steered: Outcome) -> dict[str, Any]:
+    """Return how the policy's runs went: medians over the runs, learning rate and batch at every fifth decision."""
+    limits = bed.fresh().limits()
+    shown = range(0, DECISIONS, 5)
+    scales = [steered.controls[i].learning_rate_scale for i in shown]
+    batches = [steered.controls[i].batch_size / limits.start.batch_size for i in shown]
+    return {
+        "diverged": rounded(steered.diverged),
+        "budget_used": rounded(middle(steered.used)),
+        "energy_over_reference": rounded(middle(steered.energy)),
+        "time_over_reference": rounded(middle(steered.time)),
+        "decisions": list(shown),
+        "learning_rate_over_tuned": [rounded(middle(bed.start * scale)) for scale in scales],
+        "batch_over_start": [rounded(middle(batch)) for batch in batches],
+        "spread_of_learning_rate_over_tuned": [rounded(float(np.log(bed.start * scale).std())) for scale in scales],
+    }
+
+
+if __name__ == "__main__":
+    main()

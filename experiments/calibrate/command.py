@@ -1,0 +1,207 @@
+"""Carry out `trainpilot calibrate`: run what is missing, fit the physics, measure its error, write one file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from trainpilot.experiments.calibrate.calibration import FILE_NAME, Calibration, CalibrationCost, fit
+from trainpilot.experiments.calibrate.design import Setting, design
+from trainpilot.experiments.calibrate.errors import Physics, best_rates, fit_error, rank_correlation
+from trainpilot.experiments.calibrate.runs import EVALUATE_EVERY, WIDE_PROBE_SEQUENCES, RunFile, run_key
+from trainpilot.experiments.calibrate.table import print_calibration
+from trainpilot.experiments.calibrate.workers import run_all
+from trainpilot.experiments.options import CalibrateOptions
+from trainpilot.experiments.progress import progress_bar
+from trainpilot.experiments.versions import versions
+from trainpilot.llm_runtime.controls import PRECISIONS, Precision
+from trainpilot.llm_runtime.cost_measuring import measure_cost_table
+from trainpilot.llm_runtime.cost_table import CostTable
+from trainpilot.llm_runtime.energy import sum_known
+from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.fingerprint import content_digest
+from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.threads import available_cores, use_threads
+
+TIMED_BATCHES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
+"""Batches of the cost table, as factors on the start's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What stands before the first run."""
+
+    base: RunConfig
+    settings: tuple[Setting, ...]
+    keys: dict[str, str]
+    """Of each setting's run, by name."""
+    table: CostTable
+    evaluation_sequences: int
+    jobs: int
+
+
+def calibrate(options: CalibrateOptions, console: Console) -> None:
+    """Calibrate the simulator on one model and text, and write `calibration.json`.
+
+    Raises:
+        ValueError: an option cannot be used, and nothing has been run then; or a run failed.
+    """
+    prepared = prepare(options, console)
+    files = _run(prepared, options.out / "runs", console)
+    calibration = _fit(prepared, files, options, console)
+    path = options.out / FILE_NAME
+    calibration.save(path)
+    print_calibration(calibration, console)
+    console.print(f"calibration: {escape(str(path))}", soft_wrap=True)
+
+
+def prepare(options: CalibrateOptions, console: Console) -> Prepared:
+    """Check everything that can be checked before the first run, and measure what steps cost."""
+    if options.jobs < 0:
+        raise ValueError(f"jobs must be at least 0, got {options.jobs}; 0 takes as many as there are cores")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {options.out}; choose another")
+    use_threads(1)  # as in the runs
+    base = options.run_config()
+    design(base, options.effort)  # the budget is large enough
+    with console.status("model, text and precisions") as status:
+        run = LiveRun(base, probe=False)
+        precisions = _precisions(base, run)
+        prunes = _prunes(base, console)
+        settings = design(base, options.effort, precisions=precisions, prunes=prunes)
+        content = content_digest(base)
+        status.update("cost table")
+        table = _cost_table(base, precisions, prunes, content, options.out / "cost_table.json")
+    return Prepared(
+        base=base,
+        settings=settings,
+        keys={setting.name: run_key(setting, content) for setting in settings},
+        table=table,
+        evaluation_sequences=run.evaluation_sequences,
+        jobs=options.jobs or available_cores(),
+    )
+
+
+def _precisions(base: RunConfig, run: LiveRun) -> list[Precision]:
+    """Return the base's precision and those that were measured to be faster here."""
+    masked = run.limits().masked_precisions
+    return [name for name in PRECISIONS if name == base.precision or name not in masked]
+
+
+def _prunes(base: RunConfig, console: Console) -> bool:
+    """Return whether the model can lose channels; if not, say why."""
+    try:
+        LiveRun(replace(base, pruning="width"), probe=False)
+    except ValueError as error:
+        console.print(f"[yellow]no pruning run: {escape(str(error))}[/yellow]", soft_wrap=True)
+        return False
+    return True
+
+
+def _cost_table(base: RunConfig, precisions: Sequence[Precision], prunes: bool, content: str, path: Path) -> CostTable:
+    """Return the table, from its file if it was measured for the same before."""
+    asked = [content, base.model, base.sequence_length, base.batch_size, base.device, list(precisions), prunes]
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["asked"] == asked:
+            return CostTable.from_json(kept["table"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # never measured here, or a damaged file: measure it
+    table = measure_cost_table(
+        base,
+        batch_sizes=sorted({max(1, round(base.batch_size * factor)) for factor in TIMED_BATCHES}),
+        precisions=precisions,
+        prunings=("width",) if prunes else (),
+    )
+    write_json(path, {"asked": asked, "table": table.to_json()})
+    return table
+
+
+def _run(prepared: Prepared, folder: Path, console: Console) -> dict[str, RunFile]:
+    """Run what is missing, and return every run by its setting's name."""
+    kept = {setting.name: RunFile.read(folder / f"{setting.name}.json") for setting in prepared.settings}
+    files = {name: file for name, file in kept.items() if file is not None and file.key == prepared.keys[name]}
+    missing = sorted((each for each in prepared.settings if each.name not in files), key=_steps, reverse=True)
+    console.print(
+        f"{len(prepared.settings)} runs, {len(files)} of them kept from before: about "
+        f"{_expected_s(prepared, missing) / 60:.0f} min with {prepared.jobs} side by side",
+        soft_wrap=True,
+    )
+    failures: list[str] = []
+    with progress_bar(console, "runs", len(prepared.settings)) as advance:
+        work = [(setting, prepared.keys[setting.name]) for setting in missing]
+        for setting, result in run_all(work, prepared.jobs) if work else ():
+            if isinstance(result, str):
+                failures.append(f"{setting.name}: {result}")
+                continue
+            result.write(folder / f"{setting.name}.json")
+            files[setting.name] = result
+            advance(len(files), escape(_line(setting, result)))
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(prepared.settings)} runs failed, the first one {failures[0]}")
+    return {setting.name: files[setting.name] for setting in prepared.settings}
+
+
+def _steps(setting: Setting) -> float:
+    """Steps of a run. Those with the most begin first, so that none is left over at the end."""
+    return setting.config.tokens / setting.config.batch_size
+
+
+def _expected_s(prepared: Prepared, settings: Sequence[Setting]) -> float:
+    """Return the seconds that the runs will take, by the cost table."""
+    total = 0.0
+    for setting in settings:
+        config, table = setting.config, prepared.table
+        looks = config.decisions // EVALUATE_EVERY + 1
+        total += table.step(config.batch_size, config.precision).time_s * config.n_sequences() / config.batch_size
+        total += table.probe(WIDE_PROBE_SEQUENCES, config.batch_size).time_s * config.decisions
+        total += table.evaluation(prepared.evaluation_sequences, config.batch_size).time_s * looks
+    return total / prepared.jobs
+
+
+def _line(setting: Setting, result: RunFile) -> str:
+    ended = "diverged" if result.run.diverged else f"loss {result.run.final_loss:.3f}"
+    return f"{setting.name}, {ended}"
+
+
+def _fit(prepared: Prepared, files: dict[str, RunFile], options: CalibrateOptions, console: Console) -> Calibration:
+    runs = {setting.name: replace(files[setting.name].run, role=setting.role) for setting in prepared.settings}
+    grid = [runs[setting.name] for setting in prepared.settings if setting.grid]
+    start = time.monotonic()
+    with console.status("fit"):
+        physics: Physics = fit(list(runs.values()))
+    return Calibration(
+        config=prepared.base,
+        effort=options.effort,
+        n_parameters=grid[0].n_parameters,
+        physics=physics,
+        cost_table=prepared.table,
+        held_out=fit_error(physics, [run for run in runs.values() if run.role == "held-out"]),
+        fitted=fit_error(physics, [run for run in runs.values() if run.role == "fit"]),
+        grid_rank_correlation=rank_correlation(physics, grid),
+        best_rates=best_rates(physics, grid),
+        cost=_cost(list(files.values()), time.monotonic() - start),
+        device=prepared.table.device,
+        versions=versions(),
+        command=" ".join(["trainpilot", *sys.argv[1:]]),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+def _cost(files: Sequence[RunFile], fit_time_s: float) -> CalibrationCost:
+    return CalibrationCost(
+        n_runs=len(files),
+        run_time_s=sum(file.time_s for file in files),
+        fit_time_s=fit_time_s,
+        energy_j=sum_known(file.energy_j for file in files),
+        energy_source=files[-1].energy_source,
+    )

@@ -1,0 +1,166 @@
+"""Choose the live runs of a calibration: settings spread so that every number of the physics leaves a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from trainpilot.experiments.options import Effort
+from trainpilot.llm_runtime.controls import Precision
+from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.schedules import ScheduleName
+from trainpilot.llm_runtime.simulator.calibration_run import Role
+
+GRID_WARMUP = 0.1
+"""Share of the budget that warms up in the grid and the walks: slow enough to show low learning rates, too."""
+SCHEDULE_WARMUP = 0.02
+PRUNED_SHARE = 0.2
+"""Share of the feed-forward channels that the pruning run loses at half its budget."""
+HELD_OUT_SCHEDULE: ScheduleName = "cosine"
+HELD_OUT_WALK = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """How many settings a calibration tries. Rates are factors on the learning rate, batches on the start's."""
+
+    rates: tuple[float, ...]
+    batches: tuple[float, ...]
+    schedule_rates: tuple[float, ...]
+    walk_rates: tuple[float, ...]
+    doubled_budget: bool
+
+
+AMOUNTS: Mapping[Effort, Amount] = {
+    "quick": Amount(
+        rates=(1 / 30, 1 / 5, 3 / 2, 10.0),
+        batches=(1 / 8, 2.0),
+        schedule_rates=(1 / 3,),
+        walk_rates=(1 / 10, 2 / 3),
+        doubled_budget=False,
+    ),
+    "standard": Amount(
+        rates=(1 / 30, 1 / 10, 1 / 3, 1.0, 10 / 3, 10.0),
+        batches=(1 / 8, 1 / 2, 2.0),
+        schedule_rates=(1 / 3, 2.0),
+        walk_rates=(1 / 10, 2 / 3, 20 / 3),
+        doubled_budget=True,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One live run of a calibration."""
+
+    name: str
+    """Name of its file."""
+    config: RunConfig
+    role: Role
+    """About a third of the runs are never fitted: the error is measured on them."""
+    grid: bool = False
+    """One of the grid of learning rates and batches, which differ in nothing else."""
+    walk: int | None = None
+    """Number of the random walk that its learning rate and batch take."""
+    prune: bool = False
+    """Whether channels are removed at half its budget."""
+
+
+def design(
+    base: RunConfig, effort: Effort, *, precisions: Sequence[Precision] = (), prunes: bool = True
+) -> tuple[Setting, ...]:
+    """Return the runs of a calibration. The roles depend on nothing but the effort.
+
+    Args:
+        base: Model, text, budget, start batch and the learning rate that the others are multiples of.
+        effort: How many settings.
+        precisions: Precisions to try beside the base's own.
+        prunes: Whether the model can lose channels.
+
+    Raises:
+        ValueError: the budget is too small for the largest batch.
+    """
+    amount = AMOUNTS[effort]
+    _check_budget(base, max(amount.batches))
+    groups = (
+        _grid(base, amount),
+        _schedules(base, amount),
+        _walks(base, amount),
+        _singles(base, amount, precisions, prunes),
+    )
+    return tuple(setting for group in groups for setting in group)
+
+
+def _check_budget(base: RunConfig, largest: float) -> None:
+    batch = _scaled(base.batch_size, largest)
+    needed = base.decisions * batch * base.sequence_length
+    if base.tokens < needed:
+        raise ValueError(
+            f"tokens must give every decision a step of the largest batch tried, {largest:g} x batch_size: "
+            f"{base.decisions} decisions x {batch} x sequence_length {base.sequence_length} = {needed:,}, got "
+            f"{base.tokens:,}; raise the budget or lower one of the three"
+        )
+
+
+def _grid(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+    """Yield every rate at every batch; of the inner rates every other point is held out, like a chessboard's."""
+    batches = tuple(dict.fromkeys(_scaled(base.batch_size, factor) for factor in amount.batches))
+    for row, rate in enumerate(amount.rates):
+        for column, batch in enumerate(batches):
+            config = _wsd(base, rate, batch)
+            inner = 0 < row < len(amount.rates) - 1
+            role: Role = "held-out" if inner and (row + column) % 2 else "fit"
+            yield Setting(name=_name("wsd", config), config=config, role=role, grid=True)
+
+
+def _schedules(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+    schedules: tuple[ScheduleName, ...] = ("cosine", "constant", "linear")
+    for schedule in schedules:
+        for rate in amount.schedule_rates:
+            config = replace(
+                base,
+                schedule=schedule,
+                base_learning_rate=base.base_learning_rate * rate,
+                warmup_tokens=int(SCHEDULE_WARMUP * base.tokens),
+            )
+            role: Role = "held-out" if schedule == HELD_OUT_SCHEDULE else "fit"
+            yield Setting(name=_name(schedule, config), config=config, role=role)
+
+
+def _walks(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+    for number, rate in enumerate(amount.walk_rates):
+        config = _wsd(base, rate, base.batch_size)
+        role: Role = "held-out" if number == HELD_OUT_WALK else "fit"
+        yield Setting(name=_name(f"walk{number}", config), config=config, role=role, walk=number)
+
+
+def _singles(base: RunConfig, amount: Amount, precisions: Sequence[Precision], prunes: bool) -> Iterator[Setting]:
+    """Yield runs that differ from an unpruned run at the base's precision in one thing each."""
+    plain = _wsd(base, 2 / 3, base.batch_size)
+    if prunes:
+        yield Setting(name=_name("prune", plain), config=replace(plain, pruning="width"), role="fit", prune=True)
+    for precision in precisions:
+        if precision != base.precision:
+            config = _wsd(replace(base, precision=precision), 1.0, _scaled(base.batch_size, 0.5))
+            yield Setting(name=_name(precision, config), config=config, role="fit")
+    if amount.doubled_budget:
+        longer = _wsd(replace(base, tokens=2 * base.tokens), 2 / 3, _scaled(base.batch_size, 0.5))
+        yield Setting(name=_name("double", longer), config=longer, role="held-out")
+
+
+def _wsd(base: RunConfig, rate: float, batch_size: int) -> RunConfig:
+    return replace(
+        base,
+        schedule="wsd",
+        base_learning_rate=base.base_learning_rate * rate,
+        batch_size=batch_size,
+        warmup_tokens=int(GRID_WARMUP * base.tokens),
+    )
+
+
+def _scaled(batch_size: int, factor: float) -> int:
+    return max(1, round(batch_size * factor))
+
+
+def _name(what: str, config: RunConfig) -> str:
+    return f"{what}-lr{config.base_learning_rate:.4g}-batch{config.batch_size}"

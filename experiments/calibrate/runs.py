@@ -1,0 +1,146 @@
+"""Carry out one live run of a calibration, keep all that was measured, and write it as a file of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS
+from trainpilot.envs.safety import LEARNING_RATE_SCALE_RANGE
+from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting
+from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.energy import EnergyMeter, EnergySource
+from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.measure import energy_between
+from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+WIDE_PROBE_SEQUENCES = 16
+"""Sequences of the second curvature probe: the telemetry's own, on one or two, is mostly noise."""
+EVALUATE_EVERY = 5
+"""Decisions between two looks at the validation loss."""
+RATE_CHANGES, BATCH_CHANGES = 0.35, 0.12
+"""How often a random walk changes its learning rate and its batch."""
+WALK_SEED = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """A run with what it cost."""
+
+    key: str
+    """Digest of its setting, text and model: a file with another key is of another run."""
+    time_s: float
+    """Seconds of the run, probes and evaluations included."""
+    energy_j: float | None
+    """Its joules; of a meter shared with runs beside it, its part."""
+    energy_source: EnergySource | None
+    run: CalibrationRun
+
+    def write(self, path: Path) -> None:
+        """Write the file whole."""
+        record = {name: getattr(self, name) for name in ("key", "time_s", "energy_j", "energy_source")}
+        write_json(path, {**record, "run": self.run.to_json()})
+
+    @classmethod
+    def read(cls, path: Path) -> RunFile | None:
+        """Return what `write` wrote; `None` where there is no such file or it is damaged."""
+        try:
+            record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**record, "run": CalibrationRun.from_json(record["run"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+def run_key(setting: Setting, content: str) -> str:
+    """Return the digest of a run: of all that decides what it measures, and of its text and model by `content`."""
+    decisive = {"config": asdict(setting.config), "walk": setting.walk, "prune": setting.prune, "content": content}
+    return blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter | None = None) -> RunFile:
+    """Run a setting to its end.
+
+    Args:
+        setting: The run.
+        key: Its digest.
+        jobs: Runs side by side. A meter of the whole device sees them all: each gets an equal part.
+        meter: Energy meter; by default the best one that the device has.
+
+    Raises:
+        ValueError: a setting cannot be used.
+    """
+    run = LiveRun(setting.config, meter=meter)
+    before, start = run.meter.read(), run.clock()
+    record = _measure(run, setting)
+    used, source = energy_between(before, run.meter.read())
+    shared = jobs if source != "estimated" else 1  # the estimate sees its own process alone
+    return RunFile(
+        key=key,
+        time_s=run.clock() - start,
+        energy_j=None if used is None else used / shared,
+        energy_source=source,
+        run=record,
+    )
+
+
+def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
+    config, next_controls = setting.config, pilot(setting, run.base_limits())
+    telemetry: list[Telemetry] = []
+    wide: list[tuple[float, float] | None] = []
+    validation = [(0, run.evaluate())]
+    while not (run.finished or (telemetry and telemetry[-1].diverged)):
+        telemetry.append(run.advance(next_controls(len(telemetry)), 1 / config.decisions))
+        probe = run.trainer.probe(run.stream.peek(WIDE_PROBE_SEQUENCES))
+        wide.append(None if probe is None else (probe.linear, probe.quadratic))
+        due = run.finished or len(telemetry) % EVALUATE_EVERY == 0
+        if due and not telemetry[-1].diverged:
+            validation.append((len(telemetry), run.evaluate()))
+    return CalibrationRun(
+        config=config,
+        telemetry=tuple(telemetry),
+        validation=tuple(validation),
+        wide_probe=tuple(wide),
+        n_parameters=run.loaded.n_parameters,
+        role=setting.role,
+    )
+
+
+def pilot(setting: Setting, limits: ControlLimits) -> Callable[[int], Controls]:
+    """Return what gives the controls of each interval, called with its number in rising order."""
+    generator = np.random.default_rng(WALK_SEED + (setting.walk or 0))
+    controls = setting.config.start()
+
+    def decide(decision: int) -> Controls:
+        nonlocal controls
+        if setting.walk is not None:
+            controls = _wander(controls, limits, generator)
+        if setting.prune and decision >= setting.config.decisions // 2:
+            controls = replace(controls, sparsity=PRUNED_SHARE)
+        return controls
+
+    return decide
+
+
+def _wander(controls: Controls, limits: ControlLimits, generator: np.random.Generator) -> Controls:
+    """Change learning rate and batch now and then, by the same factors as a policy does, within its limits."""
+    low, high = LEARNING_RATE_SCALE_RANGE
+    rate, batch = 1.0, 1.0
+    if generator.random() < RATE_CHANGES:
+        rate = float(generator.choice([factor for factor in LEARNING_RATE_FACTORS if factor != 1.0]))
+    if generator.random() < BATCH_CHANGES:
+        batch = float(generator.choice([factor for factor in BATCH_FACTORS if factor != 1.0]))
+    size = int(controls.batch_size * batch)
+    return replace(
+        controls,
+        learning_rate_scale=float(np.clip(controls.learning_rate_scale * rate, low, high)),
+        batch_size=size if limits.min_batch_size <= size <= limits.max_batch_size else controls.batch_size,
+    )

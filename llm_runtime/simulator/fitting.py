@@ -1,0 +1,228 @@
+"""Fit the physics of simulated runs to live ones, by nonlinear least squares in the logarithms, with uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import OptimizeResult, least_squares
+
+from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.schedules import Cooldown, Schedule, neutral_factor
+from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
+from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, RATE_UNIT, Physics, PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.records import Floats
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+LOSS_SCALE = 0.03
+"""Nats/token by which a validation loss may be off before the fit minds: about the spread of seeds."""
+FINAL_WEIGHT = 3.0
+"""The last loss of a run counts this much more than those on the way."""
+UPDATE_SCALE = 0.5
+"""Logarithm by which a relative update may be off."""
+PRIOR_SCALE = 2.0
+"""Width of the prior around typical values, in the logarithm: only what the runs leave open is drawn there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedPhysics:
+    """Physics of one model on one text."""
+
+    values: Mapping[str, float]
+    """By the names in `PARAMETERS`; `floor` in nats/token."""
+    initial_loss: float
+    """Loss before training, in nats/token."""
+    weight_decay: float
+    uncertainty: Mapping[str, float]
+    """Standard error of each parameter's logarithm, from the fit's Jacobian and the residuals' size."""
+    correlation: tuple[tuple[float, ...], ...]
+    """Of the logarithms, in the order of `PARAMETERS`."""
+
+    def physics(self, n_runs: int) -> Physics:
+        """Return the same physics for `n_runs` runs."""
+        values = {name: np.full(n_runs, self.values[name]) for name in NAMES}
+        initial, decay = np.full(n_runs, self.initial_loss), np.full(n_runs, self.weight_decay)
+        return Physics(values=values, initial_loss=initial, weight_decay=decay)
+
+    def predict(self, run: CalibrationRun) -> Floats:
+        """Return the expected training loss of each interval, in nats/token, of shape (n_intervals,)."""
+        losses, _ = _simulate(self.physics(1), _Runs.of([run]))
+        mean: Floats = (losses[0, :-1] + losses[0, 1:]) / 2
+        return mean[: len(run.telemetry)]
+
+    def predict_final(self, run: CalibrationRun) -> float:
+        """Return the expected loss after the last interval, in nats/token."""
+        losses, _ = _simulate(self.physics(1), _Runs.of([run]))
+        return float(losses[0, len(run.telemetry)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> FittedPhysics:
+        """Rebuild from `to_json`. Raises `ValueError` for another set of parameters."""
+        if odd := set(record["values"]) ^ set(NAMES):
+            raise ValueError(f"physics parameters missing or unknown: {', '.join(sorted(odd))}; calibrate anew")
+        return cls(**{**record, "correlation": tuple(tuple(row) for row in record["correlation"])})
+
+
+def fit_physics(runs: Sequence[CalibrationRun], *, starts: int = 2, seed: int = 0) -> FittedPhysics:
+    """Fit the physics to the validation losses and relative updates of runs of one model on one text.
+
+    Args:
+        runs: At least six; those that diverged or were pruned are left out.
+        starts: Starting points of the search, the first at the typical values.
+        seed: Draws the others.
+
+    Raises:
+        ValueError: there are too few runs.
+    """
+    usable = [run for run in runs if not run.diverged and run.telemetry[-1].sparsity == 0]
+    if len(usable) < 6:
+        raise ValueError(f"runs must hold at least 6 that neither diverged nor were pruned, got {len(usable)}")
+    problem = _Problem(usable)
+    random = np.random.default_rng(seed)
+    best: OptimizeResult | None = None
+    for start in range(starts):
+        shift = random.normal(0, 0.5, len(NAMES)) if start else 0.0
+        begin = np.clip(problem.typical + shift, problem.low + 1e-3, problem.high - 1e-3)
+        bounds = (problem.low, problem.high)
+        found = least_squares(problem.residuals, begin, loss="soft_l1", max_nfev=60, bounds=bounds)
+        best = found if best is None or found.cost < best.cost else best
+    assert best is not None
+    return problem.fitted(best)
+
+
+class _Problem:
+    """The residuals of a fit."""
+
+    def __init__(self, runs: Sequence[CalibrationRun]) -> None:
+        self.runs = _Runs.of(runs)
+        self.validation = _validation(runs, self.runs.steps.shape[1])
+        self.seen = np.isfinite(self.validation)
+        self.initial_loss = float(np.nanmean(self.validation[:, 0]))
+        self.least_loss = float(np.nanmin(self.validation))
+        self.seen[:, 0] = False  # the initial loss is no prediction
+        self.weights = np.where(_last(self.seen), FINAL_WEIGHT, 1.0)
+        self.updates = _relative_updates(runs, self.runs)
+        self.low = np.log([p.low for p in PARAMETERS.values()])
+        self.high = np.log([p.high for p in PARAMETERS.values()])
+        self.typical = np.log([p.typical for p in PARAMETERS.values()])
+        self.weight_decay = runs[0].config.weight_decay
+
+    def physics(self, x: Floats) -> Physics:
+        n_runs = len(self.runs.steps)
+        values = {name: np.full(n_runs, value) for name, value in self.values(x).items()}
+        initial, decay = np.full(n_runs, self.initial_loss), np.full(n_runs, self.weight_decay)
+        return Physics(values=values, initial_loss=initial, weight_decay=decay)
+
+    def values(self, x: Floats) -> dict[str, float]:
+        values = dict(zip(NAMES, np.exp(x).tolist(), strict=True))
+        return values | {"floor": values["floor"] * self.least_loss}
+
+    def residuals(self, x: Floats) -> Floats:
+        losses, updates = _simulate(self.physics(x), self.runs)
+        off = ((losses - self.validation) * self.weights)[self.seen] / LOSS_SCALE
+        off_updates = (updates - self.updates)[:, 5::4] / UPDATE_SCALE
+        prior = (x - self.typical) / PRIOR_SCALE
+        return np.concatenate([off, off_updates[np.isfinite(off_updates)], prior])
+
+    def fitted(self, result: OptimizeResult) -> FittedPhysics:
+        covariance = np.linalg.pinv(result.jac.T @ result.jac) * max(2 * result.cost / len(result.fun), 1.0)
+        errors = np.sqrt(np.diag(covariance))
+        correlation = covariance / np.outer(errors, errors)
+        return FittedPhysics(
+            values=self.values(result.x),
+            initial_loss=self.initial_loss,
+            weight_decay=self.weight_decay,
+            uncertainty=dict(zip(NAMES, errors.tolist(), strict=True)),
+            correlation=tuple(tuple(row) for row in correlation.round(3).tolist()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """What was done to runs, interval by interval; shorter runs are filled up with nothing."""
+
+    steps: Floats
+    """Shape (n_runs, n_intervals), as all others."""
+    learning_rate: Floats
+    """Mean over the interval."""
+    last_rate: Floats
+    """Of the last step."""
+    batch: Floats
+
+    @classmethod
+    def of(cls, runs: Sequence[CalibrationRun]) -> _Runs:
+        shape = (len(runs), max(len(run.telemetry) for run in runs))
+        steps, rate, last, batch = np.zeros(shape), np.zeros(shape), np.ones(shape), np.ones(shape)
+        for row, run in enumerate(runs):
+            used = slice(0, len(run.telemetry))
+            steps[row, used] = [each.steps for each in run.telemetry]
+            rate[row, used] = mean_rates(run.config, run.telemetry)
+            last[row, used] = [each.learning_rate for each in run.telemetry]
+            batch[row, used] = [each.batch_size for each in run.telemetry]
+        return cls(steps=steps, learning_rate=rate, last_rate=last, batch=batch)
+
+
+def mean_rates(config: RunConfig, telemetry: Sequence[Telemetry]) -> list[float]:
+    """Return the mean learning rate of each interval of a live run; its last step's alone misses warm-up and decay."""
+    schedule, cooldown, tokens, rates = config.base_schedule(), None, 0, []
+    for each in telemetry:
+        step_tokens = each.interval_tokens / each.steps
+        if each.finishing and cooldown is None:
+            cooldown = Cooldown.begin(schedule, tokens, int(step_tokens))
+        begins = (int(tokens + i * step_tokens) for i in range(each.steps))
+        factors = [_factor(schedule, cooldown, at, int(step_tokens)) for at in begins]
+        scale = each.requested.learning_rate_scale * neutral_factor(each.requested.batch_size, config.batch_size)
+        rates.append(config.base_learning_rate * scale * math.fsum(factors) / each.steps)
+        tokens += each.interval_tokens
+    return rates
+
+
+def _factor(schedule: Schedule, cooldown: Cooldown | None, tokens: int, step_tokens: int) -> float:
+    return schedule.factor(tokens, step_tokens) if cooldown is None else cooldown.factor(tokens)
+
+
+def _simulate(physics: Physics, runs: _Runs) -> tuple[Floats, Floats]:
+    """Return losses before and after each interval, (n_runs, n_intervals + 1), and logarithms of relative updates."""
+    n_runs, n_intervals = runs.steps.shape
+    state = PhysicsState.fresh(n_runs)
+    losses = np.empty((n_runs, n_intervals + 1))
+    losses[:, 0] = physics.initial_loss
+    updates = np.empty((n_runs, n_intervals))
+    for t in range(n_intervals):
+        moments = advance(physics, state, runs.steps[:, t], runs.learning_rate[:, t], runs.batch[:, t])
+        losses[:, t + 1] = loss(physics, state)
+        size = physics.values["update"] * np.sqrt(moments.momentum_power / state.growth)
+        updates[:, t] = np.log(np.maximum(size * runs.last_rate[:, t] / RATE_UNIT, 1e-12))
+    return losses, updates
+
+
+def _validation(runs: Sequence[CalibrationRun], n_intervals: int) -> Floats:
+    table = np.full((len(runs), n_intervals + 1), np.nan)
+    for row, run in enumerate(runs):
+        for decision, value in run.validation:
+            table[row, decision] = value
+    return table
+
+
+def _relative_updates(runs: Sequence[CalibrationRun], arrays: _Runs) -> Floats:
+    table = np.full(arrays.steps.shape, np.nan)
+    for row, run in enumerate(runs):
+        known = [each.relative_update if each.relative_update else np.nan for each in run.telemetry]
+        table[row, : len(known)] = np.log(known)
+    return table
+
+
+def _last(seen: np.ndarray) -> np.ndarray:
+    """Return where each row has its last True, of the same shape."""
+    last = np.zeros_like(seen)
+    for row, values in enumerate(seen):
+        if values.any():
+            last[row, np.flatnonzero(values)[-1]] = True
+    return last

@@ -1,0 +1,173 @@
+"""Draw the things that simulated runs are made of: physics around the calibrations at hand, machines, budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
+from trainpilot.llm_runtime.simulator.hardware import Hardware
+from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, Physics
+from trainpilot.llm_runtime.simulator.readings import Meters
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+
+BATCH_SPAN = 16
+"""The batch stays within this factor of the starting batch, as in live runs."""
+STEPS_PER_INTERVAL = 4
+"""The largest batch leaves so many steps in an interval, as in live runs."""
+LEAST_SPREAD = 0.15
+"""Standard deviation by which each parameter's logarithm is moved from where it was drawn between calibrations."""
+UPDATE_SPREAD = 0.25
+"""The same for the relative size of an update: how well it tells the best learning rate on a model never met."""
+
+
+@dataclass(kw_only=True)
+class Instances:
+    """Runs that can be trained: arrays of shape (n_instances,)."""
+
+    physics: Physics
+    meters: Meters
+    hardware: Hardware
+    sequences: Floats
+    """Budget in sequences."""
+    data: Floats
+    """Sequences in the text: more than the budget, or the run sees it again."""
+    overfitting: Floats
+    """Validation less training loss after a second epoch, in nats/token."""
+    start_batch: Ints
+    prunes: Bools
+    pruning_cost: Floats
+    """Loss that removing a tenth of the channels costs for good, in nats/token."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def batch_limits(self, decisions: int) -> tuple[Ints, Ints]:
+        """Return the smallest and the largest batch, by the rules of live runs."""
+        per_interval = self.sequences.astype(np.int64) // decisions
+        low = np.maximum(1, self.start_batch // BATCH_SPAN)
+        high = np.minimum(self.start_batch * BATCH_SPAN, per_interval // STEPS_PER_INTERVAL)
+        return low, np.maximum(self.start_batch, high)
+
+    def take(self, rows: Ints) -> Instances:
+        """Return copies of some instances."""
+        parts = {name: getattr(self, name).take(rows) for name in ("physics", "meters", "hardware")}
+        plain = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name not in parts}
+        return Instances(**parts, **plain)
+
+    def put(self, rows: Ints, other: Instances) -> None:
+        """Replace some instances by those of `other`."""
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            if isinstance(mine, np.ndarray):
+                mine[rows] = theirs
+            else:
+                mine.put(rows, theirs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widening:
+    """How far instances are drawn around the calibrations; 0 draws the calibrations themselves."""
+
+    spread: float = 1.3
+    """Factor on how far every parameter is moved from the calibrations."""
+    budget: tuple[float, float] = (800.0, 12_000.0)
+    """Budgets in sequences, drawn evenly in the logarithm."""
+
+
+def draw_instances(
+    n_instances: int, seed: int, calibrations: Sequence[FittedPhysics], widening: Widening | None = None
+) -> Instances:
+    """Draw instances around calibrations: each starts from one of them, and every parameter is moved."""
+    if not calibrations:
+        raise ValueError("calibrations must hold at least one, got none; run trainpilot calibrate first")
+    widening = widening or Widening()
+    random = np.random.default_rng(seed)
+    sequences = _between(random, n_instances, *widening.budget).round()
+    start_batch = _start_batches(random, sequences)
+    repeats = random.random(n_instances) < 0.25
+    data = np.where(repeats, sequences * np.exp(random.uniform(np.log(0.15), 0, n_instances)), 100 * sequences)
+    return Instances(
+        physics=_physics(random, n_instances, calibrations, widening.spread),
+        meters=_meters(random, n_instances, widening.spread),
+        hardware=_hardware(random, n_instances),
+        sequences=sequences,
+        data=data,
+        overfitting=_between(random, n_instances, 0.002, 0.05),
+        start_batch=start_batch,
+        prunes=random.random(n_instances) < 0.25,
+        pruning_cost=_between(random, n_instances, 0.003, 0.05),
+    )
+
+
+def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedPhysics], spread: float) -> Physics:
+    """Draw between pairs of calibrations, as their parameters hang together, and move each parameter a little."""
+    table = np.log([[each.values[name] for name in NAMES] for each in calibrations])
+    initial = np.log([each.initial_loss for each in calibrations])
+    one, other = random.integers(len(calibrations), size=(2, n))
+    share = random.random(n)
+    width = spread * LEAST_SPREAD
+    drawn = share[:, None] * table[one] + (1 - share[:, None]) * table[other]
+    values = dict(zip(NAMES, np.exp(drawn + width * random.normal(size=drawn.shape)).T, strict=True))
+    for name, parameter in PARAMETERS.items():
+        if name != "floor":
+            values[name] = np.clip(values[name], parameter.low, parameter.high)
+    first = np.exp(share * initial[one] + (1 - share) * initial[other] + width / 2 * random.normal(size=n))
+    values["floor"] = np.clip(values["floor"], 0.15 * first, 0.6 * first)
+    values["update"] = values["update"] * np.exp(UPDATE_SPREAD * spread * random.normal(size=n))
+    return Physics(values=values, initial_loss=first, weight_decay=np.full(n, 0.1))
+
+
+def _meters(random: np.random.Generator, n: int, spread: float) -> Meters:
+    def around(typical: float, width: float) -> Floats:
+        return typical * np.exp(width * spread * random.normal(size=n))
+
+    return Meters(
+        loss_spread=around(0.48, 0.3),
+        validation_gap=0.04 * spread * random.normal(size=n),
+        noise_scale=around(2.0, 0.5),
+        gradient_norm=around(3.0, 0.7),
+        curvature=around(2.5e-3, 0.5),
+        curvature_memory=random.uniform(0.8, 1.5, n),
+        probe_spread=around(0.8, 0.2),
+    )
+
+
+def _hardware(random: np.random.Generator, n: int) -> Hardware:
+    sequence_s = _between(random, n, 5e-4, 5e-3)
+    speed = np.ones((n, len(PRECISIONS)))
+    masked = np.ones((n, len(PRECISIONS)), dtype=np.bool_)
+    masked[:, PRECISIONS.index("fp32")] = False
+    gpu = random.random(n) < 0.4
+    for name, low, high in (("tf32", 1.1, 2.0), ("bf16", 1.2, 3.0), ("fp16", 1.1, 2.8)):
+        column = PRECISIONS.index(name)
+        speed[:, column] = random.uniform(low, high, n)
+        masked[:, column] = ~(gpu & (random.random(n) < 0.7))
+    idle = _between(random, n, 5.0, 100.0)
+    return Hardware(
+        overhead_s=sequence_s * _between(random, n, 0.5, 64.0),
+        sequence_s=sequence_s,
+        speed=speed,
+        masked=masked,
+        width_share=random.uniform(0.3, 0.7, n),
+        idle_w=idle,
+        load_w=idle * _between(random, n, 1.05, 7.0),
+        switch_s=sequence_s * _between(random, n, 0.1, 20.0),
+        memory_share=_between(random, n, 0.01, 0.6),
+    )
+
+
+def _start_batches(random: np.random.Generator, sequences: Floats) -> Ints:
+    """Draw powers of two from 4 to 32 that leave at least two steps in one of fifty intervals."""
+    most = np.clip(np.floor(np.log2(sequences / 50 / 2)), 2, 5)
+    powers = 2 + np.floor(random.random(len(sequences)) * (most - 1))
+    batches: Ints = (2**powers).astype(np.int64)
+    return batches
+
+
+def _between(random: np.random.Generator, n: int, low: float, high: float) -> Floats:
+    drawn: Floats = np.exp(random.uniform(np.log(low), np.log(high), n))
+    return drawn

@@ -1,0 +1,224 @@
+"""Step the loss of many training runs at once: a power-law noisy quadratic under AdamW, with what it lacks added.
+
+The loss of a run is a floor, a signal that fades in modes of all speeds, and noise (modes: `modes`):
+
+    L = floor + (L_initial - floor) sum_i c_i a_i + L_noise + (slow noise in modes)
+
+What an AdamW step of learning rate l on B sequences does to it, and where each part comes from:
+
+* *Normalisation.* Adam divides by the root of the gradient's second moment, so that a step moves the weights by about
+  l whatever the gradient's size: l_e = l / W^w / sqrt(g + phi/B). The gradient power g, (sum c_i u_i a_i over
+  sum c_i u_i)^x, falls from 1; phi is the noise of a gradient over the signal at the start. Where g dominates, steps
+  count and the batch does not; where noise does, doubling the batch is worth sqrt(2) in the learning rate (Malladi et
+  al. 2022).
+* *Growth.* Steps make the weights grow, W^2 <- W^2 + growth (l m)^2, weight decay shrinks them, and larger weights make
+  every later step relatively smaller. That is the lasting damage of a learning rate that was too large.
+* *Stalling.* Near the edge of stability steps saturate, first in the slow modes: their rates fall by
+  1 + (l / (l_stall W^v))^p B^-b u_i^-d. A model that starts too fast learns its letters and no syntax.
+* *Noise.* A floor that follows the learning rate at once, noise (l / W^n)^e, and a slow part that gathers in modes.
+
+The first two and the slow noise are science's (Zhang et al. 2019, Li et al. 2025); growth is that of scale-invariant
+weights (van Laarhoven 2017); the stalling term and all exponents are fitted to live runs of small transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainpilot.llm_runtime.simulator.modes import mode_rates, mode_weights
+from trainpilot.llm_runtime.simulator.records import Floats, Ints
+
+RATE_UNIT = 1e-3
+"""Learning rates inside the physics are in this unit."""
+MOMENTUM_NOISE = 0.0526
+"""(1 - beta1) / (1 + beta1) at beta1 = 0.9: the share of a gradient's noise power that Adam's first moment keeps."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One number of the physics: positive, and drawn and fitted in the logarithm."""
+
+    typical: float
+    low: float
+    high: float
+    meaning: str
+
+
+PARAMETERS: Mapping[str, Parameter] = {
+    "spectrum": Parameter(0.35, 0.05, 2.0, "signal exponent s: the loss falls as (rate x steps)^-s"),
+    "rate": Parameter(0.06, 0.001, 3.0, "relaxation of the fastest mode per step at the rate unit"),
+    "floor": Parameter(0.8, 0.2, 0.95, "loss after endless training, over the best loss seen"),
+    "gradient_noise": Parameter(0.1, 1e-5, 10.0, "phi: noise over signal power of a gradient at the start, sequences"),
+    "gradient_power": Parameter(0.85, 0.05, 2.0, "x: how the signal's gradient power falls with the modes"),
+    "gradient_floor": Parameter(0.01, 1e-5, 1.0, "share of the gradient's power that does not fall"),
+    "stall_rate": Parameter(5.0, 0.05, 60.0, "l_stall: learning rate at which steps saturate, in rate units"),
+    "stall_power": Parameter(1.3, 0.5, 4.0, "p: how sharply they do"),
+    "stall_batch": Parameter(1.2, 1e-3, 2.0, "b: how much a larger batch postpones it"),
+    "stall_slow": Parameter(0.5, 0.003, 1.0, "d: how much earlier the slow modes stall"),
+    "stall_growth": Parameter(0.3, 0.05, 3.0, "v: how much grown weights postpone it"),
+    "growth": Parameter(0.006, 1e-6, 1.0, "growth of the squared weights by a step of the rate unit"),
+    "shrinking": Parameter(1.0, 0.05, 4.0, "shrinking by weight decay, over the nominal rate"),
+    "growth_power": Parameter(2.0, 0.1, 3.0, "w: how much grown weights slow progress down"),
+    "noise": Parameter(0.05, 1e-4, 1.0, "noise floor at the rate unit, nats/token"),
+    "noise_power": Parameter(0.9, 0.3, 2.0, "e: how the noise floor rises with the learning rate"),
+    "noise_growth": Parameter(1.0, 0.02, 3.0, "n: how much grown weights lower it"),
+    "slow_noise": Parameter(0.01, 1e-6, 1e3, "weight of the noise that gathers in modes"),
+    "slow_spectrum": Parameter(0.5, 0.3, 3.0, "kappa: its exponent"),
+    "update": Parameter(9e-3, 5e-4, 5e-2, "relative size of the first update at the rate unit"),
+}
+"""Everything that differs between one model on one text and another."""
+
+NAMES = tuple(PARAMETERS)
+RELATIVE_RATES = mode_rates()
+
+
+@dataclass(kw_only=True)
+class Physics:
+    """Parameters of many runs, and what follows from them; arrays of shape (n_runs,) or (n_runs, n_modes)."""
+
+    values: dict[str, Floats]
+    """By the names in `PARAMETERS`; `floor` already in nats/token."""
+    initial_loss: Floats
+    weight_decay: Floats
+    """Of the optimiser, per unit of learning rate."""
+
+    def __post_init__(self) -> None:
+        v = self.values
+        self.shares = mode_weights(RELATIVE_RATES, v["spectrum"])
+        self.slow_shares = mode_weights(RELATIVE_RATES, v["slow_spectrum"])
+        self.stall = RELATIVE_RATES ** -v["stall_slow"][:, None]
+        power = self.shares * RELATIVE_RATES
+        self.gradient_shares = power / power.sum(axis=1, keepdims=True)
+        self.amplitude = self.initial_loss - v["floor"]
+
+    def put(self, rows: Ints, other: Physics) -> None:
+        """Replace the parameters of some runs by those of `other`, which has one for each of them."""
+        for name, value in self.values.items():
+            value[rows] = other.values[name]
+        for name in _DERIVED:
+            getattr(self, name)[rows] = getattr(other, name)
+
+    def take(self, rows: Ints) -> Physics:
+        """Return copies of some runs' parameters."""
+        values = {name: value[rows] for name, value in self.values.items()}
+        return Physics(values=values, initial_loss=self.initial_loss[rows], weight_decay=self.weight_decay[rows])
+
+
+_DERIVED = (
+    "initial_loss", "weight_decay", "shares", "slow_shares", "stall", "gradient_shares", "amplitude",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class PhysicsState:
+    """How far many runs have come."""
+
+    signal: Floats
+    """a_i, what is left of the signal, 1 at the start; shape (n_runs, n_modes)."""
+    noise: Floats
+    """q_i, what has gathered of the slow noise; shape (n_runs, n_modes)."""
+    growth: Floats
+    """W^2, squared norm of the weights over that at the start."""
+    excess: Floats
+    """The noise floor now, in nats/token."""
+    steps: Floats
+    """Optimiser steps so far."""
+
+    @classmethod
+    def fresh(cls, n_runs: int) -> PhysicsState:
+        """Return the state before the first step."""
+        modes = (n_runs, len(RELATIVE_RATES))
+        zeros = np.zeros(n_runs)
+        return cls(
+            signal=np.ones(modes), noise=np.zeros(modes), growth=np.ones(n_runs), excess=zeros, steps=zeros.copy()
+        )
+
+    def restart(self, rows: Ints) -> None:
+        """Put some runs back before their first step."""
+        self.signal[rows] = 1.0
+        self.noise[rows] = 0.0
+        self.growth[rows] = 1.0
+        self.excess[rows] = 0.0
+        self.steps[rows] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """What the gradients of a stretch were like."""
+
+    signal_power: Floats
+    """g: power of the gradient's signal over that at the start."""
+    noise_power: Floats
+    """phi / B, in the same unit."""
+    momentum_power: Floats
+    """Power of Adam's first moment over that of a gradient: the square of an update's size over the rate."""
+
+
+def advance(physics: Physics, state: PhysicsState, steps: Floats, learning_rate: Floats, batch: Floats) -> Moments:
+    """Train every run for a stretch of constant learning rate and batch, exactly, in place.
+
+    Args:
+        physics: Parameters.
+        state: Where the runs are; changed.
+        steps: Optimiser steps, may be fractional; 0 leaves a run where it is.
+        learning_rate: Mean over the stretch.
+        batch: Sequences per step.
+    """
+    v, signal, noise = physics.values, state.signal, state.noise
+    rate = learning_rate / RATE_UNIT
+    moments = _moments(physics, state, batch)
+    power = moments.signal_power + moments.noise_power
+    effective = rate * state.growth ** (-v["growth_power"] / 2) / np.sqrt(power)
+    path = 2.0 * v["rate"] * effective * steps
+    stall = (rate * state.growth ** (-v["stall_growth"] / 2) / v["stall_rate"]) ** v["stall_power"]
+    stall *= batch ** -v["stall_batch"]
+    fading = stall[:, None] * physics.stall
+    fading += 1.0
+    np.divide(RELATIVE_RATES, fading, out=fading)
+    fading *= -path[:, None]
+    signal *= np.exp(fading, out=fading)
+    _step_slow_noise(noise, path, effective**2 * moments.noise_power * steps)
+    _grow(physics, state, steps, rate, moments)
+    state.steps += steps
+    settled = 1.0 - np.exp(-0.02 * state.steps)
+    state.excess[:] = v["noise"] * (rate * state.growth ** (-v["noise_growth"] / 2)) ** v["noise_power"] * settled
+    return moments
+
+
+def loss(physics: Physics, state: PhysicsState) -> Floats:
+    """Return the expected loss of every run, in nats/token."""
+    slow = np.einsum("ij,ij,j->i", physics.slow_shares, state.noise, RELATIVE_RATES)
+    slow *= physics.values["slow_noise"] * physics.values["rate"]
+    left: Floats = np.einsum("ij,ij->i", physics.shares, state.signal)
+    total: Floats = physics.values["floor"] + physics.amplitude * left + slow + state.excess
+    return total
+
+
+def _moments(physics: Physics, state: PhysicsState, batch: Floats) -> Moments:
+    left = np.einsum("ij,ij->i", physics.gradient_shares, state.signal)
+    least = physics.values["gradient_floor"]
+    signal_power = least + (1.0 - least) * np.maximum(left, 1e-12) ** physics.values["gradient_power"]
+    noise_power = physics.values["gradient_noise"] / batch
+    momentum = (signal_power + MOMENTUM_NOISE * noise_power) / (signal_power + noise_power)
+    return Moments(signal_power=signal_power, noise_power=noise_power, momentum_power=momentum)
+
+
+def _step_slow_noise(noise: Floats, path: Floats, injected: Floats) -> None:
+    """Let gathered noise relax over a stretch while it is added to: q <- q e^-r + injected (1 - e^-r) / r."""
+    r = path[:, None] * RELATIVE_RATES
+    np.maximum(r, 1e-300, out=r)
+    faded = np.expm1(-r)
+    noise -= injected[:, None] * faded / r - noise * faded
+
+
+def _grow(physics: Physics, state: PhysicsState, steps: Floats, rate: Floats, moments: Moments) -> None:
+    """Let the squared weights go towards the balance of steps and weight decay, exactly."""
+    shrinking = 2.0 * RATE_UNIT * physics.weight_decay * physics.values["shrinking"] * rate
+    faded = -np.expm1(-shrinking * steps)  # 1 - e^-st
+    added = physics.values["growth"] * moments.momentum_power * rate**2
+    gain = np.where(shrinking > 0, faded / np.maximum(shrinking, 1e-300), steps)
+    state.growth *= 1.0 - faded
+    state.growth += added * gain

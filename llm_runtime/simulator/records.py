@@ -1,0 +1,177 @@
+"""Hold the controls, limits and telemetry of many runs at once: the records of `plant` and `telemetry`, as arrays.
+
+Every array has shape (n_runs,) unless said otherwise. What was not measured is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainpilot.llm_runtime.controls import PRECISIONS, Controls
+from trainpilot.llm_runtime.energy import EnergySource
+from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(kw_only=True)
+class ControlBatch:
+    """What holds during one interval of each run; as `Controls`."""
+
+    learning_rate_scale: Floats
+    batch_size: Ints
+    precision: Ints
+    """Index into `PRECISIONS`."""
+    sparsity: Floats
+    finish: Bools
+
+    @classmethod
+    def of(cls, controls: Sequence[Controls]) -> ControlBatch:
+        """Return the controls of several runs as arrays."""
+        return cls(
+            learning_rate_scale=np.array([c.learning_rate_scale for c in controls], dtype=np.float64),
+            batch_size=np.array([c.batch_size for c in controls], dtype=np.int64),
+            precision=np.array([PRECISIONS.index(c.precision) for c in controls], dtype=np.int64),
+            sparsity=np.array([c.sparsity for c in controls], dtype=np.float64),
+            finish=np.array([c.finish for c in controls], dtype=np.bool_),
+        )
+
+    def row(self, index: int) -> Controls:
+        """Return the controls of one run."""
+        return Controls(
+            learning_rate_scale=float(self.learning_rate_scale[index]),
+            batch_size=int(self.batch_size[index]),
+            precision=PRECISIONS[int(self.precision[index])],
+            sparsity=float(self.sparsity[index]),
+            finish=bool(self.finish[index]),
+        )
+
+
+@dataclass(kw_only=True)
+class LimitBatch:
+    """What each run can do; as `ControlLimits`, without the reasons."""
+
+    start: ControlBatch
+    """Controls of the untouched base schedule."""
+    min_batch_size: Ints
+    max_batch_size: Ints
+    masked_precisions: Bools
+    """Shape (n_runs, number of precisions): True where a precision is not offered."""
+    prunes: Bools
+    """Whether the pruning control does anything."""
+    decisions: Ints
+    """Decisions in the whole run."""
+
+    @classmethod
+    def of(cls, limits: Sequence[ControlLimits]) -> LimitBatch:
+        """Return the limits of several runs as arrays."""
+        return cls(
+            start=ControlBatch.of([each.start for each in limits]),
+            min_batch_size=np.array([each.min_batch_size for each in limits], dtype=np.int64),
+            max_batch_size=np.array([each.max_batch_size for each in limits], dtype=np.int64),
+            masked_precisions=np.array([[name in each.masked_precisions for name in PRECISIONS] for each in limits]),
+            prunes=np.array([each.pruning != "none" for each in limits], dtype=np.bool_),
+            decisions=np.array([each.decisions for each in limits], dtype=np.int64),
+        )
+
+
+@dataclass(kw_only=True)
+class TelemetryBatch:
+    """One interval of each run; names, units and meanings as in `Telemetry`. Unknown is NaN."""
+
+    decision: Ints
+    budget_used: Floats
+    tokens: Floats
+    interval_tokens: Floats
+    steps: Floats
+    epochs_seen: Floats
+    train_loss: Floats
+    train_loss_std: Floats
+    train_loss_max: Floats
+    validation_loss: Floats
+    gradient_norm: Floats
+    clipped_share: Floats
+    noise_scale: Floats
+    relative_update: Floats
+    probe_linear: Floats
+    probe_quadratic: Floats
+    learning_rate: Floats
+    batch_size: Floats
+    micro_batch_size: Floats
+    precision: Ints
+    sparsity: Floats
+    finishing: Bools
+    finished: Bools
+    diverged: Bools
+    time_s: Floats
+    probe_time_s: Floats
+    switch_time_s: Floats
+    evaluation_time_s: Floats
+    energy_j: Floats
+    power_w: Floats
+    memory_share: Floats
+
+    @classmethod
+    def of(cls, telemetry: Sequence[Telemetry]) -> TelemetryBatch:
+        """Return the newest interval of several runs as arrays; `None` becomes NaN."""
+        columns: dict[str, Any] = {name: np.array([_number(getattr(t, name)) for t in telemetry]) for name in _FLOATS}
+        columns |= {name: np.array([getattr(t, name) for t in telemetry], dtype=np.bool_) for name in _FLAGS}
+        columns["decision"] = np.array([t.decision for t in telemetry], dtype=np.int64)
+        columns["precision"] = np.array([PRECISIONS.index(t.precision) for t in telemetry], dtype=np.int64)
+        return cls(**columns)
+
+    def row(self, index: int, requested: Controls, source: EnergySource | None = "estimated") -> Telemetry:
+        """Return one run's interval; NaN becomes `None` where the record allows it."""
+        values: dict[str, object] = {name: float(getattr(self, name)[index]) for name in _FLOATS}
+        for name in _OPTIONAL:
+            values[name] = None if np.isnan(values[name]) else values[name]  # type: ignore[call-overload]
+        for name in _COUNTS:
+            values[name] = round(values[name])  # type: ignore[call-overload]
+        values |= {name: bool(getattr(self, name)[index]) for name in _FLAGS}
+        values |= {"decision": int(self.decision[index]), "precision": PRECISIONS[int(self.precision[index])]}
+        known = values["energy_j"] is not None
+        return Telemetry(**values, requested=requested, energy_source=source if known else None)  # type: ignore[arg-type]
+
+
+_FLAGS = ("finishing", "finished", "diverged")
+_OPTIONAL = (
+    "validation_loss", "noise_scale", "relative_update", "probe_linear", "probe_quadratic",
+    "energy_j", "power_w", "memory_share",
+)  # fmt: skip
+_COUNTS = ("tokens", "interval_tokens", "steps", "micro_batch_size")
+_FLOATS = tuple(field.name for field in fields(TelemetryBatch) if field.name not in (*_FLAGS, "decision", "precision"))
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else float(value)
+
+
+class PlantBatch(Protocol):
+    """Many things being steered at once. A run that has finished or diverged waits until `begin` starts it anew."""
+
+    @property
+    def n_runs(self) -> int:
+        """Runs side by side."""
+
+    def limits(self) -> LimitBatch:
+        """Return what may be asked of each run; after `begin`, of the new ones."""
+
+    def begin(self, rows: Ints) -> None:
+        """Start new runs in these rows; the others go on."""
+
+    def advance(self, controls: ControlBatch) -> TelemetryBatch:
+        """Train every run for one interval."""
+
+    def evaluate(self, rows: Ints | None = None) -> Floats:
+        """Return the validation loss of these rows (of all by default), in nats/token.
+
+        It enters the telemetry of these runs from the next interval on.
+        """

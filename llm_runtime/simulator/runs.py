@@ -1,0 +1,288 @@
+"""Train thousands of simulated runs at once: what `LiveRun` is for one real run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainpilot.llm_runtime.schedules import ScheduleName
+from trainpilot.llm_runtime.simulator import readings
+from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
+from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances
+from trainpilot.llm_runtime.simulator.noise import normals, run_keys, uniforms
+from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
+from trainpilot.llm_runtime.simulator.references import References, find_references, overfit
+from trainpilot.llm_runtime.simulator.schedule_table import Progress, ScheduleTable
+
+DIVERGED_FACTOR = 1.3
+"""A run whose loss is so many times the initial one has diverged."""
+VALIDATION_NOISE = 0.004
+"""Standard deviation of a validation loss around what was expected, in nats/token."""
+PRUNING_BUMP = 40.0
+"""Loss that a pruning step costs at first, in nats/token per cubed share; it heals with further steps."""
+HEALING_STEPS = 60.0
+SEQUENCE_LENGTH = 64
+"""Nominal: only ratios of tokens matter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Instances to draw runs from, and what the tuned static reaches on each."""
+
+    instances: Instances
+    references: References
+
+    @classmethod
+    def draw(
+        cls, n_instances: int, seed: int, calibrations: Sequence[FittedPhysics], widening: Widening | None = None,
+        *, schedule: ScheduleName = "wsd", warmup_share: float = 0.1,
+    ) -> Pool:  # fmt: skip
+        """Draw instances around calibrations and tune a static setting on each: about 2 s for a thousand."""
+        instances = draw_instances(n_instances, seed, calibrations, widening)
+        return cls(instances=instances, references=find_references(instances, schedule, warmup_share))
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
+        """Return itself: nothing in a pool ever changes, and copies of runs may share it."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How runs begin."""
+
+    decisions: int = 50
+    schedule: ScheduleName = "wsd"
+    """Base schedule."""
+    warmup_share: float = 0.1
+    rates: tuple[float, float] = (1 / 30, 10.0)
+    """Starting learning rates over the tuned one, drawn evenly in the logarithm."""
+
+
+class SimulatedRuns:
+    """Simulated training runs: a `PlantBatch` that knows its references.
+
+    Every run draws its instance, its starting learning rate and all its noise from `seed`, its row and how many runs
+    the row has had; so a row alone meets exactly what it meets among thousands.
+
+    Args:
+        n_runs: Runs side by side.
+        seed: Decides everything that is drawn.
+        pool: What runs are drawn from; by default around the calibrations that come with trainpilot.
+        start: How runs begin.
+        first_row: Number of the first row.
+    """
+
+    def __init__(
+        self, n_runs: int, seed: int = 0, pool: Pool | None = None, start: Start | None = None, first_row: int = 0
+    ) -> None:
+        self.n_runs = n_runs
+        self.seed = seed
+        self.pool = pool if pool is not None else default_pool()
+        self.start = start or Start()
+        self.table = ScheduleTable.of(self.start.schedule, self.start.warmup_share, self.start.decisions)
+        self.rows: Ints = np.arange(first_row, first_row + n_runs)
+        self.episodes: Ints = np.zeros(n_runs, dtype=np.int64)
+        self.keys = run_keys(seed, self.rows, self.episodes)
+        self.index: Ints = np.zeros(n_runs, dtype=np.int64)
+        self.instances = self.pool.instances.take(self.index)
+        self.references = self.pool.references.take(self.index)
+        self.start_rate: Floats = np.ones(n_runs)
+        self.state = PhysicsState.fresh(n_runs)
+        self.progress = Progress.fresh(n_runs, self.start.decisions)
+        self.memory: Floats = np.zeros(n_runs)
+        self.bump: Floats = np.zeros(n_runs)
+        self.used: Floats = np.zeros(n_runs)
+        self.decision: Ints = np.zeros(n_runs, dtype=np.int64)
+        self.sparsity: Floats = np.zeros(n_runs)
+        self.batch: Ints = np.ones(n_runs, dtype=np.int64)
+        self.precision: Ints = np.zeros(n_runs, dtype=np.int64)
+        self.diverged: Bools = np.zeros(n_runs, dtype=np.bool_)
+        self.validation_loss: Floats = np.full(n_runs, np.nan)
+        self.expected_loss: Floats = self._expected()
+        """Expected training loss after the last interval, without noise, in nats/token."""
+        self.begin(np.arange(n_runs))
+
+    @property
+    def reference_losses(self) -> Floats:
+        """Losses of the tuned static at a quarter, a half and the whole of the budget, shape (n_runs, 3)."""
+        return self.references.losses
+
+    @property
+    def reference_energy_j(self) -> Floats:
+        """Joules of the tuned static's run."""
+        return self.references.energy_j
+
+    @property
+    def reference_time_s(self) -> Floats:
+        """Seconds of the tuned static's run."""
+        return self.references.time_s
+
+    @property
+    def best_learning_rate(self) -> Floats:
+        """The tuned static's learning rate, by the neutral rule at the starting batch."""
+        return self.references.rate
+
+    @property
+    def start_learning_rate(self) -> Floats:
+        """Peak of the base schedule that each run was started with."""
+        return self.start_rate
+
+    def begin(self, rows: Ints) -> None:
+        """Start new runs in these rows."""
+        self.episodes[rows] += 1
+        self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
+        drawn = uniforms(self.keys[rows], 0, 2)
+        self.index[rows] = (drawn[:, 0] * len(self.pool)).astype(np.int64)
+        self.instances.put(rows, self.pool.instances.take(self.index[rows]))
+        self.references.put(rows, self.pool.references.take(self.index[rows]))
+        low, high = np.log(self.start.rates)
+        self.start_rate[rows] = self.references.rate[rows] * np.exp(low + (high - low) * drawn[:, 1])
+        self._restart(rows)
+
+    def _restart(self, rows: Ints) -> None:
+        self.state.restart(rows)
+        self.progress.restart(rows, self.start.decisions)
+        for zeroed in (self.memory, self.bump, self.used, self.decision, self.sparsity, self.precision, self.diverged):
+            zeroed[rows] = 0
+        self.batch[rows] = self.instances.start_batch[rows]
+        self.validation_loss[rows] = np.nan
+
+    def limits(self) -> LimitBatch:
+        """Return what may be asked of each run."""
+        low, high = self.instances.batch_limits(self.start.decisions)
+        n = self.n_runs
+        begin = ControlBatch(
+            learning_rate_scale=np.ones(n),
+            batch_size=self.instances.start_batch.copy(),
+            precision=np.zeros(n, dtype=np.int64),
+            sparsity=np.zeros(n),
+            finish=np.zeros(n, dtype=np.bool_),
+        )
+        return LimitBatch(
+            start=begin,
+            min_batch_size=low,
+            max_batch_size=high,
+            masked_precisions=self.instances.hardware.masked.copy(),
+            prunes=self.instances.prunes.copy(),
+            decisions=np.full(n, self.start.decisions),
+        )
+
+    def advance(self, controls: ControlBatch) -> TelemetryBatch:
+        """Train every run for one interval, or to the end of its cool-down."""
+        self.progress.begin_cooldown(controls.finish, self.table)
+        length, mean, last = self.progress.next_interval(self.table)
+        batch = controls.batch_size.astype(np.float64)
+        rate = self.start_rate * controls.learning_rate_scale * np.sqrt(batch / self.instances.start_batch)
+        sequences = length * self.instances.sequences / self.start.decisions
+        steps = sequences / batch
+        switches = self._switch(controls)
+        before = self._expected()
+        with np.errstate(over="ignore", invalid="ignore"):
+            moments = advance(self.instances.physics, self.state, steps, rate * mean, batch)
+            self.bump *= np.exp(-steps / HEALING_STEPS)
+            self.used += sequences
+            after = self._expected()
+            interval = readings.Interval(
+                steps=steps,
+                batch=batch,
+                last_rate=rate * last,
+                mean_loss=(before + after) / 2,
+                loss_fall=before - after,
+            )
+            random = normals(self.keys, 1 + self.decision, readings.CHANNELS)
+            fields = readings.read(
+                self.instances.meters, self.instances.physics, self.state, moments, interval,
+                memory=self.memory, random=random,
+            )  # fmt: skip
+        self.expected_loss = after
+        self.diverged |= ~(after < DIVERGED_FACTOR * self.instances.physics.initial_loss)
+        self.progress.position += length
+        costs = self._costs(interval, sequences, switches, random)
+        return self._telemetry(controls, interval, sequences, fields, costs)
+
+    def _switch(self, controls: ControlBatch) -> Floats:
+        """Bring batch, precision and sparsity into force; return how many changes of the first two there were."""
+        removed = np.where(self.instances.prunes, np.maximum(controls.sparsity - self.sparsity, 0.0), 0.0)
+        self.bump += PRUNING_BUMP * removed**3
+        self.sparsity = np.where(removed > 0, controls.sparsity, self.sparsity)
+        changes: Floats = (controls.batch_size != self.batch).astype(np.float64) + (
+            controls.precision != self.precision
+        )
+        self.batch, self.precision = controls.batch_size.copy(), controls.precision.copy()
+        return changes
+
+    def _expected(self) -> Floats:
+        """Return the expected training loss now, in nats/token."""
+        pruned = self.instances.pruning_cost * ((1.0 - self.sparsity) ** -2.0 - 1.0) / 0.235
+        expected: Floats = loss(self.instances.physics, self.state) + pruned + self.bump
+        return expected
+
+    def evaluate(self, rows: Ints | None = None) -> Floats:
+        """Measure the validation loss of these rows (of all by default) and return it, in nats/token."""
+        rows = np.arange(self.n_runs) if rows is None else rows
+        exact = self._expected() + self.instances.meters.validation_gap + overfit(self.instances, self.used)
+        noise = VALIDATION_NOISE * normals(self.keys[rows], 1000 + self.decision[rows], 1)[:, 0]
+        measured = np.where(self.diverged[rows], np.nan, exact[rows] + noise)
+        self.validation_loss[rows] = measured
+        return measured
+
+    def _costs(
+        self, interval: readings.Interval, sequences: Floats, switches: Floats, random: Floats
+    ) -> dict[str, Floats]:
+        hardware = self.instances.hardware
+        jitter = np.exp(0.03 * random[:, 9])
+        training_s = hardware.step_s(interval.batch, self.precision, self.sparsity) * interval.steps
+        probe_s = hardware.probe_s(np.maximum(1.0, np.round(readings.PROBE_SHARE * sequences)), self.sparsity)
+        switch_s = hardware.switch_s * switches
+        time_s = (training_s + probe_s) * jitter + switch_s
+        power_w = hardware.power_w(interval.batch) * np.exp(0.02 * random[:, 10])
+        return {
+            "time_s": time_s,
+            "probe_time_s": probe_s,
+            "switch_time_s": switch_s,
+            "evaluation_time_s": np.zeros(self.n_runs),
+            "energy_j": power_w * time_s,
+            "power_w": power_w,
+            "memory_share": hardware.memory_share * (0.7 + 0.3 * interval.batch / self.instances.start_batch),
+        }
+
+    def _telemetry(
+        self, controls: ControlBatch, interval: readings.Interval, sequences: Floats, fields: dict[str, Floats],
+        costs: dict[str, Floats],
+    ) -> TelemetryBatch:  # fmt: skip
+        self.decision = self.decision + 1
+        fields["train_loss"] = np.where(self.diverged, np.nan, fields["train_loss"])
+        finished = (self.progress.position >= self.progress.end - 1e-9) | self.diverged
+        return TelemetryBatch(
+            **fields,
+            **costs,
+            decision=self.decision - 1,
+            budget_used=self.progress.position / self.start.decisions,
+            tokens=np.rint(self.used * SEQUENCE_LENGTH),
+            interval_tokens=np.rint(sequences * SEQUENCE_LENGTH),
+            steps=np.maximum(np.rint(interval.steps), 1.0),
+            epochs_seen=self.used / self.instances.data,
+            validation_loss=self.validation_loss.copy(),
+            learning_rate=interval.last_rate,
+            batch_size=interval.batch,
+            micro_batch_size=interval.batch,
+            precision=controls.precision,
+            sparsity=self.sparsity.copy(),
+            finishing=self.progress.finishing,
+            finished=finished,
+            diverged=self.diverged.copy(),
+        )
+
+
+def default_pool(n_instances: int = 256, seed: int = 0) -> Pool:
+    """Return a pool around the calibrations that come with trainpilot."""
+    from trainpilot.llm_runtime.simulator.shipped import shipped_physics
+
+    return Pool.draw(n_instances, seed, shipped_physics())

@@ -1,0 +1,129 @@
+"""The runs of a calibration spread over what a policy may do, and a third of them is never fitted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from fakes import make_limits
+
+from trainpilot.experiments.calibrate.design import Setting, design
+from trainpilot.experiments.calibrate.runs import pilot, run_key
+from trainpilot.experiments.options import CalibrateOptions, Effort
+from trainpilot.llm_runtime.run_config import RunConfig
+
+BASE = RunConfig(tokens=131_072, batch_size=8, sequence_length=64, base_learning_rate=3e-3, schedule="wsd")
+
+
+def settings(effort: Effort = "standard") -> tuple[Setting, ...]:
+    return design(BASE, effort, precisions=("fp32", "bf16"))
+
+
+def test_the_standard_grid_is_six_rates_from_a_thirtieth_to_ten_times_by_three_batches() -> None:
+    grid = [setting.config for setting in settings() if setting.grid]
+
+    rates = sorted({config.base_learning_rate for config in grid})
+    assert rates == pytest.approx([1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
+    assert {config.batch_size for config in grid} == {1, 4, 16}
+    assert len(grid) == 18
+    assert {config.schedule for config in grid} == {"wsd"}
+    assert {config.warmup() for config in grid} == {13_107}
+
+
+def test_six_inner_points_of_the_grid_are_held_out_and_each_has_fitted_neighbours() -> None:
+    grid = {(s.config.base_learning_rate, s.config.batch_size): s.role for s in settings() if s.grid}
+    rates = sorted({rate for rate, _ in grid})
+    held = [(rates.index(rate), batch) for (rate, batch), role in grid.items() if role == "held-out"]
+
+    assert sorted(held) == [(1, 1), (1, 16), (2, 4), (3, 1), (3, 16), (4, 4)]
+    assert all(grid[rates[at + step], batch] == "fit" for at, batch in held for step in (-1, 1))
+
+
+@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 30, 10)])
+def test_about_a_third_is_held_out(effort: Effort, n_runs: int, n_held_out: int) -> None:
+    chosen = settings(effort)
+
+    assert len(chosen) == n_runs
+    assert sum(setting.role == "held-out" for setting in chosen) == n_held_out
+    assert len({setting.name for setting in chosen}) == n_runs
+
+
+def test_one_schedule_and_one_walk_are_never_fitted() -> None:
+    held = [setting for setting in settings() if setting.role == "held-out" and not setting.grid]
+
+    assert {setting.config.schedule for setting in held} == {"cosine", "wsd"}
+    assert [setting.walk for setting in held if setting.walk is not None] == [1]
+    assert "cosine" not in {setting.config.schedule for setting in settings() if setting.role == "fit"}
+    assert {s.config.schedule for s in settings() if s.role == "fit"} == {"wsd", "constant", "linear"}
+
+
+def test_roles_do_not_depend_on_what_the_device_or_the_model_can_do() -> None:
+    plain = design(BASE, "standard", prunes=False)
+    full = {setting.name: setting.role for setting in settings()}
+
+    assert {setting.name: setting.role for setting in plain}.items() <= full.items()
+    assert len(full) == len(plain) + 2
+
+
+def test_a_start_of_one_sequence_has_no_two_runs_alike() -> None:
+    chosen = design(replace(BASE, batch_size=1), "standard")
+
+    assert {setting.config.batch_size for setting in chosen} == {1, 2}
+    assert len({run_key(setting, "") for setting in chosen}) == len(chosen)
+
+
+def test_the_budget_must_do_for_the_largest_batch() -> None:
+    assert design(replace(BASE, tokens=51_200), "quick")
+    with pytest.raises(ValueError, match=r"tokens must give every decision a step .* = 51,200, got 51,199"):
+        design(replace(BASE, tokens=51_199), "quick")
+
+
+def test_a_plain_run_keeps_its_base_schedule() -> None:
+    setting = settings()[0]
+    decide = pilot(setting, make_limits())
+
+    assert {decide(decision) for decision in range(50)} == {setting.config.start()}
+
+
+def test_the_pruning_run_loses_a_fifth_of_its_channels_at_half_its_budget() -> None:
+    [setting] = [setting for setting in settings() if setting.prune]
+    decide = pilot(setting, make_limits(pruning="width"))
+
+    assert setting.config.pruning == "width"
+    assert [decide(decision).sparsity for decision in range(50)] == [0.0] * 25 + [0.2] * 25
+
+
+def test_a_walk_changes_both_controls_within_their_limits_and_the_same_way_every_time() -> None:
+    walks = [setting for setting in settings() if setting.walk is not None]
+    limits = make_limits(min_batch_size=4, max_batch_size=16)
+    paths = []
+    for setting in walks:
+        first, second = pilot(setting, limits), pilot(setting, limits)
+        path = [first(decision) for decision in range(400)]
+        assert path == [second(decision) for decision in range(400)]
+        paths.append(path)
+
+    for path in paths:
+        scales = [controls.learning_rate_scale for controls in path]
+        assert len(set(scales)) > 10
+        assert 2.0**-6 <= min(scales) < max(scales) <= 2.0**6
+        assert {controls.batch_size for controls in path} == {4, 8, 16}
+    assert paths[0] != paths[1] != paths[2]
+
+
+def test_a_key_tells_apart_all_that_changes_a_run_but_not_its_role() -> None:
+    one = settings()[0]
+    others = [
+        replace(one, config=replace(one.config, seed=1)),
+        replace(one, walk=0),
+        replace(one, prune=True),
+    ]
+
+    assert run_key(one, "text") == run_key(replace(one, role="held-out"), "text")
+    assert len({run_key(one, "text"), run_key(one, "other"), *(run_key(other, "text") for other in others)}) == 5
+
+
+def test_the_options_defaults_make_a_design() -> None:
+    options = CalibrateOptions(out=None)  # type: ignore[arg-type]
+
+    assert design(options.run_config(), options.effort)

@@ -1,0 +1,146 @@
+"""An explanation names the field that moved a decision, by how much, and nothing that did not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hand_made_runs import hand_made_record
+
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.explain import BORDERS, CONTROLS, FIELDS, explain, input_shares
+from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.envs.action import ACTION_FIELDS, KEEP
+from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.observation import OBSERVATION_FIELDS
+
+N_FIELDS = len(FIELDS)
+N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
+KEEP_RATE, DOUBLE_RATE = 3, 6
+KEEP_BATCH = BORDERS[0] + 1
+HALF, KEPT, DOUBLE = 0, 1, 2
+NOISE, CURVATURE = FIELDS.index("noise_scale"), FIELDS.index("curvature")
+
+
+def planted() -> PolicyBundle:
+    """Return a policy without hidden layers: logits are sums of inputs that can be added up by hand.
+
+    The newest noise scale and the one before it speak for a doubled batch, three times and once; the newest curvature
+    speaks for a doubled learning rate, five times.
+    """
+    weight = np.zeros((N_CHOICES, N_STACK * N_FIELDS), np.float32)
+    newest, before = (N_STACK - 1) * N_FIELDS, (N_STACK - 2) * N_FIELDS
+    weight[BORDERS[0] + DOUBLE, newest + NOISE] = 3
+    weight[BORDERS[0] + DOUBLE, before + NOISE] = 1
+    weight[DOUBLE_RATE, newest + CURVATURE] = 5
+    bias = np.zeros(N_CHOICES, np.float32)
+    bias[[KEEP_RATE, KEEP_BATCH, BORDERS[1], BORDERS[2], BORDERS[3]]] = 1
+    return PolicyBundle({"action.weight": weight, "action.bias": bias})
+
+
+def seen(decision: int, *, masked: dict[str, str] | None = None, **fields: float) -> DecisionRecord:
+    record = hand_made_record(decision, masked=masked or {})
+    return replace(record, observation={name: fields.get(name, 0.5) for name in FIELDS})
+
+
+def steered(records: list[DecisionRecord], bundle: PolicyBundle) -> list[DecisionRecord]:
+    """Return the records with what the policy asks for, worked out with a stack of its own."""
+    newest = [np.array([record.observation[name] for name in FIELDS]) for record in records]
+    taken = []
+    for index, record in enumerate(records):
+        stack = np.concatenate([newest[max(index - back, 0)] for back in range(N_STACK - 1, -1, -1)])
+        allowed = [f"{field.name} {choice}" not in record.masked for field in ACTION_FIELDS for choice in field.choices]
+        action = bundle.act(stack, np.array(allowed))
+        taken.append(replace(record, requested=action, allowed=action))
+    return taken
+
+
+NOISE_BY_DECISION = (0.0, 0.0, 0.9, 0.3)
+
+
+@pytest.fixture
+def run() -> list[DecisionRecord]:
+    """Four decisions at noise scales 0, 0, 0.9 and 0.3, mean 0.3; the curvature never changes."""
+    return [seen(decision, noise_scale=noise, curvature=0.1) for decision, noise in enumerate(NOISE_BY_DECISION)]
+
+
+def test_effects_by_hand(run: list[DecisionRecord]) -> None:
+    explanation = explain(planted(), steered(run, planted()))
+    batch = CONTROLS.index("batch_size")
+
+    # double: 3 x newest + 1 x the one before; keep: 1; half: 0. Without the field: 3 x 0.3 + 1 x 0.3 = 1.2.
+    double = [4 * 0.0, 3 * 0.0 + 0.0, 3 * 0.9 + 0.0, 3 * 0.3 + 0.9]
+    assert double == pytest.approx([0, 0, 2.7, 1.8])
+    assert explanation.choices[:, batch].tolist() == [KEPT, KEPT, DOUBLE, DOUBLE]
+    assert explanation.rivals[:, batch].tolist() == [HALF, HALF, KEPT, KEPT]
+    assert explanation.log_odds[:, batch] == pytest.approx([1, 1, 1.7, 0.8], abs=1e-5)
+    assert explanation.effects[:, batch, NOISE] == pytest.approx([0, 0, 2.7 - 1.2, 1.8 - 1.2], abs=1e-5)
+    others = np.delete(explanation.effects[:, batch], NOISE, axis=1)
+    assert np.abs(others).max() < 1e-5
+    assert explanation.n_repeated == 4
+
+
+def test_a_push_tells_the_value_in_its_own_unit(run: list[DecisionRecord]) -> None:
+    (push,) = explain(planted(), steered(run, planted())).pushes(2, "batch_size", 3)
+
+    # The noise scale's range is log10 of [-2, 3]: 0.9 on [-1, 1] is 2.75, the mean of 0.3 is 1.25.
+    assert push.field == "noise_scale"
+    assert [push.value, push.mean] == pytest.approx([2.75, 1.25])
+    assert push.effect == pytest.approx(1.5, abs=1e-5)
+
+
+def test_what_never_changes_has_no_effect_and_what_speaks_against_is_negative() -> None:
+    records = [seen(decision, curvature=value) for decision, value in enumerate((0.5, 0.5, 0.3, 0.1))]
+    explanation = explain(planted(), steered(records, planted()))
+    rate = CONTROLS.index("learning_rate")
+
+    assert explanation.choices[:, rate].tolist() == [DOUBLE_RATE] * 3 + [KEEP_RATE]
+    # The mean is 0.35. For doubling: 5 x (0.5 - 0.35), 5 x (0.3 - 0.35); for keep against doubling: 5 x (0.35 - 0.1).
+    assert explanation.effects[:, rate, CURVATURE] == pytest.approx([0.75, 0.75, -0.25, 1.25], abs=1e-5)
+    assert explanation.rivals[:, rate].tolist() == [KEEP_RATE] * 3 + [DOUBLE_RATE]
+    assert explanation.pushes(0, "batch_size", 3) == [], "the noise scale never changed"
+
+
+def test_a_control_without_choice_is_left_out(run: list[DecisionRecord]) -> None:
+    masked = {"pruning +5 %": "the case does not prune"}
+    explanation = explain(planted(), steered([replace(record, masked=masked) for record in run], planted()))
+
+    assert (explanation.rivals[:, CONTROLS.index("pruning")] == -1).all()
+    assert explanation.pushes(0, "pruning", 3) == []
+    assert "pruning" not in explanation.importance()
+    assert "batch_size" in explanation.importance()
+
+
+def test_importance_is_the_mean_absolute_effect(run: list[DecisionRecord]) -> None:
+    importance = explain(planted(), steered(run, planted())).importance()["batch_size"]
+
+    assert importance["noise_scale"] == pytest.approx((0 + 0 + 1.5 + 0.6) / 4, abs=1e-5)
+    assert max(value for name, value in importance.items() if name != "noise_scale") < 1e-5
+
+
+def test_decisions_of_another_policy_are_counted(run: list[DecisionRecord]) -> None:
+    records = steered(run, planted())
+    records[1] = replace(records[1], requested=(6, *KEEP[1:]))
+
+    assert explain(planted(), records).n_repeated == 3
+
+
+def test_the_first_layer_is_shared_out_among_the_fields() -> None:
+    shares = input_shares(planted())
+
+    # Norms over choices and stack: noise scale sqrt(3^2 + 1^2), curvature 5.
+    total = 5 + 10**0.5
+    assert list(shares)[:2] == ["curvature", "noise_scale"]
+    assert shares["curvature"] == pytest.approx(5 / total)
+    assert shares["noise_scale"] == pytest.approx(10**0.5 / total)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert len(shares) == len(OBSERVATION_FIELDS)
+
+
+def test_what_cannot_be_explained_is_refused(run: list[DecisionRecord]) -> None:
+    with pytest.raises(ValueError, match="at least one decision"):
+        explain(planted(), [])
+    other = replace(run[0], observation={**run[0].observation, "mood": 1.0})
+    with pytest.raises(ValueError, match="difference in mood"):
+        explain(planted(), [other])
