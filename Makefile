@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 PIP_ARGS ?=
+GPU_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,8 +36,8 @@ types: $(READY)  ## check types, strictly
 bench: $(READY)  ## run every benchmark, one after the other (about two hours); results: benchmarks/results
 	set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
 
-gpu-check: $(READY)  ## try everything that needs an NVIDIA GPU; refuses without one (exit status 2)
-	@$(BIN)/python benchmarks/gpu_check.py
+gpu-check: $(READY)  ## try everything that needs an NVIDIA GPU, about an hour; refuses without one (exit status 2)
+	@$(BIN)/python benchmarks/gpu_check.py $(GPU_ARGS)
 
 docs: $(READY)  ## write docs/metrics.md and docs/environment.md anew from the code
 	$(call generate,trainpilot.agents.tags,docs/metrics.md)

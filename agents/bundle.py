@@ -154,8 +154,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(f"policy: no file {path}; give 'none' or a bundle that train-agent wrote")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"policy: {path} is larger than {MAX_BYTES // 2**20} MiB and cannot be a bundle")
-    head = path.read_bytes()[:4]
-    if head[:1] == b"\x80" or head == b"PK\x03\x04":
+    head = path.read_bytes()[:9]
+    pickled = head[:1] == b"\x80" and head[8:] != b"{"  # a safetensors header begins there; its length may end in 0x80
+    if pickled or head[:4] == b"PK\x03\x04":
         raise ValueError(
             f"policy: {path} is a pickle or an SB3 zip, which could run code when loaded; "
             "give the .safetensors bundle that train-agent wrote"

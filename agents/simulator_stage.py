@@ -11,8 +11,9 @@ from trainpilot.agents.bundle import BaseSchedule, PolicyBundle
 from trainpilot.agents.hidden_inputs import hidden_from, seen_inputs, without_inputs
 from trainpilot.agents.ppo import PPOConfig, train
 from trainpilot.agents.sb3_vector import ScalarVecEnv
-from trainpilot.agents.simulator_log import SimulatorLog, Validation
 from trainpilot.agents.simulator_scores import SimulatorScores, evaluate_in_simulator
+from trainpilot.agents.simulator_validation import Validation
+from trainpilot.agents.training_log import TrainingLog
 from trainpilot.envs.decision_state import N_STACK
 from trainpilot.envs.scalarise import UTILITIES
 from trainpilot.envs.vector_simulated import VectorSimulatedTraining
@@ -164,7 +165,7 @@ def train_in_simulator(
     env = ScalarVecEnv(VectorSimulatedTraining(runs, least_quality=stage.least_quality), stage.utility)
     config = SimulatorPPOConfig(**{**asdict(stage.ppo), "seed": seed})
     validation = Validation(judge(stage, calibrations), stage.validation.every, seen)
-    callbacks = [SimulatorLog({"seed": seed, **asdict(stage)}), validation]
+    callbacks = [TrainingLog({"seed": seed, **asdict(stage)}), validation]
     meter = select_meter("cpu")
     model, cost = train(
         hidden_from(env, seen), config, folder, callbacks=callbacks, progress=progress, meter=meter

@@ -64,9 +64,19 @@ class Episode:
         self.loss_increase = info.get("loss_increase", math.nan)
         self.quality_weight = float(info["preference"][0])
 
+    @classmethod
+    def of_sums(cls, info: Mapping[str, Any]) -> Episode:
+        """Return a whole run from the info at its end, which holds the sums over it (`ScalarVecEnv`)."""
+        episode = cls()
+        episode.add(info["episode"]["r"], info)
+        episode.length = info["episode"]["l"]
+        return episode
+
 
 class TrainingLog(BaseCallback):
     """Logs means over the episodes of a rollout under `agent/`, and the share of each choice under `action/`.
+
+    Environments may tell of every interval, or with an empty info of none, and of their sums when an episode ends.
 
     Args:
         config: Settings of the training, nested or not, for the HPARAMS tab.
@@ -76,6 +86,7 @@ class TrainingLog(BaseCallback):
         super().__init__()
         self.config = dict(config or {})
         self._running: list[Episode] = []
+        self._told_at_ends = False
         self._finished: list[Episode] = []
         self._counts = [np.zeros(len(field.choices)) for field in ACTION_FIELDS]
         self._last: dict[str, float] = {}
@@ -89,20 +100,28 @@ class TrainingLog(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._running = [Episode() for _ in range(self.training_env.num_envs)]
+        self._told_at_ends = False
         if (tensorboard := self._tensorboard()) is not None:
             tensorboard.writer.add_custom_scalars(layout())
 
     def _on_step(self) -> bool:
         """Take in one decision of every environment."""
-        rewards, infos, dones = (self.locals[name] for name in ("rewards", "infos", "dones"))
+        infos, dones = self.locals["infos"], self.locals["dones"]
+        self._told_at_ends = self._told_at_ends or not all(infos)
+        if not self._told_at_ends:
+            self._add_intervals(self.locals["rewards"], infos, dones)
+        elif np.any(dones):
+            self._finished += [Episode.of_sums(info) for info in infos if info]
+        for counts, choices in zip(self._counts, np.asarray(self.locals["actions"]).T, strict=True):
+            np.add.at(counts, choices.astype(int), 1)
+        return True
+
+    def _add_intervals(self, rewards: np.ndarray, infos: Sequence[Mapping[str, Any]], dones: np.ndarray) -> None:
         for index, (reward, info, done) in enumerate(zip(rewards, infos, dones, strict=True)):
             self._running[index].add(float(reward), info)
             if done:
                 self._finished.append(self._running[index])
                 self._running[index] = Episode()
-        for counts, choices in zip(self._counts, np.asarray(self.locals["actions"]).T, strict=True):
-            np.add.at(counts, choices.astype(int), 1)
-        return True
 
     def _on_rollout_end(self) -> None:
         """Hand the rollout's means to the logger, which writes them with its own."""

@@ -24,11 +24,11 @@ LINES = {
 LEVELS = {
     "best single setting": ("best single setting", "#7a9a4f", "--"),
     "tuned rate and batch, wsd": ("tuned rate and batch", "#1d1f23", ":"),
-    "tuned rate, wsd": ("tuned rate and batch", "#1d1f23", ":"),
+    "tuned rate, wsd": ("tuned rate alone", "#8a8f98", "-."),
 }
 """Methods that do not depend on the start."""
-TICKS = (0.125, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0)
-LEAST, MOST = 0.115, 1.9
+TICKS = (0.125, 0.25, 0.5, 0.7, 1.0, 1.4)
+LEAST, MOST = 0.115, 1.6
 
 Told = Mapping[str, Any]
 

@@ -193,7 +193,9 @@ def expected_loss(plants: ReferencedPlants, rows: Ints) -> Floats:
     """Return the validation loss of these rows without the noise of measuring it: baselines are known without it."""
     if not isinstance(plants, SimulatedRuns):
         return plants.evaluate(rows)
-    loss: Floats = plants._expected() + plants.instances.meters.validation_gap + overfit(plants.instances, plants.used)
+    loss: Floats = (
+        plants.expected_loss + plants.instances.meters.validation_gap + overfit(plants.instances, plants.used)
+    )
     return loss[rows]
 
 
@@ -211,12 +213,16 @@ def middle(values: Floats) -> float:
 
 
 def estimate(values: Floats, group: Ints, statistic: Statistic = middle) -> dict[str, Any]:
-    """Return a statistic over runs with an interval: the groups that runs belong to are drawn with replacement."""
-    if not len(values):
-        return {"value": None, "low": None, "high": None}
-    found = [statistic(values[rows]) for rows in resamples(group)]
+    """Return a statistic over runs with an interval; runs of one group belong together."""
+    return interval(lambda rows: statistic(values[rows]), group)
+
+
+def interval(statistic: Callable[[Ints], float], group: Ints) -> dict[str, Any]:
+    """Return what a statistic gives for all rows, with an interval: groups of rows are drawn with replacement."""
+    found = [statistic(rows) for rows in resamples(group)]
     ends = np.quantile(found, ((1 - COVERED) / 2, (1 + COVERED) / 2))
-    return {"value": rounded(statistic(values)), "low": rounded(ends[0]), "high": rounded(ends[1])}
+    value = statistic(np.arange(len(group)))
+    return {"value": rounded(value), "low": rounded(ends[0]), "high": rounded(ends[1])}
 
 
 def resamples(group: Ints) -> list[Ints]:
@@ -230,7 +236,8 @@ def resamples(group: Ints) -> list[Ints]:
 
 def start_groups(start: Floats) -> dict[str, Ints]:
     """Return the rows of each group of starting rates, by its borders; groups without rows are left out."""
-    groups = {f"{low:.2g}-{high:.2g}": (start >= low) & (start < high * (1 + 1e-9)) for low, high in pairwise(STARTS)}
+    place = np.clip(np.searchsorted(STARTS, start, side="right"), 1, len(STARTS) - 1)
+    groups = {f"{low:.2g}-{high:.2g}": place == i for i, (low, high) in enumerate(pairwise(STARTS), start=1)}
     return {name: np.flatnonzero(inside) for name, inside in groups.items() if inside.any()}
 
 

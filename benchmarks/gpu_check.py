@@ -1,34 +1,183 @@
-"""Check trainpilot on an NVIDIA GPU in one command: doctor, raw meter readings, demo, overhead.
+"""Check trainpilot on an NVIDIA GPU in one command.
 
-Writes `results/gpu_doctor.json`, `results/gpu_readings.csv` (a recording that `RecordedMeter` plays back),
-`results/gpu_demo.json` and `results/gpu_overhead.json`. Without a GPU it says so and ends with exit code 2.
+Three parts, in this order:
 
-    python benchmarks/gpu_check.py
+basics     doctor, raw meter readings, demo, overhead: `gpu_doctor.json`, `gpu_readings.csv` (a recording that
+           `RecordedMeter` plays back), `gpu_demo.json`, `gpu_overhead.json`
+zero-shot  two models of 30 M and 120 M parameters, far larger than any the policy was trained on: a counted sweep of
+           learning rates, then steered and untouched runs from 1/10, 1 and 10 times its best: `zero_shot_gpu.json`
+fine-tune  a few hundred more decisions of PPO on live runs of another model of 30 M, and the same table after it
+
+All of it in `benchmarks/results`; the raw meter readings of every run of the tables are `zero_shot_gpu_readings.csv`.
+It takes about an hour on an H100, which is a guess. Killed at any moment, or out of time, the same command goes on with
+the run after the last one kept. Without a GPU it says so and ends with exit code 2.
+
+    python benchmarks/gpu_check.py [--time-limit 25] [--parts zero-shot] [--budget 0.25]
+    python benchmarks/gpu_check.py --device cpu --tiny        # a minute, to see it run; results in OUT/results
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from _common import RESULTS
+from _common import RESULTS, write_result
+from _gpu_bed import Bed, full_bed, tiny_bed
+from _gpu_fine_tune import POLICY, fine_tune
+from _gpu_runs import Runs, TimeIsUpError
+from _gpu_table import show
+from _gpu_zero_shot import Ask, table
 
+from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
 from trainpilot.llm_runtime.energy_recorded import write_recording
 from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.threads import use_threads
 
 READ_EVERY_S = 0.05
+PARTS = ("basics", "zero-shot", "fine-tune")
+NAME = "zero_shot_gpu"
 
 
-def main() -> None:
-    """Run every check in turn; the first that fails ends the command."""
-    if not torch.cuda.is_available():
-        print("gpu-check: needs an NVIDIA GPU that torch can see, found none", file=sys.stderr)
-        raise SystemExit(2)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run every part in turn; the first that fails ends the command."""
+    options = _parser().parse_args(arguments)
+    try:
+        _check(options)
+        if "basics" in options.parts:
+            basics(options.out)
+        if options.parts != ["basics"]:
+            Tables.of(options).fill("fine-tune" in options.parts)
+    except ValueError as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except TimeIsUpError:
+        print("gpu-check: the time limit has passed; the same command goes on from here", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="all of them by default")
+    parser.add_argument("--policy", default="default", help="a bundle's file, or the name of one that is shipped")
+    parser.add_argument("--models", nargs="*", default=[], help="llama-30m, llama-120m; both by default")
+    parser.add_argument("--seeds", type=int, default=1, help="of the tables; 3 for a look, 5 for a claim")
+    parser.add_argument("--budget", type=float, default=1.0, help="factor on every run's budget in tokens")
+    parser.add_argument("--preference", default="quality=1", help="what the policy is asked for in the tables")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="minutes; no run of the tables begins later")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="folder of the runs")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on models of a few thousand parameters")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise `ValueError` for what cannot be done here; fill in the parts."""
+    if options.device == "cpu" and not options.tiny:
+        raise ValueError("device cpu is for --tiny only: the models are too large for it")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("needs an NVIDIA GPU that torch can see, found none")
+    if options.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {options.seeds}")
+    options.parts = options.parts or list(PARTS[1:] if options.tiny else PARTS)
+    if options.tiny and "basics" in options.parts:
+        raise ValueError("parts: basics has no dry run, got it with --tiny; leave out one of them")
+    if options.parts != ["basics"]:
+        PolicyBundle.load(policy_path(options.policy))
+
+
+# The tables -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The tables before and after fine-tuning."""
+
+    bed: Bed
+    policy: str
+    preference: str
+    seeds: tuple[int, ...]
+    budget: float
+    runs: Runs
+    results: Path
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Tables:
+        """Return what the command's options ask for. Raises `ValueError` for a model or budget that there is not."""
+        torch.zeros(1, device=options.device)  # only then does CUDA tell which GPU the meter is to read
+        if options.tiny:
+            use_threads(1)
+        bed = tiny_bed(options.device) if options.tiny else full_bed()
+        return cls(
+            bed=bed.smaller(options.budget, tuple(options.models)),
+            policy=options.policy,
+            preference=options.preference,
+            seeds=tuple(range(options.seeds)),
+            budget=options.budget,
+            runs=Runs(options.out, options.device, time.monotonic() + 60 * options.time_limit),
+            results=(options.out / "results").resolve() if options.tiny else RESULTS,
+        )
+
+    def fill(self, fine_tuned: bool) -> None:
+        """Measure the tables, and write what there is, however it ends."""
+        result = self._header()
+        try:
+            self._fill(result, {"zero-shot": policy_path(self.policy)})
+            if fine_tuned:
+                self._fill(result, {"zero-shot": policy_path(self.policy), "fine-tuned": self._tuned(result)})
+            result["complete"] = True
+        finally:
+            print(self._write(result))
+            show(result)
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "complete": False,
+            "policy": {"name": Path(self.policy).name, "digest": policy_digest(policy_path(self.policy))},
+            "preference": self.preference,
+            "seeds": list(self.seeds),
+            "text": self.bed.text_said,
+            "batch_size": self.bed.batch_size,
+            "sequence_length": self.bed.sequence_length,
+            "budget": self.budget,
+            "baseline": "the sweep's best learning rate under WSD with a warm-up of 10 %, at the one starting batch",
+            "energy_meter": self.runs.meter.description,
+            "models": {},
+        }
+
+    def _fill(self, result: dict[str, Any], policies: dict[str, Path]) -> None:
+        methods = {name: f"policy:{path}@{self.preference.replace(',', '+')}" for name, path in policies.items()}
+        for name, size in self.bed.sizes.items():
+            precision = self.runs.precision(name, self.bed.config(name))
+            ask = Ask(name=name, config=self.bed.config(name, precision), seeds=self.seeds, get=self.runs.get)
+            table(ask, size.rates, methods, result["models"].setdefault(name, {}))
+
+    def _tuned(self, result: dict[str, Any]) -> Path:
+        bundle = PolicyBundle.load(policy_path(self.policy))
+        precision = self.runs.precision("fine-tuning", self.bed.tuning_config())
+        folder = self.runs.folder / "fine-tuned"
+        tuned = fine_tune(bundle, self.bed, precision, folder, self.runs.end_s)
+        result["fine_tuned"] = tuned.provenance["fine_tuned"]
+        return folder / POLICY
+
+    def _write(self, result: dict[str, Any]) -> Path:
+        self.runs.write_readings(self.results / f"{NAME}_readings.csv")
+        return write_result(str(self.results / NAME), result, torch.device(self.bed.device))
+
+
+# Basics -----------------------------------------------------------------------------------------------------------
+
+
+def basics(out: Path) -> None:
+    """Write down what the doctor says and the meter reads, and run the demo and the overhead benchmark."""
     device = torch.device("cuda")
     command = [sys.executable, "-m", "trainpilot.experiments.cli", "doctor", "--json"]
     doctor = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -39,7 +188,7 @@ def main() -> None:
     write_recording(RESULTS / "gpu_readings.csv", readings)
     energies = [r.energy_j for r in readings if r.energy_j is not None]
     print(f"meter: {len(readings)} readings, {energies[-1] - energies[0]:.1f} J" if energies else "meter: no joules")
-    _benchmark("demo.py", "--out", "runs/gpu-demo", "--name", "gpu_demo")
+    _benchmark("demo.py", "--out", str(out / "demo"), "--name", "gpu_demo")
     _benchmark("overhead.py", "--tokens", "4000000", "--name", "gpu_overhead")
 
 

@@ -39,7 +39,6 @@ from _simulated import (
 from _static_grid import POWERS, SHARES, StaticGrid, needed
 
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_digest, policy_path
-from trainpilot.agents.open_loop import SchedulePoint
 from trainpilot.envs.preference import Preference
 from trainpilot.llm_runtime.schedules import ScheduleName
 from trainpilot.llm_runtime.simulator.multi_power import MultiPowerRuns
@@ -75,8 +74,9 @@ class Bed:
         return needed(loss, self.shares, self.curve) / used
 
     def tell(self, multiplier: Floats) -> dict[str, Any]:
-        """Return the figures of a method."""
-        return summary(multiplier, self.group, self.start)
+        """Return the figures of a method; of several seeds, the multipliers have shape (seeds, n_runs)."""
+        n_seeds = multiplier.size // len(self.group)
+        return summary(multiplier.ravel(), np.tile(self.group, n_seeds), np.tile(self.start, n_seeds))
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def simulator_bed(pool: Pool, grid: StaticGrid, base: BaseSchedule, n_runs: int)
 def in_simulator(bundle: PolicyBundle, base: BaseSchedule, pool: Pool, grid: StaticGrid, n_runs: int) -> dict[str, Any]:
     """Return the figures of every method in the physics of the training."""
     bed = simulator_bed(pool, grid, base, n_runs)
-    policy, blind, steered = _steered(bed, bundle)
+    policy, blind, closed = _closed_and_open(bed, bundle)
     single, losses = grid.best_single()
     methods = {
         "policy": policy,
@@ -137,21 +137,14 @@ def in_simulator(bundle: PolicyBundle, base: BaseSchedule, pool: Pool, grid: Sta
         "best_single_setting": single,
         "methods": {name: bed.tell(found) for name, found in methods.items()},
         **_closed_against_open(bed, policy, blind),
-        "steered": _describe(bed, steered),
+        "steered": _describe(bed, closed),
     }
 
 
 def in_multi_power_law(bundle: PolicyBundle, n_runs: int) -> dict[str, Any]:
     """Return the figures of every method in a physics that nothing was trained on."""
-    runs = MultiPowerRuns(n_runs, RUNS_SEED, decisions=DECISIONS)
-    bed = Bed(
-        fresh=lambda: MultiPowerRuns(n_runs, RUNS_SEED, decisions=DECISIONS),
-        shares=SHARES,
-        curve=multi_power_curve(runs),
-        group=np.arange(n_runs),
-        start=runs.start_learning_rate / runs.best_learning_rate,
-    )
-    policy, blind, steered = _steered(bed, bundle)
+    bed = multi_power_bed(n_runs)
+    policy, blind, closed = _closed_and_open(bed, bundle)
     methods = {
         "policy": policy,
         "open loop": blind,
@@ -162,8 +155,20 @@ def in_multi_power_law(bundle: PolicyBundle, n_runs: int) -> dict[str, Any]:
     return {
         "methods": {name: bed.tell(found) for name, found in methods.items()},
         **_closed_against_open(bed, policy, blind),
-        "steered": _describe(bed, steered),
+        "steered": _describe(bed, closed),
     }
+
+
+def multi_power_bed(n_runs: int) -> Bed:
+    """Return runs of a physics that nothing was trained on."""
+    runs = MultiPowerRuns(n_runs, RUNS_SEED, decisions=DECISIONS)
+    return Bed(
+        fresh=lambda: MultiPowerRuns(n_runs, RUNS_SEED, decisions=DECISIONS),
+        shares=SHARES,
+        curve=multi_power_curve(runs),
+        group=np.arange(n_runs),
+        start=runs.start_learning_rate / runs.best_learning_rate,
+    )
 
 
 def multi_power_curve(runs: MultiPowerRuns) -> Floats:
@@ -172,7 +177,9 @@ def multi_power_curve(runs: MultiPowerRuns) -> Floats:
 
     def tuned(share: float) -> Floats:
         factors, steps = cases.base_factors(share, DECISIONS), share * cases.n_steps
-        return np.minimum.reduce([cases.law.base_loss(best * 2.0**power, factors, steps) for power in RATE_POWERS])
+        losses = [cases.law.base_loss(best * 2.0**power, factors, steps) for power in RATE_POWERS]
+        lowest: Floats = np.minimum.reduce(losses)
+        return lowest
 
     return np.minimum.accumulate(np.stack([tuned(share) for share in SHARES], axis=1), axis=1)
 
@@ -180,17 +187,20 @@ def multi_power_curve(runs: MultiPowerRuns) -> Floats:
 def best_held(bed: Bed) -> Floats:
     """Return the lowest loss of each run over learning rates and batches that are held from start to end."""
     tried = ((1 / bed.start * 2.0**power, batch) for power in RATE_POWERS[::2] for batch in 2.0**POWERS)
-    return np.minimum.reduce([steer(bed.fresh(), held(scale, batch)).loss for scale, batch in tried])
+    lowest: Floats = np.minimum.reduce([steer(bed.fresh(), held(scale, batch)).loss for scale, batch in tried])
+    return lowest
 
 
-def _steered(bed: Bed, bundle: PolicyBundle) -> tuple[Floats, Floats, Outcome]:
+def _closed_and_open(bed: Bed, bundle: PolicyBundle) -> tuple[Floats, Floats, Outcome]:
     """Return the multipliers of the policy and of its own average schedule, and how the policy's runs went."""
-    plants = bed.fresh()
-    limits = plants.limits()
-    closed = steer(plants, by_policy(bundle, QUALITY))
-    schedule: tuple[SchedulePoint, ...] = closed.average(limits)
-    blind = steer(bed.fresh(), blindly(schedule))
+    closed = steered(bed, bundle)
+    blind = steer(bed.fresh(), blindly(closed.average(bed.fresh().limits())))
     return bed.multiplier(closed.loss, closed.used), bed.multiplier(blind.loss, blind.used), closed
+
+
+def steered(bed: Bed, bundle: PolicyBundle) -> Outcome:
+    """Return how a policy's runs went, asked for quality alone."""
+    return steer(bed.fresh(), by_policy(bundle, QUALITY))
 
 
 def _untuned(bed: Bed, schedule: ScheduleName, warmup_share: float) -> Floats:
@@ -212,17 +222,17 @@ def _closed_against_open(bed: Bed, policy: Floats, blind: Floats) -> dict[str, A
     return {"closed_against_open": told}
 
 
-def _describe(bed: Bed, steered: Outcome) -> dict[str, Any]:
+def _describe(bed: Bed, outcome: Outcome) -> dict[str, Any]:
     """Return how the policy's runs went: medians over the runs, learning rate and batch at every fifth decision."""
     limits = bed.fresh().limits()
     shown = range(0, DECISIONS, 5)
-    scales = [steered.controls[i].learning_rate_scale for i in shown]
-    batches = [steered.controls[i].batch_size / limits.start.batch_size for i in shown]
+    scales = [outcome.controls[i].learning_rate_scale for i in shown]
+    batches = [outcome.controls[i].batch_size / limits.start.batch_size for i in shown]
     return {
-        "diverged": rounded(steered.diverged),
-        "budget_used": rounded(middle(steered.used)),
-        "energy_over_reference": rounded(middle(steered.energy)),
-        "time_over_reference": rounded(middle(steered.time)),
+        "diverged": rounded(outcome.diverged),
+        "budget_used": rounded(middle(outcome.used)),
+        "energy_over_reference": rounded(middle(outcome.energy)),
+        "time_over_reference": rounded(middle(outcome.time)),
         "decisions": list(shown),
         "learning_rate_over_tuned": [rounded(middle(bed.start * scale)) for scale in scales],
         "batch_over_start": [rounded(middle(batch)) for batch in batches],

@@ -1,10 +1,13 @@
-"""Measure how well the simulator's physics predicts loss curves under schedules it has not seen.
+"""Measure how well the simulator's physics predicts what it has not seen: published loss curves, and live runs.
 
-python benchmarks/simulator_fidelity.py --curves FOLDER
+python benchmarks/simulator_fidelity.py --curves FOLDER [--calibrations FOLDER]
 
 FOLDER, or the environment variable TRAINPILOT_CURVES, holds csv_25 and csv_100 (or loss_curves_25m and
 loss_curves_100m): CSV files of step, lr and loss. They lie in loss_curve_repo of the public repository
 https://github.com/thu-yao-01-luo/MultiPowerLaw (MIT licence, Luo et al. 2025).
+
+The live runs are those of `trainpilot calibrate` for three models on two texts; what is missing of them is run first.
+Killed, the same command goes on where it was. Their losses are the same on every machine but for rounding.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import write_result
+from _live_fidelity import live
 from numpy.typing import NDArray
 
 from trainpilot.llm_runtime.simulator.published import PublishedPhysics, fit_published
@@ -97,14 +101,16 @@ _HINT = f"get the curves from {SOURCE} (MIT licence)"
 
 def main() -> None:
     """Fit, predict, and write `results/simulator_fidelity.json`."""
+    calibrations = Path("runs/calibrations")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", default=os.environ.get("TRAINPILOT_CURVES"), help="folder of the published curves")
+    parser.add_argument("--calibrations", type=Path, default=calibrations, help="where MODEL-TEXT/calibration.json lie")
     options = parser.parse_args()
     if options.curves is None:
         raise SystemExit(f"--curves must name the folder of the published curves, got none; {_HINT}")
     # Where the curves lie on this machine does not belong into the result.
     sys.argv = ["FOLDER" if argument == options.curves else argument for argument in sys.argv]
-    result = {"published": published(Path(options.curves))}
+    result = {"published": published(Path(options.curves)), "live": live(options.calibrations)}
     print(write_result("simulator_fidelity", result, torch.device("cpu")))
 
 

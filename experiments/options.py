@@ -38,7 +38,8 @@ class ReplayOptions:
     policy: str = "none"
     """`none` for the plain base schedule, `default` for the policy that comes with trainpilot, or a bundle's file."""
     model: str = "llama-nano"
-    """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro), config JSON, model folder or Hub id."""
+    """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro, phi-nano), config JSON, model folder or Hub
+    id."""
     text: tuple[str, ...] = ("stdlib",)
     """Text: `stdlib`, `stdlib:asyncio,json`, `python-docs`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
     tokens: int = 1_000_000
@@ -135,8 +136,10 @@ class CompareOptions:
 
     Methods: constant, cosine (the untuned default), linear, wsd, plateau, schedule-free, prodigy, noise-batch, seesaw,
     gradual-pruning, random; tuned (the best static setting a search finds), tuned-linear, tuned-cosine, tuned-wsd,
-    tuned-constant, check-self, check-budget, check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE for a bundle,
-    policy:FILE@quality=0.5+energy=0.5 under that preference, open-loop:FILE for its average schedule without feedback.
+    tuned-constant, check-self, check-budget, check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE for a bundle (or
+    policy:default, which comes with trainpilot), policy:FILE@quality=0.5+energy=0.5 under that preference,
+    policy:FILE@start=0.1 from a tenth of the tuned learning rate, open-loop:FILE for its average schedule, without
+    feedback.
 
     Try for instance:
 
@@ -209,9 +212,9 @@ class CalibrateOptions:
     """Measure how a model of yours trains on this machine, and fit the simulator's physics to it.
 
     A designed set of short live runs: learning rates from 1/30 to 10 times yours, three batches, four schedules, random
-    walks of the controls, one pruning step, and every precision that pays here. About a third of them are never
-    fitted: the error that is printed was measured on those. Every finished run is a file of its own: killed at any
-    moment, the same command goes on where it was.
+    walks of the controls, batches that rise or fall, starts far too hot that are cooled, one pruning step, and every
+    precision that pays here. About a quarter of them are never fitted: the error that is printed was measured on those.
+    Every finished run is a file of its own: killed at any moment, the same command goes on where it was.
 
     Try for instance:
 
@@ -222,7 +225,8 @@ class CalibrateOptions:
     out: Path
     """Folder for calibration.json, cost_table.json and runs/."""
     model: str = "llama-nano"
-    """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro), config JSON, model folder or Hub id."""
+    """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro, phi-nano), config JSON, model folder or Hub
+    id."""
     text: tuple[str, ...] = ("stdlib",)
     """Text: `stdlib`, `stdlib:asyncio,json`, `python-docs`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
     tokens: int = 131_072
@@ -234,7 +238,7 @@ class CalibrateOptions:
     base_learning_rate: float = 3e-3
     """Peak learning rate that the tried ones are multiples of."""
     effort: Effort = "standard"
-    """How many runs: quick (about 14) or standard (about 29)."""
+    """How many runs: quick (about 14) or standard (about 33)."""
     decisions: int = 50
     """Intervals per run."""
     jobs: int = 0

@@ -98,7 +98,7 @@ def _in_processes(
             ended, waiting = wait(waiting, timeout=LOOK_EVERY_S)
             for future in ended:
                 future.result()  # the first that failed ends it all
-            advance(min(sum(list(done)), stage.seeds * stage.ppo.total_decisions))
+            advance(min(sum(done[:]), stage.seeds * stage.ppo.total_decisions))
         whole = True
     except BrokenProcessPool:
         raise ValueError(

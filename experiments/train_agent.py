@@ -77,7 +77,7 @@ def simulator_stage(stage: SimulatorStage, options: TrainAgentOptions, console: 
         console.print(_scores_line(agent), highlight=False, soft_wrap=True)
     bundle = PolicyBundle(agents[0].bundle.weights, _simulator_provenance(options.recipe, stage, agents))
     bundle.save(folder / POLICY)
-    return bundle
+    return PolicyBundle.load(folder / POLICY)
 
 
 def _scores_line(agent: SimulatorAgent) -> str:

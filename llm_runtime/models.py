@@ -38,8 +38,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-mini": _llama(256, 704, 6, 8),
     "gpt2-nano": {**_GPT2, "n_embd": 64, "n_layer": 3, "n_head": 4},
     "gpt2-micro": {**_GPT2, "n_embd": 128, "n_layer": 4, "n_head": 4},
+    "phi-nano": {
+        "model_type": "phi",
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "partial_rotary_factor": 0.5,
+        "max_position_embeddings": 512,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attention_dropout": 0.0,
+    },
 }
-"""Models trained from scratch on bytes: nano about 0.2 M parameters, micro about 1 M, mini about 5 M."""
+"""Models trained from scratch on bytes: nano 0.1 to 0.2 M parameters, micro about 1 M, mini about 5 M."""
 
 
 @dataclass(frozen=True)

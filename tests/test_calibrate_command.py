@@ -27,9 +27,11 @@ from trainpilot.llm_runtime.energy import EnergyReading, EnergySource, NoMeter
 from trainpilot.llm_runtime.energy_recorded import RecordedMeter
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
+from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
 FITTING = "trainpilot.llm_runtime.simulator.fitting"
 N_RUNS = 14
+SHIPPED_TEXTS = (("stdlib:*.py",), ("stdlib:ctypes,re,collections,zoneinfo,tomllib,sqlite3",))
 KINDS: tuple[Literal["step", "forward"], ...] = ("step", "forward")
 SOURCES: tuple[EnergySource, ...] = ("measured_counter", "estimated")
 
@@ -134,6 +136,8 @@ def test_a_calibration_from_its_options_to_its_file(tool: Tool) -> None:
     assert calibration.held_out.final_loss == pytest.approx(0.25)
     assert calibration.grid_rank_correlation == pytest.approx(1.0)
     assert calibration.config == tool.options().run_config()
+    assert calibration.command.startswith(f"trainpilot calibrate --out {tool.out} --model ")
+    assert " --tokens 1280 --batch-size 2 --sequence-length 16 --effort quick --decisions 10" in calibration.command
     assert calibration.physics == FittedPhysics()
     assert [best.batch_size for best in calibration.best_rates] == [1, 4]
     assert calibration.cost.n_runs == N_RUNS
@@ -272,8 +276,16 @@ def test_calibrations_are_loaded_from_files_folders_and_the_package(tool: Tool) 
     assert load_calibrations(file) == (by_file,)
 
 
-def test_the_calibrations_that_come_with_trainpilot_can_be_read() -> None:
-    assert all(calibration.physics.values for calibration in load_calibrations())
+def test_the_calibrations_that_come_with_trainpilot_are_whole_and_name_no_folder_of_a_machine() -> None:
+    shipped = load_calibrations()
+
+    assert {(each.config.model, each.config.text) for each in shipped} == {
+        (model, text) for model in ("llama-nano", "gpt2-nano", "phi-nano") for text in SHIPPED_TEXTS
+    }
+    assert [each.physics for each in shipped] == list(shipped_physics())
+    for each in shipped:
+        assert (each.effort, each.held_out.n_runs) == ("standard", 8)
+        assert "/" not in each.command.replace("runs/calibrations/", "")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The runs of a calibration spread over what a policy may do, and a third of them is never fitted."""
+"""The runs of a calibration spread over what a policy may do, and a quarter of them is never fitted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fakes import make_limits
 from trainpilot.experiments.calibrate.design import Setting, design
 from trainpilot.experiments.calibrate.runs import pilot, run_key
 from trainpilot.experiments.options import CalibrateOptions, Effort
+from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.run_config import RunConfig
 
 BASE = RunConfig(tokens=131_072, batch_size=8, sequence_length=64, base_learning_rate=3e-3, schedule="wsd")
@@ -23,24 +24,38 @@ def test_the_standard_grid_is_six_rates_from_a_thirtieth_to_ten_times_by_three_b
     grid = [setting.config for setting in settings() if setting.grid]
 
     rates = sorted({config.base_learning_rate for config in grid})
-    assert rates == pytest.approx([1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
+    assert rates == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
     assert {config.batch_size for config in grid} == {1, 4, 16}
     assert len(grid) == 18
     assert {config.schedule for config in grid} == {"wsd"}
     assert {config.warmup() for config in grid} == {13_107}
 
 
-def test_six_inner_points_of_the_grid_are_held_out_and_each_has_fitted_neighbours() -> None:
-    grid = {(s.config.base_learning_rate, s.config.batch_size): s.role for s in settings() if s.grid}
-    rates = sorted({rate for rate, _ in grid})
-    held = [(rates.index(rate), batch) for (rate, batch), role in grid.items() if role == "held-out"]
+@pytest.mark.parametrize(
+    ("effort", "held_out"),
+    [
+        ("standard", [(3e-4, 4), (1e-3, 4), (3e-3, 1), (3e-3, 16), (1e-2, 4)]),
+        ("quick", [(6e-4, 1), (4.5e-3, 16)]),
+    ],
+)
+def test_points_of_the_grid_that_are_held_out_lie_between_fitted_ones(
+    effort: Effort, held_out: list[tuple[float, int]]
+) -> None:
+    grid = {(s.config.base_learning_rate, s.config.batch_size): s.role for s in settings(effort) if s.grid}
+    rates, batches = (sorted(set(axis)) for axis in zip(*grid, strict=True))
+    held = sorted(point for point, role in grid.items() if role == "held-out")
 
-    assert sorted(held) == [(1, 1), (1, 16), (2, 4), (3, 1), (3, 16), (4, 4)]
-    assert all(grid[rates[at + step], batch] == "fit" for at, batch in held for step in (-1, 1))
+    assert held == held_out
+    for rate, batch in held:
+        row, column = rates.index(rate), batches.index(batch)
+        above_and_below = [(rates[row - 1], batch), (rates[row + 1], batch)]
+        beside = [(rate, batches[column - 1]), (rate, batches[(column + 1) % len(batches)])]
+        between_rates = {grid[point] for point in above_and_below} == {"fit"}
+        assert between_rates or (0 < column < len(batches) - 1 and {grid[point] for point in beside} == {"fit"})
 
 
-@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 30, 10)])
-def test_about_a_third_is_held_out(effort: Effort, n_runs: int, n_held_out: int) -> None:
+@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 34, 8)])
+def test_about_a_quarter_is_held_out(effort: Effort, n_runs: int, n_held_out: int) -> None:
     chosen = settings(effort)
 
     assert len(chosen) == n_runs
@@ -48,13 +63,20 @@ def test_about_a_third_is_held_out(effort: Effort, n_runs: int, n_held_out: int)
     assert len({setting.name for setting in chosen}) == n_runs
 
 
-def test_one_schedule_and_one_walk_are_never_fitted() -> None:
+def test_two_of_the_schedules_and_one_walk_are_held_out() -> None:
     held = [setting for setting in settings() if setting.role == "held-out" and not setting.grid]
 
-    assert {setting.config.schedule for setting in held} == {"cosine", "wsd"}
-    assert [setting.walk for setting in held if setting.walk is not None] == [1]
-    assert "cosine" not in {setting.config.schedule for setting in settings() if setting.role == "fit"}
-    assert {s.config.schedule for s in settings() if s.role == "fit"} == {"wsd", "constant", "linear"}
+    assert [(setting.config.schedule, setting.config.base_learning_rate, setting.walk) for setting in held] == [
+        ("cosine", 1e-3, None),
+        ("linear", 6e-3, None),
+        ("wsd", 2e-3, 1),
+    ]
+
+
+def test_learning_rates_are_round_where_the_base_is() -> None:
+    rates = {setting.config.base_learning_rate for setting in settings()}
+
+    assert rates == {1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 3.5e-3, 6e-3, 1e-2, 2e-2, 3e-2, 3.5e-2}
 
 
 def test_roles_do_not_depend_on_what_the_device_or_the_model_can_do() -> None:
@@ -93,6 +115,39 @@ def test_the_pruning_run_loses_a_fifth_of_its_channels_at_half_its_budget() -> N
     assert [decide(decision).sparsity for decision in range(50)] == [0.0] * 25 + [0.2] * 25
 
 
+def planned_paths() -> dict[str, list[Controls]]:
+    """Return the controls of every run that follows a plan, by its plan."""
+    chosen = {setting.plan: pilot(setting, make_limits()) for setting in settings() if setting.plan}
+    return {plan: [decide(decision) for decision in range(50)] for plan, decide in chosen.items()}
+
+
+def test_planned_batches_rise_from_an_eighth_or_drop_to_it() -> None:
+    batches = {plan: [controls.batch_size for controls in path] for plan, path in planned_paths().items()}
+
+    assert batches == {
+        "ramp": [4, 2] + [1] * 13 + [2] * 15 + [4] * 10 + [8] * 10,
+        "drop": [8] * 20 + [4, 2] + [1] * 28,
+        "hot-tenth": [4, 2] + [1] * 48,
+        "hot-twentieth": [4, 2] + [1] * 48,
+    }
+
+
+def test_hot_starts_are_cooled_in_three_decisions() -> None:
+    scales = {plan: [controls.learning_rate_scale for controls in path] for plan, path in planned_paths().items()}
+
+    assert scales["hot-tenth"] == [0.71, 0.355, 0.177] + [0.1] * 47
+    assert scales["hot-twentieth"] == [0.71, 0.355, 0.177] + [0.05] * 47
+    assert set(scales["ramp"] + scales["drop"]) == {1.0}
+    assert {s.config.base_learning_rate for s in settings() if s.plan and "hot" in s.plan} == {0.035}
+
+
+def test_planned_batches_stay_within_their_limits() -> None:
+    [setting] = [setting for setting in settings() if setting.plan == "drop"]
+    decide = pilot(setting, make_limits(min_batch_size=2))
+
+    assert {decide(decision).batch_size for decision in range(50)} == {8, 4, 2}
+
+
 def test_a_walk_changes_both_controls_within_their_limits_and_the_same_way_every_time() -> None:
     walks = [setting for setting in settings() if setting.walk is not None]
     limits = make_limits(min_batch_size=4, max_batch_size=16)
@@ -116,11 +171,12 @@ def test_a_key_tells_apart_all_that_changes_a_run_but_not_its_role() -> None:
     others = [
         replace(one, config=replace(one.config, seed=1)),
         replace(one, walk=0),
+        replace(one, plan="ramp"),
         replace(one, prune=True),
     ]
 
     assert run_key(one, "text") == run_key(replace(one, role="held-out"), "text")
-    assert len({run_key(one, "text"), run_key(one, "other"), *(run_key(other, "text") for other in others)}) == 5
+    assert len({run_key(one, "text"), run_key(one, "other"), *(run_key(other, "text") for other in others)}) == 6
 
 
 def test_the_options_defaults_make_a_design() -> None:

@@ -44,7 +44,7 @@ def test_help_loads_nothing_heavy() -> None:
         (("fly",), "Unrecognized options: fly"),
         (("replay",), "--out"),
         (("train-agent", "--out", "x"), "--recipe"),
-        (("train-agent", "--recipe", "nope", "--out", "x"), "recipe must be one of demo, tiny or a YAML file"),
+        (("train-agent", "--recipe", "nope", "--out", "x"), "recipe must be one of default, demo, tiny or a YAML file"),
         (("inspect", "nowhere"), "path must be a bundle, a run's folder or an agent's folder, got nowhere"),
         (("replay", "--model", "nobody/nothing", "--out", "x"), "neither a preset"),
     ],

@@ -41,9 +41,14 @@ TORCH_FREE = (
     "llm_runtime/cost_table.py",
     "llm_runtime/energy.py",
     "llm_runtime/files.py",
+    "llm_runtime/schedules.py",
+    "llm_runtime/simulator/shipped/__init__.py",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("llm_runtime/simulator/[!_]*.py")),
     "envs/observation.py",
     "envs/action.py",
     "envs/reward.py",
+    "envs/simulated_training.py",
+    "envs/vector_simulated.py",
 )
 """Can be imported, read and tested without loading torch."""
 
@@ -149,7 +154,8 @@ def _files_of(found: Import) -> list[str]:
     if found.floor is None:
         return []
     parts = found.name.split(".")[1:]
-    return [f"{found.floor}/__init__.py", *(["/".join(parts[:2]) + ".py"] if len(parts) > 1 else [])]
+    heads = ["/".join(parts[: n + 1]) for n in range(len(parts))]
+    return [f"{head}{end}" for head in heads for end in (".py", "/__init__.py")]
 
 
 def files_in(*folders: str) -> list[str]:
@@ -174,8 +180,8 @@ def test_records_and_tables_do_not_load_torch(path: str) -> None:
 
 @pytest.mark.parametrize("folder", ["llm_runtime", "envs"])
 def test_records_and_tables_leave_torch_out_of_a_fresh_interpreter(folder: str) -> None:
-    modules = [path.removesuffix(".py").replace("/", ".") for path in TORCH_FREE if path.startswith(folder)]
-    lines = [f"import trainpilot.{module}" for module in modules]
+    paths = [path.removesuffix(".py").removesuffix("/__init__") for path in TORCH_FREE if path.startswith(folder)]
+    lines = [f"import trainpilot.{path.replace('/', '.')}" for path in paths]
     program = "\n".join([*lines, "import sys", "assert 'torch' not in sys.modules"])
 
     outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -222,6 +228,14 @@ def test_a_forbidden_import_is_found(path: str, source: str) -> None:
 )
 def test_an_allowed_import_passes(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+def test_a_module_in_a_nested_folder_is_found_with_the_packages_on_the_way() -> None:
+    found = Import(name="trainpilot.llm_runtime.simulator.runs.Pool", line=1, on_load=True)
+    files = [path for path in _files_of(found) if (ROOT / path).is_file()]
+
+    assert files == ["llm_runtime/__init__.py", "llm_runtime/simulator/__init__.py", "llm_runtime/simulator/runs.py"]
+    assert loaded_with("llm_runtime/simulator/runs.py")["scipy"] == "llm_runtime/simulator/fitting.py"
 
 
 def test_only_what_runs_at_load_time_counts_as_loaded() -> None:

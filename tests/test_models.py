@@ -49,7 +49,14 @@ def one_line(raised: pytest.ExceptionInfo[ValueError]) -> str:
 
 @pytest.mark.parametrize(
     ("preset", "millions"),
-    [("llama-nano", 0.2), ("llama-micro", 1), ("llama-mini", 5), ("gpt2-nano", 0.2), ("gpt2-micro", 1)],
+    [
+        ("llama-nano", 0.2),
+        ("llama-micro", 1),
+        ("llama-mini", 5),
+        ("gpt2-nano", 0.2),
+        ("gpt2-micro", 1),
+        ("phi-nano", 0.13),
+    ],
 )
 def test_preset_sizes(preset: str, millions: float) -> None:
     loaded = load_model(preset, seed=0)
@@ -57,17 +64,17 @@ def test_preset_sizes(preset: str, millions: float) -> None:
     assert loaded.n_parameters == pytest.approx(millions * 1e6, rel=0.25)
     assert not loaded.pretrained
     assert isinstance(loaded.tokenizer, ByteTokenizer)
-    assert context_length(loaded.model.config) == 1_024
+    assert context_length(loaded.model.config) == (512 if preset == "phi-nano" else 1_024)
     assert loaded.model.config.vocab_size == 256
 
 
 def test_all_presets_are_tested() -> None:
-    assert set(PRESETS) == {"llama-nano", "llama-micro", "llama-mini", "gpt2-nano", "gpt2-micro"}
+    assert set(PRESETS) == {"llama-nano", "llama-micro", "llama-mini", "gpt2-nano", "gpt2-micro", "phi-nano"}
 
 
 def test_presets_have_no_dropout() -> None:
     ids = torch.arange(32).unsqueeze(0)
-    for preset in ("llama-nano", "gpt2-nano"):
+    for preset in ("llama-nano", "gpt2-nano", "phi-nano"):
         model = load_model(preset, seed=0).model.train()
         assert torch.equal(model(ids).logits, model(ids).logits)
 

@@ -236,11 +236,17 @@ def test_a_spell_at_a_far_too_large_rate_does_damage_that_lasts(model: Callable[
 def test_a_rate_above_the_best_needs_warm_up_and_one_below_does_not(model: Callable[[int], Physics]) -> None:
     at_once = ScheduleTable.of("wsd", 0.0, 50).mean
     best = RATES[np.argmin(trained(model(13), RATES)[-1])]
-    rates = np.array([0.1, 4.0]) * best
-    cost = trained(model(2), rates, at_once)[-1] - trained(model(2), rates)[-1]
+    rates = np.array([0.1, 4.0, 8.0]) * best
+    cost = trained(model(3), rates, at_once)[-1] - trained(model(3), rates)[-1]
 
-    assert cost[0] < 0
-    assert cost[1] > 0.01
+    assert cost[0] < 0 < cost[1] < cost[2]
+
+
+def test_typical_physics_lose_much_without_warm_up() -> None:
+    at_once = ScheduleTable.of("wsd", 0.0, 50).mean
+
+    # 7e-3 is four times the best rate
+    assert trained(MODELS[0](1), 7e-3, at_once)[-1] > trained(MODELS[0](1), 7e-3)[-1] + 0.05
 
 
 def test_where_noise_dominates_only_the_neutral_rate_counts_whatever_the_batch() -> None:

@@ -29,8 +29,8 @@ N_RUNS = 16
 TF32, BF16 = PRECISIONS.index("tf32"), PRECISIONS.index("bf16")
 
 
-def many(n_runs: int = N_RUNS, seed: int = 0, first_row: int = 0, **start: float) -> SimulatedRuns:
-    return SimulatedRuns(n_runs, seed, POOL, Start(**start) if start else None, first_row)  # type: ignore[arg-type]
+def many(n_runs: int = N_RUNS, seed: int = 0, first_row: int = 0, start: Start | None = None) -> SimulatedRuns:
+    return SimulatedRuns(n_runs, seed, POOL, start, first_row)
 
 
 def steering(limits: LimitBatch, decisions: int, seed: int = 0) -> list[ControlBatch]:
@@ -258,7 +258,7 @@ def test_what_was_handed_out_does_not_change_afterwards() -> None:
 
 
 def test_starting_rates_lie_around_the_tuned_one() -> None:
-    runs = many(2_000, rates=(1 / 30, 10.0))  # type: ignore[arg-type]
+    runs = many(2_000, start=Start(rates=(1 / 30, 10.0)))
     ratio = np.log(runs.start_learning_rate / runs.best_learning_rate)
 
     assert np.exp([ratio.min(), ratio.max()]) == pytest.approx([1 / 30, 10], rel=0.02)
@@ -324,7 +324,7 @@ def test_a_run_that_cools_down_ends_early_and_at_a_low_rate() -> None:
 # References -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("column", "share", "margin"), [(0, 0.25, 0.03), (1, 0.5, 0.015), (2, 1.0, 0.005)])
+@pytest.mark.parametrize(("column", "share", "margin"), [(0, 0.25, 0.03), (1, 0.5, 0.02), (2, 1.0, 0.005)])
 def test_no_setting_of_a_finer_grid_is_much_better_than_the_reference(column: int, share: float, margin: float) -> None:
     instances, table = POOL.instances, ScheduleTable.of("wsd", 0.1, 50)
     low, high = instances.batch_limits(50)
@@ -335,11 +335,13 @@ def test_no_setting_of_a_finer_grid_is_much_better_than_the_reference(column: in
             at_batch = rate * np.sqrt(batch / instances.start_batch)
             best = np.minimum(best, static_losses(instances, at_batch, batch, table, share))
 
-    assert (POOL.references.losses[:, column] - best).max() < margin
+    missed = POOL.references.losses[:, column] - best  # at a quarter and a half the batch is not tuned again
+    assert missed.max() < margin
+    assert np.median(missed) < 0.005
 
 
 def test_the_reference_is_what_a_run_at_its_setting_reaches() -> None:
-    runs = many(rates=(1.0, 1.0))  # type: ignore[arg-type]
+    runs = many(start=Start(rates=(1.0, 1.0)))
     limits = runs.limits()
     assert ((runs.references.batch >= limits.min_batch_size) & (runs.references.batch <= limits.max_batch_size)).all()
     for _ in range(50):

@@ -116,7 +116,7 @@ def test_hidden_inputs_are_zero_and_all_others_as_they_were() -> None:
     for wrapped in (plain, hidden):
         wrapped.seed(1)
     for got, whole in ((hidden.reset(), plain.reset()), (hidden.step(actions)[0], plain.step(actions)[0])):
-        np.testing.assert_array_equal(got, np.where(seen, whole, np.float32(0)))
+        np.testing.assert_array_equal(got, np.where(seen, np.asarray(whole), np.float32(0)))
 
     assert isinstance(hidden, HiddenInputs)
     assert hidden.env_method("action_masks")[0].tolist() == plain.action_masks()[0].tolist()
@@ -129,9 +129,9 @@ def test_tensorboard_shows_validation_and_episodes(folder: Path) -> None:
     events.Reload()
     written = set(events.Tags()["scalars"])
 
-    assert {tag.name for tag in tags_of("simulator")} - written <= {
-        f"validation/from_{n}" for n in ("near", "far_below")
-    }
+    table = {tag.name for tag in tags_of("simulator")}
+    assert {name for name in table if "/from_" not in name} <= written, "a group of starts may be empty"
+    assert {name for name in written if name.startswith("validation/")} <= table
     assert {"agent/quality", "agent/diverged_share", "action/batch_size/keep", "train/learning_rate"} <= written
     assert events.Scalars("agent/length")[0].value <= 50
     best = [event.value for event in events.Scalars("validation/best_score")]
@@ -160,5 +160,5 @@ def test_costs_add_up_and_one_unknown_part_makes_the_sum_unknown() -> None:
 
 def test_a_calibration_that_is_not_there_is_one_clear_line() -> None:
     assert len(physics_of(("shipped", "shipped"))) == 2 * len(physics_of("shipped"))
-    with pytest.raises(ValueError, match="calibrations must be .*got nowhere.json"):
+    with pytest.raises(ValueError, match=r"calibrations must be .*, got nowhere\.json"):
         physics_of(("nowhere.json",))

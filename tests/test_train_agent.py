@@ -107,11 +107,11 @@ reference_learning_rate: 2.0e-3
 
 @pytest.fixture(scope="module")
 def both(trained: Path) -> Path:
-    """Train in the simulator and then live, with an interruption at the end of the live stage."""
+    """Train in the simulator and then live, with an interruption in between."""
     (trained / "both.yaml").write_text(BOTH_STAGES.format() + RECIPE.format(place=trained))
-    options = TrainAgentOptions(recipe=str(trained / "both.yaml"), out=trained / "both")
+    options = TrainAgentOptions(recipe=str(trained / "both.yaml"), out=trained / "both", set=("n_envs=1",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "bundle_of", _interrupt)
+        patch.setattr(module, "live_stage", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             train_agent(options, Console(file=StringIO()))
     assert (trained / "both" / "simulator" / "policy.safetensors").is_file()
@@ -155,7 +155,7 @@ def test_without_live_decisions_the_simulators_policy_is_the_policy(both: Path) 
     bundle = train_agent(options, Console(file=text, width=300))
 
     stored = PolicyBundle.load(options.out / "simulator" / "policy.safetensors")
-    assert bundle.provenance == stored.provenance | {"created": bundle.provenance["created"]}
+    assert bundle.provenance == stored.provenance
     assert bundle.provenance["training_cases"] == []
     assert not (options.out / "checkpoint.pt").exists()
     assert "agent 0: compute multiplier" in text.getvalue()

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+from fake_plant_batch import ToyPlants
 from gymnasium import spaces
 from hand_made_runs import hand_made_record, hand_made_reference, hand_made_run
 from sb3_contrib import MaskablePPO
@@ -17,9 +18,12 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from trainpilot.agents.run_figure import run_figure
+from trainpilot.agents.sb3_vector import ScalarVecEnv
 from trainpilot.agents.tags import TAGS, tags_of
 from trainpilot.agents.training_log import Episode, TrainingLog, means
 from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.preference import Preference
+from trainpilot.envs.vector_simulated import VectorSimulatedTraining
 
 LENGTH = 5
 
@@ -139,6 +143,61 @@ def test_an_interval_of_unknown_energy_makes_the_episode_unknown() -> None:
     assert result["agent/energy_j"] == 6.0, "the mean of the one that is known"
     assert result["agent/energy_over_reference"] == pytest.approx(0.2)
     assert "agent/energy_j" not in means([episode(info(energy_j=None))])
+
+
+def at_end(length: int, value: float, **more: Any) -> dict[str, Any]:
+    return info(**more) | {"episode": {"r": value, "l": length, "t": 1.0}}
+
+
+def test_sums_told_at_the_end_are_a_whole_episode() -> None:
+    summed = Episode.of_sums(at_end(5, 2.5, quality=1.0, energy_j=15.0))
+
+    assert (summed.quality, summed.energy, summed.time, summed.energy_j) == (1.0, 0.1, 0.3, 15.0)
+    assert (summed.value, summed.length, summed.quality_weight) == (2.5, 5, 0.8)
+    assert (summed.diverged, summed.loss_increase) == (False, 0.05)
+    unknown = Episode.of_sums(at_end(5, 2.5, energy_j=None))
+    assert (unknown.energy, unknown.energy_j) == (None, None)
+
+
+def take_in(log: TrainingLog, infos: Sequence[Mapping[str, Any]]) -> None:
+    keep = [[field.keep for field in ACTION_FIELDS]] * len(infos)
+    dones = np.array(["episode" in each for each in infos])
+    log.locals = {"rewards": np.full(len(infos), 0.5), "infos": infos, "dones": dones, "actions": np.array(keep)}
+    assert log._on_step()
+
+
+def test_empty_infos_are_passed_over_even_where_all_episodes_end_at_once() -> None:
+    log = TrainingLog()
+    for _ in range(4):
+        take_in(log, [{}, {}, {}])
+    assert log._finished == []
+    take_in(log, [{}, at_end(5, 2.0), {}])
+    take_in(log, [{}, {}, {}])
+    take_in(log, [at_end(7, 1.0), at_end(2, 1.5), at_end(7, 1.0, diverged=True)])
+
+    assert [episode.length for episode in log._finished] == [5, 7, 2, 7]
+    assert [episode.value for episode in log._finished] == [2.0, 1.0, 1.5, 1.0]
+    assert means(log._finished)["agent/diverged_share"] == 0.25
+    assert log._counts[0].sum() == 7 * 3, "every choice counts, whoever was told of it"
+
+
+@pytest.mark.parametrize("monitored", [False, True])
+def test_simulated_runs_are_logged_like_others(tmp_path: Path, monitored: bool) -> None:
+    preference = Preference(quality=0.6, energy=0.3, time=0.1)
+    env = ScalarVecEnv(VectorSimulatedTraining(ToyPlants(4, seed=1), preference))
+    vec_env = VecMonitor(env) if monitored else env
+    model = MaskablePPO("MlpPolicy", vec_env, n_steps=40, batch_size=160, n_epochs=1, seed=0)
+    model.set_logger(configure(str(tmp_path), ["tensorboard"]))
+    model.learn(160, callback=TrainingLog())
+    model.logger.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    told = {tag: events.Scalars(f"agent/{tag}")[0].value for tag in ("episodes", "length", "return", "quality")}
+
+    assert told["episodes"] >= 8, "of 40 decisions each run takes 20 at most"
+    assert 1 <= told["length"] <= 20
+    cost = [events.Scalars(f"agent/{tag}_over_reference")[0].value for tag in ("energy", "time")]
+    assert told["return"] == pytest.approx(0.6 * told["quality"] - 0.3 * cost[0] - 0.1 * cost[1], abs=1e-5)
 
 
 def test_preferences_split_the_outcome() -> None:

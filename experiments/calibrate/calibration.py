@@ -107,8 +107,7 @@ def load_calibrations(sources: str | Path | Sequence[str | Path] = SHIPPED) -> t
 
 def _files(source: str | Path) -> list[Traversable]:
     if str(source) == SHIPPED:
-        folder = files("trainpilot.experiments.calibrate").joinpath(SHIPPED)
-        inside = folder.iterdir() if folder.is_dir() else ()
+        inside = files("trainpilot.llm_runtime.simulator.shipped").iterdir()
         return sorted((file for file in inside if file.name.endswith(".json")), key=lambda file: file.name)
     path = Path(source)
     return [path / FILE_NAME if path.is_dir() else path]

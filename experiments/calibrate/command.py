@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
+import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -192,9 +192,20 @@ def _fit(prepared: Prepared, files: dict[str, RunFile], options: CalibrateOption
         cost=_cost(list(files.values()), time.monotonic() - start),
         device=prepared.table.device,
         versions=versions(),
-        command=" ".join(["trainpilot", *sys.argv[1:]]),
+        command=_command(options),
         date=datetime.now(UTC).date().isoformat(),
     )
+
+
+def _command(options: CalibrateOptions) -> str:
+    """Return the command that makes this calibration, whoever asked for it."""
+    words = ["trainpilot", "calibrate"]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
 
 
 def _cost(files: Sequence[RunFile], fit_time_s: float) -> CalibrationCost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from trainpilot.experiments.calibrate.plans import PLAN_RATES, Plan
 from trainpilot.experiments.options import Effort
 from trainpilot.llm_runtime.controls import Precision
 from trainpilot.llm_runtime.run_config import RunConfig
@@ -16,8 +17,12 @@ GRID_WARMUP = 0.1
 SCHEDULE_WARMUP = 0.02
 PRUNED_SHARE = 0.2
 """Share of the feed-forward channels that the pruning run loses at half its budget."""
-HELD_OUT_SCHEDULE: ScheduleName = "cosine"
+SCHEDULES: tuple[ScheduleName, ...] = ("cosine", "constant", "linear")
+HELD_OUT_SCHEDULES: tuple[tuple[ScheduleName, float], ...] = (("cosine", 1 / 3), ("linear", 2.0))
+"""Schedules with the factors on the learning rate at which they are never fitted."""
 HELD_OUT_WALK = 1
+RATE_DIGITS = 12
+"""Significant digits of a learning rate: without the last bits that a product leaves, 0.0003 is 0.0003."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +31,11 @@ class Amount:
 
     rates: tuple[float, ...]
     batches: tuple[float, ...]
+    held_out: tuple[tuple[float, float], ...]
+    """Rates and batches of the grid that are never fitted; each lies between fitted ones."""
     schedule_rates: tuple[float, ...]
     walk_rates: tuple[float, ...]
+    plans: tuple[Plan, ...]
     doubled_budget: bool
 
 
@@ -35,15 +43,19 @@ AMOUNTS: Mapping[Effort, Amount] = {
     "quick": Amount(
         rates=(1 / 30, 1 / 5, 3 / 2, 10.0),
         batches=(1 / 8, 2.0),
+        held_out=((1 / 5, 1 / 8), (3 / 2, 2.0)),
         schedule_rates=(1 / 3,),
         walk_rates=(1 / 10, 2 / 3),
+        plans=(),
         doubled_budget=False,
     ),
     "standard": Amount(
         rates=(1 / 30, 1 / 10, 1 / 3, 1.0, 10 / 3, 10.0),
         batches=(1 / 8, 1 / 2, 2.0),
+        held_out=((1 / 10, 1 / 2), (1 / 3, 1 / 2), (1.0, 1 / 8), (1.0, 2.0), (10 / 3, 1 / 2)),
         schedule_rates=(1 / 3, 2.0),
         walk_rates=(1 / 10, 2 / 3, 20 / 3),
+        plans=("ramp", "drop", "hot-tenth", "hot-twentieth"),
         doubled_budget=True,
     ),
 }
@@ -57,11 +69,13 @@ class Setting:
     """Name of its file."""
     config: RunConfig
     role: Role
-    """About a third of the runs are never fitted: the error is measured on them."""
+    """About a quarter of the runs are never fitted: the error is measured on them."""
     grid: bool = False
     """One of the grid of learning rates and batches, which differ in nothing else."""
     walk: int | None = None
     """Number of the random walk that its learning rate and batch take."""
+    plan: Plan | None = None
+    """The plan that its controls follow."""
     prune: bool = False
     """Whether channels are removed at half its budget."""
 
@@ -86,6 +100,7 @@ def design(
         _grid(base, amount),
         _schedules(base, amount),
         _walks(base, amount),
+        _planned(base, amount),
         _singles(base, amount, precisions, prunes),
     )
     return tuple(setting for group in groups for setting in group)
@@ -103,27 +118,27 @@ def _check_budget(base: RunConfig, largest: float) -> None:
 
 
 def _grid(base: RunConfig, amount: Amount) -> Iterator[Setting]:
-    """Yield every rate at every batch; of the inner rates every other point is held out, like a chessboard's."""
-    batches = tuple(dict.fromkeys(_scaled(base.batch_size, factor) for factor in amount.batches))
-    for row, rate in enumerate(amount.rates):
-        for column, batch in enumerate(batches):
+    """Yield every rate at every batch, once where small batches round to the same."""
+    batches: dict[int, float] = {}
+    for factor in amount.batches:
+        batches.setdefault(_scaled(base.batch_size, factor), factor)
+    for rate in amount.rates:
+        for batch, factor in batches.items():
             config = _wsd(base, rate, batch)
-            inner = 0 < row < len(amount.rates) - 1
-            role: Role = "held-out" if inner and (row + column) % 2 else "fit"
+            role: Role = "held-out" if (rate, factor) in amount.held_out else "fit"
             yield Setting(name=_name("wsd", config), config=config, role=role, grid=True)
 
 
 def _schedules(base: RunConfig, amount: Amount) -> Iterator[Setting]:
-    schedules: tuple[ScheduleName, ...] = ("cosine", "constant", "linear")
-    for schedule in schedules:
+    for schedule in SCHEDULES:
         for rate in amount.schedule_rates:
             config = replace(
                 base,
                 schedule=schedule,
-                base_learning_rate=base.base_learning_rate * rate,
+                base_learning_rate=_rate(base, rate),
                 warmup_tokens=int(SCHEDULE_WARMUP * base.tokens),
             )
-            role: Role = "held-out" if schedule == HELD_OUT_SCHEDULE else "fit"
+            role: Role = "held-out" if (schedule, rate) in HELD_OUT_SCHEDULES else "fit"
             yield Setting(name=_name(schedule, config), config=config, role=role)
 
 
@@ -132,6 +147,12 @@ def _walks(base: RunConfig, amount: Amount) -> Iterator[Setting]:
         config = _wsd(base, rate, base.batch_size)
         role: Role = "held-out" if number == HELD_OUT_WALK else "fit"
         yield Setting(name=_name(f"walk{number}", config), config=config, role=role, walk=number)
+
+
+def _planned(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+    for plan in amount.plans:
+        config = _wsd(base, PLAN_RATES[plan], base.batch_size)
+        yield Setting(name=_name(plan, config), config=config, role="fit", plan=plan)
 
 
 def _singles(base: RunConfig, amount: Amount, precisions: Sequence[Precision], prunes: bool) -> Iterator[Setting]:
@@ -145,17 +166,21 @@ def _singles(base: RunConfig, amount: Amount, precisions: Sequence[Precision], p
             yield Setting(name=_name(precision, config), config=config, role="fit")
     if amount.doubled_budget:
         longer = _wsd(replace(base, tokens=2 * base.tokens), 2 / 3, _scaled(base.batch_size, 0.5))
-        yield Setting(name=_name("double", longer), config=longer, role="held-out")
+        yield Setting(name=_name("double", longer), config=longer, role="fit")
 
 
 def _wsd(base: RunConfig, rate: float, batch_size: int) -> RunConfig:
     return replace(
         base,
         schedule="wsd",
-        base_learning_rate=base.base_learning_rate * rate,
+        base_learning_rate=_rate(base, rate),
         batch_size=batch_size,
         warmup_tokens=int(GRID_WARMUP * base.tokens),
     )
+
+
+def _rate(base: RunConfig, factor: float) -> float:
+    return float(f"{base.base_learning_rate * factor:.{RATE_DIGITS}g}")
 
 
 def _scaled(batch_size: int, factor: float) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS
 from trainpilot.envs.safety import LEARNING_RATE_SCALE_RANGE
 from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting
+from trainpilot.experiments.calibrate.plans import planned
 from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.energy import EnergyMeter, EnergySource
 from trainpilot.llm_runtime.files import write_json
@@ -62,7 +63,8 @@ class RunFile:
 
 def run_key(setting: Setting, content: str) -> str:
     """Return the digest of a run: of all that decides what it measures, and of its text and model by `content`."""
-    decisive = {"config": asdict(setting.config), "walk": setting.walk, "prune": setting.prune, "content": content}
+    steered = {name: getattr(setting, name) for name in ("walk", "plan", "prune")}
+    decisive = {"config": asdict(setting.config), **steered, "content": content}
     return blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -123,6 +125,8 @@ def pilot(setting: Setting, limits: ControlLimits) -> Callable[[int], Controls]:
         nonlocal controls
         if setting.walk is not None:
             controls = _wander(controls, limits, generator)
+        if setting.plan is not None:
+            controls = planned(setting.plan, decision, setting.config, limits)
         if setting.prune and decision >= setting.config.decisions // 2:
             controls = replace(controls, sparsity=PRUNED_SHARE)
         return controls

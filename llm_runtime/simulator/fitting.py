@@ -13,7 +13,16 @@ from scipy.optimize import OptimizeResult, least_squares
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import Cooldown, Schedule, neutral_factor
 from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
-from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, RATE_UNIT, Physics, PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.physics import (
+    NAMES,
+    NOT_FITTED,
+    PARAMETERS,
+    RATE_UNIT,
+    Physics,
+    PhysicsState,
+    advance,
+    loss,
+)
 from trainpilot.llm_runtime.simulator.records import Floats
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -21,6 +30,9 @@ LOSS_SCALE = 0.03
 """Nats/token by which a validation loss may be off before the fit minds: about the spread of seeds."""
 FINAL_WEIGHT = 3.0
 """The last loss of a run counts this much more than those on the way."""
+GOOD_WITHIN = 0.15
+"""Nats/token above the best run within which a run is a good one, and counts up to `GOOD_WEIGHT` more."""
+GOOD_WEIGHT = 2.0
 UPDATE_SCALE = 0.5
 """Logarithm by which a relative update may be off."""
 PRIOR_SCALE = 2.0
@@ -107,11 +119,12 @@ class _Problem:
         self.initial_loss = float(np.nanmean(self.validation[:, 0]))
         self.least_loss = float(np.nanmin(self.validation))
         self.seen[:, 0] = False  # the initial loss is no prediction
-        self.weights = np.where(_last(self.seen), FINAL_WEIGHT, 1.0)
+        self.weights = np.where(_last(self.seen), FINAL_WEIGHT, 1.0) * _importance(self.validation, self.seen)
         self.updates = _relative_updates(runs, self.runs)
         self.low = np.log([p.low for p in PARAMETERS.values()])
         self.high = np.log([p.high for p in PARAMETERS.values()])
         self.typical = np.log([p.typical for p in PARAMETERS.values()])
+        self.prior_scale = np.array([1e-2 if name in NOT_FITTED else PRIOR_SCALE for name in NAMES])
         self.weight_decay = runs[0].config.weight_decay
 
     def physics(self, x: Floats) -> Physics:
@@ -128,7 +141,7 @@ class _Problem:
         losses, updates = _simulate(self.physics(x), self.runs)
         off = ((losses - self.validation) * self.weights)[self.seen] / LOSS_SCALE
         off_updates = (updates - self.updates)[:, 5::4] / UPDATE_SCALE
-        prior = (x - self.typical) / PRIOR_SCALE
+        prior = (x - self.typical) / self.prior_scale
         return np.concatenate([off, off_updates[np.isfinite(off_updates)], prior])
 
     def fitted(self, result: OptimizeResult) -> FittedPhysics:
@@ -217,6 +230,13 @@ def _relative_updates(runs: Sequence[CalibrationRun], arrays: _Runs) -> Floats:
         known = [each.relative_update if each.relative_update else np.nan for each in run.telemetry]
         table[row, : len(known)] = np.log(known)
     return table
+
+
+def _importance(validation: Floats, seen: np.ndarray) -> Floats:
+    """Return weights of shape (n_runs, 1): what good settings reach must be right, as a policy has to tell them apart."""
+    final = np.array([row[known][-1] if known.any() else np.inf for row, known in zip(validation, seen, strict=True)])
+    weights: Floats = 1.0 + GOOD_WEIGHT * np.exp(-(final - final.min()) / GOOD_WITHIN)
+    return weights[:, None]
 
 
 def _last(seen: np.ndarray) -> np.ndarray:

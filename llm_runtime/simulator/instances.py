@@ -20,6 +20,10 @@ STEPS_PER_INTERVAL = 4
 """The largest batch leaves so many steps in an interval, as in live runs."""
 LEAST_SPREAD = 0.15
 """Standard deviation by which each parameter's logarithm is moved from where it was drawn between calibrations."""
+SCARS = (1e-3, 0.3)
+"""Range of the lasting damage of too large first steps, which calibrations do not determine."""
+RATE_SPAN = 5.0
+"""Best learning rates differ by up to this factor either way beyond what the calibrations say."""
 UPDATE_SPREAD = 0.25
 """The same for the relative size of an update: how well it tells the best learning rate on a model never met."""
 
@@ -115,10 +119,27 @@ def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedP
     for name, parameter in PARAMETERS.items():
         if name != "floor":
             values[name] = np.clip(values[name], parameter.low, parameter.high)
+    values["scar"] = _between(random, n, *SCARS)
     first = np.exp(share * initial[one] + (1 - share) * initial[other] + width / 2 * random.normal(size=n))
     values["floor"] = np.clip(values["floor"], 0.15 * first, 0.6 * first)
+    _rescale(values, np.exp(random.uniform(-1.0, 1.0, n) * np.log(RATE_SPAN)))
     values["update"] = values["update"] * np.exp(UPDATE_SPREAD * spread * random.normal(size=n))
     return Physics(values=values, initial_loss=first, weight_decay=np.full(n, 0.1))
+
+
+def _rescale(values: dict[str, Floats], factor: Floats) -> None:
+    """Give learning rates another unit: what was best at l is best at l / factor, and nothing else changes.
+
+    A policy cannot see it, as its observations are ratios; one learning rate for all models is no longer good.
+    """
+    values["rate"] *= factor
+    values["update"] *= factor
+    values["stall_rate"] /= factor
+    values["growth"] *= factor**2
+    values["scar"] *= factor**4
+    values["noise"] *= factor ** values["noise_power"]
+    values["slow_noise"] *= factor
+    values["shrinking"] *= factor
 
 
 def _meters(random: np.random.Generator, n: int, spread: float) -> Meters:

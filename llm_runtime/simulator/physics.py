@@ -15,6 +15,9 @@ What an AdamW step of learning rate l on B sequences does to it, and where each 
   every later step relatively smaller. That is the lasting damage of a learning rate that was too large.
 * *Stalling.* Near the edge of stability steps saturate, first in the slow modes: their rates fall by
   1 + (l / (l_stall W^v))^p B^-b u_i^-d. A model that starts too fast learns its letters and no syntax.
+* *Scars.* In its first steps a model is easily hurt: a step of rate l leaves a stall (l / 3 units)^4 B^-b behind that
+  never heals, however small later steps are. That is what warm-up is for. Designed runs hardly show it, as all of them
+  warm up; starts at ten times the best rate do, with a sharp threshold. So it is not fitted but drawn widely.
 * *Noise.* A floor that follows the learning rate at once, noise (l / W^n)^e, and a slow part that gathers in modes.
 
 The first two and the slow noise are science's (Zhang et al. 2019, Li et al. 2025); growth is that of scale-invariant
@@ -33,6 +36,8 @@ from trainpilot.llm_runtime.simulator.records import Floats, Ints
 
 RATE_UNIT = 1e-3
 """Learning rates inside the physics are in this unit."""
+SCAR_RATE = 3.0
+"""Rate, in rate units, at which a scar is measured."""
 MOMENTUM_NOISE = 0.0526
 """(1 - beta1) / (1 + beta1) at beta1 = 0.9: the share of a gradient's noise power that Adam's first moment keeps."""
 
@@ -59,6 +64,8 @@ PARAMETERS: Mapping[str, Parameter] = {
     "stall_batch": Parameter(1.2, 1e-3, 2.0, "b: how much a larger batch postpones it"),
     "stall_slow": Parameter(0.5, 0.003, 1.0, "d: how much earlier the slow modes stall"),
     "stall_growth": Parameter(0.3, 0.05, 3.0, "v: how much grown weights postpone it"),
+    "scar": Parameter(1e-6, 1e-8, 1.0, "lasting stall that an early step of one sequence leaves at three rate units"),
+    "youth": Parameter(20.0, 5.0, 100.0, "steps in which a model is that easily hurt"),
     "growth": Parameter(0.006, 1e-6, 1.0, "growth of the squared weights by a step of the rate unit"),
     "shrinking": Parameter(1.0, 0.05, 4.0, "shrinking by weight decay, over the nominal rate"),
     "growth_power": Parameter(2.0, 0.1, 3.0, "w: how much grown weights slow progress down"),
@@ -72,6 +79,8 @@ PARAMETERS: Mapping[str, Parameter] = {
 """Everything that differs between one model on one text and another."""
 
 NAMES = tuple(PARAMETERS)
+NOT_FITTED = ("scar", "youth")
+"""What the designed runs of a calibration do not tell."""
 RELATIVE_RATES = mode_rates()
 
 
@@ -122,6 +131,8 @@ class PhysicsState:
     """q_i, what has gathered of the slow noise; shape (n_runs, n_modes)."""
     growth: Floats
     """W^2, squared norm of the weights over that at the start."""
+    scar: Floats
+    """What early steps have left behind: added to the stall of every later step."""
     excess: Floats
     """The noise floor now, in nats/token."""
     steps: Floats
@@ -131,16 +142,15 @@ class PhysicsState:
     def fresh(cls, n_runs: int) -> PhysicsState:
         """Return the state before the first step."""
         modes = (n_runs, len(RELATIVE_RATES))
-        zeros = np.zeros(n_runs)
-        return cls(
-            signal=np.ones(modes), noise=np.zeros(modes), growth=np.ones(n_runs), excess=zeros, steps=zeros.copy()
-        )
+        nothing = {name: np.zeros(n_runs) for name in ("scar", "excess", "steps")}
+        return cls(signal=np.ones(modes), noise=np.zeros(modes), growth=np.ones(n_runs), **nothing)
 
     def restart(self, rows: Ints) -> None:
         """Put some runs back before their first step."""
         self.signal[rows] = 1.0
         self.noise[rows] = 0.0
         self.growth[rows] = 1.0
+        self.scar[rows] = 0.0
         self.excess[rows] = 0.0
         self.steps[rows] = 0.0
 
@@ -174,7 +184,10 @@ def advance(physics: Physics, state: PhysicsState, steps: Floats, learning_rate:
     effective = rate * state.growth ** (-v["growth_power"] / 2) / np.sqrt(power)
     path = 2.0 * v["rate"] * effective * steps
     stall = (rate * state.growth ** (-v["stall_growth"] / 2) / v["stall_rate"]) ** v["stall_power"]
-    stall *= batch ** -v["stall_batch"]
+    quiet = batch ** -v["stall_batch"]
+    stall *= quiet
+    state.scar += v["scar"] * (rate / SCAR_RATE) ** 4 * quiet * _young_steps(v["youth"], state.steps, steps)
+    stall += state.scar
     fading = stall[:, None] * physics.stall
     fading += 1.0
     np.divide(RELATIVE_RATES, fading, out=fading)
@@ -204,6 +217,12 @@ def _moments(physics: Physics, state: PhysicsState, batch: Floats) -> Moments:
     noise_power = physics.values["gradient_noise"] / batch
     momentum = (signal_power + MOMENTUM_NOISE * noise_power) / (signal_power + noise_power)
     return Moments(signal_power=signal_power, noise_power=noise_power, momentum_power=momentum)
+
+
+def _young_steps(youth: Floats, before: Floats, steps: Floats) -> Floats:
+    """Return how many of the next steps count as young: each one less than the last, youth in all."""
+    young: Floats = youth * np.exp(-before / youth) * -np.expm1(-steps / youth)
+    return young
 
 
 def _step_slow_noise(noise: Floats, path: Floats, injected: Floats) -> None:

@@ -1,11 +1,10 @@
-"""Watch an agent learn in the simulator: log its episodes, validate it now and then, remember its best weights."""
+"""Validate an agent now and then while it learns in the simulator, and remember its best weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from sb3_contrib import MaskablePPO
 
 from trainpilot.agents.bundle import PolicyBundle
@@ -13,28 +12,7 @@ from trainpilot.agents.hidden_inputs import without_inputs
 from trainpilot.agents.ppo import RememberedCallback, bundle_of
 from trainpilot.agents.simulator_scores import SimulatorScores
 from trainpilot.agents.tags import TAGS
-from trainpilot.agents.training_log import Episode, TrainingLog
-from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.llm_runtime.simulator.records import Bools
-
-
-class SimulatorLog(TrainingLog):
-    """The same log for simulated runs, which tell of themselves at their end only."""
-
-    def _on_step(self) -> bool:
-        """Take in the runs that have ended, and what was chosen in all of them."""
-        self._finished += [_episode(info) for info in self.locals["infos"] if info]
-        actions = np.asarray(self.locals["actions"]).astype(int)
-        for index, field in enumerate(ACTION_FIELDS):
-            self._counts[index] += np.bincount(actions[:, index], minlength=len(field.choices))
-        return True
-
-
-def _episode(info: Mapping[str, Any]) -> Episode:
-    episode = Episode()
-    episode.add(info["episode"]["r"], info)
-    episode.length = info["episode"]["l"]
-    return episode
 
 
 class Validation(RememberedCallback):
@@ -82,6 +60,7 @@ class Validation(RememberedCallback):
 
     def _on_training_end(self) -> None:
         self._validate()
+        self.logger.dump(self.model.num_timesteps)  # nobody else does, after the last update
 
     def _validate(self) -> None:
         assert isinstance(self.model, MaskablePPO)

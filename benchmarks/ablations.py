@@ -1,0 +1,205 @@
+"""Train policies without one thing each, and see what that costs: which parts of the design pull their weight?
+
+    python benchmarks/ablations.py [--decisions 4000000] [--seeds 2] [--jobs 2] [--variants full,no-probe]
+    python benchmarks/ablations.py --live [--cases test] [--from runs/baselines]
+
+Every variant is the simulator stage of the recipe, shorter and with one change. It is tested on simulated runs that no
+training has drawn from, and in a second physics that none has seen. The first takes half an hour or so on two cores;
+killed at any moment, the same command goes on. The second steers live test cases with the policies that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import write_result
+from _live_ablations import live
+from _simulated import TEST_INSTANCES, TEST_SEED, estimate, line, rounded, unseen_pool
+from _static_grid import StaticGrid
+from policy_in_simulator import Bed, multi_power_bed, simulator_bed, steered
+
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.simulator_stage import SimulatorStage, train_in_simulator
+from trainpilot.experiments.recipe import load_recipe
+from trainpilot.experiments.run_folder import claim_folder
+from trainpilot.experiments.simulator_agents import physics_of
+from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
+from trainpilot.llm_runtime.simulator.records import Floats, Ints
+from trainpilot.llm_runtime.threads import use_threads
+
+FULL = "full"
+VARIANTS: Mapping[str, str] = {
+    FULL: "the recipe as it stands",
+    "no-probe": "without what the curvature probe and the size of the last update tell",
+    "no-noise-scale": "without the gradient noise scale",
+    "no-stack": "the newest observation alone",
+    "no-randomisation": "one calibration as it was fitted, always the same physics",
+}
+HIDDEN: Mapping[str, tuple[str, ...]] = {
+    "no-probe": ("curvature", "relative_update"),
+    "no-noise-scale": ("noise_scale",),
+}
+POLICY = "policy.safetensors"
+
+
+def main() -> None:
+    """Train what is missing, test, and write `results/ablations.json` (or `ablations_live.json`)."""
+    options = _options()
+    wanted = options.variants.split(",")
+    if unknown := sorted(set(wanted) - set(VARIANTS)):
+        raise SystemExit(f"--variants must be among {', '.join(VARIANTS)}, got {unknown[0]!r}")
+    recipe = load_recipe(options.recipe, options.set).simulator
+    if recipe is None:
+        raise SystemExit(f"--recipe must have a simulator stage, got {options.recipe}, which has none")
+    stage = replace(recipe, ppo=replace(recipe.ppo, total_decisions=options.decisions))
+    seeds = range(stage.ppo.seed, stage.ppo.seed + options.seeds)
+    files = {name: [options.out / name / str(seed) / POLICY for seed in seeds] for name in wanted}
+    if options.live:
+        found = live(files, options.cases, options.out / "live", options.source, seeds=1, jobs=options.jobs)
+        print(write_result("ablations_live", {"variants": found}, torch.device("cpu")))
+        return
+    _train_all(stage, wanted, seeds, options)
+    result = _tested(files, options)
+    print(write_result("ablations", result, torch.device("cpu")))
+    print("\n" + table(result))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--set", action="append", default=[], help="key=value, as of train-agent")
+    parser.add_argument("--decisions", type=int, default=4_000_000)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--instances", type=int, default=TEST_INSTANCES)
+    parser.add_argument("--runs", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--jobs", type=int, default=1, help="policies trained side by side")
+    parser.add_argument("--live", action="store_true", help="steer live test cases with the trained policies")
+    parser.add_argument("--cases", default="test", help="cases of --live")
+    parser.add_argument("--from", dest="source", type=Path, default=Path("runs/baselines"))
+    return parser.parse_args()
+
+
+# Training -------------------------------------------------------------------------------------------------------
+
+
+def changed(stage: SimulatorStage, variant: str) -> SimulatorStage:
+    """Return the simulator stage of a variant; which calibrations it draws from, `calibrations_of` says."""
+    if variant in HIDDEN:
+        return replace(stage, hide=HIDDEN[variant])
+    if variant == "no-stack":
+        return replace(stage, stack=1)
+    if variant == "no-randomisation":
+        return replace(stage, widening=replace(stage.widening, spread=0.0))
+    return stage
+
+
+def calibrations_of(stage: SimulatorStage, variant: str) -> tuple[FittedPhysics, ...]:
+    """Return what a variant's instances are drawn around."""
+    found = physics_of(stage.calibrations)
+    return found[:1] if variant == "no-randomisation" else found
+
+
+def _train_all(stage: SimulatorStage, wanted: Sequence[str], seeds: range, options: argparse.Namespace) -> None:
+    tasks = [(changed(stage, name), name, seed, options.out / name) for seed in seeds for name in wanted]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as workers:
+        for _, name, seed, score in workers.map(_train, tasks):
+            print(f"{name}, seed {seed}: {score}", flush=True)
+
+
+def _train(task: tuple[SimulatorStage, str, int, Path]) -> tuple[Path, str, int, str]:
+    """Train one policy, unless it is there."""
+    stage, name, seed, folder = task
+    folder = folder / str(seed)
+    path = folder / POLICY
+    claim_folder(folder, "stage.json", {"variant": name, **asdict(replace(stage, seeds=1))})
+    if path.is_file():
+        return path, name, seed, "is there"
+    use_threads(1)
+    agent = train_in_simulator(stage, seed, calibrations_of(stage, name), folder)
+    provenance = {
+        "variant": name,
+        "decisions": stage.decisions,
+        "base_schedule": asdict(stage.base_schedule),
+        "simulator": asdict(stage),
+        "scores": dict(agent.scores),
+        "training_cost": {key: value if np.isfinite(value) else None for key, value in agent.cost.items()},
+    }
+    PolicyBundle(agent.bundle.weights, provenance).save(path)
+    return path, name, seed, f"multiplier {agent.scores['multiplier']:.3f} on validation runs"
+
+
+# Testing --------------------------------------------------------------------------------------------------------
+
+
+def _tested(files: Mapping[str, Sequence[Path]], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of every variant, all its seeds taken together, beside those of the full one."""
+    use_threads(1)
+    pool = unseen_pool(options.instances)
+    bundles = {name: [PolicyBundle.load(path) for path in paths] for name, paths in files.items()}
+    base = next(iter(bundles.values()))[0].base_schedule
+    assert base is not None  # every policy that is trained here has one
+    beds = {
+        "simulator": simulator_bed(pool, StaticGrid.search(pool.instances), base, options.runs),
+        "multi_power_law": multi_power_bed(options.runs),
+    }
+    result: dict[str, Any] = {
+        "training": {"decisions": options.decisions, "seeds": options.seeds, "recipe": options.recipe},
+        "runs": {"n": options.runs, "instances": options.instances, "seed": TEST_SEED},
+        "variants": {name: {"about": VARIANTS[name]} for name in files},
+    }
+    for physics, bed in beds.items():
+        found = {name: np.stack([_multipliers(bed, one) for one in each]) for name, each in bundles.items()}
+        for name, multiplier in found.items():
+            result["variants"][name][physics] = _figures(bed, multiplier, found.get(FULL))
+            print(f"{physics:16}", line(name, result["variants"][name][physics]), flush=True)
+    return result
+
+
+def _multipliers(bed: Bed, bundle: PolicyBundle) -> Floats:
+    outcome = steered(bed, bundle)
+    return bed.multiplier(outcome.loss, outcome.used)
+
+
+def _figures(bed: Bed, multiplier: Floats, full: Floats | None) -> dict[str, Any]:
+    """Return a variant's figures; `multiplier` has shape (seeds, n_runs)."""
+    told = bed.tell(multiplier)
+    told["median_by_seed"] = [rounded(float(np.median(each))) for each in multiplier]
+    if full is not None and full is not multiplier:
+        told["over_full"] = _over(multiplier, full, bed.group)
+    return told
+
+
+def _over(multiplier: Floats, full: Floats, group: Ints) -> dict[str, Any]:
+    """Return the median ratio to the full policy on the same runs: a mean over seeds first, as each is one draw."""
+    with np.errstate(divide="ignore"):
+        logs = [np.log(np.maximum(each, 1e-3)).mean(axis=0) for each in (multiplier, full)]
+    return estimate(np.exp(logs[0] - logs[1]), group)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return the figures as a Markdown table."""
+    rows = ["| Variant | Simulator | 10th percentile | Over full | Multi-Power Law | Over full |", "|---" * 6 + "|"]
+    for name, told in result["variants"].items():
+        sim, law = told["simulator"], told["multi_power_law"]
+        cells = [_cell(sim["median"]), f"{sim['p10']['value']:.2f}", _cell(sim.get("over_full"))]
+        cells += [_cell(law["median"]), _cell(law.get("over_full"))]
+        rows.append(f"| {name}: {told['about']} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _cell(told: Mapping[str, float] | None) -> str:
+    return "" if told is None else f"{told['value']:.2f} [{told['low']:.2f}, {told['high']:.2f}]"
+
+
+if __name__ == "__main__":
+    main()
