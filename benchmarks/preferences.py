@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--policy", default="default", help="a bundle's file, or the name of one that is shipped")
     parser.add_argument("--instances", type=int, default=TEST_INSTANCES)
     parser.add_argument("--runs", type=int, default=1024)
+    parser.add_argument("--costs", nargs="+", default=COSTS, choices=COSTS, help="of --live; on a CPU one serves both")
     parser.add_argument("--live", action="store_true", help="steer live test cases instead of simulated runs")
     parser.add_argument("--out", type=Path, default=Path("runs/preferences"))
     parser.add_argument("--from", dest="source", type=Path, default=Path("runs/baselines"))
@@ -60,7 +61,7 @@ def main() -> None:
     path = policy_path(options.policy)
     policy = {"name": options.policy, "digest": policy_digest(path)}
     if options.live:
-        asked = [preference(cost, weight) for cost in COSTS for weight in WEIGHTS]
+        asked = [preference(cost, weight) for cost in options.costs for weight in WEIGHTS]
         found = live(options.policy, asked, options.out, options.source, seeds=options.seeds, jobs=options.jobs)
         print(write_result("preferences_live", {"policy": policy, **found}, torch.device("cpu")))
         return
