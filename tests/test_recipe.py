@@ -31,20 +31,26 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert recipe.reference_cases() == recipe.live_cases()
 
 
-def test_the_default_recipe_has_a_simulator_stage_and_live_cases_on_its_base_schedule() -> None:
+def test_the_default_recipe_is_a_simulator_stage_alone() -> None:
     recipe = load_recipe("default")
     assert recipe.simulator is not None
-    assert recipe.simulator.ppo.total_decisions == 8_000_000
+    assert recipe.simulator.ppo.total_decisions == 10_000_000
+    assert recipe.simulator.widening.spread == 1.0
+    assert recipe.ppo.total_decisions == 0
     assert list(recipe.simulator.agents) == [0, 1]
+    assert recipe.live_cases() == ()
+
+
+def test_a_live_stage_of_the_default_recipe_has_its_cases_and_its_base_schedule() -> None:
+    recipe = load_recipe("default", ["ppo.total_decisions=2000"])
     cases = recipe.live_cases()
     assert [case.base_learning_rate for case in cases] == [c.config.base_learning_rate for c in load_cases("train")]
     assert {(case.schedule, case.warmup_tokens, case.decisions) for case in cases} == {("wsd", 16_384, 50)}
     assert {case.base_learning_rate for case in recipe.reference_cases()} == {3e-3}
 
 
-def test_the_live_stage_can_be_left_out() -> None:
-    recipe = load_recipe("default", ["ppo.total_decisions=0", "simulator.hide=[curvature]", "simulator.seeds=3"])
-    assert recipe.live_cases() == ()
+def test_changes_reach_the_simulator_stage() -> None:
+    recipe = load_recipe("default", ["simulator.hide=[curvature]", "simulator.seeds=3"])
     assert recipe.simulator is not None
     assert recipe.simulator.hide == ("curvature",)
     assert list(recipe.simulator.agents) == [0, 1, 2]

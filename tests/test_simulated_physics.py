@@ -22,8 +22,8 @@ from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
 RATES = np.geomspace(1e-4, 1e-1, 13)
 WSD = ScheduleTable.of("wsd", 0.1, 50).mean
-PLAIN = {"gradient_noise": 0.0, "stall_rate": 1e9, "growth": 0.0}
-"""No noise in the gradients, no stalling, no growth: modes only."""
+PLAIN = {"gradient_noise": 0.0, "stall_rate": 1e9, "scar": 0.0, "growth": 0.0}
+"""No noise in the gradients, no stalling, no scars, no growth: modes only."""
 
 
 def made(n_runs: int = 1, /, *, weight_decay: float = 0.0, **changes: float) -> Physics:
@@ -109,6 +109,28 @@ def test_a_larger_batch_and_grown_weights_postpone_stalling() -> None:
     assert grown.signal[0, 0] == pytest.approx(np.exp(-0.2 * 8 / 9), abs=1e-9)
 
 
+def test_scars_come_from_young_steps_only_which_are_youth_in_all() -> None:
+    physics = made(**{**PLAIN, "scar": 0.01, "youth": 20.0, "stall_batch": 0.5})
+    state = stepped(physics, steps=20, rate=3e-3)
+    # 20 x (1 - 1/e) young steps of 0.01
+    assert state.scar[0] == pytest.approx(0.1264241, abs=1e-7)
+
+    advance(physics, state, one(1e6), one(3e-3), one(1))
+    assert state.scar[0] == pytest.approx(0.2)
+    advance(physics, state, one(1e6), one(3e-2), one(1))
+    assert state.scar[0] == pytest.approx(0.2), "a grown model is not hurt, and does not heal"
+    # all of youth in one go, at twice the rate and on four sequences: 0.2 x 2^4 x 4^-0.5
+    assert stepped(physics, steps=1e6, rate=6e-3, batch=4).scar[0] == pytest.approx(1.6)
+
+
+def test_a_scar_stalls_later_steps_as_a_large_rate_does() -> None:
+    physics, state = made(rate=0.01, stall_slow=0.0, **PLAIN), PhysicsState.fresh(1)
+    state.scar[:] = 3.0
+    advance(physics, state, one(10), one(2e-3), one(1))
+
+    assert state.signal[0] == pytest.approx(np.exp(-0.1 * RELATIVE_RATES), abs=1e-9)  # a quarter of 0.4
+
+
 def test_without_weight_decay_the_squared_weights_grow_by_the_same_at_every_step() -> None:
     physics = made(**{**PLAIN, "growth": 0.01})
 
@@ -187,7 +209,7 @@ def test_putting_and_taking_rows_move_everything_of_a_run() -> None:
 
 
 def test_halving_an_interval_changes_nothing_while_gradients_and_weights_stay() -> None:
-    physics = made(gradient_noise=5.0, gradient_power=0.0, growth=0.0, slow_noise=1.0)
+    physics = made(gradient_noise=5.0, gradient_power=0.0, scar=0.0, growth=0.0, slow_noise=1.0)
     whole = stepped(physics, steps=40, rate=3e-3, batch=8)
     halves = stepped(physics, steps=20, rate=3e-3, batch=8)
     advance(physics, halves, one(20), one(3e-3), one(8))
@@ -230,6 +252,17 @@ def test_a_spell_at_a_far_too_large_rate_does_damage_that_lasts(model: Callable[
     spell[6:9] *= 10
 
     assert trained(model(1), best, spell)[-1] > trained(model(1), best)[-1] + 0.05
+
+
+def test_a_hot_first_stretch_leaves_a_lasting_loss_and_a_later_one_no_scar() -> None:
+    def cost_of_scars(hot: int) -> Floats:
+        factors = np.full(50, 0.1)
+        factors[hot] = 10.0
+        hurt, spared = (trained(made(scar=scar), 1e-3, factors) for scar in (1e-2, 0.0))
+        return (hurt - spared)[:, 0]
+
+    assert (cost_of_scars(0)[1:] > 0.05).all()
+    assert np.abs(cost_of_scars(30)).max() < 1e-3
 
 
 @pytest.mark.parametrize("model", MODELS)

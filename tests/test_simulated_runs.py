@@ -324,20 +324,36 @@ def test_a_run_that_cools_down_ends_early_and_at_a_low_rate() -> None:
 # References -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("column", "share", "margin"), [(0, 0.25, 0.03), (1, 0.5, 0.02), (2, 1.0, 0.005)])
-def test_no_setting_of_a_finer_grid_is_much_better_than_the_reference(column: int, share: float, margin: float) -> None:
+SHARES = [(0, 0.25), (1, 0.5), (2, 1.0)]
+
+
+def missed(column: int, share: float, batches: Sequence[Floats]) -> Floats:
+    """Return by how much the references are worse than the best of a finer grid of rates at some batches."""
     instances, table = POOL.instances, ScheduleTable.of("wsd", 0.1, 50)
-    low, high = instances.batch_limits(50)
     best = np.full(len(instances), np.inf)
-    for power in range(9):
-        batch = np.minimum(low * 2.0**power, high)
+    for batch in batches:
         for rate in np.geomspace(1e-4, 0.1, 20):
             at_batch = rate * np.sqrt(batch / instances.start_batch)
             best = np.minimum(best, static_losses(instances, at_batch, batch, table, share))
+    return POOL.references.losses[:, column] - best
 
-    missed = POOL.references.losses[:, column] - best  # at a quarter and a half the batch is not tuned again
-    assert missed.max() < margin
-    assert np.median(missed) < 0.005
+
+@pytest.mark.parametrize(("column", "share"), SHARES)
+def test_no_rate_of_a_finer_grid_is_much_better_at_the_reference_s_batch(column: int, share: float) -> None:
+    assert missed(column, share, [POOL.references.batch.astype(np.float64)]).max() < 0.02
+
+
+@pytest.mark.parametrize(("column", "share"), SHARES)
+def test_no_setting_of_a_finer_grid_is_much_better_than_the_reference(column: int, share: float) -> None:
+    low, high = POOL.instances.batch_limits(50)
+    found = missed(column, share, [np.minimum(low * 2.0**power, high) for power in range(9)])
+
+    # At a quarter and a half the rate alone is tuned again: where a smaller batch is better there, that is missed.
+    # A quarter of the budget can miss 0.1 nats in an instance in which large first steps do most damage.
+    margin = 0.005 if share == 1.0 else 0.05
+    assert (found < margin).mean() >= (0.95 if share == 0.25 else 1.0)
+    assert found.max() < 0.12
+    assert np.median(found) < 0.005
 
 
 def test_the_reference_is_what_a_run_at_its_setting_reaches() -> None:
@@ -422,7 +438,8 @@ def test_one_run_is_its_row_among_many_that_were_begun() -> None:
 def test_its_limits_say_why_a_precision_is_masked() -> None:
     masked = [SimulatedRun(0, row, POOL).limits().masked_precisions for row in range(12)]
 
-    assert {} not in masked
+    assert {} in masked, "a machine on which every precision pays"
+    assert {"tf32", "bf16", "fp16"} in [set(each) for each in masked], "one on which none does"
     assert all("fp32" not in each for each in masked)
     assert {reason for each in masked for reason in each.values()} == {MASKED}
     assert len({tuple(each) for each in masked}) > 1

@@ -233,7 +233,7 @@ def _relative_updates(runs: Sequence[CalibrationRun], arrays: _Runs) -> Floats:
 
 
 def _importance(validation: Floats, seen: np.ndarray) -> Floats:
-    """Return weights of shape (n_runs, 1): what good settings reach must be right, as a policy has to tell them apart."""
+    """Return weights of shape (n_runs, 1): good settings count more, as a policy has to tell them apart."""
     final = np.array([row[known][-1] if known.any() else np.inf for row, known in zip(validation, seen, strict=True)])
     weights: Floats = 1.0 + GOOD_WEIGHT * np.exp(-(final - final.min()) / GOOD_WITHIN)
     return weights[:, None]
