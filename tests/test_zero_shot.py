@@ -48,7 +48,7 @@ def test_the_methods_are_every_start_under_every_preference(benchmark: ModuleTyp
     names = benchmark.names("default")
 
     assert names[:4] == ["cosine", "tuned", "policy:default", "open-loop:default"]
-    assert "policy:default@quality=0.6+energy=0.2+time=0.2@start=0.333" in names
+    assert "policy:default@quality=0.4+energy=0.3+time=0.3@start=0.333" in names
     assert len(names) == len(set(names)) == 4 + 2 * 5
 
 
