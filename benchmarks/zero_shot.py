@@ -40,8 +40,8 @@ SPARING = "quality=0.4+energy=0.3+time=0.3"
 PREFERENCES = {"tokens": "quality=1", "time_s": SPARING, "energy_j": SPARING}
 """What the policy is asked for, by the axis that it is judged on. On a CPU joules follow seconds: one run serves both.
 
-A multiplier in seconds is highest where quality over time is, which a weighted sum only finds with less weight on quality
-than on what it costs. Policies are trained with at least a half, so that this one extrapolates."""
+A multiplier in seconds is highest where quality over time is, which a weighted sum only finds with less weight on
+quality than on what it costs. Policies are trained with at least a half, so that this one extrapolates."""
 WANTED = (
     ("median over all starts, against the untuned default", "untuned", "all", 1.3, "target"),
     ("median over all starts, against the tuned static", "tuned", "all", 0.97, "target"),
