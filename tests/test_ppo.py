@@ -54,6 +54,7 @@ def test_bundle_gives_the_agents_own_greedy_actions() -> None:
         assert bundle.act(observation, masks) == tuple(expected)
 
 
+@pytest.mark.slow
 def test_ppo_learns_the_best_learning_rate_of_a_toy(tmp_path: Path) -> None:
     config = PPOConfig(total_decisions=12_000, n_steps=200, batch_size=200, n_epochs=8, learning_rate=2e-3, seed=1)
     model, cost = train(toy_env(), config, tmp_path)

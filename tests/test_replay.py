@@ -158,12 +158,13 @@ def test_a_steered_run_says_which_policy_under_which_schedule(
     assert "policy_digest was" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "bundle"])
 def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     zigzag_bundle(workplace / "policy.safetensors")
     chosen = "none" if policy == "none" else str(workplace / "policy.safetensors")
     more = ("--policy", chosen, "--pruning", "magnitude")
-    size = {"tokens": 163_840, "decisions": 40}
+    size = {"tokens": 102_400, "decisions": 40}
     whole = run(command(workplace, "whole", *more, **size))
     assert whole.returncode == 0, whole.stderr
     process = subprocess.Popen([sys.executable, "-c", EAGER, *command(workplace, "cut", *more, **size)[3:]])

@@ -335,7 +335,8 @@ def missed(column: int, share: float, batches: Sequence[Floats]) -> Floats:
         for rate in np.geomspace(1e-4, 0.1, 20):
             at_batch = rate * np.sqrt(batch / instances.start_batch)
             best = np.minimum(best, static_losses(instances, at_batch, batch, table, share))
-    return POOL.references.losses[:, column] - best
+    worse: Floats = POOL.references.losses[:, column] - best
+    return worse
 
 
 @pytest.mark.parametrize(("column", "share"), SHARES)

@@ -76,6 +76,7 @@ def test_targets_say_what_was_reached(benchmark: ModuleType) -> None:
 def test_a_sweep_paid_for_counts_only_at_a_loss_near_the_tuned_statics(benchmark: ModuleType) -> None:
     def sweep(worth: float) -> dict[str, Any]:
         found = figures(benchmark, planted(benchmark, {"1": worth}, n_trials=20))
+        goal: dict[str, Any]
         [goal] = [one for one in found["targets"] if one["axis"] == "tokens" and one.get("at_least") == 10.0]
         return goal
 
