@@ -46,13 +46,20 @@ class Controller:
 
     def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the controls of the next interval; `telemetry` is the last interval's, `None` before the first."""
+        self.see(telemetry)
+        self.decision = self.state.decide(self.wish())
+        return self.decision.controls
+
+    def see(self, telemetry: Telemetry | None) -> None:
+        """Take in the last interval, and keep for the record what the next decision sees."""
         if telemetry is not None:
             self.state.observe(telemetry)
         self._observation = self.state.fields()
         self._reasons = self.state.mask_reasons()
-        action = self.policy(self.state.observation(), self.state.action_masks())
-        self.decision = self.state.decide(action)
-        return self.decision.controls
+
+    def wish(self) -> Action:
+        """Return what the policy asks for now."""
+        return self.policy(self.state.observation(), self.state.action_masks())
 
     def record(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> DecisionRecord:
         """Return the record of the last decision and the interval that followed it."""
@@ -63,9 +70,14 @@ class Controller:
     def resume(self, records: list[DecisionRecord]) -> Telemetry | None:
         """Take in the decisions and telemetry of an interrupted run; return the last telemetry, for `decide`."""
         for record in records[:-1]:
-            self.state.decide(record.requested)
+            self.repeat(record)
             self.state.observe(record.telemetry)
         if not records:
             return None
-        self.state.decide(records[-1].requested)
+        self.repeat(records[-1])
         return records[-1].telemetry
+
+    def repeat(self, record: DecisionRecord) -> None:
+        """Decide what was decided then, held controls included."""
+        self.state.decide(record.allowed)
+        self.state.hold(record.telemetry.requested)

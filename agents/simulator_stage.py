@@ -63,7 +63,9 @@ class SimulatorStage:
     instances: int = 2048
     """Instances that runs are drawn from."""
     seeds: int = 2
-    """How many agents are trained; the best on the validation runs is kept. They count up from `ppo.seed`."""
+    """How many agents are trained. They count up from `ppo.seed`."""
+    keep: int | None = None
+    """Seed of the agent that is kept; by default the best on the validation runs."""
     calibrations: str | tuple[str, ...] = "shipped"
     """What instances are drawn around: `shipped`, or files that `trainpilot calibrate` wrote."""
     widening: Widening = field(default_factory=Widening)
@@ -101,6 +103,8 @@ class SimulatorStage:
             raise ValueError(f"simulator.least_quality must be in [0, 1], got {self.least_quality}")
         if self.validation.seed in self.agents:
             raise ValueError(f"validation.seed must be none of the agents' own seeds, got {self.validation.seed}")
+        if self.keep is not None and self.keep not in self.agents:
+            raise ValueError(f"simulator.keep must be the seed of an agent, {list(self.agents)}, got {self.keep}")
         if self.utility not in UTILITIES:
             raise ValueError(f"simulator.utility must be one of {', '.join(UTILITIES)}, got {self.utility!r}")
         seen_inputs(self.hide, self.stack)

@@ -120,6 +120,7 @@ def zero_shot(runs: Runs, policy: str) -> dict[str, Any]:
         "axes": axes,
         "others": {name: _all_axes(found) for name, found in judged.items() if name not in known},
         "closed_against_open": _closed_against_open(judged, policy),
+        "second_look": _second_look(runs, policy),
     }
 
 
@@ -240,6 +241,23 @@ def _closed_against_open(judged: Mapping[str, OnCases], policy: str) -> dict[str
         "open_better": sum(other < one for one, other in middles),
         "nats_saved_by_case": [_rounded(other - one) if max(one, other) < math.inf else None for one, other in middles],
         "tuned": {name: told(one.multiplier("tuned", "tokens")) for name, one in (("closed", closed), ("open", blind))},
+    }
+
+
+def _second_look(runs: Runs, policy: str) -> dict[str, Any]:
+    """Return by how much the policy ends below the tuned static, on validation text and on text nobody looks at."""
+    gains: dict[str, list[float]] = {"final_validation_loss": [], "final_test_loss": []}
+    for case in runs.comparison.cases:
+        tuned = {run.seed: run.result for run in runs.of(case.name, TUNED) if run.row.budget == 1}
+        for start in STARTS:
+            for run in runs.of(case.name, started_name(policy, "tokens", start)):
+                for split, found in gains.items():
+                    mine, theirs = getattr(run.result, split), getattr(tuned[run.seed], split)
+                    if mine is not None and theirs is not None:
+                        found.append(theirs - mine)
+    return {
+        "axis": "tokens",
+        "median_nats_below_tuned": {k: _rounded(median(v)) if v else None for k, v in gains.items()},
     }
 
 

@@ -95,10 +95,14 @@ class DecisionStates:
         """
         self.last_action = allow_batch(actions, self.action_masks())
         controls = decode_batch(self.last_action, self.controls)
+        self.hold(controls)
+        return controls
+
+    def hold(self, controls: ControlBatch) -> None:
+        """Bring `controls` into force, whatever was decided."""
         self.precision_switches = self.precision_switches + (controls.precision != self.controls.precision)
         self.controls = controls
         self._masks = None
-        return controls
 
     def _view(self) -> RunView:
         return RunView(
@@ -167,13 +171,16 @@ class DecisionState:
 
     def mask_reasons(self) -> Reasons:
         """Return why each choice is masked now."""
-        situation = Situation(
+        return mask_reasons(self.situation())
+
+    def situation(self) -> Situation:
+        """Return what the safety layer looks at."""
+        return Situation(
             limits=self.limits,
             controls=self.controls,
             budget_used=self.telemetry[-1].budget_used if self.telemetry else 0.0,
             precision_switches=self.precision_switches,
         )
-        return mask_reasons(situation)
 
     def action_masks(self) -> np.ndarray:
         """Return which choices are allowed, bool of shape (sum of choices,), field after field."""
@@ -186,3 +193,8 @@ class DecisionState:
         allowed, refusals = allow(requested, self.mask_reasons())
         self._states.decide(np.array([allowed]))
         return Decision(requested, allowed, self.controls, refusals)
+
+    def hold(self, controls: Controls) -> None:
+        """Bring controls into force that no action leads to: those of a rollback, or of the base schedule."""
+        if controls != self.controls:
+            self._states.hold(ControlBatch.of([controls]))

@@ -12,6 +12,8 @@ WINDOW = 7
 """Intervals kept of what has a slow slope: the newest, and the six before."""
 SLOW = ("train_loss", "tokens")
 """Kept that long; of everything else, the newest interval and the one before."""
+PROBED = ("relative_update", "probe_linear", "probe_quadratic")
+"""Not measured in every interval: the latest that is known counts."""
 BEST = {
     "learning_rate": np.fmax,
     "tokens_per_s": np.fmax,
@@ -68,6 +70,9 @@ class RunHistory:
         """Take in the interval that has just ended, of every run."""
         self._note_validation(telemetry.validation_loss)
         self._before, self._newest = self._newest, _numbers(telemetry)
+        for name in PROBED:
+            now, before = self._newest[_INDEX[name]], self._before[_INDEX[name]]
+            now[:] = np.where(np.isnan(now), before, now)
         for name, better in BEST.items():
             now = self.newest(name)
             self._best[name] = better(self._best[name], np.where(now > 0, now, np.nan))

@@ -12,6 +12,8 @@ from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.agents.controller import Controller, keep
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.run_writer import RunWriter
+from trainpilot.agents.steering.guarded import GuardedController
+from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
 from trainpilot.envs.live_plant import live_reference
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.reference import Reference
@@ -20,9 +22,11 @@ from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_folder import RunFolder
 from trainpilot.experiments.summary import print_summary, summarise
+from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.files import whole_folder
 from trainpilot.llm_runtime.fingerprint import content_digest
 from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.plant import Snapshot
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
 from trainpilot.llm_runtime.threads import use_threads
@@ -50,11 +54,12 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
         print_summary(summary, console)
         return summary
     limits = run.limits() if bundle is not None else run.base_limits()
-    controller = Controller(bundle.act if bundle is not None else keep, limits, preference)
+    policy, bounds = (bundle.act, GuardrailSettings()) if bundle is not None else (keep, UNGUARDED)
+    controller = GuardedController(Controller(policy, limits, preference), Guardrails(bounds))
     reference = _reference(config, console) if options.reference else None
     steered = SteeredRun(run, controller, folder, reference)
     steered.train(console)
-    summary = summarise(run, steered.records, steered.initial_loss, reference, options) | used
+    summary = summarise(run, steered.records, steered.initial_loss, reference, options) | used | controller.summary()
     steered.finish(summary)
     print_summary(summary, console)
     return summary
@@ -74,7 +79,7 @@ class SteeredRun:
     """A live run, its controller, and the folder that everything is written to. Takes up an interrupted run."""
 
     def __init__(
-        self, run: LiveRun, controller: Controller, folder: RunFolder, reference: Reference | None = None
+        self, run: LiveRun, controller: GuardedController, folder: RunFolder, reference: Reference | None = None
     ) -> None:
         self.run = run
         self.controller = controller
@@ -82,6 +87,7 @@ class SteeredRun:
         self.meter = RewardMeter(reference) if reference is not None else None
         self.records: list[DecisionRecord] = []
         self.telemetry: Telemetry | None = None
+        self._kept: Snapshot | None = None
         self._resume()
         purge_step = self.telemetry.tokens if self.telemetry is not None else None
         self.writer = RunWriter(folder.path / "tb", purge_step=purge_step, earlier=self.records)
@@ -96,7 +102,8 @@ class SteeredRun:
         checkpoint, self.records = kept
         self.run.restore(checkpoint["snapshot"])
         self.initial_loss = float(checkpoint["initial_loss"])
-        self.telemetry = self.controller.resume(self.records)
+        self.controller.load_state_dict(checkpoint["controller"])
+        self.telemetry = self.records[-1].telemetry if self.records else None
         if self.meter is not None:
             for record in self.records:
                 self.meter.weigh(record.telemetry, record.telemetry.train_loss)
@@ -104,16 +111,34 @@ class SteeredRun:
     def train(self, console: Console) -> None:
         """Decide, train an interval, write it down; until the run has finished or diverged."""
         with progress_bar(console, self.run.config.model, 1.0) as advance:
-            while self.telemetry is None or not (self.telemetry.finished or self.telemetry.diverged):
+            while not self._over():
                 self.telemetry = self._interval(self.telemetry)
                 advance(self.telemetry.budget_used, _line(self.telemetry))
                 if self.folder.checkpoint_due():
                     content = {"snapshot": self.run.snapshot(), "initial_loss": self.initial_loss}
+                    content["controller"] = self.controller.state_dict()
                     self.folder.write_checkpoint(content, self.records)
 
+    def _over(self) -> bool:
+        """Return whether the run has ended: a run that diverged is taken back first, as often as may be."""
+        last = self.telemetry
+        if last is None or last.finished:
+            return last is not None
+        return last.diverged and (self._kept is None or self.controller.fallen_back is not None)
+
+    def _controls(self, last: Telemetry | None) -> Controls:
+        """Return what holds next, after taking the run back where it must be."""
+        decision = self.controller.decide(last)
+        if decision.roll_back and self._kept is not None:
+            self.run.restore(self._kept)
+            return self.controller.rolled_back()
+        if decision.snapshot:
+            self._kept = self.run.snapshot()
+            self.controller.snapshotted()
+        return decision.controls
+
     def _interval(self, last: Telemetry | None) -> Telemetry:
-        controls = self.controller.decide(last)
-        telemetry = self.run.advance(controls, 1 / self.run.config.decisions)
+        telemetry = self.run.advance(self._controls(last), 1 / self.run.config.decisions)
         loss = current_loss(self.run, telemetry)
         reward = self.meter.weigh(telemetry, loss) if self.meter is not None else None
         record = self.controller.record(telemetry, reward)

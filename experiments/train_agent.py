@@ -75,7 +75,8 @@ def simulator_stage(stage: SimulatorStage, options: TrainAgentOptions, console: 
     agents = train_agents(stage, folder, console)
     for agent in agents:
         console.print(_scores_line(agent), highlight=False, soft_wrap=True)
-    bundle = PolicyBundle(agents[0].bundle.weights, _simulator_provenance(options.recipe, stage, agents))
+    kept = next((agent for agent in agents if agent.seed == stage.keep), agents[0])
+    bundle = PolicyBundle(kept.bundle.weights, _simulator_provenance(options.recipe, stage, agents, kept))
     bundle.save(folder / POLICY)
     return PolicyBundle.load(folder / POLICY)
 
@@ -85,10 +86,11 @@ def _scores_line(agent: SimulatorAgent) -> str:
     return f"agent {agent.seed}: compute multiplier {median:.2f} (10th percentile {low:.2f}) on simulated runs not met"
 
 
-def _simulator_provenance(name: str, stage: SimulatorStage, agents: Sequence[SimulatorAgent]) -> dict[str, Any]:
+def _simulator_provenance(
+    name: str, stage: SimulatorStage, agents: Sequence[SimulatorAgent], kept: SimulatorAgent
+) -> dict[str, Any]:
     cost = total_cost(agent.cost for agent in agents)
-    best = agents[0]
-    spread = {"lowest_score": agents[-1].score, "highest_score": best.score}
+    spread = {"lowest_score": agents[-1].score, "highest_score": agents[0].score}
     each = [{"seed": agent.seed, "best_after": agent.decisions, **agent.scores} for agent in agents]
     return {
         **_common_provenance(name, stage.least_quality, stage.utility),
@@ -96,8 +98,8 @@ def _simulator_provenance(name: str, stage: SimulatorStage, agents: Sequence[Sim
         "base_schedule": asdict(stage.base_schedule),
         "training_cases": [],
         "simulator": asdict(stage),
-        "simulator_seed": best.seed,
-        "scores": {"simulator": {**_plain_scores(best.scores), **spread}},
+        "simulator_seed": kept.seed,
+        "scores": {"simulator": {**_plain_scores(kept.scores), **spread}},
         "simulator_agents": each,
         "training_cost": {**cost, "simulator": cost},
     }

@@ -183,6 +183,11 @@ class CpuEstimateMeter:
         self._start_s, self._cpu_start_s = clock(), cpu_clock()
 
     @property
+    def idle_w(self) -> float:
+        """Watts that it counts whatever happens; other processes on the same threads count them too."""
+        return self._idle_w
+
+    @property
     def description(self) -> str:
         """One line for people: the model and its constants."""
         model = f"{self._idle_w:.2f} W idle + {self._watts_per_busy_core:.2f} W per busy hardware thread"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime.controls import Controls
@@ -18,8 +19,7 @@ from trainpilot.llm_runtime.measure import (
     mean_finite,
 )
 from trainpilot.llm_runtime.probe import ProbeResult
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.trainer import StepRecord, Trainer
+from trainpilot.llm_runtime.trainer import StepRecord
 
 
 @dataclass
@@ -46,20 +46,26 @@ class Interval:
     moment_norms: list[torch.Tensor] = field(default_factory=list)
     probe: ProbeResult | None = None
 
-    def note_step(self, record: StepRecord, trainer: Trainer) -> None:
+    def note_step(self, record: StepRecord, optimizer: Optimizer) -> None:
         """Take in one optimiser step; now and then look at Adam's first moment, for the gradient noise scale."""
         self.steps.append(record)
         if len(self.steps) % MOMENT_EVERY == 0:
-            self.note_moment(trainer)
+            self.note_moment(optimizer)
 
-    def note_moment(self, trainer: Trainer) -> None:
+    def note_moment(self, optimizer: Optimizer) -> None:
         """Keep the present norm of Adam's first moment."""
-        norm = adam.first_moment_norm(trainer.optimizer)
+        norm = adam.first_moment_norm(optimizer)
         if norm is not None:
             self.moment_norms.append(norm)
 
-    def losses_and_gradients(self, config: RunConfig, batch_size: float) -> dict[str, Any]:
-        """Return the telemetry fields of loss, gradient and probe. Waits for the device."""
+    def losses_and_gradients(self, batch_size: float, *, gradient_clip: float, beta1: float) -> dict[str, Any]:
+        """Return the telemetry fields of loss, gradient and probe. Waits for the device.
+
+        Args:
+            batch_size: Mean sequences per step.
+            gradient_clip: Largest norm of the gradient; infinite where nobody clips.
+            beta1: Adam's first-moment decay.
+        """
         moments = torch.stack(self.moment_norms).tolist() if self.moment_norms else []
         losses = torch.stack([record.loss for record in self.steps]).tolist()
         norms = torch.stack([record.gradient_norm for record in self.steps]).tolist()
@@ -70,8 +76,8 @@ class Interval:
             "train_loss_max": statistics.maximum,
             "diverged": not statistics.finite,
             "gradient_norm": mean_finite(norms),
-            "clipped_share": sum(norm > config.gradient_clip for norm in norms) / len(norms),
-            "noise_scale": interval_noise_scale(norms, moments, config, batch_size),
+            "clipped_share": sum(norm > gradient_clip for norm in norms) / len(norms),
+            "noise_scale": interval_noise_scale(norms, moments, batch_size, gradient_clip=gradient_clip, beta1=beta1),
             "relative_update": self.probe.relative_update if self.probe else None,
             "probe_linear": self.probe.linear if self.probe else None,
             "probe_quadratic": self.probe.quadratic if self.probe else None,

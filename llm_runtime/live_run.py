@@ -22,6 +22,7 @@ from trainpilot.llm_runtime.measure import memory_share
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
 from trainpilot.llm_runtime.plant import ControlLimits, Snapshot
 from trainpilot.llm_runtime.precision import lacking, masked_precisions, synchronise
+from trainpilot.llm_runtime.probe_plan import probe_due, sequences_probed
 from trainpilot.llm_runtime.random_state import RandomState
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import Cooldown
@@ -31,8 +32,6 @@ from trainpilot.llm_runtime.tuning_free import averaged_weights
 
 TokenArray = NDArray[np.unsignedinteger[Any]]
 
-PROBE_SHARE = 0.005
-"""The curvature probe takes this share of an interval's sequences, at least one."""
 EVALUATION_SHARE = 0.02
 """An evaluation takes this share of the budget in tokens, within the two bounds below."""
 MIN_EVALUATION_TOKENS, MAX_EVALUATION_TOKENS = 8_192, 262_144
@@ -49,7 +48,7 @@ class LiveRun:
         config: What is trained, on what, and how it starts.
         meter: Energy meter; by default the best one that the device has.
         clock: Returns seconds; replaced in tests.
-        probe: Whether to probe the curvature once per interval.
+        probe: Whether to probe the curvature now and then (`probe_plan`).
 
     Raises:
         ValueError: the model, the text or a setting cannot be used; the message says what to do.
@@ -80,6 +79,8 @@ class LiveRun:
         self.sequences = 0
         self.decision = 0
         self.target_share = 0.0
+        self.sequences_probed = 0
+        """Sequences that the curvature probe of the last interval looked at; 0 where there was none."""
         self.validation_loss: float | None = None
         self._evaluation_s = 0.0
 
@@ -105,10 +106,6 @@ class LiveRun:
         """Sequences that one evaluation looks at."""
         wanted = min(max(EVALUATION_SHARE * self.config.tokens, MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
         return max(1, int(wanted) // self.config.sequence_length)
-
-    def probe_sequences(self, taken: int) -> int:
-        """Return the sequences that the probe of an interval of `taken` sequences looks at; 0 without a probe."""
-        return max(1, round(PROBE_SHARE * taken)) if self.probing else 0
 
     def limits(self) -> ControlLimits:
         """Return what may be asked of this run; the first call measures which precisions pay (cached per device)."""
@@ -163,7 +160,7 @@ class LiveRun:
     def _step(self, interval: Interval) -> None:
         batch_size = min(self.trainer.batch_size, self.end_sequences - self.sequences)
         learning_rate = self.learning_rate(interval.controls)
-        interval.note_step(self.trainer.step(self.stream.take(batch_size), learning_rate), self.trainer)
+        interval.note_step(self.trainer.step(self.stream.take(batch_size), learning_rate), self.trainer.optimizer)
         self.sequences += batch_size
 
     def learning_rate(self, controls: Controls) -> float:
@@ -185,20 +182,24 @@ class LiveRun:
             self.trainer.prune_towards(start, end, due / MASK_UPDATES)
 
     def _probe(self, interval: Interval) -> None:
-        if not self.probing:
+        self.sequences_probed = 0
+        begun_at = interval.start_sequences / self.config.n_sequences()
+        if not self.probing or not probe_due(self.decision, begun_at):
             return
+        self.sequences_probed = int(sequences_probed(self.sequences - interval.start_sequences))
         synchronise(self.device)  # or the steps still under way would count as the probe's time
         start = self.clock()
-        taken = self.sequences - interval.start_sequences
-        interval.probe = self.trainer.probe(self.stream.peek(self.probe_sequences(taken)))
+        interval.probe = self.trainer.probe(self.stream.peek(self.sequences_probed))
         interval.probe_s = self.clock() - start
 
     def _end(self, interval: Interval) -> Telemetry:
-        interval.note_moment(self.trainer)
+        interval.note_moment(self.trainer.optimizer)
         config, trainer = self.config, self.trainer
         taken = self.sequences - interval.start_sequences
         batch_size = taken / len(interval.steps)
-        learned = interval.losses_and_gradients(config, batch_size)  # waits for the device, so the clock comes after
+        learned = interval.losses_and_gradients(  # waits for the device, so the clock comes after
+            batch_size, gradient_clip=config.gradient_clip, beta1=config.beta1
+        )
         cost = interval.cost(self.clock(), self.meter.read())
         self.decision += 1
         evaluation_s, self._evaluation_s = self._evaluation_s, 0.0

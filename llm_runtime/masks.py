@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from trainpilot.llm_runtime.shards import laid_out_like, whole
+
 Criterion = Literal["magnitude", "evolution"]
 
 
@@ -65,8 +67,9 @@ class WeightMasks:
     sparsity is met. Until the first `observe` the weights at construction stand in for the mean.
 
     After every `optimizer.step()` call `apply`, then `observe`; call `prune_to` whenever sparsity shall grow.
-    Make the masks when the model is on the one device where it trains. `evolution` keeps one more copy of the
-    matrices, in float32 or wider.
+    Make the masks when the model is on the one device where it trains, or sharded over several (FSDP2): the masks
+    are sharded like their matrices, and `prune_to` gathers all scores in every process. `evolution` keeps one more
+    copy of the matrices, in float32 or wider.
 
     Attributes:
         criterion: How weights are ranked.
@@ -135,7 +138,7 @@ class WeightMasks:
     @torch.no_grad()
     def sparsity(self) -> float:
         """Return the share of prunable weights that are zero now, counted in the weights, in [0, 1]."""
-        alive = torch.stack([torch.count_nonzero(weight) for weight in self._weights]).sum()
+        alive = torch.stack([whole(torch.count_nonzero(weight)) for weight in self._weights]).sum()
         return 1 - int(alive) / self._total
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,27 +169,27 @@ class WeightMasks:
     def _scores(self) -> list[Tensor]:
         """Score each weight, small means unimportant, in the shapes of the matrices."""
         if self.criterion == "magnitude":
-            return [weight.abs() for weight in self._weights]
-        sizes = [mean.abs() for mean in self._mean]
+            return [whole(weight.detach()).abs() for weight in self._weights]
+        sizes = [whole(mean).abs() for mean in self._mean]
         # A matrix of equal entries has no spread: the clamp keeps its scores from 0 / 0.
         return [size / size.std().clamp_min(torch.finfo(size.dtype).tiny) for size in sizes]
 
     def _mask_smallest(self, wanted: int) -> None:
         """Grow the masks to the `wanted` lowest scores; masked weights score -inf and so come first."""
         scores = [
-            score.masked_fill(~mask, -torch.inf).flatten()
+            score.masked_fill(~whole(mask), -torch.inf).flatten()
             for score, mask in zip(self._scores(), self._masks, strict=True)
         ]
         chosen, threshold = _smallest(torch.cat(scores), wanted)
         parts = torch.split(chosen, [mask.numel() for mask in self._masks])
         for mask, part in zip(self._masks, parts, strict=True):
-            mask.logical_and_(~part.view_as(mask))
+            mask.logical_and_(laid_out_like(mask, ~part.view(mask.shape)))
         self._masked = self._count_masked()
         if self.criterion == "evolution":
             self.threshold_r = float(threshold)
 
     def _count_masked(self) -> int:
-        alive = torch.stack([torch.count_nonzero(mask) for mask in self._masks]).sum()
+        alive = torch.stack([whole(torch.count_nonzero(mask)) for mask in self._masks]).sum()
         return self._total - int(alive)
 
     def _check_state(self, state: dict[str, Any]) -> None:

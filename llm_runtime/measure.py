@@ -13,7 +13,6 @@ import torch
 
 from trainpilot.llm_runtime.energy import EnergyReading, EnergySource
 from trainpilot.llm_runtime.noise_scale import noise_scale_from_moments
-from trainpilot.llm_runtime.run_config import RunConfig
 
 MOMENT_EVERY = 10
 """Adam's first moment, whose memory is about ten steps, is looked at once in as many steps."""
@@ -60,15 +59,20 @@ def mean_finite(values: Sequence[float]) -> float:
 
 
 def interval_noise_scale(
-    gradient_norms: Sequence[float], moment_norms: Sequence[float], config: RunConfig, batch_size: float
+    gradient_norms: Sequence[float],
+    moment_norms: Sequence[float],
+    batch_size: float,
+    *,
+    gradient_clip: float,
+    beta1: float,
 ) -> float | None:
     """Return the gradient noise scale in sequences from the norms of gradients and of Adam's first moment."""
-    seen = [min(norm, config.gradient_clip) ** 2 for norm in gradient_norms if norm != math.inf]
+    seen = [min(norm, gradient_clip) ** 2 for norm in gradient_norms if norm != math.inf]
     moments = [norm**2 for norm in moment_norms]
     if not (seen and moments and math.isfinite(sum(seen) + sum(moments))):
         return None
     gradient, moment = sum(seen) / len(seen), sum(moments) / len(moments)
-    return noise_scale_from_moments(gradient, moment, config.beta1, batch_size)
+    return noise_scale_from_moments(gradient, moment, beta1, batch_size)
 
 
 def memory_share(device: torch.device) -> float | None:

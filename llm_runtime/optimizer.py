@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.schedules import neutral_factor as neutral_factor  # noqa: PLC0414, found here too
+from trainpilot.llm_runtime.shards import whole
 from trainpilot.llm_runtime.tuning_free import make_prodigy, make_schedule_free
 
 
@@ -38,7 +39,7 @@ def change_batch(optimizer: Optimizer, ratio: float) -> None:
     """
     if ratio == 1:
         return
-    assert isinstance(optimizer, AdamW), "the buffers of other optimisers mean other things"
+    assert isinstance(optimizer, Adam), "the buffers of other optimisers mean other things"
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         group["betas"] = (beta1, float(beta2**ratio))
@@ -88,7 +89,7 @@ def first_moment_norm(optimizer: Optimizer) -> torch.Tensor | None:
 
     `None` before the first step, and for other optimisers.
     """
-    if not isinstance(optimizer, AdamW):
+    if not isinstance(optimizer, Adam):
         return None
     moments: list[torch.Tensor] = []
     correction = 1.0
@@ -102,10 +103,9 @@ def first_moment_norm(optimizer: Optimizer) -> torch.Tensor | None:
 
 def norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the Euclidean norm of all tensors taken as one vector, a scalar on the device."""
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
-    return norm
+    return whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors)))))
 
 
-def _states(optimizer: AdamW, group: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+def _states(optimizer: Adam, group: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     """Return the buffers of a group's parameters that have been stepped."""
     return [optimizer.state[p] for p in group["params"] if optimizer.state.get(p)]

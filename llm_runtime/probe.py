@@ -44,7 +44,8 @@ def probe_curvature(updates: list[tuple[nn.Parameter, torch.Tensor]], loss: Call
         torch._foreach_add_(parameters, directions, alpha=-2.0)
         behind = loss()
     finally:
-        torch._foreach_copy_(parameters, saved)
+        for parameter, before in zip(parameters, saved, strict=True):  # shards have no _foreach_copy_
+            parameter.copy_(before)
     l_ahead, l_centre, l_behind = torch.stack([ahead, centre, behind]).double().tolist()
     return ProbeResult(
         linear=(l_ahead - l_behind) / 2,

@@ -54,7 +54,7 @@ def test_points_of_the_grid_that_are_held_out_lie_between_fitted_ones(
         assert between_rates or (0 < column < len(batches) - 1 and {grid[point] for point in beside} == {"fit"})
 
 
-@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 34, 8)])
+@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 40, 9)])
 def test_about_a_quarter_is_held_out(effort: Effort, n_runs: int, n_held_out: int) -> None:
     chosen = settings(effort)
 
@@ -63,20 +63,21 @@ def test_about_a_quarter_is_held_out(effort: Effort, n_runs: int, n_held_out: in
     assert len({setting.name for setting in chosen}) == n_runs
 
 
-def test_two_of_the_schedules_and_one_walk_are_held_out() -> None:
+def test_two_of_the_schedules_one_walk_and_one_ramp_are_held_out() -> None:
     held = [setting for setting in settings() if setting.role == "held-out" and not setting.grid]
 
     assert [(setting.config.schedule, setting.config.base_learning_rate, setting.walk) for setting in held] == [
         ("cosine", 1e-3, None),
         ("linear", 6e-3, None),
         ("wsd", 2e-3, 1),
+        ("wsd", 1.5e-3, None),
     ]
 
 
 def test_learning_rates_are_round_where_the_base_is() -> None:
     rates = {setting.config.base_learning_rate for setting in settings()}
 
-    assert rates == {1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 3.5e-3, 6e-3, 1e-2, 2e-2, 3e-2, 3.5e-2}
+    assert rates == {1e-4, 3e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 3.5e-3, 6e-3, 1e-2, 2e-2, 3e-2, 3.5e-2}
 
 
 def test_roles_do_not_depend_on_what_the_device_or_the_model_can_do() -> None:
@@ -126,6 +127,9 @@ def test_planned_batches_rise_from_an_eighth_or_drop_to_it() -> None:
 
     assert batches == {
         "ramp": [4, 2] + [1] * 13 + [2] * 15 + [4] * 10 + [8] * 10,
+        "middle-ramp": [4, 2] + [1] * 8 + [2] * 10 + [4] * 10 + [8] * 20,
+        "early-ramp": [4, 2] + [1] * 4 + [2] * 6 + [4] * 8 + [8] * 30,
+        "half-ramp": [4, 2] + [1] * 4 + [2] * 9 + [4] * 35,
         "drop": [8] * 20 + [4, 2] + [1] * 28,
         "hot-tenth": [4, 2] + [1] * 48,
         "hot-twentieth": [4, 2] + [1] * 48,

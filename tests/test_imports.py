@@ -19,8 +19,19 @@ FLOORS = ("llm_runtime", "envs", "agents", "experiments")
 NOT_PACKAGES = ("tests", "benchmarks")
 
 ONLY_IN = {
-    "torch": ("llm_runtime/", "agents/ppo", "agents/bundle", "agents/run_writer.py"),
-    "transformers": ("llm_runtime/",),
+    "torch": (
+        "llm_runtime/",
+        "agents/ppo",
+        "agents/bundle",
+        "agents/run_writer.py",
+        "agents/steering/",
+        "agents/integrations/",
+    ),
+    "transformers": ("llm_runtime/", "agents/integrations/huggingface"),
+    "lightning": ("agents/integrations/lightning",),
+    "accelerate": ("agents/integrations/",),
+    "peft": (),
+    "trl": (),
     "pynvml": ("llm_runtime/energy_nvml.py",),
     "gymnasium": ("envs/", "agents/"),
     "stable_baselines3": ("agents/",),
@@ -42,6 +53,7 @@ TORCH_FREE = (
     "llm_runtime/energy.py",
     "llm_runtime/files.py",
     "llm_runtime/schedules.py",
+    "llm_runtime/probe_plan.py",
     "llm_runtime/simulator/shipped/__init__.py",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("llm_runtime/simulator/[!_]*.py")),
     "envs/observation.py",
@@ -49,6 +61,10 @@ TORCH_FREE = (
     "envs/reward.py",
     "envs/simulated_training.py",
     "envs/vector_simulated.py",
+    "agents/steering/guardrails.py",
+    "agents/steering/contract.py",
+    "agents/steering/domain.py",
+    "agents/steering/guarded.py",
 )
 """Can be imported, read and tested without loading torch."""
 

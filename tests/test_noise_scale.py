@@ -13,7 +13,6 @@ from live_runs import advance, case, live_run
 from trainpilot.llm_runtime.measure import interval_noise_scale, loss_statistics, mean_finite
 from trainpilot.llm_runtime.noise_scale import noise_scale_from_moments
 from trainpilot.llm_runtime.optimizer import first_moment_norm
-from trainpilot.llm_runtime.run_config import RunConfig
 
 SIZE, STEPS = 1_000, 2_000
 
@@ -37,9 +36,8 @@ def simulate(noise_scale: float, batch_size: int, beta1: float) -> tuple[list[fl
 @pytest.mark.parametrize(("noise_scale", "batch_size"), [(4.0, 8), (32.0, 8), (160.0, 8), (500.0, 64)])
 def test_known_noise(noise_scale: float, batch_size: int, beta1: float) -> None:
     gradient_norms, moment_norms = simulate(noise_scale, batch_size, beta1)
-    config = RunConfig(beta1=beta1, gradient_clip=1e9)
 
-    estimate = interval_noise_scale(gradient_norms, moment_norms, config, batch_size)
+    estimate = interval_noise_scale(gradient_norms, moment_norms, batch_size, gradient_clip=1e9, beta1=beta1)
 
     assert estimate == pytest.approx(noise_scale, rel=0.1)
 
@@ -66,9 +64,12 @@ def test_no_meaning_is_none(moment: float, beta1: float) -> None:
 
 
 def test_gradients_are_taken_as_adam_saw_them() -> None:
-    config = RunConfig(gradient_clip=1.0)
-    clipped = interval_noise_scale([5.0, 0.5, 3.0], [0.4], config, batch_size=2)
-    assert clipped == interval_noise_scale([1.0, 0.5, 1.0], [0.4], config, batch_size=2)
+    clipped = interval_noise_scale([5.0, 0.5, 3.0], [0.4], 2, gradient_clip=1.0, beta1=0.9)
+    assert clipped == interval_noise_scale([1.0, 0.5, 1.0], [0.4], 2, gradient_clip=1.0, beta1=0.9)
+    free = interval_noise_scale([5.0, 0.5, 3.0], [0.4], 2, gradient_clip=math.inf, beta1=0.9)
+    assert free is not None
+    assert clipped is not None
+    assert free > clipped
 
 
 @pytest.mark.parametrize(
@@ -76,13 +77,12 @@ def test_gradients_are_taken_as_adam_saw_them() -> None:
     [([1.0], []), ([math.nan, 1.0], [0.5]), ([1.0], [math.nan]), ([1.0], [math.inf]), ([math.inf], [0.5])],
 )
 def test_unknown_is_none(gradients: list[float], moments: list[float]) -> None:
-    assert interval_noise_scale(gradients, moments, RunConfig(), batch_size=2) is None
+    assert interval_noise_scale(gradients, moments, 2, gradient_clip=1.0, beta1=0.9) is None
 
 
 def test_skipped_steps_do_not_count() -> None:
-    config = RunConfig(gradient_clip=10.0)
-    whole = interval_noise_scale([2.0, 2.0], [1.0], config, batch_size=2)
-    assert interval_noise_scale([2.0, math.inf, 2.0], [1.0], config, batch_size=2) == whole
+    whole = interval_noise_scale([2.0, 2.0], [1.0], 2, gradient_clip=10.0, beta1=0.9)
+    assert interval_noise_scale([2.0, math.inf, 2.0], [1.0], 2, gradient_clip=10.0, beta1=0.9) == whole
     assert mean_finite([2.0, math.inf, 4.0, math.nan]) == 3.0
     assert math.isnan(mean_finite([math.inf]))
 

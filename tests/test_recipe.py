@@ -37,7 +37,7 @@ def test_the_default_recipe_is_a_simulator_stage_alone() -> None:
     assert recipe.simulator.ppo.total_decisions == 10_000_000
     assert recipe.simulator.widening.spread == 1.0
     assert recipe.ppo.total_decisions == 0
-    assert list(recipe.simulator.agents) == [0, 1]
+    assert list(recipe.simulator.agents) == [0, 1, 2, 3]
     assert recipe.live_cases() == ()
 
 

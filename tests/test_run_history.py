@@ -40,6 +40,19 @@ def test_the_newest_and_the_one_before_are_kept_of_everything() -> None:
     assert np.isnan(history.newest("noise_scale")[0])
 
 
+def test_what_the_probe_told_holds_until_it_looks_again() -> None:
+    history = RunHistory(2)
+    told = []
+    for curvature in (None, 0.5, None, None, 0.7):
+        seen(history, {"probe_quadratic": curvature}, {"probe_quadratic": None})
+        told.append(history.newest("probe_quadratic").tolist())
+    assert [one for one, _ in told] == pytest.approx([np.nan, 0.5, 0.5, 0.5, 0.7], nan_ok=True)
+    assert np.isnan([other for _, other in told]).all()
+    history.reset(np.array([0]))
+    seen(history, {"probe_quadratic": None}, {"probe_quadratic": 0.1})
+    assert history.newest("probe_quadratic").tolist() == pytest.approx([np.nan, 0.1], nan_ok=True)  # a new run
+
+
 def test_the_oldest_is_six_intervals_back_or_the_first() -> None:
     history = RunHistory(1)
     oldest = []

@@ -13,8 +13,10 @@ import pytest
 from trainpilot.agents.controller import Controller, keep
 from trainpilot.agents.open_loop import OpenLoop, SchedulePoint
 from trainpilot.envs.preference import Preference
+from trainpilot.envs.run_history import PROBED
 from trainpilot.llm_runtime.controls import PRECISIONS, Controls
 from trainpilot.llm_runtime.plant import Plant
+from trainpilot.llm_runtime.probe_plan import probe_due
 from trainpilot.llm_runtime.schedules import SCHEDULES, Cooldown, Schedule, ScheduleName
 from trainpilot.llm_runtime.simulator.instances import draw_instances
 from trainpilot.llm_runtime.simulator.one_run import MASKED, SimulatedRun
@@ -71,11 +73,14 @@ def changed(controls: ControlBatch, row: int, **values: float) -> ControlBatch:
 def test_telemetry_is_a_live_run_s_with_everything_measured() -> None:
     runs = many()
     for controls in steering(runs.limits(), 50):
+        begun_at = runs.progress.position / runs.start.decisions
         telemetry = runs.advance(controls)
         for field in fields(TelemetryBatch):
             values = getattr(telemetry, field.name)
             assert values.shape == (N_RUNS,)
-            if field.name != "validation_loss":
+            if field.name in PROBED:
+                assert (np.isfinite(values) == probe_due(telemetry.decision, begun_at)).all(), field.name
+            elif field.name != "validation_loss":
                 assert np.isfinite(values).all(), field.name
         for name in ("train_loss", "train_loss_std", "gradient_norm", "noise_scale", "time_s", "energy_j", "steps"):
             assert (getattr(telemetry, name) >= 0).all(), name

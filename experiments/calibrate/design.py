@@ -21,6 +21,7 @@ SCHEDULES: tuple[ScheduleName, ...] = ("cosine", "constant", "linear")
 HELD_OUT_SCHEDULES: tuple[tuple[ScheduleName, float], ...] = (("cosine", 1 / 3), ("linear", 2.0))
 """Schedules with the factors on the learning rate at which they are never fitted."""
 HELD_OUT_WALK = 1
+HELD_OUT_PLAN: Plan = "half-ramp"
 RATE_DIGITS = 12
 """Significant digits of a learning rate: without the last bits that a product leaves, 0.0003 is 0.0003."""
 
@@ -35,6 +36,8 @@ class Amount:
     """Rates and batches of the grid that are never fitted; each lies between fitted ones."""
     schedule_rates: tuple[float, ...]
     walk_rates: tuple[float, ...]
+    between: tuple[tuple[float, float], ...]
+    """Rates and batches beside the grid's, among the best settings."""
     plans: tuple[Plan, ...]
     doubled_budget: bool
 
@@ -46,6 +49,7 @@ AMOUNTS: Mapping[Effort, Amount] = {
         held_out=((1 / 5, 1 / 8), (3 / 2, 2.0)),
         schedule_rates=(1 / 3,),
         walk_rates=(1 / 10, 2 / 3),
+        between=(),
         plans=(),
         doubled_budget=False,
     ),
@@ -55,7 +59,8 @@ AMOUNTS: Mapping[Effort, Amount] = {
         held_out=((1 / 10, 1 / 2), (1 / 3, 1 / 2), (1.0, 1 / 8), (1.0, 2.0), (10 / 3, 1 / 2)),
         schedule_rates=(1 / 3, 2.0),
         walk_rates=(1 / 10, 2 / 3, 20 / 3),
-        plans=("ramp", "drop", "hot-tenth", "hot-twentieth"),
+        between=((1 / 2, 1.0), (1 / 3, 1 / 4)),
+        plans=("ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"),
         doubled_budget=True,
     ),
 }
@@ -98,6 +103,7 @@ def design(
     _check_budget(base, max(amount.batches))
     groups = (
         _grid(base, amount),
+        _between(base, amount),
         _schedules(base, amount),
         _walks(base, amount),
         _planned(base, amount),
@@ -129,6 +135,14 @@ def _grid(base: RunConfig, amount: Amount) -> Iterator[Setting]:
             yield Setting(name=_name("wsd", config), config=config, role=role, grid=True)
 
 
+def _between(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+    tried = [setting.config for setting in _grid(base, amount)]
+    for rate, factor in amount.between:
+        config = _wsd(base, rate, _scaled(base.batch_size, factor))
+        if config not in tried:
+            yield Setting(name=_name("between", config), config=config, role="fit")
+
+
 def _schedules(base: RunConfig, amount: Amount) -> Iterator[Setting]:
     for schedule in SCHEDULES:
         for rate in amount.schedule_rates:
@@ -151,8 +165,10 @@ def _walks(base: RunConfig, amount: Amount) -> Iterator[Setting]:
 
 def _planned(base: RunConfig, amount: Amount) -> Iterator[Setting]:
     for plan in amount.plans:
-        config = _wsd(base, PLAN_RATES[plan], base.batch_size)
-        yield Setting(name=_name(plan, config), config=config, role="fit", plan=plan)
+        role: Role = "held-out" if plan == HELD_OUT_PLAN else "fit"
+        for rate in PLAN_RATES[plan]:
+            config = _wsd(base, rate, base.batch_size)
+            yield Setting(name=_name(plan, config), config=config, role=role, plan=plan)
 
 
 def _singles(base: RunConfig, amount: Amount, precisions: Sequence[Precision], prunes: bool) -> Iterator[Setting]:

@@ -11,16 +11,30 @@ from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.plant import ControlLimits
 from trainpilot.llm_runtime.run_config import RunConfig
 
-Plan = Literal["ramp", "drop", "hot-tenth", "hot-twentieth"]
-"""`ramp`: the batch rises from an eighth of the start's back to it. `drop`: it falls to an eighth. `hot-...`: the
-learning rate starts far too high and is down to that part of it after three decisions, at an eighth of the batch."""
+Plan = Literal["ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"]
+"""`...-ramp`: the batch rises from an eighth of the start's back to it, or to half of it, as policies that save time
+let it rise. `drop`: it falls to an eighth. `hot-...`: the learning rate starts far too high and is down to that part of
+it after three decisions, at an eighth of the batch."""
 
-PLAN_RATES: Mapping[Plan, float] = {"ramp": 7 / 6, "drop": 7 / 6, "hot-tenth": 35 / 3, "hot-twentieth": 35 / 3}
+PLAN_RATES: Mapping[Plan, tuple[float, ...]] = {
+    "ramp": (7 / 6,),
+    "middle-ramp": (1 / 2,),
+    "early-ramp": (1 / 3, 2 / 3),
+    "half-ramp": (1 / 2,),
+    "drop": (7 / 6,),
+    "hot-tenth": (35 / 3,),
+    "hot-twentieth": (35 / 3,),
+}
 """Factors on the learning rate."""
 HALVINGS = 3
 """How often a plan halves the batch, once a decision."""
-RAMP_SHARES = (0.3, 0.6, 0.8)
-"""Shares of the budget from which `ramp` doubles it again."""
+RAMP_SHARES: Mapping[Plan, tuple[float, ...]] = {
+    "ramp": (0.3, 0.6, 0.8),
+    "middle-ramp": (0.2, 0.4, 0.6),
+    "early-ramp": (0.12, 0.24, 0.4),
+    "half-ramp": (0.12, 0.3),
+}
+"""Shares of the budget from which a plan doubles it again."""
 DROP_SHARE = 0.4
 """Share of the budget from which `drop` halves it."""
 COOLING = (0.71, 0.355, 0.177)
@@ -41,5 +55,5 @@ def planned(plan: Plan, decision: int, config: RunConfig, limits: ControlLimits)
 def _halvings(plan: Plan, decision: int, decisions: int) -> int:
     begin = math.ceil(DROP_SHARE * decisions) if plan == "drop" else 0
     halved = min(max(decision - begin + 1, 0), HALVINGS)
-    doubled = sum(decision >= math.ceil(share * decisions) for share in RAMP_SHARES) if plan == "ramp" else 0
+    doubled = sum(decision >= math.ceil(share * decisions) for share in RAMP_SHARES.get(plan, ()))
     return max(halved - doubled, 0)

@@ -129,7 +129,6 @@ class _Execution:
             self.intervals[-1] = self._keep(self.last, self._read())
 
     def _keep(self, telemetry: Telemetry, reading: Reading | None) -> IntervalResult:
-        taken = telemetry.interval_tokens // self.spec.config.sequence_length
         return IntervalResult(
             tokens=telemetry.tokens,
             steps=telemetry.steps,
@@ -141,7 +140,7 @@ class _Execution:
             batch_size=telemetry.batch_size,
             precision=telemetry.precision,
             sparsity=telemetry.sparsity,
-            probe_sequences=self.run.probe_sequences(taken),
+            probe_sequences=self.run.sequences_probed,
             evaluation_sequences=reading.sequences if reading is not None else 0,
             time_s=telemetry.time_s,
             probe_time_s=telemetry.probe_time_s,

@@ -11,6 +11,8 @@ from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 
 FORWARD_SHARE = 1 / 3
 """A forward pass over a whole step's time: backward costs twice as much."""
+PROBE_COPIES = 0.6
+"""What a probe costs beyond its passes, over a step's overhead: the update's direction, and copies of the weights."""
 
 
 @dataclass(kw_only=True)
@@ -51,9 +53,9 @@ class Hardware:
         return seconds
 
     def probe_s(self, sequences: Floats, sparsity: Floats) -> Floats:
-        """Return the seconds of a curvature probe: forward passes at the first precision."""
+        """Return the seconds of a curvature probe: forward passes at the first precision, and what goes with them."""
         passes = self.overhead_s + self.sequence_s * sequences * (1.0 - self.width_share * sparsity)
-        seconds: Floats = PROBE_PASSES * FORWARD_SHARE * passes
+        seconds: Floats = PROBE_PASSES * FORWARD_SHARE * passes + PROBE_COPIES * self.overhead_s
         return seconds
 
     def power_w(self, batch: Floats) -> Floats:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.probe_plan import probe_due
 from trainpilot.llm_runtime.simulator.multi_power_cases import (
     SEQUENCE_LENGTH,
     WARMUP_SHARE,
@@ -256,6 +257,7 @@ class MultiPowerRuns:
             last_rate=np.where(active, peak * self._factor(end - batch, end, batch), state.rate),
             critical_batch=self.critical_batch(),
             switched=active & (controls.precision != state.precision),
+            probed=probe_due(state.decision, state.sequences / cases.n_sequences),
         )
 
     def _enter(self, interval: Interval, active: Bools) -> Floats:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.probe_plan import sequences_probed
 from trainpilot.llm_runtime.simulator.multi_power_cases import SEQUENCE_LENGTH, CaseBatch
 from trainpilot.llm_runtime.simulator.multi_power_law import Floats
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, TelemetryBatch
 
-PROBE_SHARE = 0.005
-"""The curvature probe looks at this share of an interval's sequences, at least one."""
 SWITCH_S = 1e-3
 """A change of precision takes this many seconds."""
 
@@ -32,6 +31,8 @@ class Interval:
     critical_batch: Floats
     switched: Bools
     """Precision was changed at its beginning."""
+    probed: Bools
+    """Whether it ends with a curvature probe."""
     loss: Floats = field(default_factory=lambda: np.zeros(0))
     """Loss in its middle, in nats/token."""
 
@@ -42,7 +43,7 @@ class Interval:
         return cls(
             taken=cases.n_sequences / decisions, batch=cases.batch_size.astype(np.float64),
             precision=np.zeros(len(nothing), dtype=np.int64), rate=nothing, last_rate=nothing, critical_batch=nothing,
-            switched=np.zeros(len(nothing), dtype=np.bool_),
+            switched=np.zeros(len(nothing), dtype=np.bool_), probed=np.zeros(len(nothing), dtype=np.bool_),
         )  # fmt: skip
 
     @property
@@ -53,7 +54,7 @@ class Interval:
 
     def probe_s(self, cases: CaseBatch) -> Floats:
         """Return the seconds of the probe: three forward passes, about as long as a step on as many sequences."""
-        probed = np.maximum(PROBE_SHARE * self.taken, np.minimum(self.taken, 1.0))
+        probed = np.where(self.probed & (self.taken > 0), sequences_probed(self.taken), 0.0)
         return probed * SEQUENCE_LENGTH / throughput(cases, self.batch, self.precision)
 
     def time_s(self, cases: CaseBatch) -> Floats:
@@ -97,6 +98,9 @@ def interval_telemetry(
     def chance(scale: float) -> Floats:
         return noise * scale * random.standard_normal(n)
 
+    def probe(shown: Floats) -> Floats:
+        return np.where(interval.probed, shown, np.nan)
+
     steps, batch = interval.steps, interval.batch
     std = cases.loss_spread / np.sqrt(batch)
     train_loss = interval.loss + std / np.sqrt(np.maximum(steps, 1.0)) * chance(1.0)
@@ -123,9 +127,9 @@ def interval_telemetry(
         gradient_norm=gradient_norm,
         clipped_share=1.0 / (1.0 + gradient_norm**-6.0),
         noise_scale=interval.critical_batch * cases.noise_bias * np.exp(chance(0.3)),
-        relative_update=cases.relative_update * learning_rate / best_learning_rate * np.exp(chance(0.05)),
-        probe_linear=small * (chance(0.2) - 1.0 / (1.0 + height**2)),
-        probe_quadratic=small * cases.curvature * height * np.exp(chance(0.3)),
+        relative_update=probe(cases.relative_update * learning_rate / best_learning_rate * np.exp(chance(0.05))),
+        probe_linear=probe(small * (chance(0.2) - 1.0 / (1.0 + height**2))),
+        probe_quadratic=probe(small * cases.curvature * height * np.exp(chance(0.3))),
         learning_rate=learning_rate,
         batch_size=batch,
         micro_batch_size=batch,

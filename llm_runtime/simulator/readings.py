@@ -6,15 +6,14 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from trainpilot.llm_runtime.probe_plan import sequences_probed
 from trainpilot.llm_runtime.simulator.physics import MOMENTUM_NOISE, RATE_UNIT, Moments, Physics, PhysicsState
-from trainpilot.llm_runtime.simulator.records import Floats, Ints
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 
 CHANNELS = 12
 """Random numbers that an interval's readings take."""
 TEXT_SPREAD = 1.5
 """Neighbouring sequences come from the same documents, so that an interval's loss varies this much more."""
-PROBE_SHARE = 0.005
-"""Share of an interval's sequences that the curvature probe looks at, at least one; as live runs do."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +57,8 @@ class Interval:
     """Expected training loss, mean over the interval."""
     loss_fall: Floats
     """Fall of the expected loss over the interval."""
+    probed: Bools
+    """Whether it ends with a curvature probe."""
 
 
 def read(
@@ -86,7 +87,7 @@ def read(
         "train_loss_std": np.where(steps > 2, measured, 0.0),
         "train_loss_max": mean + measured * np.sqrt(2 * np.log(np.maximum(steps, 1.5))) * np.exp(0.2 * random[:, 3]),
         **_gradients(meters, state, moments, interval, random),
-        "relative_update": update,
+        "relative_update": np.where(interval.probed, update, np.nan),
         "probe_linear": linear,
         "probe_quadratic": quadratic,
     }
@@ -118,11 +119,11 @@ def _gradients(
 def _probe(meters: Meters, interval: Interval, update: Floats, memory: Floats, random: Floats) -> tuple[Floats, Floats]:
     log_update = np.log(np.maximum(update, 1e-9) / 0.01)
     memory += (log_update - memory) / 8.0
-    sequences = np.maximum(1.0, np.round(PROBE_SHARE * interval.steps * interval.batch))
+    sequences = sequences_probed(interval.steps * interval.batch)
     luck = meters.probe_spread * random[:, 6] / sequences**0.5
     size = np.exp(2.0 * log_update - meters.curvature_memory * memory + luck)
     quadratic = meters.curvature * interval.mean_loss * size
     quadratic = np.where(random[:, 7] < -1.9, -0.3 * quadratic, quadratic)
     blur = np.exp(0.87 * np.log(np.maximum(update, 1e-9)) - 0.7) / np.sqrt(sequences)
     linear = -interval.loss_fall / np.maximum(interval.steps, 1.0) + quadratic + blur * random[:, 8]
-    return linear, quadratic
+    return np.where(interval.probed, linear, np.nan), np.where(interval.probed, quadratic, np.nan)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainpilot.llm_runtime.probe_plan import probe_due, sequences_probed
 from trainpilot.llm_runtime.schedules import ScheduleName
 from trainpilot.llm_runtime.simulator import readings
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
@@ -195,6 +196,7 @@ class SimulatedRuns:
                 last_rate=rate * last,
                 mean_loss=(before + after) / 2,
                 loss_fall=before - after,
+                probed=probe_due(self.decision, self.progress.position / self.start.decisions),
             )
             random = normals(self.keys, 1 + self.decision, readings.CHANNELS)
             fields = readings.read(
@@ -239,7 +241,7 @@ class SimulatedRuns:
         hardware = self.instances.hardware
         jitter = np.exp(0.03 * random[:, 9])
         training_s = hardware.step_s(interval.batch, self.precision, self.sparsity) * interval.steps
-        probe_s = hardware.probe_s(np.maximum(1.0, np.round(readings.PROBE_SHARE * sequences)), self.sparsity)
+        probe_s = np.where(interval.probed, hardware.probe_s(sequences_probed(sequences), self.sparsity), 0.0)
         switch_s = hardware.switch_s * switches
         time_s = (training_s + probe_s) * jitter + switch_s
         power_w = hardware.power_w(interval.batch) * np.exp(0.02 * random[:, 10])

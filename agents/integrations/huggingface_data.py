@@ -1,0 +1,161 @@
+"""Take any number of sequences from a data loader, epoch after epoch, and come back to the same place after a pause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import skip_first_batches
+from torch.utils.data import DataLoader
+
+MicroBatch = dict[str, Any]
+
+
+class Parts(list[MicroBatch]):
+    """The micro-batches of one optimiser step."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences of all of them."""
+        return sum(rows_of(part) for part in self)
+
+
+class SampleStream:
+    """The sequences of a data loader without end, in its order, epoch after epoch.
+
+    The position is counted in sequences: the batches drawn in this epoch, and what is left of the last of them. A
+    micro-batch is what the data loader makes, or the part of it that a step still needs.
+
+    Args:
+        loader: Makes the micro-batches, as `accelerator.prepare` returned it.
+        micro_batch_size: Sequences in each, but for the last of an epoch.
+    """
+
+    def __init__(self, loader: DataLoader[Any], micro_batch_size: int) -> None:
+        self._loader, self._micro_batch_size = loader, micro_batch_size
+        self._epoch, self._drawn = 0, 0
+        self._rest: MicroBatch | None = None
+        self._next: MicroBatch | None = None
+        self._batches: Iterator[Any] | None = None
+
+    def take(self, sequences: int) -> Parts:
+        """Return the next `sequences` in micro-batches, and move on.
+
+        Raises:
+            ValueError: there are no data, or they cannot be divided into sequences.
+        """
+        parts = Parts()
+        while (wanted := sequences - parts.rows) > 0:
+            batch = self._rest if self._rest is not None else self._draw()
+            rows = rows_of(batch)
+            parts.append(batch if rows <= wanted else cut(batch, 0, wanted))
+            self._rest = None if rows <= wanted else cut(batch, wanted, rows)
+        return parts
+
+    def _draw(self) -> MicroBatch:
+        """Return the next batch of the data loader, of this epoch or of the next."""
+        if self._batches is None:
+            self._begin(0)
+        batch = self._pull()
+        if batch is None:
+            if not self._drawn:
+                raise ValueError("train_dataset must not be empty, and a stream must begin anew when it is asked again")
+            self._epoch, self._drawn = self._epoch + 1, 0
+            self._begin(0)
+            return self._draw()
+        self._drawn += 1
+        return batch
+
+    def _pull(self) -> MicroBatch | None:
+        batch, self._next = self._next, None
+        if batch is None:
+            assert self._batches is not None, "_begin comes first"
+            found = next(self._batches, None)
+            batch = None if found is None else self._checked(found)
+        return batch
+
+    def _checked(self, batch: Any) -> MicroBatch:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"data_collator must return a mapping of tensors by name, got {type(batch).__name__}")
+        if self._micro_batch_size > 1 and _is_flat(batch):
+            raise ValueError(
+                "data_collator must keep one row for each sequence, got all of them in one row; turn padding-free "
+                "batches off, or set per_device_train_batch_size to 1 and count rows as sequences"
+            )
+        return dict(batch)
+
+    def _begin(self, skip: int) -> None:
+        """Begin the epoch after so many batches of it."""
+        self.close()
+        shared = getattr(getattr(self._loader, "batch_sampler", None), "batch_sampler", None)
+        for place in (self._loader, shared):
+            set_epoch = getattr(place, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(self._epoch)
+        loader = skip_first_batches(self._loader, skip) if skip else self._loader
+        self._batches = iter(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what is left of the micro-batch that was divided last."""
+        rest = None if self._rest is None else {name: _kept(value) for name, value in self._rest.items()}
+        return {"epoch": self._epoch, "drawn": self._drawn, "rest": rest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called."""
+        self._epoch, self._drawn = state["epoch"], state["drawn"]
+        self._rest = None if state["rest"] is None else dict(state["rest"])
+        self._next = None
+        if self._drawn:
+            self._begin(self._drawn)
+            self._next = self._pull()  # here, not later: beginning an epoch draws a random number
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the data loader's workers."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+        self._batches = None
+
+
+def rows_of(batch: Mapping[str, Any]) -> int:
+    """Return how many sequences a batch holds."""
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim]
+    if not tensors:
+        raise ValueError(f"data_collator must return tensors, got {', '.join(batch) or 'nothing'}")
+    return len(batch["input_ids"]) if "input_ids" in batch else len(tensors[0])
+
+
+def cut(batch: Mapping[str, Any], start: int, end: int) -> MicroBatch:
+    """Return the sequences from `start` to `end` of a batch.
+
+    Raises:
+        ValueError: the batch holds tensors whose rows are not its sequences.
+    """
+    rows = rows_of(batch)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) != rows:
+            raise ValueError(
+                f"data_collator must return one row of {name} for each of {rows} sequences, got {len(value)}: a batch "
+                "that is divided differently is not exact; hold the batch by min_batch_size = max_batch_size"
+            )
+    return {name: value[start:end] if _is_by_row(value, rows) else value for name, value in batch.items()}
+
+
+def _is_flat(batch: Mapping[str, Any]) -> bool:
+    """Return whether a collator has laid all sequences of a batch into one row."""
+    if rows_of(batch) != 1:
+        return False
+    if "cu_seq_lens_q" in batch:
+        return len(batch["cu_seq_lens_q"]) > 2
+    return "position_ids" in batch and int((batch["position_ids"] == 0).sum()) > 1
+
+
+def _is_by_row(value: Any, rows: int) -> bool:
+    return (isinstance(value, torch.Tensor) and value.ndim > 0) or (isinstance(value, list) and len(value) == rows)
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value

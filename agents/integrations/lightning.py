@@ -1,0 +1,298 @@
+"""Steer a fit of Lightning's Trainer by a callback.
+
+    trainer = Trainer(max_steps=10_000, gradient_clip_val=1.0, callbacks=[SteeringCallback()])
+    trainer.fit(module, loader)
+
+For `lightning.pytorch`, with automatic optimisation, on one device or under DDP.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainpilot.agents.integrations.lightning_fit import Feed, Precision, check_fit, pl, settings_for
+from trainpilot.agents.integrations.lightning_parts import (
+    SteeredPrecision,
+    Window,
+    sequences_in_first,
+    training_loss,
+    without_log,
+)
+from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.steering.ranks import OneProcess, Ranks
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.steering import Steering
+from trainpilot.llm_runtime.energy import EnergyMeter
+
+ProbeLoss = Callable[[pl.LightningModule, Any], Tensor]
+"""Returns the mean loss of a batch in nats/token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Own:
+    """What the Trainer was given, to be given back."""
+
+    max_steps: int
+    accumulate: int
+    precision: Precision
+
+
+class SteeringCallback(pl.Callback):
+    """Steers learning rate, batch, precision and pruning of a fit, and ends it with its budget.
+
+    The batch changes by whole batches of the data loader, the micro-batches, so make those small. A step at the end of
+    an epoch, or with a short last batch, is the mean over the sequences that it has.
+
+    The budget is `max_steps` or `max_epochs` at the starting batch, unless `sequences` is given. With smaller batches
+    the run takes more steps than `max_steps`.
+
+    A checkpoint between two steps holds all of it, and `Trainer.fit(..., ckpt_path=...)` goes on bit for bit where the
+    data loader has `__len__`, `state_dict` and `load_state_dict`. Lightning starts the epoch's data anew for other
+    loaders, and has drawn one batch ahead from those without a length. A checkpoint within a step (validation every so
+    many batches, `trainer.save_checkpoint`) loses the gradients gathered up to there, with or without steering.
+
+    Args:
+        settings: What is asked of the steering, or some of its fields; the rest comes from the Trainer.
+        micro_batch_size: Sequences of a batch of the data loader; needed where it has no `batch_size`.
+        sequences_in: Counts the sequences of a batch; by default the length of the first tensor in it.
+        probe_loss: Loss of a batch for the curvature probe. By default `training_step`, which then runs three times
+            more on a batch now and then: what it sends to `self.log` is dropped, but metrics that it updates and
+            loggers that it calls itself see the batch again.
+        monitor: Name under which the module logs its validation loss in nats/token.
+        meter: Energy meter; by default the best one that the device has.
+        ranks: Makes the link between the processes, once they run; by default that of the process group.
+        on_decision: Called with the record of each interval and the decision before it.
+
+    Raises:
+        ValueError: a fit begins that cannot be steered; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        settings: SteeringSettings | Mapping[str, Any] | None = None,
+        *,
+        micro_batch_size: int | None = None,
+        sequences_in: Callable[[Any], int] | None = None,
+        probe_loss: ProbeLoss | None = None,
+        monitor: str | None = None,
+        meter: EnergyMeter | None = None,
+        ranks: Callable[[], Ranks] | None = None,
+        on_decision: Callable[[DecisionRecord], None] | None = None,
+    ) -> None:
+        self.steering: Steering | None = None
+        """Steers the fit; after it, holds its records."""
+        self._settings, self._micro, self._monitor = settings, micro_batch_size, monitor
+        self._sequences_in = sequences_in or sequences_in_first
+        self._probe_loss = probe_loss
+        self._meter, self._make_ranks, self._on_decision = meter, ranks, on_decision
+        self._own: _Own | None = None
+        self._loaded: dict[str, Any] = {}
+        self._unit = 1
+        self._paused: tuple[dict[str, Any], float] | None = None
+        self._losses: list[tuple[Tensor, int]] = []
+        """Of the micro-batches of the open step, each with its sequences."""
+        self._norm: Tensor | None = None
+        self._close_window()
+
+    # The fit ---------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what cannot be steered, and lift the limit on steps: the run ends with its budget."""
+        check_fit(trainer, pl_module)
+        self.steering = None
+        epochs = trainer.fit_loop.epoch_loop
+        plugin = trainer.strategy.precision_plugin
+        self._own = _Own(max_steps=epochs.max_steps, accumulate=trainer.accumulate_grad_batches, precision=plugin)
+        if epochs.max_steps != -1:
+            epochs.max_steps = sys.maxsize
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take model and optimiser under control; go on where a checkpoint was loaded."""
+        assert self._own is not None, "a fit has started"
+        self._close_window()
+        for group in trainer.optimizers[0].param_groups:
+            group.setdefault("initial_lr", group["lr"])  # the peak, which checkpoints then carry
+        self.steering = steering = self._make_steering(trainer, pl_module, self._own)
+        if self._loaded:
+            steering.load_state_dict(self._loaded)
+            self._loaded = {}
+        trainer.strategy.precision_plugin = SteeredPrecision(steering.levers, self._own.precision)
+        trainer.accumulate_grad_batches = Window(1)
+        self._after_step(trainer, steering)
+
+    def _make_steering(self, trainer: pl.Trainer, module: pl.LightningModule, own: _Own) -> Steering:
+        feed = Feed.of(trainer, self._micro, own.max_steps, own.accumulate)
+        self._unit = feed.micro_batch_size
+        settings = settings_for(trainer, self._settings, feed, own.precision)
+        ranks = self._make_ranks() if self._make_ranks else _ranks(trainer)
+        return Steering(
+            module, trainer.optimizers[0], settings, meter=self._meter, ranks=ranks, on_decision=self._on_decision
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn where the data came to an end before the budget."""
+        steering = self.steering
+        if steering is not None and not steering.finished and not trainer.should_stop:
+            warnings.warn(
+                f"the run ended at {steering.sequences:,} of its {steering.end_sequences:,} sequences, before the "
+                "learning rate came down: the data gave fewer than the budget",
+                stacklevel=2,
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give model, optimiser and Trainer back."""
+        self._give_back(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give model, optimiser and Trainer back."""
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: pl.Trainer) -> None:
+        if self._own is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self._own.max_steps
+            trainer.accumulate_grad_batches = self._own.accumulate
+            trainer.strategy.precision_plugin = self._own.precision
+            if self.steering is not None:
+                self.steering.close()
+        self._own = None
+
+    # A step ----------------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget a step that was begun in an epoch whose rest was skipped."""
+        if self.steering is not None and self._open:
+            self.steering.drop_step()
+            self._close_window()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a micro-batch; the first of a step begins it."""
+        assert self.steering is not None, "training has started"
+        self._here = self._sequences_in(batch)
+        if not 0 < self._here <= self._unit:
+            raise ValueError(
+                f"micro_batch_size must be at least the {self._here} sequences of every batch of the data loader, got "
+                f"{self._unit}; SteeringCallback takes micro_batch_size, and sequences_in to count them"
+            )
+        if not self._open:
+            self._begin_step(trainer, self.steering, batch_idx)
+            if self.steering.probe_wanted:
+                self._probe(self.steering, pl_module, batch, batch_idx)
+
+    def _begin_step(self, trainer: pl.Trainer, steering: Steering, batch_idx: int) -> None:
+        wanted = steering.begin_step()
+        count = -(-wanted // (self._unit * steering.ranks.world_size))
+        left = trainer.num_training_batches - batch_idx  # Lightning steps at the end of an epoch, come what may
+        trainer.accumulate_grad_batches = Window(int(min(count, left)), batch_idx)
+        self._open = True
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Note the loss, which Lightning has divided by the number of micro-batches; a short batch weighs less."""
+        self._losses.append((loss.detach() * int(trainer.accumulate_grad_batches), self._here))
+        weight = self._here / self._unit
+        if weight != 1:
+            loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Make the gradient the mean over the step's sequences, however many came, and measure it before clipping."""
+        self._made = True
+        if self.steering is None or not self._losses:
+            return
+        total = sum(sequences for _, sequences in self._losses)
+        gradients = [p.grad for p in self.steering.levers.parameters() if p.grad is not None]
+        expected = int(trainer.accumulate_grad_batches) * self._unit
+        if total != expected:
+            for gradient in gradients:
+                gradient.mul_(expected / total)
+        self._norm = nn.utils.get_total_norm(gradients)
+        for loss, sequences in self._losses:
+            self.steering.note_loss(loss, sequences / total)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell steering of a step that has been made: it masks, and at an interval's end decides."""
+        steering = self.steering
+        if steering is None or not self._made:
+            return
+        if self._norm is None:  # training_step returned no loss
+            steering.drop_step()
+        else:
+            total = sum(sequences for _, sequences in self._losses)
+            steering.end_step(self._norm, total * steering.ranks.world_size)
+        self._close_window()
+        self._after_step(trainer, steering)
+
+    def _after_step(self, trainer: pl.Trainer, steering: Steering) -> None:
+        """Set the next step's learning rate now, so that whoever logs it before the step logs what it uses."""
+        if steering.finished:
+            trainer.should_stop = True
+        else:
+            steering.levers.set_learning_rate(steering.learning_rate)
+
+    def _close_window(self) -> None:
+        self._open = self._made = False
+        self._here = 0
+        self._losses, self._norm = [], None
+
+    def _probe(self, steering: Steering, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        loss = self._probe_loss
+        device = steering.levers.device
+        with without_log(module), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            steering.probe(lambda: loss(module, batch) if loss else training_loss(module, batch, batch_idx))
+
+    # Validation ------------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock: validation is no cost of the interval that it falls into."""
+        steering = self.steering
+        if steering is not None and not trainer.sanity_checking:
+            self._paused = steering.readings.state_dict(), steering.readings.clock()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the clock go on, and take in the validation loss."""
+        if self.steering is None or self._paused is None:
+            return
+        readings, (state, began) = self.steering.readings, self._paused
+        readings.load_state_dict(state)
+        readings.evaluation_s += readings.clock() - began
+        self._paused = None
+        value = trainer.callback_metrics.get(self._monitor) if self._monitor else None
+        if value is not None and torch.isfinite(value):
+            self.steering.validation_loss = float(value)
+
+    # Saving and going on ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where steering stands. Within a step it is as before it: Lightning keeps no gradients either."""
+        steering = self.steering
+        if steering is None:
+            return dict(self._loaded)
+        opened, steering._step_open = steering._step_open, False
+        try:
+            return steering.state_dict()
+        finally:
+            steering._step_open = opened
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until model and optimiser are loaded."""
+        self._loaded = dict(state_dict)
+
+
+def _ranks(trainer: pl.Trainer) -> Ranks:
+    if trainer.world_size == 1:
+        return OneProcess()
+    from trainpilot.agents.integrations.distributed import ProcessGroupRanks
+
+    return ProcessGroupRanks()

@@ -1,0 +1,270 @@
+"""Bound what steering may cost a run in loss and time, against what its base schedule would have reached.
+
+Nobody trains the base schedule beside it, so it is forecast. Either the user knows its losses from an earlier run, or
+the beginning of this one is left to it, and a power law through its losses is carried on. A broken contract takes the
+run back to a state that has proven itself, and leaves it to the base schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from trainpilot.agents.steering.power_law import PowerLaw
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+SMOOTHING = 3
+"""Intervals that are averaged before they are compared."""
+RUNNING = 2
+"""So many intervals running must lie outside before the contract is broken."""
+BAND = 2.0
+"""Standard errors that the loss may lie above what is agreed."""
+JUDGED_FROM = 0.2
+"""Share of the budget before which nothing is judged."""
+EVIDENCE_INTERVALS = 4
+"""Fewer losses than these determine no power law."""
+GIVE_UP = 0.5
+"""A base schedule that still warms up at this share of the budget leaves nothing to carry on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityContract:
+    """What steering may cost at most. Off unless it is given, as the evidence costs a tenth of the run's steering.
+
+    The forecast from a run's own beginning is an extrapolation over ten times its tokens, and knows nothing of the
+    gain when the base schedule's learning rate falls at the end, so it finds gross damage early and little else. With
+    the losses of an earlier run it is an interpolation.
+    """
+
+    max_loss_increase: float = 0.01
+    """In nats/token above the base schedule's training loss at the same tokens, and two standard errors.
+
+    Judged from a fifth of the budget on: a policy may lose at first what it wins back.
+    """
+    max_slowdown: float = 0.05
+    """Share of the seconds per token of the base schedule, probes and switching included."""
+    evidence_share: float = 0.1
+    """Share of the budget left to the base schedule, from the end of its warm-up, where no reference is given."""
+    reference: Sequence[tuple[float, float]] | None = None
+    """The base schedule's training losses where known: (share of the budget at the interval's end, nats/token)."""
+    reference_s_per_token: float | None = None
+    """Its seconds per token on this machine; unknown, and no reference of one's own: time is not looked at."""
+
+    from_start: bool = False
+    """Take a run that breaks its contract back to its beginning: at most as dear again, and nothing done to it stays.
+
+    Otherwise it goes back to a state whose loss had lain within for ten decisions. Too large a learning rate can do
+    lasting damage that shows only later.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("max_loss_increase", "max_slowdown"):
+            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        if not 0 < self.evidence_share < GIVE_UP:
+            raise ValueError(f"evidence_share must be in (0, {GIVE_UP}), got {self.evidence_share!r}")
+        if self.reference is not None:
+            _check_reference(self.reference)
+
+
+class ContractWatch:
+    """Keeps one run's intervals, and says when it breaks its contract."""
+
+    def __init__(self, contract: QualityContract) -> None:
+        self.contract = contract
+        self.broken: tuple[str, int] | None = None
+        """Why, and after which decision."""
+        self._rows: list[dict[str, float]] = []
+        self._outside = 0
+        self._fitted: tuple[tuple[int, int], PowerLaw] | None = None
+
+    @property
+    def observing(self) -> bool:
+        """Whether the run is still left to the base schedule, for evidence."""
+        if self.contract.reference is not None:
+            return False
+        return self._evidence() is None and not (self._rows and self._rows[-1]["share"] >= GIVE_UP)
+
+    def _evidence(self) -> tuple[int, int] | None:
+        """Return which intervals are evidence, once there are enough: from the end of the warm-up, its share long."""
+        begin = next((i for i in range(1, len(self._rows)) if self._settled(i)), None)
+        if begin is None:
+            return None
+        until = self._rows[begin - 1]["share"] + self.contract.evidence_share
+        for end in range(begin + EVIDENCE_INTERVALS, len(self._rows) + 1):
+            if self._rows[end - 1]["share"] >= until - 1e-9:
+                return begin, end
+        return None
+
+    def _settled(self, index: int) -> bool:
+        return not self._rows[index]["learning_rate"] > 1.01 * self._rows[index - 1]["learning_rate"]
+
+    def observe(self, telemetry: Telemetry) -> str | None:
+        """Take in an interval; return why the contract is broken, in the interval that broke it."""
+        if not math.isfinite(telemetry.train_loss) or not telemetry.interval_tokens:
+            return None
+        self._rows.append(_row(telemetry))
+        reason = None if self.broken else self._breach()
+        self._outside = self._outside + 1 if reason else 0
+        if reason is None or self._outside < RUNNING:
+            return None
+        self.broken = reason, telemetry.decision
+        return reason
+
+    @property
+    def endangered(self) -> bool:
+        """Whether the loss lies above what is agreed, though it may be by chance."""
+        return self._loss_outside(band=0.0)
+
+    def _loss_outside(self, band: float = BAND) -> bool:
+        found = self.loss_increase()
+        return found is not None and found[0] > self.contract.max_loss_increase + band * found[1]
+
+    @property
+    def harmed(self) -> bool:
+        """Whether a broken contract is the model's fault, which only an earlier state mends; time lost is lost."""
+        return self.broken is not None and self._loss_outside()
+
+    def _breach(self) -> str | None:
+        terms, found = self.contract, self.loss_increase()
+        if self._rows[-1]["share"] < JUDGED_FROM - 1e-9:
+            return None
+        if found is not None and self._loss_outside():
+            return f"training loss {found[0]:.3f} nats above the base schedule's, agreed {terms.max_loss_increase:g}"
+        slowdown = self.slowdown()
+        if slowdown is not None and slowdown > terms.max_slowdown:
+            return f"{slowdown:.0%} more seconds per token than the base schedule, agreed {terms.max_slowdown:.0%}"
+        return None
+
+    def loss_increase(self) -> tuple[float, float] | None:
+        """Return the smoothed loss less the base schedule's, and its standard error; `None` where that is unknown."""
+        rows = self._steered()[-SMOOTHING:]
+        forecasts = [self._forecast(row["share"], row["tokens"]) for row in rows]
+        if not rows or None in forecasts:
+            return None
+        known = [each for each in forecasts if each is not None]
+        increase = sum(row["loss"] - mean for row, (mean, _) in zip(rows, known, strict=True)) / len(rows)
+        excess = law.excess if (law := self._law()) is not None else 1.0
+        noise = excess * sum(row["error"] ** 2 for row in rows) / len(rows) ** 2
+        return increase, math.sqrt(noise + max(error for _, error in known) ** 2)
+
+    def _steered(self) -> list[dict[str, float]]:
+        if self.contract.reference is not None:
+            return self._rows
+        evidence = self._evidence()
+        return [] if evidence is None else self._rows[evidence[1] :]
+
+    def _forecast(self, share: float, tokens: float) -> tuple[float, float] | None:
+        """Return the base schedule's loss there and its standard error; `None` where nothing is known."""
+        if (reference := self.contract.reference) is not None:
+            shares, losses = zip(*reference, strict=True)
+            return None if share < shares[0] - 1e-9 else (float(np.interp(share, shares, losses)), 0.0)
+        law = self._law()
+        return None if law is None else law.at(tokens)
+
+    def _law(self) -> PowerLaw | None:
+        evidence = self._evidence() if self.contract.reference is None else None
+        if evidence is None:
+            return None
+        if self._fitted is None or self._fitted[0] != evidence:
+            columns = [[row[name] for row in self._rows[slice(*evidence)]] for name in ("tokens", "loss", "error")]
+            self._fitted = evidence, PowerLaw.fit(*(np.array(column) for column in columns))
+        return self._fitted[1]
+
+    def slowdown(self) -> float | None:
+        """Return how much longer a token takes than under the base schedule, as a share; `None` where unknown."""
+        base, steered = self._base_s_per_token(), self._steered()[-SMOOTHING:]
+        if base is None or len(steered) < SMOOTHING:
+            return None
+        return median(row["s_per_token"] for row in steered) / base - 1
+
+    def _base_s_per_token(self) -> float | None:
+        if self.contract.reference_s_per_token is not None:
+            return self.contract.reference_s_per_token
+        evidence = None if self.contract.reference is not None else self._evidence()
+        return None if evidence is None else median(row["s_per_token"] for row in self._rows[slice(*evidence)])
+
+    def refuses_finish(self) -> str | None:
+        """Return why the run may not end early; `None` where its loss already is what the base schedule ends with."""
+        rows = self._steered()[-SMOOTHING:]
+        end = self._forecast(1.0, rows[-1]["end_tokens"] / rows[-1]["share"]) if rows else None
+        if end is None:
+            return "the base schedule's final loss is not known"
+        smoothed = sum(row["loss"] for row in rows) / len(rows)
+        if smoothed > end[0] + self.contract.max_loss_increase:
+            return f"training loss {smoothed:.3f}, and the base schedule's is expected to end at {end[0]:.3f}"
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        """Return how the contract was kept. `held` is `None` where the evidence does not tell."""
+        found, slowdown = self.loss_increase(), self.slowdown()
+        return {
+            "held": self._held(found, slowdown),
+            "evidence": self._evidence_text(found),
+            "loss_increase": found[0] if found else None,
+            "standard_error": found[1] if found else None,
+            "slowdown": slowdown,
+            "broken_at_decision": self.broken[1] if self.broken else None,
+            "broken_because": self.broken[0] if self.broken else None,
+        }
+
+    def _held(self, found: tuple[float, float] | None, slowdown: float | None) -> bool | None:
+        if self.broken is not None:
+            return False
+        if found is None or found[0] + BAND * found[1] > self.contract.max_loss_increase:
+            return None
+        return True if slowdown is None or slowdown <= self.contract.max_slowdown else None
+
+    def _evidence_text(self, found: tuple[float, float] | None) -> str:
+        if found is None:
+            return "none: the base schedule's loss is not known where the run stands"
+        if self.contract.reference is not None:
+            return "interpolated between the base schedule's losses from an earlier run"
+        begin, end = self._evidence() or (0, 0)
+        return f"power law carried on from {end - begin} intervals under the base schedule, without its final decay"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was taken in, as plain JSON values."""
+        return {"past": self.past_state(), "broken": list(self.broken) if self.broken else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.load_past_state(state["past"])
+        self.broken = (str(state["broken"][0]), int(state["broken"][1])) if state["broken"] else None
+
+    def past_state(self) -> dict[str, Any]:
+        """Return what goes back with a rollback: the intervals. That the contract is broken stays."""
+        return {"rows": [dict(row) for row in self._rows], "outside": self._outside}
+
+    def load_past_state(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `past_state` returned."""
+        self._rows, self._outside, self._fitted = [dict(row) for row in state["rows"]], state["outside"], None
+
+
+def _row(telemetry: Telemetry) -> dict[str, float]:
+    spread = telemetry.train_loss_std if math.isfinite(telemetry.train_loss_std) else 0.0
+    return {
+        "share": telemetry.budget_used,
+        "tokens": telemetry.tokens - telemetry.interval_tokens / 2,  # where the interval's mean loss belongs
+        "end_tokens": float(telemetry.tokens),
+        "loss": telemetry.train_loss,
+        "error": max(spread / math.sqrt(max(telemetry.steps, 1)), 1e-4),
+        "s_per_token": telemetry.time_s / telemetry.interval_tokens,
+        "learning_rate": telemetry.learning_rate,
+    }
+
+
+def _check_reference(reference: Sequence[tuple[float, float]]) -> None:
+    shares = [share for share, _ in reference]
+    fits = len(shares) >= 2 and all(a < b for a, b in pairwise(shares))
+    if not (fits and shares[0] >= 0 and all(math.isfinite(loss) for _, loss in reference)):
+        raise ValueError(
+            "reference must be at least two (share of the budget, loss) in rising order of finite numbers, "
+            f"got {list(reference)!r}"
+        )

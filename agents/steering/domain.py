@@ -1,0 +1,118 @@
+"""Tell whether a run is like those that a policy was trained on, and what to expect where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trainpilot.agents.bundle import BaseSchedule, PolicyBundle
+
+SHIPPED_PARAMETERS = (130_000, 240_000)
+"""Parameters of the models behind the calibrations that come with trainpilot."""
+SIMULATED_BATCHES = (4, 32)
+"""Starting batches that the simulator draws, in sequences."""
+SIMULATED_OPTIMIZERS = ("Adam", "AdamW")
+
+_UNLIKE = "its observations are ratios, so it may carry over, but that was not measured"
+EXPECT: Mapping[str, str] = {
+    "n_parameters": f"{_UNLIKE}; compare one run with the base schedule",
+    "budget_tokens": f"{_UNLIKE}; a longer run leaves it more time, a shorter one less than it counts on",
+    "sequences": "what it expects of an interval in steps and noise is off; a longer run is the safer side",
+    "batch_size": "it may ask for batches that do not pay; bound them by batch_size_range",
+    "sequence_length": f"{_UNLIKE}; steps are cheaper or dearer than it knows",
+    "optimizer": "its learning-rate factors and neutral batch changes are Adam's; expect poor choices",
+    "decisions": "its factors per decision add up to more or fewer; set decisions to what it was trained with",
+    "device_type": "what pays in time and energy differs; its learning rates do not depend on it",
+    "base_schedule": "it multiplies another curve than it learnt on; take its own base schedule",
+    "fine_tuning": "a fine-tuned model can lose what it knew; bound the learning rate by learning_rate_range",
+}
+"""What a run outside of a field's range may come to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known of a run before it starts; `None` is not looked at."""
+
+    n_parameters: int | None = None
+    budget_tokens: int | None = None
+    sequences: int | None = None
+    """Budget in sequences."""
+    batch_size: int | None = None
+    """Starting batch, in sequences."""
+    sequence_length: int | None = None
+    optimizer: str | None = None
+    """Name of its class."""
+    decisions: int | None = None
+    device_type: str | None = None
+    base_schedule: BaseSchedule | None = None
+    fine_tuning: bool | None = None
+    """Whether the model was trained before."""
+
+
+def check_domain(bundle: PolicyBundle, facts: RunFacts, *, require: bool = False) -> list[str]:
+    """Return a warning for every fact outside of what the bundle was trained on.
+
+    Raises:
+        ValueError: `require`, and there is one.
+    """
+    domain = domain_of(bundle.provenance)
+    warnings = []
+    for each in fields(RunFacts):
+        value, known = getattr(facts, each.name), domain.get(each.name)
+        if value is not None and known is not None and not _fits(value, known):
+            warnings.append(f"{each.name} {_text(value)} is outside of {_text(known)}: {EXPECT[each.name]}")
+    if warnings and require:
+        raise ValueError(f"run must be like those that the policy was trained on, got {'; '.join(warnings)}")
+    return warnings
+
+
+def domain_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a bundle was trained on, by fact: as it says itself, else as its simulator's settings say.
+
+    A range is two numbers, a choice a list of names; `base_schedule` and `fine_tuning` are single values.
+    """
+    derived: dict[str, Any] = {}
+    for name in ("decisions", "base_schedule"):
+        if provenance.get(name) is not None:
+            derived[name] = provenance[name]
+    if isinstance(simulator := provenance.get("simulator"), Mapping):
+        derived |= _of_simulator(simulator)
+    stated = provenance.get("domain")
+    return derived | dict(stated) if isinstance(stated, Mapping) else derived
+
+
+def _of_simulator(simulator: Mapping[str, Any]) -> dict[str, Any]:
+    known: dict[str, Any] = {
+        "batch_size": list(SIMULATED_BATCHES),
+        "optimizer": list(SIMULATED_OPTIMIZERS),
+        "fine_tuning": False,
+    }
+    if budget := (simulator.get("widening") or {}).get("budget"):
+        known["sequences"] = list(budget)
+    if simulator.get("calibrations") == "shipped":
+        known["n_parameters"] = list(SHIPPED_PARAMETERS)
+    return known
+
+
+def _fits(value: Any, known: Any) -> bool:
+    if isinstance(value, BaseSchedule):
+        return value == BaseSchedule(**known)
+    if isinstance(known, str | bool | int | float):
+        return bool(value == known)
+    if isinstance(value, str):
+        return value in known
+    return bool(known[0] <= value <= known[1])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, BaseSchedule):
+        return f"{value.schedule} with {value.warmup_share:.0%} warm-up"
+    if isinstance(value, Mapping):
+        return _text(BaseSchedule(**value))
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, Sequence):
+        named = all(isinstance(each, str) for each in value)
+        return ", ".join(value) if named else f"[{_text(value[0])}, {_text(value[1])}]"
+    return f"{value:,.0f}" if value == round(value) else f"{value:,g}"

@@ -1,0 +1,283 @@
+"""Bound what a policy may do to somebody's run, and say when the run must be taken back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from trainpilot.agents.steering.loss_level import LossLevel
+from trainpilot.envs.action import ACTION_FIELDS, BATCH_FACTORS, KEEP, LEARNING_RATE_FACTORS, Action
+from trainpilot.envs.safety import FINISH_FROM, Situation
+from trainpilot.llm_runtime.schedules import neutral_factor
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+HEALTHY = 0.5
+"""A loss less than this part of a spike above its level is one to go back to."""
+ROUNDED = 1.02
+"""Opposite factors on the learning rate cancel within 1 %."""
+MOVED = ("learning_rate", "batch_size")
+"""Controls that can swing to and fro; the others are limited in number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardrailSettings:
+    """How far any policy may go."""
+
+    learning_rate_range: tuple[float, float] | None = None
+    """Bounds on the learning rate at the peak of the base schedule, scale and batch factor included; `None`: none."""
+    batch_size_range: tuple[int, int] | None = None
+    """Bounds on the batch in sequences, inside of what the run offers; `None`: none."""
+    max_rise: float = 2.0
+    """Largest factor on the learning-rate scale above where the smoothed loss last reached a new low.
+
+    A loss that falls pays for the next rise, so a start far too low is left quickly; a loss that does not, does not.
+    So a policy that always raises comes to a stand a factor of 2 above where the run was last seen to learn.
+    """
+    max_reversals: int = 3
+    """So many changes of direction of one control within `oscillation_window` decisions hold it for as long."""
+    oscillation_window: int = 8
+    spike: float = 4.0
+    """A training loss so many standard errors above the recent level, and `spike_share` of it, is a spike."""
+    spike_share: float = 0.05
+    max_rollbacks: int = 3
+    """After so many the run goes on under the base schedule."""
+    hold: int = 5
+    """Decisions for which the change that led to a rollback is refused."""
+    snapshot_every: int = 10
+    """Most decisions between two snapshots: what one rollback can cost."""
+    finish_from: float = FINISH_FROM
+    """No cool-down before this share of the budget; 1 for never."""
+
+    def __post_init__(self) -> None:
+        _check_range("learning_rate_range", self.learning_rate_range)
+        _check_range("batch_size_range", self.batch_size_range)
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}")
+        if not 0 <= self.finish_from <= 1:
+            raise ValueError(f"finish_from must be a share in [0, 1], got {self.finish_from!r}")
+
+
+_LEAST: Mapping[str, float] = {
+    "max_rise": 1, "max_reversals": 1, "oscillation_window": 2, "spike": 1, "spike_share": 0,
+    "max_rollbacks": 0, "hold": 1, "snapshot_every": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the last interval asks for."""
+
+    kind: Literal["go_on", "roll_back", "fall_back"]
+    reason: str | None = None
+
+
+@dataclass(kw_only=True)
+class Past:
+    """What is known of the run so far. A rollback takes it back together with the run."""
+
+    moves: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in MOVED})
+    """Direction of every decision: 1 up, -1 down, 0 none; newest last."""
+    held: dict[str, int] = field(default_factory=dict)
+    """Controls held for swinging, and for how many decisions more."""
+    losses: LossLevel = field(default_factory=LossLevel)
+    since_snapshot: int | None = None
+    """Decisions since the last snapshot; `None` without one."""
+
+
+@dataclass(kw_only=True)
+class Scars:
+    """What a rollback must not undo, or the same would happen again."""
+
+    rollbacks: int = 0
+    held: dict[str, int] = field(default_factory=dict)
+    """Changes that led to one, as `learning_rate up`, and for how many decisions more they are refused."""
+
+
+class Guardrails:
+    """Bounds on a policy, kept from the telemetry of one run.
+
+    Args:
+        settings: The bounds.
+        base_learning_rate: Peak of the base schedule; only `learning_rate_range` needs it.
+    """
+
+    def __init__(self, settings: GuardrailSettings | None = None, *, base_learning_rate: float | None = None) -> None:
+        self.settings = settings or GuardrailSettings()
+        self.base_learning_rate = base_learning_rate
+        if self.settings.learning_rate_range is not None and base_learning_rate is None:
+            raise ValueError("base_learning_rate must be given with learning_rate_range, got None")
+        self.past = Past()
+        self.scars = Scars()
+
+    def review(self, action: Action, situation: Situation) -> tuple[Action, list[str]]:
+        """Return the action with every choice that breaks a rule kept instead, and why, choice by choice."""
+        allowed, refusals = list(KEEP), []
+        scale, batch_size = situation.controls.learning_rate_scale, situation.controls.batch_size
+        for index, (each, choice) in enumerate(zip(ACTION_FIELDS, action, strict=True)):
+            if choice == each.keep:
+                continue
+            to_scale = scale * LEARNING_RATE_FACTORS[choice] if each.name == "learning_rate" else scale
+            to_batch = int(batch_size * BATCH_FACTORS[choice]) if each.name == "batch_size" else batch_size
+            reason = self._held(each.name, choice) or self._leaves(situation, to_scale, to_batch)
+            if reason := reason or self._breaks(each.name, choice, situation, to_scale):
+                refusals.append(f"{each.name} {each.choices[choice]} refused: {reason}")
+            else:
+                allowed[index], scale, batch_size = choice, to_scale, to_batch
+        return tuple(allowed), refusals
+
+    def _held(self, name: str, choice: int) -> str | None:
+        if self.past.held.get(name, 0):
+            return f"held after {self.settings.max_reversals} changes of direction"
+        if self.scars.held.get(change_of(name, choice), 0):
+            return "held after a rollback"
+        return None
+
+    def _leaves(self, situation: Situation, scale: float, batch_size: int) -> str | None:
+        controls, sizes, rates = situation.controls, self.settings.batch_size_range, self.settings.learning_rate_range
+        if sizes is not None and batch_size != controls.batch_size and not sizes[0] <= batch_size <= sizes[1]:
+            return f"batch size would leave [{sizes[0]}, {sizes[1]}]"
+        if rates is None or self.base_learning_rate is None:
+            return None
+        start = situation.limits.start.batch_size
+        before = controls.learning_rate_scale * neutral_factor(controls.batch_size, start)
+        after = scale * neutral_factor(batch_size, start)
+        outside = self.base_learning_rate * after > rates[1] * (1 + 1e-9) and after > before
+        outside |= self.base_learning_rate * after < rates[0] * (1 - 1e-9) and after < before
+        return f"learning rate would leave [{rates[0]:g}, {rates[1]:g}]" if outside else None
+
+    def _breaks(self, name: str, choice: int, situation: Situation, scale: float) -> str | None:
+        settings, past = self.settings, self.past
+        if name == "finish" and situation.budget_used < settings.finish_from:
+            return f"not before {settings.finish_from:.0%} of the budget"
+        most = max(past.losses.paid_scale * settings.max_rise * ROUNDED, situation.controls.learning_rate_scale)
+        if name == "learning_rate" and scale > most:
+            return f"more than x{settings.max_rise:g} above where the loss last reached a new low"
+        if name in MOVED and self._reversals(name, _direction(name, choice)) >= settings.max_reversals:
+            past.held[name] = settings.oscillation_window + 1  # this decision counts down too
+            return f"{settings.max_reversals} changes of direction in {settings.oscillation_window} decisions"
+        return None
+
+    def _reversals(self, name: str, next_one: int) -> int:
+        recent = [*self.past.moves[name][1 - self.settings.oscillation_window :], next_one]
+        moves = [move for move in recent if move]
+        return sum(one != other for one, other in pairwise(moves))
+
+    def note(self, action: Action) -> None:
+        """Take in what was decided in the end."""
+        for each, choice in zip(ACTION_FIELDS, action, strict=True):
+            if each.name in MOVED:
+                moves = [*self.past.moves[each.name], _direction(each.name, choice)]
+                self.past.moves[each.name] = moves[-self.settings.oscillation_window :]
+        self.past.held = _counted_down(self.past.held)
+        self.scars.held = _counted_down(self.scars.held)
+        if self.past.since_snapshot is not None:
+            self.past.since_snapshot += 1
+
+    def note_risky(self, action: Action) -> bool:
+        """Return whether a snapshot should be taken before this action: it changes something, or the last is old.
+
+        A loss that is on its way up is nothing to go back to; then the snapshot before serves.
+        """
+        if not self.settings.max_rollbacks:
+            return False
+        since = self.past.since_snapshot
+        if since is None:
+            return True
+        due = since + 1 >= self.settings.snapshot_every
+        return (due or bool(changes_of(action))) and self._is_healthy()
+
+    @property
+    def rising(self) -> bool:
+        """Whether the learning rate was raised in the last decisions."""
+        return any(move > 0 for move in self.past.moves["learning_rate"])
+
+    def snapshot_taken(self) -> None:
+        """Take in that the run was copied."""
+        self.past.since_snapshot = 0
+
+    def judge(self, telemetry: Telemetry) -> Verdict:
+        """Take in an interval, and say whether the run may go on from it."""
+        reason = self._fault(telemetry)
+        if reason is None:
+            return Verdict("go_on")
+        can = self.past.since_snapshot is not None and self.scars.rollbacks < self.settings.max_rollbacks
+        return Verdict("roll_back" if can else "fall_back", reason)
+
+    def _fault(self, telemetry: Telemetry) -> str | None:
+        loss, past = telemetry.train_loss, self.past
+        if telemetry.diverged or not math.isfinite(loss):
+            return "training loss is not finite"
+        if self._rise(loss) > 1:
+            return f"training loss {loss:.3f} is a spike above {past.losses.level():.3f}"
+        error = telemetry.train_loss_std / math.sqrt(max(telemetry.steps, 1))
+        past.losses.take(loss, error, telemetry.requested.learning_rate_scale)
+        return None
+
+    def _rise(self, loss: float) -> float:
+        """Return how far a loss lies above the recent level; a spike from 1 on."""
+        return self.past.losses.rise(loss, self.settings.spike, self.settings.spike_share)
+
+    def _is_healthy(self) -> bool:
+        newest = self.past.losses.losses[-1:]
+        return not newest or self._rise(newest[0]) <= HEALTHY
+
+    def rolled_back(self, action: Action) -> None:
+        """Take in that the run was taken back to before `action`: what it changed is refused for a while."""
+        self.scars.rollbacks += 1
+        for change in {*changes_of(action), "learning_rate up"}:
+            self.scars.held[change] = self.settings.hold + 1  # the decision after the rollback counts down too
+        self.past.since_snapshot = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was taken in, as plain JSON values: `past` goes back with the run, `scars` stay."""
+        return {"past": self.past_state(), "scars": asdict(self.scars)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.load_past_state(state["past"])
+        self.scars = Scars(**deepcopy(dict(state["scars"])))
+
+    def past_state(self) -> dict[str, Any]:
+        """Return what belongs to the run's past, as plain JSON values."""
+        return asdict(self.past)
+
+    def load_past_state(self, state: Mapping[str, Any]) -> None:
+        """Go back to the past that `past_state` returned; the scars stay."""
+        copied = deepcopy(dict(state))
+        self.past = Past(**{**copied, "losses": LossLevel(**copied["losses"])})
+
+
+def change_of(name: str, choice: int) -> str:
+    """Return what a choice changes, as `learning_rate up` or `pruning`."""
+    if name not in MOVED:
+        return name
+    return f"{name} {'up' if _direction(name, choice) > 0 else 'down'}"
+
+
+def changes_of(action: Action) -> set[str]:
+    """Return what is risky in an action: everything that changes, but a lower learning rate."""
+    pairs = zip(ACTION_FIELDS, action, strict=True)
+    return {change_of(each.name, choice) for each, choice in pairs if choice != each.keep} - {"learning_rate down"}
+
+
+def _direction(name: str, choice: int) -> int:
+    keep = {each.name: each.keep for each in ACTION_FIELDS}[name]
+    return (choice > keep) - (choice < keep)
+
+
+def _counted_down(held: Mapping[str, int]) -> dict[str, int]:
+    return {name: left - 1 for name, left in held.items() if left > 1}
+
+
+def _check_range(name: str, bounds: tuple[float, float] | None) -> None:
+    if bounds is not None and not (len(bounds) == 2 and 0 < bounds[0] <= bounds[1]):
+        raise ValueError(f"{name} must be two numbers above 0, the lower first, got {bounds!r}")
+
+
+UNGUARDED = GuardrailSettings(max_rollbacks=0)
+"""For the base schedule alone, which is what a run falls back to: there is nothing to go back to."""

@@ -1,0 +1,226 @@
+"""Collect what somebody else's loop tells, step by step, and make the telemetry of an interval of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from trainpilot.agents.steering.levers import Levers
+from trainpilot.agents.steering.ranks import Ranks
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading
+from trainpilot.llm_runtime.interval import Interval
+from trainpilot.llm_runtime.measure import memory_share
+from trainpilot.llm_runtime.precision import autocast, synchronise
+from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
+from trainpilot.llm_runtime.probe_plan import probe_due
+from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.trainer import StepRecord
+
+
+class Readings:
+    """The meters of a steered loop.
+
+    The probe takes the update of the last step but one of an interval, and the first micro-batch of its last step
+    before that is trained on: fresh text, without taking any from the loop.
+
+    Args:
+        levers: Model and optimiser.
+        meter: Energy meter.
+        clock: Returns seconds.
+        ranks: The processes that train together.
+        settings: Budget and bounds.
+    """
+
+    def __init__(
+        self, levers: Levers, meter: EnergyMeter, clock: Callable[[], float], ranks: Ranks, settings: SteeringSettings
+    ) -> None:
+        self.levers, self.meter, self.clock, self.ranks, self.settings = levers, meter, clock, ranks, settings
+        self.start_sequences = 0
+        self.start_sparsity = 0.0
+        self.mask_updates = 0
+        self.switch_s = 0.0
+        self.evaluation_s = 0.0
+        self.probe_wanted = False
+        self.micro_batches = 1
+        self._taken = 0
+        self._decision = 0
+        self._before: list[torch.Tensor] = []
+        self._losses: list[tuple[torch.Tensor, float]] = []
+        self._interval: Interval | None = None
+        self._begun: tuple[EnergyReading, float] | None = None
+
+    def begin_interval(self, sequences: int) -> None:
+        """Forget the interval before; `sequences` have been trained on so far."""
+        synchronise(self.levers.device)
+        self.start_sequences, self._taken = sequences, 0
+        self.start_sparsity, self.mask_updates, self.switch_s = self.levers.sparsity(), 0, 0.0
+        self._interval = None
+        self._begun = (self.meter.read(), self.clock()) if sequences else None  # what comes before a run is not its own
+
+    def begin_step(self, *, last: bool) -> None:
+        """Get ready for a step; the `last` of an interval may begin with a probe."""
+        if self._interval is None:
+            reading, start = self._begun or (self.meter.read(), self.clock())
+            controls = self.levers.controls
+            self._interval = Interval(controls, start, reading, self.start_sequences, self.start_sparsity)
+        self._losses = []
+        self.probe_wanted = bool(last and self._before and self._interval.probe is None)
+
+    def keep_weights(self, *, next_is_last: bool) -> None:
+        """Keep the weights where the next step may begin with a probe: what this step changes is the update."""
+        if not self.probe_wanted:
+            due = probe_due(self._decision, self.start_sequences / self.settings.sequences)
+            wanted = next_is_last and self.settings.probe and bool(due)
+            self._before = [p.detach().clone() for p in self.levers.parameters()] if wanted else []
+
+    def note_loss(self, loss: torch.Tensor, share: float) -> None:
+        """Take in the mean loss of a micro-batch and its share of the step."""
+        self._losses.append((loss.detach().float(), share))
+        self.micro_batches = len(self._losses)
+
+    def probe(self, loss: Callable[[], torch.Tensor]) -> None:
+        """Measure slope and curvature along the last update on what `loss` looks at."""
+        interval = self._open()
+        synchronise(self.levers.device)
+        start, training = self.clock(), self.levers.model.training
+        updates = [
+            (parameter, parameter.detach() - before)
+            for parameter, before in zip(self.levers.parameters(), self._before, strict=True)
+        ]
+        self._before, self.probe_wanted = [], False
+        self.levers.model.eval()
+        try:
+            with autocast("fp32", self.levers.device):
+                interval.probe = probe_curvature(updates, lambda: self._looked_at(loss))
+        finally:
+            self.levers.model.train(training)
+        interval.probe_s = self.clock() - start
+
+    def _looked_at(self, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+        value = loss().detach().float()
+        self.ranks.settle(self.levers.model)
+        return value
+
+    def end_step(self, gradient_norm: torch.Tensor, sequences: int) -> None:
+        """Take in a step that has been made."""
+        interval = self._open()
+        if not self._losses:
+            raise ValueError("a step must tell its loss; call note_loss, or step.backward, for every micro-batch")
+        loss = torch.stack([value * share for value, share in self._losses]).sum()
+        record = StepRecord(loss, self.ranks.whole(gradient_norm.detach()))
+        interval.note_step(record, self.levers.optimizer)
+        self._taken += sequences
+        self._losses = []
+
+    def drop_step(self) -> None:
+        """Forget a step that was not made."""
+        self._losses, self._before, self.probe_wanted = [], [], False
+
+    def telemetry(self, *, decision: int, tokens: int, finished: bool, finishing: bool, budget_used: float,
+                  validation_loss: float | None) -> Telemetry:  # fmt: skip
+        """Return what the interval measured."""
+        interval, levers = self._open(), self.levers
+        self._decision = decision + 1
+        interval.note_moment(levers.optimizer)
+        interval.switch_s = self.switch_s
+        self._over_ranks(interval)
+        batch_size = self._taken / len(interval.steps)
+        clip = self.settings.gradient_clip
+        learned = interval.losses_and_gradients(
+            batch_size, gradient_clip=float("inf") if clip is None else clip, beta1=levers.beta1
+        )
+        evaluation_s, self.evaluation_s = self.evaluation_s, 0.0
+        return Telemetry(
+            **learned,
+            **self._cost(interval),
+            decision=decision,
+            budget_used=budget_used,
+            tokens=tokens,
+            interval_tokens=self._taken * self.settings.sequence_length,
+            steps=len(interval.steps),
+            epochs_seen=0.0,
+            validation_loss=validation_loss,
+            requested=interval.controls,
+            learning_rate=levers.learning_rate(),
+            batch_size=batch_size,
+            micro_batch_size=max(1, round(batch_size / self.ranks.world_size / self.micro_batches)),
+            precision=levers.precision(),
+            sparsity=levers.sparsity(),
+            finishing=finishing,
+            finished=finished,
+            evaluation_time_s=evaluation_s,
+            memory_share=memory_share(levers.device),
+        )
+
+    def _over_ranks(self, interval: Interval) -> None:
+        """Replace this process's losses and probe by the mean over all."""
+        if self.ranks.world_size == 1:
+            return
+        losses = self.ranks.mean(torch.stack([step.loss for step in interval.steps]))
+        interval.steps = [StepRecord(loss, s.gradient_norm) for loss, s in zip(losses, interval.steps, strict=True)]
+        if interval.probe is not None:
+            one = torch.tensor([interval.probe.linear, interval.probe.quadratic, interval.probe.relative_update])
+            interval.probe = ProbeResult(*self.ranks.mean(one.to(self.levers.device)).tolist())
+
+    def _cost(self, interval: Interval) -> dict[str, Any]:
+        cost = interval.cost(self.clock(), self.meter.read())
+        if self.ranks.world_size > 1:
+            own_time_s = cost["time_s"]
+            cost["time_s"] = self.ranks.largest(own_time_s)
+            cost["energy_j"] = self.ranks.energy(cost["energy_j"], own_time_s, self.meter)
+            known = cost["energy_j"] is not None and cost["time_s"] > 0
+            cost["power_w"] = cost["energy_j"] / cost["time_s"] if known else None
+        return cost
+
+    def _open(self) -> Interval:
+        if self._interval is None:
+            raise ValueError("a step must be begun before it ends; call begin_step, or use `with steering.step()`")
+        return self._interval
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been collected of the interval so far."""
+        names = ("start_sequences", "start_sparsity", "mask_updates", "switch_s", "evaluation_s", "micro_batches")
+        state: dict[str, Any] = {name: getattr(self, name) for name in names}
+        state |= {"taken": self._taken, "decision": self._decision, "before": [b.clone() for b in self._before]}
+        if (interval := self._interval) is not None:
+            reading = self.meter.read()
+            state["interval"] = {
+                "losses": [float(step.loss) for step in interval.steps],
+                "norms": [float(step.gradient_norm) for step in interval.steps],
+                "moments": [float(norm) for norm in interval.moment_norms],
+                "time_s": self.clock() - interval.start_s,
+                "energy_j": _difference(reading.energy_j, interval.reading.energy_j),
+                "probe": None if interval.probe is None else vars(interval.probe),
+                "probe_s": interval.probe_s,
+            }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the midst of the interval; seconds and joules up to here are kept, the pause is left out."""
+        for name in ("start_sequences", "start_sparsity", "mask_updates", "switch_s", "evaluation_s", "micro_batches"):
+            setattr(self, name, state[name])
+        device = self.levers.device
+        self._taken, self._decision = state["taken"], state["decision"]
+        self._before = [tensor.clone().to(device) for tensor in state["before"]]
+        self._interval, self._losses, self.probe_wanted = None, [], False
+        if (kept := state.get("interval")) is None:
+            return
+        reading = self.meter.read()
+        energy_j = _difference(reading.energy_j, kept["energy_j"])
+        begun = EnergyReading(time_s=reading.time_s, energy_j=energy_j, source=reading.source)
+        start = self.clock() - kept["time_s"]
+        self._interval = Interval(self.levers.controls, start, begun, self.start_sequences, self.start_sparsity)
+        pairs = zip(kept["losses"], kept["norms"], strict=True)
+        self._interval.steps = [
+            StepRecord(torch.tensor(a, device=device), torch.tensor(b, device=device)) for a, b in pairs
+        ]
+        self._interval.moment_norms = [torch.tensor(norm, device=device) for norm in kept["moments"]]
+        self._interval.probe = None if kept["probe"] is None else ProbeResult(**kept["probe"])
+        self._interval.probe_s = kept["probe_s"]
+
+
+def _difference(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other

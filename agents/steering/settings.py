@@ -1,0 +1,83 @@
+"""Say what a loop asks of its steering: the budget, the start, the policy, and how far it may go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainpilot.agents.bundle import BaseSchedule
+from trainpilot.agents.controller import Policy
+from trainpilot.agents.steering.contract import QualityContract
+from trainpilot.agents.steering.guardrails import GuardrailSettings
+from trainpilot.agents.steering.levers import MaskPruning
+from trainpilot.llm_runtime.controls import PRECISIONS, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringSettings:
+    """What is steered, by what, and within which bounds."""
+
+    sequences: int
+    """Budget: sequences that the run is trained on, those seen twice counted twice."""
+    batch_size: int
+    """Sequences of an optimiser step at the start, of all processes and accumulated micro-batches together."""
+    sequence_length: int = 1
+    """Tokens of a sequence. Only the log and the steps of the schedule need it: any estimate will do."""
+    policy: str | Policy = "default"
+    """`default`, a bundle's file, `none` to leave everything at the base schedule and only watch, or a function of
+    observation and masks that returns an action."""
+    preference: str = "quality=1"
+    """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
+    decisions: int | None = None
+    """Decisions in the run; by default as many as the policy was trained with."""
+    base_schedule: BaseSchedule | None = None
+    """What the policy multiplies; by default the schedule that it was trained with."""
+    gradient_clip: float | None = 1.0
+    """Largest norm of the gradient; `None` clips nothing."""
+    min_batch_size: int | None = None
+    """Smallest batch that may be asked for; by default a sixteenth of the first."""
+    max_batch_size: int | None = None
+    """Largest; by default 16 times the first, and four steps in an interval."""
+    precisions: tuple[Precision, ...] = ("fp32",)
+    """Precisions that may be used, the first at the start. Offer bf16 where you know that it pays."""
+    pruning: MaskPruning = "none"
+    """What the pruning control does: nothing, or masks by `magnitude` or `evolution`."""
+    probe: bool = True
+    """Whether to probe the curvature now and then: three forward passes on one micro-batch."""
+    guardrails: GuardrailSettings = field(default_factory=GuardrailSettings)
+    """What no policy may do."""
+    contract: QualityContract | None = None
+    """What the run may lose against its base schedule."""
+    strict_domain: bool = False
+    """Refuse to steer a run unlike those that the policy was trained on, instead of warning."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequences", "batch_size", "sequence_length"):
+            _check_count(name, getattr(self, name))
+        for name in ("decisions", "min_batch_size", "max_batch_size"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be above 0, got {self.gradient_clip}; None clips nothing")
+        if not self.precisions or any(name not in PRECISIONS for name in self.precisions):
+            raise ValueError(f"precisions must be some of {', '.join(PRECISIONS)}, got {self.precisions}")
+        if "fp16" in self.precisions:
+            raise ValueError("precisions must be without fp16, whose loss scaler is the loop's; offer bf16")
+        if self.max_batch_size is not None and self.max_batch_size < self.batch_size:
+            raise ValueError(f"max_batch_size must be at least batch_size {self.batch_size}, got {self.max_batch_size}")
+        if self.min_batch_size is not None and self.min_batch_size > self.batch_size:
+            raise ValueError(f"min_batch_size must be at most batch_size {self.batch_size}, got {self.min_batch_size}")
+
+    def check_steps(self, decisions: int) -> None:
+        """Raise `ValueError` where a decision would have no step of its own."""
+        if self.sequences < decisions * self.batch_size:
+            raise ValueError(
+                f"sequences must give every decision at least one step: {decisions} decisions x batch_size "
+                f"{self.batch_size} = {decisions * self.batch_size:,}, got {self.sequences:,}; "
+                "train for longer, or lower decisions or batch_size"
+            )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -1,0 +1,476 @@
+"""Steer a training loop that belongs to somebody else: what it tells becomes telemetry, what is decided holds in it.
+
+    steering = Steering(model, optimizer, SteeringSettings(sequences=100_000, batch_size=32))
+    while not steering.finished:
+        with steering.step() as step:
+            for batch in micro_batches(step.batch_size):
+                step.backward(lambda: loss_of(model, batch), sequences=len(batch))
+
+The adapters of frameworks do the same by `begin_step`, `note_loss`, `end_step`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
+from trainpilot.agents.controller import Controller, Policy, keep
+from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.steering.domain import RunFacts, check_domain
+from trainpilot.agents.steering.guarded import GuardedController, GuardedDecision
+from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails
+from trainpilot.agents.steering.levers import Levers, offered
+from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
+from trainpilot.agents.steering.readings import Readings
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.envs.preference import Preference
+from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
+from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.schedules import Cooldown, Schedule, neutral_factor
+
+if TYPE_CHECKING:
+    from trainpilot.agents.steering.step import Step
+
+BATCH_RANGE = 16
+"""The batch stays within this factor of the first, and leaves at least four steps in an interval."""
+MASK_UPDATES = 5
+"""Masks are raised this often along an interval."""
+WITHOUT_POLICY = BaseSchedule(schedule="linear", warmup_share=0.02)
+DECISIONS = 50
+
+
+class Stateful(Protocol):
+    """Anything that can say where it stands, and go back there: a data loader, a sampler."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return where it stands."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Go back there."""
+
+
+class Steering:
+    """A policy, its guardrails and its meters in somebody else's training loop.
+
+    Args:
+        model: What is trained.
+        optimizer: Steps it, at the peak learning rate of the base schedule and without a scheduler of its own. Batches
+            change under Adam and AdamW only.
+        settings: Budget, start, policy and bounds.
+        validate: Returns the validation loss in nats/token. Called every tenth decision; leave it out if it is dear.
+        data: The data's position, taken back with the model when a change of controls goes wrong. Without it the
+            data goes on.
+        meter: Energy meter; by default the best one that the device has.
+        clock: Returns seconds; replaced in tests.
+        ranks: The processes that train the model together.
+        on_decision: Called with the record of each interval and the decision before it, to log them.
+
+    Raises:
+        ValueError: something cannot be used; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        settings: SteeringSettings,
+        *,
+        validate: Callable[[], float] | None = None,
+        data: Stateful | None = None,
+        meter: EnergyMeter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        ranks: Ranks | None = None,
+        on_decision: Callable[[DecisionRecord], None] | None = None,
+    ) -> None:
+        _check_free(optimizer)
+        self.settings = settings
+        self.ranks = ranks if ranks is not None else OneProcess()
+        bundle, policy = _policy(settings.policy)
+        self.decisions = settings.decisions or (bundle.decisions if bundle else DECISIONS)
+        settings.check_steps(self.decisions)
+        base = settings.base_schedule or (bundle and bundle.base_schedule) or WITHOUT_POLICY
+        self.schedule = self._schedule(base)
+        start = Controls(batch_size=settings.batch_size, precision=settings.precisions[0])
+        self.levers = Levers(model, optimizer, start, settings.pruning)
+        self.validate, self.data, self.on_decision = validate, data, on_decision
+        meter = meter if meter is not None else select_meter(str(self.levers.device))
+        self.readings = Readings(self.levers, meter, clock, self.ranks, settings)
+        preference = Preference.parse(settings.preference)
+        controller = Controller(policy, self._limits(start), preference)
+        bounds = UNGUARDED if settings.policy == "none" else settings.guardrails
+        guardrails = Guardrails(bounds, base_learning_rate=self.levers.peak)
+        self.controller = GuardedController(controller, guardrails, settings.contract)
+        self.sequences = 0
+        self.decision = 0
+        self.cooldown: Cooldown | None = None
+        self.validation_loss: float | None = None
+        self._step_open = False
+        self._kept: dict[str, Any] | None = None
+        if bundle is not None:
+            self._check_domain(bundle, base)
+        self._take(self._agreed(lambda: self.controller.decide(None)))
+        setattr(optimizer, _CLAIMED, True)
+
+    def _schedule(self, base: BaseSchedule) -> Schedule:
+        tokens = self.settings.sequences * self.settings.sequence_length
+        return Schedule(name=base.schedule, budget_tokens=tokens, warmup_tokens=base.warmup_tokens(tokens))
+
+    def _limits(self, start: Controls) -> ControlLimits:
+        settings, world = self.settings, self.ranks.world_size
+        span = BATCH_RANGE if self.levers.changes_batch else 1
+        least = settings.min_batch_size or max(world, start.batch_size // span)
+        most = settings.max_batch_size or min(start.batch_size * span, settings.sequences // self.decisions // 4)
+        if start.batch_size % world:
+            raise ValueError(f"batch_size must be a multiple of the {world} processes, got {start.batch_size}")
+        least = max(least, _least_shared(start.batch_size, world))
+        fixed = start.batch_size if span == 1 else None
+        return ControlLimits(
+            start=start,
+            min_batch_size=fixed or least,
+            max_batch_size=fixed or max(start.batch_size, most),
+            masked_precisions=offered(settings.precisions, self.levers.device),
+            pruning=settings.pruning,
+            decisions=self.decisions,
+        )
+
+    def _check_domain(self, bundle: PolicyBundle, base: BaseSchedule) -> None:
+        facts = RunFacts(
+            n_parameters=sum(p.numel() for p in self.levers.model.parameters()),
+            budget_tokens=self.schedule.budget_tokens,
+            sequences=self.settings.sequences,
+            batch_size=self.settings.batch_size,
+            sequence_length=self.settings.sequence_length,
+            optimizer=type(self.levers.optimizer).__name__,
+            decisions=self.decisions,
+            device_type=self.levers.device.type,
+            base_schedule=base,
+            fine_tuning=None,
+        )
+        found = check_domain(bundle, facts)
+        if found and self.settings.strict_domain:
+            raise ValueError("; ".join(found))
+        self.domain_warnings = tuple(found)
+        if found and self.ranks.is_first:
+            warnings.warn("policy outside of what it was trained on: " + "; ".join(found), stacklevel=3)
+
+    # Where the run stands --------------------------------------------------------------------------------------------
+
+    @property
+    def controls(self) -> Controls:
+        """Controls in force."""
+        return self.levers.controls
+
+    @property
+    def records(self) -> list[DecisionRecord]:
+        """What was decided and measured, interval by interval."""
+        return self.controller.records
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on, by the nominal length of a sequence."""
+        return self.sequences * self.settings.sequence_length
+
+    @property
+    def end_sequences(self) -> int:
+        """Sequences at which the run ends: the budget, or the end of the cool-down."""
+        if self.cooldown is None:
+            return self.settings.sequences
+        return -(-self.cooldown.end_tokens // self.settings.sequence_length)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is used up or the cool-down complete."""
+        return self.sequences >= self.end_sequences
+
+    @property
+    def _target(self) -> int:
+        """Sequences at which the interval ends."""
+        return min(round((self.decision + 1) * self.settings.sequences / self.decisions), self.end_sequences)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step: base schedule x scale x the batch's neutral factor."""
+        controls, step_tokens = self.controls, self.controls.batch_size * self.settings.sequence_length
+        schedule = (
+            self.cooldown.factor(self.tokens) if self.cooldown else self.schedule.factor(self.tokens, step_tokens)
+        )
+        neutral = neutral_factor(controls.batch_size, self.settings.batch_size)
+        return self.levers.peak * controls.learning_rate_scale * schedule * neutral
+
+    # A step ----------------------------------------------------------------------------------------------------------
+
+    def step(self) -> Step:
+        """Return the next optimiser step, for a `with`."""
+        from trainpilot.agents.steering.step import Step
+
+        return Step(self)
+
+    def begin_step(self) -> int:
+        """Set the learning rate of the next optimiser step, and return its batch in sequences.
+
+        Raises:
+            ValueError: the run has finished, a step is still open, or something else writes the learning rate.
+        """
+        if self.finished:
+            raise ValueError("step needs a run that has not finished; end the loop at steering.finished")
+        if self._step_open:
+            raise ValueError("step needs the step before to be over; one `with steering.step()` at a time")
+        self.ranks.settle(self.levers.model)
+        batch_size = min(self.controls.batch_size, self.end_sequences - self.sequences)
+        self.readings.begin_step(last=self.sequences + batch_size >= self._target)
+        self.readings.keep_weights(next_is_last=self.sequences + 2 * batch_size >= self._target)
+        self.levers.set_learning_rate(self.learning_rate)
+        self._prune()
+        self._step_open = True
+        return batch_size
+
+    def note_loss(self, loss: torch.Tensor, share: float = 1.0) -> None:
+        """Take in the loss of a micro-batch, a scalar in nats/token, and its share of the step's sequences."""
+        self.readings.note_loss(loss, share)
+
+    @property
+    def probe_wanted(self) -> bool:
+        """Whether `probe` is to be called before this step's first backward pass."""
+        return self.readings.probe_wanted
+
+    def probe(self, loss: Callable[[], torch.Tensor]) -> None:
+        """Probe the curvature on a micro-batch that has not been trained on; `loss` returns its mean loss."""
+        self.readings.probe(loss)
+
+    def end_step(self, gradient_norm: torch.Tensor, sequences: int) -> None:
+        """Take in an optimiser step that has been made; at an interval's end, decide.
+
+        Args:
+            gradient_norm: Norm of its gradient before clipping, a scalar.
+            sequences: What it was trained on, in all processes together.
+        """
+        self._step_open = False
+        self.levers.after_step()
+        self.sequences += sequences
+        self.readings.end_step(gradient_norm, sequences)
+        if self.sequences >= self._target:
+            self._prune(done=1.0)
+            self._end_interval()
+
+    def drop_step(self) -> None:
+        """Forget a step that was begun and not made."""
+        self._step_open = False
+        self.readings.drop_step()
+
+    def _prune(self, done: float | None = None) -> None:
+        began, until = self.readings.start_sequences, self._target
+        if done is None:
+            done = (self.sequences - began) / max(until - began, 1)
+        due = min(int(done * MASK_UPDATES) + 1, MASK_UPDATES)
+        if due > self.readings.mask_updates:
+            self.readings.mask_updates = due
+            self.levers.prune_towards(self.readings.start_sparsity, self.controls.sparsity, due / MASK_UPDATES)
+
+    # An interval -----------------------------------------------------------------------------------------------------
+
+    def _end_interval(self) -> None:
+        telemetry = self.readings.telemetry(
+            decision=self.decision,
+            budget_used=self.sequences / self.settings.sequences,
+            tokens=self.tokens,
+            validation_loss=self.validation_loss,
+            finishing=self.cooldown is not None,
+            finished=self.finished,
+        )
+        telemetry = self.ranks.of_first(telemetry)
+        self.decision += 1
+        if (self.decision % 10 == 0 or telemetry.finished) and not telemetry.diverged:
+            self._validate()
+        record = self.controller.record(telemetry)
+        if self.on_decision is not None and self.ranks.is_first:
+            self.on_decision(record)
+        if telemetry.finished:
+            return
+        decision = self._agreed(lambda: self.controller.decide(telemetry))
+        self._roll_back() if decision.roll_back else self._take(decision)
+
+    def _agreed(self, ask: Callable[[], Content]) -> Content:
+        """Return what the first process's controller answers; the others' go where it then stands, unasked."""
+        if self.ranks.world_size == 1:
+            return ask()
+        told = (ask(), self.controller.state_dict()) if self.ranks.is_first else None
+        answer, state = self.ranks.of_first(told)  # type: ignore[misc]
+        if not self.ranks.is_first:
+            self.controller.load_state_dict(state)
+        return answer
+
+    def _validate(self) -> None:
+        if self.validate is not None:
+            training = self.levers.model.training
+            start = self.readings.clock()
+            try:
+                loss = float(self.validate())
+            finally:
+                self.levers.model.train(training)
+            loss = float(self.ranks.mean(torch.tensor(loss, dtype=torch.float64)))
+            self.validation_loss = loss if math.isfinite(loss) else None
+            self.readings.evaluation_s += self.readings.clock() - start
+
+    def _take(self, decision: GuardedDecision) -> None:
+        """Bring a decision into force; before a risky one, keep the state to go back to. The interval pays for it."""
+        self.readings.begin_interval(self.sequences)
+        if decision.snapshot:
+            self._kept = self._copy()
+            self.controller.snapshotted()
+        self._apply(decision.controls)
+
+    def _apply(self, controls: Controls) -> None:
+        start = self.readings.clock()
+        self.levers.apply(controls)
+        if controls.finish and self.cooldown is None:
+            step_tokens = controls.batch_size * self.settings.sequence_length
+            self.cooldown = Cooldown.begin(self.schedule, self.tokens, step_tokens)
+        self.readings.switch_s = self.readings.clock() - start
+
+    def _copy(self) -> dict[str, Any]:
+        kept = {"levers": self.levers.snapshot(), "controls": self.controls, "cooldown": self.cooldown}
+        if self.data is not None:
+            kept |= {"data": self.data.state_dict(), "random": torch.get_rng_state()}
+            kept |= {"sequences": self.sequences, "decision": self.decision, "validation_loss": self.validation_loss}
+        return kept
+
+    def _roll_back(self) -> None:
+        """Put model, optimiser and, where it is known, the data back to where the last snapshot was taken."""
+        assert self._kept is not None, "guardrails only ask for it after a snapshot"
+        kept = self._kept
+        self.levers.restore(kept["levers"], kept["controls"])
+        self.cooldown = kept["cooldown"]
+        if self.data is not None:
+            self.data.load_state_dict(kept["data"])
+            torch.set_rng_state(kept["random"])
+            self.sequences, self.decision = kept["sequences"], kept["decision"]
+            self.validation_loss = kept["validation_loss"]
+        self.readings.begin_interval(self.sequences)
+        self._apply(self._agreed(self.controller.rolled_back))
+
+    # Saving and going on ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what, beside model, optimiser and data, decides how the run goes on; `torch.save` can write it.
+
+        Raises:
+            ValueError: a step is open.
+        """
+        if self._step_open:
+            raise ValueError("state_dict needs the step to be over; save between two steps")
+        return {
+            "settings": _plain(self.settings),
+            "process": [self.ranks.rank, self.ranks.world_size],
+            "sequences": self.sequences,
+            "decision": self.decision,
+            "cooldown": asdict(self.cooldown) if self.cooldown else None,
+            "validation_loss": self.validation_loss,
+            "controls": asdict(self.controls),
+            "levers": self.levers.state_dict(),
+            "readings": self.readings.state_dict(),
+            "controller": self.controller.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called; load model and optimiser before.
+
+        Raises:
+            ValueError: the state is of a run with other settings.
+        """
+        for name, value in _plain(self.settings).items():
+            if state["settings"].get(name) != value:
+                raise ValueError(
+                    f"{name} must be what it was when the state was saved, {state['settings'].get(name)!r}, "
+                    f"got {value!r}"
+                )
+        here = [self.ranks.rank, self.ranks.world_size]
+        if self.levers.sharded and state.get("process", here) != here:
+            rank, world = state["process"]
+            raise ValueError(
+                f"state of a sharded model must be loaded by the process that saved it, {rank} of {world}, "
+                f"got process {here[0]} of {here[1]}; save one file per process"
+            )
+        self.sequences, self.decision = state["sequences"], state["decision"]
+        self.cooldown = Cooldown(**state["cooldown"]) if state["cooldown"] else None
+        self.validation_loss = state["validation_loss"]
+        self.levers.load_state_dict(state["levers"], Controls(**state["controls"]))
+        self.controller.load_state_dict(state["controller"])
+        self.readings.load_state_dict(state["readings"])
+        self._step_open, self._kept = False, None
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was steered and what it came to, as plain JSON values."""
+        time_s = sum(record.telemetry.time_s for record in self.records)
+        return {
+            "policy": _name(self.settings.policy),
+            "preference": self.settings.preference,
+            "decisions": len(self.records),
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "time_s": time_s,
+            "energy_j": _sum([record.telemetry.energy_j for record in self.records]),
+            "energy_source": self.records[-1].telemetry.energy_source if self.records else None,
+            "validation_loss": self.validation_loss,
+            "domain_warnings": list(getattr(self, "domain_warnings", ())),
+            **self.controller.summary(),
+        }
+
+    def close(self) -> None:
+        """Let go of model and optimiser; another controller may take them."""
+        self.levers.release()
+        _release(self.levers.optimizer)
+
+
+def _least_shared(batch_size: int, processes: int) -> int:
+    """Return the smallest batch that halving leads to and that the processes share evenly."""
+    while processes > 1 and batch_size % (2 * processes) == 0:
+        batch_size //= 2
+    return batch_size if processes > 1 else 1
+
+
+def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
+    if not isinstance(policy, str):
+        return None, policy
+    if policy == "none":
+        return None, keep
+    bundle = PolicyBundle.load(policy_path(policy))
+    return bundle, bundle.act
+
+
+_CLAIMED = "_trainpilot_steered"
+
+
+def _check_free(optimizer: Optimizer) -> None:
+    if getattr(optimizer, _CLAIMED, False):
+        raise ValueError(
+            "optimizer must be steered by one controller, this one has one already; "
+            "call close() on the other, or drop one of the two"
+        )
+
+
+def _release(optimizer: Optimizer) -> None:
+    setattr(optimizer, _CLAIMED, False)
+
+
+def _plain(settings: SteeringSettings) -> dict[str, Any]:
+    names = ("sequences", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning")
+    return {name: getattr(settings, name) for name in names} | {"policy": _name(settings.policy)}
+
+
+def _name(policy: str | Policy) -> str:
+    return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
+
+
+def _sum(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

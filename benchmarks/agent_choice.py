@@ -1,0 +1,213 @@
+"""Steer live runs of the training models with every agent of a recipe's simulator stage, and say which is best there.
+
+    python benchmarks/agent_choice.py --agents runs/default [--calibrations runs/calibrations]
+
+Simulated runs hardly tell agents apart that live runs do. The test cases may not choose, so that the models and texts
+of the calibrations do, from a tenth, one and ten times the best rate of their grids, under both preferences that the
+test is judged under. What a loss is worth: a factor of two in the budget for every 0.2 nats, about what the
+calibrations' runs of a doubled budget show. About four minutes for each agent on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from _common import write_result
+from rich.console import Console
+from zero_shot import PREFERENCES
+
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.controller import Controller
+from trainpilot.envs.preference import Preference
+from trainpilot.experiments.calibrate.calibration import Calibration, load_calibrations
+from trainpilot.experiments.calibrate.design import design
+from trainpilot.experiments.calibrate.runs import RunFile
+from trainpilot.experiments.progress import progress_bar
+from trainpilot.experiments.recipe import load_recipe
+from trainpilot.experiments.simulator_agents import train_agents
+from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.schedules import neutral_factor
+from trainpilot.llm_runtime.threads import use_threads
+
+STARTS = (0.1, 1.0, 10.0)
+NATS_PER_DOUBLING = 0.2
+DIGITS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static:
+    """The best of a calibration's grid at one batch."""
+
+    batch_size: int
+    learning_rate: float
+    loss: float
+    time_s: float
+    """Modelled, of the whole run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One live run."""
+
+    agent: int
+    policy: Path
+    calibration: Calibration
+    statics: tuple[Static, ...]
+    axis: str
+    start: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came out of it."""
+
+    job: Job
+    loss: float
+    time_s: float
+
+    @property
+    def multiplier(self) -> float:
+        """The budget that the best static of the grid needs for the loss, over the budget used."""
+        return max(least_budget(self.job.statics, self.loss, self.job.axis), 0.0) / self.used
+
+    @property
+    def used(self) -> float:
+        """What the run used: its whole budget, or seconds."""
+        return 1.0 if self.job.axis == "tokens" else self.time_s
+
+
+def least_budget(statics: Iterable[Static], loss: float, axis: str) -> float:
+    """Return the least that one of the static settings needs for a loss: a share of the budget, or seconds."""
+    return min(
+        (1.0 if axis == "tokens" else each.time_s) * 2 ** ((each.loss - loss) / NATS_PER_DOUBLING) for each in statics
+    )
+
+
+def statics(calibration: Calibration, folder: Path) -> tuple[Static, ...]:
+    """Return the best setting of each batch of the grid."""
+    best: dict[int, Static] = {}
+    config = calibration.config
+    for setting in design(config, "standard"):
+        file = RunFile.read(folder / "runs" / f"{setting.name}.json") if setting.grid else None
+        if file is None or file.run.diverged:
+            continue
+        batch = setting.config.batch_size
+        time_s = calibration.cost_table.step(batch, "fp32").time_s * setting.config.n_sequences() / batch
+        found = Static(
+            batch_size=batch, learning_rate=setting.config.base_learning_rate, loss=file.run.final_loss, time_s=time_s
+        )
+        if batch not in best or found.loss < best[batch].loss:
+            best[batch] = found
+    return tuple(best.values())
+
+
+def steer(job: Job) -> Result:
+    """Steer one run of a training model, without looking at what it may not know."""
+    use_threads(1)
+    config, table = job.calibration.config, job.calibration.cost_table
+    best = min(job.statics, key=lambda each: each.loss)
+    rate = best.learning_rate * neutral_factor(config.batch_size, best.batch_size) * job.start
+    bundle = PolicyBundle.load(job.policy)
+    base = bundle.base_schedule
+    assert base is not None
+    run = LiveRun(
+        replace(
+            config, base_learning_rate=rate, schedule=base.schedule, warmup_tokens=base.warmup_tokens(config.tokens)
+        )
+    )
+    controller = Controller.of_bundle(bundle, run.limits(), Preference.parse(PREFERENCES[job.axis].replace("+", ",")))
+    telemetry, time_s = None, 0.0
+    while telemetry is None or not (telemetry.finished or telemetry.diverged):
+        telemetry = run.advance(controller.decide(telemetry), 1 / config.decisions)
+        time_s += table.step(telemetry.batch_size, telemetry.precision).time_s * telemetry.steps
+        if run.sequences_probed:
+            time_s += table.probe(run.sequences_probed, telemetry.batch_size).time_s
+        if (telemetry.decision + 1) % 10 == 0 and not telemetry.diverged:
+            run.evaluate()
+    return Result(job=job, loss=float("inf") if telemetry.diverged else run.evaluate(), time_s=time_s)
+
+
+def main() -> None:
+    """Write `results/agent_choice.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--agents", type=Path, default=Path("runs/default"), help="folder of trainpilot train-agent")
+    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--calibrations", type=Path, default=Path("runs/calibrations"))
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    folders = sorted(path.parent for path in options.calibrations.glob("*/calibration.json"))
+    if not folders:
+        raise SystemExit(f"--calibrations must hold MODEL-TEXT/calibration.json, got {options.calibrations}")
+    made = [(load_calibrations(folder)[0], folder) for folder in folders]
+    console = Console()
+    jobs = [
+        Job(
+            agent=seed,
+            policy=path,
+            calibration=calibration,
+            statics=statics(calibration, folder),
+            axis=axis,
+            start=start,
+        )
+        for seed, path in bundles(options, console).items()
+        for calibration, folder in made
+        for axis in ("tokens", "time_s")
+        for start in STARTS
+    ]
+    results: list[Result] = []
+    with (
+        progress_bar(console, "live runs", len(jobs)) as advance,
+        ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool,
+    ):
+        for result in pool.map(steer, jobs):
+            results.append(result)
+            advance(len(results))
+    told = {str(seed): figures([r for r in results if r.job.agent == seed]) for seed in {j.agent: None for j in jobs}}
+    best = max(told, key=lambda seed: float(told[seed]["score"]))
+    content = {"nats_per_doubling": NATS_PER_DOUBLING, "preferences": PREFERENCES, "agents": told, "best": int(best)}
+    print(write_result("agent_choice", content, torch.device("cpu")))
+    for seed, found in told.items():
+        print(seed, found["score"], found["tokens"]["median_by_start"], found["time_s"]["median_by_start"])
+
+
+def bundles(options: argparse.Namespace, console: Console) -> dict[int, Path]:
+    """Return a file of each agent's best weights, by its seed."""
+    stage = load_recipe(options.recipe, ()).simulator
+    assert stage is not None
+    found = {}
+    for agent in train_agents(stage, options.agents / "simulator", console):
+        found[agent.seed] = options.agents / "simulator" / str(agent.seed) / "policy.safetensors"
+        provenance = {"decisions": stage.decisions, "base_schedule": vars(stage.base_schedule)}
+        PolicyBundle(agent.bundle.weights, provenance).save(found[agent.seed])
+    return found
+
+
+def figures(results: Sequence[Result]) -> dict[str, Any]:
+    """Return one agent's medians by axis and start, and its score: the geometric mean of all multipliers."""
+    axes: dict[str, Any] = {}
+    for axis in dict.fromkeys(result.job.axis for result in results):
+        here = [result for result in results if result.job.axis == axis]
+        by_start = {start: [r.multiplier for r in here if r.job.start == start] for start in STARTS}
+        axes[axis] = {
+            "median_by_start": {str(start): _rounded(float(np.median(found))) for start, found in by_start.items()},
+            "multipliers_by_start": {str(start): [_rounded(m) for m in found] for start, found in by_start.items()},
+        }
+    logs = [np.log(max(result.multiplier, 0.05)) for result in results]
+    return {"score": _rounded(float(np.exp(fmean(logs)))), **axes}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Two processes that train one model take the same steps, decided once, and end where one process does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from distributed_worker import CHANGES, INTERVAL, PROCESSES, SharedLoop, work
+from fake_nvml import UUIDS, FakeNvml
+from live_runs import LLAMA, case
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+
+from trainpilot.agents.integrations.distributed import ProcessGroupRanks, accelerated, counted, sum_once
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.llm_runtime.energy import NoMeter
+from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
+from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+from trainpilot.llm_runtime.masks import Criterion
+
+Outcome = dict[str, Any]
+TIMEOUT_S = 240
+"""On a machine that is busy with other things."""
+JOBS = (
+    [
+        "whole ddp",
+        "first ddp",
+        "whole fsdp",
+        "first fsdp",
+        "spoilt fsdp",
+        "whole accelerate",
+        "misused fsdp",
+        "pruned fsdp",
+    ],
+    ["second ddp", "second fsdp"],
+)
+"""What a first pair of processes does, and a second pair after the first is gone."""
+
+
+def in_two_processes(*arguments: Any) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    context = spawn(work, arguments, nprocs=PROCESSES, join=False)  # type: ignore[no-untyped-call]
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"two processes took more than {TIMEOUT_S} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Outcome]]:
+    """Return what came of a job, by process; `alone` is one process with the whole batch."""
+    folder, before = tmp_path_factory.mktemp("distributed"), torch.get_num_threads()
+    decisions = len(CHANGES) + 1
+    config = case(folder, LLAMA, tokens=16 * INTERVAL * decisions, batch_size=4, decisions=decisions)
+    for number, jobs in enumerate(JOBS):
+        in_two_processes(config, folder, jobs, f"meeting-{number}")
+    torch.set_num_threads(1)
+    alone = SharedLoop(config, "alone")
+    alone.train()
+    torch.set_num_threads(before)
+    done = {"alone": [alone.outcome()]}
+    return lambda job: (
+        done.get(job) or [torch.load(folder / f"{job.replace(' ', '-')}-{rank}.pt") for rank in range(PROCESSES)]
+    )
+
+
+Results = Callable[[str], list[Outcome]]
+
+
+def far(one: Outcome, other: Outcome) -> float:
+    """Return the largest difference between the weights."""
+    pairs = zip(one["weights"], other["weights"], strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def told(outcome: Outcome, name: str) -> list[Any]:
+    return [record["telemetry"][name] for record in outcome["records"]]
+
+
+KINDS = ["ddp", "fsdp", "accelerate"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_end_where_one_does_that_has_the_whole_batch(results: Results, kind: str) -> None:
+    first, second = results(f"whole {kind}")
+    assert far(first, second) == 0.0
+    assert far(first, results("alone")[0]) < 1e-4
+    sizes = [asked["batch_size"] for asked in told(first, "requested")]
+    assert sum(a != b for a, b in zip([4, *sizes], sizes, strict=False)) == 20
+    assert told(first, "batch_size") == sizes
+    assert first["summary"]["sequences"] == INTERVAL * len(sizes)
+    assert told(first, "sparsity")[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_process_decides_for_all_and_all_tell_the_same(results: Results, kind: str) -> None:
+    first, second = results(f"whole {kind}")
+    assert first["records"] == second["records"]
+    assert (first["asked"], second["asked"]) == (len(CHANGES) + 1, 0)
+    assert told(first, "requested") == told(results("alone")[0], "requested")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_measured_is_that_of_the_whole_batch(results: Results, kind: str) -> None:
+    here, alone = results(f"whole {kind}")[0], results("alone")[0]
+    for name in ("train_loss", "gradient_norm", "noise_scale"):
+        assert told(here, name) == pytest.approx(told(alone, name), rel=1e-3), name
+    assert set(told(here, "validation_loss")) == {None, 0.5}  # the processes say 0 and 1
+
+
+@pytest.mark.slow
+def test_the_probe_sees_shards_as_it_sees_whole_weights(results: Results) -> None:
+    whole, shards = results("whole ddp")[0], results("whole fsdp")[0]
+    for name in ("relative_update", "probe_linear", "probe_quadratic"):
+        pairs = [(a, b) for a, b in zip(told(whole, name), told(shards, name), strict=True) if a is not None]
+        assert len(pairs) > 5
+        assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], rel=1e-2, abs=1e-5), name
+    assert any(abs(value) > 1e-3 for value in told(shards, "probe_linear") if value is not None)
+
+
+@pytest.mark.slow
+def test_joules_are_counted_once(results: Results) -> None:
+    assert set(told(results("whole ddp")[0], "energy_j")) == {40.0}  # 10 + 30: each process its own device
+    assert set(told(results("whole fsdp")[0], "energy_j")) == {30.0}  # both look at one
+    assert results("whole ddp")[0]["summary"]["energy_j"] == 40.0 * (len(CHANGES) + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_killed_run_goes_on_bit_for_bit(results: Results, kind: str) -> None:
+    resumed, whole = results(f"second {kind}"), results(f"whole {kind}")
+    for mine, theirs in zip(resumed, whole, strict=True):
+        assert far(mine, theirs) == 0.0
+        for name in ("requested", "train_loss", "gradient_norm", "probe_linear", "noise_scale"):
+            assert told(mine, name) == told(theirs, name), name
+
+
+@pytest.mark.slow
+def test_a_loss_that_one_process_cannot_compute_takes_all_back(results: Results) -> None:
+    first, second = results("spoilt fsdp")
+    assert [each["reason"] for each in first["summary"]["rollbacks"]] == ["training loss is not finite"]
+    assert first["summary"] == second["summary"]
+    assert far(first, second) == 0.0
+    assert all(weights.isfinite().all() for weights in first["weights"])
+    assert first["summary"]["sequences"] == INTERVAL * (len(CHANGES) + 1)
+
+
+@pytest.mark.slow
+def test_shards_are_pruned_as_whole_matrices_are(results: Results) -> None:
+    for found in results("pruned fsdp"):
+        for criterion in get_args(Criterion):
+            (weights, sparsity, masks), (others, other_sparsity, other_masks) = (
+                found[f"{name} {criterion}"] for name in ("whole", "shards")
+            )
+            assert all(map(torch.equal, masks, other_masks))
+            assert all(map(torch.equal, weights, others))
+            assert sparsity == other_sparsity == pytest.approx(0.5, abs=1e-3)
+            assert sum(int((~mask).sum()) for mask in masks) / sum(m.numel() for m in masks) == pytest.approx(
+                0.3, abs=1e-3
+            )
+
+
+@pytest.mark.slow
+def test_bad_uses_get_one_clear_line(results: Results) -> None:
+    for says in results("misused fsdp"):
+        assert "batch_size must be a multiple of the 2 processes, got 3" in says["odd batch"]
+        assert "wrap it in DistributedDataParallel" in says["not wrapped"]
+        assert "by the process that saved it" in says["the other's state"]
+        assert not any("\n" in line for line in says.values())
+
+
+def test_without_a_process_group_there_is_one_clear_line() -> None:
+    with pytest.raises(ValueError, match="needs a process group"):
+        ProcessGroupRanks()
+
+
+# What a meter counts ----------------------------------------------------------------------------------------------
+
+
+def of_both(meters: list[Any], joules: list[float | None], **options: Any) -> float | None:
+    """Return the sum over two processes that counted for two seconds."""
+    pairs = enumerate(zip(meters, joules, strict=True))
+    return sum_once(part for i, (m, j) in pairs for part in counted(j, 2.0, m, process=f"process {i}", **options))
+
+
+def test_gpus_count_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeNvml(monkeypatch).reset(2)
+    one, other = NvmlMeter([0]), NvmlMeter([1])
+    assert counted(5.0, 1.0, one, process="process 0") == [(UUIDS[0], 5.0)]
+    assert of_both([one, other], [5.0, 7.0]) == 12.0
+    assert of_both([one, one], [5.0, 6.0]) == 6.0  # two processes share a GPU
+    one.close()
+    other.close()
+
+
+def test_counters_of_the_host_count_once_per_node(tmp_path: Path) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    for name, text in (("name", "package-0"), ("energy_uj", "0"), ("max_energy_range_uj", "1000000")):
+        (zone / name).write_text(text, encoding="ascii")
+    meter = RaplMeter(tmp_path)
+    assert of_both([meter, meter], [50.0, 50.5]) == 50.5
+    meter.close()
+
+
+def test_the_estimate_counts_the_work_of_each_process_and_the_idle_draw_once() -> None:
+    meter = CpuEstimateMeter(idle_w=3.0, watts_per_busy_core=4.0)
+    assert of_both([meter, meter], [3.0 * 2 + 8.0, 3.0 * 2 + 4.0]) == pytest.approx(6.0 + 8.0 + 4.0)
+
+
+def test_what_one_process_does_not_know_is_not_known() -> None:
+    meter = NoMeter("a test")
+    assert of_both([meter, meter], [5.0, None]) is None
+    assert of_both([meter, meter], [None, 5.0], energy_of="node") is None
+    assert of_both([meter, meter], [4.0, 5.0], energy_of="node") == 5.0
+    assert of_both([meter, meter], [4.0, 5.0]) == 9.0
+
+
+def test_accelerate_must_leave_precision_and_gradients_alone() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    settings = SteeringSettings(sequences=100, batch_size=2)
+    fixed: Any = SimpleNamespace(mixed_precision="bf16")
+    with pytest.raises(ValueError, match="mixed_precision of the Accelerator must be 'no', got 'bf16'"):
+        accelerated(fixed, model, optimizer, settings)
+    for kind in (SimpleNamespace(value="DEEPSPEED"), SimpleNamespace(value="FSDP")):
+        other: Any = SimpleNamespace(mixed_precision="no", distributed_type=kind, is_fsdp2=False)
+        with pytest.raises(ValueError, match="distributed_type of the Accelerator must be"):
+            accelerated(other, model, optimizer, settings)

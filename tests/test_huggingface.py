@@ -1,0 +1,539 @@
+"""A steered Hugging Face Trainer does what a plain loop does under the same policy, and goes on where it was killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_runs import GPT2, LLAMA, case
+from test_steering import SCRIPT, Loop, Script, far
+from torch.nn import functional as F
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainingArguments
+
+from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
+from trainpilot.agents.integrations.huggingface_aligned import AlignedSteering
+from trainpilot.agents.integrations.huggingface_callback import SteeringCallback
+from trainpilot.agents.integrations.huggingface_data import Parts, SampleStream, cut
+from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.envs.action import KEEP, Action
+from trainpilot.llm_runtime.energy import NoMeter
+from trainpilot.llm_runtime.run_config import RunConfig
+
+torch.set_num_threads(1)
+
+IN_FP32: list[Action] = [(rate, batch, 0, pruning, finish) for rate, batch, _, pruning, finish in SCRIPT]
+Rows = list[dict[str, torch.Tensor]]
+
+
+class WholeLoop(Loop):
+    """A plain loop that feeds a sequence's last token too, as Trainers do; its output is not used."""
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=batch, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Data without a length."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(self.rows)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return case(tmp_path, LLAMA, tokens=3_200, batch_size=4, decisions=10, pruning="magnitude")
+
+
+def plain(config: RunConfig, script: list[Action] = SCRIPT, **settings: Any) -> WholeLoop:
+    options = {"pruning": config.pruning, "precisions": ("fp32", "bf16"), "micro": 4, "max_batch_size": 8} | settings
+    return WholeLoop(config, Script(script), **options)
+
+
+def rows(loop: Loop, n: int = 200) -> Rows:
+    """Return the sequences that a plain loop would train on, in its order."""
+    return [{"input_ids": row, "labels": row} for row in torch.from_numpy(loop.stream.take(n))]
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    usual: dict[str, Any] = {
+        "output_dir": str(folder / "out"), "per_device_train_batch_size": 4, "num_train_epochs": 1, "logging_steps": 1,
+        "train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": [], "use_cpu": True,
+        "learning_rate": 1e-2, "disable_tqdm": True, "seed": 1, "optim": "adamw_torch", "weight_decay": 0.1,
+    }  # fmt: skip
+    return TrainingArguments(**usual | options)
+
+
+def same(loop: WholeLoop, folder: Path, trainer: type = SteeredTrainer, **options: Any) -> Any:
+    """Return a steered Trainer of the same run as a plain loop that has not begun; options begin with `args_`."""
+    loop.steering.close()
+    given = {name.removeprefix("args_"): options.pop(name) for name in list(options) if name.startswith("args_")}
+    policy = loop.steering.settings.policy
+    assert isinstance(policy, Script)
+    usual = {
+        "args": arguments(folder, **given),
+        "train_dataset": rows(loop),
+        "steering": replace(loop.steering.settings, policy=Script(policy.actions)),
+        "optimizers": (loop.optimizer, None),
+        "meter": NoMeter("a test"),
+    }
+    return trainer(loop.model, **usual | options)
+
+
+def records(trainer: Any) -> list[DecisionRecord]:
+    found: list[DecisionRecord] = trainer.steering.records
+    return found
+
+
+def asked(steered: Any) -> list[Any]:
+    return [record.telemetry.requested for record in steered.steering.records]
+
+
+def logged(trainer: Trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_a_steered_trainer_ends_where_a_plain_loop_does_under_the_same_changes_of_all_four_controls(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    loop = plain(config)
+    loop.train()
+    trainer = same(plain(config), tmp_path)
+    trainer.train()
+    assert far(loop.model, trainer.model) < 1e-5
+    assert asked(trainer) == asked(loop)
+    assert len({each.batch_size for each in asked(trainer)}) == 3
+    assert trainer.state.global_step == trainer.state.max_steps == len(loop.rates)
+    assert trainer.state.epoch == pytest.approx(1.0)
+
+
+def test_micro_batches_that_do_not_divide_the_batch_are_divided_and_weighed(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config, IN_FP32)
+    loop.train()
+    trainer = same(plain(config, IN_FP32), tmp_path, args_per_device_train_batch_size=3)
+    trainer.train()
+    assert far(loop.model, trainer.model) < 1e-4  # sums in another order
+    assert asked(trainer) == asked(loop)
+
+
+def test_what_is_asked_for_is_in_force_and_the_rate_that_is_logged_is_the_rate_used(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    loop = plain(config)
+    loop.train()
+    trainer = same(plain(config), tmp_path)
+    trainer.train()
+    assert logged(trainer, "learning_rate") == loop.rates
+    for record in records(trainer):
+        told = record.telemetry
+        assert told.precision == told.requested.precision
+        assert told.sparsity == pytest.approx(told.requested.sparsity, abs=1e-3)
+        assert told.batch_size == pytest.approx(told.requested.batch_size, rel=0.35)
+    losses = [record.telemetry.train_loss for record in records(trainer)]
+    assert logged(trainer, "loss/train") == pytest.approx(losses)
+    assert len(logged(trainer, "controls_effective/learning_rate")) == 10
+
+
+def test_gpt2_tells_its_true_loss_though_it_names_no_loss_type(tmp_path: Path) -> None:
+    config = case(tmp_path, GPT2, tokens=1_280, batch_size=4, decisions=4)
+    loop = plain(config, [KEEP])
+    loop.train()
+    trainer = same(plain(config, [KEEP]), tmp_path)
+    trainer.train()
+    pairs = zip(records(trainer), loop.steering.records, strict=True)
+    assert all(a.telemetry.train_loss == pytest.approx(b.telemetry.train_loss, rel=1e-4) for a, b in pairs)
+
+
+def decided(checkpoint: Path) -> int:
+    """Return how many decisions a script had made before the one that a new run asks it for at its beginning."""
+    return len(torch.load(checkpoint / "steering.pt")["steering"]["controller"]["records"])
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2 | {"resid_pdrop": 0.1}], ids=["llama", "gpt2 with dropout"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any]) -> None:
+    config = case(tmp_path, model, tokens=3_200, batch_size=4, decisions=10, pruning="magnitude")
+    options: dict[str, Any] = {
+        "args_save_strategy": "steps", "args_save_steps": 17, "args_train_sampling_strategy": "random",
+        "args_per_device_train_batch_size": 3, "args_max_steps": 50,
+    }  # fmt: skip
+
+    def trainer() -> Any:
+        loop = plain(config, probe=True)
+        return same(loop, tmp_path, train_dataset=rows(loop, 70), **options)
+
+    whole, second = trainer(), trainer()
+    whole.train()
+    checkpoint = tmp_path / "out" / "checkpoint-17"
+    second.settings.policy.at = decided(checkpoint)
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert far(whole.model, second.model) == 0.0
+    assert asked(second) == asked(whole)
+    mine, theirs = ([r.telemetry.train_loss for r in records(each)] for each in (second, whole))
+    assert mine == theirs
+    assert second.state.global_step == whole.state.global_step
+    assert whole.state.epoch == pytest.approx(200 / 70)
+
+
+def test_epochs_save_evaluate_and_log_though_steps_go_on_across_them(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config, [KEEP])
+    data = rows(loop, 30)
+    trainer = same(
+        loop, tmp_path, train_dataset=data, eval_dataset=data, steering={"policy": "none", "decisions": 10},
+        args_num_train_epochs=3, args_eval_strategy="epoch", args_save_strategy="epoch", args_logging_strategy="epoch",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.settings.sequences == 90
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoint-15",
+        "checkpoint-23",
+        "checkpoint-8",
+    ]
+    assert len(logged(trainer, "eval_loss")) == 3
+    told = [record.telemetry for record in records(trainer)]
+    assert sum(each.evaluation_time_s > 0 for each in told) >= 2
+    assert all(each.validation_loss is None for each in told)  # measured with the tenth decision, told with the next
+    final = trainer.evaluate()["eval_loss"]
+    assert trainer.steering.validation_loss == pytest.approx(final, rel=0.05)  # the first 8 batches of the data
+
+
+def test_settings_come_from_the_arguments(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config, [KEEP])
+    options: dict[str, Any] = {
+        "args_gradient_accumulation_steps": 2, "args_max_grad_norm": 0.5, "args_lr_scheduler_type": "cosine",
+        "args_warmup_steps": 5, "args_num_train_epochs": 2, "optimizers": (None, None),
+    }  # fmt: skip
+    trainer = same(loop, tmp_path, steering={"policy": "none", "decisions": 10}, **options)
+    settings = trainer.settings
+    assert (settings.batch_size, settings.sequences, settings.sequence_length) == (8, 400, 17)
+    assert settings.gradient_clip == 0.5
+    assert settings.base_schedule.schedule == "cosine"
+    assert settings.base_schedule.warmup_share == pytest.approx(5 / 50)
+    trainer.train()
+    assert trainer.state.global_step == 50
+
+
+def test_a_stream_without_length_is_begun_anew_until_the_budget_is_used_up(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config, IN_FP32)
+    loop.train()
+    other = plain(config, IN_FP32)
+    trainer = same(other, tmp_path, train_dataset=Stream(rows(other)), args_num_train_epochs=9)
+    trainer.train()
+    assert far(loop.model, trainer.model) < 1e-5
+    again = same(plain(config, [KEEP]), tmp_path, train_dataset=Stream(rows(plain(config), 90)))
+    again.train()
+    assert again.steering.sequences == 200
+
+
+def test_a_second_training_begins_anew(config: RunConfig, tmp_path: Path) -> None:
+    trainer = same(plain(config, [KEEP]), tmp_path, steering={"policy": "none", "sequences": 80, "decisions": 5})
+    for _ in range(2):
+        trainer.train()
+        assert (trainer.steering.sequences, len(records(trainer))) == (80, 5)
+
+
+# Adapters and TRL -------------------------------------------------------------------------------------------------
+
+
+def with_lora(loop: WholeLoop) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(loop.model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+
+def test_only_adapters_are_stepped_under_lora(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config, IN_FP32, pruning="none")
+    before = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    loop.steering.close()
+    settings = replace(loop.steering.settings, policy=Script(IN_FP32))
+    trainer: Any = SteeredTrainer(
+        with_lora(loop), arguments(tmp_path), train_dataset=rows(loop), steering=settings, meter=NoMeter("a test")
+    )
+    trainer.train()
+    assert len({each.batch_size for each in asked(trainer)}) == 3
+    after = {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): p
+        for name, p in trainer.model.named_parameters()
+    }
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any("lora_B" in name and p.abs().max() > 0 for name, p in after.items())
+
+
+def test_pruning_is_refused_under_lora(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config)
+    with pytest.raises(ValueError, match="pruning must be 'none' under PEFT"):
+        SteeredTrainer(with_lora(loop), arguments(tmp_path), train_dataset=rows(loop), steering=loop.steering.settings)
+
+
+def test_the_mixin_steers_trl(config: RunConfig, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    class SteeredSFTTrainer(SteeringMixin, trl.SFTTrainer):  # type: ignore[misc,name-defined]
+        pass
+
+    loop = plain(config, IN_FP32)
+    loop.train()
+    other = plain(config, IN_FP32)
+    other.steering.close()
+    data = Dataset.from_dict({"input_ids": [row["input_ids"].tolist() for row in rows(other)]})
+    words = {"<pad>": 0, "<eos>": 1}
+    fast: Any = PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=Tokenizer(models.WordLevel(words, "<eos>")), pad_token="<pad>", eos_token="<eos>")
+    usual = vars(arguments(tmp_path))
+    kept = {name: usual[name] for name in ARGUMENTS}
+    trainer: Any = SteeredSFTTrainer(
+        other.model, trl.SFTConfig(**kept, bf16=False, gradient_checkpointing=False), train_dataset=data,
+        processing_class=tokenizer, optimizers=(other.optimizer, None), meter=NoMeter("a test"),
+        steering=replace(other.steering.settings, policy=Script(IN_FP32), probe=True),
+    )  # fmt: skip
+    trainer.train()
+    assert asked(trainer) == asked(loop)
+    assert far(loop.model, trainer.model) < 1e-3  # its loss sums in another order
+    assert any(record.telemetry.probe_linear is not None for record in records(trainer))
+
+
+ARGUMENTS = (
+    "output_dir", "per_device_train_batch_size", "num_train_epochs", "train_sampling_strategy", "save_strategy",
+    "report_to", "use_cpu", "learning_rate", "disable_tqdm", "seed", "logging_steps",
+)  # fmt: skip
+
+
+# The callback -----------------------------------------------------------------------------------------------------
+
+
+def with_callback(loop: WholeLoop, folder: Path, data: Any, given: Any = None, **options: Any) -> Any:
+    """Return a plain Trainer with a callback that steers it."""
+    loop.steering.close()
+    policy = loop.steering.settings.policy
+    assert isinstance(policy, Script)
+    settings = replace(loop.steering.settings, policy=Script(policy.actions))
+    callback = SteeringCallback(settings if given is None else given, meter=NoMeter("a test"))
+    evaluated = options.pop("eval_dataset", None)
+    usual = {"max_grad_norm": 0.0, "max_steps": 100, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer: Any = Trainer(
+        loop.model, arguments(folder, **usual | options), train_dataset=data, callbacks=[callback],
+        optimizers=(loop.optimizer, None), eval_dataset=evaluated,
+    )  # fmt: skip
+    callback.trainer = trainer
+    trainer.steered_by = callback
+    return trainer
+
+
+def test_a_callback_changes_all_four_controls_of_a_stream_exactly_where_that_is_aligned(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    aligned = plain(config)
+    aligned.micro = 2
+    aligned.steering.close()
+    settings = replace(aligned.steering.settings, policy=Script(SCRIPT), min_batch_size=2, max_batch_size=8)
+    aligned.steering = AlignedSteering(
+        grain=8, model=aligned.model, optimizer=aligned.optimizer, settings=settings, meter=NoMeter("a test")
+    )
+    aligned.train()
+    loop = plain(config)
+    trainer = with_callback(loop, tmp_path, Stream(rows(loop)))
+    trainer.train()
+    steering = trainer.steered_by.steering
+    assert asked(trainer.steered_by) == asked(aligned)
+    assert len({each.batch_size for each in asked(aligned)}) == 3
+    assert far(aligned.model, trainer.model) < 1e-5
+    assert logged(trainer, "learning_rate") == aligned.rates
+    assert {record.telemetry.precision for record in steering.records} == {"fp32", "bf16"}
+    assert steering.sequences == 200
+    assert len(logged(trainer, "loss/train")) == 10
+
+
+def test_a_callback_leaves_the_batch_of_data_with_a_length(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config, min_batch_size=4, max_batch_size=4)
+    loop.micro = 2
+    loop.train()
+    other = plain(config)
+    trainer = with_callback(other, tmp_path, rows(other), max_steps=50)
+    trainer.train()
+    assert {each.batch_size for each in asked(trainer.steered_by)} == {4}
+    assert far(loop.model, trainer.model) < 1e-5
+    assert logged(trainer, "learning_rate") == loop.rates
+
+
+def test_a_callback_probes_validates_and_goes_on_bit_for_bit(config: RunConfig, tmp_path: Path) -> None:
+    def trainer() -> Any:
+        loop = plain(config, IN_FP32, probe=True)
+        data = rows(loop)
+        return with_callback(
+            loop, tmp_path, data, max_steps=50, save_strategy="steps", save_steps=17, eval_strategy="steps",
+            eval_steps=17, eval_dataset=data[:8],
+        )  # fmt: skip
+
+    whole, second = trainer(), trainer()
+    whole.train()
+    checkpoint = tmp_path / "out" / "checkpoint-17"
+    second.steered_by._given.policy.at = decided(checkpoint)
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert far(whole.model, second.model) == 0.0
+    told = [record.telemetry for record in whole.steered_by.steering.records]
+    assert any(each.probe_linear is not None for each in told)
+    assert told[-1].validation_loss == logged(whole, "eval_loss")[-2]  # the last one comes after the end
+
+
+# The data ---------------------------------------------------------------------------------------------------------
+
+
+class Numbers(torch.utils.data.DataLoader[Any]):
+    def __init__(self, n: int, batch_size: int) -> None:
+        super().__init__([{"input_ids": torch.tensor([i])} for i in range(n)], batch_size)  # type: ignore[arg-type]
+
+
+def numbers(parts: Parts) -> list[int]:
+    return [int(i) for part in parts for i in part["input_ids"]]
+
+
+def test_a_stream_gives_any_number_of_sequences_in_order_and_comes_back() -> None:
+    stream = SampleStream(Numbers(5, 2), 2)
+    assert numbers(stream.take(3)) == [0, 1, 2]
+    state = stream.state_dict()
+    parts = stream.take(6)
+    assert [len(part["input_ids"]) for part in parts] == [1, 1, 2, 2]
+    assert numbers(parts) == [3, 4, 0, 1, 2, 3]
+    assert numbers(stream.take(1)) == [4]
+    stream.load_state_dict(state)
+    assert numbers(stream.take(3)) == [3, 4, 0]
+    end = SampleStream(Numbers(4, 2), 2)
+    end.take(4)
+    other = SampleStream(Numbers(4, 2), 2)
+    other.load_state_dict(end.state_dict())
+    assert numbers(other.take(2)) == [0, 1]
+
+
+def test_a_batch_whose_rows_are_not_its_sequences_is_not_divided() -> None:
+    with pytest.raises(ValueError, match="one row of pixels for each of 2 sequences, got 3"):
+        cut({"input_ids": torch.ones(2, 1), "pixels": torch.ones(3, 1)}, 0, 1)
+    flat = [{"input_ids": torch.ones(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])}]
+    with pytest.raises(ValueError, match="one row for each sequence"):
+        SampleStream(flat, 2).take(1)  # type: ignore[arg-type]
+
+
+# Bad uses ---------------------------------------------------------------------------------------------------------
+
+
+def a_scheduler(loop: WholeLoop, folder: Path) -> None:
+    same(loop, folder, optimizers=(loop.optimizer, torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda _: 1.0)))
+
+
+def with_argument(name: str, value: Any) -> Callable[[WholeLoop, Path], None]:
+    def use(loop: WholeLoop, folder: Path) -> None:
+        args = arguments(folder)
+        setattr(args, name, value)  # as if its library were installed
+        same(loop, folder, args=args)
+
+    use.__name__ = name
+    return use
+
+
+def no_length(loop: WholeLoop, folder: Path) -> None:
+    same(loop, folder, train_dataset=Stream(rows(loop)), steering={"policy": "none"})
+
+
+def half_a_model(loop: WholeLoop, folder: Path) -> None:
+    loop.model.to(torch.bfloat16)
+    same(loop, folder)
+
+
+def two_batches(loop: WholeLoop, folder: Path) -> None:
+    same(loop, folder, args_gradient_accumulation_steps=3)
+
+
+def two_ends(loop: WholeLoop, folder: Path) -> None:
+    same(loop, folder, args_max_steps=3)
+
+
+def strange_schedule(loop: WholeLoop, folder: Path) -> None:
+    same(loop, folder, args_lr_scheduler_type="polynomial", steering={"policy": "none"})
+
+
+def strange_field(loop: WholeLoop, folder: Path) -> None:
+    same(loop, folder, steering={"polcy": "none"})
+
+
+def foreign_checkpoint(loop: WholeLoop, folder: Path) -> None:
+    steered = same(loop, folder, args_save_strategy="steps", args_save_steps=5)
+    Trainer(
+        steered.model, arguments(folder, save_strategy="steps", max_steps=5), train_dataset=steered.train_dataset
+    ).train()
+    steered.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-5"))
+
+
+def clipping_twice(loop: WholeLoop, folder: Path) -> None:
+    with_callback(loop, folder, rows(loop), max_grad_norm=1.0).train()
+
+
+def a_stream_that_ends(loop: WholeLoop, folder: Path) -> None:
+    with_callback(loop, folder, Stream(rows(loop, 48))).train()
+
+
+def too_few_steps(loop: WholeLoop, folder: Path) -> None:
+    with_callback(loop, folder, Stream(rows(loop)), max_steps=50).train()
+
+
+def precision_without_trainer(loop: WholeLoop, folder: Path) -> None:
+    trainer = with_callback(loop, folder, Stream(rows(loop)))
+    trainer.steered_by.trainer = None
+    trainer.train()
+
+
+def three_micro_batches(loop: WholeLoop, folder: Path) -> None:
+    with_callback(
+        loop,
+        folder,
+        Stream(rows(loop)),
+        {"sequences": 300, "policy": "none", "decisions": 5},
+        gradient_accumulation_steps=3,
+    ).train()
+
+
+def a_greedy_scheduler(loop: WholeLoop, folder: Path) -> None:
+    data = rows(loop)
+    options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "eval_dataset": data}
+    with_callback(loop, folder, data, max_steps=50, **options).train()
+
+
+BAD: list[tuple[Callable[[WholeLoop, Path], None], str]] = [
+    (with_argument("bf16", True), "bf16 must be off"),
+    (with_argument("fp16", True), "fp16 must be off"),
+    (with_argument("torch_compile", True), "torch_compile must be off"),
+    (with_argument("deepspeed", "ds.json"), "deepspeed must be off"),
+    (with_argument("fsdp", "full_shard"), "fsdp must be off"),
+    (with_argument("auto_find_batch_size", True), "auto_find_batch_size must be off"),
+    (with_argument("max_grad_norm", 2.0), "must be the Trainer's max_grad_norm"),
+    (a_scheduler, "without a scheduler"),
+    (no_length, "train_dataset without a length"),
+    (half_a_model, "trainable weights must be float32"),
+    (two_batches, "leave one of the two out"),
+    (two_ends, "max_steps x batch"),
+    (strange_schedule, "lr_scheduler_type must be one of"),
+    (strange_field, "fields of SteeringSettings, got polcy"),
+    (foreign_checkpoint, "must hold steering.pt"),
+    (clipping_twice, "max_grad_norm must be 0"),
+    (a_stream_that_ends, "must not end before the budget"),
+    (too_few_steps, "max_steps must be at least 100"),
+    (precision_without_trainer, "set callback.trainer"),
+    (three_micro_batches, "power of two"),
+    (a_greedy_scheduler, "lr_scheduler_type must be"),
+]
+
+
+@pytest.mark.parametrize(("use", "says"), BAD, ids=[use.__name__ for use, _ in BAD])
+def test_bad_uses_get_one_clear_line(
+    config: RunConfig, tmp_path: Path, use: Callable[[WholeLoop, Path], None], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        use(plain(config), tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,147 @@
+"""Whatever a policy, a meter or the data does to a steered loop: no run is lost, and the log says what happened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from live_runs import LLAMA, case
+from test_steering import Loop, asked
+
+from trainpilot.agents.controller import Policy
+from trainpilot.agents.steering.contract import QualityContract
+from trainpilot.envs.action import KEEP, Action
+from trainpilot.llm_runtime.energy import EnergyReading
+from trainpilot.llm_runtime.run_config import RunConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return case(tmp_path, LLAMA, tokens=25_600, batch_size=4, decisions=25, base_learning_rate=3e-3, schedule="wsd")
+
+
+def loop(config: RunConfig, policy: str | Policy, **settings: Any) -> Loop:
+    return Loop(config, policy, rewinds=True, **settings)
+
+
+def left_alone(config: RunConfig) -> Loop:
+    base = loop(config, "none")
+    base.train()
+    return base
+
+
+def final_loss(mine: Loop) -> float:
+    """Return the loss on text that no step has seen, in nats/token."""
+    held_out = torch.from_numpy(np.stack([mine.stream.peek(64)[i] for i in range(64)]))
+    with torch.no_grad():
+        return float(mine.loss(held_out))
+
+
+def promised(base: Loop) -> QualityContract:
+    """Return a contract against the losses of the base schedule's own run."""
+    known = [(r.telemetry.budget_used, r.telemetry.train_loss) for r in base.steering.records]
+    return QualityContract(reference=known, from_start=True, max_slowdown=100.0)
+
+
+def always_raise(observation: np.ndarray, masks: np.ndarray) -> Action:
+    return (6, *KEEP[1:])
+
+
+def not_a_number(observation: np.ndarray, masks: np.ndarray) -> Action:
+    return (math.nan,) * len(KEEP)  # type: ignore[return-value]
+
+
+def raises_errors(observation: np.ndarray, masks: np.ndarray) -> Action:
+    raise ZeroDivisionError("policy")
+
+
+class Flips:
+    """Doubles and halves the batch in turn."""
+
+    def __init__(self) -> None:
+        self.up = False
+
+    def __call__(self, observation: np.ndarray, masks: np.ndarray) -> Action:
+        self.up = not self.up
+        return (KEEP[0], 2 if self.up else 0, *KEEP[2:])
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        (lambda: always_raise, "learning_rate"),
+        (lambda: not_a_number, "policy failed"),
+        (lambda: raises_errors, "ZeroDivisionError"),
+        (Flips, "changes of direction"),
+    ],
+    ids=["always raises", "not a number", "raises errors", "flips the batch"],
+)
+def test_a_bad_policy_loses_no_run(config: RunConfig, policy: Callable[[], Policy], says: str) -> None:
+    base = left_alone(config)
+    mine = loop(config, policy(), contract=promised(base))
+    mine.train()
+    assert mine.steering.finished
+    assert final_loss(mine) < 1.02 * final_loss(base)
+    reasons = [reason for record in mine.steering.records for reason in record.refusals]
+    summary = mine.steering.summary()
+    assert says in " ".join([*reasons, str(summary["fallen_back"]), *summary["refusals"]])
+
+
+def test_a_policy_that_fails_every_time_is_left_out_of_the_run(config: RunConfig) -> None:
+    mine = loop(config, raises_errors)
+    mine.train()
+    base = left_alone(config)
+    assert asked(mine) == asked(base)
+    assert "5 times running" in mine.steering.summary()["fallen_back"]
+
+
+class DyingMeter:
+    """Reads a few times, and then knows nothing."""
+
+    description = "a meter that dies"
+
+    def __init__(self, readings: int) -> None:
+        self.left = readings
+
+    def read(self) -> EnergyReading:
+        self.left -= 1
+        known = float(self.left) if self.left > 0 else None
+        return EnergyReading(time_s=0.0, energy_j=known, source="measured_counter" if known else None)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def test_a_meter_that_dies_leaves_its_joules_unknown(config: RunConfig) -> None:
+    mine = loop(config, "none")
+    mine.steering.readings.meter = DyingMeter(7)
+    mine.train()
+    told = [record.telemetry.energy_j for record in mine.steering.records]
+    assert told[0] is not None
+    assert told[-1] is None
+    assert mine.steering.summary()["energy_j"] is None
+    assert final_loss(mine) == pytest.approx(final_loss(left_alone(config)))
+
+
+def test_a_spike_in_the_data_is_taken_back(config: RunConfig) -> None:
+    base = left_alone(config)
+    mine = loop(config, lambda *_: KEEP)
+    clean, steps = mine.loss, 0
+
+    def spoilt(batch: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return clean(batch) * (math.nan if steps == 103 else 1.0)
+
+    mine.loss = spoilt  # type: ignore[method-assign]
+    mine.train()
+    summary = mine.steering.summary()
+    assert len(summary["rollbacks"]) == 1
+    assert "not finite" in summary["rollbacks"][0]["reason"]
+    mine.loss = clean  # type: ignore[method-assign]
+    assert final_loss(mine) < 1.02 * final_loss(base)
