@@ -273,7 +273,7 @@ def test_pruning_is_refused_under_lora(config: RunConfig, tmp_path: Path) -> Non
 
 def test_the_mixin_steers_trl(config: RunConfig, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
+    datasets = pytest.importorskip("datasets")
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -284,7 +284,7 @@ def test_the_mixin_steers_trl(config: RunConfig, tmp_path: Path) -> None:
     loop.train()
     other = plain(config, IN_FP32)
     other.steering.close()
-    data = Dataset.from_dict({"input_ids": [row["input_ids"].tolist() for row in rows(other)]})
+    data = datasets.Dataset.from_dict({"input_ids": [row["input_ids"].tolist() for row in rows(other)]})
     words = {"<pad>": 0, "<eos>": 1}
     fast: Any = PreTrainedTokenizerFast
     tokenizer = fast(tokenizer_object=Tokenizer(models.WordLevel(words, "<eos>")), pad_token="<pad>", eos_token="<eos>")

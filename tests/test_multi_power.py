@@ -90,7 +90,9 @@ def test_keeping_the_base_schedule_is_the_reference_run() -> None:
 
     assert plants.finished.all()
     np.testing.assert_allclose(plants.evaluate(), plants.reference_losses[:, 2], atol=5e-3)
-    np.testing.assert_allclose(sum(t.time_s for t in telemetry), plants.reference_time_s, rtol=0.02)  # a reference is not probed
+    np.testing.assert_allclose(
+        sum(t.time_s for t in telemetry), plants.reference_time_s, rtol=0.02
+    )  # a reference is not probed
     assert (np.diff(plants.reference_losses, axis=1) < 0).all()
 
 

@@ -24,7 +24,8 @@ from trainpilot.agents.tags import tags_of
 from trainpilot.envs.decision_state import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.vector_simulated import VectorSimulatedTraining
-from trainpilot.experiments import simulator_agents
+from trainpilot.experiments import simulator_agents, train_agent
+from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.simulator_agents import physics_of, total_cost, train_agents
 from trainpilot.llm_runtime.simulator.runs import SimulatedRuns, default_pool
 
@@ -148,6 +149,25 @@ def test_agents_train_side_by_side_and_the_best_comes_first(tmp_path: Path, monk
     assert agents[0].score >= agents[1].score
     assert (tmp_path / "1" / "checkpoint.pt").is_file()
     assert "PPO on simulated runs, decisions 100%" in text.getvalue()
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(None, 1), (0, 0)])
+def test_the_best_agent_is_kept_or_the_one_that_the_recipe_names(
+    keep: int | None, kept: int, agent: SimulatorAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = replace(TINY, seeds=2, keep=keep)
+    trained = [replace(agent, seed=1, score=2.0), replace(agent, seed=0, score=1.0)]
+    monkeypatch.setattr(train_agent, "train_agents", lambda *_: trained)
+    bundle = train_agent.simulator_stage(
+        stage, TrainAgentOptions(recipe="mine", out=tmp_path), Console(file=StringIO())
+    )
+    assert bundle.provenance["simulator_seed"] == kept
+    assert bundle.provenance["scores"]["simulator"]["highest_score"] == 2.0
+
+
+def test_only_an_agent_that_is_trained_can_be_kept() -> None:
+    with pytest.raises(ValueError, match=r"simulator.keep must be the seed of an agent, \[0, 1\], got 2"):
+        replace(TINY, seeds=2, keep=2)
 
 
 def test_costs_add_up_and_one_unknown_part_makes_the_sum_unknown() -> None:

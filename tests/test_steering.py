@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Loop:
             batch = torch.from_numpy(self.stream.take(step.batch_size))
             self.rates.append(self.optimizer.param_groups[0]["lr"])
             for part in batch.split(self.micro):
-                step.backward(lambda part=part: self.loss(part), sequences=len(part))
+                step.backward(partial(self.loss, part), sequences=len(part))
 
     def train(self, steps: int = 10**9) -> None:
         while not self.steering.finished and steps:
