@@ -143,7 +143,7 @@ def test_what_is_asked_for_is_in_force(config: RunConfig) -> None:
 
 
 def test_micro_batches_change_nothing(config: RunConfig) -> None:
-    in_fp32 = [(rate, batch, 0, pruning, finish) for rate, batch, _, pruning, finish in SCRIPT]
+    in_fp32: list[Action] = [(rate, batch, 0, pruning, finish) for rate, batch, _, pruning, finish in SCRIPT]
     one, other = loop(config, Script(in_fp32)), loop(config, Script(in_fp32))
     other.micro = 1
     one.train()
