@@ -284,7 +284,7 @@ def test_the_calibrations_that_come_with_trainpilot_are_whole_and_name_no_folder
     }
     assert [each.physics for each in shipped] == list(shipped_physics())
     for each in shipped:
-        assert (each.effort, each.held_out.n_runs) == ("standard", 8)
+        assert (each.effort, each.held_out.n_runs) == ("standard", 9)
         assert "/" not in each.command.replace("runs/calibrations/", "")
 
 

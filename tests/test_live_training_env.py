@@ -209,8 +209,8 @@ def test_always_keeping_is_the_base_schedule(case: RunConfig) -> None:
     assert total == pytest.approx([1.0, -1.0, -1.0], abs=1e-6)
     assert info["loss_increase"] == 0.0
     assert info["energy_source"] == "estimated"
-    # 12 intervals of 4 ticks of 0.25 s, and of one reading of 5 J
-    assert env.reference.time_s == 12.0
+    # 12 intervals of one reading of 5 J; the 5 that are probed have 4 ticks of 0.25 s, the others 2
+    assert env.reference.time_s == 5 * 1.0 + 7 * 0.5
     assert env.reference.energy_j == 60.0
 
 

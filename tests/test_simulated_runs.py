@@ -346,7 +346,7 @@ def missed(column: int, share: float, batches: Sequence[Floats]) -> Floats:
 
 @pytest.mark.parametrize(("column", "share"), SHARES)
 def test_no_rate_of_a_finer_grid_is_much_better_at_the_reference_s_batch(column: int, share: float) -> None:
-    assert missed(column, share, [POOL.references.batch.astype(np.float64)]).max() < 0.02
+    assert missed(column, share, [POOL.references.batch.astype(np.float64)]).max() < 0.025
 
 
 @pytest.mark.parametrize(("column", "share"), SHARES)
