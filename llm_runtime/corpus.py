@@ -154,7 +154,8 @@ def load_corpus(sources: Sequence[str], tokenizer: Tokenizer, *, cache: Path | N
     digests = [_hash(block) for block in encoded]
     key = _hash("\n".join([CACHE_FORMAT, tokenizer.fingerprint, *digests]).encode())
     folder = (cache or files.cache_dir() / "tokens") / key
-    tokens = _read_cache(folder) or _build(folder, blocks, split_blocks(digests), tokenizer)
+    dtype = np.min_scalar_type(tokenizer.vocabulary - 1)
+    tokens = _read_cache(folder, dtype) or _build(folder, dtype, blocks, split_blocks(digests), tokenizer)
     n_bytes = sum(map(len, encoded))
     return Corpus(name=", ".join(named), **tokens, vocabulary=tokenizer.vocabulary, key=key, n_bytes=n_bytes)
 
@@ -194,32 +195,37 @@ def split_blocks(digests: Sequence[str]) -> list[str]:
 # Cache ------------------------------------------------------------------------------------------------------
 
 
-def _build(folder: Path, blocks: list[str], names: list[str], tokenizer: Tokenizer) -> dict[str, Tokens]:
+def _build(
+    folder: Path, dtype: np.dtype[Any], blocks: list[str], names: list[str], tokenizer: Tokenizer
+) -> dict[str, Tokens]:
     """Tokenise the splits and write them to the cache; if that fails they stay in memory."""
-    dtype = np.min_scalar_type(tokenizer.vocabulary - 1)
     tokens: dict[str, Tokens] = {}
     for split in SPLITS:
         text = "".join(block for block, name in zip(blocks, names, strict=True) if name == split)
         tokens[split] = tokenizer.encode(text).astype(dtype)
-    if (cached := _read_cache(folder)) is not None:  # another process was faster
+    if (cached := _read_cache(folder, dtype)) is not None:  # another process was faster
         return cached
     try:
         with files.whole_folder(folder) as temporary:
             for split in SPLITS:
-                np.save(temporary / f"{split}.npy", tokens[split])
+                (temporary / f"{split}.ids").write_bytes(tokens[split].data)
             files.write_json(temporary / "meta.json", {split: _hash(tokens[split].data) for split in SPLITS})
     except OSError as error:
         # Two processes that put the same ids in place at once trip over each other: nothing is wrong.
         if error.errno not in (None, errno.ENOENT, errno.ENOTEMPTY):
             warnings.warn(f"token cache not written ({error}); the ids stay in memory", stacklevel=3)
-    return _read_cache(folder) or tokens
+    return _read_cache(folder, dtype) or tokens
 
 
-def _read_cache(folder: Path) -> dict[str, Tokens] | None:
-    """Map the splits from `folder`; None if they are not there or not as they were written."""
+def _read_cache(folder: Path, dtype: np.dtype[Any]) -> dict[str, Tokens] | None:
+    """Map the splits from `folder`; None if they are not there or not as they were written.
+
+    They are plain ids without a header: NumPy parses its own with `ast`, which Python 3.11 cannot do in several
+    threads at once (https://github.com/python/cpython/issues/106905).
+    """
     try:
         checksums = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        tokens = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
+        tokens = {split: np.memmap(folder / f"{split}.ids", dtype, "r") for split in SPLITS}
         intact = all(_hash(tokens[split].data) == checksums[split] for split in SPLITS)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

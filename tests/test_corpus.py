@@ -225,7 +225,7 @@ def test_pretrained_corpus_is_cached(letters, text_file, cache):
     corpus = load_corpus([str(text_file)], PretrainedTokenizer(letters(eos_token="<|end|>")))
     assert corpus.train.dtype == np.uint16
     assert corpus.bytes_per_token == 1
-    assert (cache / "tokens" / corpus.key / "train.npy").is_file()
+    assert (cache / "tokens" / corpus.key / "train.ids").is_file()
 
 
 # Cache
@@ -269,11 +269,11 @@ def flip_a_byte(path):
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("train.npy", flip_a_byte),
-        ("train.npy", lambda path: path.write_bytes(path.read_bytes()[:-100])),
-        ("test.npy", lambda path: path.write_bytes(b"")),
-        ("validation.npy", lambda path: path.write_bytes(b"no array")),
-        ("validation.npy", Path.unlink),
+        ("train.ids", flip_a_byte),
+        ("train.ids", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+        ("test.ids", lambda path: path.write_bytes(b"")),
+        ("validation.ids", lambda path: path.write_bytes(b"no array")),
+        ("validation.ids", Path.unlink),
         ("meta.json", Path.unlink),
         ("meta.json", lambda path: path.write_text("{")),
         ("meta.json", lambda path: path.write_text("[]")),
@@ -298,7 +298,7 @@ def test_full_disk_warns_once_and_keeps_the_ids_in_memory(text_file, cache, monk
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.warns(UserWarning, match=r"cache not written .*No space left.* in memory") as caught:
         corpus = load_corpus([str(text_file)], ByteTokenizer())
     assert len(caught) == 1
@@ -338,6 +338,16 @@ def test_many_writers_at_once(text_file):
             thread.join()
     assert len(results) == 40
     assert all(np.array_equal(corpus.train, results[0].train) for corpus in results)
+
+
+def test_the_cache_needs_no_parser_of_python_which_threads_cannot_share(text_file, monkeypatch):
+    load_corpus([str(text_file)], ByteTokenizer())
+
+    def parse(*_, **__):
+        raise SystemError("AST constructor recursion depth mismatch (before=36, after=35)")
+
+    monkeypatch.setattr("ast.parse", parse)
+    assert isinstance(load_corpus([str(text_file)], ByteTokenizer()).train, np.memmap)
 
 
 # Sources
