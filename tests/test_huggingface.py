@@ -16,10 +16,10 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
-from trainpilot.agents.integrations.huggingface_aligned import AlignedSteering
 from trainpilot.agents.integrations.huggingface_callback import SteeringCallback
 from trainpilot.agents.integrations.huggingface_data import Parts, SampleStream, cut
 from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.energy import NoMeter
 from trainpilot.llm_runtime.run_config import RunConfig
@@ -335,9 +335,7 @@ def test_a_callback_changes_all_four_controls_of_a_stream_exactly_where_that_is_
     aligned.micro = 2
     aligned.steering.close()
     settings = replace(aligned.steering.settings, policy=Script(SCRIPT), min_batch_size=2, max_batch_size=8)
-    aligned.steering = AlignedSteering(
-        grain=8, model=aligned.model, optimizer=aligned.optimizer, settings=settings, meter=NoMeter("a test")
-    )
+    aligned.steering = Steering(aligned.model, aligned.optimizer, settings, grain=8, meter=NoMeter("a test"))
     aligned.train()
     loop = plain(config)
     trainer = with_callback(loop, tmp_path, Stream(rows(loop)))

@@ -10,33 +10,9 @@ from transformers import TrainingArguments
 
 from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.integrations.huggingface_fit import Given, Plan, fields_of, settings_for
+from trainpilot.agents.steering.limits import BATCH_RANGE
 from trainpilot.agents.steering.settings import SteeringSettings
-from trainpilot.agents.steering.steering import BATCH_RANGE, DECISIONS, Steering
-
-
-class AlignedSteering(Steering):
-    """Steering that decides, and ends, only after a multiple of so many sequences.
-
-    Args:
-        grain: The multiple: the largest batch, which all others divide.
-        named: Arguments of `Steering`.
-    """
-
-    def __init__(self, *, grain: int, **named: Any) -> None:
-        self.grain = grain
-        super().__init__(**named)
-
-    @property
-    def end_sequences(self) -> int:
-        """Sequences at which the run ends."""
-        return self._whole(super().end_sequences)
-
-    @property
-    def _target(self) -> int:
-        return self._whole(super()._target)
-
-    def _whole(self, sequences: int) -> int:
-        return min(-(-sequences // self.grain) * self.grain, self.settings.sequences)
+from trainpilot.agents.steering.steering import DECISIONS
 
 
 def aligned_settings(given: Given, plan: Plan, args: TrainingArguments, loader: Any) -> tuple[SteeringSettings, int]:

@@ -26,10 +26,11 @@ try:
 except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
-from trainpilot.agents.integrations.huggingface_aligned import AlignedSteering, aligned_settings, has_length
+from trainpilot.agents.integrations.huggingface_aligned import aligned_settings, has_length
 from trainpilot.agents.integrations.huggingface_fit import Given, Plan, check_args, check_model, ranks_of, scalars
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
 from trainpilot.llm_runtime.energy import EnergyMeter
 
@@ -56,7 +57,7 @@ class SteeringCallback(TrainerCallback):
 
     def __init__(self, steering: Given = None, *, meter: EnergyMeter | None = None) -> None:
         self.trainer: Trainer | None = None
-        self.steering: AlignedSteering | None = None
+        self.steering: Steering | None = None
         self._given, self._meter = steering, meter
         self._told: list[DecisionRecord] = []
         self._hooks: list[Any] = []
@@ -72,11 +73,11 @@ class SteeringCallback(TrainerCallback):
         self._unit, self._streams, self._rows = plan.unit, not has_length(data), 0
         settings, grain = aligned_settings(self._given, plan, args, data)
         self._check(args, kw["lr_scheduler"], kw["model"], settings)
-        self.steering = AlignedSteering(
+        self.steering = Steering(
+            kw["model"],
+            getattr(kw["optimizer"], "optimizer", kw["optimizer"]),
+            settings,
             grain=grain,
-            model=kw["model"],
-            optimizer=getattr(kw["optimizer"], "optimizer", kw["optimizer"]),
-            settings=settings,
             meter=self._meter,
             ranks=ranks_of(args),
             on_decision=self._told.append,
@@ -265,7 +266,7 @@ class SteeringCallback(TrainerCallback):
                 f"data again: it would go on at sequence {at}, not {steering.sequences}; use SteeredTrainer"
             )
 
-    def _steered(self) -> AlignedSteering:
+    def _steered(self) -> Steering:
         assert self.steering is not None, "made when training begins"
         return self.steering
 

@@ -276,14 +276,7 @@ class SteeringCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where steering stands. Within a step it is as before it: Lightning keeps no gradients either."""
-        steering = self.steering
-        if steering is None:
-            return dict(self._loaded)
-        opened, steering._step_open = steering._step_open, False
-        try:
-            return steering.state_dict()
-        finally:
-            steering._step_open = opened
+        return dict(self._loaded) if self.steering is None else self.steering.state_dict(within_step=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until model and optimiser are loaded."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
+from trainpilot.agents.steering.limits import BATCH_RANGE
 from trainpilot.agents.steering.settings import SteeringSettings
-from trainpilot.agents.steering.steering import BATCH_RANGE
 
 try:
     import lightning.pytorch as pl

@@ -17,6 +17,7 @@ from trainpilot.llm_runtime.masks import WeightMasks, cubic_sparsity
 from trainpilot.llm_runtime.plant import Snapshot
 
 MaskPruning = Literal["none", "magnitude", "evolution"]
+_CLAIMED = "_trainpilot_steered"
 
 
 class Levers:
@@ -32,10 +33,16 @@ class Levers:
         pruning: What raising the sparsity does.
 
     Raises:
-        ValueError: the optimiser has no parameters, steps others than the model's, or none at a rate above 0.
+        ValueError: the optimiser is steered already, has no parameters, steps others than the model's, or none at a
+            rate above 0.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, start: Controls, pruning: MaskPruning = "none") -> None:
+        if getattr(optimizer, _CLAIMED, False):
+            raise ValueError(
+                "optimizer must be steered by one controller, this one has one already; "
+                "call close() on the other, or drop one of the two"
+            )
         self.model = model
         self.optimizer = optimizer
         self.controls = start
@@ -155,8 +162,13 @@ class Levers:
         self.optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
         self.load_state_dict(snapshot["levers"], controls)
 
+    def claim(self) -> None:
+        """Keep other controllers from the optimiser, until `release`."""
+        setattr(self.optimizer, _CLAIMED, True)
+
     def release(self) -> None:
-        """Stop watching the model."""
+        """Stop watching the model, and give the optimiser back."""
+        setattr(self.optimizer, _CLAIMED, False)
         if self._watched is not None:
             self._watched.remove()
 

@@ -25,24 +25,23 @@ from torch.optim import Optimizer
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
 from trainpilot.agents.controller import Controller, Policy, keep
 from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.steering.course import Course
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.guarded import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails
-from trainpilot.agents.steering.levers import Levers, offered
+from trainpilot.agents.steering.levers import Levers
+from trainpilot.agents.steering.limits import control_limits
 from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
 from trainpilot.agents.steering.readings import Readings
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.envs.preference import Preference
 from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
-from trainpilot.llm_runtime.plant import ControlLimits
-from trainpilot.llm_runtime.schedules import Cooldown, Schedule, neutral_factor
+from trainpilot.llm_runtime.schedules import Schedule, neutral_factor
 
 if TYPE_CHECKING:
     from trainpilot.agents.steering.step import Step
 
-BATCH_RANGE = 16
-"""The batch stays within this factor of the first, and leaves at least four steps in an interval."""
 MASK_UPDATES = 5
 """Masks are raised this often along an interval."""
 WITHOUT_POLICY = BaseSchedule(schedule="linear", warmup_share=0.02)
@@ -74,6 +73,7 @@ class Steering:
         clock: Returns seconds; replaced in tests.
         ranks: The processes that train the model together.
         on_decision: Called with the record of each interval and the decision before it, to log them.
+        grain: Decide and end only after a multiple of so many sequences.
 
     Raises:
         ValueError: something cannot be used; the message says what to do.
@@ -91,67 +91,43 @@ class Steering:
         clock: Callable[[], float] = time.perf_counter,
         ranks: Ranks | None = None,
         on_decision: Callable[[DecisionRecord], None] | None = None,
+        grain: int = 1,
     ) -> None:
-        _check_free(optimizer)
         self.settings = settings
         self.ranks = ranks if ranks is not None else OneProcess()
         bundle, policy = _policy(settings.policy)
-        self.decisions = settings.decisions or (bundle.decisions if bundle else DECISIONS)
-        settings.check_steps(self.decisions)
+        decisions = settings.decisions or (bundle.decisions if bundle else DECISIONS)
+        settings.check_steps(decisions)
         base = settings.base_schedule or (bundle and bundle.base_schedule) or WITHOUT_POLICY
-        self.schedule = self._schedule(base)
+        self.course = _course(settings, base, decisions, grain)
         start = Controls(batch_size=settings.batch_size, precision=settings.precisions[0])
         self.levers = Levers(model, optimizer, start, settings.pruning)
         self.validate, self.data, self.on_decision = validate, data, on_decision
         meter = meter if meter is not None else select_meter(str(self.levers.device))
         self.readings = Readings(self.levers, meter, clock, self.ranks, settings)
         preference = Preference.parse(settings.preference)
-        controller = Controller(policy, self._limits(start), preference)
+        limits = control_limits(settings, self.levers, decisions, self.ranks.world_size)
+        controller = Controller(policy, limits, preference)
         bounds = UNGUARDED if settings.policy == "none" else settings.guardrails
         guardrails = Guardrails(bounds, base_learning_rate=self.levers.peak)
         self.controller = GuardedController(controller, guardrails, settings.contract)
-        self.sequences = 0
-        self.decision = 0
-        self.cooldown: Cooldown | None = None
         self.validation_loss: float | None = None
         self._step_open = False
         self._kept: dict[str, Any] | None = None
         if bundle is not None:
             self._check_domain(bundle, base)
         self._take(self._agreed(lambda: self.controller.decide(None)))
-        setattr(optimizer, _CLAIMED, True)
-
-    def _schedule(self, base: BaseSchedule) -> Schedule:
-        tokens = self.settings.sequences * self.settings.sequence_length
-        return Schedule(name=base.schedule, budget_tokens=tokens, warmup_tokens=base.warmup_tokens(tokens))
-
-    def _limits(self, start: Controls) -> ControlLimits:
-        settings, world = self.settings, self.ranks.world_size
-        span = BATCH_RANGE if self.levers.changes_batch else 1
-        least = settings.min_batch_size or max(world, start.batch_size // span)
-        most = settings.max_batch_size or min(start.batch_size * span, settings.sequences // self.decisions // 4)
-        if start.batch_size % world:
-            raise ValueError(f"batch_size must be a multiple of the {world} processes, got {start.batch_size}")
-        least = max(least, _least_shared(start.batch_size, world))
-        fixed = start.batch_size if span == 1 else None
-        return ControlLimits(
-            start=start,
-            min_batch_size=fixed or least,
-            max_batch_size=fixed or max(start.batch_size, most),
-            masked_precisions=offered(settings.precisions, self.levers.device),
-            pruning=settings.pruning,
-            decisions=self.decisions,
-        )
+        self.levers.claim()
 
     def _check_domain(self, bundle: PolicyBundle, base: BaseSchedule) -> None:
         facts = RunFacts(
             n_parameters=sum(p.numel() for p in self.levers.model.parameters()),
-            budget_tokens=self.schedule.budget_tokens,
+            budget_tokens=self.course.schedule.budget_tokens,
             sequences=self.settings.sequences,
             batch_size=self.settings.batch_size,
             sequence_length=self.settings.sequence_length,
             optimizer=type(self.levers.optimizer).__name__,
-            decisions=self.decisions,
+            decisions=self.course.decisions,
             device_type=self.levers.device.type,
             base_schedule=base,
             fine_tuning=None,
@@ -176,36 +152,31 @@ class Steering:
         return self.controller.records
 
     @property
+    def sequences(self) -> int:
+        """Sequences trained on."""
+        return self.course.sequences
+
+    @property
     def tokens(self) -> int:
         """Tokens trained on, by the nominal length of a sequence."""
-        return self.sequences * self.settings.sequence_length
+        return self.course.tokens
 
     @property
     def end_sequences(self) -> int:
         """Sequences at which the run ends: the budget, or the end of the cool-down."""
-        if self.cooldown is None:
-            return self.settings.sequences
-        return -(-self.cooldown.end_tokens // self.settings.sequence_length)
+        return self.course.end
 
     @property
     def finished(self) -> bool:
         """Whether the budget is used up or the cool-down complete."""
-        return self.sequences >= self.end_sequences
-
-    @property
-    def _target(self) -> int:
-        """Sequences at which the interval ends."""
-        return min(round((self.decision + 1) * self.settings.sequences / self.decisions), self.end_sequences)
+        return self.course.finished
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step: base schedule x scale x the batch's neutral factor."""
-        controls, step_tokens = self.controls, self.controls.batch_size * self.settings.sequence_length
-        schedule = (
-            self.cooldown.factor(self.tokens) if self.cooldown else self.schedule.factor(self.tokens, step_tokens)
-        )
+        controls = self.controls
         neutral = neutral_factor(controls.batch_size, self.settings.batch_size)
-        return self.levers.peak * controls.learning_rate_scale * schedule * neutral
+        return self.levers.peak * controls.learning_rate_scale * self.course.factor(controls.batch_size) * neutral
 
     # A step ----------------------------------------------------------------------------------------------------------
 
@@ -227,8 +198,8 @@ class Steering:
             raise ValueError("step needs the step before to be over; one `with steering.step()` at a time")
         self.ranks.settle(self.levers.model)
         batch_size = min(self.controls.batch_size, self.end_sequences - self.sequences)
-        self.readings.begin_step(last=self.sequences + batch_size >= self._target)
-        self.readings.keep_weights(next_is_last=self.sequences + 2 * batch_size >= self._target)
+        self.readings.begin_step(last=self.sequences + batch_size >= self.course.target)
+        self.readings.keep_weights(next_is_last=self.sequences + 2 * batch_size >= self.course.target)
         self.levers.set_learning_rate(self.learning_rate)
         self._prune()
         self._step_open = True
@@ -256,9 +227,9 @@ class Steering:
         """
         self._step_open = False
         self.levers.after_step()
-        self.sequences += sequences
+        self.course.sequences += sequences
         self.readings.end_step(gradient_norm, sequences)
-        if self.sequences >= self._target:
+        if self.sequences >= self.course.target:
             self._prune(done=1.0)
             self._end_interval()
 
@@ -268,7 +239,7 @@ class Steering:
         self.readings.drop_step()
 
     def _prune(self, done: float | None = None) -> None:
-        began, until = self.readings.start_sequences, self._target
+        began, until = self.readings.start_sequences, self.course.target
         if done is None:
             done = (self.sequences - began) / max(until - began, 1)
         due = min(int(done * MASK_UPDATES) + 1, MASK_UPDATES)
@@ -280,16 +251,16 @@ class Steering:
 
     def _end_interval(self) -> None:
         telemetry = self.readings.telemetry(
-            decision=self.decision,
+            decision=self.course.decision,
             budget_used=self.sequences / self.settings.sequences,
             tokens=self.tokens,
             validation_loss=self.validation_loss,
-            finishing=self.cooldown is not None,
+            finishing=self.course.cooldown is not None,
             finished=self.finished,
         )
         telemetry = self.ranks.of_first(telemetry)
-        self.decision += 1
-        if (self.decision % 10 == 0 or telemetry.finished) and not telemetry.diverged:
+        self.course.decision += 1
+        if (self.course.decision % 10 == 0 or telemetry.finished) and not telemetry.diverged:
             self._validate()
         record = self.controller.record(telemetry)
         if self.on_decision is not None and self.ranks.is_first:
@@ -332,16 +303,15 @@ class Steering:
     def _apply(self, controls: Controls) -> None:
         start = self.readings.clock()
         self.levers.apply(controls)
-        if controls.finish and self.cooldown is None:
-            step_tokens = controls.batch_size * self.settings.sequence_length
-            self.cooldown = Cooldown.begin(self.schedule, self.tokens, step_tokens)
+        if controls.finish:
+            self.course.cool_down(controls.batch_size)
         self.readings.switch_s = self.readings.clock() - start
 
     def _copy(self) -> dict[str, Any]:
-        kept = {"levers": self.levers.snapshot(), "controls": self.controls, "cooldown": self.cooldown}
+        kept = {"levers": self.levers.snapshot(), "controls": self.controls, "course": self.course.state_dict()}
         if self.data is not None:
             kept |= {"data": self.data.state_dict(), "random": torch.get_rng_state()}
-            kept |= {"sequences": self.sequences, "decision": self.decision, "validation_loss": self.validation_loss}
+            kept |= {"validation_loss": self.validation_loss}
         return kept
 
     def _roll_back(self) -> None:
@@ -349,31 +319,34 @@ class Steering:
         assert self._kept is not None, "guardrails only ask for it after a snapshot"
         kept = self._kept
         self.levers.restore(kept["levers"], kept["controls"])
-        self.cooldown = kept["cooldown"]
-        if self.data is not None:
+        course = kept["course"]
+        if self.data is None:  # the data went on, and so does what counts them
+            course = {**self.course.state_dict(), "cooldown": course["cooldown"]}
+        else:
             self.data.load_state_dict(kept["data"])
             torch.set_rng_state(kept["random"])
-            self.sequences, self.decision = kept["sequences"], kept["decision"]
             self.validation_loss = kept["validation_loss"]
+        self.course.load_state_dict(course)
         self.readings.begin_interval(self.sequences)
         self._apply(self._agreed(self.controller.rolled_back))
 
     # Saving and going on ---------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, within_step: bool = False) -> dict[str, Any]:
         """Return what, beside model, optimiser and data, decides how the run goes on; `torch.save` can write it.
+
+        Args:
+            within_step: Allow it while a step is open, whose gradients are then lost to the run that goes on.
 
         Raises:
             ValueError: a step is open.
         """
-        if self._step_open:
+        if self._step_open and not within_step:
             raise ValueError("state_dict needs the step to be over; save between two steps")
         return {
             "settings": _plain(self.settings),
             "process": [self.ranks.rank, self.ranks.world_size],
-            "sequences": self.sequences,
-            "decision": self.decision,
-            "cooldown": asdict(self.cooldown) if self.cooldown else None,
+            "course": self.course.state_dict(),
             "validation_loss": self.validation_loss,
             "controls": asdict(self.controls),
             "levers": self.levers.state_dict(),
@@ -400,8 +373,7 @@ class Steering:
                 f"state of a sharded model must be loaded by the process that saved it, {rank} of {world}, "
                 f"got process {here[0]} of {here[1]}; save one file per process"
             )
-        self.sequences, self.decision = state["sequences"], state["decision"]
-        self.cooldown = Cooldown(**state["cooldown"]) if state["cooldown"] else None
+        self.course.load_state_dict(state["course"])
         self.validation_loss = state["validation_loss"]
         self.levers.load_state_dict(state["levers"], Controls(**state["controls"]))
         self.controller.load_state_dict(state["controller"])
@@ -428,14 +400,14 @@ class Steering:
     def close(self) -> None:
         """Let go of model and optimiser; another controller may take them."""
         self.levers.release()
-        _release(self.levers.optimizer)
 
 
-def _least_shared(batch_size: int, processes: int) -> int:
-    """Return the smallest batch that halving leads to and that the processes share evenly."""
-    while processes > 1 and batch_size % (2 * processes) == 0:
-        batch_size //= 2
-    return batch_size if processes > 1 else 1
+def _course(settings: SteeringSettings, base: BaseSchedule, decisions: int, grain: int) -> Course:
+    length, tokens = settings.sequence_length, settings.sequences * settings.sequence_length
+    schedule = Schedule(name=base.schedule, budget_tokens=tokens, warmup_tokens=base.warmup_tokens(tokens))
+    return Course(
+        schedule=schedule, budget=settings.sequences, sequence_length=length, decisions=decisions, grain=grain
+    )
 
 
 def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
@@ -445,21 +417,6 @@ def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
         return None, keep
     bundle = PolicyBundle.load(policy_path(policy))
     return bundle, bundle.act
-
-
-_CLAIMED = "_trainpilot_steered"
-
-
-def _check_free(optimizer: Optimizer) -> None:
-    if getattr(optimizer, _CLAIMED, False):
-        raise ValueError(
-            "optimizer must be steered by one controller, this one has one already; "
-            "call close() on the other, or drop one of the two"
-        )
-
-
-def _release(optimizer: Optimizer) -> None:
-    setattr(optimizer, _CLAIMED, False)
 
 
 def _plain(settings: SteeringSettings) -> dict[str, Any]:
