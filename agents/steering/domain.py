@@ -25,7 +25,7 @@ EXPECT: Mapping[str, str] = {
     "decisions": "its factors per decision add up to more or fewer; set decisions to what it was trained with",
     "device_type": "what pays in time and energy differs; its learning rates do not depend on it",
     "base_schedule": "it multiplies another curve than it learnt on; take its own base schedule",
-    "fine_tuning": "a fine-tuned model can lose what it knew; bound the learning rate by learning_rate_range",
+    "fine_tuning": "it learnt on training from scratch; the learning rate stays within a factor of 2 of yours",
 }
 """What a run outside of a field's range may come to."""
 

@@ -48,6 +48,9 @@ class SteeringSettings:
     """What no policy may do."""
     contract: QualityContract | None = None
     """What the run may lose against its base schedule."""
+    fine_tuning: bool | None = None
+    """Whether the model comes trained; by default, whether it says where it was loaded from. Then the learning rate
+    rises at most by a factor of 2 above that of the optimiser, unless the guardrails have a `learning_rate_range`."""
     strict_domain: bool = False
     """Refuse to steer a run unlike those that the policy was trained on, instead of warning."""
 

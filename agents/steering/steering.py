@@ -27,8 +27,9 @@ from trainpilot.agents.controller import Controller, Policy, keep
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.course import Course
 from trainpilot.agents.steering.domain import RunFacts, check_domain
+from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
 from trainpilot.agents.steering.guarded import GuardedController, GuardedDecision
-from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails
+from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
 from trainpilot.agents.steering.levers import Levers
 from trainpilot.agents.steering.limits import control_limits
 from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
@@ -108,8 +109,8 @@ class Steering:
         preference = Preference.parse(settings.preference)
         limits = control_limits(settings, self.levers, decisions, self.ranks.world_size)
         controller = Controller(policy, limits, preference)
-        bounds = UNGUARDED if settings.policy == "none" else settings.guardrails
-        guardrails = Guardrails(bounds, base_learning_rate=self.levers.peak)
+        self.fine_tuning = comes_trained(model) if settings.fine_tuning is None else settings.fine_tuning
+        guardrails = Guardrails(self._bounds(), base_learning_rate=self.levers.peak)
         self.controller = GuardedController(controller, guardrails, settings.contract)
         self.validation_loss: float | None = None
         self._step_open = False
@@ -118,6 +119,12 @@ class Steering:
             self._check_domain(bundle, base)
         self._take(self._agreed(lambda: self.controller.decide(None)))
         self.levers.claim()
+
+    def _bounds(self) -> GuardrailSettings:
+        if self.settings.policy == "none":
+            return UNGUARDED
+        bounds = self.settings.guardrails
+        return within_reach(bounds, self.levers.peak) if self.fine_tuning else bounds
 
     def _check_domain(self, bundle: PolicyBundle, base: BaseSchedule) -> None:
         facts = RunFacts(
@@ -130,7 +137,7 @@ class Steering:
             decisions=self.course.decisions,
             device_type=self.levers.device.type,
             base_schedule=base,
-            fine_tuning=None,
+            fine_tuning=self.fine_tuning,
         )
         found = check_domain(bundle, facts)
         if found and self.settings.strict_domain:
@@ -347,6 +354,7 @@ class Steering:
             "settings": _plain(self.settings),
             "process": [self.ranks.rank, self.ranks.world_size],
             "course": self.course.state_dict(),
+            "fine_tuning": self.fine_tuning,
             "validation_loss": self.validation_loss,
             "controls": asdict(self.controls),
             "levers": self.levers.state_dict(),
@@ -376,6 +384,8 @@ class Steering:
         self.course.load_state_dict(state["course"])
         self.validation_loss = state["validation_loss"]
         self.levers.load_state_dict(state["levers"], Controls(**state["controls"]))
+        self.fine_tuning = state["fine_tuning"]  # a model from scratch has been trained too by now
+        self.controller.guardrails.settings = self._bounds()
         self.controller.load_state_dict(state["controller"])
         self.readings.load_state_dict(state["readings"])
         self._step_open, self._kept = False, None

@@ -1,0 +1,99 @@
+"""On a model that comes trained the learning rate stays near the user's; one from scratch is not mistaken for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_runs import GPT2, LLAMA, case
+from test_steering import Loop
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
+from trainpilot.agents.steering.guardrails import GuardrailSettings
+from trainpilot.envs.action import KEEP, LEARNING_RATE_FACTORS, Action
+from trainpilot.llm_runtime.run_config import RunConfig
+
+DOUBLE: Action = (LEARNING_RATE_FACTORS.index(2.0), *KEEP[1:])
+
+
+def always_up(*_: Any) -> Action:
+    return DOUBLE
+
+
+@pytest.fixture(params=[LLAMA, GPT2], ids=["llama", "gpt2"])
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> RunConfig:
+    return case(tmp_path, request.param, tokens=6_400, batch_size=4, decisions=10)
+
+
+def trained(config: RunConfig, folder: Path) -> PreTrainedModel:
+    """Return a model that was trained for a few steps, as it comes from a folder."""
+    mine = Loop(config, "none")
+    mine.train(5)
+    mine.model.save_pretrained(folder)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return loaded
+
+
+def test_a_loaded_model_comes_trained_and_a_new_one_does_not(config: RunConfig, tmp_path: Path) -> None:
+    loaded = trained(config, tmp_path / "model")
+    assert comes_trained(loaded)
+    assert comes_trained(nn.Sequential(loaded)), "wrapped, as by DistributedDataParallel"
+    new = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
+    assert new.name_or_path, "the config carries the folder's name"
+    assert not comes_trained(new)
+    mine = Loop(config, "none")
+    mine.train(5)
+    assert not comes_trained(mine.model), "trained here, and loaded from nowhere"
+
+
+def test_adapters_on_a_trained_model_come_trained(config: RunConfig, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    target = "c_attn" if "gpt2" in config.model else "q_proj"
+    lora = peft.LoraConfig(r=2, target_modules=[target], fan_in_fan_out=target == "c_attn")
+    assert comes_trained(peft.get_peft_model(trained(config, tmp_path / "model"), lora))
+
+
+@pytest.mark.parametrize(
+    ("settings", "highest"),
+    [
+        ({}, 64.0),
+        ({"fine_tuning": True}, 2.0),
+        ({"fine_tuning": True, "guardrails": GuardrailSettings(learning_rate_range=(1e-6, 4e-3))}, 4.0),
+    ],
+    ids=["from scratch", "fine-tuned", "with a range of its own"],
+)
+def test_the_learning_rate_rises_no_further_than_it_may(tmp_path: Path, settings: Any, highest: float) -> None:
+    mine = Loop(case(tmp_path, LLAMA, tokens=6_400, batch_size=4, decisions=10), always_up, **settings)
+    mine.train()
+    scales = [record.telemetry.requested.learning_rate_scale for record in mine.steering.records]
+    assert max(scales) == highest
+    refused = any("learning rate would leave" in reason for r in mine.steering.records for reason in r.refusals)
+    assert refused is (highest < 64)
+
+
+def test_a_run_from_scratch_that_goes_on_keeps_its_bounds(config: RunConfig, tmp_path: Path) -> None:
+    first = Loop(config, always_up)
+    first.train(20)
+    first.model.save_pretrained(tmp_path / "model")
+    second = Loop(config, always_up, fine_tuning=None)
+    second.steering.fine_tuning = True  # what its weights, loaded by name, would say
+    second.steering.load_state_dict(first.steering.state_dict())
+    assert not second.steering.fine_tuning
+    assert second.steering.controller.guardrails.settings.learning_rate_range is None
+
+
+def test_bounds_are_counted_from_the_user_s_rate() -> None:
+    bounds = within_reach(GuardrailSettings(max_rollbacks=1), 1e-3)
+    assert bounds.learning_rate_range == (1e-6, 2e-3)
+    assert bounds.max_rollbacks == 1
+    own = GuardrailSettings(learning_rate_range=(1e-4, 1e-2))
+    assert within_reach(own, 1e-3) is own
+
+
+def test_the_policy_s_domain_names_it(tmp_path: Path) -> None:
+    config = case(tmp_path, LLAMA, tokens=64_000, batch_size=4, decisions=50)
+    with pytest.warns(UserWarning, match="fine_tuning True is outside of False"):
+        Loop(config, "default", fine_tuning=True)
