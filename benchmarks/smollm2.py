@@ -171,11 +171,12 @@ def by_trainer(model: PreTrainedModel, stream: BatchStream, wanted: SteeringSett
     arguments = TrainingArguments(
         output_dir="runs/smollm2/trainer",
         per_device_train_batch_size=1,
+        gradient_accumulation_steps=BATCH,
         learning_rate=LEARNING_RATE,
         adam_beta2=0.95,
         weight_decay=0.1,
         max_grad_norm=1.0,
-        max_steps=10 * wanted.sequences,
+        max_steps=wanted.sequences // BATCH,
         save_strategy="no",
         report_to=[],
         use_cpu=True,

@@ -61,7 +61,7 @@ def test_adapters_on_a_trained_model_come_trained(config: RunConfig, tmp_path: P
     [
         ({}, 64.0),
         ({"fine_tuning": True}, 2.0),
-        ({"fine_tuning": True, "guardrails": GuardrailSettings(learning_rate_range=(1e-6, 4e-3))}, 4.0),
+        ({"fine_tuning": True, "guardrails": GuardrailSettings(learning_rate_range=(1e-6, 4e-2))}, 4.0),
     ],
     ids=["from scratch", "fine-tuned", "with a range of its own"],
 )
