@@ -59,7 +59,7 @@ class Controller:
 
     def wish(self) -> Action:
         """Return what the policy asks for now."""
-        return self.policy(self.state.observation(), self.state.action_masks())
+        return self.policy(self.state.observation().copy(), self.state.action_masks().copy())
 
     def record(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> DecisionRecord:
         """Return the record of the last decision and the interval that followed it."""

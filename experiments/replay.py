@@ -103,6 +103,8 @@ class SteeredRun:
         self.run.restore(checkpoint["snapshot"])
         self.initial_loss = float(checkpoint["initial_loss"])
         self.controller.load_state_dict(checkpoint["controller"])
+        if self.controller.snapshotted_here():
+            self._kept = checkpoint["snapshot"]
         self.telemetry = self.records[-1].telemetry if self.records else None
         if self.meter is not None:
             for record in self.records:
@@ -114,7 +116,7 @@ class SteeredRun:
             while not self._over():
                 self.telemetry = self._interval(self.telemetry)
                 advance(self.telemetry.budget_used, _line(self.telemetry))
-                if self.folder.checkpoint_due():
+                if not self.telemetry.diverged and self.folder.checkpoint_due():
                     content = {"snapshot": self.run.snapshot(), "initial_loss": self.initial_loss}
                     content["controller"] = self.controller.state_dict()
                     self.folder.write_checkpoint(content, self.records)
@@ -122,9 +124,9 @@ class SteeredRun:
     def _over(self) -> bool:
         """Return whether the run has ended: a run that diverged is taken back first, as often as may be."""
         last = self.telemetry
-        if last is None or last.finished:
-            return last is not None
-        return last.diverged and (self._kept is None or self.controller.fallen_back is not None)
+        if last is None:
+            return False
+        return not self.controller.can_roll_back if last.diverged else last.finished
 
     def _controls(self, last: Telemetry | None) -> Controls:
         """Return what holds next, after taking the run back where it must be."""

@@ -15,7 +15,6 @@ from fakes import TOY_CASE, ToyPlant, make_limits
 
 from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.controller import Controller, Policy, keep
-from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.agents.steering.guarded import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
@@ -299,18 +298,6 @@ def test_after_loading_the_next_decision_asks_for_a_snapshot() -> None:
     again = owner(keep)
     again.guarded.load_state_dict(run.guarded.state_dict())
     assert again.guarded.decide(run.telemetry).snapshot
-
-
-def test_records_alone_bring_back_a_run_without_trouble() -> None:
-    whole = owner(zigzag).train()
-    first = owner(zigzag)
-    for _ in range(7):
-        first.step()
-    restored = [DecisionRecord.from_json(record.to_json()) for record in first.guarded.records]
-    again = owner(zigzag, first.plant)
-    again.telemetry = again.guarded.resume(restored)
-    again.train()
-    assert scales(again) == scales(whole)[7:]
 
 
 def test_held_controls_are_resumed_by_a_plain_controller_too() -> None:

@@ -160,7 +160,7 @@ def test_without_a_snapshot_or_beyond_the_budget_of_rollbacks_it_falls_back() ->
     guardrails.snapshot_taken()
     for _ in range(2):
         assert guardrails.judge(nan).kind == "roll_back"
-        guardrails.rolled_back(KEEP)
+        guardrails.rolled_back([KEEP])
     assert guardrails.judge(nan).kind == "fall_back"
 
 
@@ -189,7 +189,7 @@ def test_no_snapshot_of_a_loss_on_its_way_up() -> None:
 
 def test_what_led_to_a_rollback_is_held_and_then_let_go() -> None:
     guardrails = Guardrails(GuardrailSettings(hold=2))
-    guardrails.rolled_back(DOUBLE_BATCH)
+    guardrails.rolled_back([DOUBLE_BATCH])
     guardrails.note(KEEP)  # the gentler controls themselves
     for _ in range(2):
         assert refused(guardrails, DOUBLE_BATCH) == ["batch_size double refused: held after a rollback"]
@@ -206,7 +206,7 @@ def test_a_rollback_takes_the_past_back_and_leaves_the_scars() -> None:
     quiet(guardrails, [1.5], scale=4.0)
     guardrails.note(DOUBLE_RATE)
     guardrails.load_past_state(before)
-    guardrails.rolled_back(DOUBLE_RATE)
+    guardrails.rolled_back([DOUBLE_RATE])
     assert guardrails.past.losses.losses == [2.0]
     assert guardrails.past.moves == {"learning_rate": [], "batch_size": []}
     assert guardrails.scars.rollbacks == 1
@@ -216,7 +216,7 @@ def test_the_state_passes_through_json() -> None:
     one, other = Guardrails(), Guardrails()
     quiet(one, [2.0, 1.9])
     one.note(DOUBLE_RATE)
-    one.rolled_back(DOUBLE_RATE)
+    one.rolled_back([DOUBLE_RATE])
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert other.state_dict() == one.state_dict()
     other.note(KEEP)

@@ -164,7 +164,8 @@ class ContractWatch:
         """Return the base schedule's loss there and its standard error; `None` where nothing is known."""
         if (reference := self.contract.reference) is not None:
             shares, losses = zip(*reference, strict=True)
-            return None if share < shares[0] - 1e-9 else (float(np.interp(share, shares, losses)), 0.0)
+            within = shares[0] - 1e-9 <= share <= shares[-1] + 1e-9
+            return (float(np.interp(share, shares, losses)), 0.0) if within else None
         law = self._law()
         return None if law is None else law.at(tokens)
 

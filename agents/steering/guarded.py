@@ -12,7 +12,7 @@ from trainpilot.agents.controller import Controller
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.asking import MAX_FAILURES, AskedPolicy
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
-from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
+from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action
 from trainpilot.envs.decision_state import Decision, DecisionState
 from trainpilot.envs.preference import Preference
@@ -50,8 +50,6 @@ class _Kept:
     seen: tuple[int, ...]
     guardrails: dict[str, Any]
     contract: dict[str, Any] | None
-    decided: Action
-    """The decision that the snapshot was taken before."""
 
 
 class GuardedController:
@@ -81,6 +79,8 @@ class GuardedController:
         self._rollbacks: list[dict[str, Any]] = []
         self._before: _Kept | None = None
         self._kept: _Kept | None = None
+        self._since: list[Action] = []
+        """Decisions since the snapshot, the one it was taken before included."""
 
     @classmethod
     def of_bundle(
@@ -118,9 +118,9 @@ class GuardedController:
     def _judge(self, telemetry: Telemetry) -> tuple[bool, list[str]]:
         """Return whether the run must be taken back, and why; fall back where that is called for."""
         broken = self.watch.observe(telemetry) if self.watch is not None else None
-        if self.fallen_back is not None:
-            return False, []
         verdict = self.guardrails.judge(telemetry)
+        if self.fallen_back is not None and not is_lost(telemetry):
+            return False, []
         if broken is not None:
             self._fall_back(f"quality contract broken: {broken}", telemetry.decision + 1)
         elif verdict.kind == "fall_back":
@@ -133,7 +133,13 @@ class GuardedController:
         return roll_back, [reason]
 
     def _fall_back(self, reason: str | None, decision: int) -> None:
-        self.fallen_back, self.fallen_back_at = str(reason), decision
+        if self.fallen_back is None:
+            self.fallen_back, self.fallen_back_at = str(reason), decision
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether there is a snapshot, and the budget of rollbacks not more than used up."""
+        return self._kept is not None and self.guardrails.scars.rollbacks <= self.guardrails.settings.max_rollbacks
 
     def _decide(self, reasons: list[str]) -> GuardedDecision:
         guardrails, watch = self.guardrails, self.watch
@@ -141,14 +147,14 @@ class GuardedController:
         before = guardrails.past_state()
         decision = self._bounded()
         self._refusals.update(decision.refusals)
-        self._before = _Kept(tuple(self._seen), before, past, decision.allowed)
+        self._before = _Kept(tuple(self._seen), before, past)
         snapshot = self._wants_snapshot(decision.allowed)
         self._carry_out(decision)
         reasons = [*reasons, *decision.refusals]
         return GuardedDecision(self.controls, False, snapshot, self.fallen_back is not None, tuple(reasons))
 
     def _wants_snapshot(self, action: Action) -> bool:
-        if self.fallen_back is not None or not self.guardrails.note_risky(action):
+        if not self.guardrails.note_risky(action):
             return False
         if self._kept is None or self.watch is None:
             return True
@@ -187,6 +193,7 @@ class GuardedController:
         if held is not None:
             state.hold(held)
         self.guardrails.note(decision.allowed)
+        self._since.append(decision.allowed)
         self.controller.decision = replace(decision, controls=state.controls)
         self._recorded = False
 
@@ -198,7 +205,22 @@ class GuardedController:
     def snapshotted(self) -> None:
         """Take in that the owner has copied the run, after `decide` and before the controls came into force."""
         self._kept = self._before
+        self._since = self._since[-1:]
         self.guardrails.snapshot_taken()
+
+    def snapshotted_here(self) -> bool:
+        """Take in that the owner copies the run now, in the midst of an interval; return whether that is of use.
+
+        For a run that goes on from a file: what it could be taken back to was lost with its process.
+        """
+        decision = self.controller.decision
+        if decision is None or not self.guardrails.note_risky(KEEP):
+            return False
+        past = self.watch.past_state() if self.watch is not None else None
+        self._before = _Kept(tuple(self._seen), self.guardrails.past_state(), past)
+        self._since = [decision.allowed]
+        self.snapshotted()
+        return True
 
     def rolled_back(self) -> Controls:
         """Take in that the owner has restored its snapshot; return the controls to go on with: gentler ones.
@@ -210,10 +232,13 @@ class GuardedController:
         if kept is None:
             raise ValueError("rolled_back needs a snapshot; call snapshotted where decide asked for one")
         self._go_back(kept)
-        self.guardrails.rolled_back(kept.decided)
-        chance = kept.decided == KEEP and self.guardrails.scars.rollbacks == 1  # nothing was changed: once more so
+        self.guardrails.rolled_back(self._since)
+        unchanged = all(action == KEEP for action in self._since)
+        chance = unchanged and self.guardrails.scars.rollbacks == 1  # once more so
+        self._since = []
         factor = 1.0 if chance else GENTLER
-        gentler = max(self.controls.learning_rate_scale * factor, LEARNING_RATE_SCALE_RANGE[0])
+        least = max(LEARNING_RATE_SCALE_RANGE[0], self.guardrails.least_scale(self.controller.state.situation()))
+        gentler = max(self.controls.learning_rate_scale * factor, min(least, self.controls.learning_rate_scale))
         reason = f"taken back: {self._rollbacks[-1]['reason']}" if self._rollbacks else "taken back"
         decision = Decision(KEEP, KEEP, self.controls, [reason])
         self._carry_out(decision, replace(self.controls, learning_rate_scale=gentler))
@@ -241,31 +266,6 @@ class GuardedController:
         self.records.append(record)
         self._recorded = True
         return record
-
-    def resume(self, records: list[DecisionRecord]) -> Telemetry | None:
-        """Take in an interrupted run, none of which was taken back; return the last telemetry, for `decide`.
-
-        What records do not tell (rollbacks, holds that came of them, the fall back) is in `state_dict`.
-        """
-        for record in records:
-            self._repeat(record)
-        self._recorded = True
-        return records[-1].telemetry if records else None
-
-    def _repeat(self, record: DecisionRecord) -> None:
-        if self.records:
-            self._seen.append(len(self.records) - 1)
-            last = self.records[-1].telemetry
-            self.controller.state.observe(last)
-            self.guardrails.judge(last)
-            if self.watch is not None:
-                self.watch.observe(last)
-        allowed, _ = allow(record.requested, self.controller.state.mask_reasons())
-        self._reviewed(allowed)  # what was refused may have begun a hold
-        self.controller.repeat(record)
-        self.guardrails.note(record.allowed)
-        self._refusals.update(record.refusals)
-        self.records.append(record)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where this controller stands, as plain JSON values. The snapshot is the owner's, and not in it."""
@@ -299,6 +299,7 @@ class GuardedController:
         self._refusals = Counter(state["refusals"])
         self._rollbacks = list(state["rollbacks"])
         self._before = self._kept = None
+        self._since = []
 
     def _load_decision(self, stored: Mapping[str, Any] | None) -> None:
         self.controller.decision = None

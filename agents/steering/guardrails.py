@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -109,8 +109,14 @@ class Guardrails:
     def __init__(self, settings: GuardrailSettings | None = None, *, base_learning_rate: float | None = None) -> None:
         self.settings = settings or GuardrailSettings()
         self.base_learning_rate = base_learning_rate
-        if self.settings.learning_rate_range is not None and base_learning_rate is None:
-            raise ValueError("base_learning_rate must be given with learning_rate_range, got None")
+        if (rates := self.settings.learning_rate_range) is not None:
+            if base_learning_rate is None:
+                raise ValueError("base_learning_rate must be given with learning_rate_range, got None")
+            if base_learning_rate > rates[1] * (1 + 1e-9):
+                raise ValueError(
+                    f"learning_rate_range must hold the run's own learning rate, {base_learning_rate:g}, "
+                    f"got {rates[0]:g} to {rates[1]:g}; raise its upper bound, or lower the rate"
+                )
         self.past = Past()
         self.scars = Scars()
 
@@ -167,6 +173,14 @@ class Guardrails:
         moves = [move for move in recent if move]
         return sum(one != other for one, other in pairwise(moves))
 
+    def least_scale(self, situation: Situation) -> float:
+        """Return the learning-rate scale that the lower bound allows at the present batch; 0 without one."""
+        rates = self.settings.learning_rate_range
+        if rates is None or self.base_learning_rate is None:
+            return 0.0
+        neutral = neutral_factor(situation.controls.batch_size, situation.limits.start.batch_size)
+        return rates[0] / self.base_learning_rate / neutral
+
     def note(self, action: Action) -> None:
         """Take in what was decided in the end."""
         for each, choice in zip(ACTION_FIELDS, action, strict=True):
@@ -183,7 +197,7 @@ class Guardrails:
 
         A loss that is on its way up is nothing to go back to; then the snapshot before serves.
         """
-        if not self.settings.max_rollbacks:
+        if self.scars.rollbacks > self.settings.max_rollbacks or not self.settings.max_rollbacks:
             return False
         since = self.past.since_snapshot
         if since is None:
@@ -210,7 +224,7 @@ class Guardrails:
 
     def _fault(self, telemetry: Telemetry) -> str | None:
         loss, past = telemetry.train_loss, self.past
-        if telemetry.diverged or not math.isfinite(loss):
+        if is_lost(telemetry):
             return "training loss is not finite"
         if self._rise(loss) > 1:
             return f"training loss {loss:.3f} is a spike above {past.losses.level():.3f}"
@@ -226,10 +240,10 @@ class Guardrails:
         newest = self.past.losses.losses[-1:]
         return not newest or self._rise(newest[0]) <= HEALTHY
 
-    def rolled_back(self, action: Action) -> None:
-        """Take in that the run was taken back to before `action`: what it changed is refused for a while."""
+    def rolled_back(self, actions: Iterable[Action]) -> None:
+        """Take in that the run was taken back to before `actions`: what they changed is refused for a while."""
         self.scars.rollbacks += 1
-        for change in {*changes_of(action), "learning_rate up"}:
+        for change in {"learning_rate up"}.union(*map(changes_of, actions)):
             self.scars.held[change] = self.settings.hold + 1  # the decision after the rollback counts down too
         self.past.since_snapshot = 0
 
@@ -250,6 +264,11 @@ class Guardrails:
         """Go back to the past that `past_state` returned; the scars stay."""
         copied = deepcopy(dict(state))
         self.past = Past(**{**copied, "losses": LossLevel(**copied["losses"])})
+
+
+def is_lost(telemetry: Telemetry) -> bool:
+    """Return whether the weights can be of no use any more."""
+    return telemetry.diverged or not math.isfinite(telemetry.train_loss)
 
 
 def change_of(name: str, choice: int) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Adam, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
@@ -38,7 +41,8 @@ class Levers:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, start: Controls, pruning: MaskPruning = "none") -> None:
-        if getattr(optimizer, _CLAIMED, False):
+        owner = getattr(optimizer, _CLAIMED, None)
+        if owner is not None and owner() is not None:
             raise ValueError(
                 "optimizer must be steered by one controller, this one has one already; "
                 "call close() on the other, or drop one of the two"
@@ -54,12 +58,16 @@ class Levers:
                 "optimizer must have a learning rate above 0, the peak of the base schedule, got 0 in every "
                 "parameter group; make it without a warm-up of its own"
             )
+        self._start_batch = start.batch_size
         self._ratios = [_first_rate(group) / self.peak for group in optimizer.param_groups]
         self.alone = True
         """Whether nobody else may write the learning rate; an adapter whose scheduler asks us turns it off."""
+        self.switches_matmul = False
+        """Whether float32 and tf32 are told apart, by a setting of the whole process."""
         self._set: list[float] = []
         self._output_precision: str = start.precision
-        self._watched = _watch(model, self._remember)
+        self._hook: RemovableHandle | None = None
+        self._matmul_precision = torch.get_float32_matmul_precision()
 
     @property
     def changes_batch(self) -> bool:
@@ -89,6 +97,11 @@ class Levers:
             ValueError: somebody else has written the learning rate since it was last set here.
         """
         now = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if len(now) != len(self._ratios):
+            raise ValueError(
+                f"optimizer must keep its {len(self._ratios)} parameter groups, got {len(now)}; add parameters before "
+                "it is steered"
+            )
         if self.alone and self._set and now != self._set:
             raise ValueError(
                 f"learning rate was set to {self._set[0]:.4g} and is now {now[0]:.4g}: something else writes it too; "
@@ -102,9 +115,15 @@ class Levers:
         """Return the learning rate in force, read from the optimiser: the highest of its groups."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Return the context in which forward passes run in the controls' precision."""
-        return number_format.autocast(self.controls.precision, self.device)
+    def autocast(self, precision: Precision | None = None) -> AbstractContextManager[object]:
+        """Return the context in which forward passes run in `precision`, by default the controls'.
+
+        Unless tf32 is offered, float32 is whatever the user's own setting of matrix products makes of it.
+        """
+        wanted = precision or self.controls.precision
+        if wanted == "fp32" and not self.switches_matmul:
+            return torch.autocast(self.device.type, enabled=False)
+        return number_format.autocast(wanted, self.device)
 
     def precision(self) -> str:
         """Return the number format of the last matrix product in training, read from its output."""
@@ -149,30 +168,45 @@ class Levers:
         self._output_precision = state["output_precision"]
 
     def snapshot(self) -> Snapshot:
-        """Return a copy of weights, buffers, optimiser and masks."""
+        """Return a copy of what training changes: weights that are stepped, buffers, optimiser and masks."""
         return {
-            "weights": {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()},
+            "tensors": [tensor.detach().clone() for tensor in self._moving()],
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "levers": copy.deepcopy(self.state_dict()),
         }
 
+    def _moving(self) -> list[torch.Tensor]:
+        weights = self.parameters() if self.masks is None else list(self.model.parameters())
+        return [*weights, *self.model.buffers()]
+
     def restore(self, snapshot: Snapshot, controls: Controls) -> None:
         """Go back to a snapshot, under the controls that were in force then."""
-        self.model.load_state_dict(snapshot["weights"])
+        with torch.no_grad():
+            for tensor, before in zip(self._moving(), snapshot["tensors"], strict=True):
+                tensor.copy_(before)
         self.optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
         self.load_state_dict(snapshot["levers"], controls)
 
     def claim(self) -> None:
-        """Keep other controllers from the optimiser, until `release`."""
-        setattr(self.optimizer, _CLAIMED, True)
+        """Keep other controllers from the optimiser, and see the model's number format, until `release`."""
+        setattr(self.optimizer, _CLAIMED, weakref.ref(self))
+        first = next((m for m in self.model.modules() if isinstance(m, nn.Linear)), None)
+        if first is not None:
+            self._hook = first.register_forward_hook(_Watcher(self))
 
     def release(self) -> None:
-        """Stop watching the model, and give the optimiser back."""
-        setattr(self.optimizer, _CLAIMED, False)
-        if self._watched is not None:
-            self._watched.remove()
+        """Give model and optimiser back: the batch's decay and the peak learning rate as they were at the start."""
+        setattr(self.optimizer, _CLAIMED, None)
+        self.apply(replace(self.controls, batch_size=self._start_batch))
+        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
+            group["lr"] = self.peak * ratio
+        if self.switches_matmul:
+            torch.set_float32_matmul_precision(self._matmul_precision)
+        if self._hook is not None:
+            self._hook.remove()
 
-    def _remember(self, dtype: torch.dtype) -> None:
+    def remember(self, dtype: torch.dtype) -> None:
+        """Keep the number format of a matrix product's output."""
         self._output_precision = number_format.name_of(dtype, self.device)
 
 
@@ -205,14 +239,19 @@ def _device(model: nn.Module, optimizer: Optimizer) -> torch.device:
     return device
 
 
-def _watch(model: nn.Module, remember: Any) -> Any:
-    """Have the first matrix product tell its output's number format."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
-    if first is None:
-        return None
+class _Watcher:
+    """Has the model's first matrix product tell its output's number format.
 
-    def hook(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        if module.training:
-            remember(output.dtype)
+    A model may be copied or pickled with it, and is then not watched.
+    """
 
-    return first.register_forward_hook(hook)
+    def __init__(self, levers: Levers) -> None:
+        self._levers: weakref.ref[Levers] | None = weakref.ref(levers)
+
+    def __call__(self, module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        levers = self._levers() if self._levers is not None else None
+        if levers is not None and module.training:
+            levers.remember(output.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_levers": None}

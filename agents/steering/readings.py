@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from trainpilot.agents.steering.levers import Levers
 from trainpilot.agents.steering.ranks import Ranks
 from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.stopwatch import Stopwatch
 from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading
 from trainpilot.llm_runtime.interval import Interval
 from trainpilot.llm_runtime.measure import memory_share
-from trainpilot.llm_runtime.precision import autocast, synchronise
+from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
 from trainpilot.llm_runtime.probe_plan import probe_due
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -37,7 +41,8 @@ class Readings:
     def __init__(
         self, levers: Levers, meter: EnergyMeter, clock: Callable[[], float], ranks: Ranks, settings: SteeringSettings
     ) -> None:
-        self.levers, self.meter, self.clock, self.ranks, self.settings = levers, meter, clock, ranks, settings
+        self.levers, self.ranks, self.settings = levers, ranks, settings
+        self.watch = Stopwatch(clock, meter)
         self.start_sequences = 0
         self.start_sparsity = 0.0
         self.mask_updates = 0
@@ -47,10 +52,22 @@ class Readings:
         self.micro_batches = 1
         self._taken = 0
         self._decision = 0
-        self._before: list[torch.Tensor] = []
+        self._before: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._losses: list[tuple[torch.Tensor, float]] = []
         self._interval: Interval | None = None
-        self._begun: tuple[EnergyReading, float] | None = None
+        self._begun: tuple[float, EnergyReading] | None = None
+
+    def clock(self) -> float:
+        """Return the seconds of the run, without its pauses."""
+        return self.watch.seconds()
+
+    def pause(self) -> None:
+        """Stop clock and meter: what comes now is no cost of the interval. Once is enough."""
+        self.watch.pause()
+
+    def go_on(self) -> None:
+        """Let clock and meter go on; nothing happens where they do."""
+        self.evaluation_s += self.watch.go_on()
 
     def begin_interval(self, sequences: int) -> None:
         """Forget the interval before; `sequences` have been trained on so far."""
@@ -58,12 +75,12 @@ class Readings:
         self.start_sequences, self._taken = sequences, 0
         self.start_sparsity, self.mask_updates, self.switch_s = self.levers.sparsity(), 0, 0.0
         self._interval = None
-        self._begun = (self.meter.read(), self.clock()) if sequences else None  # what comes before a run is not its own
+        self._begun = self.watch.read() if sequences else None  # what comes before a run is not its own
 
     def begin_step(self, *, last: bool) -> None:
         """Get ready for a step; the `last` of an interval may begin with a probe."""
         if self._interval is None:
-            reading, start = self._begun or (self.meter.read(), self.clock())
+            start, reading = self._begun or self.watch.read()
             controls = self.levers.controls
             self._interval = Interval(controls, start, reading, self.start_sequences, self.start_sparsity)
         self._losses = []
@@ -74,7 +91,7 @@ class Readings:
         if not self.probe_wanted:
             due = probe_due(self._decision, self.start_sequences / self.settings.sequences)
             wanted = next_is_last and self.settings.probe and bool(due)
-            self._before = [p.detach().clone() for p in self.levers.parameters()] if wanted else []
+            self._before = [(p, p.detach().clone()) for p in self.levers.parameters()] if wanted else []
 
     def note_loss(self, loss: torch.Tensor, share: float) -> None:
         """Take in the mean loss of a micro-batch and its share of the step."""
@@ -85,22 +102,21 @@ class Readings:
         """Measure slope and curvature along the last update on what `loss` looks at."""
         interval = self._open()
         synchronise(self.levers.device)
-        start, training = self.clock(), self.levers.model.training
-        updates = [
-            (parameter, parameter.detach() - before)
-            for parameter, before in zip(self.levers.parameters(), self._before, strict=True)
-        ]
+        start = self.clock()
+        updates = [(parameter, parameter.detach() - before) for parameter, before in self._before]
         self._before, self.probe_wanted = [], False
-        self.levers.model.eval()
-        try:
-            with autocast("fp32", self.levers.device):
+        with looking(self.levers.model), self.levers.autocast("fp32"):
+            try:
                 interval.probe = probe_curvature(updates, lambda: self._looked_at(loss))
-        finally:
-            self.levers.model.train(training)
+            except torch.OutOfMemoryError:  # then the run goes without, but the others would wait for this one
+                if self.ranks.world_size > 1:
+                    raise
         interval.probe_s = self.clock() - start
 
     def _looked_at(self, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
-        value = loss().detach().float()
+        device = self.levers.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the same noise three times
+            value = loss().detach().float()
         self.ranks.settle(self.levers.model)
         return value
 
@@ -166,11 +182,11 @@ class Readings:
             interval.probe = ProbeResult(*self.ranks.mean(one.to(self.levers.device)).tolist())
 
     def _cost(self, interval: Interval) -> dict[str, Any]:
-        cost = interval.cost(self.clock(), self.meter.read())
+        cost = interval.cost(*self.watch.read())
         if self.ranks.world_size > 1:
             own_time_s = cost["time_s"]
             cost["time_s"] = self.ranks.largest(own_time_s)
-            cost["energy_j"] = self.ranks.energy(cost["energy_j"], own_time_s, self.meter)
+            cost["energy_j"] = self.ranks.energy(cost["energy_j"], own_time_s, self.watch.meter)
             known = cost["energy_j"] is not None and cost["time_s"] > 0
             cost["power_w"] = cost["energy_j"] / cost["time_s"] if known else None
         return cost
@@ -180,19 +196,24 @@ class Readings:
             raise ValueError("a step must be begun before it ends; call begin_step, or use `with steering.step()`")
         return self._interval
 
+    def let_go(self) -> None:
+        """Drop the copy of the weights."""
+        self._before = []
+
     def state_dict(self) -> dict[str, Any]:
         """Return what has been collected of the interval so far."""
         names = ("start_sequences", "start_sparsity", "mask_updates", "switch_s", "evaluation_s", "micro_batches")
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
-        state |= {"taken": self._taken, "decision": self._decision, "before": [b.clone() for b in self._before]}
+        state |= {"taken": self._taken, "decision": self._decision, "before": [b.clone() for _, b in self._before]}
+        state["evaluation_s"] += self.watch.paused_s()
+        now = self.watch.read()
+        state["begun"] = None if self._begun is None else _since(self._begun, now)
         if (interval := self._interval) is not None:
-            reading = self.meter.read()
             state["interval"] = {
                 "losses": [float(step.loss) for step in interval.steps],
                 "norms": [float(step.gradient_norm) for step in interval.steps],
                 "moments": [float(norm) for norm in interval.moment_norms],
-                "time_s": self.clock() - interval.start_s,
-                "energy_j": _difference(reading.energy_j, interval.reading.energy_j),
+                "since": _since((interval.start_s, interval.reading), now),
                 "probe": None if interval.probe is None else vars(interval.probe),
                 "probe_s": interval.probe_s,
             }
@@ -204,14 +225,14 @@ class Readings:
             setattr(self, name, state[name])
         device = self.levers.device
         self._taken, self._decision = state["taken"], state["decision"]
-        self._before = [tensor.clone().to(device) for tensor in state["before"]]
+        before = [tensor.clone().to(device) for tensor in state["before"]]
+        self._before = list(zip(self.levers.parameters(), before, strict=True)) if before else []
         self._interval, self._losses, self.probe_wanted = None, [], False
+        now = self.watch.read()
+        self._begun = None if state["begun"] is None else _before(state["begun"], now)
         if (kept := state.get("interval")) is None:
             return
-        reading = self.meter.read()
-        energy_j = _difference(reading.energy_j, kept["energy_j"])
-        begun = EnergyReading(time_s=reading.time_s, energy_j=energy_j, source=reading.source)
-        start = self.clock() - kept["time_s"]
+        start, begun = _before(kept["since"], now)
         self._interval = Interval(self.levers.controls, start, begun, self.start_sequences, self.start_sparsity)
         pairs = zip(kept["losses"], kept["norms"], strict=True)
         self._interval.steps = [
@@ -222,5 +243,29 @@ class Readings:
         self._interval.probe_s = kept["probe_s"]
 
 
-def _difference(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one - other
+@contextmanager
+def looking(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+Moment = tuple[float, EnergyReading]
+
+
+def _since(then: Moment, now: Moment) -> tuple[float, float | None]:
+    """Return the seconds and joules between two moments."""
+    one, other = then[1].energy_j, now[1].energy_j
+    return now[0] - then[0], None if one is None or other is None else other - one
+
+
+def _before(since: tuple[float, float | None], now: Moment) -> Moment:
+    """Return the moment so many seconds and joules ago."""
+    time_s, energy_j = since
+    known = energy_j is not None and now[1].energy_j is not None
+    return now[0] - time_s, replace(now[1], energy_j=now[1].energy_j - energy_j if known else None)  # type: ignore[operator]

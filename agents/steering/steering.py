@@ -29,16 +29,17 @@ from trainpilot.agents.steering.course import Course
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
 from trainpilot.agents.steering.guarded import GuardedController, GuardedDecision
-from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
+from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.levers import Levers
 from trainpilot.agents.steering.limits import control_limits
 from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
-from trainpilot.agents.steering.readings import Readings
+from trainpilot.agents.steering.readings import Readings, looking
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.envs.preference import Preference
 from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
 from trainpilot.llm_runtime.schedules import Schedule, neutral_factor
+from trainpilot.llm_runtime.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from trainpilot.agents.steering.step import Step
@@ -47,6 +48,8 @@ MASK_UPDATES = 5
 """Masks are raised this often along an interval."""
 WITHOUT_POLICY = BaseSchedule(schedule="linear", warmup_share=0.02)
 DECISIONS = 50
+VALIDATE_EVERY = 10
+"""Decisions from one validation to the next."""
 
 
 class Stateful(Protocol):
@@ -104,6 +107,7 @@ class Steering:
         start = Controls(batch_size=settings.batch_size, precision=settings.precisions[0])
         self.levers = Levers(model, optimizer, start, settings.pruning)
         self.validate, self.data, self.on_decision = validate, data, on_decision
+        self.levers.switches_matmul = "tf32" in settings.precisions
         meter = meter if meter is not None else select_meter(str(self.levers.device))
         self.readings = Readings(self.levers, meter, clock, self.ranks, settings)
         preference = Preference.parse(settings.preference)
@@ -115,6 +119,8 @@ class Steering:
         self.validation_loss: float | None = None
         self._step_open = False
         self._kept: dict[str, Any] | None = None
+        self._spoilt: list[int] = []
+        """Intervals that were taken back."""
         if bundle is not None:
             self._check_domain(bundle, base)
         self._take(self._agreed(lambda: self.controller.decide(None)))
@@ -267,15 +273,25 @@ class Steering:
         )
         telemetry = self.ranks.of_first(telemetry)
         self.course.decision += 1
-        if (self.course.decision % 10 == 0 or telemetry.finished) and not telemetry.diverged:
-            self._validate()
         record = self.controller.record(telemetry)
-        if self.on_decision is not None and self.ranks.is_first:
-            self.on_decision(record)
-        if telemetry.finished:
+        try:
+            self._go_on_from(telemetry)
+        finally:
+            if self.on_decision is not None and self.ranks.is_first:
+                self.on_decision(record)
+
+    def _go_on_from(self, telemetry: Telemetry) -> None:
+        """Decide what comes after an interval; a run whose weights are lost is taken back even at its end."""
+        if telemetry.finished and not (is_lost(telemetry) and self._kept is not None):
+            self._validate()
             return
         decision = self._agreed(lambda: self.controller.decide(telemetry))
-        self._roll_back() if decision.roll_back else self._take(decision)
+        if decision.roll_back:
+            self._roll_back()
+        elif not telemetry.finished:
+            self._take(decision)
+            if self.course.decision % VALIDATE_EVERY == 0 and not is_lost(telemetry):
+                self._validate()
 
     def _agreed(self, ask: Callable[[], Content]) -> Content:
         """Return what the first process's controller answers; the others' go where it then stands, unasked."""
@@ -288,21 +304,22 @@ class Steering:
         return answer
 
     def _validate(self) -> None:
-        if self.validate is not None:
-            training = self.levers.model.training
-            start = self.readings.clock()
-            try:
+        if self.validate is None:
+            return
+        self.readings.pause()
+        try:
+            with looking(self.levers.model):
                 loss = float(self.validate())
-            finally:
-                self.levers.model.train(training)
             loss = float(self.ranks.mean(torch.tensor(loss, dtype=torch.float64)))
             self.validation_loss = loss if math.isfinite(loss) else None
-            self.readings.evaluation_s += self.readings.clock() - start
+        finally:
+            self.readings.go_on()
 
     def _take(self, decision: GuardedDecision) -> None:
         """Bring a decision into force; before a risky one, keep the state to go back to. The interval pays for it."""
         self.readings.begin_interval(self.sequences)
         if decision.snapshot:
+            self._kept = None  # or there would be two of them at once
             self._kept = self._copy()
             self.controller.snapshotted()
         self._apply(decision.controls)
@@ -317,25 +334,37 @@ class Steering:
     def _copy(self) -> dict[str, Any]:
         kept = {"levers": self.levers.snapshot(), "controls": self.controls, "course": self.course.state_dict()}
         if self.data is not None:
-            kept |= {"data": self.data.state_dict(), "random": torch.get_rng_state()}
+            device = self.levers.device
+            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            kept |= {"data": self.data.state_dict(), "random": (torch.get_rng_state(), cuda)}
             kept |= {"validation_loss": self.validation_loss}
         return kept
 
     def _roll_back(self) -> None:
-        """Put model, optimiser and, where it is known, the data back to where the last snapshot was taken."""
+        """Put model, optimiser and data back to where the last snapshot was taken.
+
+        Where the same interval went wrong before, the data are to blame, and go on.
+        """
         assert self._kept is not None, "guardrails only ask for it after a snapshot"
         kept = self._kept
         self.levers.restore(kept["levers"], kept["controls"])
-        course = kept["course"]
-        if self.data is None:  # the data went on, and so does what counts them
-            course = {**self.course.state_dict(), "cooldown": course["cooldown"]}
+        course, here = kept["course"], self.course.decision
+        if self.data is not None and here not in self._spoilt:
+            self._take_data_back(self.data, kept)
         else:
-            self.data.load_state_dict(kept["data"])
-            torch.set_rng_state(kept["random"])
-            self.validation_loss = kept["validation_loss"]
+            course = {**self.course.state_dict(), "cooldown": course["cooldown"]}
+        self._spoilt.append(here)
         self.course.load_state_dict(course)
         self.readings.begin_interval(self.sequences)
         self._apply(self._agreed(self.controller.rolled_back))
+
+    def _take_data_back(self, data: Stateful, kept: dict[str, Any]) -> None:
+        data.load_state_dict(kept["data"])
+        cpu, cuda = kept["random"]
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self.levers.device)
+        self.validation_loss = kept["validation_loss"]
 
     # Saving and going on ---------------------------------------------------------------------------------------------
 
@@ -351,10 +380,11 @@ class Steering:
         if self._step_open and not within_step:
             raise ValueError("state_dict needs the step to be over; save between two steps")
         return {
-            "settings": _plain(self.settings),
+            "settings": self._compared(),
             "process": [self.ranks.rank, self.ranks.world_size],
             "course": self.course.state_dict(),
             "fine_tuning": self.fine_tuning,
+            "spoilt": list(self._spoilt),
             "validation_loss": self.validation_loss,
             "controls": asdict(self.controls),
             "levers": self.levers.state_dict(),
@@ -362,13 +392,19 @@ class Steering:
             "controller": self.controller.state_dict(),
         }
 
+    def _compared(self) -> dict[str, Any]:
+        """Return what must not have changed where a run goes on."""
+        names = ("sequences", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning")
+        same = {name: getattr(self.settings, name) for name in names}
+        return same | {"policy": _name(self.settings.policy), "base_schedule": asdict(self.course.schedule)}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called; load model and optimiser before.
 
         Raises:
             ValueError: the state is of a run with other settings.
         """
-        for name, value in _plain(self.settings).items():
+        for name, value in self._compared().items():
             if state["settings"].get(name) != value:
                 raise ValueError(
                     f"{name} must be what it was when the state was saved, {state['settings'].get(name)!r}, "
@@ -386,9 +422,12 @@ class Steering:
         self.levers.load_state_dict(state["levers"], Controls(**state["controls"]))
         self.fine_tuning = state["fine_tuning"]  # a model from scratch has been trained too by now
         self.controller.guardrails.settings = self._bounds()
+        self.controller.guardrails.base_learning_rate = self.levers.peak
         self.controller.load_state_dict(state["controller"])
         self.readings.load_state_dict(state["readings"])
-        self._step_open, self._kept = False, None
+        self._step_open, self._kept, self._spoilt = False, None, list(state["spoilt"])
+        if not self.finished and self.controller.snapshotted_here():
+            self._kept = self._copy()
 
     def summary(self) -> dict[str, Any]:
         """Return what was steered and what it came to, as plain JSON values."""
@@ -408,7 +447,9 @@ class Steering:
         }
 
     def close(self) -> None:
-        """Let go of model and optimiser; another controller may take them."""
+        """Let go of model and optimiser, as they were but for their training; another controller may take them."""
+        self._kept = None
+        self.readings.let_go()
         self.levers.release()
 
 
@@ -427,11 +468,6 @@ def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
         return None, keep
     bundle = PolicyBundle.load(policy_path(policy))
     return bundle, bundle.act
-
-
-def _plain(settings: SteeringSettings) -> dict[str, Any]:
-    names = ("sequences", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning")
-    return {name: getattr(settings, name) for name in names} | {"policy": _name(settings.policy)}
 
 
 def _name(policy: str | Policy) -> str:

@@ -81,7 +81,12 @@ class Step:
             )
         clip = steering.settings.gradient_clip
         parameters = steering.levers.parameters()
-        norm = nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
-        steering.levers.optimizer.step()
+        try:
+            norm = nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
+            steering.levers.optimizer.step()
+        except BaseException:
+            steering.levers.optimizer.zero_grad(set_to_none=True)
+            steering.drop_step()
+            raise
         steering.levers.optimizer.zero_grad(set_to_none=True)
         steering.end_step(norm, self._done * steering.ranks.world_size)
