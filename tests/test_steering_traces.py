@@ -178,7 +178,7 @@ def test_a_snapshot_holds_what_is_trained_and_no_more() -> None:
     for parameter in model[0].parameters():
         parameter.requires_grad_(False)
     run = Steered(model)
-    kept = run.steering._kept
+    kept = run.steering.snapshots._kept
     assert kept is not None
     assert sum(tensor.numel() for tensor in kept["levers"]["tensors"]) == 9
 
@@ -339,7 +339,7 @@ def test_close_gives_everything_back() -> None:
     run.steering.close()
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
     assert run.optimizer.param_groups[0]["betas"] == pytest.approx((0.9, 0.999))
-    assert run.steering._kept is None
+    assert not run.steering.snapshots.there
     assert not any(module._forward_hooks for module in run.model.modules())
 
 

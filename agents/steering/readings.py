@@ -77,6 +77,11 @@ class Readings:
         self._interval = None
         self._begun = self.watch.read() if sequences else None  # what comes before a run is not its own
 
+    def begin_anew(self, sequences: int, decision: int) -> None:
+        """Begin the interval of a decision again, in the midst of it."""
+        self.begin_interval(sequences)
+        self._decision, self._before, self._begun = decision, [], None
+
     def begin_step(self, *, last: bool) -> None:
         """Get ready for a step; the `last` of an interval may begin with a probe."""
         if self._interval is None:

@@ -16,29 +16,31 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
-from trainpilot.agents.controller import Controller, Policy, keep
+from trainpilot.agents.bundle import BaseSchedule
+from trainpilot.agents.controller import Controller
 from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.steering.course import Course
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
 from trainpilot.agents.steering.guarded import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.levers import Levers
 from trainpilot.agents.steering.limits import control_limits
+from trainpilot.agents.steering.plan import Plan, name_of
 from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
 from trainpilot.agents.steering.readings import Readings, looking
+from trainpilot.agents.steering.saved import check_process, check_same, compared
 from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.snapshots import Snapshots, Stateful
 from trainpilot.envs.preference import Preference
 from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
-from trainpilot.llm_runtime.schedules import Schedule, neutral_factor
+from trainpilot.llm_runtime.schedules import neutral_factor
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -46,20 +48,8 @@ if TYPE_CHECKING:
 
 MASK_UPDATES = 5
 """Masks are raised this often along an interval."""
-WITHOUT_POLICY = BaseSchedule(schedule="linear", warmup_share=0.02)
-DECISIONS = 50
 VALIDATE_EVERY = 10
 """Decisions from one validation to the next."""
-
-
-class Stateful(Protocol):
-    """Anything that can say where it stands, and go back there: a data loader, a sampler."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return where it stands."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
-        """Go back there."""
 
 
 class Steering:
@@ -99,30 +89,30 @@ class Steering:
     ) -> None:
         self.settings = settings
         self.ranks = ranks if ranks is not None else OneProcess()
-        bundle, policy = _policy(settings.policy)
-        decisions = settings.decisions or (bundle.decisions if bundle else DECISIONS)
-        settings.check_steps(decisions)
-        base = settings.base_schedule or (bundle and bundle.base_schedule) or WITHOUT_POLICY
-        self.course = _course(settings, base, decisions, grain)
+        plan = Plan.of(settings)
+        self.course = plan.course(settings, grain)
         start = Controls(batch_size=settings.batch_size, precision=settings.precisions[0])
         self.levers = Levers(model, optimizer, start, settings.pruning)
-        self.validate, self.data, self.on_decision = validate, data, on_decision
+        self.snapshots = Snapshots(self.levers, self.course, data)
+        self.validate, self.on_decision = validate, on_decision
         self.levers.switches_matmul = "tf32" in settings.precisions
         meter = meter if meter is not None else select_meter(str(self.levers.device))
         self.readings = Readings(self.levers, meter, clock, self.ranks, settings)
         preference = Preference.parse(settings.preference)
-        limits = control_limits(settings, self.levers, decisions, self.ranks.world_size)
-        controller = Controller(policy, limits, preference)
+        limits = control_limits(settings, self.levers, plan.decisions, self.ranks.world_size)
+        controller = Controller(plan.policy, limits, preference)
         self.fine_tuning = comes_trained(model) if settings.fine_tuning is None else settings.fine_tuning
         guardrails = Guardrails(self._bounds(), base_learning_rate=self.levers.peak)
         self.controller = GuardedController(controller, guardrails, settings.contract)
         self.validation_loss: float | None = None
         self._step_open = False
-        self._kept: dict[str, Any] | None = None
-        self._spoilt: list[int] = []
-        """Intervals that were taken back."""
-        if bundle is not None:
-            self._check_domain(bundle, base)
+        self.domain_warnings: list[str] = []
+        """Where the run is unlike those that the policy was trained on."""
+        if plan.bundle is not None:
+            self.domain_warnings = check_domain(plan.bundle, self._facts(plan.base), require=settings.strict_domain)
+        if self.domain_warnings and self.ranks.is_first:
+            message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
+            warnings.warn(message, stacklevel=2)
         self._take(self._agreed(lambda: self.controller.decide(None)))
         self.levers.claim()
 
@@ -132,8 +122,8 @@ class Steering:
         bounds = self.settings.guardrails
         return within_reach(bounds, self.levers.peak) if self.fine_tuning else bounds
 
-    def _check_domain(self, bundle: PolicyBundle, base: BaseSchedule) -> None:
-        facts = RunFacts(
+    def _facts(self, base: BaseSchedule) -> RunFacts:
+        return RunFacts(
             n_parameters=sum(p.numel() for p in self.levers.model.parameters()),
             budget_tokens=self.course.schedule.budget_tokens,
             sequences=self.settings.sequences,
@@ -145,12 +135,6 @@ class Steering:
             base_schedule=base,
             fine_tuning=self.fine_tuning,
         )
-        found = check_domain(bundle, facts)
-        if found and self.settings.strict_domain:
-            raise ValueError("; ".join(found))
-        self.domain_warnings = tuple(found)
-        if found and self.ranks.is_first:
-            warnings.warn("policy outside of what it was trained on: " + "; ".join(found), stacklevel=3)
 
     # Where the run stands --------------------------------------------------------------------------------------------
 
@@ -282,16 +266,19 @@ class Steering:
 
     def _go_on_from(self, telemetry: Telemetry) -> None:
         """Decide what comes after an interval; a run whose weights are lost is taken back even at its end."""
-        if telemetry.finished and not (is_lost(telemetry) and self._kept is not None):
+        if telemetry.finished and not (is_lost(telemetry) and self.snapshots.there):
             self._validate()
             return
         decision = self._agreed(lambda: self.controller.decide(telemetry))
         if decision.roll_back:
             self._roll_back()
-        elif not telemetry.finished:
-            self._take(decision)
+            return
+        try:
             if self.course.decision % VALIDATE_EVERY == 0 and not is_lost(telemetry):
                 self._validate()
+        finally:
+            if not telemetry.finished:
+                self._take(decision)
 
     def _agreed(self, ask: Callable[[], Content]) -> Content:
         """Return what the first process's controller answers; the others' go where it then stands, unasked."""
@@ -306,21 +293,18 @@ class Steering:
     def _validate(self) -> None:
         if self.validate is None:
             return
-        self.readings.pause()
-        try:
-            with looking(self.levers.model):
-                loss = float(self.validate())
-            loss = float(self.ranks.mean(torch.tensor(loss, dtype=torch.float64)))
-            self.validation_loss = loss if math.isfinite(loss) else None
-        finally:
-            self.readings.go_on()
+        start = self.readings.clock()
+        with looking(self.levers.model):
+            loss = float(self.validate())
+        loss = float(self.ranks.mean(torch.tensor(loss, dtype=torch.float64)))
+        self.validation_loss = loss if math.isfinite(loss) else None
+        self.readings.evaluation_s += self.readings.clock() - start
 
     def _take(self, decision: GuardedDecision) -> None:
         """Bring a decision into force; before a risky one, keep the state to go back to. The interval pays for it."""
         self.readings.begin_interval(self.sequences)
         if decision.snapshot:
-            self._kept = None  # or there would be two of them at once
-            self._kept = self._copy()
+            self.snapshots.take()
             self.controller.snapshotted()
         self._apply(decision.controls)
 
@@ -331,40 +315,10 @@ class Steering:
             self.course.cool_down(controls.batch_size)
         self.readings.switch_s = self.readings.clock() - start
 
-    def _copy(self) -> dict[str, Any]:
-        kept = {"levers": self.levers.snapshot(), "controls": self.controls, "course": self.course.state_dict()}
-        if self.data is not None:
-            device = self.levers.device
-            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            kept |= {"data": self.data.state_dict(), "random": (torch.get_rng_state(), cuda)}
-            kept |= {"validation_loss": self.validation_loss}
-        return kept
-
     def _roll_back(self) -> None:
-        """Put model, optimiser and data back to where the last snapshot was taken.
-
-        Where the same interval went wrong before, the data are to blame, and go on.
-        """
-        assert self._kept is not None, "guardrails only ask for it after a snapshot"
-        kept = self._kept
-        self.levers.restore(kept["levers"], kept["controls"])
-        course, here = kept["course"], self.course.decision
-        if self.data is not None and here not in self._spoilt:
-            self._take_data_back(self.data, kept)
-        else:
-            course = {**self.course.state_dict(), "cooldown": course["cooldown"]}
-        self._spoilt.append(here)
-        self.course.load_state_dict(course)
+        self.snapshots.go_back()
         self.readings.begin_interval(self.sequences)
         self._apply(self._agreed(self.controller.rolled_back))
-
-    def _take_data_back(self, data: Stateful, kept: dict[str, Any]) -> None:
-        data.load_state_dict(kept["data"])
-        cpu, cuda = kept["random"]
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, self.levers.device)
-        self.validation_loss = kept["validation_loss"]
 
     # Saving and going on ---------------------------------------------------------------------------------------------
 
@@ -380,11 +334,11 @@ class Steering:
         if self._step_open and not within_step:
             raise ValueError("state_dict needs the step to be over; save between two steps")
         return {
-            "settings": self._compared(),
+            "settings": compared(self.settings, self.course),
             "process": [self.ranks.rank, self.ranks.world_size],
             "course": self.course.state_dict(),
             "fine_tuning": self.fine_tuning,
-            "spoilt": list(self._spoilt),
+            "spoilt": list(self.snapshots.spoilt),
             "validation_loss": self.validation_loss,
             "controls": asdict(self.controls),
             "levers": self.levers.state_dict(),
@@ -392,31 +346,16 @@ class Steering:
             "controller": self.controller.state_dict(),
         }
 
-    def _compared(self) -> dict[str, Any]:
-        """Return what must not have changed where a run goes on."""
-        names = ("sequences", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning")
-        same = {name: getattr(self.settings, name) for name in names}
-        return same | {"policy": _name(self.settings.policy), "base_schedule": asdict(self.course.schedule)}
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called; load model and optimiser before.
 
         Raises:
             ValueError: the state is of a run with other settings.
         """
-        for name, value in self._compared().items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"{name} must be what it was when the state was saved, {state['settings'].get(name)!r}, "
-                    f"got {value!r}"
-                )
+        check_same(state["settings"], compared(self.settings, self.course))
         here = [self.ranks.rank, self.ranks.world_size]
-        if self.levers.sharded and state.get("process", here) != here:
-            rank, world = state["process"]
-            raise ValueError(
-                f"state of a sharded model must be loaded by the process that saved it, {rank} of {world}, "
-                f"got process {here[0]} of {here[1]}; save one file per process"
-            )
+        if self.levers.sharded:
+            check_process(state["process"], here)
         self.course.load_state_dict(state["course"])
         self.validation_loss = state["validation_loss"]
         self.levers.load_state_dict(state["levers"], Controls(**state["controls"]))
@@ -424,16 +363,20 @@ class Steering:
         self.controller.guardrails.settings = self._bounds()
         self.controller.guardrails.base_learning_rate = self.levers.peak
         self.controller.load_state_dict(state["controller"])
-        self.readings.load_state_dict(state["readings"])
-        self._step_open, self._kept, self._spoilt = False, None, list(state["spoilt"])
+        if self.ranks.largest(float(state["process"] != here)):
+            self.readings.begin_anew(self.sequences, self.course.decision)  # each process has losses of its own
+        else:
+            self.readings.load_state_dict(state["readings"])
+        self._step_open, self.snapshots.spoilt = False, list(state["spoilt"])
+        self.snapshots.drop()
         if not self.finished and self.controller.snapshotted_here():
-            self._kept = self._copy()
+            self.snapshots.take()
 
     def summary(self) -> dict[str, Any]:
         """Return what was steered and what it came to, as plain JSON values."""
         time_s = sum(record.telemetry.time_s for record in self.records)
         return {
-            "policy": _name(self.settings.policy),
+            "policy": name_of(self.settings.policy),
             "preference": self.settings.preference,
             "decisions": len(self.records),
             "sequences": self.sequences,
@@ -442,36 +385,15 @@ class Steering:
             "energy_j": _sum([record.telemetry.energy_j for record in self.records]),
             "energy_source": self.records[-1].telemetry.energy_source if self.records else None,
             "validation_loss": self.validation_loss,
-            "domain_warnings": list(getattr(self, "domain_warnings", ())),
+            "domain_warnings": list(self.domain_warnings),
             **self.controller.summary(),
         }
 
     def close(self) -> None:
         """Let go of model and optimiser, as they were but for their training; another controller may take them."""
-        self._kept = None
+        self.snapshots.drop()
         self.readings.let_go()
         self.levers.release()
-
-
-def _course(settings: SteeringSettings, base: BaseSchedule, decisions: int, grain: int) -> Course:
-    length, tokens = settings.sequence_length, settings.sequences * settings.sequence_length
-    schedule = Schedule(name=base.schedule, budget_tokens=tokens, warmup_tokens=base.warmup_tokens(tokens))
-    return Course(
-        schedule=schedule, budget=settings.sequences, sequence_length=length, decisions=decisions, grain=grain
-    )
-
-
-def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
-    if not isinstance(policy, str):
-        return None, policy
-    if policy == "none":
-        return None, keep
-    bundle = PolicyBundle.load(policy_path(policy))
-    return bundle, bundle.act
-
-
-def _name(policy: str | Policy) -> str:
-    return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
 
 
 def _sum(values: list[float | None]) -> float | None:
