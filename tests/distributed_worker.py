@@ -205,9 +205,17 @@ def pruned(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, A
     return found
 
 
+def lightning(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, Any]:
+    """Fit under Lightning; only these processes import it."""
+    import lightning_worker
+
+    found: dict[str, Any] = getattr(lightning_worker, kind)(rank, folder)
+    return found
+
+
 JOBS = {
     "whole": whole_run, "first": first_half, "second": second_half, "spoilt": spoilt, "misused": misused,
-    "pruned": pruned,
+    "pruned": pruned, "lightning": lightning,
 }  # fmt: skip
 
 
@@ -215,7 +223,7 @@ def work(rank: int, config: RunConfig, folder: Path, jobs: list[str], name: str)
     """Do the jobs as one of two processes, and go down without a word."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # Accelerate asks for it, the file is used
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # asked for, the file is used
     meeting = f"file://{folder / name}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60))
     for job in jobs:

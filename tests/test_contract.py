@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from fakes import make_telemetry
 
+from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
 from trainpilot.agents.steering.power_law import PowerLaw
+from trainpilot.envs.action import KEEP
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 N = 50
@@ -201,3 +203,16 @@ def test_the_state_passes_through_json() -> None:
 def test_terms_that_make_no_sense_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         QualityContract(**{name: value})
+
+
+def test_a_contract_against_an_earlier_run_has_its_losses_and_its_pace() -> None:
+    told = [make_telemetry(budget_used=share, train_loss=loss, time_s=2.0, interval_tokens=100)
+            for share, loss in ((0.5, 3.0), (1.0, 2.5))]  # fmt: skip
+    nothing: dict[str, Any] = {"refusals": (), "masked": {}, "observation": {}, "reward": None}
+    records = [DecisionRecord(telemetry=each, requested=KEEP, allowed=KEEP, **nothing) for each in told]
+    contract = QualityContract.against(records, max_loss_increase=0.5)
+    assert contract.reference == ((0.5, 3.0), (1.0, 2.5))
+    assert contract.reference_s_per_token == 0.02
+    assert contract.max_loss_increase == 0.5
+    with pytest.raises(ValueError, match="reference must be at least two"):
+        QualityContract.against(records[:1])

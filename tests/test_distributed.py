@@ -199,8 +199,12 @@ def test_gpus_count_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counted(5.0, 1.0, one, process="process 0") == [(UUIDS[0], 5.0)]
     assert of_both([one, other], [5.0, 7.0]) == 12.0
     assert of_both([one, one], [5.0, 6.0]) == 6.0  # two processes share a GPU
-    one.close()
-    other.close()
+    all_of_them, turned = NvmlMeter([0, 1]), NvmlMeter([1, 0])
+    assert of_both([all_of_them, turned], [11.0, 12.0]) == 12.0
+    with pytest.raises(ValueError, match=f"got {UUIDS[1]} in different sums"):
+        of_both([all_of_them, other], [12.0, 7.0])
+    for meter in (one, other, all_of_them, turned):
+        meter.close()
 
 
 def test_counters_of_the_host_count_once_per_node(tmp_path: Path) -> None:

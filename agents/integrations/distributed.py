@@ -6,13 +6,17 @@
 
 The batch in the settings is that of all processes together; `step.batch_size` is this process's share, and the data
 that it takes must be its own. The first process decides; the others are told. Each process saves its own
-`steering.state_dict()` and loads it again; where every process holds all weights, the first one's does for all.
+`steering.state_dict()` and loads it again. Where every process holds all weights the first one's will do; saved within
+an interval it has only that process's losses and joules of it, so all measure the rest of the interval anew.
+
+A step in which one process alone raises an exception cannot be tried again: the others wait for its gradients.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 EnergyOf = Literal["process", "node"]
 Joules = tuple[str, float | None]
 """What was counted, and its joules; the same thing counted by several processes has the same name."""
+_AND = " + "
 
 
 class ProcessGroupRanks:
@@ -138,7 +143,7 @@ def counted(
     if energy_of == "node" or isinstance(meter, RaplMeter):
         return [(_node(), energy_j)]
     if isinstance(meter, NvmlMeter):
-        return [(", ".join(meter.uuids), energy_j)]
+        return [(_AND.join(sorted(meter.uuids)), energy_j)]
     if isinstance(meter, CpuEstimateMeter) and energy_j is not None:
         idle_j = min(meter.idle_w * time_s, energy_j)
         return [(f"{_node()} idle {_threads()}", idle_j), (process, energy_j - idle_j)]
@@ -146,11 +151,21 @@ def counted(
 
 
 def sum_once(parts: Iterable[Joules]) -> float | None:
-    """Return the sum over what was counted, of what was counted several times the largest; `None` if one is unknown."""
+    """Return the sum over what was counted, of what was counted several times the largest; `None` if one is unknown.
+
+    Raises:
+        ValueError: a GPU was counted both alone and among others.
+    """
     largest: dict[str, float | None] = {}
     for name, energy_j in parts:
         before = largest.get(name, 0.0)
         largest[name] = None if before is None or energy_j is None else max(before, energy_j)
+    things = Counter(thing for name in largest for thing in name.split(_AND))
+    if twice := [thing for thing, times in things.items() if times > 1]:
+        raise ValueError(
+            f"meter must count a GPU in one process, or the same GPUs in several, got {twice[0]} in different sums; "
+            "give each process Steering(meter=NvmlMeter([its own]))"
+        )
     return sum_known(largest.values())
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainpilot.agents.integrations.lightning_fit import Feed, Precision, check_fit, pl, settings_for
+from trainpilot.agents.integrations.lightning_fit import Feed, Own, check_fit, pl, ranks_of, settings_for
 from trainpilot.agents.integrations.lightning_parts import (
     SteeredPrecision,
     Window,
@@ -26,23 +25,15 @@ from trainpilot.agents.integrations.lightning_parts import (
     training_loss,
     without_log,
 )
+from trainpilot.agents.integrations.lightning_resume import go_on, peaks, set_rates
 from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.steering.ranks import OneProcess, Ranks
+from trainpilot.agents.steering.ranks import Ranks
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.energy import EnergyMeter
 
 ProbeLoss = Callable[[pl.LightningModule, Any], Tensor]
 """Returns the mean loss of a batch in nats/token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """What the Trainer was given, to be given back."""
-
-    max_steps: int
-    accumulate: int
-    precision: Precision
 
 
 class SteeringCallback(pl.Callback):
@@ -57,7 +48,10 @@ class SteeringCallback(pl.Callback):
     A checkpoint between two steps holds all of it, and `Trainer.fit(..., ckpt_path=...)` goes on bit for bit where the
     data loader has `__len__`, `state_dict` and `load_state_dict`. Lightning starts the epoch's data anew for other
     loaders, and has drawn one batch ahead from those without a length. A checkpoint within a step (validation every so
-    many batches, `trainer.save_checkpoint`) loses the gradients gathered up to there, with or without steering.
+    many batches, `trainer.save_checkpoint`) loses the gradients gathered up to there, with or without steering. Of
+    several processes Lightning saves the first one's state: there the interval is measured anew from the checkpoint on.
+
+    With `fast_dev_run` no policy is asked: the loop is tried out at the smallest batch, as one interval.
 
     Args:
         settings: What is asked of the steering, or some of its fields; the rest comes from the Trainer.
@@ -66,7 +60,8 @@ class SteeringCallback(pl.Callback):
         probe_loss: Loss of a batch for the curvature probe. By default `training_step`, which then runs three times
             more on a batch now and then: what it sends to `self.log` is dropped, but metrics that it updates and
             loggers that it calls itself see the batch again.
-        monitor: Name under which the module logs its validation loss in nats/token.
+        monitor: Name under which the module logs its validation loss in nats/token; in several processes the first
+            one's counts, so log it with `sync_dist=True`.
         meter: Energy meter; by default the best one that the device has.
         ranks: Makes the link between the processes, once they run; by default that of the process group.
         on_decision: Called with the record of each interval and the decision before it.
@@ -93,10 +88,15 @@ class SteeringCallback(pl.Callback):
         self._sequences_in = sequences_in or sequences_in_first
         self._probe_loss = probe_loss
         self._meter, self._make_ranks, self._on_decision = meter, ranks, on_decision
-        self._own: _Own | None = None
-        self._loaded: dict[str, Any] = {}
+        self._own: Own | None = None
+        self._state: dict[str, Any] = {}
+        """Where steering stands while no fit steers: what was loaded, or the end of the last fit."""
+        self._began_at = (0, 0)
+        """Steps and epochs that the Trainer had made before: its limits count them."""
+        self._open = self._made = False
         self._unit = 1
-        self._paused: tuple[dict[str, Any], float] | None = None
+        self._total = 0.0
+        """Sequences of a step in the mean over the processes."""
         self._losses: list[tuple[Tensor, int]] = []
         """Of the micro-batches of the open step, each with its sequences."""
         self._norm: Tensor | None = None
@@ -104,35 +104,43 @@ class SteeringCallback(pl.Callback):
 
     # The fit ---------------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin anew unless a checkpoint is loaded next, and go first: what other callbacks save is up to date then."""
+        if stage == "fit":
+            self._state = {}
+            trainer.callbacks = [self, *(other for other in trainer.callbacks if other is not self)]  # type: ignore[attr-defined]
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot be steered, and lift the limit on steps: the run ends with its budget."""
         check_fit(trainer, pl_module)
         self.steering = None
         epochs = trainer.fit_loop.epoch_loop
         plugin = trainer.strategy.precision_plugin
-        self._own = _Own(max_steps=epochs.max_steps, accumulate=trainer.accumulate_grad_batches, precision=plugin)
-        if epochs.max_steps != -1:
+        self._own = Own(max_steps=epochs.max_steps, accumulate=trainer.accumulate_grad_batches, precision=plugin)
+        if epochs.max_steps != -1 and (self._state or epochs.global_step < epochs.max_steps):
             epochs.max_steps = sys.maxsize
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take model and optimiser under control; go on where a checkpoint was loaded."""
         assert self._own is not None, "a fit has started"
         self._close_window()
-        for group in trainer.optimizers[0].param_groups:
-            group.setdefault("initial_lr", group["lr"])  # the peak, which checkpoints then carry
+        state, now = self._state, (trainer.global_step, trainer.current_epoch)
+        self._began_at = state["began_at"] if state else now
+        if state:
+            set_rates(trainer.optimizers[0], peaks(state["steering"]))
         self.steering = steering = self._make_steering(trainer, pl_module, self._own)
-        if self._loaded:
-            steering.load_state_dict(self._loaded)
-            self._loaded = {}
+        if state:
+            go_on(steering, state)
         trainer.strategy.precision_plugin = SteeredPrecision(steering.levers, self._own.precision)
-        trainer.accumulate_grad_batches = Window(1)
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        trainer.accumulate_grad_batches = Window(2, ready + 1) if state and state["open"] else Window(1)
         self._after_step(trainer, steering)
 
-    def _make_steering(self, trainer: pl.Trainer, module: pl.LightningModule, own: _Own) -> Steering:
-        feed = Feed.of(trainer, self._micro, own.max_steps, own.accumulate)
+    def _make_steering(self, trainer: pl.Trainer, module: pl.LightningModule, own: Own) -> Steering:
+        ranks = self._make_ranks() if self._make_ranks else ranks_of(trainer)
+        feed = ranks.of_first(Feed.of(trainer, self._micro, own.max_steps, own.accumulate, self._began_at))
         self._unit = feed.micro_batch_size
         settings = settings_for(trainer, self._settings, feed, own.precision)
-        ranks = self._make_ranks() if self._make_ranks else _ranks(trainer)
         return Steering(
             module, trainer.optimizers[0], settings, meter=self._meter, ranks=ranks, on_decision=self._on_decision
         )
@@ -156,13 +164,17 @@ class SteeringCallback(pl.Callback):
         self._give_back(trainer)
 
     def _give_back(self, trainer: pl.Trainer) -> None:
-        if self._own is not None:
-            trainer.fit_loop.epoch_loop.max_steps = self._own.max_steps
-            trainer.accumulate_grad_batches = self._own.accumulate
-            trainer.strategy.precision_plugin = self._own.precision
-            if self.steering is not None:
-                self.steering.close()
+        own, steering = self._own, self.steering
+        if own is None:
+            return
+        trainer.fit_loop.epoch_loop.max_steps = own.max_steps
+        trainer.accumulate_grad_batches = own.accumulate
+        trainer.strategy.precision_plugin = own.precision
+        if steering is not None:
+            self._state = self.state_dict() | {"given_back": True}
         self._own = None
+        if steering is not None:
+            steering.close()
 
     # A step ----------------------------------------------------------------------------------------------------------
 
@@ -206,18 +218,24 @@ class SteeringCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Make the gradient the mean over the step's sequences, however many came, and measure it before clipping."""
+        if self._made:
+            raise ValueError(
+                f"optimizer must evaluate a step once, as Adam does, got {type(optimizer).__name__}, which calls its "
+                "closure again; leave SteeringCallback out, or take another optimizer"
+            )
         self._made = True
         if self.steering is None or not self._losses:
             return
-        total = sum(sequences for _, sequences in self._losses)
+        mine = sum(sequences for _, sequences in self._losses)
+        self._total = float(self.steering.ranks.mean(torch.tensor(float(mine), dtype=torch.float64)))
         gradients = [p.grad for p in self.steering.levers.parameters() if p.grad is not None]
         expected = int(trainer.accumulate_grad_batches) * self._unit
-        if total != expected:
+        if self._total != expected:
             for gradient in gradients:
-                gradient.mul_(expected / total)
+                gradient.mul_(expected / self._total)
         self._norm = nn.utils.get_total_norm(gradients)
         for loss, sequences in self._losses:
-            self.steering.note_loss(loss, sequences / total)
+            self.steering.note_loss(loss, sequences / self._total)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -229,8 +247,7 @@ class SteeringCallback(pl.Callback):
         if self._norm is None:  # training_step returned no loss
             steering.drop_step()
         else:
-            total = sum(sequences for _, sequences in self._losses)
-            steering.end_step(self._norm, total * steering.ranks.world_size)
+            steering.end_step(self._norm, round(self._total * steering.ranks.world_size))
         self._close_window()
         self._after_step(trainer, steering)
 
@@ -248,26 +265,21 @@ class SteeringCallback(pl.Callback):
 
     def _probe(self, steering: Steering, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         loss = self._probe_loss
-        device = steering.levers.device
-        with without_log(module), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with without_log(module):
             steering.probe(lambda: loss(module, batch) if loss else training_loss(module, batch, batch_idx))
 
     # Validation ------------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock: validation is no cost of the interval that it falls into."""
-        steering = self.steering
-        if steering is not None and not trainer.sanity_checking:
-            self._paused = steering.readings.state_dict(), steering.readings.clock()
+        if self._own is not None and self.steering is not None:
+            self.steering.readings.pause()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the clock go on, and take in the validation loss."""
-        if self.steering is None or self._paused is None:
+        if self._own is None or self.steering is None:
             return
-        readings, (state, began) = self.steering.readings, self._paused
-        readings.load_state_dict(state)
-        readings.evaluation_s += readings.clock() - began
-        self._paused = None
+        self.steering.readings.go_on()
         value = trainer.callback_metrics.get(self._monitor) if self._monitor else None
         if value is not None and torch.isfinite(value):
             self.steering.validation_loss = float(value)
@@ -276,16 +288,11 @@ class SteeringCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where steering stands. Within a step it is as before it: Lightning keeps no gradients either."""
-        return dict(self._loaded) if self.steering is None else self.steering.state_dict(within_step=True)
+        if self._own is None or self.steering is None:
+            return dict(self._state)
+        steered = self.steering.state_dict(within_step=True)
+        return {"steering": steered, "open": self._open, "began_at": self._began_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until model and optimiser are loaded."""
-        self._loaded = dict(state_dict)
-
-
-def _ranks(trainer: pl.Trainer) -> Ranks:
-    if trainer.world_size == 1:
-        return OneProcess()
-    from trainpilot.agents.integrations.distributed import ProcessGroupRanks
-
-    return ProcessGroupRanks()
+        self._state = dict(state_dict)

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from trainpilot.agents.steering.limits import BATCH_RANGE
+from trainpilot.agents.steering.ranks import OneProcess, Ranks
 from trainpilot.agents.steering.settings import SteeringSettings
 
 try:
     import lightning.pytorch as pl
     from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 except ImportError as error:
     raise ImportError("steering a Lightning Trainer needs Lightning; pip install lightning") from error
 
-__all__ = ["Feed", "Precision", "check_fit", "pl", "settings_for", "starting_precision"]
+__all__ = ["Feed", "Own", "Precision", "check_fit", "pl", "ranks_of", "settings_for", "starting_precision"]
+
+
+TRIED_OUT: dict[str, Any] = {
+    "policy": "none",
+    "decisions": 1,
+    "sequences": None,
+    "batch_size": None,
+    "min_batch_size": None,
+    "max_batch_size": None,
+    "contract": None,
+}
+"""What `fast_dev_run` sets: too few batches for decisions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +51,15 @@ class Feed:
     """-1 is without limit."""
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, micro_batch_size: int | None, max_steps: int, accumulate: int) -> Feed:
-        """Read it from a Trainer whose data are set up.
+    def of(
+        cls,
+        trainer: pl.Trainer,
+        micro_batch_size: int | None,
+        max_steps: int,
+        accumulate: int,
+        began_at: tuple[int, int] = (0, 0),
+    ) -> Feed:
+        """Read it from a Trainer whose data are set up; of its limits, what is left after `began_at` steps and epochs.
 
         Raises:
             ValueError: the loader does not say how many sequences its batches have.
@@ -55,8 +76,8 @@ class Feed:
             world_size=trainer.world_size,
             accumulate=accumulate,
             epoch_sequences=_epoch_sequences(trainer, loader, micro),
-            max_epochs=-1 if trainer.max_epochs is None else trainer.max_epochs,
-            max_steps=max_steps,
+            max_epochs=-1 if trainer.max_epochs in (None, -1) else trainer.max_epochs - began_at[1],
+            max_steps=-1 if max_steps == -1 else max_steps - began_at[0],
         )
 
     @property
@@ -89,6 +110,15 @@ def _epoch_sequences(trainer: pl.Trainer, loader: Any, micro: int) -> int | None
     return sequences * trainer.world_size
 
 
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """What the Trainer was given, to be given back."""
+
+    max_steps: int
+    accumulate: int
+    precision: Precision
+
+
 def check_fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Raise `ValueError` for a fit that cannot be steered from a callback."""
     if not module.automatic_optimization:
@@ -107,12 +137,22 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"min_epochs and min_steps must be unset, got {trainer.min_epochs} and {trainer.min_steps}; the run ends "
             "with its budget, SteeringSettings.sequences"
         )
-    if trainer.strategy.handles_gradient_accumulation:
+    known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not known or trainer.strategy.handles_gradient_accumulation:
         raise ValueError(
-            f"strategy must leave gradient accumulation to Lightning, got {type(trainer.strategy).__name__}; "
-            "use a single device or DDP"
+            f"strategy must be a single device or DDP, got {type(trainer.strategy).__name__}; a plain loop takes "
+            "FSDP2 too: Steering(..., ranks=ProcessGroupRanks())"
         )
     starting_precision(trainer.precision_plugin)
+
+
+def ranks_of(trainer: pl.Trainer) -> Ranks:
+    """Return the Trainer's processes."""
+    if trainer.world_size == 1:
+        return OneProcess()
+    from trainpilot.agents.integrations.distributed import ProcessGroupRanks
+
+    return ProcessGroupRanks()
 
 
 def starting_precision(plugin: Precision) -> str:
@@ -136,6 +176,8 @@ def settings_for(
         ValueError: what is given contradicts the Trainer.
     """
     wanted = _given(given)
+    if getattr(trainer, "fast_dev_run", False):
+        wanted, feed = wanted | TRIED_OUT, replace(feed, accumulate=1)
     wanted["batch_size"] = batch_size = _start_batch(wanted.get("batch_size"), feed)
     wanted["min_batch_size"] = _least_batch(wanted.get("min_batch_size"), batch_size, feed)
     wanted["sequences"] = _budget(wanted.get("sequences"), feed.limits(batch_size))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.power_law import PowerLaw
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -52,16 +53,37 @@ class QualityContract:
     evidence_share: float = 0.1
     """Share of the budget left to the base schedule, from the end of its warm-up, where no reference is given."""
     reference: Sequence[tuple[float, float]] | None = None
-    """The base schedule's training losses where known: (share of the budget at the interval's end, nats/token)."""
+    """The base schedule's training losses: (share of the budget at the interval's end, nats/token).
+
+    Between two of them lies a straight line above the true curve, so give every interval; `against` does.
+    """
     reference_s_per_token: float | None = None
     """Its seconds per token on this machine; unknown, and no reference of one's own: time is not looked at."""
 
     from_start: bool = False
-    """Take a run that breaks its contract back to its beginning: at most as dear again, and nothing done to it stays.
+    """Take a run that breaks its contract back to its beginning, so that nothing done to it stays.
 
+    That costs what was trained on up to there, and a rollback for another reason then costs as much.
     Otherwise it goes back to a state whose loss had lain within for ten decisions. Too large a learning rate can do
     lasting damage that shows only later.
     """
+
+    @classmethod
+    def against(cls, records: Sequence[DecisionRecord], **terms: Any) -> QualityContract:
+        """Return a contract against an earlier run on this machine, of which the records are at hand.
+
+        Args:
+            records: `steering.records` of a run with `policy="none"` and the same base schedule, none of it taken back.
+            terms: Further fields.
+
+        Raises:
+            ValueError: there are fewer than two records, or they are of a run that was taken back.
+        """
+        told = [record.telemetry for record in records]
+        reference = tuple((each.budget_used, each.train_loss) for each in told)
+        tokens = sum(each.interval_tokens for each in told)
+        pace = sum(each.time_s for each in told) / tokens if tokens else None
+        return cls(**{"reference": reference, "reference_s_per_token": pace, **terms})
 
     def __post_init__(self) -> None:
         for name in ("max_loss_increase", "max_slowdown"):
@@ -207,7 +229,7 @@ class ContractWatch:
         found, slowdown = self.loss_increase(), self.slowdown()
         return {
             "held": self._held(found, slowdown),
-            "evidence": self._evidence_text(found),
+            "evidence": self._evidence_text(found) + ("; seconds were not compared" if slowdown is None else ""),
             "loss_increase": found[0] if found else None,
             "standard_error": found[1] if found else None,
             "slowdown": slowdown,

@@ -198,7 +198,7 @@ class Levers:
         """Give model and optimiser back: the batch's decay and the peak learning rate as they were at the start."""
         setattr(self.optimizer, _CLAIMED, None)
         self.apply(replace(self.controls, batch_size=self._start_batch))
-        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
+        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=False):  # some may have been added
             group["lr"] = self.peak * ratio
         if self.switches_matmul:
             torch.set_float32_matmul_precision(self._matmul_precision)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Step:
     """One optimiser step, for a `with`: gradients are gathered inside, and the step is made at its end.
 
-    An exception inside drops the step: the weights stay as they were, and the loop may try again.
+    An exception inside drops the step: the weights stay as they were, and the loop may try again. One of several
+    processes cannot: the others have gone on.
 
     Args:
         steering: What steers the loop.
@@ -70,11 +71,10 @@ class Step:
     ) -> None:
         steering = self._steering
         if kind is not None:
-            steering.levers.optimizer.zero_grad(set_to_none=True)
-            steering.drop_step()
+            self._drop()
             return
         if self._done != self.batch_size:
-            steering.drop_step()
+            self._drop()
             raise ValueError(
                 f"sequences must add up to the step's batch_size {self.batch_size}, got {self._done}; "
                 "call step.backward for every micro-batch"
@@ -85,8 +85,14 @@ class Step:
             norm = nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
             steering.levers.optimizer.step()
         except BaseException:
-            steering.levers.optimizer.zero_grad(set_to_none=True)
-            steering.drop_step()
+            self._drop()
             raise
         steering.levers.optimizer.zero_grad(set_to_none=True)
         steering.end_step(norm, self._done * steering.ranks.world_size)
+
+    def _drop(self) -> None:
+        steering = self._steering
+        steering.levers.optimizer.zero_grad(set_to_none=True)
+        if steering.ranks.world_size > 1:
+            steering.ranks.synchronise_gradients(steering.levers.model, True)
+        steering.drop_step()
