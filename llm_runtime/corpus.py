@@ -225,7 +225,7 @@ def _read_cache(folder: Path, dtype: np.dtype[Any]) -> dict[str, Tokens] | None:
     """
     try:
         checksums = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        tokens = {split: np.memmap(folder / f"{split}.ids", dtype, "r") for split in SPLITS}
+        tokens: dict[str, Tokens] = {split: np.memmap(folder / f"{split}.ids", dtype, "r") for split in SPLITS}
         intact = all(_hash(tokens[split].data) == checksums[split] for split in SPLITS)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

@@ -5,8 +5,9 @@
 
 `per_device_train_batch_size` is the micro-batch; how many of them make an optimiser step is steering's to say. It
 takes `max_steps`, `num_train_epochs` and `gradient_accumulation_steps` as they hold at the start for the budget in
-sequences, and `lr_scheduler_type` and warm-up, where they are not the Trainer's own defaults, for the base schedule.
-The base schedule of the policy holds otherwise. For another Trainer, put the mixin in front of it:
+sequences, and `lr_scheduler_type` and warm-up, where they are not the Trainer's own defaults, for the base schedule:
+there `cosine` ends at a tenth of the peak, not at 0, and `warmup_stable_decay` falls over the last fifth. The base
+schedule of the policy holds otherwise. For another Trainer, put the mixin in front of it:
 
     class SteeredSFTTrainer(SteeringMixin, SFTTrainer): ...
 """
@@ -14,10 +15,8 @@ The base schedule of the policy holds otherwise. For another Trainer, put the mi
 from __future__ import annotations
 
 import contextlib
-import copy
+import math
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from torch import nn
 
 try:
     from transformers import Trainer, TrainingArguments
-    from transformers.loss.loss_utils import ForCausalLMLoss
 
     from trainpilot.agents.integrations.huggingface_data import MicroBatch, Parts, SampleStream, rows_of
 except ImportError as error:
@@ -43,17 +41,16 @@ from trainpilot.agents.integrations.huggingface_fit import (
     epoch_sequences,
     ranks_of,
     settings_for,
+    steering_file,
     without_end,
 )
+from trainpilot.agents.integrations.huggingface_loss import divides_by_items, labelled_batches, looking, shifts_labels
 from trainpilot.agents.integrations.huggingface_steps import AfterStep
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
 from trainpilot.llm_runtime.energy import EnergyMeter
 from trainpilot.llm_runtime.precision import autocast
-
-VALIDATION_BATCHES = 8
-"""Batches of the evaluation data that the validation loss is measured on."""
 
 
 class SteeringMixin(Trainer):
@@ -90,7 +87,9 @@ class SteeringMixin(Trainer):
         self.stream: SampleStream | None = None
         self._given, self._meter = steering, meter
         self.told: list[DecisionRecord] = []
-        self._looked: list[MicroBatch] | None = None
+        self._looked: tuple[Any, list[MicroBatch]] = (None, [])
+        self._divides = None if getattr(self, "loss_is_scaled_for_ga", None) is None else True  # as the class says
+        self.epochs_told = 0
         plan = Plan.of(args) if args is not None else None
         if args is not None:
             check_args(args)
@@ -101,9 +100,8 @@ class SteeringMixin(Trainer):
         self.args.gradient_accumulation_steps, self.args.max_steps = 1, self._plan.max_steps
         self.settings = settings_for(steering, self._plan, self.args, self.train_dataset)
         check_model(self.model, self.settings)
-        if getattr(self.model, "loss_function", None) is ForCausalLMLoss:
-            self._loss_shifts_labels = True  # GPT-2 says nothing of its loss, and the first label would be counted
-        self.add_callback(AfterStep(self))
+        self._loss_shifts_labels = self._loss_shifts_labels or shifts_labels(self.model)
+        self.callback_handler.callbacks.insert(0, AfterStep(self))  # the others are to see the step as it is then
 
     # What steers -----------------------------------------------------------------------------------------------------
 
@@ -117,11 +115,30 @@ class SteeringMixin(Trainer):
         endless = sys.maxsize
         return epochs, endless, self.epoch_sequences, settings.sequences, settings.batch_size, endless, steps
 
+    def _inner_training_loop(self, *args: Any, **named: Any) -> Any:
+        """Train, and let go of model, optimiser and data, whatever happens."""
+        try:
+            return super()._inner_training_loop(*args, **named)
+        finally:
+            if self.steering is not None:
+                self.steering.close()
+            if self.stream is not None:
+                self.stream.close()
+
+    def _run_epoch(self, *args: Any, **named: Any) -> None:
+        """Train, unless the run that is resumed has come to its end."""
+        if self.steered()[0].finished:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **named)  # type: ignore[no-untyped-call]
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Make the steering and the scheduler that asks it."""
-        if self.steering is not None:
-            self.steering.close()
         assert self.optimizer is not None, "the Trainer makes the optimiser first"
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # before steering copies the optimiser
+        self.epochs_told = 0
+        self.told.clear()
         self.steering = Steering(
             self.model,
             getattr(self.optimizer, "optimizer", self.optimizer),
@@ -139,41 +156,21 @@ class SteeringMixin(Trainer):
 
     def _validate(self) -> float:
         """Return the loss on the first batches of the evaluation data, in nats/token."""
-        if self._looked is None:
-            self._looked = self._first_batches()
+        if self._looked[0] is not self.eval_dataset:
+            self._looked = self.eval_dataset, labelled_batches(self)
         self.model.eval()
         loss, items = 0.0, 0
-        with torch.no_grad(), self._looking(), autocast("fp32", self.args.device):
-            for batch in self._looked:
+        with torch.no_grad(), looking(self), autocast("fp32", self.args.device):
+            for batch in self._looked[1]:
                 count = int(self._get_num_items_in_batch([batch], self.args.device) or rows_of(batch))
                 loss += count * float(self._mean_loss(self.model, batch))
                 items += count
-        return loss / max(items, 1)
+        return loss / items if items else math.nan
 
-    def _first_batches(self) -> list[MicroBatch]:
-        names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
-        batches = []
-        with torch.random.fork_rng(devices=[]):
-            for batch in self.get_eval_dataloader(names[0]):
-                batches.append(dict(batch))
-                if len(batches) == VALIDATION_BATCHES:
-                    break
-        return batches
-
-    def _mean_loss(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        loss = self.compute_loss(model, dict(self._prepare_inputs(batch)))
+    def _mean_loss(self, model: nn.Module, batch: MicroBatch, items: Any = None) -> torch.Tensor:
+        loss = self.compute_loss(model, dict(self._prepare_inputs(batch)), num_items_in_batch=items)
         assert isinstance(loss, torch.Tensor), "asked for no outputs"
         return loss
-
-    @contextlib.contextmanager
-    def _looking(self) -> Iterator[None]:
-        """Keep what is only looked at out of the figures that a Trainer gathers of itself."""
-        kept = copy.deepcopy(getattr(self, "_metrics", None))
-        try:
-            yield
-        finally:
-            if kept is not None:
-                self._metrics = kept
 
     # A step ----------------------------------------------------------------------------------------------------------
 
@@ -188,19 +185,30 @@ class SteeringMixin(Trainer):
         steering, rows, losses = self.steered()[0], inputs.rows, []
         self.rows = rows
         for part in inputs:
+            items = self._items(part, num_items_in_batch)
             if steering.probe_wanted:
-                with self._looking():
+                with looking(self):
                     steering.probe(lambda part=part: self._mean_loss(model, part))  # type: ignore[misc]
             self.current_gradient_accumulation_steps = rows / rows_of(part)
             last = part is inputs[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+                losses.append(super().training_step(model, part, items))
             steering.note_loss(losses[-1])
         return torch.stack(losses).sum()
+
+    def _items(self, part: MicroBatch, items: Any) -> Any:
+        """Return the items that the loss is to be divided by; `None` where it does not do that, and is weighed."""
+        if self._divides is None and items is not None:
+            with looking(self):
+                self._divides = divides_by_items(self.model, lambda n: self._mean_loss(self.model, part, n), items)
+            if self._divides is False:
+                self.loss_is_scaled_for_ga = False
+        return None if self._divides is False else items
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Return the context of a forward pass: the precision in force in training, float32 elsewhere."""
         stack = contextlib.ExitStack()
+        stack.enter_context(super().compute_loss_context_manager())
         if self.steering is not None:
             training = self.model.training
             stack.enter_context(self.steering.levers.autocast() if training else autocast("fp32", self.args.device))
@@ -224,15 +232,24 @@ class SteeringMixin(Trainer):
         self.steered()[0].end_step(torch.as_tensor(self._norm), self.rows * self.args.world_size)
 
     def _maybe_log_save_evaluate(self, *args: Any, **named: Any) -> None:
-        """Log, evaluate and save off the clock."""
-        readings = self.steered()[0].readings
-        if not (self.control.should_evaluate or self.control.should_save):
-            super()._maybe_log_save_evaluate(*args, **named)
-            return
-        began, state = readings.clock(), readings.state_dict()
+        """Tell of an epoch that has ended; log; evaluate and save off the clock."""
+        steering, handler = self.steered()[0], self.callback_handler
+        epochs = steering.sequences // self.epoch_sequences
+        ended = epochs > self.epochs_told and not self.control.should_training_stop
+        if ended:
+            self.epochs_told = epochs
+            self.control = handler.on_epoch_end(self.args, self.state, self.control)
+        if self.control.should_evaluate or self.control.should_save:
+            steering.readings.pause()
         super()._maybe_log_save_evaluate(*args, **named)
-        readings.load_state_dict(state)
-        readings.evaluation_s += readings.clock() - began
+        steering.readings.go_on()
+        if ended:
+            self.control = handler.on_epoch_begin(self.args, self.state, self.control)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        """Report the speed by what has been trained on."""
+        whole = self.steered()[0].sequences * self.state.max_steps / max(self.state.global_step, 1)
+        return super()._finalize_training(trial, whole, start_time)  # type: ignore[no-untyped-call]
 
     def steered(self) -> tuple[Steering, SampleStream]:
         """Return the steering and the data of a run that has begun."""
@@ -245,26 +262,25 @@ class SteeringMixin(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         steering, stream = self.steered()
-        save_checkpoint(self._file(output_dir), {"steering": steering.state_dict(), "data": stream.state_dict()})
+        state = {"steering": steering.state_dict(), "data": stream.state_dict(), "epochs": self.epochs_told}
+        save_checkpoint(steering_file(self.args, output_dir), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         steering, stream = self.steered()
-        path = self._file(checkpoint)
+        path = steering_file(self.args, checkpoint)
         if (state := load_checkpoint(path)) is None:
             raise ValueError(
                 f"resume_from_checkpoint must hold {path.name}, got {checkpoint} without it; it comes from a run that "
                 "was not steered, or had another number of processes, or save_only_model"
             )
         steering.load_state_dict(state["steering"])
-        stream.load_state_dict(state["data"])
+        beginning = {"drawn": 0, "rest": None} if self.args.ignore_data_skip else {}
+        stream.load_state_dict(state["data"] | beginning)
+        self.epochs_told = state["epochs"]
         self.state.max_steps = self.estimated_steps()
-
-    def _file(self, folder: str) -> Path:
-        world, rank = self.args.world_size, self.args.process_index
-        return Path(folder) / ("steering.pt" if world == 1 else f"steering_{rank}.pt")
 
     def _init_training_state(self, *args: Any, **named: Any) -> tuple[int, int]:
         """Leave the data's position to the stream, which knows it in sequences."""

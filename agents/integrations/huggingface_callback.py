@@ -11,7 +11,8 @@ The callback must know the Trainer only to switch the precision and to log decis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,17 @@ try:
 except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
-from trainpilot.agents.integrations.huggingface_aligned import aligned_settings, has_length
-from trainpilot.agents.integrations.huggingface_fit import Given, Plan, check_args, check_model, ranks_of, scalars
+from trainpilot.agents.integrations.huggingface_aligned import aligned_settings, check_plain, has_length
+from trainpilot.agents.integrations.huggingface_fit import (
+    Given,
+    Plan,
+    check_model,
+    ranks_of,
+    steering_file,
+)
+from trainpilot.agents.integrations.huggingface_loss import divides_by_items
+from trainpilot.agents.integrations.huggingface_steps import tell
 from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
 from trainpilot.llm_runtime.energy import EnergyMeter
@@ -46,8 +54,10 @@ class SteeringCallback(TrainerCallback):
     * Precision: only if `trainer` is set before `train`.
     * Clipping: the Trainer tells no callback the gradient's norm, so `max_grad_norm` must be 0 and the callback clips
       by `gradient_clip`, 1 unless steering says otherwise.
-    * The loss is what the model returns. For GPT-2 and others without a `loss_type` the Trainer divides it by one token
-      too many in each sequence; `SteeredTrainer` puts that right.
+    * The loss is what the model returns; where several micro-batches make a step, it must use `num_items_in_batch` or
+      not accept it. For GPT-2 and others without a `loss_type` the Trainer divides it by one token too many in each
+      sequence; `SteeredTrainer` puts that right.
+    * An exception leaves the Trainer as it is then; the next `train` begins with what was there before.
     * Resuming is refused after a change of batch, as the Trainer would begin at the wrong data.
 
     Args:
@@ -60,19 +70,22 @@ class SteeringCallback(TrainerCallback):
         self.steering: Steering | None = None
         self._given, self._meter = steering, meter
         self._told: list[DecisionRecord] = []
-        self._hooks: list[Any] = []
+        self._undo = contextlib.ExitStack()
         self._rows = 0
-        self._paused: tuple[dict[str, Any], float] | None = None
+        self._losses: list[tuple[torch.Tensor, bool]] = []
+        self._divides: bool | None = None
 
     # The beginning and the end ---------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Put steering into the run, or say why that cannot be exact."""
-        self._let_go()
+        self._undo.close()
         plan, data = Plan.of(args), kw["train_dataloader"]
         self._unit, self._streams, self._rows = plan.unit, not has_length(data), 0
+        self._told.clear()
         settings, grain = aligned_settings(self._given, plan, args, data)
-        self._check(args, kw["lr_scheduler"], kw["model"], settings)
+        check_model(kw["model"], settings)
+        check_plain(self.trainer, kw["lr_scheduler"], args, plan, settings, streams=self._streams)
         self.steering = Steering(
             kw["model"],
             getattr(kw["optimizer"], "optimizer", kw["optimizer"]),
@@ -83,33 +96,13 @@ class SteeringCallback(TrainerCallback):
             on_decision=self._told.append,
         )
         self.steering.levers.alone = False
+        self._undo.callback(self.steering.close)
+        self._undo.callback(setattr, args, "gradient_accumulation_steps", plan.accumulate)
         if state.global_step:
             self._resume(args, state, plan)
         args.gradient_accumulation_steps = self.steering.controls.batch_size // self._unit
         self._schedule(kw["lr_scheduler"])
         self._watch(kw["model"], args)
-
-    def _check(self, args: TrainingArguments, scheduler: Any, model: nn.Module, settings: SteeringSettings) -> None:
-        check_args(args)
-        check_model(model, settings)
-        if not isinstance(scheduler, LambdaLR):
-            raise ValueError(
-                f"lr_scheduler_type must be one of linear, cosine, constant, constant_with_warmup and "
-                f"warmup_stable_decay with SteeringCallback, got a {type(scheduler).__name__}"
-            )
-        if self.trainer is not None and not self.trainer._created_lr_scheduler:
-            raise ValueError("optimizers must come without a scheduler, got a LambdaLR; pass (optimizer, None)")
-        if len(settings.precisions) > 1 and self.trainer is None:
-            raise ValueError(
-                "precisions must be one, unless the callback knows the Trainer; set callback.trainer = trainer, got "
-                + ", ".join(settings.precisions)
-            )
-        needed = settings.sequences // self._unit
-        if self._streams and args.max_steps < needed:
-            raise ValueError(
-                f"max_steps must be at least {needed}, the budget in micro-batches, for data without a length, got "
-                f"{args.max_steps}; steering ends the run"
-            )
 
     def _schedule(self, scheduler: LambdaLR) -> None:
         """Have the Trainer's scheduler ask steering, for every parameter group."""
@@ -118,51 +111,47 @@ class SteeringCallback(TrainerCallback):
         def factor(_step: int) -> float:
             return steering.learning_rate / steering.levers.peak
 
+        self._undo.callback(setattr, scheduler, "lr_lambdas", scheduler.lr_lambdas)
         scheduler.lr_lambdas = [factor for _ in scheduler.lr_lambdas]
 
     def _watch(self, model: nn.Module, args: TrainingArguments) -> None:
         """See every forward pass in training, for its loss; probe before it where that is wanted."""
 
         def before(module: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
-            if module.training and self._steered().probe_wanted:
-                self._probe(module, inputs)
+            if module.training:
+                self._check_loss(module, inputs, args)
+                if self._steered().probe_wanted:
+                    self._probe(module, inputs)
 
         def after(module: nn.Module, _: Any, inputs: dict[str, Any], output: Any) -> None:
             if module.training and torch.is_grad_enabled():
                 self._note(args, inputs, output)
 
-        self._hooks = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
-        ]
+        self._undo.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self._undo.callback(model.register_forward_hook(after, with_kwargs=True).remove)
         if self.trainer is not None:
-            self.trainer.compute_loss_context_manager = self._context  # type: ignore[method-assign]
+            self._undo.callback(self.trainer.__dict__.pop, "compute_loss_context_manager", None)
+            self.trainer.compute_loss_context_manager = partial(  # type: ignore[method-assign]
+                self._context, self.trainer.compute_loss_context_manager
+            )
 
-    def _context(self) -> Any:
-        steering = self._steered()
-        return steering.levers.autocast() if steering.levers.model.training else contextlib.nullcontext()
+    def _context(self, own: Callable[[], Any]) -> contextlib.ExitStack:
+        levers, stack = self._steered().levers, contextlib.ExitStack()
+        stack.enter_context(own())
+        if levers.model.training:
+            stack.enter_context(levers.autocast())
+        return stack
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Give the model back."""
-        if self.steering is not None:
-            args.gradient_accumulation_steps = self.steering.settings.batch_size // self._unit
-        self._let_go()
-
-    def _let_go(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        if self.trainer is not None:
-            self.trainer.__dict__.pop("compute_loss_context_manager", None)
-        if self.steering is not None:
-            self.steering.close()
+        """Give model, optimiser and arguments back."""
+        self._undo.close()
 
     # A step ----------------------------------------------------------------------------------------------------------
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Refuse a stream that has come to its end."""
         steering = self._steered()
-        if self._streams and self._hooks and self._rows and not steering.finished:
+        if self._streams and self._rows and not steering.finished:
             raise ValueError(
                 f"train_dataset, a stream, must not end before the budget of {steering.settings.sequences} sequences, "
                 f"it did after {steering.sequences}; repeat it, or lower sequences"
@@ -171,25 +160,36 @@ class SteeringCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Set the learning rate of the step."""
         steering = self._steered()
-        self._go_on()
-        self._rows = 0
+        steering.readings.go_on()
+        self._rows, self._losses = 0, []
         steering.begin_step()
         kw["lr_scheduler"]._last_lr = [group["lr"] for group in steering.levers.optimizer.param_groups]
 
+    def _check_loss(self, model: nn.Module, inputs: Mapping[str, Any], args: TrainingArguments) -> None:
+        """Refuse a model whose micro-batches a Trainer would add up where it means their mean."""
+        several, items = self._streams or args.gradient_accumulation_steps > 1, inputs.get("num_items_in_batch")
+        if self._divides is not None or items is None or not (several or args.world_size > 1):
+            return
+        self._divides = divides_by_items(model, lambda n: _loss_of(model(**{**inputs, "num_items_in_batch": n})), items)
+        if self._divides is False:
+            raise ValueError(
+                f"model must use num_items_in_batch where several micro-batches make a step, {type(model).__name__} "
+                "accepts it and does not; set model.accepts_loss_kwargs = False before making the Trainer, or use "
+                "SteeredTrainer"
+            )
+
     def _note(self, args: TrainingArguments, inputs: Mapping[str, Any], output: Any) -> None:
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if loss is None:
-            raise ValueError("model must return its loss from the labels, got none; use SteeredTrainer")
+        loss = _loss_of(output)
         self._rows += rows_of({name: value for name, value in inputs.items() if value is not None})
         scaled = inputs.get("num_items_in_batch") is not None
         if scaled and args.average_tokens_across_devices:
             loss = loss * args.world_size
-        self._steered().note_loss(loss.mean(), 1.0 if scaled else 1 / args.gradient_accumulation_steps)
+        self._losses.append((loss.detach().mean(), scaled))
 
     def _probe(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         alone = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
         with torch.autocast(self._steered().levers.device.type, enabled=False):
-            self._steered().probe(lambda: model(**alone).loss)
+            self._steered().probe(lambda: _loss_of(model(**alone)))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -209,6 +209,8 @@ class SteeringCallback(TrainerCallback):
                 f"train_dataset, a stream, must fill every batch, {self._unit * args.gradient_accumulation_steps} "
                 f"sequences, got {sequences}; make it endless, or set dataloader_drop_last"
             )
+        for loss, scaled in self._losses:
+            steering.note_loss(loss, 1.0 if scaled else 1 / len(self._losses))
         steering.end_step(self._norm, sequences)
         args.gradient_accumulation_steps = steering.controls.batch_size // self._unit
         if self._streams:
@@ -219,27 +221,27 @@ class SteeringCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> TrainerControl:
         """Tell of decisions, and end the run where its budget does."""
-        steering, wanted = self._steered(), control.should_log
-        for record in self._told:
+
+        def log(values: dict[str, float]) -> None:
             if self.trainer is not None:
-                Trainer.log(self.trainer, scalars(record))
+                Trainer.log(self.trainer, values)
             else:
-                state.log_history.append({**scalars(record), "step": state.global_step})
-        self._told.clear()
-        control.should_log = wanted
-        if steering.finished:
+                state.log_history.append({**values, "step": state.global_step})
+
+        tell(self._told, log, control)
+        if self._steered().finished:
             control.should_training_stop = True
-        if control.should_evaluate or control.should_save:
-            self._paused = steering.readings.state_dict(), steering.readings.clock()
+        self._pause(control)
         return control
 
-    def _go_on(self) -> None:
-        """Leave evaluating and saving out of the interval's time."""
-        if self._paused is not None:
-            readings, (kept, began) = self._steered().readings, self._paused
-            readings.load_state_dict(kept)
-            readings.evaluation_s += readings.clock() - began
-            self._paused = None
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Leave what is done at an epoch's end out of the interval."""
+        self._pause(control)
+
+    def _pause(self, control: TrainerControl) -> None:
+        """Stop the clock for evaluating and saving; the next step lets it go on."""
+        if control.should_evaluate or control.should_save:
+            self._steered().readings.pause()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Take the Trainer's own validation loss."""
@@ -265,6 +267,11 @@ class SteeringCallback(TrainerCallback):
                 f"resume_from_checkpoint must be of a run whose batch has not changed, where the Trainer finds its "
                 f"data again: it would go on at sequence {at}, not {steering.sequences}; use SteeredTrainer"
             )
+        if steering.finished and state.global_step < state.max_steps:
+            raise ValueError(
+                f"resume_from_checkpoint must be of a run that steering has not ended, it did at step "
+                f"{state.global_step}, where the Trainer would go on to {state.max_steps}; use SteeredTrainer"
+            )
 
     def _steered(self) -> Steering:
         assert self.steering is not None, "made when training begins"
@@ -272,5 +279,11 @@ class SteeringCallback(TrainerCallback):
 
 
 def _file(args: TrainingArguments, state: TrainerState) -> Path:
-    name = "steering.pt" if args.world_size == 1 else f"steering_{args.process_index}.pt"
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / name
+    return steering_file(args, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+
+def _loss_of(output: Any) -> torch.Tensor:
+    loss: torch.Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError("model must return its loss from the labels, got none; use SteeredTrainer")
+    return loss

@@ -38,6 +38,7 @@ class SampleStream:
         self._rest: MicroBatch | None = None
         self._next: MicroBatch | None = None
         self._batches: Iterator[Any] | None = None
+        self._random: torch.Tensor | None = None
 
     def take(self, sequences: int) -> Parts:
         """Return the next `sequences` in micro-batches, and move on.
@@ -45,12 +46,13 @@ class SampleStream:
         Raises:
             ValueError: there are no data, or they cannot be divided into sequences.
         """
-        parts = Parts()
-        while (wanted := sequences - parts.rows) > 0:
+        parts, wanted = Parts(), sequences
+        while wanted > 0:
             batch = self._rest if self._rest is not None else self._draw()
             rows = rows_of(batch)
             parts.append(batch if rows <= wanted else cut(batch, 0, wanted))
             self._rest = None if rows <= wanted else cut(batch, wanted, rows)
+            wanted -= rows
         return parts
 
     def _draw(self) -> MicroBatch:
@@ -88,6 +90,7 @@ class SampleStream:
     def _begin(self, skip: int) -> None:
         """Begin the epoch after so many batches of it."""
         self.close()
+        self._random = torch.get_rng_state()  # some samplers shuffle by it
         shared = getattr(getattr(self._loader, "batch_sampler", None), "batch_sampler", None)
         for place in (self._loader, shared):
             set_epoch = getattr(place, "set_epoch", None)
@@ -99,18 +102,31 @@ class SampleStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what is left of the micro-batch that was divided last."""
         rest = None if self._rest is None else {name: _kept(value) for name, value in self._rest.items()}
-        return {"epoch": self._epoch, "drawn": self._drawn, "rest": rest}
+        state = {"epoch": self._epoch, "drawn": self._drawn, "rest": rest, "random": self._random}
+        return state | {"micro_batch_size": self._micro_batch_size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was called."""
+        """Go on where `state_dict` was called.
+
+        Raises:
+            ValueError: the position was counted in other micro-batches.
+        """
+        if state["drawn"] and state["micro_batch_size"] != self._micro_batch_size:
+            raise ValueError(
+                f"per_device_train_batch_size must be {state['micro_batch_size']}, as when the state was saved, got "
+                f"{self._micro_batch_size}: the place in the data is counted in it; or set ignore_data_skip, and the "
+                "epoch begins anew"
+            )
         self._epoch, self._drawn = state["epoch"], state["drawn"]
         self._rest = None if state["rest"] is None else dict(state["rest"])
         self._next = None
-        if self._drawn:
-            self._begin(self._drawn)
-            self._next = self._pull()  # here, not later: beginning an epoch draws a random number
-        else:
+        if not self._drawn:
             self.close()
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state["random"])
+            self._begin(self._drawn)
+            self._next = self._pull()  # here, not later: beginning an epoch draws random numbers
 
     def close(self) -> None:
         """Let go of the data loader's workers."""

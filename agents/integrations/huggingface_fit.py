@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
 
 from trainpilot.agents.bundle import BaseSchedule
-from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.ranks import OneProcess, Ranks
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.agents.tags import TAGS
-from trainpilot.llm_runtime.controls import PRECISIONS
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 Given = SteeringSettings | Mapping[str, Any] | None
@@ -79,6 +77,7 @@ def check_args(args: TrainingArguments) -> None:
         ("deepspeed", "use DistributedDataParallel, or your own loop with FSDP2"),
         ("fsdp", "use DistributedDataParallel, or your own loop with FSDP2"),
         ("auto_find_batch_size", "set per_device_train_batch_size, the micro-batch"),
+        ("enable_jit_checkpoint", "it would save in the midst of a step; save by save_steps"),
     ):
         if getattr(args, name, None):
             raise ValueError(f"{name} must be off under steering, got {getattr(args, name)!r}; {instead}")
@@ -127,7 +126,7 @@ def settings_for(given: Given, plan: Plan, args: TrainingArguments, dataset: Any
     """
     wanted = fields_of(given)
     wanted["batch_size"] = batch_size = _batch_size(wanted.get("batch_size"), plan)
-    wanted["sequences"] = _sequences(wanted.get("sequences"), batch_size, plan, dataset)
+    wanted["sequences"] = _sequences(wanted.get("sequences"), batch_size, plan, args, dataset)
     wanted["gradient_clip"] = _clip(wanted.get("gradient_clip"), args)
     if wanted.get("base_schedule") is None:
         wanted["base_schedule"] = _base_schedule(args, math.ceil(wanted["sequences"] / batch_size))
@@ -157,7 +156,7 @@ def _batch_size(given: int | None, plan: Plan) -> int:
     return given or asked
 
 
-def _sequences(given: int | None, batch_size: int, plan: Plan, dataset: Any) -> int:
+def _sequences(given: int | None, batch_size: int, plan: Plan, args: TrainingArguments, dataset: Any) -> int:
     if plan.max_steps > 0:
         asked = plan.max_steps * batch_size
         if given not in (None, asked):
@@ -172,7 +171,8 @@ def _sequences(given: int | None, batch_size: int, plan: Plan, dataset: Any) -> 
             "sequences, the budget, must be given for a train_dataset without a length, got None; "
             "set steering={'sequences': ...}, or max_steps"
         )
-    return round(plan.epochs * len(dataset))
+    whole = len(dataset) // plan.unit * plan.unit
+    return round(plan.epochs * (whole if args.dataloader_drop_last else len(dataset)))
 
 
 def _clip(given: float | None, args: TrainingArguments) -> float | None:
@@ -187,6 +187,11 @@ def _clip(given: float | None, args: TrainingArguments) -> float | None:
 
 def _base_schedule(args: TrainingArguments, steps: int) -> BaseSchedule | None:
     """Return the schedule that the arguments ask for; `None`, the policy's own, where they say nothing."""
+    if args.lr_scheduler_kwargs:
+        raise ValueError(
+            f"lr_scheduler_kwargs must be empty under steering, whose schedules have no options, got "
+            f"{args.lr_scheduler_kwargs}; or give steering a base_schedule"
+        )
     name, warmup = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)), args.get_warmup_steps(steps)
     if name == "linear" and not warmup:
         return None
@@ -220,8 +225,9 @@ def epoch_sequences(loader: Any, args: TrainingArguments) -> int | None:
         batches, sequences = len(loader), len(loader.dataset)
     except TypeError:
         return None
-    whole = batches * args.per_device_train_batch_size * args.world_size
-    return min(whole, sequences) if args.dataloader_drop_last else sequences
+    unit = args.per_device_train_batch_size * args.world_size
+    short = args.world_size == 1 and (batches - 1) * unit < sequences < batches * unit
+    return sequences if short else batches * unit  # several processes fill the last batch up
 
 
 def ranks_of(args: TrainingArguments) -> Ranks:
@@ -250,28 +256,6 @@ class SteeredSchedule(LRScheduler):
         return {name: value for name, value in super().state_dict().items() if name != "steering"}
 
 
-def scalars(record: DecisionRecord) -> dict[str, float]:
-    """Return what a Trainer logs of a decision, under the names of the table in `docs/metrics.md`."""
-    told, asked = record.telemetry, record.telemetry.requested
-    values: dict[str, float | None] = {
-        "loss/train": told.train_loss,
-        "loss/validation": told.validation_loss,
-        "controls_requested/learning_rate_scale": asked.learning_rate_scale,
-        "controls_requested/batch_size": asked.batch_size,
-        "controls_requested/precision": PRECISIONS.index(asked.precision),
-        "controls_requested/sparsity": asked.sparsity,
-        "controls_effective/learning_rate": told.learning_rate,
-        "controls_effective/batch_size": told.batch_size,
-        "controls_effective/sparsity": told.sparsity,
-        "controls_effective/finishing": told.finishing,
-        "gradient/norm": told.gradient_norm,
-        "gradient/noise_scale": told.noise_scale,
-        "energy/interval": told.energy_j,
-        "energy/power": told.power_w,
-        "speed/interval": told.time_s,
-        "speed/tokens_per_s": told.tokens_per_s,
-        "run/budget_used": told.budget_used,
-        "run/decision": told.decision,
-    }
-    known = {TAGS[name].name: float(value) for name, value in values.items() if value is not None}
-    return {name: value for name, value in known.items() if math.isfinite(value)}
+def steering_file(args: TrainingArguments, folder: str | Path) -> Path:
+    """Return where the state of this process's steering lies in a checkpoint."""
+    return Path(folder) / ("steering.pt" if args.world_size == 1 else f"steering_{args.process_index}.pt")
