@@ -50,7 +50,6 @@ from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
 from trainpilot.llm_runtime.energy import EnergyMeter
-from trainpilot.llm_runtime.precision import autocast
 
 
 class SteeringMixin(Trainer):
@@ -158,9 +157,9 @@ class SteeringMixin(Trainer):
         """Return the loss on the first batches of the evaluation data, in nats/token."""
         if self._looked[0] is not self.eval_dataset:
             self._looked = self.eval_dataset, labelled_batches(self)
-        self.model.eval()
+        levers = self.steered()[0].levers
         loss, items = 0.0, 0
-        with torch.no_grad(), looking(self), autocast("fp32", self.args.device):
+        with torch.no_grad(), looking(self), levers.autocast("fp32"):
             for batch in self._looked[1]:
                 count = int(self._get_num_items_in_batch([batch], self.args.device) or rows_of(batch))
                 loss += count * float(self._mean_loss(self.model, batch))
@@ -211,7 +210,7 @@ class SteeringMixin(Trainer):
         stack.enter_context(super().compute_loss_context_manager())
         if self.steering is not None:
             training = self.model.training
-            stack.enter_context(self.steering.levers.autocast() if training else autocast("fp32", self.args.device))
+            stack.enter_context(self.steering.levers.autocast(None if training else "fp32"))
         return stack
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

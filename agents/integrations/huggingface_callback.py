@@ -36,7 +36,7 @@ from trainpilot.agents.integrations.huggingface_fit import (
     steering_file,
 )
 from trainpilot.agents.integrations.huggingface_loss import divides_by_items
-from trainpilot.agents.integrations.huggingface_steps import tell
+from trainpilot.agents.integrations.huggingface_steps import log, tell
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
@@ -222,13 +222,13 @@ class SteeringCallback(TrainerCallback):
     ) -> TrainerControl:
         """Tell of decisions, and end the run where its budget does."""
 
-        def log(values: dict[str, float]) -> None:
+        def write(values: dict[str, float]) -> None:
             if self.trainer is not None:
-                Trainer.log(self.trainer, values)
+                log(self.trainer, values)
             else:
                 state.log_history.append({**values, "step": state.global_step})
 
-        tell(self._told, log, control)
+        tell(self._told, write, control)
         if self._steered().finished:
             control.should_training_stop = True
         self._pause(control)

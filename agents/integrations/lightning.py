@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from trainpilot.agents.integrations.lightning_parts import (
     without_log,
 )
 from trainpilot.agents.integrations.lightning_resume import go_on, peaks, set_rates
+from trainpilot.agents.integrations.scalars import scalars
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.ranks import Ranks
 from trainpilot.agents.steering.settings import SteeringSettings
@@ -41,6 +43,8 @@ class SteeringCallback(pl.Callback):
 
     The batch changes by whole batches of the data loader, the micro-batches, so make those small. A step at the end of
     an epoch, or with a short last batch, is the mean over the sequences that it has.
+
+    Decisions go to the Trainer's loggers, under the names of the table in `docs/metrics.md`.
 
     The budget is `max_steps` or `max_epochs` at the starting batch, unless `sequences` is given. With smaller batches
     the run takes more steps than `max_steps`.
@@ -141,9 +145,15 @@ class SteeringCallback(pl.Callback):
         feed = ranks.of_first(Feed.of(trainer, self._micro, own.max_steps, own.accumulate, self._began_at))
         self._unit = feed.micro_batch_size
         settings = settings_for(trainer, self._settings, feed, own.precision)
-        return Steering(
-            module, trainer.optimizers[0], settings, meter=self._meter, ranks=ranks, on_decision=self._on_decision
-        )
+        tell = partial(self._tell, trainer)
+        return Steering(module, trainer.optimizers[0], settings, meter=self._meter, ranks=ranks, on_decision=tell)
+
+    def _tell(self, trainer: pl.Trainer, record: DecisionRecord) -> None:
+        """Log a decision where the module's own figures are logged."""
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars(record), step=trainer.global_step)
+        if self._on_decision is not None:
+            self._on_decision(record)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where the data came to an end before the budget."""

@@ -1,0 +1,177 @@
+"""Measure what steering costs in each form: tokens/s of the steered framework over the framework alone.
+
+Both run side by side, each in a process of its own, and take turns interval by interval, so that a change of the
+machine's speed hits both; while one works the other waits. The steered one has the shipped policy, which is asked but
+not followed (the work stays the same), guardrails with their snapshots, the curvature probe, the energy meter and the
+telemetry. Start-up and the first step are in neither. The target is 0.97 in every form.
+
+    python benchmarks/adapter_overhead.py [--forms plain-loop Trainer] [--model llama-micro] [--steps 500]
+
+About eight minutes on two cores that have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import socket
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from _adapters import BATCH, DECISIONS, FORMS, LENGTH, MICRO_BATCHES, Training, meet
+from _common import write_result
+from rich.console import Console
+
+from trainpilot.experiments.progress import progress_bar
+from trainpilot.llm_runtime.threads import available_cores, use_threads
+
+TARGET = 0.97
+SIDES = ("alone", "steered")
+SPARE = 20
+"""Steps more than are timed: the first is not, and the callback of the Trainer rounds its budget down."""
+
+
+class Turns:
+    """Has a training wait for its turn at every interval's end, and says how long each interval took.
+
+    Args:
+        connection: Leads to who gives the turns; in the first process only.
+        steps: Steps of an interval.
+    """
+
+    def __init__(self, connection: Connection | None, steps: int) -> None:
+        self.connection, self.steps = connection, steps
+        self.done = 0
+        self.began = 0.0
+
+    def tick(self) -> None:
+        """Count a step; the first is not timed."""
+        self.done += 1
+        if (self.done - 1) % self.steps:
+            return
+        seconds = time.perf_counter() - self.began
+        if self.connection is not None:
+            self.connection.send(seconds if self.done > 1 else None)
+            self.connection.recv()
+        if dist.is_initialized():
+            dist.barrier()
+        self.began = time.perf_counter()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the two trainings that are compared."""
+
+    form: str
+    steered: bool
+    model: str
+    steps: int
+    port: int
+    """Where its processes meet, if there are several."""
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return 2 if self.form.startswith("DDP") else 1
+
+
+def train(side: Side, rank: int, connection: Connection) -> None:
+    """Train in this process, a turn at a time."""
+    use_threads(max(available_cores() // side.processes, 1))
+    if side.processes > 1:
+        meet(rank, side.processes, side.port)
+    turns = Turns(connection if rank == 0 else None, side.steps // DECISIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        FORMS[side.form](Training(side.model, side.steps + SPARE, rank), side.steered, turns.tick, Path(folder))
+    if side.processes > 1:
+        dist.destroy_process_group()
+    if turns.connection is not None:
+        turns.connection.close()
+
+
+def start(form: str, steered: bool, options: argparse.Namespace) -> tuple[Connection, list[BaseProcess]]:
+    """Start the processes of one side; return the link to the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    side = Side(form=form, steered=steered, model=options.model, steps=options.steps, port=port)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    processes: list[BaseProcess] = [
+        context.Process(target=train, args=(side, rank, there), daemon=True) for rank in range(side.processes)
+    ]
+    for process in processes:
+        process.start()
+    there.close()
+    return here, processes
+
+
+def compare(form: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a form with and without steering, turn about, and return the figures."""
+    links: dict[str, Connection] = {}
+    processes: list[BaseProcess] = []
+    for side in SIDES:
+        links[side], started = start(form, side == "steered", options)
+        processes += started
+    try:
+        for link in links.values():
+            link.recv()
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        with progress_bar(Console(), form, DECISIONS) as advance:
+            for turn in range(DECISIONS):
+                for side in SIDES if turn % 2 else reversed(SIDES):
+                    links[side].send("go")
+                    seconds[side].append(links[side].recv())
+                advance(turn + 1, "")
+    finally:
+        for process in processes:
+            process.kill()
+    return figures(form, options, {side: np.array(taken) for side, taken in seconds.items()})
+
+
+def figures(form: str, options: argparse.Namespace, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return tokens/s and their ratio, with a 95 % interval over the intervals of the run."""
+    tokens = DECISIONS * (options.steps // DECISIONS) * BATCH * LENGTH
+    ratio = float(seconds["alone"].sum() / seconds["steered"].sum())
+    drawn = np.random.default_rng(0).integers(0, DECISIONS, (2_000, DECISIONS))
+    drawn_ratios = seconds["alone"][drawn].sum(1) / seconds["steered"][drawn].sum(1)
+    return {
+        "form": form,
+        "alone_tokens_per_s": tokens / float(seconds["alone"].sum()),
+        "steered_tokens_per_s": tokens / float(seconds["steered"].sum()),
+        "ratio": ratio,
+        "ratio_95": [float(q) for q in np.percentile(drawn_ratios, [2.5, 97.5])],
+        "target": TARGET,
+        "target_met": ratio >= TARGET,
+    }
+
+
+def main() -> None:
+    """Measure the forms named on the command line and write `results/adapter_overhead.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), metavar="FORM")
+    parser.add_argument("--model", default="llama-micro")
+    parser.add_argument("--steps", type=int, default=500, help="optimiser steps, a multiple of 50")
+    parser.add_argument("--name", default="adapter_overhead", help="name of the result file")
+    options = parser.parse_args()
+    if options.steps < DECISIONS or options.steps % DECISIONS:
+        parser.error(f"--steps must be a multiple of {DECISIONS}, got {options.steps}")
+    made = {"model": options.model, "steps": options.steps, "decisions": DECISIONS, "batch_size": BATCH}
+    made |= {"sequence_length": LENGTH, "micro_batches": MICRO_BATCHES}
+    results = []
+    for form in options.forms:
+        results.append(compare(form, options))
+        print(f"{form}: {results[-1]['ratio']:.4f} of the tokens/s without steering (target {TARGET})", flush=True)
+        print(write_result(options.name, {**made, "results": results}, torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main()
