@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from rich.console import Console
@@ -18,9 +15,10 @@ from rich.console import Console
 from trainpilot.agents.simulator_stage import SimulatorAgent, SimulatorStage, train_in_simulator
 from trainpilot.experiments.calibrate.calibration import SHIPPED, load_calibrations
 from trainpilot.experiments.progress import progress_bar
+from trainpilot.experiments.worker_process import begin_work
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
-from trainpilot.llm_runtime.threads import available_cores, use_threads
+from trainpilot.llm_runtime.threads import available_cores
 
 LOOK_EVERY_S = 0.5
 
@@ -122,18 +120,7 @@ _done: Any = None
 def _prepare(done: Any) -> None:
     global _done  # noqa: PLW0603, a process has no other way to keep what it is started with
     _done = done
-    os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    Thread(target=_end_with_parent, daemon=True).start()
-    use_threads(1)
-
-
-def _end_with_parent() -> None:
-    """Leave no process behind when the training is killed."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    begin_work()
 
 
 def _train(

@@ -213,11 +213,10 @@ def test_a_batch_that_flips_each_decision_is_held() -> None:
 
 
 def test_bounds_on_the_learning_rate_at_its_base_leave_the_base_schedule() -> None:
-    guarded = GuardedController.of_bundle(
-        PolicyBundle.load(policy_path("default")), ToyPlant().limits(), Preference(),
-        GuardrailSettings(learning_rate_range=(1e-3, 1e-3)), base_learning_rate=1e-3,
-    )  # fmt: skip
-    run = Owner(ToyPlant(), guarded).train()
+    bundle = PolicyBundle.load(policy_path("default"))
+    bounds = Guardrails(GuardrailSettings(learning_rate_range=(1e-3, 1e-3)), base_learning_rate=1e-3)
+    controller = Controller.of_bundle(bundle, ToyPlant().limits(), Preference())
+    run = Owner(ToyPlant(), GuardedController(controller, bounds)).train()
     assert set(scales(run)) == {1.0}
 
 

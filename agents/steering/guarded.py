@@ -7,19 +7,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.asking import MAX_FAILURES, AskedPolicy
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
-from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
+from trainpilot.agents.steering.guardrails import Guardrails, is_lost
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action
 from trainpilot.envs.decision_state import Decision, DecisionState
-from trainpilot.envs.preference import Preference
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.envs.safety import LEARNING_RATE_SCALE_RANGE, allow
 from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.plant import ControlLimits
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 GENTLER = 0.5
@@ -81,21 +78,6 @@ class GuardedController:
         self._kept: _Kept | None = None
         self._since: list[Action] = []
         """Decisions since the snapshot, the one it was taken before included."""
-
-    @classmethod
-    def of_bundle(
-        cls,
-        bundle: PolicyBundle,
-        limits: ControlLimits,
-        preference: Preference,
-        settings: GuardrailSettings | None = None,
-        contract: QualityContract | None = None,
-        *,
-        base_learning_rate: float | None = None,
-    ) -> GuardedController:
-        """Return a bundle's controller within guardrails."""
-        guardrails = Guardrails(settings, base_learning_rate=base_learning_rate)
-        return cls(Controller.of_bundle(bundle, limits, preference), guardrails, contract)
 
     @property
     def controls(self) -> Controls:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from multiprocessing import get_context
 
 from trainpilot.experiments.calibrate.design import Setting
 from trainpilot.experiments.calibrate.runs import RunFile, carry_out
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.experiments.worker_process import begin_work
 
 Work = tuple[Setting, str]
 """A setting and its key."""
@@ -24,7 +21,7 @@ def run_all(work: Sequence[Work], jobs: int) -> Iterator[tuple[Setting, RunFile 
     Raises:
         ValueError: a process was killed; the runs that have been yielded are whole.
     """
-    executor = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_prepare)
+    executor = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=begin_work)
     under_way: dict[Future[RunFile | str], Setting] = {}
     whole = False
     try:
@@ -50,18 +47,3 @@ def _attempt(setting: Setting, key: str, jobs: int) -> RunFile | str:
         return carry_out(setting, key, jobs=jobs)
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _prepare() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    Thread(target=_end_with_parent, daemon=True).start()
-    use_threads(1)
-
-
-def _end_with_parent() -> None:
-    """Leave no process behind when the calibration is killed."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

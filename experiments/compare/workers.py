@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from multiprocessing import get_context
 from types import TracebackType
 
 from trainpilot.experiments.compare.execute import execute, failed
 from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.experiments.worker_process import begin_work
 
 ATTEMPTS = 2
 """A run whose process died is tried again once."""
@@ -114,19 +111,4 @@ class Workers:
         self._slots[slot] = self._executor()
 
     def _executor(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prepare, initargs=(self.threads,))
-
-
-def _prepare(threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    Thread(target=_end_with_parent, daemon=True).start()
-    use_threads(threads)
-
-
-def _end_with_parent() -> None:
-    """Leave no process behind when the comparison is killed."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin_work, initargs=(self.threads,))
