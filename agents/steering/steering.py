@@ -15,7 +15,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.optim import Optimizer
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Controller
 from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.steering import saved
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
 from trainpilot.agents.steering.guarded import GuardedController, GuardedDecision
@@ -34,7 +34,6 @@ from trainpilot.agents.steering.limits import control_limits
 from trainpilot.agents.steering.plan import Plan, name_of
 from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
 from trainpilot.agents.steering.readings import Readings, looking
-from trainpilot.agents.steering.saved import check_process, check_same, compared
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.snapshots import Snapshots, Stateful
 from trainpilot.envs.preference import Preference
@@ -102,7 +101,7 @@ class Steering:
         limits = control_limits(settings, self.levers, plan.decisions, self.ranks.world_size)
         controller = Controller(plan.policy, limits, preference)
         self.fine_tuning = comes_trained(model) if settings.fine_tuning is None else settings.fine_tuning
-        guardrails = Guardrails(self._bounds(), base_learning_rate=self.levers.peak)
+        guardrails = Guardrails(self.bounds(), base_learning_rate=self.levers.peak)
         self.controller = GuardedController(controller, guardrails, settings.contract)
         self.validation_loss: float | None = None
         self._step_open = False
@@ -116,7 +115,8 @@ class Steering:
         self._take(self._agreed(lambda: self.controller.decide(None)))
         self.levers.claim()
 
-    def _bounds(self) -> GuardrailSettings:
+    def bounds(self) -> GuardrailSettings:
+        """Return what the policy may not do: what the settings say, and less with a model that comes trained."""
         if self.settings.policy == "none":
             return UNGUARDED
         bounds = self.settings.guardrails
@@ -333,18 +333,7 @@ class Steering:
         """
         if self._step_open and not within_step:
             raise ValueError("state_dict needs the step to be over; save between two steps")
-        return {
-            "settings": compared(self.settings, self.course),
-            "process": [self.ranks.rank, self.ranks.world_size],
-            "course": self.course.state_dict(),
-            "fine_tuning": self.fine_tuning,
-            "spoilt": list(self.snapshots.spoilt),
-            "validation_loss": self.validation_loss,
-            "controls": asdict(self.controls),
-            "levers": self.levers.state_dict(),
-            "readings": self.readings.state_dict(),
-            "controller": self.controller.state_dict(),
-        }
+        return saved.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called; load model and optimiser before.
@@ -352,25 +341,8 @@ class Steering:
         Raises:
             ValueError: the state is of a run with other settings.
         """
-        check_same(state["settings"], compared(self.settings, self.course))
-        here = [self.ranks.rank, self.ranks.world_size]
-        if self.levers.sharded:
-            check_process(state["process"], here)
-        self.course.load_state_dict(state["course"])
-        self.validation_loss = state["validation_loss"]
-        self.levers.load_state_dict(state["levers"], Controls(**state["controls"]))
-        self.fine_tuning = state["fine_tuning"]  # a model from scratch has been trained too by now
-        self.controller.guardrails.settings = self._bounds()
-        self.controller.guardrails.base_learning_rate = self.levers.peak
-        self.controller.load_state_dict(state["controller"])
-        if self.ranks.largest(float(state["process"] != here)):
-            self.readings.begin_anew(self.sequences, self.course.decision)  # each process has losses of its own
-        else:
-            self.readings.load_state_dict(state["readings"])
-        self._step_open, self.snapshots.spoilt = False, list(state["spoilt"])
-        self.snapshots.drop()
-        if not self.finished and self.controller.snapshotted_here():
-            self.snapshots.take()
+        saved.go_on(self, state)
+        self._step_open = False
 
     def summary(self) -> dict[str, Any]:
         """Return what was steered and what it came to, as plain JSON values."""
