@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.integrations.huggingface import SteeredTrainer
-from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.experiments.progress import progress_bar
@@ -52,19 +51,17 @@ class Setup:
     policy: str = "default"
     base_schedule: BaseSchedule = POLICY_S_OWN
     fine_tuning: bool | None = None
-    against: str | None = None
-    """The run that the quality contract compares with."""
+    learning_rate: float = LEARNING_RATE
+    batch_size: int = BATCH
 
 
 RUNS = {
     "left alone, linear": Setup(policy="none", base_schedule=LINEAR),
     "left alone, schedule of the policy": Setup(policy="none"),
+    "by hand, what steering came to": Setup(policy="none", learning_rate=2 * LEARNING_RATE, batch_size=2),
     "steered, plain loop": Setup(),
     "steered, Trainer": Setup(loop="Trainer"),
     "steered as if from scratch": Setup(fine_tuning=False),
-    "steered as if from scratch, with a contract": Setup(
-        fine_tuning=False, against="left alone, schedule of the policy"
-    ),
 }
 
 
@@ -84,12 +81,12 @@ def main() -> None:
     for name, setup in RUNS.items():
         path = options.out / f"{name.replace(',', '').replace(' ', '-')}-{options.sequences}.json"
         if not path.is_file():
-            reference = found[setup.against] if setup.against else None
-            write_json(path, run(folder, corpus, setup, settings(options.sequences, setup, reference), name))
-        found[name] = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, run(folder, corpus, setup, settings(options.sequences, setup), name))
+        start = {"start_learning_rate": setup.learning_rate, "start_batch_size": setup.batch_size}
+        found[name] = start | json.loads(path.read_text(encoding="utf-8"))
         print(name, {key: found[name][key] for key in ("validation_loss", "tokens", "time_s", "energy_j")})
-    made = {"model": "SmolLM2-135M-Instruct", "text": "python-docs", "learning_rate": LEARNING_RATE, "seed": SEED}
-    made |= {"sequences": options.sequences, "sequence_length": LENGTH, "batch_size": BATCH, "decisions": DECISIONS}
+    made = {"model": "SmolLM2-135M-Instruct", "text": "python-docs", "seed": SEED}
+    made |= {"sequences": options.sequences, "sequence_length": LENGTH, "decisions": DECISIONS}
     print(write_result("smollm2", {**made, "runs": found}, torch.device("cpu")))
 
 
@@ -110,22 +107,16 @@ def unpack(folder: Path) -> None:
         AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(temporary)
 
 
-def settings(sequences: int, setup: Setup, reference: dict[str, Any] | None) -> SteeringSettings:
+def settings(sequences: int, setup: Setup) -> SteeringSettings:
     """Return what a run is steered by."""
-    contract = None
-    if reference is not None:
-        shares = [(index + 1) / DECISIONS for index in range(DECISIONS)]
-        losses = list(zip(shares, reference["train_losses"], strict=True))
-        contract = QualityContract(max_loss_increase=0.01, reference=losses, max_slowdown=1.0)
     return SteeringSettings(
         sequences=sequences,
-        batch_size=BATCH,
+        batch_size=setup.batch_size,
         min_batch_size=2,  # a step of one sequence uses a processor badly
         sequence_length=LENGTH,
         policy=setup.policy,
         base_schedule=setup.base_schedule,
         fine_tuning=setup.fine_tuning,
-        contract=contract,
         decisions=DECISIONS,
     )
 
@@ -137,7 +128,7 @@ def run(folder: Path, corpus: Corpus, setup: Setup, wanted: SteeringSettings, na
     validation = torch.from_numpy(fixed_batch(corpus.validation, LENGTH, VALIDATION))
     before = evaluate(model, validation)
     train = by_loop if setup.loop == "plain loop" else by_trainer
-    steering = train(model, BatchStream(corpus.train, LENGTH, SEED), wanted, name)
+    steering = train(model, setup, BatchStream(corpus.train, LENGTH, SEED), wanted, name)
     summary = steering.summary()
     records = [record.telemetry for record in steering.records]
     kept = ("tokens", "time_s", "energy_j", "energy_source", "rollbacks", "refusals", "fallen_back", "domain_warnings")
@@ -174,14 +165,14 @@ def evaluate(model: PreTrainedModel, batch: torch.Tensor) -> float:
     return sum(losses)
 
 
-def optimizer_of(model: PreTrainedModel) -> torch.optim.Optimizer:
+def optimizer_of(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
     """Return the optimiser of all runs."""
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def by_loop(model: PreTrainedModel, stream: BatchStream, wanted: SteeringSettings, name: str) -> Steering:
+def by_loop(model: PreTrainedModel, setup: Setup, stream: BatchStream, wanted: SteeringSettings, name: str) -> Steering:
     """Train in a plain loop."""
-    steering = Steering(model, optimizer_of(model), wanted)
+    steering = Steering(model, optimizer_of(model, setup.learning_rate), wanted)
     with progress_bar(Console(), name, 1.0) as advance:
         while not steering.finished:
             with steering.step() as step:
@@ -203,16 +194,18 @@ class Sequences(torch.utils.data.IterableDataset):
             yield {"input_ids": row, "labels": row}
 
 
-def by_trainer(model: PreTrainedModel, stream: BatchStream, wanted: SteeringSettings, name: str) -> Steering:
+def by_trainer(
+    model: PreTrainedModel, setup: Setup, stream: BatchStream, wanted: SteeringSettings, name: str
+) -> Steering:
     """Train by the Hugging Face Trainer."""
     arguments = TrainingArguments(
         output_dir="runs/smollm2/trainer",
-        per_device_train_batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
+        per_device_train_batch_size=setup.batch_size,
+        learning_rate=setup.learning_rate,
         adam_beta2=0.95,
         weight_decay=0.1,
         max_grad_norm=1.0,
-        max_steps=wanted.sequences // BATCH,
+        max_steps=wanted.sequences // setup.batch_size,
         save_strategy="no",
         report_to=[],
         use_cpu=True,

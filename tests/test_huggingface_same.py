@@ -14,7 +14,15 @@ from live_runs import GPT2, LLAMA, case
 from test_huggingface import IN_FP32, WholeLoop, arguments, logged, plain, records, rows, same
 from test_steering import far
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ProgressCallback,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+)
 
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
 from trainpilot.envs.action import KEEP, Action
@@ -187,6 +195,25 @@ def test_speed_is_told_of_what_was_trained_on_though_the_run_ends_early(config: 
     assert told["train_samples_per_second"] * told["train_runtime"] == pytest.approx(
         trainer.steering.sequences, rel=1e-2
     )
+
+
+def test_the_progress_bar_ends_where_the_run_does_and_shows_no_decisions(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halved: list[Action] = [KEEP, (KEEP[0], 0, *KEEP[2:]), KEEP]
+    totals: list[int] = []
+
+    def look(_: int, state: Any) -> None:
+        callbacks = trainer.callback_handler.callbacks
+        totals.extend(each.training_bar.total for each in callbacks if isinstance(each, ProgressCallback))
+
+    sees = [Seen("on_step_end", look)]
+    trainer = same(plain(config, halved), tmp_path, args_disable_tqdm=False, callbacks=sees, args_logging_steps=1_000)
+    trainer.train()
+    assert totals[0] == 50
+    assert totals[-1] == trainer.state.global_step > 50
+    assert len(logged(trainer, "run/decision")) == 10
+    assert "run/decision" not in capsys.readouterr().out
 
 
 # What is left behind ----------------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ class AfterStep(TrainerCallback):
         """End the step before the scheduler asks for the next learning rate."""
         self.trainer.end_step()
         state.max_steps = self.trainer.estimated_steps() + 1  # this step is counted after this call
+        for each in self.trainer.callback_handler.callbacks:
+            if isinstance(each, ProgressCallback) and each.training_bar is not None:
+                each.training_bar.total = state.max_steps
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
