@@ -58,7 +58,7 @@ class Setup:
 RUNS = {
     "left alone, linear": Setup(policy="none", base_schedule=LINEAR),
     "left alone, schedule of the policy": Setup(policy="none"),
-    "by hand, what steering came to": Setup(policy="none", learning_rate=2 * LEARNING_RATE, batch_size=2),
+    "by hand, what steering came to": Setup(policy="none", learning_rate=2**0.5 * LEARNING_RATE, batch_size=2),
     "steered, plain loop": Setup(),
     "steered, Trainer": Setup(loop="Trainer"),
     "steered as if from scratch": Setup(fine_tuning=False),

@@ -34,7 +34,8 @@ def shape(text: str) -> list[str]:
     text = re.sub(r"^(refusals|rollbacks|fallen_back) .*$", r"\1 *", text, flags=re.M)
     text = re.sub(r"estimated|measured_counter|measured_power", "*", text)
     text = re.sub(r"\d+\.\d+(e[-+]\d+)?", "*", text)
-    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("{")]  # a Trainer's own
 
 
 def check(shown: str, printed: str) -> None:
