@@ -1,19 +1,20 @@
 """Measure what steering costs in each form: tokens/s of the steered framework over the framework alone.
 
-Both run side by side, each in a process of its own, and take turns interval by interval, so that a change of the
-machine's speed hits both; while one works the other waits. The steered one has the shipped policy, which is asked but
-not followed (the work stays the same), guardrails with their snapshots, the curvature probe, the energy meter and the
-telemetry. Start-up and the first step are in neither. The target is 0.97 in every form.
+Both run side by side, each in a process of its own, and take turns of two steps, so that a change of the machine's
+speed hits both; while one works the other waits, and its threads sleep. The steered one has the shipped policy, which
+is asked but not followed (the work stays the same), guardrails with their snapshots, the curvature probe, the energy
+meter and the telemetry. Start-up and the first step are in neither. The target is 0.97 in every form.
 
-    python benchmarks/adapter_overhead.py [--forms plain-loop Trainer] [--model llama-micro] [--steps 1000]
+    python benchmarks/adapter_overhead.py [--forms plain-loop Trainer] [--model llama-micro] [--steps 500]
 
-About a quarter of an hour on two cores that have nothing else to do.
+About ten minutes on two cores that have nothing else to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import socket
 import tempfile
 import time
@@ -35,27 +36,28 @@ from trainpilot.llm_runtime.threads import available_cores, use_threads
 
 TARGET = 0.97
 SIDES = ("alone", "steered")
+TURN = 2
+"""Optimiser steps of a turn."""
 SPARE = 20
 """Steps more than are timed: the first is not, and the callback of the Trainer rounds its budget down."""
 
 
 class Turns:
-    """Has a training wait for its turn at every interval's end, and says how long each interval took.
+    """Has a training wait for its turn, and says how long each turn took.
 
     Args:
         connection: Leads to who gives the turns; in the first process only.
-        steps: Steps of an interval.
     """
 
-    def __init__(self, connection: Connection | None, steps: int) -> None:
-        self.connection, self.steps = connection, steps
+    def __init__(self, connection: Connection | None) -> None:
+        self.connection = connection
         self.done = 0
         self.began = 0.0
 
     def tick(self) -> None:
         """Count a step; the first is not timed."""
         self.done += 1
-        if (self.done - 1) % self.steps:
+        if (self.done - 1) % TURN:
             return
         seconds = time.perf_counter() - self.began
         if self.connection is not None:
@@ -88,7 +90,7 @@ def train(side: Side, rank: int, connection: Connection) -> None:
     use_threads(max(available_cores() // side.processes, 1))
     if side.processes > 1:
         meet(rank, side.processes, side.port)
-    turns = Turns(connection if rank == 0 else None, side.steps // DECISIONS)
+    turns = Turns(connection if rank == 0 else None)
     with tempfile.TemporaryDirectory() as folder:
         FORMS[side.form](Training(side.model, side.steps + SPARE, rank), side.steered, turns.tick, Path(folder))
     if side.processes > 1:
@@ -125,8 +127,9 @@ def compare(form: str, options: argparse.Namespace) -> dict[str, Any]:
         for link in links.values():
             link.recv()
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-        with progress_bar(Console(), form, DECISIONS) as advance:
-            for turn in range(DECISIONS):
+        turns = options.steps // TURN
+        with progress_bar(Console(), form, turns) as advance:
+            for turn in range(turns):
                 for side in SIDES if turn % 2 else reversed(SIDES):
                     links[side].send("go")
                     seconds[side].append(links[side].recv())
@@ -138,10 +141,11 @@ def compare(form: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(form: str, options: argparse.Namespace, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return tokens/s and their ratio, with a 95 % interval over the intervals of the run."""
-    tokens = DECISIONS * (options.steps // DECISIONS) * BATCH * LENGTH
+    """Return tokens/s and their ratio, with a 95 % interval over the turns."""
+    turns = len(seconds["alone"])
+    tokens = turns * TURN * BATCH * LENGTH
     ratio = float(seconds["alone"].sum() / seconds["steered"].sum())
-    drawn = np.random.default_rng(0).integers(0, DECISIONS, (2_000, DECISIONS))
+    drawn = np.random.default_rng(0).integers(0, turns, (2_000, turns))
     drawn_ratios = seconds["alone"][drawn].sum(1) / seconds["steered"][drawn].sum(1)
     return {
         "form": form,
@@ -159,11 +163,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), metavar="FORM")
     parser.add_argument("--model", default="llama-micro")
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps, a multiple of 50")
+    parser.add_argument("--steps", type=int, default=500, help="optimiser steps, a multiple of 50")
     parser.add_argument("--name", default="adapter_overhead", help="name of the result file")
     options = parser.parse_args()
     if options.steps < DECISIONS or options.steps % DECISIONS:
         parser.error(f"--steps must be a multiple of {DECISIONS}, got {options.steps}")
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # the processes inherit it: who waits must not spin
     made = {"model": options.model, "steps": options.steps, "decisions": DECISIONS, "batch_size": BATCH}
     made |= {"sequence_length": LENGTH, "micro_batches": MICRO_BATCHES}
     results = []
