@@ -301,7 +301,8 @@ def test_the_probe_looks_and_leaves_no_trace(config: RunConfig) -> None:
     assert n_probes > 2
     assert module.calls == blind.calls + 3 * n_probes
     assert far(blind.net, module.net) == 0.0
-    assert logged[0].rows == logged[1].rows
+    unseen, seen = ([row for row in each.rows if "run/decision" not in row[1]] for each in logged)
+    assert unseen == seen, "but for the decisions, whose seconds differ"
 
 
 def test_validation_and_checkpoints_within_a_step_change_nothing(config: RunConfig, tmp_path: Path) -> None:
