@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -39,7 +39,7 @@ class Rows:
     def state_dict(self) -> dict[str, Any]:
         return {"at": self.at}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.at = state["at"]
 
 
@@ -73,7 +73,8 @@ def net() -> nn.Sequential:
 
 
 def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    return ((model(rows).squeeze(-1) - rows.sum(1)) ** 2).mean() + 1.0
+    loss: torch.Tensor = ((model(rows).squeeze(-1) - rows.sum(1)) ** 2).mean() + 1.0
+    return loss
 
 
 def spoilt(*steps: int) -> Loss:
@@ -265,7 +266,7 @@ def test_joules_of_a_pause_are_left_out() -> None:
         description = "ten watts"
 
         def read(self) -> EnergyReading:
-            return EnergyReading(time_s=run.now, energy_j=10 * run.now, source="measured")
+            return EnergyReading(time_s=run.now, energy_j=10 * run.now, source="measured_counter")
 
     run = Steered()
     run.steering.readings.watch.meter = Counter()  # type: ignore[assignment]
