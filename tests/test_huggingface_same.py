@@ -205,7 +205,7 @@ def test_the_progress_bar_ends_where_the_run_does_and_shows_no_decisions(
 
     def look(_: int, state: Any) -> None:
         callbacks = trainer.callback_handler.callbacks
-        bars = [each.training_bar for each in callbacks if isinstance(each, ProgressCallback)]
+        bars: list[Any] = [each.training_bar for each in callbacks if isinstance(each, ProgressCallback)]
         totals.extend(bar.total for bar in bars if bar is not None)
 
     sees = [Seen("on_step_end", look)]
