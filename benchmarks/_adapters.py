@@ -28,7 +28,8 @@ from trainpilot.llm_runtime.models import load_model
 Tick = Callable[[], None]
 """Called after every optimiser step."""
 
-DECISIONS, MICRO_BATCHES = 50, 2
+INTERVAL, MICRO_BATCHES = 10, 2
+"""Steps of an interval, micro-batches of a step."""
 BATCH, LENGTH, LEARNING_RATE = 16, 128, 1e-3
 RATE = [field.name for field in ACTION_FIELDS].index("learning_rate")
 UP, DOWN = (LEARNING_RATE_FACTORS.index(factor) for factor in (1.19, 0.84))
@@ -79,20 +80,20 @@ class Training:
             batch_size=BATCH,
             sequence_length=LENGTH,
             policy=Asked(),
-            decisions=DECISIONS,
+            decisions=self.steps // INTERVAL,
         )
 
     def optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return a new optimiser."""
         return torch.optim.AdamW((model or self.model).parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
-    def loss(self, model: nn.Module, sequences: int) -> Callable[[], torch.Tensor]:
-        """Return the loss of the next sequences, to be computed when called."""
+    def loss(self, model: nn.Module, sequences: int) -> Callable[..., torch.Tensor]:
+        """Return the loss of the next sequences, or of the first of them, to be computed when called."""
         batch = torch.from_numpy(self.stream.take(sequences))
 
-        def loss() -> torch.Tensor:
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-            return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        def loss(count: int = sequences) -> torch.Tensor:
+            logits = model(input_ids=batch[:count, :-1], use_cache=False).logits
+            return F.cross_entropy(logits.float().flatten(0, 1), batch[:count, 1:].flatten())
 
         return loss
 
@@ -120,7 +121,8 @@ def _steered_loop(training: Training, model: nn.Module, processes: int, tick: Ti
     while not steering.finished:
         with steering.step() as step:
             for _ in range(MICRO_BATCHES):
-                step.backward(training.loss(model, micro), sequences=micro)
+                loss = training.loss(model, micro)
+                step.backward(loss, sequences=micro, probe_loss=loss)
         tick()
 
 

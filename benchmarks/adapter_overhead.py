@@ -3,11 +3,16 @@
 Both run side by side, each in a process of its own, and take turns of two steps, so that a change of the machine's
 speed hits both; while one works the other waits, and its threads sleep. The steered one has the shipped policy, which
 is asked but not followed (the work stays the same), guardrails with their snapshots, the curvature probe, the energy
-meter and the telemetry. Start-up and the first step are in neither. The target is 0.97 in every form.
+meter and the telemetry. An interval has only ten steps: with more of them, steering costs less. Start-up and the first
+step are in neither. The target is 0.97 in every form.
 
-    python benchmarks/adapter_overhead.py [--forms plain-loop Trainer] [--model llama-micro] [--steps 500]
+How often glibc gives memory back to the system, to fetch it again in the next step, hangs on where a process happens
+to put its data: it moves the speed of two equal processes apart by several per cent. So each form is measured with
+several pairs of processes, and the heap keeps its memory on both sides; `--stock-heap` leaves it as it is.
 
-About ten minutes on two cores that have nothing else to do.
+    python benchmarks/adapter_overhead.py [--forms "plain loop" Trainer] [--model llama-micro] [--steps 250] [--pairs 4]
+
+About half an hour on two cores that have nothing else to do.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -27,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from _adapters import BATCH, DECISIONS, FORMS, LENGTH, MICRO_BATCHES, Training, meet
+from _adapters import BATCH, FORMS, INTERVAL, LENGTH, MICRO_BATCHES, Training, meet
 from _common import write_result
 from rich.console import Console
 
@@ -36,8 +42,12 @@ from trainpilot.llm_runtime.threads import available_cores, use_threads
 
 TARGET = 0.97
 SIDES = ("alone", "steered")
+Timed = dict[str, list[float]]
+"""Seconds of each turn, by side."""
 TURN = 2
 """Optimiser steps of a turn."""
+KEPT_HEAP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+"""Has glibc keep the memory that a step gives back, for the next one."""
 SPARE = 20
 """Steps more than are timed: the first is not, and the callback of the Trainer rounds its budget down."""
 
@@ -117,7 +127,14 @@ def start(form: str, steered: bool, options: argparse.Namespace) -> tuple[Connec
 
 
 def compare(form: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a form with and without steering, turn about, and return the figures."""
+    """Run a form with and without steering, in several pairs, and return the figures."""
+    with progress_bar(Console(), form, options.pairs * (options.steps // TURN)) as advance:
+        pairs = [timed(form, options, pair, advance) for pair in range(options.pairs)]
+    return figures(form, {side: np.array([pair[side] for pair in pairs]) for side in SIDES})
+
+
+def timed(form: str, options: argparse.Namespace, pair: int, advance: Callable[[int, str], None]) -> Timed:
+    """Run a form with and without steering, turn about, and return the seconds of each turn."""
     links: dict[str, Connection] = {}
     processes: list[BaseProcess] = []
     for side in SIDES:
@@ -126,33 +143,41 @@ def compare(form: str, options: argparse.Namespace) -> dict[str, Any]:
     try:
         for link in links.values():
             link.recv()
-        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        seconds: Timed = {side: [] for side in SIDES}
         turns = options.steps // TURN
-        with progress_bar(Console(), form, turns) as advance:
-            for turn in range(turns):
-                for side in SIDES if turn % 2 else reversed(SIDES):
-                    links[side].send("go")
-                    seconds[side].append(links[side].recv())
-                advance(turn + 1, "")
+        for turn in range(turns):
+            for side in SIDES if turn % 2 else reversed(SIDES):
+                links[side].send("go")
+                seconds[side].append(links[side].recv())
+            advance(pair * turns + turn + 1, "")
     finally:
         for process in processes:
             process.kill()
-    return figures(form, options, {side: np.array(taken) for side, taken in seconds.items()})
+            process.join()
+    return seconds
 
 
-def figures(form: str, options: argparse.Namespace, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return tokens/s and their ratio, with a 95 % interval over the turns."""
-    turns = len(seconds["alone"])
-    tokens = turns * TURN * BATCH * LENGTH
-    ratio = float(seconds["alone"].sum() / seconds["steered"].sum())
-    drawn = np.random.default_rng(0).integers(0, turns, (2_000, turns))
-    drawn_ratios = seconds["alone"][drawn].sum(1) / seconds["steered"][drawn].sum(1)
+def figures(form: str, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return tokens/s and their ratio, with a 95 % interval over pairs and their turns.
+
+    Args:
+        form: What was measured.
+        seconds: Of each side; shape (pairs, turns).
+    """
+    alone, steered = seconds["alone"], seconds["steered"]
+    pairs, turns = alone.shape
+    tokens = alone.size * TURN * BATCH * LENGTH
+    ratio = float(alone.sum() / steered.sum())
+    draws = np.random.default_rng(0)
+    which, when = draws.integers(0, pairs, (2_000, pairs, 1)), draws.integers(0, turns, (2_000, pairs, turns))
+    drawn_ratios = alone[which, when].sum((1, 2)) / steered[which, when].sum((1, 2))
     return {
         "form": form,
-        "alone_tokens_per_s": tokens / float(seconds["alone"].sum()),
-        "steered_tokens_per_s": tokens / float(seconds["steered"].sum()),
+        "alone_tokens_per_s": tokens / float(alone.sum()),
+        "steered_tokens_per_s": tokens / float(steered.sum()),
         "ratio": ratio,
         "ratio_95": [float(q) for q in np.percentile(drawn_ratios, [2.5, 97.5])],
+        "pairs": [float(ratio) for ratio in alone.sum(1) / steered.sum(1)],
         "target": TARGET,
         "target_met": ratio >= TARGET,
     }
@@ -163,14 +188,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), metavar="FORM")
     parser.add_argument("--model", default="llama-micro")
-    parser.add_argument("--steps", type=int, default=500, help="optimiser steps, a multiple of 50")
+    parser.add_argument("--steps", type=int, default=250, help=f"optimiser steps, a multiple of {INTERVAL}")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of processes for each form")
+    parser.add_argument("--stock-heap", action="store_true", help="let glibc give memory back between steps")
     parser.add_argument("--name", default="adapter_overhead", help="name of the result file")
     options = parser.parse_args()
-    if options.steps < DECISIONS or options.steps % DECISIONS:
-        parser.error(f"--steps must be a multiple of {DECISIONS}, got {options.steps}")
+    if options.steps < INTERVAL or options.steps % INTERVAL:
+        parser.error(f"--steps must be a multiple of {INTERVAL}, got {options.steps}; 250, for example")
+    if options.pairs < 1:
+        parser.error(f"--pairs must be at least 1, got {options.pairs}; 4, for example")
     os.environ["OMP_WAIT_POLICY"] = "passive"  # the processes inherit it: who waits must not spin
-    made = {"model": options.model, "steps": options.steps, "decisions": DECISIONS, "batch_size": BATCH}
-    made |= {"sequence_length": LENGTH, "micro_batches": MICRO_BATCHES}
+    if not options.stock_heap:
+        os.environ |= KEPT_HEAP
+    made = {"model": options.model, "steps": options.steps, "steps_per_interval": INTERVAL, "batch_size": BATCH}
+    made |= {
+        "heap": "stock" if options.stock_heap else "kept",
+        "sequence_length": LENGTH,
+        "micro_batches": MICRO_BATCHES,
+    }
     results = []
     for form in options.forms:
         results.append(compare(form, options))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,22 @@ class ProbeResult:
     """What curvature adds to it, in nats/token."""
     relative_update: float
     """Norm of the update over the norm of the weights."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether it says anything: text of which nothing is to be predicted has no loss."""
+        return math.isfinite(self.linear) and math.isfinite(self.quadratic)
+
+
+def mean_probe(results: Sequence[ProbeResult]) -> ProbeResult | None:
+    """Return the mean of what several processes found, each on text of its own; `None` of none."""
+    if not results:
+        return None
+    return ProbeResult(
+        linear=sum(each.linear for each in results) / len(results),
+        quadratic=sum(each.quadratic for each in results) / len(results),
+        relative_update=sum(each.relative_update for each in results) / len(results),
+    )
 
 
 @torch.no_grad()

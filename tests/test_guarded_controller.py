@@ -16,7 +16,8 @@ from fakes import TOY_CASE, ToyPlant, make_limits
 from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.controller import Controller, Policy, keep
 from trainpilot.agents.steering.contract import QualityContract
-from trainpilot.agents.steering.guarded import GuardedController, GuardedDecision
+from trainpilot.agents.steering.guarded import GuardedController
+from trainpilot.agents.steering.guarded_decision import GuardedDecision
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.preference import Preference
@@ -69,14 +70,26 @@ class Owner:
     decisions: list[GuardedDecision] = field(default_factory=list)
     used: list[Controls] = field(default_factory=list)
     snapshot: dict[str, Any] | None = None
+    follower: GuardedController | None = None
+    news: list[int] = field(default_factory=list)
+    """How long each piece of news was."""
+
+    def tell(self) -> None:
+        if self.follower is not None:
+            news = json.dumps(self.guarded.news())
+            self.news.append(len(news))
+            self.follower.hear(json.loads(news))
+            assert where(self.follower) == where(self.guarded)
 
     def step(self) -> bool:
         decision = self.guarded.decide(self.telemetry)
+        self.tell()
         self.decisions.append(decision)
         if decision.roll_back:
             assert self.snapshot is not None
             self.plant.restore(self.snapshot)
             controls = self.guarded.rolled_back()
+            self.tell()
         else:
             controls = decision.controls
             if self.telemetry is not None and self.telemetry.diverged:
@@ -87,6 +100,8 @@ class Owner:
         self.used.append(controls)
         self.telemetry = self.plant.advance(controls, self.share)
         self.guarded.record(self.telemetry)
+        if self.follower is not None:
+            self.follower.record(self.telemetry)
         return not self.telemetry.finished or self.telemetry.diverged
 
     def train(self, most: int = 200) -> Owner:
@@ -102,6 +117,13 @@ def owner(
     plant = plant or ToyPlant()
     controller = Controller(policy, plant.limits(), Preference())
     return Owner(plant, GuardedController(controller, Guardrails(GuardrailSettings(**settings)), contract))
+
+
+def where(guarded: GuardedController) -> dict[str, Any]:
+    """Return where a controller stands, but for when a snapshot was taken."""
+    state = guarded.state_dict()
+    del state["guardrails"]["past"]["since_snapshot"]
+    return state
 
 
 def scales(run: Owner) -> list[float]:
@@ -288,6 +310,26 @@ def test_state_in_json_goes_on_as_if_nothing_had_happened() -> None:
     assert scales(again) == scales(whole)[9:]
     assert again.guarded.summary() == whole.guarded.summary()
     assert [r.to_json() for r in again.guarded.records] == [r.to_json() for r in whole.guarded.records]
+
+
+@pytest.mark.parametrize("contract", [None, QualityContract(evidence_share=0.2)])
+def test_who_hears_all_news_stands_where_the_first_does(contract: QualityContract | None) -> None:
+    run = owner(RAISE, FragilePlant(most=2.0), contract, hold=1, max_rise=64.0)
+    run.follower = owner(keep, ToyPlant(), contract, hold=1, max_rise=64.0).guarded
+    run.train()
+    assert len(run.guarded.summary()["rollbacks"]) > 1
+    heard, decided = run.follower.controller, run.guarded.controller
+    assert np.array_equal(heard.state.observation(), decided.state.observation())
+    assert np.array_equal(heard.state.action_masks(), decided.state.action_masks())
+    assert run.follower.summary() == run.guarded.summary()
+
+
+def test_news_do_not_grow_with_the_run() -> None:
+    run = owner(keep)
+    run.follower = owner(keep).guarded
+    run.train()
+    assert len(run.news) > 15
+    assert run.news[-1] < 1.5 * run.news[len(run.news) // 2]
 
 
 def test_after_loading_the_next_decision_asks_for_a_snapshot() -> None:

@@ -82,7 +82,8 @@ class Loop:
             batch = torch.from_numpy(self.stream.take(step.batch_size))
             self.rates.append(self.optimizer.param_groups[0]["lr"])
             for part in batch.split(self.micro):
-                step.backward(partial(self.loss, part), sequences=len(part))
+                few = partial(lambda part, count: self.loss(part[:count]), part)
+                step.backward(partial(self.loss, part), sequences=len(part), probe_loss=few)
 
     def train(self, steps: int = 10**9) -> None:
         while not self.steering.finished and steps:

@@ -28,12 +28,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
+from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks, Share
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.energy import EnergyMeter, sum_known
 from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
 from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+from trainpilot.llm_runtime.probe import mean_probe
 from trainpilot.llm_runtime.shards import whole
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class ProcessGroupRanks:
         self._energy_of = energy_of
         on_gpu = "nccl" in str(dist.get_backend())
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        self._known: tuple[nn.Module, list[DistributedDataParallel | FSDPModule]] | None = None
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return the mean over the processes."""
@@ -75,18 +77,24 @@ class ProcessGroupRanks:
         dist.all_reduce(total)
         return (total / self.world_size).to(values.device)
 
-    def largest(self, value: float) -> float:
-        """Return the largest over the processes."""
-        tensor = torch.tensor(value, dtype=torch.float64, device=self._device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return float(tensor)
+    def gathered(self, content: Content) -> list[Content]:
+        """Return what each process holds, the first one's first."""
+        everyone: list[Content] = [content] * self.world_size
+        dist.all_gather_object(everyone, content)
+        return everyone
 
-    def energy(self, energy_j: float | None, time_s: float, meter: EnergyMeter) -> float | None:
-        """Return the joules of all devices, each counted once; `None` where one is unknown."""
-        everyone: list[list[Joules]] = [[] for _ in range(self.world_size)]
-        mine = counted(energy_j, time_s, meter, process=f"process {self.rank}", energy_of=self._energy_of)
-        dist.all_gather_object(everyone, mine)
-        return sum_once(part for parts in everyone for part in parts)
+    def together(self, share: Share, meter: EnergyMeter) -> Share:
+        """Return an interval in all processes: mean losses, the longest time, joules of which each is counted once."""
+        process = f"process {self.rank}"
+        joules = counted(share.energy_j, share.time_s, meter, process=process, energy_of=self._energy_of)
+        everyone = self.gathered((share, joules))
+        shares = [each for each, _ in everyone]
+        return Share(
+            losses=[sum(losses) / len(losses) for losses in zip(*(each.losses for each in shares), strict=True)],
+            probe=mean_probe([each.probe for each in shares if each.probe is not None]),
+            time_s=max(each.time_s for each in shares),
+            energy_j=sum_once(part for _, parts in everyone for part in parts),
+        )
 
     def of_first(self, content: Content) -> Content:
         """Return what the first process holds."""
@@ -104,16 +112,13 @@ class ProcessGroupRanks:
         Raises:
             ValueError: nothing in the model exchanges gradients.
         """
-        found = 0
-        for module in model.modules():
+        exchanging = self._exchanging(model)
+        for module in exchanging:
             if isinstance(module, DistributedDataParallel):
                 module.require_backward_grad_sync = wanted
-            elif isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(wanted, recurse=False)
             else:
-                continue
-            found += 1
-        if not found and self.world_size > 1:
+                module.set_requires_gradient_sync(wanted, recurse=False)
+        if not exchanging and self.world_size > 1:
             raise ValueError(
                 "model must exchange its gradients: wrap it in DistributedDataParallel or fully_shard and give "
                 f"Steering what comes of that, got {type(model).__name__}; FSDP1 and DeepSpeed are not supported"
@@ -121,9 +126,16 @@ class ProcessGroupRanks:
 
     def settle(self, model: nn.Module) -> None:
         """Drop the whole weights that `fully_shard` keeps after a forward pass: shards may change under them."""
-        for module in model.modules():
+        for module in self._exchanging(model):
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def _exchanging(self, model: nn.Module) -> list[DistributedDataParallel | FSDPModule]:
+        """Return the modules that exchange gradients; looked for once, as a big model has thousands."""
+        if self._known is None or self._known[0] is not model:
+            kinds = (DistributedDataParallel, FSDPModule)
+            self._known = model, [module for module in model.modules() if isinstance(module, kinds)]
+        return self._known[1]
 
 
 def counted(

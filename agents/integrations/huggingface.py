@@ -31,6 +31,7 @@ except ImportError as error:
         "steering a Hugging Face Trainer needs transformers and accelerate: pip install accelerate"
     ) from error
 
+from trainpilot.agents.integrations.first_sequences import first_sequences
 from trainpilot.agents.integrations.huggingface_fit import (
     Given,
     Plan,
@@ -186,8 +187,9 @@ class SteeringMixin(Trainer):
         for part in inputs:
             items = self._items(part, num_items_in_batch)
             if steering.probe_wanted:
+                few = first_sequences(part, steering.probe_sequences, rows_of(part))
                 with looking(self):
-                    steering.probe(lambda part=part: self._mean_loss(model, part))  # type: ignore[misc]
+                    steering.probe(lambda few=few: self._mean_loss(model, few))  # type: ignore[misc]
             self.current_gradient_accumulation_steps = rows / rows_of(part)
             last = part is inputs[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):

@@ -27,6 +27,7 @@ try:
 except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
+from trainpilot.agents.integrations.first_sequences import first_sequences
 from trainpilot.agents.integrations.huggingface_aligned import aligned_settings, check_plain, has_length
 from trainpilot.agents.integrations.huggingface_fit import (
     Given,
@@ -180,16 +181,17 @@ class SteeringCallback(TrainerCallback):
 
     def _note(self, args: TrainingArguments, inputs: Mapping[str, Any], output: Any) -> None:
         loss = _loss_of(output)
-        self._rows += rows_of({name: value for name, value in inputs.items() if value is not None})
+        self._rows += _rows_of(inputs)
         scaled = inputs.get("num_items_in_batch") is not None
         if scaled and args.average_tokens_across_devices:
             loss = loss * args.world_size
         self._losses.append((loss.detach().mean(), scaled))
 
     def _probe(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        alone = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
-        with torch.autocast(self._steered().levers.device.type, enabled=False):
-            self._steered().probe(lambda: _loss_of(model(**alone)))
+        steering, alone = self._steered(), {name: v for name, v in inputs.items() if name != "num_items_in_batch"}
+        few = first_sequences(alone, steering.probe_sequences, _rows_of(alone))
+        with torch.autocast(steering.levers.device.type, enabled=False):
+            steering.probe(lambda: _loss_of(model(**few)))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -280,6 +282,10 @@ class SteeringCallback(TrainerCallback):
 
 def _file(args: TrainingArguments, state: TrainerState) -> Path:
     return steering_file(args, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+
+def _rows_of(inputs: Mapping[str, Any]) -> int:
+    return rows_of({name: value for name, value in inputs.items() if value is not None})
 
 
 def _loss_of(output: Any) -> torch.Tensor:

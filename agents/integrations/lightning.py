@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainpilot.agents.integrations.first_sequences import first_sequences
 from trainpilot.agents.integrations.lightning_fit import Feed, Own, check_fit, pl, ranks_of, settings_for
 from trainpilot.agents.integrations.lightning_parts import (
     SteeredPrecision,
@@ -62,8 +63,8 @@ class SteeringCallback(pl.Callback):
         micro_batch_size: Sequences of a batch of the data loader; needed where it has no `batch_size`.
         sequences_in: Counts the sequences of a batch; by default the length of the first tensor in it.
         probe_loss: Loss of a batch for the curvature probe. By default `training_step`, which then runs three times
-            more on a batch now and then: what it sends to `self.log` is dropped, but metrics that it updates and
-            loggers that it calls itself see the batch again.
+            more now and then, on the first sequences of a batch: what it sends to `self.log` is dropped, but metrics
+            that it updates and loggers that it calls itself see them again.
         monitor: Name under which the module logs its validation loss in nats/token; in several processes the first
             one's counts, so log it with `sync_dist=True`.
         meter: Energy meter; by default the best one that the device has.
@@ -274,9 +275,9 @@ class SteeringCallback(pl.Callback):
         self._losses, self._norm = [], None
 
     def _probe(self, steering: Steering, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        loss = self._probe_loss
+        loss, few = self._probe_loss, first_sequences(batch, steering.probe_sequences, self._here)
         with without_log(module):
-            steering.probe(lambda: loss(module, batch) if loss else training_loss(module, batch, batch_idx))
+            steering.probe(lambda: loss(module, few) if loss else training_loss(module, few, batch_idx))
 
     # Validation ------------------------------------------------------------------------------------------------------
 

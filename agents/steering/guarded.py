@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from trainpilot.agents.controller import Controller
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.asking import MAX_FAILURES, AskedPolicy
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
+from trainpilot.agents.steering.guarded_decision import GuardedDecision, Kept
 from trainpilot.agents.steering.guardrails import Guardrails, is_lost
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action
 from trainpilot.envs.decision_state import Decision, DecisionState
@@ -22,31 +23,6 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 GENTLER = 0.5
 """Factor on the learning-rate scale after a rollback, but for the first that no change of controls led to."""
 FINISH = [each.name for each in ACTION_FIELDS].index("finish")
-
-
-@dataclass(frozen=True)
-class GuardedDecision:
-    """What the run's owner is to do now, in this order: roll back, take a snapshot, bring the controls into force."""
-
-    controls: Controls
-    """What holds during the next interval; after a rollback, what `rolled_back` returns."""
-    roll_back: bool
-    """Restore the last snapshot, then call `rolled_back`."""
-    snapshot: bool
-    """Copy the run before the controls come into force, then call `snapshotted`."""
-    fallen_back: bool
-    """The run goes on under its base schedule, whatever the policy says."""
-    reasons: tuple[str, ...]
-    """Why something was refused or taken back."""
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Where this controller stood when the owner took its snapshot."""
-
-    seen: tuple[int, ...]
-    guardrails: dict[str, Any]
-    contract: dict[str, Any] | None
 
 
 class GuardedController:
@@ -74,8 +50,8 @@ class GuardedController:
         self._policy = AskedPolicy()
         self._refusals: Counter[str] = Counter()
         self._rollbacks: list[dict[str, Any]] = []
-        self._before: _Kept | None = None
-        self._kept: _Kept | None = None
+        self._before: Kept | None = None
+        self._kept: Kept | None = None
         self._since: list[Action] = []
         """Decisions since the snapshot, the one it was taken before included."""
 
@@ -129,7 +105,7 @@ class GuardedController:
         before = guardrails.past_state()
         decision = self._bounded()
         self._refusals.update(decision.refusals)
-        self._before = _Kept(tuple(self._seen), before, past)
+        self._before = Kept(tuple(self._seen), before, past)
         snapshot = self._wants_snapshot(decision.allowed)
         self._carry_out(decision)
         reasons = [*reasons, *decision.refusals]
@@ -199,7 +175,7 @@ class GuardedController:
         if decision is None or not self.guardrails.note_risky(KEEP):
             return False
         past = self.watch.past_state() if self.watch is not None else None
-        self._before = _Kept(tuple(self._seen), self.guardrails.past_state(), past)
+        self._before = Kept(tuple(self._seen), self.guardrails.past_state(), past)
         self._since = [decision.allowed]
         self.snapshotted()
         return True
@@ -226,16 +202,16 @@ class GuardedController:
         self._carry_out(decision, replace(self.controls, learning_rate_scale=gentler))
         return self.controls
 
-    def _go_back(self, kept: _Kept) -> None:
-        state = self.controller.state
-        self._replay(list(kept.seen), DecisionState(state.limits, state.preference))
+    def _go_back(self, kept: Kept) -> None:
+        self._replay(list(kept.seen))
         self.guardrails.load_past_state(kept.guardrails)
         if self.watch is not None and kept.contract is not None:
             self.watch.load_past_state(kept.contract)
 
-    def _replay(self, seen: list[int], state: DecisionState) -> None:
-        """Give the controller a state that has decided and seen these records."""
-        self.controller.state = state
+    def _replay(self, seen: list[int]) -> None:
+        """Give the controller a new state that has decided and seen these records."""
+        before = self.controller.state
+        self.controller.state = state = DecisionState(before.limits, before.preference)
         self._seen = seen
         for place in seen:
             self.controller.repeat(self.records[place])
@@ -251,9 +227,29 @@ class GuardedController:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where this controller stands, as plain JSON values. The snapshot is the owner's, and not in it."""
+        return {"records": [record.to_json() for record in self.records], **self._standing()}
+
+    def news(self) -> dict[str, Any]:
+        """Return what changed with the last answer, for `hear`: no more than the last of the records."""
+        last = self.records[-1].to_json() if self.records else None
+        return {"n_records": len(self.records), "last": last, **self._standing()}
+
+    def hear(self, news: Mapping[str, Any]) -> None:
+        """Go where another controller stands, of which all `news` so far were heard; nothing is asked here."""
+        if news["last"] is not None:
+            self.records[news["n_records"] - 1 :] = [DecisionRecord.from_json(news["last"])]
+        seen = list(news["seen"])
+        if seen and seen[:-1] == self._seen:
+            self._seen = seen
+            self.controller.see(self.records[seen[-1]].telemetry)
+        else:
+            self._replay(seen)
+        self._stand(news)
+
+    def _standing(self) -> dict[str, Any]:
+        """Return all of the state but the records."""
         decision = self.controller.decision
         return {
-            "records": [record.to_json() for record in self.records],
             "seen": list(self._seen),
             "recorded": self._recorded,
             "decision": asdict(decision) if decision is not None else None,
@@ -268,8 +264,11 @@ class GuardedController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called. Without a snapshot, the next decision asks for one."""
         self.records = [DecisionRecord.from_json(record) for record in state["records"]]
-        here = self.controller.state
-        self._replay(list(state["seen"]), DecisionState(here.limits, here.preference))
+        self._replay(list(state["seen"]))
+        self._stand(state)
+
+    def _stand(self, state: Mapping[str, Any]) -> None:
+        """Take in what `_standing` returned, where the controller knows its records."""
         self._load_decision(state["decision"])
         self._recorded = state["recorded"]
         self.guardrails.load_state_dict(state["guardrails"])

@@ -58,6 +58,8 @@ class Levers:
                 "optimizer must have a learning rate above 0, the peak of the base schedule, got 0 in every "
                 "parameter group; make it without a warm-up of its own"
             )
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._stepped = [p for p in model.parameters() if id(p) in stepped]
         self._start_batch = start.batch_size
         self._ratios = [_first_rate(group) / self.peak for group in optimizer.param_groups]
         self.alone = True
@@ -146,8 +148,7 @@ class Levers:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what the optimiser steps, in the model's order."""
-        stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        return [p for p in self.model.parameters() if id(p) in stepped and p.requires_grad]
+        return [p for p in self._stepped if p.requires_grad]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what neither the model's state nor the optimiser's holds."""

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.probe import ProbeResult
 
 Content = TypeVar("Content")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What an interval was in one process, or in all of them together."""
+
+    losses: list[float]
+    """Of its steps, in nats/token."""
+    probe: ProbeResult | None
+    """What the curvature probe found, if there was one."""
+    time_s: float
+    """Seconds it took."""
+    energy_j: float | None
+    """Joules counted in it; unknown where nothing counts them."""
 
 
 class Ranks(Protocol):
@@ -25,16 +41,14 @@ class Ranks(Protocol):
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return the mean over the processes."""
 
-    def largest(self, value: float) -> float:
-        """Return the largest over the processes."""
+    def gathered(self, content: Content) -> list[Content]:
+        """Return what each process holds, the first one's first."""
 
-    def energy(self, energy_j: float | None, time_s: float, meter: EnergyMeter) -> float | None:
-        """Return the joules of all devices, each counted once; `None` where one is unknown.
+    def together(self, share: Share, meter: EnergyMeter) -> Share:
+        """Return an interval in all processes: mean losses, the longest time, the joules of all devices.
 
-        Args:
-            energy_j: What this process's meter counted.
-            time_s: Seconds in which it did.
-            meter: The meter: it tells which device was counted.
+        A device that several processes count is counted once: their `meter` tells which it was. The joules are `None`
+        where one process's are unknown.
         """
 
     def of_first(self, content: Content) -> Content:
@@ -61,13 +75,13 @@ class OneProcess:
         """Return the values."""
         return values
 
-    def largest(self, value: float) -> float:
-        """Return the value."""
-        return value
+    def gathered(self, content: Content) -> list[Content]:
+        """Return the content."""
+        return [content]
 
-    def energy(self, energy_j: float | None, time_s: float, meter: EnergyMeter) -> float | None:
-        """Return the joules."""
-        return energy_j
+    def together(self, share: Share, meter: EnergyMeter) -> Share:
+        """Return the share."""
+        return share
 
     def of_first(self, content: Content) -> Content:
         """Return the content."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainpilot.agents.steering.levers import Levers
-from trainpilot.agents.steering.ranks import Ranks
+from trainpilot.agents.steering.ranks import Ranks, Share
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.stopwatch import Stopwatch
 from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading
@@ -19,7 +19,7 @@ from trainpilot.llm_runtime.interval import Interval
 from trainpilot.llm_runtime.measure import memory_share
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
-from trainpilot.llm_runtime.probe_plan import probe_due
+from trainpilot.llm_runtime.probe_plan import probe_due, sequences_probed
 from trainpilot.llm_runtime.telemetry import Telemetry
 from trainpilot.llm_runtime.trainer import StepRecord
 
@@ -27,8 +27,8 @@ from trainpilot.llm_runtime.trainer import StepRecord
 class Readings:
     """The meters of a steered loop.
 
-    The probe takes the update of the last step but one of an interval, and the first micro-batch of its last step
-    before that is trained on: fresh text, without taking any from the loop.
+    The probe takes the update of the last step but one of an interval, and the beginning of the first micro-batch of
+    its last step, before that is trained on: fresh text, without taking any from the loop.
 
     Args:
         levers: Model and optimiser.
@@ -49,6 +49,8 @@ class Readings:
         self.switch_s = 0.0
         self.evaluation_s = 0.0
         self.probe_wanted = False
+        self.probe_sequences = 1
+        """Sequences that a probe is to look at, in this process."""
         self.micro_batches = 1
         self._taken = 0
         self._decision = 0
@@ -82,14 +84,16 @@ class Readings:
         self.begin_interval(sequences)
         self._decision, self._before, self._begun = decision, [], None
 
-    def begin_step(self, *, last: bool) -> None:
-        """Get ready for a step; the `last` of an interval may begin with a probe."""
+    def begin_step(self, batch_size: int, *, last: bool) -> None:
+        """Get ready for a step of so many sequences; the `last` of an interval may begin with a probe."""
         if self._interval is None:
             start, reading = self._begun or self.watch.read()
             controls = self.levers.controls
             self._interval = Interval(controls, start, reading, self.start_sequences, self.start_sparsity)
         self._losses = []
         self.probe_wanted = bool(last and self._before and self._interval.probe is None)
+        if self.probe_wanted:
+            self.probe_sequences = -(-int(sequences_probed(self._taken + batch_size)) // self.ranks.world_size)
 
     def keep_weights(self, *, next_is_last: bool) -> None:
         """Keep the weights where the next step may begin with a probe: what this step changes is the update."""
@@ -112,7 +116,8 @@ class Readings:
         self._before, self.probe_wanted = [], False
         with looking(self.levers.model), self.levers.autocast("fp32"):
             try:
-                interval.probe = probe_curvature(updates, lambda: self._looked_at(loss))
+                found = probe_curvature(updates, lambda: self._looked_at(loss))
+                interval.probe = found if found.finite else None
             except torch.OutOfMemoryError:  # then the run goes without, but the others would wait for this one
                 if self.ranks.world_size > 1:
                     raise
@@ -147,7 +152,7 @@ class Readings:
         self._decision = decision + 1
         interval.note_moment(levers.optimizer)
         interval.switch_s = self.switch_s
-        self._over_ranks(interval)
+        cost = self._cost(interval)
         batch_size = self._taken / len(interval.steps)
         clip = self.settings.gradient_clip
         learned = interval.losses_and_gradients(
@@ -156,7 +161,7 @@ class Readings:
         evaluation_s, self.evaluation_s = self.evaluation_s, 0.0
         return Telemetry(
             **learned,
-            **self._cost(interval),
+            **cost,
             decision=decision,
             budget_used=budget_used,
             tokens=tokens,
@@ -176,25 +181,21 @@ class Readings:
             memory_share=memory_share(levers.device),
         )
 
-    def _over_ranks(self, interval: Interval) -> None:
-        """Replace this process's losses and probe by the mean over all."""
-        if self.ranks.world_size == 1:
-            return
-        losses = self.ranks.mean(torch.stack([step.loss for step in interval.steps]))
-        interval.steps = [StepRecord(loss, s.gradient_norm) for loss, s in zip(losses, interval.steps, strict=True)]
-        if interval.probe is not None:
-            one = torch.tensor([interval.probe.linear, interval.probe.quadratic, interval.probe.relative_update])
-            interval.probe = ProbeResult(*self.ranks.mean(one.to(self.levers.device)).tolist())
-
     def _cost(self, interval: Interval) -> dict[str, Any]:
+        """Return what the interval cost; of several processes, in all, whose mean losses and probe it has then."""
+        synchronise(self.levers.device)
         cost = interval.cost(*self.watch.read())
-        if self.ranks.world_size > 1:
-            own_time_s = cost["time_s"]
-            cost["time_s"] = self.ranks.largest(own_time_s)
-            cost["energy_j"] = self.ranks.energy(cost["energy_j"], own_time_s, self.watch.meter)
-            known = cost["energy_j"] is not None and cost["time_s"] > 0
-            cost["power_w"] = cost["energy_j"] / cost["time_s"] if known else None
-        return cost
+        if self.ranks.world_size == 1:
+            return cost
+        losses = torch.stack([step.loss for step in interval.steps]).tolist()
+        mine = Share(losses=losses, probe=interval.probe, time_s=cost["time_s"], energy_j=cost["energy_j"])
+        share = self.ranks.together(mine, self.watch.meter)
+        means = torch.tensor(share.losses, device=self.levers.device)
+        interval.steps = [StepRecord(loss, s.gradient_norm) for loss, s in zip(means, interval.steps, strict=True)]
+        interval.probe = share.probe
+        known = share.energy_j is not None and share.time_s > 0
+        power_w = share.energy_j / share.time_s if known else None  # type: ignore[operator]
+        return cost | {"time_s": share.time_s, "energy_j": share.energy_j, "power_w": power_w}
 
     def _open(self) -> Interval:
         if self._interval is None:

@@ -48,7 +48,7 @@ def go_on(steering: Steering, state: Mapping[str, Any]) -> None:
     guardrails = steering.controller.guardrails
     guardrails.settings, guardrails.base_learning_rate = steering.bounds(), steering.levers.peak
     steering.controller.load_state_dict(state["controller"])
-    if steering.ranks.largest(float(state["process"] != here)):
+    if any(steering.ranks.gathered(state["process"] != here)):
         steering.readings.begin_anew(steering.sequences, steering.course.decision)  # each process has its own losses
     else:
         steering.readings.load_state_dict(state["readings"])

@@ -27,7 +27,8 @@ from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering import saved
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
-from trainpilot.agents.steering.guarded import GuardedController, GuardedDecision
+from trainpilot.agents.steering.guarded import GuardedController
+from trainpilot.agents.steering.guarded_decision import GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.levers import Levers
 from trainpilot.agents.steering.limits import control_limits
@@ -195,7 +196,7 @@ class Steering:
             raise ValueError("step needs the step before to be over; one `with steering.step()` at a time")
         self.ranks.settle(self.levers.model)
         batch_size = min(self.controls.batch_size, self.end_sequences - self.sequences)
-        self.readings.begin_step(last=self.sequences + batch_size >= self.course.target)
+        self.readings.begin_step(batch_size, last=self.sequences + batch_size >= self.course.target)
         self.readings.keep_weights(next_is_last=self.sequences + 2 * batch_size >= self.course.target)
         self.levers.set_learning_rate(self.learning_rate)
         self._prune()
@@ -211,8 +212,13 @@ class Steering:
         """Whether `probe` is to be called before this step's first backward pass."""
         return self.readings.probe_wanted
 
+    @property
+    def probe_sequences(self) -> int:
+        """Sequences that are enough for `probe`, in this process: few, so that it costs little."""
+        return self.readings.probe_sequences
+
     def probe(self, loss: Callable[[], torch.Tensor]) -> None:
-        """Probe the curvature on a micro-batch that has not been trained on; `loss` returns its mean loss."""
+        """Probe the curvature on sequences that have not been trained on; `loss` returns their mean loss."""
         self.readings.probe(loss)
 
     def end_step(self, gradient_norm: torch.Tensor, sequences: int) -> None:
@@ -284,10 +290,10 @@ class Steering:
         """Return what the first process's controller answers; the others' go where it then stands, unasked."""
         if self.ranks.world_size == 1:
             return ask()
-        told = (ask(), self.controller.state_dict()) if self.ranks.is_first else None
-        answer, state = self.ranks.of_first(told)  # type: ignore[misc]
+        told = (ask(), self.controller.news()) if self.ranks.is_first else None
+        answer, news = self.ranks.of_first(told)  # type: ignore[misc]
         if not self.ranks.is_first:
-            self.controller.load_state_dict(state)
+            self.controller.hear(news)
         return answer
 
     def _validate(self) -> None:

@@ -38,13 +38,21 @@ class Step:
         steering.levers.optimizer.zero_grad(set_to_none=True)
         return self
 
-    def backward(self, loss: Callable[[], torch.Tensor], sequences: int | None = None) -> torch.Tensor:
+    def backward(
+        self,
+        loss: Callable[[], torch.Tensor],
+        sequences: int | None = None,
+        *,
+        probe_loss: Callable[[int], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Add the gradient of a micro-batch, and return its loss.
 
         Args:
             loss: Computes the micro-batch's mean loss in nats/token, a scalar; called under the precision in force,
                 and now and then three times more for the curvature probe.
             sequences: Sequences of the micro-batch; by default the whole of the step's.
+            probe_loss: Computes the mean loss of the micro-batch's first so many sequences. The curvature probe then
+                takes no more than it needs; without it, the whole micro-batch.
 
         Raises:
             ValueError: the step would get more sequences than its batch.
@@ -57,7 +65,8 @@ class Step:
             )
         self._done += sequences
         if steering.probe_wanted:
-            steering.probe(loss)
+            count = min(steering.probe_sequences, sequences)
+            steering.probe(loss if probe_loss is None else lambda: probe_loss(count))
         share = sequences / self.batch_size
         steering.ranks.synchronise_gradients(steering.levers.model, self._done == self.batch_size)
         with steering.levers.autocast():
