@@ -71,10 +71,8 @@ class SharedLoop:
 
     def _steer(self, config: RunConfig, energy_of: Any) -> Steering:
         options: dict[str, Any] = {"meter": self.meter, "data": self.stream, "validate": lambda: float(self.rank)}
-        if self.kind == "accelerate":
-            from accelerate import Accelerator
-
-            accelerator = Accelerator(cpu=True)
+        if self.kind.startswith("accelerate"):
+            accelerator = _accelerator(sharded=self.kind.endswith("fsdp"))
             model, optimizer = accelerator.prepare(self.model, make_optimizer(self.model, config))
             self.model = model
             return accelerated(accelerator, model, optimizer, self.settings, **options)
@@ -126,6 +124,20 @@ class SharedLoop:
         self.stream.load_state_dict(state["stream"])
         self.steering.load_state_dict(state["steering"])
         self.settings.policy.at = state["at"]  # type: ignore[union-attr]
+
+
+def _accelerator(*, sharded: bool) -> Any:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state()  # each of a process's jobs has its own
+    accelerator = Accelerator(cpu=True)
+    if sharded:  # Accelerate asks for it on GPUs only, but shards on CPUs as well
+        layers = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **layers)
+        accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator
 
 
 def _reading(energy_j: float) -> EnergyReading:

@@ -34,6 +34,7 @@ JOBS = (
         "first fsdp",
         "spoilt fsdp",
         "whole accelerate",
+        "whole accelerate-fsdp",
         "misused fsdp",
         "pruned fsdp",
     ],
@@ -84,7 +85,7 @@ def told(outcome: Outcome, name: str) -> list[Any]:
     return [record["telemetry"][name] for record in outcome["records"]]
 
 
-KINDS = ["ddp", "fsdp", "accelerate"]
+KINDS = ["ddp", "fsdp", "accelerate", "accelerate-fsdp"]
 
 
 @pytest.mark.slow

@@ -155,6 +155,18 @@ def decided(checkpoint: Path) -> int:
     return len(torch.load(checkpoint / "steering.pt")["steering"]["controller"]["records"])
 
 
+def rows_looked_at(model: torch.nn.Module) -> list[int]:
+    """Return a list that gets the number of sequences of each forward pass that is no training."""
+    looked: list[int] = []
+
+    def see(module: torch.nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+        if not module.training:
+            looked.append(len(inputs["input_ids"]))
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    return looked
+
+
 @pytest.mark.parametrize("model", [LLAMA, GPT2 | {"resid_pdrop": 0.1}], ids=["llama", "gpt2 with dropout"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any]) -> None:
     config = case(tmp_path, model, tokens=3_200, batch_size=4, decisions=10, pruning="magnitude")
@@ -168,6 +180,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any])
         return same(loop, tmp_path, train_dataset=rows(loop, 70), **options)
 
     whole, second = trainer(), trainer()
+    looked = rows_looked_at(whole.model)
     whole.train()
     checkpoint = tmp_path / "out" / "checkpoint-17"
     second.settings.policy.at = decided(checkpoint)
@@ -176,6 +189,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any])
     assert asked(second) == asked(whole)
     mine, theirs = ([r.telemetry.train_loss for r in records(each)] for each in (second, whole))
     assert mine == theirs
+    assert looked.count(1) == 3 * sum(r.telemetry.probe_linear is not None for r in records(whole)) > 0
     assert second.state.global_step == whole.state.global_step
     assert whole.state.epoch == pytest.approx(200 / 70)
 

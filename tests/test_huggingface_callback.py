@@ -21,6 +21,7 @@ from test_huggingface import (
     logged,
     plain,
     rows,
+    rows_looked_at,
 )
 from test_huggingface_same import WATCHED, Seen, pairs, t5
 from test_steering import SCRIPT, Script, far
@@ -105,14 +106,33 @@ def test_a_callback_probes_validates_and_goes_on_bit_for_bit(config: RunConfig, 
         )  # fmt: skip
 
     whole, second = trainer(), trainer()
+    looked = rows_looked_at(whole.model)
     whole.train()
     checkpoint = tmp_path / "out" / "checkpoint-17"
     second.steered_by._given.policy.at = decided(checkpoint)
     second.train(resume_from_checkpoint=str(checkpoint))
     assert far(whole.model, second.model) == 0.0
     told = [record.telemetry for record in whole.steered_by.steering.records]
-    assert any(each.probe_linear is not None for each in told)
+    assert looked.count(1) == 3 * sum(each.probe_linear is not None for each in told) > 0
     assert told[-1].validation_loss == logged(whole, "eval_loss")[-2]  # the last one comes after the end
+
+
+def test_the_gradient_is_measured_once_where_the_trainer_is_known(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[float] = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def seen(*args: Any, **named: Any) -> torch.Tensor:
+        measured.append(float(norm := clip(*args, **named)))
+        return norm
+
+    loop = plain(config, IN_FP32)
+    trainer = with_callback(loop, tmp_path, rows(loop), max_steps=50, logging_steps=1)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", seen)
+    trainer.train()
+    assert len(measured) == trainer.state.global_step == 50
+    assert logged(trainer, "grad_norm") == pytest.approx(measured)
 
 
 def test_evaluating_and_saving_at_the_end_of_an_epoch_cost_the_interval_nothing(

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -220,6 +221,37 @@ def test_the_probe_leaves_no_trace_in_modes_and_random_numbers() -> None:
     assert all(torch.equal(one, other) for one, other in pairs)
     assert not looked.model[2].training  # type: ignore[index]
     assert looked.model.training
+
+
+def test_a_probe_looks_at_no_more_than_it_needs_where_it_is_told_how() -> None:
+    looked: list[int] = []
+
+    def part(run: Steered, rows: torch.Tensor) -> Callable[[int], torch.Tensor]:
+        def probe_loss(count: int) -> torch.Tensor:
+            looked.append(count)
+            return loss_of(run.model, rows[:count])
+
+        return probe_loss
+
+    run = Steered(probe=True, sequences=8_000, batch_size=100)  # 800 in an interval, of which a probe takes 0.5 %
+    while not run.steering.finished:
+        with run.steering.step() as step:
+            for rows in run.rows.take(step.batch_size).split(50):
+                step.backward(partial(loss_of, run.model, rows), len(rows), probe_loss=part(run, rows))
+    assert set(looked) == {4}
+    probed = [record.telemetry.probe_linear for record in run.steering.records]
+    assert len(looked) == 3 * sum(each is not None for each in probed) > 0
+
+
+def test_a_probe_of_text_without_a_loss_tells_nothing() -> None:
+    def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        return loss_of(model, rows) * (1.0 if model.training else math.nan)
+
+    run = Steered(probe=True).go(loss=loss)
+    assert run.sound
+    assert run.rollbacks == 0
+    assert {record.telemetry.probe_linear for record in run.steering.records} == {None}
+    assert any(record.telemetry.probe_time_s == 0 for record in run.steering.records)
 
 
 def test_memory_that_a_probe_lacks_costs_the_probe_alone() -> None:

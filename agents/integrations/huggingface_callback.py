@@ -54,7 +54,8 @@ class SteeringCallback(TrainerCallback):
       and changes where the micro-batches done are a multiple of the largest. The budget is rounded down to that.
     * Precision: only if `trainer` is set before `train`.
     * Clipping: the Trainer tells no callback the gradient's norm, so `max_grad_norm` must be 0 and the callback clips
-      by `gradient_clip`, 1 unless steering says otherwise.
+      by `gradient_clip`, 1 unless steering says otherwise. The Trainer then measures the norm once more for itself,
+      unless `trainer` is set.
     * The loss is what the model returns; where several micro-batches make a step, it must use `num_items_in_batch` or
       not accept it. For GPT-2 and others without a `loss_type` the Trainer divides it by one token too many in each
       sequence; `SteeredTrainer` puts that right.
@@ -74,6 +75,7 @@ class SteeringCallback(TrainerCallback):
         self._undo = contextlib.ExitStack()
         self._rows = 0
         self._losses: list[tuple[torch.Tensor, bool]] = []
+        self._norm: torch.Tensor | None = None
         self._divides: bool | None = None
 
     # The beginning and the end ---------------------------------------------------------------------------------------
@@ -135,6 +137,9 @@ class SteeringCallback(TrainerCallback):
             self.trainer.compute_loss_context_manager = partial(  # type: ignore[method-assign]
                 self._context, self.trainer.compute_loss_context_manager
             )
+            if getattr(type(self.trainer), "_get_grad_norm", None) is Trainer._get_grad_norm:
+                self._undo.callback(self.trainer.__dict__.pop, "_get_grad_norm", None)
+                self.trainer._get_grad_norm = self._clip  # type: ignore[method-assign]
 
     def _context(self, own: Callable[[], Any]) -> contextlib.ExitStack:
         levers, stack = self._steered().levers, contextlib.ExitStack()
@@ -162,7 +167,7 @@ class SteeringCallback(TrainerCallback):
         """Set the learning rate of the step."""
         steering = self._steered()
         steering.readings.go_on()
-        self._rows, self._losses = 0, []
+        self._rows, self._losses, self._norm = 0, [], None
         steering.begin_step()
         kw["lr_scheduler"]._last_lr = [group["lr"] for group in steering.levers.optimizer.param_groups]
 
@@ -196,10 +201,16 @@ class SteeringCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
-        """Clip the gradient, and keep its norm."""
+        """Clip the gradient, unless the Trainer has asked for its norm before."""
+        if self._norm is None:
+            self._clip()
+
+    def _clip(self, _model: nn.Module | None = None, grad_norm: Any = None) -> torch.Tensor:
+        """Clip the gradient; keep and return its norm before."""
         steering = self._steered()
         clip = steering.settings.gradient_clip
         self._norm = nn.utils.clip_grad_norm_(steering.levers.parameters(), float("inf") if clip is None else clip)
+        return self._norm
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -213,6 +224,7 @@ class SteeringCallback(TrainerCallback):
             )
         for loss, scaled in self._losses:
             steering.note_loss(loss, 1.0 if scaled else 1 / len(self._losses))
+        assert self._norm is not None, "clipped before the step"
         steering.end_step(self._norm, sequences)
         args.gradient_accumulation_steps = steering.controls.batch_size // self._unit
         if self._streams:
