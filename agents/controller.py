@@ -67,16 +67,6 @@ class Controller:
             raise ValueError("record needs a decision; call decide first")
         return DecisionRecord.of(telemetry, self.decision, self._reasons, self._observation, reward)
 
-    def resume(self, records: list[DecisionRecord]) -> Telemetry | None:
-        """Take in the decisions and telemetry of an interrupted run; return the last telemetry, for `decide`."""
-        for record in records[:-1]:
-            self.repeat(record)
-            self.state.observe(record.telemetry)
-        if not records:
-            return None
-        self.repeat(records[-1])
-        return records[-1].telemetry
-
     def repeat(self, record: DecisionRecord) -> None:
         """Decide what was decided then, held controls included."""
         self.state.decide(record.allowed)

@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,8 @@ def by_loop(model: PreTrainedModel, setup: Setup, stream: BatchStream, wanted: S
         while not steering.finished:
             with steering.step() as step:
                 batch = torch.from_numpy(stream.take(step.batch_size))
-                loss = step.backward(lambda batch=batch: loss_of(model, batch))
+                part = partial(lambda batch, count: loss_of(model, batch[:count]), batch)
+                loss = step.backward(partial(loss_of, model, batch), probe_loss=part)
             advance(steering.sequences / wanted.sequences, f"loss {float(loss):.3f}  batch {step.batch_size}")
     return steering
 

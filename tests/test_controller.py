@@ -34,13 +34,17 @@ def test_keep_is_the_base_schedule() -> None:
     assert all(record.telemetry.requested == TOY_CASE.start() for record in records)
 
 
-def test_resume_gives_the_same_decisions_as_no_interruption() -> None:
+def test_decisions_repeated_from_records_lead_on_as_if_they_had_just_been_made() -> None:
     whole = steer(Controller(zigzag, ToyPlant().limits(), Preference()), ToyPlant(), 12)
     plant = ToyPlant()
     first = steer(Controller(zigzag, plant.limits(), Preference()), plant, 7)
     restored = [DecisionRecord.from_json(record.to_json()) for record in first]
     again = Controller(zigzag, plant.limits(), Preference())
-    telemetry = again.resume(restored)
+    for record in restored:
+        telemetry = record.telemetry
+        again.repeat(record)
+        if record is not restored[-1]:
+            again.state.observe(telemetry)
     rest = []
     for _ in range(5):
         telemetry = plant.advance(again.decide(telemetry), 1 / TOY_CASE.decisions)

@@ -347,7 +347,9 @@ def test_held_controls_are_resumed_by_a_plain_controller_too() -> None:
         run.step()
     standing = [run.guarded.records[place] for place in (0, 1, 3)]
     plain = Controller(keep, run.plant.limits(), Preference())
-    plain.resume(standing)
+    for record in standing:
+        plain.repeat(record)
+        plain.state.observe(record.telemetry)
     assert plain.state.controls == run.guarded.controls
 
 

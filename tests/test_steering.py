@@ -156,11 +156,49 @@ def test_parameter_groups_keep_the_ratio_of_their_rates(config: RunConfig) -> No
     mine = loop(config, Script(SCRIPT))
     mine.steering.close()
     mine.optimizer.param_groups[1]["lr"] *= 0.1
-    settings = replace(mine.steering.settings, policy=Script(SCRIPT))
-    mine.steering = Steering(mine.model, mine.optimizer, settings, meter=NoMeter("a test"))
+    steer_again(mine)
     mine.train()
     first, second = (group["lr"] for group in mine.optimizer.param_groups)
     assert second == pytest.approx(0.1 * first)
+
+
+def steer_again(mine: Loop, **settings: Any) -> None:
+    """Give a loop whose steering was closed a new one, of the model and optimiser that it has by now."""
+    wanted = replace(mine.steering.settings, policy=Script(SCRIPT), **settings)
+    mine.steering = Steering(mine.model, mine.optimizer, wanted, meter=NoMeter("a test"))
+
+
+def test_a_rate_in_a_tensor_is_changed_in_place(config: RunConfig) -> None:
+    plain, mine = loop(config, Script(SCRIPT)), loop(config, Script(SCRIPT))
+    mine.steering.close()
+    groups = mine.optimizer.param_groups
+    for group in groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    rates = [group["lr"] for group in groups]
+    steer_again(mine)
+    plain.train()
+    mine.train()
+    assert all(group["lr"] is rate for group, rate in zip(groups, rates, strict=True))
+    assert far(plain.model, mine.model) < 1e-6
+    mine.steering.close()
+    assert float(rates[0]) == pytest.approx(config.base_learning_rate)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_steered_as_it_is_otherwise(config: RunConfig) -> None:
+    plain, mine = loop(config, Script(SCRIPT), probe=True), loop(config, Script(SCRIPT))
+    mine.steering.close()
+    mine.model = torch.compile(mine.model, backend="eager")  # type: ignore[assignment]
+    steer_again(mine, probe=True)
+    plain.train()
+    mine.train()
+    assert asked(mine) == asked(plain)
+    theirs, ours = ([record.telemetry for record in each.steering.records] for each in (plain, mine))
+    assert [each.precision for each in ours] == [each.precision for each in theirs]
+    assert [each.train_loss for each in ours] == pytest.approx([each.train_loss for each in theirs], rel=1e-3)
+    assert [each.train_loss for each in ours[:2]] == [each.train_loss for each in theirs[:2]], (
+        "bf16 is rounded elsewhere"
+    )
 
 
 @pytest.mark.parametrize("at", [7, 20])

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from trainpilot.agents.steering.copied import copied
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
 from trainpilot.llm_runtime.controls import PRECISIONS, Controls, Precision
@@ -110,7 +111,7 @@ class Levers:
                 "remove the other learning-rate scheduler, as steering has the base schedule in it"
             )
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
-            group["lr"] = float(learning_rate) * ratio
+            _write_rate(group, float(learning_rate) * ratio)
         self._set = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def learning_rate(self) -> float:
@@ -172,7 +173,7 @@ class Levers:
         """Return a copy of what training changes: weights that are stepped, buffers, optimiser and masks."""
         return {
             "tensors": [tensor.detach().clone() for tensor in self._moving()],
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "optimizer": copied(self.optimizer.state_dict()),
             "levers": copy.deepcopy(self.state_dict()),
         }
 
@@ -185,7 +186,7 @@ class Levers:
         with torch.no_grad():
             for tensor, before in zip(self._moving(), snapshot["tensors"], strict=True):
                 tensor.copy_(before)
-        self.optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
+        self.optimizer.load_state_dict(copied(snapshot["optimizer"]))
         self.load_state_dict(snapshot["levers"], controls)
 
     def claim(self) -> None:
@@ -200,7 +201,7 @@ class Levers:
         setattr(self.optimizer, _CLAIMED, None)
         self.apply(replace(self.controls, batch_size=self._start_batch))
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=False):  # some may have been added
-            group["lr"] = self.peak * ratio
+            _write_rate(group, self.peak * ratio)
         if self.switches_matmul:
             torch.set_float32_matmul_precision(self._matmul_precision)
         if self._hook is not None:
@@ -224,6 +225,14 @@ def offered(precisions: tuple[Precision, ...], device: torch.device) -> dict[Pre
 def _first_rate(group: dict[str, Any]) -> float:
     """Return the peak of a group's learning rate: a scheduler that has warm-up leaves it in `initial_lr`."""
     return float(group.get("initial_lr", group["lr"]))
+
+
+def _write_rate(group: dict[str, Any], learning_rate: float) -> None:
+    """Write the learning rate of a parameter group; some optimisers keep it in a tensor, which must stay the same."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(learning_rate)
+    else:
+        group["lr"] = learning_rate
 
 
 def _device(model: nn.Module, optimizer: Optimizer) -> torch.device:
