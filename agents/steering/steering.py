@@ -21,18 +21,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Controller
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering import saved
-from trainpilot.agents.steering.domain import RunFacts, check_domain
+from trainpilot.agents.steering.described import facts_of, summary_of
+from trainpilot.agents.steering.domain import check_domain
 from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
 from trainpilot.agents.steering.guarded import GuardedController
 from trainpilot.agents.steering.guarded_decision import GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.levers import Levers
 from trainpilot.agents.steering.limits import control_limits
-from trainpilot.agents.steering.plan import Plan, name_of
+from trainpilot.agents.steering.plan import Plan
 from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
 from trainpilot.agents.steering.readings import Readings, looking
 from trainpilot.agents.steering.settings import SteeringSettings
@@ -109,7 +109,7 @@ class Steering:
         self.domain_warnings: list[str] = []
         """Where the run is unlike those that the policy was trained on."""
         if plan.bundle is not None:
-            self.domain_warnings = check_domain(plan.bundle, self._facts(plan.base), require=settings.strict_domain)
+            self.domain_warnings = check_domain(plan.bundle, facts_of(self, plan.base), require=settings.strict_domain)
         if self.domain_warnings and self.ranks.is_first:
             message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
             warnings.warn(message, stacklevel=2)
@@ -122,20 +122,6 @@ class Steering:
             return UNGUARDED
         bounds = self.settings.guardrails
         return within_reach(bounds, self.levers.peak) if self.fine_tuning else bounds
-
-    def _facts(self, base: BaseSchedule) -> RunFacts:
-        return RunFacts(
-            n_parameters=sum(p.numel() for p in self.levers.model.parameters()),
-            budget_tokens=self.course.schedule.budget_tokens,
-            sequences=self.settings.sequences,
-            batch_size=self.settings.batch_size,
-            sequence_length=self.settings.sequence_length,
-            optimizer=type(self.levers.optimizer).__name__,
-            decisions=self.course.decisions,
-            device_type=self.levers.device.type,
-            base_schedule=base,
-            fine_tuning=self.fine_tuning,
-        )
 
     # Where the run stands --------------------------------------------------------------------------------------------
 
@@ -352,28 +338,10 @@ class Steering:
 
     def summary(self) -> dict[str, Any]:
         """Return what was steered and what it came to, as plain JSON values."""
-        time_s = sum(record.telemetry.time_s for record in self.records)
-        return {
-            "policy": name_of(self.settings.policy),
-            "preference": self.settings.preference,
-            "decisions": len(self.records),
-            "sequences": self.sequences,
-            "tokens": self.tokens,
-            "time_s": time_s,
-            "energy_j": _sum([record.telemetry.energy_j for record in self.records]),
-            "energy_source": self.records[-1].telemetry.energy_source if self.records else None,
-            "validation_loss": self.validation_loss,
-            "domain_warnings": list(self.domain_warnings),
-            **self.controller.summary(),
-        }
+        return summary_of(self)
 
     def close(self) -> None:
         """Let go of model and optimiser, as they were but for their training; another controller may take them."""
         self.snapshots.drop()
         self.readings.let_go()
         self.levers.release()
-
-
-def _sum(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
