@@ -57,12 +57,13 @@ def test_nested_batches_are_cut_through() -> None:
     "batch",
     [
         {"input_ids": ROWS, "position_ids": torch.zeros(3, 4, 3)},
+        {"input_ids": ROWS, "position_ids": torch.zeros(4, 4, 3, dtype=torch.int64)},
         {"input_ids": ROWS, "texts": ["one", "two", "three", "four"]},
         {"input_ids": ROWS.reshape(1, 12), "cu_seq_lens_q": torch.tensor([0, 3, 6, 9, 12])},
         [torch.zeros(2), torch.zeros(3), torch.zeros(1), torch.zeros(5)],
         object(),
     ],
-    ids=["other rows", "words", "laid into one row", "ragged", "unknown"],
+    ids=["other rows", "as many parts as rows", "words", "laid into one row", "ragged", "unknown"],
 )
 def test_batches_whose_rows_cannot_be_told_stay_whole(batch: Any) -> None:
     assert first_sequences(batch, 2, of=4) is batch

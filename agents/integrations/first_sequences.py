@@ -23,7 +23,8 @@ def first_sequences(batch: Any, count: int, of: int) -> Any:
 def _has_rows(value: Any, of: int) -> bool:
     """Return whether all tensors in it have a row for each sequence, but for single numbers."""
     if isinstance(value, Tensor):
-        return value.ndim == 0 or len(value) == of
+        positions = value.ndim > 2 and not value.is_floating_point()  # three-part ones have another first dimension
+        return value.ndim == 0 or (len(value) == of and not positions)
     if isinstance(value, MutableMapping):
         return all(_has_rows(each, of) for each in value.values())
     if isinstance(value, (tuple, list)):
