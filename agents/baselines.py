@@ -16,8 +16,7 @@ import numpy as np
 from trainpilot.agents.controller import Controller, Policy
 from trainpilot.envs.action import ACTION_FIELDS, Action
 from trainpilot.envs.preference import Preference
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.controls import ControlLimits, Controls
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -222,7 +221,7 @@ class GradualPruning:
 
     def decide(self, telemetry: Telemetry | None) -> Controls | None:
         """Return the starting controls with the sparsity to be reached at the next interval's end."""
-        from trainpilot.llm_runtime.masks import cubic_sparsity  # loads torch
+        from trainpilot.llm_runtime.schedules import cubic_sparsity  # loads torch
 
         interval = telemetry.decision + 1 if telemetry is not None else 0
         share = (interval + 1) / self.limits.decisions

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.envs.reference import Reference
+from trainpilot.envs.reward import Reference
 from trainpilot.llm_runtime.controls import PRECISIONS
 from trainpilot.llm_runtime.telemetry import Telemetry
 

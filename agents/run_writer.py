@@ -20,8 +20,7 @@ from trainpilot.agents.flat_settings import hparams, markdown_table
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.tags import TAGS, multiline
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.reference import Reference
-from trainpilot.envs.reward import OBJECTIVES, RewardTerms
+from trainpilot.envs.reward import OBJECTIVES, Reference, RewardTerms
 from trainpilot.llm_runtime.controls import PRECISIONS
 from trainpilot.llm_runtime.telemetry import Telemetry
 

@@ -19,7 +19,7 @@ from trainpilot.agents.run_figure import run_figure
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.tags import TAGS, choice_tag, multiline
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.reference import Reference
+from trainpilot.envs.reward import Reference
 
 QUALITY_FIRST = 0.75
 """Preferences with at least this weight on quality count as 'quality first': half of those drawn for training."""

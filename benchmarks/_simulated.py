@@ -19,11 +19,10 @@ from trainpilot.envs.safety import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_S
 from trainpilot.envs.steered_runs import ReferencedPlants
 from trainpilot.llm_runtime.controls import PRECISIONS
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
-from trainpilot.llm_runtime.simulator.references import overfit
+from trainpilot.llm_runtime.simulator.references import DECISIONS, overfit
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
-DECISIONS = 50
 TEST_INSTANCES, TEST_SEED = 512, 20_240
 """Instances that nothing is trained or chosen on: recipes draw theirs with other seeds."""
 STARTS = (1 / 30, 0.18, 0.56, 1.8, 5.6, 10.0)

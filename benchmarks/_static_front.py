@@ -27,15 +27,15 @@ _MEANS = np.stack([ScheduleTable.of(name, warmup, DECISIONS).mean for name, warm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runs:
+class RunsAndReferences:
     """Runs to try static settings on, with what they are measured with."""
 
     instances: Instances
     references: References
 
-    def take(self, rows: Ints) -> Runs:
+    def take(self, rows: Ints) -> RunsAndReferences:
         """Return some of them."""
-        return Runs(instances=self.instances.take(rows), references=self.references.take(rows))
+        return RunsAndReferences(instances=self.instances.take(rows), references=self.references.take(rows))
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -56,7 +56,7 @@ class Runs:
         return time_s * hardware.power_w(batch) / self.references.energy_j
 
 
-def try_settings(settings: Floats, runs: Runs, cost: str) -> tuple[Floats, Floats]:
+def try_settings(settings: Floats, runs: RunsAndReferences, cost: str) -> tuple[Floats, Floats]:
     """Return quality and cost of every setting on every run, each of shape (n_settings, n_runs)."""
     n = len(runs)
     each = runs.take(np.tile(np.arange(n), len(settings)))
@@ -70,7 +70,7 @@ def try_settings(settings: Floats, runs: Runs, cost: str) -> tuple[Floats, Float
     return told[0].reshape(-1, n), told[1].reshape(-1, n)
 
 
-def nsga2_settings(runs: Runs, cost: str, n_simulated: int, seed: int = 0) -> Floats:
+def nsga2_settings(runs: RunsAndReferences, cost: str, n_simulated: int, seed: int = 0) -> Floats:
     """Return the settings on the front that NSGA-II finds with `n_simulated` runs in all.
 
     Every setting is tried on the same few runs, and judged by its medians there.
@@ -100,7 +100,7 @@ def medians(quality: Floats, cost: Floats) -> list[tuple[float, float]]:
     return [(1 / float(q), float(c)) for q, c in zip(worth, np.median(cost, axis=1), strict=True)]
 
 
-def tuned_for_each(runs: Runs, cost: str, weights: Sequence[float]) -> tuple[Floats, Floats]:
+def tuned_for_each(runs: RunsAndReferences, cost: str, weights: Sequence[float]) -> tuple[Floats, Floats]:
     """Return quality and cost of the static setting that is best on each run under each weight on the cost.
 
     The learning rate, the batch and the budget are chosen with the loss of every one of them known, 648 runs or fewer

@@ -189,11 +189,11 @@ def _over(multiplier: Floats, full: Floats, group: Ints) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """Return the figures as a Markdown table."""
     rows = ["| Variant | Simulator | 10th percentile | Over full | Multi-Power Law | Over full |", "|---" * 6 + "|"]
-    for name, told in result["variants"].items():
-        sim, law = told["simulator"], told["multi_power_law"]
+    for name, figures in result["variants"].items():
+        sim, law = figures["simulator"], figures["multi_power_law"]
         cells = [_cell(sim["median"]), f"{sim['p10']['value']:.2f}", _cell(sim.get("over_full"))]
         cells += [_cell(law["median"]), _cell(law.get("over_full"))]
-        rows.append(f"| {name}: {told['about']} | {' | '.join(cells)} |")
+        rows.append(f"| {name}: {figures['about']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

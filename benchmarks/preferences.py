@@ -30,7 +30,7 @@ from _simulated import (
     steer,
     unseen_pool,
 )
-from _static_front import Runs, front_of, medians, nsga2_settings, try_settings, tuned_for_each
+from _static_front import RunsAndReferences, front_of, medians, nsga2_settings, try_settings, tuned_for_each
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.envs.preference import Preference
@@ -83,7 +83,7 @@ def in_simulator(bundle: PolicyBundle, n_instances: int, n_runs: int) -> dict[st
     """Return the figures of every preference on simulated runs."""
     pool = unseen_pool(n_instances)
     fresh = SimulatedRuns(n_runs, RUNS_SEED, pool)
-    runs = Runs(instances=fresh.instances, references=fresh.references)
+    runs = RunsAndReferences(instances=fresh.instances, references=fresh.references)
     return {
         "runs": {"n": n_runs, "instances": n_instances, "seed": TEST_SEED},
         "reference_point": list(REFERENCE_POINT),
@@ -91,7 +91,7 @@ def in_simulator(bundle: PolicyBundle, n_instances: int, n_runs: int) -> dict[st
     }
 
 
-def _one_cost(bundle: PolicyBundle, cost: str, pool: Pool, runs: Runs, group: Ints) -> dict[str, Any]:
+def _one_cost(bundle: PolicyBundle, cost: str, pool: Pool, runs: RunsAndReferences, group: Ints) -> dict[str, Any]:
     quality, spent = _steered(bundle, cost, pool, runs)
     n_simulated = len(WEIGHTS) * len(runs)
     settings = nsga2_settings(runs, cost, n_simulated)
@@ -122,7 +122,7 @@ def _one_cost(bundle: PolicyBundle, cost: str, pool: Pool, runs: Runs, group: In
     }
 
 
-def _steered(bundle: PolicyBundle, cost: str, pool: Pool, runs: Runs) -> tuple[Floats, dict[str, Floats]]:
+def _steered(bundle: PolicyBundle, cost: str, pool: Pool, runs: RunsAndReferences) -> tuple[Floats, dict[str, Floats]]:
     """Return quality and costs under each weight, each of shape (weights, n_runs)."""
     asked = [preference(cost, weight) for weight in WEIGHTS]
     outcomes = [steer(SimulatedRuns(len(runs), RUNS_SEED, pool), by_policy(bundle, each)) for each in asked]

@@ -13,8 +13,7 @@ from trainpilot.envs.observation import OBSERVATION_FIELDS, RunView, encode
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.run_history import RunHistory
 from trainpilot.envs.safety import Reasons, Situation, SituationBatch, action_masks, allow, allow_batch, mask_reasons
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.controls import ControlLimits, Controls
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
 

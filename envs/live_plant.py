@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from trainpilot.envs.reference import PlantFactory, Progress, Reference, reference_for
+from trainpilot.envs.reference import PlantFactory, Progress, reference_for
+from trainpilot.envs.reward import Reference
 from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
 from trainpilot.llm_runtime.plant import Plant
 from trainpilot.llm_runtime.run_config import RunConfig

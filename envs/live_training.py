@@ -9,7 +9,8 @@ import numpy as np
 
 from trainpilot.envs.live_plant import live_plant, live_reference
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import PlantFactory, Reference, run_reference
+from trainpilot.envs.reference import PlantFactory, run_reference
+from trainpilot.envs.reward import Reference
 from trainpilot.envs.training_env import TrainingEnv
 from trainpilot.llm_runtime.run_config import RunConfig
 

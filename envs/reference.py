@@ -6,11 +6,10 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from hashlib import blake2b
-from typing import Any
 
-from trainpilot.envs.reward import compute_equivalent, current_loss
+from trainpilot.envs.reward import Reference, current_loss
 from trainpilot.llm_runtime.controls import Controls
 from trainpilot.llm_runtime.energy import sum_known
 from trainpilot.llm_runtime.files import cache_dir, write_json
@@ -25,41 +24,6 @@ FORMAT = 2
 
 PlantFactory = Callable[[RunConfig], Plant]
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What the base schedule reaches on one case, and what it costs."""
-
-    budgets: tuple[float, ...]
-    """Shares of the full budget, rising to 1."""
-    losses: tuple[float, ...]
-    """Final validation loss at each of these budgets, in nats/token."""
-    initial_loss: float
-    """Validation loss before training, in nats/token."""
-    time_s: float
-    """Seconds of the full run, evaluation apart."""
-    energy_j: float | None
-    """Joules of the full run, or `None`."""
-    energy_source: str | None
-    """Where the joules come from."""
-    telemetry: tuple[Telemetry, ...]
-    """Intervals of the full run."""
-
-    def quality(self, loss: float) -> float:
-        """Return the compute-equivalent of `loss`: the share of the budget that the reference needs for it."""
-        return compute_equivalent(loss, self.budgets, self.losses)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self) | {"telemetry": [t.to_json() for t in self.telemetry]}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Reference:
-        """Rebuild from `to_json`."""
-        telemetry = tuple(Telemetry.from_json(t) for t in record["telemetry"])
-        numbers = {"budgets": tuple(record["budgets"]), "losses": tuple(record["losses"])}
-        return cls(**{**record, **numbers, "telemetry": telemetry})
 
 
 def reference_for(

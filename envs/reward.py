@@ -10,9 +10,50 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from trainpilot.envs.reference import Reference
+    pass
     from trainpilot.llm_runtime.plant import Plant
     from trainpilot.llm_runtime.telemetry import Telemetry
+from dataclasses import asdict
+from typing import Any
+
+from trainpilot.envs.reward import compute_equivalent
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What the base schedule reaches on one case, and what it costs."""
+
+    budgets: tuple[float, ...]
+    """Shares of the full budget, rising to 1."""
+    losses: tuple[float, ...]
+    """Final validation loss at each of these budgets, in nats/token."""
+    initial_loss: float
+    """Validation loss before training, in nats/token."""
+    time_s: float
+    """Seconds of the full run, evaluation apart."""
+    energy_j: float | None
+    """Joules of the full run, or `None`."""
+    energy_source: str | None
+    """Where the joules come from."""
+    telemetry: tuple[Telemetry, ...]
+    """Intervals of the full run."""
+
+    def quality(self, loss: float) -> float:
+        """Return the compute-equivalent of `loss`: the share of the budget that the reference needs for it."""
+        return compute_equivalent(loss, self.budgets, self.losses)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self) | {"telemetry": [t.to_json() for t in self.telemetry]}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Reference:
+        """Rebuild from `to_json`."""
+        telemetry = tuple(Telemetry.from_json(t) for t in record["telemetry"])
+        numbers = {"budgets": tuple(record["budgets"]), "losses": tuple(record["losses"])}
+        return cls(**{**record, **numbers, "telemetry": telemetry})
+
 
 OBJECTIVES = ("quality", "energy", "time")
 MAX_QUALITY = 3.0

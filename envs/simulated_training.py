@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import BUDGET_SHARES, Reference
+from trainpilot.envs.reference import BUDGET_SHARES
+from trainpilot.envs.reward import Reference
 from trainpilot.envs.steered_runs import ReferencedPlants
 from trainpilot.envs.training_env import TrainingEnv
 from trainpilot.llm_runtime.simulator.one_run import OnePlant

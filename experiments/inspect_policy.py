@@ -14,7 +14,14 @@ from rich.text import Text
 from trainpilot.agents.bundle import PolicyBundle, policy_digest
 from trainpilot.agents.explain import input_shares
 from trainpilot.agents.flat_settings import flatten, text
-from trainpilot.experiments.run_plot import print_bundle
+
+pass
+from trainpilot.agents.flat_settings import flatten, text
+from trainpilot.experiments.inspect_policy import MANY, _entry, titled_table
+
+MANY = 6
+"""More different values than this are not listed."""
+
 
 BARS = 15
 """Fields shown with a bar; the others count together."""
@@ -95,3 +102,30 @@ def _bars(shares: Mapping[str, float], block: str) -> Table:
         table.add_row(name, block * round(BAR_WIDTH * share / max(top[0][1], 1e-30)), f"{share:.1%}")
     table.add_row(f"the other {len(shares) - len(top)}", "", f"{1 - sum(share for _, share in top):.1%}", style="dim")
     return table
+
+
+def _entry(value: Any) -> str:
+    """Return a value as text; of a list of tables, how many there are and in what they differ."""
+    if not (isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)):
+        return text(value)
+    columns = {key: list(dict.fromkeys(text(item.get(key)) for item in value)) for key in value[0]}
+    differing = [f"{key} {', '.join(seen)}" for key, seen in columns.items() if 1 < len(seen) <= MANY]
+    return "; ".join([str(len(value)), *differing])
+
+
+def titled_table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", header_style="dim")
+    return table
+
+
+def print_bundle(info: Mapping[str, Any], console: Console) -> None:
+    """Print what a policy file says about itself."""
+    table = titled_table("Policy", "", "")
+    table.columns[1].justify = "left"
+    for key, value in flatten(info).items():
+        table.add_row(escape(key), escape(_entry(value)))
+    console.print(table)

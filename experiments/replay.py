@@ -16,8 +16,7 @@ from trainpilot.agents.steering.guarded import GuardedController
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
 from trainpilot.envs.live_plant import live_reference
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import Reference
-from trainpilot.envs.reward import RewardMeter, current_loss
+from trainpilot.envs.reward import Reference, RewardMeter, current_loss
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_folder import RunFolder

@@ -20,9 +20,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from trainpilot.agents.flat_settings import flatten, text
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.experiments.inspect_policy import titled_table
 from trainpilot.experiments.run_folder import read_records
 from trainpilot.llm_runtime.controls import PRECISIONS
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -56,8 +56,6 @@ CHARTS = (CURVES[0], CURVES[2])
 """Drawn large where plotext is installed."""
 FLAT = 0.005
 """Values that differ by less than this share are drawn as a flat line."""
-MANY = 6
-"""More different values than this are not listed."""
 
 
 def print_run(folder: Path, console: Console) -> None:
@@ -85,24 +83,6 @@ def print_run(folder: Path, console: Console) -> None:
     console.print(Text(f"\nLook closer: tensorboard --logdir {folder / 'tb'}"), soft_wrap=True)
 
 
-def print_bundle(info: Mapping[str, Any], console: Console) -> None:
-    """Print what a policy file says about itself."""
-    table = _table("Policy", "", "")
-    table.columns[1].justify = "left"
-    for key, value in flatten(info).items():
-        table.add_row(escape(key), escape(_entry(value)))
-    console.print(table)
-
-
-def _entry(value: Any) -> str:
-    """Return a value as text; of a list of tables, how many there are and in what they differ."""
-    if not (isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)):
-        return text(value)
-    columns = {key: list(dict.fromkeys(text(item.get(key)) for item in value)) for key in value[0]}
-    differing = [f"{key} {', '.join(seen)}" for key, seen in columns.items() if 1 < len(seen) <= MANY]
-    return "; ".join([str(len(value)), *differing])
-
-
 def _summary(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -122,7 +102,7 @@ def _heading(summary: Mapping[str, Any], last: Telemetry) -> Text:
 
 def _key_figures(summary: Mapping[str, Any]) -> Table:
     reference = summary.get("reference") or {}
-    table = _table("Key figures", "", "this run", *(["reference"] if reference else []))
+    table = titled_table("Key figures", "", "this run", *(["reference"] if reference else []))
     for label, key, form in KEY_FIGURES:
         if key in summary or key in reference:
             own = _number(summary.get(key, reference.get(key)), form)
@@ -162,7 +142,7 @@ def _chart(figure: Any, telemetry: Sequence[Telemetry], value: Value, title: str
 
 
 def _curves(telemetry: Sequence[Telemetry], console: Console) -> Table:
-    table = _table("Curves", "", "course", "first", "last", "lowest", "highest")
+    table = titled_table("Curves", "", "course", "first", "last", "lowest", "highest")
     table.columns[0].no_wrap, table.columns[1].justify = True, "left"
     levels = SPARKS if _speaks_unicode(console) else PLAIN_SPARKS
     width = max(min(console.width - 72, 50), 8)
@@ -201,7 +181,7 @@ def _costs(telemetry: Sequence[Telemetry]) -> Table:
         "evaluation": (evaluation, None),
     }
     source = telemetry[-1].energy_source or "no meter"
-    table = _table("Where time and energy went", "", "time, s", "share", f"energy, J ({source})")
+    table = titled_table("Where time and energy went", "", "time, s", "share", f"energy, J ({source})")
     for name, (seconds, part) in shares.items():
         joules = _number(_joules(telemetry, part), ",.2f") if part is not None else "not counted"
         table.add_row(name, f"{seconds:,.2f}", f"{seconds / max(total, 1e-9):.1%}", joules)
@@ -218,7 +198,7 @@ def _joules(telemetry: Iterable[Telemetry], part: Callable[[Telemetry], float]) 
 
 
 def _decisions(records: Sequence[DecisionRecord]) -> Table:
-    table = _table(f"{len(records)} decisions", "control", "changed", "choices that took effect")
+    table = titled_table(f"{len(records)} decisions", "control", "changed", "choices that took effect")
     table.columns[2].justify = "left"
     for index, field in enumerate(ACTION_FIELDS):
         taken = Counter(record.allowed[index] for record in records)
@@ -237,18 +217,9 @@ def _refusals(records: Sequence[DecisionRecord]) -> Table | None:
         example.setdefault(kind, reason)
     if not counts:
         return None
-    table = _table("Refused by the safety layer", "", "times")
+    table = titled_table("Refused by the safety layer", "", "times")
     for kind, count in counts.most_common():
         table.add_row(escape(example[kind]), str(count))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", header_style="dim")
     return table
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.live_plant import device_label
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import Reference
+from trainpilot.envs.reward import Reference
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.versions import versions
 from trainpilot.llm_runtime.carbon import (

@@ -24,8 +24,7 @@ from trainpilot.agents.training_log import TrainingLog
 from trainpilot.envs.live_plant import live_plant, live_reference
 from trainpilot.envs.live_training import LiveTraining
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import Reference
-from trainpilot.envs.reward import RewardMeter, current_loss
+from trainpilot.envs.reward import Reference, RewardMeter, current_loss
 from trainpilot.envs.scalarise import ScalarReward
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.progress import progress_bar

@@ -9,9 +9,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from trainpilot.llm_runtime.cost_table import Cost
+pass
 from trainpilot.llm_runtime.energy import EnergyMeter, EnergySource, sum_known
 from trainpilot.llm_runtime.measure import energy_between
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds and joules of something."""
+
+    time_s: float
+    energy_j: float | None
+    """`None` where nothing measured it."""
+
+    def __add__(self, other: Cost) -> Cost:
+        known = self.energy_j is not None and other.energy_j is not None
+        energy_j = self.energy_j + other.energy_j if known else None  # type: ignore[operator]
+        return Cost(time_s=self.time_s + other.time_s, energy_j=energy_j)
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(time_s=self.time_s * factor, energy_j=None if self.energy_j is None else self.energy_j * factor)
+
 
 Key = TypeVar("Key")
 

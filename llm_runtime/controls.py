@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, get_args
+
+from trainpilot.llm_runtime.controls import Controls, Precision, Pruning
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Pruning = Literal["none", "magnitude", "evolution", "width"]
@@ -38,3 +41,21 @@ class Controls:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlLimits:
+    """What a plant can do, and why it cannot do the rest."""
+
+    start: Controls
+    """Controls of the untouched base schedule."""
+    min_batch_size: int
+    """Smallest batch worth offering, in sequences."""
+    max_batch_size: int
+    """Largest batch that leaves enough steps in an interval, in sequences."""
+    masked_precisions: Mapping[Precision, str]
+    """Precisions not offered, each with the reason."""
+    pruning: Pruning
+    """What the pruning control does here."""
+    decisions: int
+    """Decisions in the whole run."""

@@ -11,29 +11,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from trainpilot.llm_runtime.alternating import Cost
 from trainpilot.llm_runtime.energy import EnergySource
+from trainpilot.llm_runtime.schedules import PROBE_PASSES
 
-PROBE_PASSES = 3
-"""Forward passes of a curvature probe."""
 WITHOUT_EXTRA = ("adamw", "none", "width")
 """The optimiser and the ways of pruning that the table's rows already hold."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Seconds and joules of something."""
-
-    time_s: float
-    energy_j: float | None
-    """`None` where nothing measured it."""
-
-    def __add__(self, other: Cost) -> Cost:
-        known = self.energy_j is not None and other.energy_j is not None
-        energy_j = self.energy_j + other.energy_j if known else None  # type: ignore[operator]
-        return Cost(time_s=self.time_s + other.time_s, energy_j=energy_j)
-
-    def __mul__(self, factor: float) -> Cost:
-        return Cost(time_s=self.time_s * factor, energy_j=None if self.energy_j is None else self.energy_j * factor)
 
 
 NOTHING = Cost(time_s=0.0, energy_j=0.0)

@@ -19,7 +19,19 @@ from trainpilot.llm_runtime.measure import (
     mean_finite,
 )
 from trainpilot.llm_runtime.probe import ProbeResult
-from trainpilot.llm_runtime.trainer import StepRecord
+
+pass
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step, still on the device so that nothing waits for it."""
+
+    loss: torch.Tensor
+    """Mean training loss of the batch, a scalar in nats/token."""
+    gradient_norm: torch.Tensor
+    """Euclidean norm of the gradient before clipping, a scalar."""
 
 
 @dataclass

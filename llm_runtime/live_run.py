@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime.batches import BatchStream, fixed_batch
-from trainpilot.llm_runtime.controls import Controls, Precision
+from trainpilot.llm_runtime.controls import ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.corpus import Corpus, load_corpus
 from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
 from trainpilot.llm_runtime.interval import Interval
 from trainpilot.llm_runtime.measure import memory_share
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
-from trainpilot.llm_runtime.plant import ControlLimits, Snapshot
+from trainpilot.llm_runtime.plant import Snapshot
 from trainpilot.llm_runtime.precision import lacking, masked_precisions, synchronise
 from trainpilot.llm_runtime.probe_plan import probe_due, sequences_probed
 from trainpilot.llm_runtime.random_state import RandomState

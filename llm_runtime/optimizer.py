@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.schedules import neutral_factor as neutral_factor  # noqa: PLC0414, found here too
 from trainpilot.llm_runtime.shards import whole
 from trainpilot.llm_runtime.tuning_free import make_prodigy, make_schedule_free
 

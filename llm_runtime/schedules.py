@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+PROBE_PASSES = 3
+"""Forward passes of a curvature probe."""
+
+
 ScheduleName = Literal["linear", "cosine", "wsd", "constant"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
@@ -84,3 +88,19 @@ def _constant(progress: float) -> float:
 
 
 _DECAYS = {"linear": _linear, "cosine": _cosine, "wsd": _wsd, "constant": _constant}
+
+
+def cubic_sparsity(start: float, end: float, progress: float) -> float:
+    """Return the sparsity of a gradual schedule: steep at first, flat at its end.
+
+        s = end + (start - end) * (1 - progress)^3
+
+    Formula: Zhu and Gupta 2017, "To prune, or not to prune", arXiv 1710.01878, equation 1.
+
+    Args:
+        start: Sparsity before the schedule, in [0, 1).
+        end: Sparsity after the schedule, in [0, 1).
+        progress: Share of the schedule gone by; held at 0 before it and at 1 after it.
+    """
+    left = 1 - min(max(progress, 0.0), 1.0)
+    return end + (start - end) * left**3

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,21 +20,13 @@ from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
 from trainpilot.llm_runtime import width as channels
 from trainpilot.llm_runtime.controls import Controls, Precision
-from trainpilot.llm_runtime.masks import WeightMasks, cubic_sparsity
+from trainpilot.llm_runtime.interval import StepRecord
+from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.plant import Snapshot
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
 from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.schedules import cubic_sparsity
 from trainpilot.llm_runtime.tuning_free import averaged_weights
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimiser step, still on the device so that nothing waits for it."""
-
-    loss: torch.Tensor
-    """Mean training loss of the batch, a scalar in nats/token."""
-    gradient_norm: torch.Tensor
-    """Euclidean norm of the gradient before clipping, a scalar."""
 
 
 class Trainer:

@@ -24,7 +24,8 @@ from trainpilot.experiments.measuring.figures import (
     SignTest,
     TargetFigures,
 )
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
+from trainpilot.llm_runtime.alternating import Cost
+from trainpilot.llm_runtime.cost_table import CostRow, CostTable
 from trainpilot.llm_runtime.run_config import RunConfig
 
 NOTES = (

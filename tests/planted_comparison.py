@@ -13,7 +13,8 @@ from trainpilot.experiments.compare.comparison import Case, Comparison, MethodNo
 from trainpilot.experiments.compare.records import IntervalResult, Role, Row, RunResult, RunSpec, Steering, cost_key
 from trainpilot.experiments.measuring.analyse import analyse
 from trainpilot.experiments.measuring.figures import Figures
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
+from trainpilot.llm_runtime.alternating import Cost
+from trainpilot.llm_runtime.cost_table import CostRow, CostTable
 from trainpilot.llm_runtime.energy import EnergySource
 from trainpilot.llm_runtime.run_config import RunConfig
 

@@ -22,7 +22,8 @@ from trainpilot.experiments.calibrate.calibration import Calibration, load_calib
 from trainpilot.experiments.calibrate.design import Setting, design
 from trainpilot.experiments.calibrate.runs import RunFile, carry_out
 from trainpilot.experiments.options import CalibrateOptions
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
+from trainpilot.llm_runtime.alternating import Cost
+from trainpilot.llm_runtime.cost_table import CostRow, CostTable
 from trainpilot.llm_runtime.energy import EnergyReading, EnergySource, NoMeter
 from trainpilot.llm_runtime.energy_recorded import RecordedMeter
 from trainpilot.llm_runtime.run_config import RunConfig

@@ -29,8 +29,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 
-from trainpilot.agents.integrations.lightning import SteeringCallback  # noqa: E402
-from trainpilot.agents.integrations.lightning_parts import Window  # noqa: E402
+from trainpilot.agents.integrations.lightning import SteeringCallback, Window  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
 MICRO = 2

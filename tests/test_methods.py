@@ -15,12 +15,13 @@ from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision_state import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.experiments.compare.baseline import CHECKS, PER_SCHEDULE
 from trainpilot.experiments.compare.direct import direct_program, open_loop_program
 from trainpilot.experiments.compare.methods import (
+    CHECKS,
     COST_NOTES,
     DEFAULT_METHODS,
     OPTIONAL,
+    PER_SCHEDULE,
     SEARCHED,
     SIMPLE,
     choose_methods,

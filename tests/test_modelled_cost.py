@@ -13,8 +13,9 @@ from trainpilot.experiments.compare.execute import execute
 from trainpilot.experiments.compare.records import IntervalResult, RunResult, RunSpec, Steering
 from trainpilot.experiments.measuring.cost import cumulative, modelled_cost
 from trainpilot.experiments.measuring.figures import PARTS
+from trainpilot.llm_runtime.alternating import Cost
 from trainpilot.llm_runtime.cost_measuring import measure_cost_table
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
+from trainpilot.llm_runtime.cost_table import CostRow, CostTable
 from trainpilot.llm_runtime.run_config import RunConfig
 
 WATTS = 10.0

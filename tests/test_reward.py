@@ -12,11 +12,11 @@ from fakes import TOY_CASE, ToyPlant, make_telemetry
 from trainpilot.envs.action import KEEP
 from trainpilot.envs.live_training import LiveTraining
 from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import Reference
 from trainpilot.envs.reward import (
     DIVERGED_QUALITY,
     EVALUATE_EVERY,
     MAX_QUALITY,
+    Reference,
     RewardMeter,
     RewardTerms,
     compute_equivalent,

@@ -21,8 +21,7 @@ from trainpilot.envs.safety import (
     allow_batch,
     mask_reasons,
 )
-from trainpilot.llm_runtime.controls import PRECISIONS, PRUNINGS, Controls
-from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.controls import PRECISIONS, PRUNINGS, ControlLimits, Controls
 
 NAMES = [field.name for field in ACTION_FIELDS]
 

@@ -17,8 +17,9 @@ from trainpilot.agents.steering.copied import copied
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
 from trainpilot.llm_runtime.controls import PRECISIONS, Controls, Precision
-from trainpilot.llm_runtime.masks import WeightMasks, cubic_sparsity
+from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.plant import Snapshot
+from trainpilot.llm_runtime.schedules import cubic_sparsity
 
 MaskPruning = Literal["none", "magnitude", "evolution"]
 _CLAIMED = "_trainpilot_steered"

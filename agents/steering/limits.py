@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainpilot.agents.steering.levers import Levers, offered
 from trainpilot.agents.steering.settings import SteeringSettings
-from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.controls import ControlLimits
 
 BATCH_RANGE = 16
 """The batch stays within this factor of the first, and leaves at least four steps in an interval."""

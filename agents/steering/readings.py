@@ -12,16 +12,14 @@ from torch import nn
 
 from trainpilot.agents.steering.levers import Levers
 from trainpilot.agents.steering.ranks import Ranks, Share
-from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.stopwatch import Stopwatch
 from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading
-from trainpilot.llm_runtime.interval import Interval
+from trainpilot.llm_runtime.interval import Interval, StepRecord
 from trainpilot.llm_runtime.measure import memory_share
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
 from trainpilot.llm_runtime.probe_plan import probe_due, sequences_probed
 from trainpilot.llm_runtime.telemetry import Telemetry
-from trainpilot.llm_runtime.trainer import StepRecord
 
 
 class Readings:
@@ -35,13 +33,27 @@ class Readings:
         meter: Energy meter.
         clock: Returns seconds.
         ranks: The processes that train together.
-        settings: Budget and bounds.
+        sequences: Budget of the run.
+        sequence_length: Tokens of a sequence.
+        gradient_clip: Largest norm of a gradient, or None for no limit.
+        probe: Whether to probe the curvature.
     """
 
     def __init__(
-        self, levers: Levers, meter: EnergyMeter, clock: Callable[[], float], ranks: Ranks, settings: SteeringSettings
+        self,
+        levers: Levers,
+        meter: EnergyMeter,
+        clock: Callable[[], float],
+        ranks: Ranks,
+        *,
+        sequences: int,
+        sequence_length: int,
+        gradient_clip: float | None,
+        probe: bool,
     ) -> None:
-        self.levers, self.ranks, self.settings = levers, ranks, settings
+        self.levers, self.ranks = levers, ranks
+        self.sequences, self.sequence_length = sequences, sequence_length
+        self.gradient_clip, self.probe = gradient_clip, probe
         self.watch = Stopwatch(clock, meter)
         self.start_sequences = 0
         self.start_sparsity = 0.0
@@ -98,8 +110,8 @@ class Readings:
     def keep_weights(self, *, next_is_last: bool) -> None:
         """Keep the weights where the next step may begin with a probe: what this step changes is the update."""
         if not self.probe_wanted:
-            due = probe_due(self._decision, self.start_sequences / self.settings.sequences)
-            wanted = next_is_last and self.settings.probe and bool(due)
+            due = probe_due(self._decision, self.start_sequences / self.sequences)
+            wanted = next_is_last and self.probe and bool(due)
             self._before = [(p, p.detach().clone()) for p in self.levers.parameters()] if wanted else []
 
     def note_loss(self, loss: torch.Tensor, share: float) -> None:
@@ -154,7 +166,7 @@ class Readings:
         interval.switch_s = self.switch_s
         cost = self._cost(interval)
         batch_size = self._taken / len(interval.steps)
-        clip = self.settings.gradient_clip
+        clip = self.gradient_clip
         learned = interval.losses_and_gradients(
             batch_size, gradient_clip=float("inf") if clip is None else clip, beta1=levers.beta1
         )
@@ -165,7 +177,7 @@ class Readings:
             decision=decision,
             budget_used=budget_used,
             tokens=tokens,
-            interval_tokens=self._taken * self.settings.sequence_length,
+            interval_tokens=self._taken * self.sequence_length,
             steps=len(interval.steps),
             epochs_seen=0.0,
             validation_loss=validation_loss,

@@ -97,7 +97,16 @@ class Steering:
         self.validate, self.on_decision = validate, on_decision
         self.levers.switches_matmul = "tf32" in settings.precisions
         meter = meter if meter is not None else select_meter(str(self.levers.device))
-        self.readings = Readings(self.levers, meter, clock, self.ranks, settings)
+        self.readings = Readings(
+            self.levers,
+            meter,
+            clock,
+            self.ranks,
+            sequences=settings.sequences,
+            sequence_length=settings.sequence_length,
+            gradient_clip=settings.gradient_clip,
+            probe=settings.probe,
+        )
         preference = Preference.parse(settings.preference)
         limits = control_limits(settings, self.levers, plan.decisions, self.ranks.world_size)
         controller = Controller(plan.policy, limits, preference)

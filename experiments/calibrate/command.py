@@ -189,7 +189,7 @@ def _fit(prepared: Prepared, files: dict[str, RunFile], options: CalibrateOption
         fitted=fit_error(physics, [run for run in runs.values() if run.role == "fit"]),
         grid_rank_correlation=rank_correlation(physics, grid),
         best_rates=best_rates(physics, grid),
-        cost=_cost(list(files.values()), time.monotonic() - start),
+        cost=_calibration_cost(list(files.values()), time.monotonic() - start),
         device=prepared.table.device,
         versions=versions(),
         command=_command(options),
@@ -208,7 +208,7 @@ def _command(options: CalibrateOptions) -> str:
     return shlex.join(words)
 
 
-def _cost(files: Sequence[RunFile], fit_time_s: float) -> CalibrationCost:
+def _calibration_cost(files: Sequence[RunFile], fit_time_s: float) -> CalibrationCost:
     return CalibrationCost(
         n_runs=len(files),
         run_time_s=sum(file.time_s for file in files),

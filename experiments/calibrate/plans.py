@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.controls import ControlLimits, Controls
 from trainpilot.llm_runtime.run_config import RunConfig
 
 Plan = Literal["ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"]

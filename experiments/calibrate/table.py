@@ -25,7 +25,7 @@ def print_calibration(calibration: Calibration, console: Console) -> None:
     console.print(_errors(calibration))
     console.print(_rates(calibration.best_rates))
     console.print(_ranks(calibration.grid_rank_correlation), soft_wrap=True)
-    console.print(_cost(calibration), soft_wrap=True)
+    console.print(_cost_line(calibration), soft_wrap=True)
 
 
 def _values(physics: Physics) -> Table:
@@ -79,7 +79,7 @@ def _ranks(correlation: float | None) -> str:
     )
 
 
-def _cost(calibration: Calibration) -> str:
+def _cost_line(calibration: Calibration) -> str:
     cost = calibration.cost
     joules = "joules unknown" if cost.energy_j is None else f"{cost.energy_j:,.0f} J ({cost.energy_source})"
     return f"{cost.n_runs} runs took {cost.run_time_s:,.0f} s in all, {joules}; the fit took {cost.fit_time_s:.0f} s"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainpilot.experiments.compare.bench import Bench
 from trainpilot.experiments.compare.comparison import TUNED, UNTUNED, Case, TunedBaseline
+from trainpilot.experiments.compare.methods import CHECKS, PER_SCHEDULE
 from trainpilot.experiments.compare.records import Role, RunResult, RunSpec
 from trainpilot.experiments.compare.settings import LEARNING_RATE_STEP, TUNED_SCHEDULES, Setting, neighbours
 from trainpilot.experiments.compare.tuning import MAX_MOVES, Trial, Trials, retune, tune
@@ -29,19 +30,6 @@ UNTUNED_CURVE_BUDGETS = (0.25, 0.5, 2.0, 4.0)
 COST_AXES = ("time_s", "energy_j")
 
 Steps = Generator[list[RunSpec], list[RunResult], None]
-
-PER_SCHEDULE: dict[str, ScheduleName] = {
-    "tuned-linear": "linear",
-    "tuned-cosine": "cosine",
-    "tuned-wsd": "wsd",
-    "tuned-constant": "constant",
-}
-CHECKS: dict[str, Callable[[Setting], tuple[Setting, float]]] = {
-    "check-self": lambda setting: (setting, 1.0),
-    "check-budget": lambda setting: (setting, 1.25),
-    "check-rate": lambda setting: (replace(setting, learning_rate=setting.learning_rate / 4), 1.0),
-}
-"""Planted methods whose compute multiplier is known: what is run, and with what share of the budget."""
 
 
 @dataclass

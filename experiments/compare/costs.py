@@ -46,11 +46,11 @@ def cost_tables(
             key = cost_key(config)
             if key not in tables:
                 progress(f"cost table of {name}" + (f", size {number} of {len(sizes)}" if len(sizes) > 1 else ""))
-                tables[key] = _table(config, tuple(tried[key]), folder)
+                tables[key] = _measured_table(config, tuple(tried[key]), folder)
     return tables
 
 
-def _table(config: RunConfig, precisions: Sequence[Precision], folder: Path) -> CostTable:
+def _measured_table(config: RunConfig, precisions: Sequence[Precision], folder: Path) -> CostTable:
     path = folder / f"{blake2b(cost_key(config).encode(), digest_size=8).hexdigest()}.json"
     try:
         table = CostTable.from_json(json.loads(path.read_text(encoding="utf-8")))

@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainpilot.agents.bundle import policy_digest
-from trainpilot.experiments.compare.baseline import CHECKS, PER_SCHEDULE
+
+pass
+from collections.abc import Callable
+from dataclasses import replace
+
 from trainpilot.experiments.compare.comparison import TUNED, Case, MethodNote
 from trainpilot.experiments.compare.policies import (
     Policy,
@@ -21,6 +25,23 @@ from trainpilot.experiments.compare.policies import (
 from trainpilot.experiments.compare.records import RunSpec, Steering
 from trainpilot.experiments.compare.settings import Setting
 from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.schedules import ScheduleName
+
+PER_SCHEDULE: dict[str, ScheduleName] = {
+    "tuned-linear": "linear",
+    "tuned-cosine": "cosine",
+    "tuned-wsd": "wsd",
+    "tuned-constant": "constant",
+}
+
+
+CHECKS: dict[str, Callable[[Setting], tuple[Setting, float]]] = {
+    "check-self": lambda setting: (setting, 1.0),
+    "check-budget": lambda setting: (setting, 1.25),
+    "check-rate": lambda setting: (replace(setting, learning_rate=setting.learning_rate / 4), 1.0),
+}
+"""Planted methods whose compute multiplier is known: what is run, and with what share of the budget."""
+
 
 SCHEDULE_FREE_LEARNING_RATE = 2.5e-3
 """The default of the package schedulefree, which is what somebody who tunes nothing gets."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trainpilot.experiments.compare.baseline import CHECKS, CURVE_BUDGETS, PER_SCHEDULE, UNTUNED_CURVE_BUDGETS
+from trainpilot.experiments.compare.baseline import CURVE_BUDGETS, UNTUNED_CURVE_BUDGETS
 from trainpilot.experiments.compare.comparison import UNTUNED, Case
-from trainpilot.experiments.compare.methods import OPTIONAL_RUNS, rests_on_search
+from trainpilot.experiments.compare.methods import CHECKS, OPTIONAL_RUNS, PER_SCHEDULE, rests_on_search
 from trainpilot.experiments.compare.policies import starts_from_tuned
 from trainpilot.experiments.compare.records import cost_key
 from trainpilot.experiments.compare.settings import TUNED_SCHEDULES, grid

@@ -116,7 +116,7 @@ def spoken(preference: Preference) -> str:
 
 def from_tuned(config: RunConfig, tuned: Setting, factor: float) -> RunConfig:
     """Return the run started at `factor` times the tuned learning rate, carried over to its own starting batch."""
-    from trainpilot.llm_runtime.optimizer import neutral_factor  # loads torch
+    from trainpilot.llm_runtime.schedules import neutral_factor
 
     rate = factor * tuned.learning_rate * neutral_factor(config.batch_size, tuned.batch_size)
     return replace(config, base_learning_rate=rounded(rate))

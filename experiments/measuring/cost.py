@@ -9,7 +9,8 @@ from itertools import accumulate
 
 from trainpilot.experiments.compare.records import IntervalResult, RunResult
 from trainpilot.experiments.measuring.figures import PARTS
-from trainpilot.llm_runtime.cost_table import Cost, CostTable
+from trainpilot.llm_runtime.alternating import Cost
+from trainpilot.llm_runtime.cost_table import CostTable
 from trainpilot.llm_runtime.run_config import RunConfig
 
 

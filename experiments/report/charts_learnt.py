@@ -147,7 +147,7 @@ def _draw(
 
 def _band(regime: Regime, ratio: Ratio) -> np.ndarray:
     """Return share, lower quartile, median and upper quartile, as far as at least half of the runs go."""
-    courses = [_course(run, tuned, ratio) for run, tuned in regime.runs]
+    courses = [_ratio_course(run, tuned, ratio) for run, tuned in regime.runs]
     rows = []
     for share in GRID:
         values = [at(course, share) for course in courses if course[0][-1] >= share - HALF_STEP]
@@ -156,7 +156,7 @@ def _band(regime: Regime, ratio: Ratio) -> np.ndarray:
     return np.array(rows)
 
 
-def _course(run: RunResult, tuned: RunConfig, ratio: Ratio) -> Course:
+def _ratio_course(run: RunResult, tuned: RunConfig, ratio: Ratio) -> Course:
     config = run.spec.config
     values = [ratio(interval, config, tuned) for interval in run.intervals]
     return [0.0, *(interval.tokens / config.tokens for interval in run.intervals)], [*values, values[-1]]

@@ -37,7 +37,7 @@ def finding(material: Material) -> Finding:
     return Finding(
         subject=subject,
         title=_title(material, subject),
-        lead=tuple(part for part in (_compared(material), _about(material, subject)) if part),
+        lead=tuple(part for part in (_compared(material), _subject_line(material, subject)) if part),
         cautions=tuple(_cautions(material, subject)),
     )
 
@@ -95,7 +95,7 @@ def _compared(material: Material) -> str:
     )
 
 
-def _about(material: Material, subject: str | None) -> str:
+def _subject_line(material: Material, subject: str | None) -> str:
     """Return which method the headline is about, against which baselines, and on what grounds it was chosen."""
     if subject is None:
         return ""

@@ -125,7 +125,7 @@ def build(material: Material) -> Page:
     return Page(
         finding=found,
         glance=glance(material, found.subject) if found.subject else None,
-        about=_about(material),
+        about=_devices(material),
         headline=headline_table(material),
         multipliers=all_multipliers(material),
         break_even=break_even(material),
@@ -192,5 +192,5 @@ def _chosen(looks: Looks) -> str:
     )
 
 
-def _about(material: Material) -> str:
+def _devices(material: Material) -> str:
     return "; ".join(dict.fromkeys(run.device for run in material.results.values()))

@@ -79,11 +79,11 @@ def cases_table(material: Material) -> Table:
         Column(name="target loss", title="In nats/token."),
         Column(name="text", wraps=True),
     )
-    lines = tuple(_case_line(material, case) for case in material.comparison.cases)
+    lines = tuple(_described_case(material, case) for case in material.comparison.cases)
     return Table(corner="case", columns=columns, groups=(("", lines),))
 
 
-def _case_line(material: Material, case: Case) -> Line:
+def _described_case(material: Material, case: Case) -> Line:
     config, target = case.config, material.figures.targets.get(case.name)
     sizes = [run.n_parameters for name in material.notes for run in material.runs(case.name, name)]
     return Line(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from trainpilot.llm_runtime.cost_table import PROBE_PASSES
+from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 
 FORWARD_SHARE = 1 / 3

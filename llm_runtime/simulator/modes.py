@@ -13,9 +13,9 @@ be stepped under any controls. Noisy quadratic model: Zhang et al. 2019, arXiv 1
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.float64]
+from trainpilot.llm_runtime.simulator.records import Floats
 
 N_MODES = 48
 """Modes: about seven in each decade, enough for smooth power laws."""

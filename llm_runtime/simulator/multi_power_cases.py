@@ -157,8 +157,8 @@ def _between(random: np.random.Generator, n: int, low: float, high: float) -> Fl
 
 
 def _put(target: Any, rows: Ints, source: Any) -> None:
-    for field in fields(target):
-        mine, new = getattr(target, field.name), getattr(source, field.name)
+    for each in fields(target):
+        mine, new = getattr(target, each.name), getattr(source, each.name)
         if isinstance(mine, np.ndarray):
             mine[rows] = new
         else:
@@ -167,7 +167,7 @@ def _put(target: Any, rows: Ints, source: Any) -> None:
 
 def _take(source: Any, rows: Ints) -> Any:
     taken = {}
-    for field in fields(source):
-        value = getattr(source, field.name)
-        taken[field.name] = value[rows] if isinstance(value, np.ndarray) else _take(value, rows)
+    for each in fields(source):
+        value = getattr(source, each.name)
+        taken[each.name] = value[rows] if isinstance(value, np.ndarray) else _take(value, rows)
     return type(source)(**taken)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from trainpilot.llm_runtime.controls import PRECISIONS, Controls
-from trainpilot.llm_runtime.plant import ControlLimits, Snapshot
+from trainpilot.llm_runtime.controls import PRECISIONS, ControlLimits, Controls
+from trainpilot.llm_runtime.plant import Snapshot
 from trainpilot.llm_runtime.simulator.records import ControlBatch, PlantBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
 

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trainpilot.llm_runtime.controls import PRECISIONS, Controls
+from trainpilot.llm_runtime.controls import PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.energy import EnergySource
-from trainpilot.llm_runtime.plant import ControlLimits
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 Floats = NDArray[np.float64]
