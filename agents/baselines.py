@@ -16,8 +16,7 @@ import numpy as np
 from trainpilot.agents.controller import Controller, Policy
 from trainpilot.envs.action import ACTION_FIELDS, Action
 from trainpilot.envs.preference import Preference
-from trainpilot.llm_runtime.controls import ControlLimits, Controls
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import ControlLimits, Controls, RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 _BORDERS = np.cumsum([len(field.choices) for field in ACTION_FIELDS])[:-1]

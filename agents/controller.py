@@ -12,7 +12,7 @@ from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.decision_state import Decision, DecisionState
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.reward import RewardTerms
-from trainpilot.llm_runtime.controls import ControlLimits, Controls
+from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 Policy = Callable[[np.ndarray, np.ndarray], Action]

@@ -9,7 +9,7 @@ from statistics import fmean, geometric_mean
 from typing import Any
 
 from trainpilot.envs.safety import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
-from trainpilot.llm_runtime.controls import PRECISIONS, ControlLimits, Controls, Precision
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.reward import Reference
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 STEERED, REFERENCE, INK, FAINT = "#1b6ca8", "#9aa0a6", "#3c4043", "#e8eaed"

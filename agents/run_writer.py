@@ -21,7 +21,7 @@ from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.tags import TAGS, multiline
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.reward import OBJECTIVES, Reference, RewardTerms
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 Scalars = dict[str, float | None]

@@ -17,8 +17,8 @@ from trainpilot.agents.training_log import TrainingLog
 from trainpilot.envs.decision_state import N_STACK
 from trainpilot.envs.scalarise import UTILITIES
 from trainpilot.envs.vector_simulated import VectorSimulatedTraining
-from trainpilot.llm_runtime.checkpoints import load_checkpoint
-from trainpilot.llm_runtime.energy import select_meter
+from trainpilot.llm_runtime.energy.meter import select_meter
+from trainpilot.llm_runtime.files import load_checkpoint
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Widening
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start

@@ -13,7 +13,7 @@ from typing import Literal
 
 from trainpilot.envs.action import ACTION_FIELDS, ActionField
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
 
 Writer = Literal["run", "agent", "simulator"]
 

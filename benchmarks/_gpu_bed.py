@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from trainpilot.experiments.compare.cases import model_file
-from trainpilot.llm_runtime.controls import Precision
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import Precision, RunConfig
 
 STARTS = (0.1, 1.0, 10.0)
 """Starting learning rates over the sweep's best."""

@@ -22,8 +22,7 @@ from trainpilot.envs.live_training import LiveTraining
 from trainpilot.envs.scalarise import ScalarReward
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.simulator_agents import total_cost
-from trainpilot.llm_runtime.controls import Precision
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import Precision, RunConfig
 
 POLICY = "policy.safetensors"
 RECIPE = "default"

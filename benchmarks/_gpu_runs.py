@@ -10,12 +10,10 @@ from pathlib import Path
 from trainpilot.experiments.compare.execute import execute
 from trainpilot.experiments.compare.records import RunResult, RunSpec
 from trainpilot.experiments.compare.store import RunStore, run_key
-from trainpilot.llm_runtime.controls import Precision
-from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter, sum_known
-from trainpilot.llm_runtime.energy_recorded import write_recording
+from trainpilot.llm_runtime.config import Precision, RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, select_meter, sum_known, write_recording
 from trainpilot.llm_runtime.files import whole_file, write_json
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.run_config import RunConfig
 
 
 class TimeIsUpError(Exception):

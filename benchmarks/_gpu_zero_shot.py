@@ -16,8 +16,8 @@ from trainpilot.experiments.compare.settings import Setting, rounded
 from trainpilot.experiments.measuring.figures import AXES
 from trainpilot.experiments.measuring.multiplier import Curve, CurveRun, compute_multiplier, fit_curve
 from trainpilot.experiments.measuring.statistics import over_seeds
-from trainpilot.llm_runtime.energy import sum_known
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import sum_known
 
 Get = Callable[[str, RunSpec], RunResult]
 """Takes a run's name and the run, returns what came out."""

@@ -17,7 +17,7 @@ from trainpilot.envs.preference import Preference
 from trainpilot.envs.reward import EVALUATE_EVERY
 from trainpilot.envs.safety import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
 from trainpilot.envs.steered_runs import ReferencedPlants
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, overfit
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns

@@ -14,8 +14,7 @@ from trainpilot.envs.steered_runs import worths
 from trainpilot.experiments.measuring.fronts import on_front
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
-from trainpilot.llm_runtime.simulator.references import DECISIONS, References, static_losses
-from trainpilot.llm_runtime.simulator.schedule_table import ScheduleTable
+from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, static_losses
 
 POPULATION, GENERATIONS = 24, 12
 LOW = np.array([np.log2(RATES[0]), POWERS[0] - 0.5, 0.0, -3.0, 0.0])

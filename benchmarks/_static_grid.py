@@ -12,8 +12,7 @@ import numpy as np
 from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
-from trainpilot.llm_runtime.simulator.references import DECISIONS, static_losses
-from trainpilot.llm_runtime.simulator.schedule_table import ScheduleTable
+from trainpilot.llm_runtime.simulator.references import DECISIONS, ScheduleTable, static_losses
 
 RATES: Floats = 1e-3 * 2.0 ** (np.arange(-8, 16) / 2)
 """Learning rates at the instance's starting batch, 6e-5 to 0.18 by sqrt 2; at other batches by the neutral rule."""

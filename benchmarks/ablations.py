@@ -31,9 +31,9 @@ from trainpilot.agents.simulator_stage import SimulatorStage, train_in_simulator
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.run_folder import claim_folder
 from trainpilot.experiments.simulator_agents import physics_of
+from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
-from trainpilot.llm_runtime.threads import use_threads
 
 FULL = "full"
 VARIANTS: Mapping[str, str] = {

@@ -35,8 +35,8 @@ from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.simulator_agents import train_agents
 from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.schedules import neutral_factor
-from trainpilot.llm_runtime.threads import use_threads
 
 STARTS = (0.1, 1.0, 10.0)
 NATS_PER_DOUBLING = 0.2

@@ -38,10 +38,9 @@ from _gpu_table import show
 from _gpu_zero_shot import Ask, table
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
-from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
-from trainpilot.llm_runtime.energy_recorded import write_recording
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, select_meter, write_recording
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.llm_runtime.process import use_threads
 
 READ_EVERY_S = 0.05
 PARTS = ("basics", "zero-shot", "fine-tune")

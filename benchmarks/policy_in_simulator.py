@@ -43,9 +43,8 @@ from trainpilot.envs.preference import Preference
 from trainpilot.llm_runtime.schedules import ScheduleName
 from trainpilot.llm_runtime.simulator.multi_power import MultiPowerRuns
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
-from trainpilot.llm_runtime.simulator.references import static_losses
+from trainpilot.llm_runtime.simulator.references import ScheduleTable, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
-from trainpilot.llm_runtime.simulator.schedule_table import ScheduleTable
 
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "policy_in_simulator.png"
 RUNS_SEED = 7

@@ -21,9 +21,9 @@ from trainpilot.agents.sb3_vector import ScalarVecEnv
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.vector_simulated import VectorSimulatedTraining
+from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Ints, TelemetryBatch
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, default_pool
-from trainpilot.llm_runtime.threads import use_threads
 
 TARGET, TARGET_RUNS = 150_000, 1_024
 """Decisions per second of the whole environment that we want at so many runs."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainpilot.llm_runtime.controls import PRECISIONS, Controls
+from trainpilot.llm_runtime.config import PRECISIONS, Controls
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Ints
 
 SPARSITY_STEP = 0.05

@@ -8,13 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainpilot.envs.action import KEEP, N_CHOICES, Action, Choices, decode_batch
-from trainpilot.envs.batch_rows import put, take
 from trainpilot.envs.observation import OBSERVATION_FIELDS, RunView, encode
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.run_history import RunHistory
 from trainpilot.envs.safety import Reasons, Situation, SituationBatch, action_masks, allow, allow_batch, mask_reasons
-from trainpilot.llm_runtime.controls import ControlLimits, Controls
-from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
+from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.simulator.records import (
+    Bools,
+    ControlBatch,
+    Floats,
+    Ints,
+    LimitBatch,
+    TelemetryBatch,
+    put,
+    take,
+)
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 N_STACK = 6

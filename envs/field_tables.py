@@ -95,7 +95,7 @@ Written from the tables in `envs/` by `python -m trainpilot.envs.field_tables`; 
 `trainpilot/LiveTraining-v0` is one training of one language model, cut into `decisions` intervals of equal shares of a
 token budget. Between two intervals the agent sets the controls of the next. It *multiplies* the case's base schedule
 (warm-up, then linear to zero by default): an agent that always keeps is that base schedule. A case is a
-`trainpilot.llm_runtime.run_config.RunConfig`. Before the first episode of a case, its *reference* is run: the untouched
+`trainpilot.llm_runtime.config.RunConfig`. Before the first episode of a case, its *reference* is run: the untouched
 base schedule at {_shares()} of the budget. Energy, time and quality are told in its units.
 
 ```python

@@ -6,9 +6,9 @@ import os
 
 from trainpilot.envs.reference import PlantFactory, Progress, reference_for
 from trainpilot.envs.reward import Reference
-from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
-from trainpilot.llm_runtime.plant import Plant
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, select_meter
+from trainpilot.llm_runtime.telemetry import Plant
 
 
 def live_plant() -> PlantFactory:
@@ -30,7 +30,7 @@ def live_reference(
     config: RunConfig, make_plant: PlantFactory | None = None, progress: Progress | None = None
 ) -> Reference:
     """Return the reference of a live run: from the cache where text, model files, device and threads are the same."""
-    from trainpilot.llm_runtime.fingerprint import content_digest
+    from trainpilot.llm_runtime.data.text_sources import content_digest
 
     setting = f"{device_label(config)}, content {content_digest(config)}"
     return reference_for(config, make_plant or live_plant(), setting=setting, progress=progress)
@@ -40,7 +40,7 @@ def device_label(config: RunConfig) -> str:
     """Return the device that a case runs on and the threads it has there."""
     from trainpilot.llm_runtime.live_run import resolve_device
     from trainpilot.llm_runtime.precision import device_name
-    from trainpilot.llm_runtime.threads import threads_in_use
+    from trainpilot.llm_runtime.process import threads_in_use
 
     device = device_name(resolve_device(config.device))
     return f"{device}, {os.cpu_count()} cores, {threads_in_use()} threads"

@@ -12,7 +12,7 @@ from trainpilot.envs.preference import Preference
 from trainpilot.envs.reference import PlantFactory, run_reference
 from trainpilot.envs.reward import Reference
 from trainpilot.envs.training_env import TrainingEnv
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 
 DEFAULT_CASE = RunConfig(model="llama-nano", tokens=204_800, batch_size=8, sequence_length=64)
 
@@ -106,7 +106,7 @@ class LiveTraining(TrainingEnv):
         self.preference = preference
         self._own_plants = make_plant is not None
         if threads is not None:
-            from trainpilot.llm_runtime.threads import use_threads
+            from trainpilot.llm_runtime.process import use_threads
 
             use_threads(threads)
         self._make_plant = make_plant or live_plant()

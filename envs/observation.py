@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.run_history import RunHistory
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch
 
 UPHILL = 5.0

@@ -10,12 +10,10 @@ from dataclasses import asdict, replace
 from hashlib import blake2b
 
 from trainpilot.envs.reward import Reference, current_loss
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.energy import sum_known
+from trainpilot.llm_runtime.config import Controls, RunConfig
+from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.files import cache_dir, write_json
-from trainpilot.llm_runtime.plant import Plant
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 BUDGET_SHARES = (0.25, 0.5, 1.0)
 """Reference runs end here; their final losses make the curve that turns a loss into compute."""

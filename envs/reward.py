@@ -11,8 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     pass
-    from trainpilot.llm_runtime.plant import Plant
-    from trainpilot.llm_runtime.telemetry import Telemetry
+    from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 from dataclasses import asdict
 from typing import Any
 

@@ -19,7 +19,7 @@ from trainpilot.envs.action import (
     check_action,
     check_actions,
 )
-from trainpilot.llm_runtime.controls import PRECISIONS, ControlLimits, Controls
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch
 
 LEARNING_RATE_SCALE_RANGE = (2.0**-6, 2.0**6)

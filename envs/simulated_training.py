@@ -13,7 +13,7 @@ from trainpilot.envs.reference import BUDGET_SHARES
 from trainpilot.envs.reward import Reference
 from trainpilot.envs.steered_runs import ReferencedPlants
 from trainpilot.envs.training_env import TrainingEnv
-from trainpilot.llm_runtime.simulator.one_run import OnePlant
+from trainpilot.llm_runtime.simulator.runs import OnePlant
 
 if TYPE_CHECKING:
     from trainpilot.llm_runtime.simulator.runs import Pool

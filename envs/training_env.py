@@ -13,8 +13,7 @@ from trainpilot.envs.decision_state import Decision, DecisionState
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.reward import Reference, RewardMeter, RewardTerms, current_loss
 from trainpilot.envs.spaces import action_space, observation_space, reward_space
-from trainpilot.llm_runtime.plant import Plant
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 
 class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):

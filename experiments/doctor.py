@@ -16,7 +16,7 @@ from rich.console import Console
 
 from trainpilot.experiments.doctor_report import print_report
 from trainpilot.experiments.versions import versions
-from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, MeterUnavailableError, select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, MeterUnavailableError, select_meter
 from trainpilot.llm_runtime.files import cache_dir
 
 __all__ = ["diagnose", "print_report"]
@@ -52,7 +52,7 @@ def diagnose(progress: Progress | None = None) -> Report:
 def _diagnose(progress: Progress) -> Report:
     progress("versions and devices")
     from trainpilot.llm_runtime import machine
-    from trainpilot.llm_runtime.threads import threads_in_use
+    from trainpilot.llm_runtime.process import threads_in_use
 
     report: Report = {
         "versions": versions(),
@@ -98,8 +98,8 @@ def _energy(device: str) -> Report:
 
 
 def _meters() -> dict[str, Callable[[], EnergyMeter]]:
-    from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
-    from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
+    from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 
     return {"nvml": NvmlMeter, "rapl": RaplMeter, "cpu_estimate": CpuEstimateMeter}
 
@@ -156,7 +156,7 @@ def _payoff() -> Report:
 
 
 def _stdlib() -> Report:
-    from trainpilot.llm_runtime.text_sources import read_documents
+    from trainpilot.llm_runtime.data.text_sources import read_documents
 
     try:
         documents = read_documents(["stdlib"])

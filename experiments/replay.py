@@ -21,14 +21,12 @@ from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_folder import RunFolder
 from trainpilot.experiments.summary import print_summary, summarise
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls, RunConfig
+from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.files import whole_folder
-from trainpilot.llm_runtime.fingerprint import content_digest
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.plant import Snapshot
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.telemetry import Telemetry
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.llm_runtime.process import use_threads
+from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 
 def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
-from trainpilot.llm_runtime.files import whole_file, write_json
+from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint, whole_file, write_json
 
 CHECKPOINT_EVERY_S = 5.0
 """Seconds between two checkpoints, at least; more where writing one takes long."""

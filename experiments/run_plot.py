@@ -24,7 +24,7 @@ from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.experiments.inspect_policy import titled_table
 from trainpilot.experiments.run_folder import read_records
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 SPARKS, PLAIN_SPARKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"

@@ -16,9 +16,9 @@ from trainpilot.agents.simulator_stage import SimulatorAgent, SimulatorStage, tr
 from trainpilot.experiments.calibrate.calibration import SHIPPED, load_calibrations
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.worker_process import begin_work
+from trainpilot.llm_runtime.process import available_cores
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
-from trainpilot.llm_runtime.threads import available_cores
 
 LOOK_EVERY_S = 0.5
 

@@ -22,7 +22,7 @@ from trainpilot.llm_runtime.carbon import (
     device_hours,
     grams_co2e,
 )
-from trainpilot.llm_runtime.energy import sum_known
+from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.live_run import LiveRun
 
 

@@ -32,8 +32,8 @@ from trainpilot.experiments.recipe import Recipe, load_recipe
 from trainpilot.experiments.run_folder import claim_folder
 from trainpilot.experiments.simulator_agents import total_cost, train_agents
 from trainpilot.experiments.versions import versions
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.process import use_threads
 
 POLICY = "policy.safetensors"
 

@@ -7,7 +7,7 @@ import signal
 from multiprocessing import parent_process
 from threading import Thread
 
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.llm_runtime.process import use_threads
 
 
 def begin_work(threads: int = 1) -> None:

@@ -11,13 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trainpilot.llm_runtime.controls import Controls, Precision, Pruning
-from trainpilot.llm_runtime.live_run import resolve_device
+from trainpilot.llm_runtime.config import Controls, OptimizerName, Precision, Pruning, RunConfig
+from trainpilot.llm_runtime.live_run import Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.precision import synchronise
-from trainpilot.llm_runtime.run_config import OptimizerName, RunConfig
-from trainpilot.llm_runtime.threads import threads_in_use
-from trainpilot.llm_runtime.trainer import Trainer
+from trainpilot.llm_runtime.process import threads_in_use
 
 LEARNING_RATE = 1e-6
 """So small that hundreds of steps on random tokens leave the weights about as they are."""

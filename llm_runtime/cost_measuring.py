@@ -8,17 +8,16 @@ from functools import partial
 
 import torch
 
-from trainpilot.llm_runtime.alternating import Cost, Timing, alternate, median_spread
-from trainpilot.llm_runtime.controls import Precision, Pruning
+from trainpilot.llm_runtime.config import OptimizerName, Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.cost_bench import CostBench, Setting, forward_passes
 from trainpilot.llm_runtime.cost_table import CostRow, CostTable
-from trainpilot.llm_runtime.energy import EnergyMeter, EnergySource, select_meter
-from trainpilot.llm_runtime.energy_host import CpuEstimateMeter
+from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, select_meter
 from trainpilot.llm_runtime.live_run import MASK_UPDATES, resolve_device
 from trainpilot.llm_runtime.precision import device_name, lacking, synchronise
-from trainpilot.llm_runtime.run_config import OptimizerName, RunConfig
+from trainpilot.llm_runtime.process import threads_in_use
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
-from trainpilot.llm_runtime.threads import threads_in_use
+from trainpilot.llm_runtime.timing import Cost, Timing, alternate, median_spread
 
 CPU_VISIT_S = 0.015
 GPU_VISIT_S: Mapping[EnergySource | None, float] = {None: 0.1, "measured_counter": 0.5, "measured_power": 1.0}

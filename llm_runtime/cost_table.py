@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from trainpilot.llm_runtime.alternating import Cost
-from trainpilot.llm_runtime.energy import EnergySource
+from trainpilot.llm_runtime.energy.meter import EnergySource
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
+from trainpilot.llm_runtime.timing import Cost
 
 WITHOUT_EXTRA = ("adamw", "none", "width")
 """The optimiser and the ways of pruning that the table's rows already hold."""

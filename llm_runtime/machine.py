@@ -11,12 +11,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from trainpilot.llm_runtime.controls import PRECISIONS, Precision
-from trainpilot.llm_runtime.live_run import resolve_device
+from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
+from trainpilot.llm_runtime.live_run import Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.precision import lacking, synchronise
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.trainer import Trainer
 
 MAX_ROUNDS = 7
 LARGER_BATCH = 4

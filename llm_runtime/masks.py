@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainpilot.llm_runtime.shards import laid_out_like, whole
+from trainpilot.llm_runtime.optimizer import laid_out_like, whole
 
 Criterion = Literal["magnitude", "evolution"]
 

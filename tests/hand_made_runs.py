@@ -10,7 +10,7 @@ from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.reward import Reference, RewardTerms
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 INTERVAL_TOKENS = 1000

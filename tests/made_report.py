@@ -24,9 +24,9 @@ from trainpilot.experiments.measuring.figures import (
     SignTest,
     TargetFigures,
 )
-from trainpilot.llm_runtime.alternating import Cost
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.cost_table import CostRow, CostTable
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.timing import Cost
 
 NOTES = (
     ("policy:agent", "agent", "policy", 1.04),

@@ -12,10 +12,9 @@ from trainpilot.experiments.compare.comparison import Case
 from trainpilot.experiments.compare.records import IntervalResult, RunResult, RunSpec, cost_key
 from trainpilot.experiments.compare.settings import WARMUP_SHARES
 from trainpilot.experiments.compare.store import run_key
-from trainpilot.llm_runtime.alternating import Cost
-from trainpilot.llm_runtime.controls import Precision
+from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.cost_table import CostRow, CostTable
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.timing import Cost
 
 T = TypeVar("T")
 

@@ -13,10 +13,10 @@ from trainpilot.experiments.compare.comparison import Case, Comparison, MethodNo
 from trainpilot.experiments.compare.records import IntervalResult, Role, Row, RunResult, RunSpec, Steering, cost_key
 from trainpilot.experiments.measuring.analyse import analyse
 from trainpilot.experiments.measuring.figures import Figures
-from trainpilot.llm_runtime.alternating import Cost
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.cost_table import CostRow, CostTable
-from trainpilot.llm_runtime.energy import EnergySource
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergySource
+from trainpilot.llm_runtime.timing import Cost
 
 TOKENS, BATCH, SEQUENCE, INTERVALS = 200_000, 10, 100, 5
 STEP_TOKENS = BATCH * SEQUENCE

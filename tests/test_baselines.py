@@ -27,8 +27,7 @@ from trainpilot.agents.baselines import (
 )
 from trainpilot.agents.open_loop import OpenLoop, SchedulePoint
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.llm_runtime.controls import ControlLimits
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import ControlLimits, RunConfig
 from trainpilot.llm_runtime.schedules import neutral_factor
 from trainpilot.llm_runtime.telemetry import Telemetry
 

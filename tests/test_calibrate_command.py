@@ -22,13 +22,12 @@ from trainpilot.experiments.calibrate.calibration import Calibration, load_calib
 from trainpilot.experiments.calibrate.design import Setting, design
 from trainpilot.experiments.calibrate.runs import RunFile, carry_out
 from trainpilot.experiments.options import CalibrateOptions
-from trainpilot.llm_runtime.alternating import Cost
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.cost_table import CostRow, CostTable
-from trainpilot.llm_runtime.energy import EnergyReading, EnergySource, NoMeter
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
+from trainpilot.llm_runtime.energy.meter import EnergyReading, EnergySource, NoMeter, RecordedMeter
+from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
+from trainpilot.llm_runtime.timing import Cost
 
 FITTING = "trainpilot.llm_runtime.simulator.fitting"
 N_RUNS = 14

@@ -30,9 +30,9 @@ from trainpilot.experiments.compare.plan import runs_on_a_case
 from trainpilot.experiments.compare.records import RunResult, RunSpec
 from trainpilot.experiments.compare.store import run_key
 from trainpilot.experiments.options import CompareOptions
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.cost_table import CostTable
-from trainpilot.llm_runtime.energy import NoMeter
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.energy.meter import NoMeter
 
 COMMON: dict[str, Any] = {
     "tokens": 12_800,

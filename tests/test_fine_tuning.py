@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.action import KEEP, LEARNING_RATE_FACTORS, Action
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 
 DOUBLE: Action = (LEARNING_RATE_FACTORS.index(2.0), *KEEP[1:])
 

@@ -26,7 +26,7 @@ from trainpilot.agents.ppo import PPOConfig, bundle_of, make_ppo
 from trainpilot.experiments.compare.execute import failed
 from trainpilot.experiments.compare.records import RunResult, RunSpec
 from trainpilot.experiments.compare.store import run_key
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter
+from trainpilot.llm_runtime.energy.meter import RecordedMeter
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 BEST = 4e-3

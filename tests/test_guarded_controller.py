@@ -21,11 +21,9 @@ from trainpilot.agents.steering.guarded_decision import GuardedDecision
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.preference import Preference
-from trainpilot.llm_runtime.controls import ControlLimits, Controls
-from trainpilot.llm_runtime.plant import Plant
-from trainpilot.llm_runtime.simulator.one_run import SimulatedRun
-from trainpilot.llm_runtime.simulator.runs import Pool, Start, default_pool
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRun, Start, default_pool
+from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 
 def always(*action: int) -> Policy:

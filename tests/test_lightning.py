@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.llm_runtime.batches import BatchStream
-from trainpilot.llm_runtime.energy import NoMeter
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.batches import BatchStream
+from trainpilot.llm_runtime.energy.meter import NoMeter
 from trainpilot.llm_runtime.optimizer import make_optimizer
-from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 pl = pytest.importorskip("lightning.pytorch")

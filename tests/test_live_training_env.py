@@ -28,11 +28,9 @@ from trainpilot.envs.preference import Preference
 from trainpilot.envs.reward import OBJECTIVES
 from trainpilot.envs.scalarise import UTILITIES, ScalarReward
 from trainpilot.llm_runtime import live_run
-from trainpilot.llm_runtime.controls import ControlLimits, Controls, Pruning
+from trainpilot.llm_runtime.config import ControlLimits, Controls, Pruning, RunConfig
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.plant import Plant
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 KEEP_ARRAY = np.array(KEEP)
 PREFERENCE = Preference(quality=0.6, energy=0.3, time=0.1)

@@ -12,7 +12,7 @@ from trainpilot.experiments.compare.comparison import Comparison, TunedBaseline
 from trainpilot.experiments.compare.records import Role, cost_key
 from trainpilot.experiments.measuring.analyse import analyse
 from trainpilot.experiments.measuring.figures import CaseFigures, Figures, MethodFigures
-from trainpilot.llm_runtime.alternating import Cost
+from trainpilot.llm_runtime.timing import Cost
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "measuring.md"
 STEERED, SAVING = "policy:steered", "policy:steered@saving"

@@ -18,7 +18,7 @@ from trainpilot.envs.decision_state import N_STACK, DecisionState
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, RunView, encode
 from trainpilot.envs.preference import Preference
 from trainpilot.envs.run_history import RunHistory
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.simulator.records import ControlBatch, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
 

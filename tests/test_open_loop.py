@@ -19,7 +19,7 @@ from trainpilot.agents.open_loop import (
     schedule_from_json,
     schedule_to_json,
 )
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 
 
 def test_average_of_two_runs_worked_out_by_hand() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trainpilot.llm_runtime.simulator.modes import DECADES, N_MODES, mode_rates, mode_weights, step_modes
+from trainpilot.llm_runtime.simulator.physics import DECADES, N_MODES, mode_rates, mode_weights, step_modes
 from trainpilot.llm_runtime.simulator.published import PARAMETERS, PublishedPhysics, fit_published
 
 PHYSICS = PublishedPhysics(

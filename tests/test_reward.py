@@ -24,7 +24,7 @@ from trainpilot.envs.reward import (
     worth,
 )
 from trainpilot.envs.scalarise import UTILITIES, Outcome, ScalarReward, constrained, linear, product, tchebycheff
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 BUDGETS = (0.25, 0.5, 1.0)

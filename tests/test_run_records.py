@@ -12,7 +12,7 @@ from made_runs import CASE, CONFIG, made_interval, made_result
 
 from trainpilot.experiments.compare.comparison import Comparison, MethodNote, TunedBaseline
 from trainpilot.experiments.compare.records import FORMAT, Row, RunResult, RunSpec, Steering, cost_key
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 
 SPEC = RunSpec(config=CONFIG)
 OTHER: dict[str, Any] = {

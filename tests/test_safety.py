@@ -21,7 +21,7 @@ from trainpilot.envs.safety import (
     allow_batch,
     mask_reasons,
 )
-from trainpilot.llm_runtime.controls import PRECISIONS, PRUNINGS, ControlLimits, Controls
+from trainpilot.llm_runtime.config import PRECISIONS, PRUNINGS, ControlLimits, Controls
 
 NAMES = [field.name for field in ACTION_FIELDS]
 

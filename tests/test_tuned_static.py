@@ -23,8 +23,8 @@ from trainpilot.experiments.compare.records import Row, RunResult, RunSpec, Stee
 from trainpilot.experiments.compare.settings import Setting
 from trainpilot.experiments.compare.store import run_key
 from trainpilot.experiments.compare.tuning import Trials
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.cost_table import CostTable
-from trainpilot.llm_runtime.run_config import RunConfig
 
 PER_TOKEN = made_table(per_step=0.0, per_row=1.0)
 """A run costs its sequences, whatever its batch."""

@@ -21,8 +21,8 @@ from trainpilot.envs.scalarise import ScalarReward
 from trainpilot.envs.simulated_training import SimulatedTraining
 from trainpilot.envs.steered_runs import compute_equivalents, worths
 from trainpilot.envs.vector_simulated import VectorSimulatedTraining, draw_weights
-from trainpilot.llm_runtime.simulator.one_run import OnePlant
 from trainpilot.llm_runtime.simulator.records import Ints
+from trainpilot.llm_runtime.simulator.runs import OnePlant
 
 PREFERENCE = Preference(quality=0.6, energy=0.3, time=0.1)
 

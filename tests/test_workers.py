@@ -22,7 +22,7 @@ from made_runs import CONFIG, made_result
 from trainpilot.experiments.compare.execute import execute
 from trainpilot.experiments.compare.records import RunResult, RunSpec, Steering
 from trainpilot.experiments.compare.workers import ATTEMPTS, Workers
-from trainpilot.llm_runtime.energy import NoMeter
+from trainpilot.llm_runtime.energy.meter import NoMeter
 
 DIES = "dies"
 ENDLESS = 10**9

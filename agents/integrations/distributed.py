@@ -28,14 +28,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks, Share
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.energy import EnergyMeter, sum_known
-from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
-from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
+from trainpilot.llm_runtime.energy.nvml import NvmlMeter
+from trainpilot.llm_runtime.optimizer import whole
 from trainpilot.llm_runtime.probe import mean_probe
-from trainpilot.llm_runtime.shards import whole
+from trainpilot.llm_runtime.process_group import Content, OneProcess, Ranks, Share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -49,8 +49,8 @@ from trainpilot.agents.integrations.huggingface_loss import divides_by_items, la
 from trainpilot.agents.integrations.huggingface_steps import AfterStep
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
-from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
 
 
 class SteeringMixin(Trainer):

@@ -40,8 +40,8 @@ from trainpilot.agents.integrations.huggingface_loss import divides_by_items
 from trainpilot.agents.integrations.huggingface_steps import log, tell
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
-from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
 
 
 class SteeringCallback(TrainerCallback):

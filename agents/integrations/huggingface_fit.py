@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
 
 from trainpilot.agents.bundle import BaseSchedule
-from trainpilot.agents.steering.ranks import OneProcess, Ranks
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
+from trainpilot.llm_runtime.process_group import OneProcess, Ranks
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 Given = SteeringSettings | Mapping[str, Any] | None

@@ -30,10 +30,10 @@ from trainpilot.agents.integrations.lightning_parts import (
 from trainpilot.agents.integrations.lightning_resume import go_on, peaks, set_rates
 from trainpilot.agents.integrations.scalars import scalars
 from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.steering.ranks import Ranks
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.process_group import Ranks
 
 ProbeLoss = Callable[[pl.LightningModule, Any], Tensor]
 """Returns the mean loss of a batch in nats/token."""

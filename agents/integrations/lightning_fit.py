@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from trainpilot.agents.steering.limits import BATCH_RANGE
-from trainpilot.agents.steering.ranks import OneProcess, Ranks
 from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.llm_runtime.process_group import OneProcess, Ranks
 
 try:
     import lightning.pytorch as pl

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from trainpilot.agents.integrations.lightning_fit import pl
-from trainpilot.agents.steering.levers import Levers
+from trainpilot.llm_runtime.loop import Levers
 
 
 class Window(int):

@@ -6,7 +6,7 @@ import math
 
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.tags import TAGS
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
 
 
 def scalars(record: DecisionRecord) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.steering.domain import RunFacts
 from trainpilot.agents.steering.plan import name_of
-from trainpilot.llm_runtime.energy import sum_known
+from trainpilot.llm_runtime.energy.meter import sum_known
 
 if TYPE_CHECKING:
     from trainpilot.agents.steering.steering import Steering

@@ -17,7 +17,7 @@ from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action
 from trainpilot.envs.decision_state import Decision, DecisionState
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.envs.safety import LEARNING_RATE_SCALE_RANGE, allow
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 GENTLER = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from trainpilot.agents.steering.levers import Levers, offered
 from trainpilot.agents.steering.settings import SteeringSettings
-from trainpilot.llm_runtime.controls import ControlLimits
+from trainpilot.llm_runtime.config import ControlLimits
+from trainpilot.llm_runtime.loop import Levers, offered
 
 BATCH_RANGE = 16
 """The batch stays within this factor of the first, and leaves at least four steps in an interval."""

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
 from trainpilot.agents.controller import Policy, keep
-from trainpilot.agents.steering.course import Course
 from trainpilot.agents.steering.settings import SteeringSettings
-from trainpilot.llm_runtime.schedules import Schedule
+from trainpilot.llm_runtime.schedules import Course, Schedule
 
 WITHOUT_POLICY = BaseSchedule(schedule="linear", warmup_share=0.02)
 DECISIONS = 50

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from trainpilot.agents.steering.plan import name_of
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 
 if TYPE_CHECKING:
     from trainpilot.agents.steering.steering import Steering

@@ -9,8 +9,8 @@ from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Policy
 from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.agents.steering.guardrails import GuardrailSettings
-from trainpilot.agents.steering.levers import MaskPruning
-from trainpilot.llm_runtime.controls import PRECISIONS, Precision
+from trainpilot.llm_runtime.config import PRECISIONS, Precision
+from trainpilot.llm_runtime.loop import MaskPruning
 
 
 @dataclass(frozen=True, kw_only=True)

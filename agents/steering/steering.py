@@ -30,16 +30,14 @@ from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
 from trainpilot.agents.steering.guarded import GuardedController
 from trainpilot.agents.steering.guarded_decision import GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
-from trainpilot.agents.steering.levers import Levers
 from trainpilot.agents.steering.limits import control_limits
 from trainpilot.agents.steering.plan import Plan
-from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
-from trainpilot.agents.steering.readings import Readings, looking
 from trainpilot.agents.steering.settings import SteeringSettings
-from trainpilot.agents.steering.snapshots import Snapshots, Stateful
 from trainpilot.envs.preference import Preference
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
+from trainpilot.llm_runtime.config import Controls
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, select_meter
+from trainpilot.llm_runtime.loop import Levers, Readings, Snapshots, Stateful, looking
+from trainpilot.llm_runtime.process_group import Content, OneProcess, Ranks
 from trainpilot.llm_runtime.schedules import neutral_factor
 from trainpilot.llm_runtime.telemetry import Telemetry
 

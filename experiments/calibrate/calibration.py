@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trainpilot.experiments.calibrate.errors import BestRate, FitError, Physics
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.cost_table import CostTable
-from trainpilot.llm_runtime.energy import EnergySource
+from trainpilot.llm_runtime.energy.meter import EnergySource
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
+from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 
 FILE_NAME = "calibration.json"
 SHIPPED = "shipped"

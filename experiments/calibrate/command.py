@@ -22,15 +22,14 @@ from trainpilot.experiments.calibrate.workers import run_all
 from trainpilot.experiments.options import CalibrateOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.versions import versions
-from trainpilot.llm_runtime.controls import PRECISIONS, Precision
+from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
 from trainpilot.llm_runtime.cost_measuring import measure_cost_table
 from trainpilot.llm_runtime.cost_table import CostTable
-from trainpilot.llm_runtime.energy import sum_known
+from trainpilot.llm_runtime.data.text_sources import content_digest
+from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.fingerprint import content_digest
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.threads import available_cores, use_threads
+from trainpilot.llm_runtime.process import available_cores, use_threads
 
 TIMED_BATCHES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 """Batches of the cost table, as factors on the start's."""

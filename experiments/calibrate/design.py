@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from trainpilot.experiments.calibrate.plans import PLAN_RATES, Plan
 from trainpilot.experiments.options import Effort
-from trainpilot.llm_runtime.controls import Precision
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
-from trainpilot.llm_runtime.simulator.calibration_run import Role
+from trainpilot.llm_runtime.simulator.fitting import Role
 
 GRID_WARMUP = 0.1
 """Share of the budget that warms up in the grid and the walks: slow enough to show low learning rates, too."""

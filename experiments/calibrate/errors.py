@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
+from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 
 
 class Physics(Protocol):

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from trainpilot.llm_runtime.controls import ControlLimits, Controls
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import ControlLimits, Controls, RunConfig
 
 Plan = Literal["ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"]
 """`...-ramp`: the batch rises from an eighth of the start's back to it, or to half of it, as policies that save time

@@ -13,7 +13,7 @@ from trainpilot.experiments.compare.methods import CHECKS, PER_SCHEDULE
 from trainpilot.experiments.compare.records import Role, RunResult, RunSpec
 from trainpilot.experiments.compare.settings import LEARNING_RATE_STEP, TUNED_SCHEDULES, Setting, neighbours
 from trainpilot.experiments.compare.tuning import MAX_MOVES, Trial, Trials, retune, tune
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from trainpilot.experiments.compare.settings import Setting
 from trainpilot.experiments.compare.store import run_key
 from trainpilot.experiments.compare.tuning import N_CONFIRMED, Trial, Trials, final_loss
 from trainpilot.experiments.measuring.cost import modelled_cost
-from trainpilot.llm_runtime.controls import Precision
+from trainpilot.llm_runtime.config import Precision
 from trainpilot.llm_runtime.cost_table import CostTable
 
 

@@ -21,9 +21,9 @@ from pydantic import ConfigDict
 
 from trainpilot.experiments.compare.comparison import Case
 from trainpilot.experiments.validated import read_mapping, run_config, validated
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.text_sources import read_documents
 from trainpilot.llm_runtime.files import cache_dir, write_json
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.text_sources import read_documents
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 UNKNOWN = "unknown"

@@ -33,7 +33,7 @@ from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.versions import versions
 from trainpilot.llm_runtime.cost_table import CostTable
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.threads import available_cores, use_threads
+from trainpilot.llm_runtime.process import available_cores, use_threads
 
 TUNING_SEEDS = (1_000, 1_001, 1_002)
 """Seeds of the searches: the first tries, the others confirm. The judged seeds count from 0."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainpilot.experiments.compare.records import Row
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 
 UNTUNED = "cosine"
 """The method that is called the untuned default: AdamW, cosine to 10 %, at the case's own settings."""

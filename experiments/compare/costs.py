@@ -9,12 +9,11 @@ from pathlib import Path
 
 from trainpilot.experiments.compare.comparison import Case
 from trainpilot.experiments.compare.records import cost_key
-from trainpilot.llm_runtime.controls import PRECISIONS, Precision, Pruning
+from trainpilot.llm_runtime.config import PRECISIONS, OptimizerName, Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.cost_measuring import measure_cost_table
 from trainpilot.llm_runtime.cost_table import CostTable
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.run_config import OptimizerName, RunConfig
 
 BATCH_FACTORS = (0.125, 0.25, 0.5, 1, 2, 4, 8)
 """Batches that are timed, as factors on the case's own."""

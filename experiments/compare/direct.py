@@ -11,7 +11,7 @@ from trainpilot.experiments.compare.comparison import Case, MethodNote
 from trainpilot.experiments.compare.methods import Method, open_loop_method
 from trainpilot.experiments.compare.programs import Program
 from trainpilot.experiments.compare.records import RunResult
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 
 
 def direct_program(bench: Bench, case: Case, method: Method) -> Program:

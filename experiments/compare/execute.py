@@ -9,7 +9,7 @@ from trainpilot.agents.baselines import Steerer
 from trainpilot.envs.live_plant import device_label
 from trainpilot.experiments.compare.records import IntervalResult, RunResult, RunSpec
 from trainpilot.experiments.compare.steerers import make_steerer
-from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 

@@ -11,8 +11,7 @@ from trainpilot.experiments.compare.optuna_search import WORST_LOSS, suggest
 from trainpilot.experiments.compare.records import RunResult, RunSpec, Steering
 from trainpilot.experiments.compare.tuning import final_loss
 from trainpilot.experiments.compare.variants import DEPTHS, WIDTHS, can_vary, with_size
-from trainpilot.llm_runtime.controls import Precision
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import Precision, RunConfig
 
 POPULATION, GENERATIONS = 12, 5
 N_JUDGED = 4

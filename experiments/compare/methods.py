@@ -24,7 +24,7 @@ from trainpilot.experiments.compare.policies import (
 )
 from trainpilot.experiments.compare.records import RunSpec, Steering
 from trainpilot.experiments.compare.settings import Setting
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 PER_SCHEDULE: dict[str, ScheduleName] = {

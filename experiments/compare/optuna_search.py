@@ -24,8 +24,7 @@ from trainpilot.experiments.compare.settings import (
     rounded,
 )
 from trainpilot.experiments.compare.tuning import Search, Trial, Trials, final_loss
-from trainpilot.llm_runtime.controls import Precision
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 TPE_TRIALS, TPE_GENERATION = 60, 6

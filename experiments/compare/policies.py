@@ -9,7 +9,7 @@ from pathlib import Path
 from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.envs.preference import Preference
 from trainpilot.experiments.compare.settings import Setting, rounded
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 POLICY, OPEN_LOOP = "policy", "open-loop"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from typing import Any, Literal
 
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 
 FORMAT = 1
 """Raised when what a kept run means changes; older runs are then run again."""

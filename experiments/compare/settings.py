@@ -6,8 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from trainpilot.llm_runtime.controls import Precision
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 TUNED_SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "wsd")

@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from trainpilot.experiments.compare.records import RunResult, RunSpec
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.fingerprint import content_digest
-from trainpilot.llm_runtime.run_config import RunConfig
 
 
 class RunStore:

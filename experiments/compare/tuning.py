@@ -19,8 +19,7 @@ from trainpilot.experiments.compare.settings import (
     grid,
     neighbours,
 )
-from trainpilot.llm_runtime.controls import Precision
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 MAX_MOVES = 8

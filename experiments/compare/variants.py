@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainpilot.experiments.compare.cases import model_file
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 
 WIDTHS = (0.5, 1.0, 1.5)
 """Factors on hidden and feed-forward size."""

@@ -9,9 +9,9 @@ from itertools import accumulate
 
 from trainpilot.experiments.compare.records import IntervalResult, RunResult
 from trainpilot.experiments.measuring.figures import PARTS
-from trainpilot.llm_runtime.alternating import Cost
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.cost_table import CostTable
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.timing import Cost
 
 
 @dataclass(frozen=True, kw_only=True)

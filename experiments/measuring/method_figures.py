@@ -32,7 +32,7 @@ from trainpilot.experiments.measuring.statistics import (
     sign_test,
 )
 from trainpilot.experiments.measuring.targets import target_figures
-from trainpilot.llm_runtime.energy import sum_known
+from trainpilot.llm_runtime.energy.meter import sum_known
 
 
 @dataclass(frozen=True, kw_only=True)

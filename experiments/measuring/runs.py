@@ -11,7 +11,7 @@ from trainpilot.experiments.compare.records import Role, Row, RunResult, cost_ke
 from trainpilot.experiments.measuring.cost import ModelledCost, modelled_cost
 from trainpilot.experiments.measuring.figures import AXES
 from trainpilot.llm_runtime.cost_table import CostTable
-from trainpilot.llm_runtime.energy import sum_known
+from trainpilot.llm_runtime.energy.meter import sum_known
 
 Amounts = Mapping[str, float | None]
 """By axis of `AXES`; `None` where it is unknown."""

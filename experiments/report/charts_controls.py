@@ -13,8 +13,7 @@ from trainpilot.experiments.report.material import Material
 from trainpilot.experiments.report.numbers import percent
 from trainpilot.experiments.report.scales import log_axis, log_ticks, plain_axis
 from trainpilot.experiments.report.svg import Panel, ink, name_x, panel
-from trainpilot.llm_runtime.controls import PRECISIONS
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import PRECISIONS, RunConfig
 
 N_METHODS = 3
 """Methods whose controls are shown."""

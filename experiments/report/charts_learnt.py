@@ -17,7 +17,7 @@ from trainpilot.experiments.report.material import Material
 from trainpilot.experiments.report.numbers import percent
 from trainpilot.experiments.report.scales import log_axis, log_ticks, plain_axis
 from trainpilot.experiments.report.svg import Panel, ink, name_x, panel
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 
 LOWEST = FLOOR / 10
 """Ratios below it are drawn there: a schedule ends at zero."""

@@ -20,7 +20,7 @@ from trainpilot.agents.flat_settings import hparams
 from trainpilot.agents.tags import TAGS
 from trainpilot.experiments.compare.records import IntervalResult, Row, RunResult
 from trainpilot.experiments.report.material import Material
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.files import whole_folder
 
 SETTINGS = ("tokens", "batch_size", "base_learning_rate", "schedule", "precision", "optimizer", "seed")

@@ -14,7 +14,7 @@ from trainpilot.experiments.report.material import Material
 from trainpilot.experiments.report.numbers import Cell, count, dash, listed, nats, percent, rate, si
 from trainpilot.experiments.report.table import Column, Line, Table
 from trainpilot.experiments.report.tables import AXIS_NAMES, AXIS_UNITS
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 
 EQUAL = {"tokens": "tokens", "time_s": "seconds", "energy_j": "joules"}
 _WORDS = Column(name="", wraps=True)

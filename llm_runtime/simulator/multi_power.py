@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainpilot.llm_runtime.controls import PRECISIONS
-from trainpilot.llm_runtime.probe_plan import probe_due
+from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.schedules import probe_due
 from trainpilot.llm_runtime.simulator.multi_power_cases import (
     SEQUENCE_LENGTH,
     WARMUP_SHARE,

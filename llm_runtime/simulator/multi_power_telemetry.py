@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainpilot.llm_runtime.controls import PRECISIONS
-from trainpilot.llm_runtime.probe_plan import sequences_probed
+from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.schedules import sequences_probed
 from trainpilot.llm_runtime.simulator.multi_power_cases import SEQUENCE_LENGTH, CaseBatch
 from trainpilot.llm_runtime.simulator.multi_power_law import Floats
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, TelemetryBatch

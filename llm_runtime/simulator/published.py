@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import OptimizeResult, least_squares
 
-from trainpilot.llm_runtime.simulator.modes import mode_rates, mode_weights, step_modes
+from trainpilot.llm_runtime.simulator.physics import mode_rates, mode_weights, step_modes
 
 Floats = NDArray[np.float64]
 Column = ArrayLike | Sequence[ArrayLike]

@@ -1,6 +1,8 @@
 """Read the documents of a corpus from files, folders, globs, what Python brings, or the Hugging Face Hub.
 
-What a document becomes (token ids, splits, a cache) is `trainpilot.llm_runtime.corpus`.
+What a document becomes (token ids, splits, a cache) is `trainpilot.llm_runtime.data.corpus`.
+
+Tell whether two runs of one configuration see the same text and start from the same model files.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+from trainpilot.llm_runtime.config import RunConfig
 
 DOCUMENT_END = "\0"
 """Stands between two documents; a file which holds it is no text, so it cannot occur inside one."""
@@ -210,3 +215,38 @@ def _load_rows(source: str, parts: re.Match[str]) -> Any:
             f"text {source!r} is not reachable: {type(error).__name__}: {reason}; "
             "check name, configuration, split, access and network, or use --text FILE"
         ) from error
+
+
+def content_digest(config: RunConfig) -> str:
+    """Return a digest of the run's text and of its model's local files.
+
+    A config JSON counts by its content, so that the digest is the same on every machine; the files of a folder, which
+    may be large, count by name, size and date.
+
+    Raises:
+        ValueError: the text or the model's config cannot be read.
+    """
+    digest = blake2b(digest_size=8)
+    for document in read_documents(config.text):
+        digest.update(document.encode("utf-8"))
+        digest.update(b"\0")
+    digest.update(_model_content(Path(config.model)))
+    return digest.hexdigest()
+
+
+def _model_content(path: Path) -> bytes:
+    if path.is_file():
+        return _content(path) if path.suffix == ".json" else _label(path)
+    return b"".join(_label(file) for file in sorted(path.iterdir()) if file.is_file()) if path.is_dir() else b""
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"model: {file} is not readable: {error.strerror or error}; check its permissions") from error
+
+
+def _label(file: Path) -> bytes:
+    stat = file.stat()
+    return f"{file.name}|{stat.st_size}|{stat.st_mtime_ns}\0".encode()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from trainpilot.llm_runtime.probe_plan import sequences_probed
+from trainpilot.llm_runtime.schedules import sequences_probed
 from trainpilot.llm_runtime.simulator.physics import MOMENTUM_NOISE, RATE_UNIT, Moments, Physics, PhysicsState
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from trainpilot.llm_runtime.energy import EnergyReading, MeterUnavailableError
-from trainpilot.llm_runtime.ticker import Ticker
+from trainpilot.llm_runtime.energy.meter import EnergyReading, MeterUnavailableError
+from trainpilot.llm_runtime.process import Ticker
 
 FULL_LOAD_W_PER_THREAD = 4.0
 """Watts of a busy hardware thread: CodeCarbon's `DEFAULT_POWER_PER_CORE` for unknown CPUs, a rough guess."""

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.probe import ProbeResult
 
 Content = TypeVar("Content")

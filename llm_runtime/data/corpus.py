@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainpilot.llm_runtime import files
-from trainpilot.llm_runtime.text_sources import DOCUMENT_END, read_documents
+from trainpilot.llm_runtime.data.text_sources import DOCUMENT_END, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
