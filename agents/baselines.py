@@ -15,7 +15,7 @@ import numpy as np
 
 from trainpilot.agents.controller import Controller, Policy
 from trainpilot.envs.action import ACTION_FIELDS, Action
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import ControlLimits, Controls, RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
 

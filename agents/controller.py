@@ -9,8 +9,7 @@ import numpy as np
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.envs.decision_state import Decision, DecisionState
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Decision, DecisionState, Preference
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.telemetry import Telemetry

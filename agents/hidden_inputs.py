@@ -8,7 +8,7 @@ import numpy as np
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvStepReturn, VecEnvWrapper
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.llm_runtime.simulator.records import Bools
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from trainpilot.envs.safety import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
+from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.telemetry import Telemetry
 

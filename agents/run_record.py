@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainpilot.envs.action import ACTION_FIELDS, Action
-from trainpilot.envs.decision_state import Decision
+from trainpilot.envs.action import ACTION_FIELDS, Action, Reasons
+from trainpilot.envs.decision import Decision
 from trainpilot.envs.reward import RewardTerms
-from trainpilot.envs.safety import Reasons
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 

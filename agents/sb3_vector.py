@@ -11,9 +11,8 @@ import numpy as np
 from gymnasium import Wrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
-from trainpilot.envs.reward import OBJECTIVES
-from trainpilot.envs.scalarise import UTILITIES, Outcome
-from trainpilot.envs.vector_simulated import VectorSimulatedTraining
+from trainpilot.envs.environments import VectorSimulatedTraining
+from trainpilot.envs.reward import OBJECTIVES, UTILITIES, Outcome
 from trainpilot.llm_runtime.simulator.records import Bools, Floats
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import N_CHOICES
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.steered_runs import IntervalBatch, SteeredRuns, compute_equivalents
+from trainpilot.envs.runs import IntervalBatch, SteeredRuns, compute_equivalents
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
 

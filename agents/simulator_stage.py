@@ -14,9 +14,9 @@ from trainpilot.agents.sb3_vector import ScalarVecEnv
 from trainpilot.agents.simulator_scores import SimulatorScores, evaluate_in_simulator
 from trainpilot.agents.simulator_validation import Validation
 from trainpilot.agents.training_log import TrainingLog
-from trainpilot.envs.decision_state import N_STACK
-from trainpilot.envs.scalarise import UTILITIES
-from trainpilot.envs.vector_simulated import VectorSimulatedTraining
+from trainpilot.envs.decision import N_STACK
+from trainpilot.envs.environments import VectorSimulatedTraining
+from trainpilot.envs.reward import UTILITIES
 from trainpilot.llm_runtime.energy.meter import select_meter
 from trainpilot.llm_runtime.files import load_checkpoint
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics

@@ -17,9 +17,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.ppo import PPOConfig, bundle_of, make_ppo, train
 from trainpilot.agents.training_log import TrainingLog
-from trainpilot.envs.live_plant import live_reference
-from trainpilot.envs.live_training import LiveTraining
-from trainpilot.envs.scalarise import ScalarReward
+from trainpilot.envs.environments import LiveTraining
+from trainpilot.envs.reference import live_reference
+from trainpilot.envs.reward import ScalarReward
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.simulator_agents import total_cost
 from trainpilot.llm_runtime.config import Precision, RunConfig

@@ -14,7 +14,7 @@ from _live_ablations import compare, take_over
 from _static_front import front_of
 from zero_shot import load
 
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.experiments.compare.comparison import TUNED, UNTUNED
 from trainpilot.experiments.compare.policies import spoken
 from trainpilot.experiments.measuring.baselines import CaseBaselines, case_baselines

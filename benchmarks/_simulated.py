@@ -12,11 +12,10 @@ import numpy as np
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.open_loop import SchedulePoint, SteeredRun, average_schedule
 from trainpilot.agents.simulator_scores import act_of
-from trainpilot.envs.decision_state import DecisionStates
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
+from trainpilot.envs.decision import DecisionStates, Preference
 from trainpilot.envs.reward import EVALUATE_EVERY
-from trainpilot.envs.safety import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
-from trainpilot.envs.steered_runs import ReferencedPlants
+from trainpilot.envs.runs import ReferencedPlants
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, overfit

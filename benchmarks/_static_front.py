@@ -10,7 +10,7 @@ import numpy as np
 from _static_grid import BASES, POWERS, RATES, nearest_power, needed, sweep
 
 from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.steered_runs import worths
+from trainpilot.envs.runs import worths
 from trainpilot.experiments.measuring.fronts import on_front
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import Floats, Ints

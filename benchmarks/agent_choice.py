@@ -27,7 +27,7 @@ from zero_shot import PREFERENCES
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.experiments.calibrate.calibration import Calibration, load_calibrations
 from trainpilot.experiments.calibrate.design import design
 from trainpilot.experiments.calibrate.runs import RunFile

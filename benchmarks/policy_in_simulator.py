@@ -39,7 +39,7 @@ from _simulated import (
 from _static_grid import POWERS, SHARES, StaticGrid, needed
 
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_digest, policy_path
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.schedules import ScheduleName
 from trainpilot.llm_runtime.simulator.multi_power import MultiPowerRuns
 from trainpilot.llm_runtime.simulator.records import Floats, Ints

@@ -33,7 +33,7 @@ from _simulated import (
 from _static_front import RunsAndReferences, front_of, medians, nsga2_settings, try_settings, tuned_for_each
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.experiments.measuring.fronts import REFERENCE_POINT, hypervolume
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns

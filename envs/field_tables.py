@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from trainpilot.envs import safety
+from trainpilot.envs import action as safety
 from trainpilot.envs.action import ACTION_FIELDS, SPARSITY_STEP
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.reference import BUDGET_SHARES
 from trainpilot.envs.reward import DIVERGED_QUALITY, EVALUATE_EVERY, MAX_QUALITY
@@ -107,7 +107,7 @@ two episodes differ in these; everything else repeats under one seed on a proces
 `trainpilot/SimulatedTraining-v0` is the same with a simulated run instead of a real one: same actions, observations,
 rewards, masks and ends, from the same code, so that a policy cannot tell which of the two it steers. An episode takes
 milliseconds, its run is drawn anew each time, and it repeats exactly under one seed.
-`trainpilot.envs.vector_simulated.VectorSimulatedTraining` steers thousands of such runs at once, as a Gymnasium
+`trainpilot.envs.environments.VectorSimulatedTraining` steers thousands of such runs at once, as a Gymnasium
 `VectorEnv` with autoreset in the same step: that is what policies are pre-trained in."""
 
 

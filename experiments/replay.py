@@ -14,8 +14,8 @@ from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.run_writer import RunWriter
 from trainpilot.agents.steering.guarded import GuardedController
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
-from trainpilot.envs.live_plant import live_reference
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.reference import live_reference
 from trainpilot.envs.reward import Reference, RewardMeter, current_loss
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.progress import progress_bar

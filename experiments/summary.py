@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.envs.live_plant import device_label
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.reference import device_label
 from trainpilot.envs.reward import Reference
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.versions import versions

@@ -21,11 +21,10 @@ from trainpilot.agents.ppo import bundle_of, side_by_side, train
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.agents.simulator_stage import SimulatorAgent, SimulatorStage, best_weights
 from trainpilot.agents.training_log import TrainingLog
-from trainpilot.envs.live_plant import live_plant, live_reference
-from trainpilot.envs.live_training import LiveTraining
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.reward import Reference, RewardMeter, current_loss
-from trainpilot.envs.scalarise import ScalarReward
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.environments import LiveTraining
+from trainpilot.envs.reference import live_plant, live_reference
+from trainpilot.envs.reward import Reference, RewardMeter, ScalarReward, current_loss
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import Recipe, load_recipe

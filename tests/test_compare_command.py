@@ -19,7 +19,7 @@ from rich.console import Console
 from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.experiments import cli
 from trainpilot.experiments.compare import command, costs

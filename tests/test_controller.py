@@ -10,7 +10,7 @@ from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, keep
 from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 
 
 def steer(controller: Controller, plant: ToyPlant, decisions: int) -> list[DecisionRecord]:

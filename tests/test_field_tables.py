@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from fakes import TOY_CASE, ToyPlant
 
-from trainpilot.envs import field_tables, live_training
+from trainpilot.envs import environments as live_training
+from trainpilot.envs import field_tables
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
-from trainpilot.envs.live_training import LiveTraining
+from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.scalarise import UTILITIES, ScalarReward
+from trainpilot.envs.reward import UTILITIES, ScalarReward
 
 PAGE = Path(__file__).parent.parent / "docs" / "environment.md"
 

@@ -20,7 +20,7 @@ from trainpilot.agents.steering.guarded import GuardedController
 from trainpilot.agents.steering.guarded_decision import GuardedDecision
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRun, Start, default_pool
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry

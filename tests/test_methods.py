@@ -13,7 +13,7 @@ from made_runs import CASE, CONFIG, made_bench, made_interval, made_result, with
 from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.experiments.compare.direct import direct_program, open_loop_program
 from trainpilot.experiments.compare.methods import (

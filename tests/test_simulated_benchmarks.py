@@ -16,7 +16,7 @@ from planted_comparison import Planted
 
 from trainpilot.agents.open_loop import SchedulePoint
 from trainpilot.agents.simulator_stage import SimulatorStage
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.experiments.measuring.runs import Runs
 from trainpilot.llm_runtime.simulator.multi_power import MultiPowerRuns
 from trainpilot.llm_runtime.simulator.references import ScheduleTable, static_losses

@@ -12,8 +12,8 @@ import pytest
 
 from trainpilot.agents.controller import Controller, keep
 from trainpilot.agents.open_loop import OpenLoop, SchedulePoint
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.run_history import PROBED
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.observation import PROBED
 from trainpilot.llm_runtime.config import PRECISIONS, Controls
 from trainpilot.llm_runtime.schedules import SCHEDULES, Cooldown, Schedule, ScheduleName, probe_due
 from trainpilot.llm_runtime.simulator.instances import draw_instances

@@ -21,9 +21,9 @@ from trainpilot.agents.simulator_stage import (
     train_in_simulator,
 )
 from trainpilot.agents.tags import tags_of
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
+from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.vector_simulated import VectorSimulatedTraining
 from trainpilot.experiments import simulator_agents, train_agent
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.simulator_agents import physics_of, total_cost, train_agents

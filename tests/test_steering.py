@@ -19,7 +19,7 @@ from trainpilot.agents.controller import Controller, Policy
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.data.batches import BatchStream
 from trainpilot.llm_runtime.energy.meter import NoMeter

@@ -22,8 +22,8 @@ from trainpilot.agents.sb3_vector import ScalarVecEnv
 from trainpilot.agents.tags import TAGS, tags_of
 from trainpilot.agents.training_log import Episode, TrainingLog, means
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.vector_simulated import VectorSimulatedTraining
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.environments import VectorSimulatedTraining
 
 LENGTH = 5
 

@@ -13,10 +13,9 @@ from trainpilot.agents.steering.asking import MAX_FAILURES, AskedPolicy
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
 from trainpilot.agents.steering.guarded_decision import GuardedDecision, Kept
 from trainpilot.agents.steering.guardrails import Guardrails, is_lost
-from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action
-from trainpilot.envs.decision_state import Decision, DecisionState
+from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow
+from trainpilot.envs.decision import Decision, DecisionState
 from trainpilot.envs.reward import RewardTerms
-from trainpilot.envs.safety import LEARNING_RATE_SCALE_RANGE, allow
 from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.telemetry import Telemetry
 

@@ -10,8 +10,15 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from trainpilot.agents.steering.loss_level import LossLevel
-from trainpilot.envs.action import ACTION_FIELDS, BATCH_FACTORS, KEEP, LEARNING_RATE_FACTORS, Action
-from trainpilot.envs.safety import FINISH_FROM, Situation
+from trainpilot.envs.action import (
+    ACTION_FIELDS,
+    BATCH_FACTORS,
+    FINISH_FROM,
+    KEEP,
+    LEARNING_RATE_FACTORS,
+    Action,
+    Situation,
+)
 from trainpilot.llm_runtime.schedules import neutral_factor
 from trainpilot.llm_runtime.telemetry import Telemetry
 

@@ -33,7 +33,7 @@ from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, Guardra
 from trainpilot.agents.steering.limits import control_limits
 from trainpilot.agents.steering.plan import Plan
 from trainpilot.agents.steering.settings import SteeringSettings
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, select_meter
 from trainpilot.llm_runtime.loop import Levers, Readings, Snapshots, Stateful, looking

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS
-from trainpilot.envs.safety import LEARNING_RATE_SCALE_RANGE
+from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
 from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting
 from trainpilot.experiments.calibrate.plans import planned
 from trainpilot.llm_runtime.config import ControlLimits, Controls

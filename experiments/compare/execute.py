@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from trainpilot.agents.baselines import Steerer
-from trainpilot.envs.live_plant import device_label
+from trainpilot.envs.reference import device_label
 from trainpilot.experiments.compare.records import IntervalResult, RunResult, RunSpec
 from trainpilot.experiments.compare.steerers import make_steerer
 from trainpilot.llm_runtime.energy.meter import EnergyMeter

@@ -18,7 +18,7 @@ from trainpilot.agents.baselines import (
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
 from trainpilot.agents.open_loop import OpenLoop
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.experiments.compare.records import Steering
 
 if TYPE_CHECKING:

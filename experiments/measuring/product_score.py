@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from trainpilot.envs.scalarise import MAX_LOSS_INCREASE, Outcome, product
+from trainpilot.envs.reward import MAX_LOSS_INCREASE, Outcome, product
 from trainpilot.experiments.measuring.statistics import Bounded, above, exactly
 
 TIME_WEIGHT, ENERGY_WEIGHT = 0.5, 0.5

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from trainpilot.envs.decision_state import DecisionStates
+from trainpilot.envs.decision import DecisionStates
 from trainpilot.envs.reference import BUDGET_SHARES
 from trainpilot.envs.reward import DIVERGED_QUALITY, EVALUATE_EVERY, MAX_QUALITY
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, PlantBatch, TelemetryBatch
