@@ -41,7 +41,7 @@ gpu-check: $(READY)  ## try everything that needs an NVIDIA GPU, about an hour; 
 	@$(BIN)/python benchmarks/gpu_check.py $(GPU_ARGS)
 
 docs: $(READY)  ## write docs/metrics.md and docs/environment.md anew from the code
-	$(call generate,trainpilot.agents.tags,docs/metrics.md)
+	$(call generate,trainpilot.agents.logging.tags,docs/metrics.md)
 	$(call generate,trainpilot.envs.field_tables,docs/environment.md)
 
 # A page is written beside the old one first, so that a failure leaves the old one.

@@ -15,8 +15,8 @@ from _gpu_runs import TimeIsUpError
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import PPOConfig, bundle_of, make_ppo, train
-from trainpilot.agents.training_log import TrainingLog
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reference import live_reference
 from trainpilot.envs.reward import ScalarReward

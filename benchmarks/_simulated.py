@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.open_loop import SchedulePoint, SteeredRun, average_schedule
-from trainpilot.agents.simulator_scores import act_of
+from trainpilot.agents.heuristics import SchedulePoint, SteeredRun, average_schedule
+from trainpilot.agents.simulator_training import act_of
 from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
 from trainpilot.envs.decision import DecisionStates, Preference
 from trainpilot.envs.reward import EVALUATE_EVERY

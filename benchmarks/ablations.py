@@ -27,7 +27,7 @@ from _static_grid import StaticGrid
 from policy_in_simulator import Bed, multi_power_bed, simulator_bed, steered
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.simulator_stage import SimulatorStage, train_in_simulator
+from trainpilot.agents.simulator_training import SimulatorStage, train_in_simulator
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.run_folder import claim_folder
 from trainpilot.experiments.simulator_agents import physics_of

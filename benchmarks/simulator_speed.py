@@ -17,7 +17,7 @@ import torch
 from _common import write_result
 from sb3_contrib.common.maskable.utils import get_action_masks
 
-from trainpilot.agents.sb3_vector import ScalarVecEnv
+from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.environments import VectorSimulatedTraining

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest
 from trainpilot.agents.explain import input_shares
-from trainpilot.agents.flat_settings import flatten, text
+from trainpilot.agents.logging.run_log import flatten, text
 
 pass
-from trainpilot.agents.flat_settings import flatten, text
+from trainpilot.agents.logging.run_log import flatten, text
 from trainpilot.experiments.inspect_policy import MANY, _entry, titled_table
 
 MANY = 6

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.explain import Explanation, Push, explain
-from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import ACTION_FIELDS, LEARNING_RATE_FACTORS
 from trainpilot.experiments.inspect_policy import plain_table, print_table
 from trainpilot.experiments.run_folder import read_records

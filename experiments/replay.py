@@ -9,10 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
-from trainpilot.agents.controller import Controller, keep
-from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.run_writer import RunWriter
-from trainpilot.agents.steering.guarded import GuardedController
+from trainpilot.agents.controller import Controller, DecisionRecord, keep
+from trainpilot.agents.logging.run_log import RunWriter
+from trainpilot.agents.steering.guarded_controller import GuardedController
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import live_reference

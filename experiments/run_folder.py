@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint, whole_file, write_json
 
 CHECKPOINT_EVERY_S = 5.0

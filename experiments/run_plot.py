@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.experiments.inspect_policy import titled_table
 from trainpilot.experiments.run_folder import read_records

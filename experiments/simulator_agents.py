@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trainpilot.agents.simulator_stage import SimulatorAgent, SimulatorStage, train_in_simulator
+from trainpilot.agents.simulator_training import SimulatorAgent, SimulatorStage, train_in_simulator
 from trainpilot.experiments.calibrate.calibration import SHIPPED, load_calibrations
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.worker_process import begin_work

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
 from trainpilot.envs.reward import Reference

@@ -15,12 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.controller import Controller
-from trainpilot.agents.hidden_inputs import hidden_from, seen_inputs, without_inputs
+from trainpilot.agents.controller import Controller, DecisionRecord
+from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import bundle_of, side_by_side, train
-from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.simulator_stage import SimulatorAgent, SimulatorStage, best_weights
-from trainpilot.agents.training_log import TrainingLog
+from trainpilot.agents.sb3_env import hidden_from, seen_inputs, without_inputs
+from trainpilot.agents.simulator_training import SimulatorAgent, SimulatorStage, best_weights
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reference import live_plant, live_reference

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import keep
-from trainpilot.agents.integrations.distributed import ProcessGroupRanks, accelerated, present_ranks
+from trainpilot.agents.integrations.common import ProcessGroupRanks, accelerated, present_ranks
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering

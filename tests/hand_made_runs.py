@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.reward import Reference, RewardTerms

@@ -7,7 +7,7 @@ from typing import Any
 
 from fakes import make_telemetry
 
-from trainpilot.agents.baselines import Steerer
+from trainpilot.agents.heuristics import Steerer
 from trainpilot.llm_runtime.config import Controls, RunConfig
 
 CONSTANT = RunConfig(

@@ -9,8 +9,8 @@ import pytest
 from hand_made_runs import hand_made_record
 
 from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.explain import BORDERS, CONTROLS, FIELDS, explain, input_shares
-from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS

@@ -16,8 +16,7 @@ from fakes import TOY_CASE, ToyPlant, make_limits
 from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.controller import Controller, Policy, keep
 from trainpilot.agents.steering.contract import QualityContract
-from trainpilot.agents.steering.guarded import GuardedController
-from trainpilot.agents.steering.guarded_decision import GuardedDecision
+from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.decision import Preference

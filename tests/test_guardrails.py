@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from fakes import START, make_limits, make_telemetry
 
-from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
-from trainpilot.agents.steering.loss_level import LossLevel, student
+from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, LossLevel, student
 from trainpilot.envs.action import KEEP, Action, Situation
 from trainpilot.llm_runtime.config import Controls
 

@@ -23,7 +23,7 @@ ONLY_IN = {
         "llm_runtime/",
         "agents/ppo",
         "agents/bundle",
-        "agents/run_writer.py",
+        "agents/logging/run_log.py",
         "agents/steering/",
         "agents/integrations/",
     ),
@@ -64,7 +64,7 @@ TORCH_FREE = (
     "agents/steering/guardrails.py",
     "agents/steering/contract.py",
     "agents/steering/domain.py",
-    "agents/steering/guarded.py",
+    "agents/steering/guarded_controller.py",
 )
 """Can be imported, read and tested without loading torch."""
 

@@ -10,9 +10,9 @@ import pytest
 from fakes import START, make_limits
 from steering import batches, scales, steer
 
-from trainpilot.agents.baselines import RandomPolicy
-from trainpilot.agents.open_loop import (
+from trainpilot.agents.heuristics import (
     OpenLoop,
+    RandomPolicy,
     SchedulePoint,
     SteeredRun,
     average_schedule,

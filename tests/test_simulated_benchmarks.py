@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from planted_comparison import Planted
 
-from trainpilot.agents.open_loop import SchedulePoint
-from trainpilot.agents.simulator_stage import SimulatorStage
+from trainpilot.agents.heuristics import SchedulePoint
+from trainpilot.agents.simulator_training import SimulatorStage
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.measuring.runs import Runs
 from trainpilot.llm_runtime.simulator.multi_power import MultiPowerRuns

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from trainpilot.agents.controller import Controller, keep
-from trainpilot.agents.open_loop import OpenLoop, SchedulePoint
+from trainpilot.agents.heuristics import OpenLoop, SchedulePoint
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.observation import PROBED
 from trainpilot.llm_runtime.config import PRECISIONS, Controls

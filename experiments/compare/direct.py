@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trainpilot.agents.open_loop import SteeredRun, average_schedule, schedule_to_json
+from trainpilot.agents.heuristics import SteeredRun, average_schedule, schedule_to_json
 from trainpilot.experiments.compare.bench import Bench
 from trainpilot.experiments.compare.comparison import Case, MethodNote
 from trainpilot.experiments.compare.methods import Method, open_loop_method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from trainpilot.agents.baselines import Steerer
+from trainpilot.agents.heuristics import Steerer
 from trainpilot.envs.reference import device_label
 from trainpilot.experiments.compare.records import IntervalResult, RunResult, RunSpec
 from trainpilot.experiments.compare.steerers import make_steerer

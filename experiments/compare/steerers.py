@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainpilot.agents.baselines import (
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.controller import Controller
+from trainpilot.agents.heuristics import (
     GradualPruning,
     KeepBase,
     NoiseScaleBatch,
+    OpenLoop,
     RandomPolicy,
     ReduceOnPlateau,
     Seesaw,
     Steerer,
 )
-from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.controller import Controller
-from trainpilot.agents.open_loop import OpenLoop
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.compare.records import Steering
 

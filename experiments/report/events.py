@@ -16,8 +16,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from trainpilot.agents.flat_settings import hparams
-from trainpilot.agents.tags import TAGS
+from trainpilot.agents.logging.run_log import hparams
+from trainpilot.agents.logging.tags import TAGS
 from trainpilot.experiments.compare.records import IntervalResult, Row, RunResult
 from trainpilot.experiments.report.material import Material
 from trainpilot.llm_runtime.config import PRECISIONS

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainpilot.agents.flat_settings import flatten, text
+from trainpilot.agents.logging.run_log import flatten, text
 from trainpilot.experiments.compare.comparison import Case, TunedBaseline
 from trainpilot.experiments.compare.records import Role, Row, RunResult
 from trainpilot.experiments.measuring.figures import AXES

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.reward import Reference
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.telemetry import Telemetry

@@ -1,23 +1,92 @@
-"""Put a controller within guardrails: what it decides is bounded, and what went wrong is taken back."""
+"""Put a controller within guardrails: what it decides is bounded, and what went wrong is taken back.
+
+What a guarded controller answers, and what it keeps to go back to.
+
+Ask a policy that may fail: whatever it does, the run goes on.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trainpilot.agents.controller import Controller
-from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.steering.asking import MAX_FAILURES, AskedPolicy
+import numpy as np
+
+from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
-from trainpilot.agents.steering.guarded_decision import GuardedDecision, Kept
 from trainpilot.agents.steering.guardrails import Guardrails, is_lost
-from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow
+from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
 from trainpilot.envs.decision import Decision, DecisionState
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class GuardedDecision:
+    """What the run's owner is to do now, in this order: roll back, take a snapshot, bring the controls into force."""
+
+    controls: Controls
+    """What holds during the next interval; after a rollback, what `rolled_back` returns."""
+    roll_back: bool
+    """Restore the last snapshot, then call `rolled_back`."""
+    snapshot: bool
+    """Copy the run before the controls come into force, then call `snapshotted`."""
+    fallen_back: bool
+    """The run goes on under its base schedule, whatever the policy says."""
+    reasons: tuple[str, ...]
+    """Why something was refused or taken back."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a guarded controller stood when the run's owner took a snapshot."""
+
+    seen: tuple[int, ...]
+    guardrails: dict[str, Any]
+    contract: dict[str, Any] | None
+
+
+MAX_FAILURES = 5
+"""So many failures running, and a policy is not asked again."""
+
+
+class AskedPolicy:
+    """Counts how often running a policy could not be asked."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    @property
+    def failed_for_good(self) -> bool:
+        """Whether it has failed too often."""
+        return self.failures >= MAX_FAILURES
+
+    def ask(self, controller: Controller) -> tuple[Action, str | None]:
+        """Return what the policy asks for, or KEEP and why there is no answer."""
+        try:
+            if not np.isfinite(controller.state.observation()).all():
+                raise ValueError("the observation is not finite")
+            wish = _checked(controller.wish())
+        except Exception as error:  # anything that a stranger's policy may do
+            self.failures += 1
+            return KEEP, f"policy failed: {type(error).__name__}: {error}"
+        self.failures = 0
+        return wish, None
+
+
+def _checked(action: Any) -> Action:
+    """Return an action as whole numbers. Raises `ValueError` for anything else."""
+    numbers = [float(choice) for choice in action]
+    if not all(math.isfinite(number) and number == int(number) for number in numbers):
+        raise ValueError(f"choices must be whole numbers, got {numbers}")
+    checked = tuple(int(number) for number in numbers)
+    check_action(checked)
+    return checked
+
 
 GENTLER = 0.5
 """Factor on the learning-rate scale after a rollback, but for the first that no change of controls led to."""

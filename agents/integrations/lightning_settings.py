@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from trainpilot.agents.steering.limits import BATCH_RANGE
-from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.settings import BATCH_RANGE, SteeringSettings
 from trainpilot.llm_runtime.process_group import OneProcess, Ranks
 
 try:
@@ -150,7 +149,7 @@ def ranks_of(trainer: pl.Trainer) -> Ranks:
     """Return the Trainer's processes."""
     if trainer.world_size == 1:
         return OneProcess()
-    from trainpilot.agents.integrations.distributed import ProcessGroupRanks
+    from trainpilot.agents.integrations.common import ProcessGroupRanks
 
     return ProcessGroupRanks()
 

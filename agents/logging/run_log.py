@@ -2,6 +2,10 @@
 
 The x-axis counts tokens. The events lie in two folders, `steered` and `reference`, under the same tags, so that
 TensorBoard draws both into one chart.
+
+Flatten nested settings into what TensorBoard's tables hold: one key, one number or text.
+
+Give a decision as numbers, for the logs that a framework keeps itself.
 """
 
 from __future__ import annotations
@@ -16,13 +20,47 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from trainpilot.agents.flat_settings import hparams, markdown_table
-from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.tags import TAGS, multiline
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.logging.tags import TAGS, multiline
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.reward import OBJECTIVES, Reference, RewardTerms
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.telemetry import Telemetry
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def hparams(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Return settings as the HPARAMS tab takes them."""
+    flat = flatten(settings)
+    return {key: value if isinstance(value, bool | int | float) else text(value) for key, value in flat.items()}
+
+
+def text(value: Any) -> str:
+    """Return a value as text for one cell of a table."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(text(item) for item in value)
+    return " ".join(str(value).split())
+
+
+def markdown_table(settings: Mapping[str, Any]) -> str:
+    """Return settings as a table of two columns."""
+    rows = [f"| {key} | {text(value).replace('|', chr(92) + '|')} |" for key, value in flatten(settings).items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
 
 Scalars = dict[str, float | None]
 """Values by tag; `None` is left out."""
@@ -227,3 +265,30 @@ def _of_record(record: DecisionRecord, totals: Totals) -> Scalars:
 
 def _code(precision: str) -> float | None:
     return float(PRECISIONS.index(precision)) if precision in PRECISIONS else None
+
+
+def scalars(record: DecisionRecord) -> dict[str, float]:
+    """Return what is logged of a decision, under the names of the table in `docs/metrics.md`."""
+    told, asked = record.telemetry, record.telemetry.requested
+    values: dict[str, float | None] = {
+        "loss/train": told.train_loss,
+        "loss/validation": told.validation_loss,
+        "controls_requested/learning_rate_scale": asked.learning_rate_scale,
+        "controls_requested/batch_size": asked.batch_size,
+        "controls_requested/precision": PRECISIONS.index(asked.precision),
+        "controls_requested/sparsity": asked.sparsity,
+        "controls_effective/learning_rate": told.learning_rate,
+        "controls_effective/batch_size": told.batch_size,
+        "controls_effective/sparsity": told.sparsity,
+        "controls_effective/finishing": told.finishing,
+        "gradient/norm": told.gradient_norm,
+        "gradient/noise_scale": told.noise_scale,
+        "energy/interval": told.energy_j,
+        "energy/power": told.power_w,
+        "speed/interval": told.time_s,
+        "speed/tokens_per_s": told.tokens_per_s,
+        "run/budget_used": told.budget_used,
+        "run/decision": told.decision,
+    }
+    known = {TAGS[name].name: float(value) for name, value in values.items() if value is not None}
+    return {name: value for name, value in known.items() if math.isfinite(value)}

@@ -14,10 +14,10 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat
 
-from trainpilot.agents.flat_settings import hparams
-from trainpilot.agents.run_figure import run_figure
-from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.tags import TAGS, choice_tag, multiline
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.logging.run_figure import run_figure
+from trainpilot.agents.logging.run_log import hparams
+from trainpilot.agents.logging.tags import TAGS, choice_tag, multiline
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.reward import Reference
 

@@ -234,7 +234,7 @@ def ranks_of(args: TrainingArguments) -> Ranks:
     """Return the processes that train together."""
     if args.world_size == 1:
         return OneProcess()
-    from trainpilot.agents.integrations.distributed import present_ranks
+    from trainpilot.agents.integrations.common import present_ranks
 
     return present_ranks()
 

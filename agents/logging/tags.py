@@ -1,6 +1,6 @@
 """Name and explain every TensorBoard tag, in one table. The writers take their names from it, `docs/metrics.md` is it.
 
-Print the page with `python -m trainpilot.agents.tags > docs/metrics.md`. What computes the values is in `run_writer`
+Print the page with `python -m trainpilot.agents.logging.tags > docs/metrics.md`. What computes the values is in `run_writer`
 and `training_log`.
 """
 
@@ -244,7 +244,7 @@ def tags_of(writer: Writer) -> list[Tag]:
 _HEAD = """\
 # What TensorBoard shows
 
-Written from `agents/tags.py` by `make docs`; change it there.
+Written from `agents/logging/tags.py` by `make docs`; change it there.
 
     tensorboard --logdir DIR
 
