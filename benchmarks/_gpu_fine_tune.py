@@ -21,7 +21,7 @@ from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reference import live_reference
 from trainpilot.envs.reward import ScalarReward
 from trainpilot.experiments.recipe import load_recipe
-from trainpilot.experiments.simulator_agents import total_cost
+from trainpilot.experiments.train_agent import total_cost
 from trainpilot.llm_runtime.config import Precision, RunConfig
 
 POLICY = "policy.safetensors"

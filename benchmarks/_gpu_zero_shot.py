@@ -9,13 +9,12 @@ from typing import Any
 from _gpu_bed import STARTS
 from _gpu_runs import used
 
-from trainpilot.experiments.compare.comparison import UNTUNED, Case
+from trainpilot.experiments.analysis.figures import AXES
+from trainpilot.experiments.analysis.multiplier import Curve, CurveRun, compute_multiplier, fit_curve
+from trainpilot.experiments.analysis.statistics import over_seeds
+from trainpilot.experiments.compare.cases import Setting, rounded
 from trainpilot.experiments.compare.methods import SIMPLE, policy_method
-from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.experiments.compare.settings import Setting, rounded
-from trainpilot.experiments.measuring.figures import AXES
-from trainpilot.experiments.measuring.multiplier import Curve, CurveRun, compute_multiplier, fit_curve
-from trainpilot.experiments.measuring.statistics import over_seeds
+from trainpilot.experiments.compare.results import UNTUNED, Case, RunResult, RunSpec
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import sum_known
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from zero_shot import load, told
 
-from trainpilot.experiments.compare.comparison import TUNED, UNTUNED
-from trainpilot.experiments.measuring.baselines import case_baselines
-from trainpilot.experiments.measuring.method_figures import MethodOnCase, method_on_case
-from trainpilot.experiments.measuring.runs import Runs
-from trainpilot.experiments.measuring.statistics import over_cases
+from trainpilot.experiments.analysis.method_figures import MethodOnCase, method_on_case
+from trainpilot.experiments.analysis.modelled_cost import Runs
+from trainpilot.experiments.analysis.multiplier import case_baselines
+from trainpilot.experiments.analysis.statistics import over_cases
+from trainpilot.experiments.compare.results import TUNED, UNTUNED
 
 STARTS = ("0.1", "1", "10")
 """Starting learning rates over the tuned static's."""

@@ -15,11 +15,11 @@ from _static_front import front_of
 from zero_shot import load
 
 from trainpilot.envs.decision import Preference
-from trainpilot.experiments.compare.comparison import TUNED, UNTUNED
-from trainpilot.experiments.compare.policies import spoken
-from trainpilot.experiments.measuring.baselines import CaseBaselines, case_baselines
-from trainpilot.experiments.measuring.fronts import REFERENCE_POINT, Objectives, hypervolume
-from trainpilot.experiments.measuring.runs import Run, Runs
+from trainpilot.experiments.analysis.modelled_cost import Run, Runs
+from trainpilot.experiments.analysis.multiplier import CaseBaselines, case_baselines
+from trainpilot.experiments.analysis.pareto import REFERENCE_POINT, Objectives, hypervolume
+from trainpilot.experiments.compare.methods import spoken
+from trainpilot.experiments.compare.results import TUNED, UNTUNED
 from trainpilot.llm_runtime.files import write_json
 
 CASES = ("llama", "gpt2", "qwen2")

@@ -11,7 +11,7 @@ from _static_grid import BASES, POWERS, RATES, nearest_power, needed, sweep
 
 from trainpilot.envs.reference import BUDGET_SHARES
 from trainpilot.envs.runs import worths
-from trainpilot.experiments.measuring.fronts import on_front
+from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, static_losses

@@ -29,8 +29,8 @@ from policy_in_simulator import Bed, multi_power_bed, simulator_bed, steered
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.simulator_training import SimulatorStage, train_in_simulator
 from trainpilot.experiments.recipe import load_recipe
-from trainpilot.experiments.run_folder import claim_folder
-from trainpilot.experiments.simulator_agents import physics_of
+from trainpilot.experiments.run_store import claim_folder
+from trainpilot.experiments.train_agent import physics_of
 from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.records import Floats, Ints

@@ -33,7 +33,7 @@ from trainpilot.experiments.calibrate.design import design
 from trainpilot.experiments.calibrate.runs import RunFile
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import load_recipe
-from trainpilot.experiments.simulator_agents import train_agents
+from trainpilot.experiments.train_agent import train_agents
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.schedules import neutral_factor

@@ -34,7 +34,7 @@ from _static_front import RunsAndReferences, front_of, medians, nsga2_settings, 
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.envs.decision import Preference
-from trainpilot.experiments.measuring.fronts import REFERENCE_POINT, hypervolume
+from trainpilot.experiments.analysis.pareto import REFERENCE_POINT, hypervolume
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
 

@@ -25,14 +25,13 @@ from _common import write_result
 from _zero_shot_chart import draw
 
 from trainpilot.agents.bundle import policy_digest, policy_path
-from trainpilot.experiments.compare.comparison import TUNED, UNTUNED, Comparison
-from trainpilot.experiments.compare.records import RunResult
-from trainpilot.experiments.measuring.baselines import case_baselines
-from trainpilot.experiments.measuring.figures import BASELINES, Estimate
-from trainpilot.experiments.measuring.method_figures import MethodOnCase, method_on_case
-from trainpilot.experiments.measuring.runs import Runs
-from trainpilot.experiments.measuring.statistics import Bounded, over_cases, over_seeds
-from trainpilot.llm_runtime.cost_table import CostTable
+from trainpilot.experiments.analysis.figures import BASELINES, Estimate
+from trainpilot.experiments.analysis.method_figures import MethodOnCase, method_on_case
+from trainpilot.experiments.analysis.modelled_cost import Runs
+from trainpilot.experiments.analysis.multiplier import case_baselines
+from trainpilot.experiments.analysis.statistics import Bounded, over_cases, over_seeds
+from trainpilot.experiments.compare.results import TUNED, UNTUNED, Comparison, RunResult
+from trainpilot.experiments.costs.table import CostTable
 
 STARTS = ("0.1", "0.333", "1", "3", "10")
 """Starting learning rates over the tuned static's."""

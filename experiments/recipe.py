@@ -16,7 +16,7 @@ from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.ppo import PPOConfig
 from trainpilot.agents.simulator_training import SimulatorStage
 from trainpilot.envs.reward import UTILITIES
-from trainpilot.experiments.validated import read_mapping, run_config, validated
+from trainpilot.experiments.config_files import read_mapping, run_config, validated
 from trainpilot.llm_runtime.config import RunConfig
 
 

@@ -11,7 +11,7 @@ import pytest
 from fake_physics import FittedPhysics
 from fakes import make_telemetry
 
-from trainpilot.experiments.calibrate.errors import BestRate, best_rates, fit_error, rank_correlation
+from trainpilot.experiments.calibrate.calibration import BestRate, best_rates, fit_error, rank_correlation
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from live_runs import case
 
-from trainpilot.llm_runtime.cost_measuring import measure_cost_table
-from trainpilot.llm_runtime.cost_table import CostRow, CostTable
+from trainpilot.experiments.costs.measure import measure_cost_table
+from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.llm_runtime.energy.meter import EnergyReading, EnergySource, NoMeter, RecordedMeter
 from trainpilot.llm_runtime.timing import MIN_ROUNDS, Cost, Visit, alternate, summarise
 

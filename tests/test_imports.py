@@ -49,7 +49,7 @@ ONLY_IN = {
 TORCH_FREE = (
     "llm_runtime/config.py",
     "llm_runtime/telemetry.py",
-    "llm_runtime/cost_table.py",
+    "experiments/costs/table.py",
     "llm_runtime/energy/meter.py",
     "llm_runtime/files.py",
     "llm_runtime/schedules.py",

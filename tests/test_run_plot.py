@@ -12,7 +12,7 @@ from rich.console import Console
 
 from trainpilot.envs.action import KEEP
 from trainpilot.experiments.inspect_policy import print_bundle
-from trainpilot.experiments.run_plot import print_run, sparkline
+from trainpilot.experiments.inspect_run import print_run, sparkline
 
 SUMMARY = {
     "model": "llama-nano",

@@ -11,8 +11,8 @@ from made_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.cases import model_file
 from trainpilot.experiments.compare.execute import failed
-from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.experiments.compare.store import RunStore, run_key
+from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.run_store import RunStore, run_key
 from trainpilot.llm_runtime.config import RunConfig
 
 SPEC = RunSpec(config=CONFIG)

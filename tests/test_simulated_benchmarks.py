@@ -17,7 +17,7 @@ from planted_comparison import Planted
 from trainpilot.agents.heuristics import SchedulePoint
 from trainpilot.agents.simulator_training import SimulatorStage
 from trainpilot.envs.decision import Preference
-from trainpilot.experiments.measuring.runs import Runs
+from trainpilot.experiments.analysis.modelled_cost import Runs
 from trainpilot.llm_runtime.simulator.multi_power import MultiPowerRuns
 from trainpilot.llm_runtime.simulator.references import ScheduleTable, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns

@@ -23,9 +23,10 @@ from trainpilot.agents.simulator_training import (
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.experiments import simulator_agents, train_agent
+from trainpilot.experiments import train_agent
+from trainpilot.experiments import train_agent as simulator_agents
 from trainpilot.experiments.options import TrainAgentOptions
-from trainpilot.experiments.simulator_agents import physics_of, total_cost, train_agents
+from trainpilot.experiments.train_agent import physics_of, total_cost, train_agents
 from trainpilot.llm_runtime.simulator.runs import SimulatedRuns, default_pool
 
 NAMES = [field.name for field in OBSERVATION_FIELDS]

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.sb3_env import seen_inputs
 from trainpilot.experiments import train_agent as module
-from trainpilot.experiments.inspect_path import inspect_path
+from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.train_agent import train_agent

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
-from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting
-from trainpilot.experiments.calibrate.plans import planned
+from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, planned
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
 from trainpilot.llm_runtime.files import write_json
