@@ -42,7 +42,7 @@ gpu-check: $(READY)  ## try everything that needs an NVIDIA GPU, about an hour; 
 
 docs: $(READY)  ## write docs/metrics.md and docs/environment.md anew from the code
 	$(call generate,trainpilot.agents.logging.tags,docs/metrics.md)
-	$(call generate,trainpilot.envs.field_tables,docs/environment.md)
+	$(call generate,docs.generate.environment,docs/environment.md)
 
 # A page is written beside the old one first, so that a failure leaves the old one.
 define generate

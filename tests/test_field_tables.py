@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fakes import TOY_CASE, ToyPlant
 
+from docs.generate import environment as field_tables
 from trainpilot.envs import environments as live_training
-from trainpilot.envs import field_tables
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
@@ -25,7 +25,7 @@ def test_the_page_is_in_step_with_the_code(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
 
     assert PAGE.read_text(encoding="utf-8") == printed, (
-        "docs/environment.md is old; write it anew: python -m trainpilot.envs.field_tables > docs/environment.md"
+        "docs/environment.md is old; write it anew: python -m docs.generate.environment > docs/environment.md"
     )
 
 

@@ -2,27 +2,317 @@
 
 A policy trained in the power-law noisy quadratic may have learnt that model's habits. Here the loss comes from another
 law, fitted by others (`multi_power_law`), so that a policy that does well on both has learnt something about training.
+
+Draw what the runs of the Multi-Power Law are: their law, their budget, their noise and their machine.
+
+Give what one interval under the Multi-Power Law looks like from outside: plausible signs, time and energy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
+from second_physics.law import LAW_NAMES, PUBLISHED_FITS, Floats, LawBatch, wsd_mean_factor
 
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.schedules import probe_due
-from trainpilot.llm_runtime.simulator.multi_power_cases import (
-    SEQUENCE_LENGTH,
-    WARMUP_SHARE,
-    CaseBatch,
-    best_learning_rates,
-    draw_cases,
-)
-from trainpilot.llm_runtime.simulator.multi_power_law import Floats, wsd_mean_factor
-from trainpilot.llm_runtime.simulator.multi_power_telemetry import Interval, interval_telemetry, throughput
+from trainpilot.llm_runtime.schedules import probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, LimitBatch, TelemetryBatch
+
+WARMUP_SHARE = 0.1
+"""The base schedule is WSD with this share of the budget as warm-up."""
+SEQUENCE_LENGTH = 128
+
+_SPREADS = {
+    "floor": 0.1, "scale": 0.15, "exponent": 0.08, "noise_scale": 0.2, "memory_rate": 0.2, "memory_exponent": 0.08,
+    "rate_exponent": 0.05,
+}  # fmt: skip
+"""Standard deviation of the logarithm of each constant around the published fit."""
+
+
+@dataclass(kw_only=True)
+class CaseBatch:
+    """All that decides what the runs are; every array has shape (n_runs,)."""
+
+    law: LawBatch
+    n_steps: Floats
+    """Steps of the whole budget in the law's own unit."""
+    unit: Floats
+    """Learning rate of the run over the law's."""
+    start_ratio: Floats
+    """Starting learning rate over the best."""
+    breaks_at: Floats
+    """Learning rate over the law's edge above which a run diverges."""
+    batch_size: Ints
+    """Starting batch, in sequences."""
+    n_sequences: Ints
+    """Budget, in sequences."""
+    epochs: Floats
+    """Passes over the corpus in the whole budget."""
+
+    critical_ratio: Floats
+    """Critical batch over the starting batch, late in the run."""
+    noise_bias: Floats
+    """Noise scale that is measured over the critical batch."""
+    loss_spread: Floats
+    """Standard deviation of the loss of a batch of one sequence, in nats/token."""
+    gradient_norm: Floats
+    """Norm of the mean gradient where there is no noise."""
+    relative_update: Floats
+    """Norm of an update over that of the weights at the best learning rate."""
+    curvature: Floats
+    """Curvature over slope along an update at the edge, where the slope is that of a small step."""
+
+    tokens_per_s: Floats
+    """Throughput of a large batch."""
+    half_batch: Floats
+    """Batch at half that throughput, in sequences."""
+    bf16_speed: Floats
+    """Throughput in bf16 over that in fp32."""
+    idle_w: Floats
+    busy_w: Floats
+    base_memory_share: Floats
+    batch_memory_share: Floats
+    """Memory that the starting batch adds."""
+
+    def put(self, rows: Ints, cases: CaseBatch) -> None:
+        """Put other cases into these rows."""
+        _put(self, rows, cases)
+
+    def take(self, rows: Ints) -> CaseBatch:
+        """Return the cases of these rows."""
+        taken: CaseBatch = _take(self, rows)
+        return taken
+
+    def base_factors(self, share: float, decisions: int) -> Floats:
+        """Return the base schedule's factor in each interval of a run of that share of the budget."""
+        budget: Floats = share * self.n_sequences.astype(np.float64)[:, None]
+        edges: Floats = np.linspace(0.0, 1.0, decisions + 1) * budget
+        step = self.batch_size[:, None].astype(np.float64)
+        warmup: Floats = WARMUP_SHARE * budget
+        return wsd_mean_factor(edges[:, :-1], edges[:, 1:], step, budget, warmup)
+
+
+def draw_cases(random: np.random.Generator, n: int, decisions: int, start_range: float) -> CaseBatch:
+    """Draw cases around the three published fits.
+
+    Args:
+        random: Where chance comes from.
+        n: How many.
+        decisions: Decisions in a run; every interval has at least four steps.
+        start_range: The starting learning rate lies within this factor of the best.
+    """
+    batch_size = 2 ** random.integers(1, 6, n)
+    steps = np.maximum(_between(random, n, 500, 3_000), 4 * decisions)
+    idle_w = _between(random, n, 5, 100)
+    return CaseBatch(
+        law=_draw_law(random, n),
+        n_steps=_between(random, n, 8_000, 72_000),
+        unit=_between(random, n, 0.5, 10),
+        start_ratio=_between(random, n, 1 / start_range, start_range),
+        breaks_at=_between(random, n, 20, 60),
+        batch_size=batch_size,
+        n_sequences=np.round(steps * batch_size).astype(np.int64),
+        epochs=_between(random, n, 0.02, 1),
+        critical_ratio=_between(random, n, 1, 100),
+        noise_bias=_between(random, n, 0.3, 30),
+        loss_spread=0.4 * np.exp(0.3 * random.standard_normal(n)),
+        gradient_norm=0.7 * np.exp(0.5 * random.standard_normal(n)),
+        relative_update=5e-3 * np.exp(0.5 * random.standard_normal(n)),
+        curvature=0.4 * np.exp(0.4 * random.standard_normal(n)),
+        tokens_per_s=_between(random, n, 2e3, 2e6),
+        half_batch=_between(random, n, 0.25, 64),
+        bf16_speed=_between(random, n, 0.8, 2),
+        idle_w=idle_w,
+        busy_w=idle_w * _between(random, n, 1.5, 6),
+        base_memory_share=random.uniform(0.02, 0.2, n),
+        batch_memory_share=random.uniform(0.001, 0.04, n),
+    )
+
+
+def best_learning_rates(cases: CaseBatch, decisions: int) -> Floats:
+    """Return the peak learning rate, in the law's unit, at which the base schedule ends at the lowest loss."""
+    factors = cases.base_factors(1.0, decisions)
+    powers = np.linspace(-1.25, 0.75, 21)
+    peaks = cases.law.edge[:, None] * 10.0**powers
+    losses = np.stack([cases.law.base_loss(peak, factors, cases.n_steps) for peak in peaks.T], axis=1)
+    best = np.clip(losses.argmin(axis=1), 1, len(powers) - 2)
+    rows = np.arange(len(best))
+    left, middle, right = (losses[rows, best + i] for i in (-1, 0, 1))
+    bend = np.maximum(left - 2 * middle + right, 1e-12)
+    offset = np.clip((left - right) / (2 * bend), -1.0, 1.0)  # the vertex of the parabola through the three
+    rates: Floats = cases.law.edge * 10.0 ** (powers[best] + offset * (powers[1] - powers[0]))
+    return rates
+
+
+def _draw_law(random: np.random.Generator, n: int) -> LawBatch:
+    fits = np.array(list(PUBLISHED_FITS.values()))[random.integers(0, len(PUBLISHED_FITS), n)]
+    constants = {
+        name: fits[:, i] * np.exp(_SPREADS[name] * random.standard_normal(n)) for i, name in enumerate(LAW_NAMES)
+    }
+    edge = 1e-3 * np.exp(0.35 * random.standard_normal(n))
+    return LawBatch(**constants, initial_loss=random.uniform(9.5, 11.0, n), edge=edge)
+
+
+def _between(random: np.random.Generator, n: int, low: float, high: float) -> Floats:
+    drawn: Floats = np.exp(random.uniform(np.log(low), np.log(high), n))
+    return drawn
+
+
+def _put(target: Any, rows: Ints, source: Any) -> None:
+    for each in fields(target):
+        mine, new = getattr(target, each.name), getattr(source, each.name)
+        if isinstance(mine, np.ndarray):
+            mine[rows] = new
+        else:
+            _put(mine, rows, new)
+
+
+def _take(source: Any, rows: Ints) -> Any:
+    taken = {}
+    for each in fields(source):
+        value = getattr(source, each.name)
+        taken[each.name] = value[rows] if isinstance(value, np.ndarray) else _take(value, rows)
+    return type(source)(**taken)
+
+
+SWITCH_S = 1e-3
+"""A change of precision takes this many seconds."""
+
+
+@dataclass(kw_only=True)
+class Interval:
+    """What one interval takes and comes to; arrays of shape (n_runs,)."""
+
+    taken: Floats
+    """Sequences; 0 for a run that has ended."""
+    batch: Floats
+    precision: Ints
+    rate: Floats
+    """Mean learning rate in the law's unit, at the starting batch."""
+    last_rate: Floats
+    """The same of the last step."""
+    critical_batch: Floats
+    switched: Bools
+    """Precision was changed at its beginning."""
+    probed: Bools
+    """Whether it ends with a curvature probe."""
+    loss: Floats = field(default_factory=lambda: np.zeros(0))
+    """Loss in its middle, in nats/token."""
+
+    @classmethod
+    def usual(cls, cases: CaseBatch, decisions: int) -> Interval:
+        """Return an interval at the starting controls; its learning rates are left open."""
+        nothing = np.zeros(len(cases.batch_size))
+        return cls(
+            taken=cases.n_sequences / decisions, batch=cases.batch_size.astype(np.float64),
+            precision=np.zeros(len(nothing), dtype=np.int64), rate=nothing, last_rate=nothing, critical_batch=nothing,
+            switched=np.zeros(len(nothing), dtype=np.bool_), probed=np.zeros(len(nothing), dtype=np.bool_),
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> Floats:
+        """Optimiser steps; 0 for a run that has ended."""
+        steps: Floats = np.ceil(self.taken / self.batch)
+        return steps
+
+    def probe_s(self, cases: CaseBatch) -> Floats:
+        """Return the seconds of the probe: three forward passes, about as long as a step on as many sequences."""
+        probed = np.where(self.probed & (self.taken > 0), sequences_probed(self.taken), 0.0)
+        return probed * SEQUENCE_LENGTH / throughput(cases, self.batch, self.precision)
+
+    def time_s(self, cases: CaseBatch) -> Floats:
+        """Return the seconds of the interval, probe and switching included."""
+        trained = self.taken * SEQUENCE_LENGTH / throughput(cases, self.batch, self.precision)
+        return trained + self.probe_s(cases) + SWITCH_S * self.switched
+
+    def power_w(self, cases: CaseBatch) -> Floats:
+        """Return the mean draw: it rises with how much of the machine the batch keeps busy."""
+        return cases.idle_w + (cases.busy_w - cases.idle_w) * self.batch / (self.batch + cases.half_batch)
+
+
+def throughput(cases: CaseBatch, batch: Floats | Ints, precision: Floats | Ints) -> Floats:
+    """Return tokens per second: it saturates with the batch as B / (B + B_half)."""
+    speed = np.where(np.asarray(precision) == PRECISIONS.index("bf16"), cases.bf16_speed, 1.0)
+    rate: Floats = cases.tokens_per_s * speed * batch / (batch + cases.half_batch)
+    return rate
+
+
+def interval_telemetry(
+    cases: CaseBatch,
+    interval: Interval,
+    controls: ControlBatch,
+    best_learning_rate: Floats,
+    *,
+    random: np.random.Generator,
+    noise: float,
+) -> TelemetryBatch:
+    """Return what is measured on an interval; where the run stands is left open.
+
+    Args:
+        cases: What the runs are.
+        interval: What the interval took.
+        controls: What was asked for.
+        best_learning_rate: Of each run.
+        random: Where chance comes from.
+        noise: Factor on it.
+    """
+    n = len(interval.taken)
+
+    def chance(scale: float) -> Floats:
+        return noise * scale * random.standard_normal(n)
+
+    def probe(shown: Floats) -> Floats:
+        return np.where(interval.probed, shown, np.nan)
+
+    steps, batch = interval.steps, interval.batch
+    std = cases.loss_spread / np.sqrt(batch)
+    train_loss = interval.loss + std / np.sqrt(np.maximum(steps, 1.0)) * chance(1.0)
+    seen_std = np.where(steps > 2, std * np.exp(chance(1.0) / np.sqrt(2 * np.maximum(steps, 1.0))), 0.0)
+    learning_rate = interval.last_rate * cases.unit * np.sqrt(controls.batch_size / cases.batch_size)
+    height = interval.last_rate / cases.law.edge
+    small = 1e-2 * np.minimum(height, 1.0) * np.exp(chance(0.1))  # slope along an update without curvature
+    gradient_norm = cases.gradient_norm * np.sqrt(1.0 + interval.critical_batch / batch) * np.exp(chance(0.05))
+    time_s = interval.time_s(cases) * np.exp(chance(0.02))
+    power_w = interval.power_w(cases)
+    switch_s: Floats = np.where(interval.switched, SWITCH_S, 0.0)
+    unset, off = np.full(n, np.nan), np.zeros(n, dtype=np.bool_)
+    return TelemetryBatch(
+        decision=np.zeros(n, dtype=np.int64),
+        budget_used=unset,
+        tokens=unset,
+        interval_tokens=interval.taken * SEQUENCE_LENGTH,
+        steps=steps,
+        epochs_seen=unset,
+        train_loss=train_loss,
+        train_loss_std=seen_std,
+        train_loss_max=train_loss + seen_std * np.sqrt(2 * np.log1p(steps)),
+        validation_loss=unset,
+        gradient_norm=gradient_norm,
+        clipped_share=1.0 / (1.0 + gradient_norm**-6.0),
+        noise_scale=interval.critical_batch * cases.noise_bias * np.exp(chance(0.3)),
+        relative_update=probe(cases.relative_update * learning_rate / best_learning_rate * np.exp(chance(0.05))),
+        probe_linear=probe(small * (chance(0.2) - 1.0 / (1.0 + height**2))),
+        probe_quadratic=probe(small * cases.curvature * height * np.exp(chance(0.3))),
+        learning_rate=learning_rate,
+        batch_size=batch,
+        micro_batch_size=batch,
+        precision=controls.precision.copy(),
+        sparsity=np.zeros(n),
+        finishing=off,
+        finished=off,
+        diverged=off,
+        time_s=time_s,
+        probe_time_s=interval.probe_s(cases),
+        switch_time_s=switch_s,
+        evaluation_time_s=unset,
+        energy_j=time_s * power_w,
+        power_w=power_w,
+        memory_share=np.minimum(cases.base_memory_share + cases.batch_memory_share * batch / cases.batch_size, 0.95),
+    )
+
 
 DrawCases = Callable[[np.random.Generator, int, int, float], CaseBatch]
 

@@ -90,7 +90,7 @@ def _introduction() -> str:
     return f"""\
 # The environment
 
-Written from the tables in `envs/` by `python -m trainpilot.envs.field_tables`; change it there.
+Written from the tables in `envs/` by `python -m docs.generate.environment`; change it there.
 
 `trainpilot/LiveTraining-v0` is one training of one language model, cut into `decisions` intervals of equal shares of a
 token budget. Between two intervals the agent sets the controls of the next. It *multiplies* the case's base schedule

@@ -1,4 +1,13 @@
-"""Fit the power-law noisy quadratic to published loss curves, and predict the loss under schedules it has not seen.
+"""Predict a loss by the Multi-Power Law, with what a policy needs and the law leaves out: too large steps and batches.
+
+The law and its fits are those of Luo et al., ICLR 2025, "A Multi-Power Law for Loss Curve Prediction Across Learning
+Rate Schedules" (code: github.com/thu-yao-01-luo/MultiPowerLaw). With l_k the learning rate after the k-th change (the
+first leads up from 0), S the path, that is, the sum of the learning rates of all steps, and S_k its part since the k-th
+change,
+
+    L = L0 + A S^-alpha + B sum_k (l_k - l_(k-1)) G(l_k^-gamma S_k),    G(x) = 1 - (1 + C x)^-beta
+
+Fit the power-law noisy quadratic to published loss curves, and predict the loss under schedules it has not seen.
 
 Six numbers, each positive, reproduce the loss of one model on one corpus at one batch size under any schedule of
 moderate learning rates. The modes are those of `modes`; a step at learning rate l brings noise (l / l_ref)^2 and a path
@@ -18,6 +27,120 @@ from scipy.optimize import OptimizeResult, least_squares
 from trainpilot.llm_runtime.simulator.physics import mode_rates, mode_weights, step_modes
 
 Floats = NDArray[np.float64]
+
+PUBLISHED_LEARNING_RATE = 3e-4
+"""Peak learning rate of the published fits."""
+LEAST_RATE, LEAST_PATH = 1e-12, 1e-9
+"""Stand for a learning rate and a path of zero."""
+LEAST_EXCESS = 1e-3
+"""The loss stays this far above the floor, in nats/token."""
+
+
+@dataclass(kw_only=True)
+class LawBatch:
+    """The law's constants for many runs, each of shape (n_runs,); the learning rates are the published ones."""
+
+    floor: Floats
+    """L0: loss of an infinite run at a vanishing learning rate, in nats/token."""
+    scale: Floats
+    """A."""
+    exponent: Floats
+    """alpha."""
+    noise_scale: Floats
+    """B: loss per learning rate that noise costs, in nats/token."""
+    memory_rate: Floats
+    """C."""
+    memory_exponent: Floats
+    """beta."""
+    rate_exponent: Floats
+    """gamma."""
+    initial_loss: Floats
+    """Loss before training, which no loss exceeds, in nats/token."""
+    edge: Floats
+    """Learning rate at which the progress of a step is greatest."""
+
+    def loss(self, path: Floats, rate: Floats, change: Floats, since: Floats) -> Floats:
+        """Return the loss, in nats/token.
+
+        Args:
+            path: S, of shape (n_runs,).
+            rate: l_k, of shape (n_runs, changes).
+            change: l_k - l_(k-1), of the same shape; 0 for a change yet to come.
+            since: S_k, of the same shape.
+        """
+        memory = self.memory_rate[:, None] * np.maximum(rate, LEAST_RATE) ** -self.rate_exponent[:, None] * since
+        relaxed = 1.0 - (1.0 + np.maximum(memory, 0.0)) ** -self.memory_exponent[:, None]
+        signal = self.scale * np.maximum(path, LEAST_PATH) ** -self.exponent
+        return self._capped(signal + self.noise_scale * (change * relaxed).sum(axis=1))
+
+    def progress(self, rate: Floats) -> Floats:
+        """Return the path of a step: l / (1 + (l / edge)^2).
+
+        The law knows no step that is too large. Here steps beyond the edge help ever less, those at ten times the edge
+        as much as those at a tenth, while their noise costs ever more: the loss rises, and progress missed is lost.
+
+        Args:
+            rate: Learning rates, of shape (n_runs,) or (n_runs, intervals).
+        """
+        edge = self.edge if rate.ndim == 1 else self.edge[:, None]
+        return rate / (1.0 + (rate / edge) ** 2)
+
+    def base_loss(self, peak: Floats, factors: Floats, n_steps: Floats) -> Floats:
+        """Return the final loss of a schedule.
+
+        Args:
+            peak: Learning rate that the factors multiply, of shape (n_runs,).
+            factors: Factor in each of some intervals of equal length, of shape (n_runs, intervals).
+            n_steps: Published steps of the whole run, of shape (n_runs,).
+        """
+        rate = peak[:, None] * factors
+        paths = np.cumsum(self.progress(rate), axis=1) * (n_steps / factors.shape[1])[:, None]
+        before = np.concatenate([np.zeros((len(peak), 1)), paths[:, :-1]], axis=1)
+        return self.loss(paths[:, -1], rate, np.diff(rate, axis=1, prepend=0.0), paths[:, -1:] - before)
+
+    def _capped(self, excess: Floats) -> Floats:
+        """Return the floor plus `excess`, bent smoothly under the initial loss; far below it nothing changes."""
+        ratio = np.maximum(excess, LEAST_EXCESS) / (self.initial_loss - self.floor)
+        with np.errstate(over="ignore"):
+            below = (1.0 + ratio**-8.0) ** -0.125  # r (1 + r^8)^(-1/8), written so that a huge r comes to 1
+        return self.floor + (self.initial_loss - self.floor) * below
+
+
+PUBLISHED_FITS: dict[str, tuple[float, ...]] = {
+    "25M": (3.04045406, 0.52468604, 0.50786857, 363.78751622, 2.06560812, 0.58279013, 0.64142257),
+    "100M": (2.6514477, 0.60115152, 0.45295811, 437.9464276, 2.13245612, 0.59785199, 0.65523644),
+    "400M": (2.37474466, 0.65421216, 0.42878731, 523.42464371, 2.02462735, 0.59350493, 0.63472457),
+}
+"""L0, A, alpha, B, C, beta and gamma of three sizes, from the public repository."""
+
+LAW_NAMES = ("floor", "scale", "exponent", "noise_scale", "memory_rate", "memory_exponent", "rate_exponent")
+
+
+def wsd_mean_factor(start: Floats, end: Floats, step: Floats, budget: Floats, warmup: Floats) -> Floats:
+    """Return the mean over steps of `Schedule.factor` of the schedule `wsd`, exact but for a stretch with a kink in it.
+
+    Args:
+        start: Where the stretch begins, in the unit of the others (tokens or sequences).
+        end: Where it ends.
+        step: Length of a step.
+        budget: Length of the run.
+        warmup: Length of the warm-up, above 0.
+    """
+    span = np.maximum(end - start, 1e-9)
+    decay = warmup + 0.8 * (budget - warmup)
+    # The warm-up counts the step itself, the decay does not: half a step on, half a step back from its middle.
+    risen = _ramp(end + step / 2, warmup) - _ramp(start + step / 2, warmup)
+    fallen = np.maximum(end - step / 2 - decay, 0.0) ** 2 - np.maximum(start - step / 2 - decay, 0.0) ** 2
+    mean: Floats = (risen - fallen / (2 * (budget - decay))) / span
+    return np.clip(mean, 0.0, 1.0)
+
+
+def _ramp(position: Floats, warmup: Floats) -> Floats:
+    """Return the integral of min(position / warmup, 1)."""
+    inside = np.minimum(position, warmup)
+    return inside**2 / (2 * warmup) + (position - inside)
+
+
 Column = ArrayLike | Sequence[ArrayLike]
 
 PARAMETERS = ("signal_exponent", "noise_exponent", "top_rate", "floor", "signal_scale", "noise_scale")
