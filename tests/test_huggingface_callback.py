@@ -36,8 +36,6 @@ from trainpilot.envs.action import KEEP
 from trainpilot.llm_runtime.energy import NoMeter
 from trainpilot.llm_runtime.run_config import RunConfig
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:

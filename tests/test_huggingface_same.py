@@ -29,8 +29,6 @@ from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.energy import NoMeter
 from trainpilot.llm_runtime.run_config import RunConfig
 
-torch.set_num_threads(1)
-
 WATCHED: dict[str, Any] = {"policy": "none", "decisions": 5}
 
 
