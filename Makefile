@@ -41,8 +41,8 @@ gpu-check: $(READY)  ## try everything that needs an NVIDIA GPU, about an hour; 
 	@$(BIN)/python benchmarks/gpu_check.py $(GPU_ARGS)
 
 docs: $(READY)  ## write docs/metrics.md and docs/environment.md anew from the code
-	$(call generate,trainpilot.agents.tags,docs/metrics.md)
-	$(call generate,trainpilot.envs.field_tables,docs/environment.md)
+	$(call generate,trainpilot.agents.logging.tags,docs/metrics.md)
+	$(call generate,docs.generate.environment,docs/environment.md)
 
 # A page is written beside the old one first, so that a failure leaves the old one.
 define generate

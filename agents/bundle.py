@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.llm_runtime.files import whole_file
 from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 
 FIELDS = tuple(field.name for field in OBSERVATION_FIELDS)

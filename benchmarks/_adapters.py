@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainpilot.agents.bundle import PolicyBundle, policy_path
-from trainpilot.agents.integrations.distributed import present_ranks
+from trainpilot.agents.integrations.common import present_ranks
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_FACTORS, Action
-from trainpilot.llm_runtime.batches import BatchStream
-from trainpilot.llm_runtime.corpus import ByteTokenizer, load_corpus
+from trainpilot.llm_runtime.data.batches import BatchStream
+from trainpilot.llm_runtime.data.corpus import ByteTokenizer, load_corpus
 from trainpilot.llm_runtime.models import load_model
 
 Tick = Callable[[], None]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainpilot.experiments.versions import versions
+from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.precision import device_name
 

@@ -1,7 +1,13 @@
-"""Steer simulated runs by a policy, or blindly, and say what they were worth, with intervals."""
+"""Steer simulated runs by a policy, or blindly, and say what they were worth, with intervals.
+
+Find the best static schedule of every simulated instance on a fine grid, at several budgets.
+
+Find what static settings reach on the plane of loss against cost: one for all by NSGA-II, or one for each.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -10,20 +16,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.open_loop import SchedulePoint, SteeredRun, average_schedule
-from trainpilot.agents.simulator_scores import act_of
-from trainpilot.envs.decision_state import DecisionStates
-from trainpilot.envs.preference import Preference
+from trainpilot.agents.heuristics import SchedulePoint, SteeredRun, average_schedule
+from trainpilot.agents.simulator_training import act_of
+from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
+from trainpilot.envs.decision import DecisionStates, Preference
+from trainpilot.envs.reference import BUDGET_SHARES
 from trainpilot.envs.reward import EVALUATE_EVERY
-from trainpilot.envs.safety import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
-from trainpilot.envs.steered_runs import ReferencedPlants
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.envs.runs import ReferencedPlants, worths
+from trainpilot.experiments.analysis.pareto import on_front
+from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
+from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
-from trainpilot.llm_runtime.simulator.references import overfit
+from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
-DECISIONS = 50
 TEST_INSTANCES, TEST_SEED = 512, 20_240
 """Instances that nothing is trained or chosen on: recipes draw theirs with other seeds."""
 STARTS = (1 / 30, 0.18, 0.56, 1.8, 5.6, 10.0)
@@ -268,3 +276,227 @@ def line(name: str, told: Mapping[str, Any]) -> str:
     starts = "  ".join(f"{found['median']['value']:.2f}" for found in told["starts"].values())
     interval = f"[{one['low']:.3f}, {one['high']:.3f}]"
     return f"{name:28} {one['value']:.3f} {interval}  p10 {told['p10']['value']:.3f}  | {starts}"
+
+
+RATES: Floats = 1e-3 * 2.0 ** (np.arange(-8, 16) / 2)
+"""Learning rates at the instance's starting batch, 6e-5 to 0.18 by sqrt 2; at other batches by the neutral rule."""
+POWERS = np.arange(-4, 5)
+"""Doublings of the starting batch. An instance that cannot do one takes the nearest that it can."""
+WARMUPS = (0.02, 0.1, 0.4, 0.6, 0.8)
+BASES: tuple[tuple[ScheduleName, float], ...] = tuple((name, warmup) for name in SCHEDULES for warmup in WARMUPS)
+"""Schedules, and their warm-up's share of the budget."""
+SHARES = (0.25, 0.5, 1.0, 2.0)
+"""Budgets at which the best static schedule is sought, over the run's own."""
+WHOLE = SHARES.index(1.0)
+BEYOND = 2.0
+"""A curve is believed up to this factor outside its budgets; what lies further is told as that limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticGrid:
+    """What static schedules reach on each instance."""
+
+    losses: Floats
+    """Of every setting at the whole budget, shape (bases, rates, powers, n_instances), in nats/token."""
+    best: Floats
+    """Of the best setting at each of `SHARES`, shape (n_instances, budgets); a larger budget may stop earlier."""
+
+    @classmethod
+    def search(cls, instances: Instances) -> StaticGrid:
+        """Try every setting at every budget: four minutes or so for 512 instances."""
+        losses = [sweep(instances, share) for share in SHARES]
+        best = np.stack([found.min(axis=(0, 1, 2)) for found in losses], axis=1)
+        return cls(losses=losses[WHOLE], best=np.minimum.accumulate(best, axis=1))
+
+    def of_base(self, base: tuple[ScheduleName, float]) -> Floats:
+        """Return the lowest loss of each instance under one base schedule."""
+        found: Floats = self.losses[BASES.index(base)].min(axis=(0, 1))
+        return found
+
+    def best_single(self) -> tuple[dict[str, Any], Floats]:
+        """Return the setting whose median multiplier over the instances is highest, and the loss of each under it."""
+        worth = needed(self.losses, SHARES, self.best)
+        base, rate, power = np.unravel_index(np.median(worth, axis=-1).argmax(), worth.shape[:-1])
+        setting = {
+            "schedule": BASES[base][0],
+            "warmup_share": BASES[base][1],
+            "learning_rate": round(float(RATES[rate] * 2.0 ** (POWERS[power] / 2)), 7),
+            "batch_over_start": float(2.0 ** POWERS[power]),
+        }
+        return setting, self.losses[base, rate, power]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the grid was, which settings won, and how often the best one lies on its edge."""
+        n = self.losses.shape[-1]
+        at = np.unravel_index(self.losses.reshape(-1, n).argmin(axis=0), self.losses.shape[:-1])
+        bases = Counter(f"{BASES[i][0]}, warm-up {BASES[i][1]:.0%}" for i in at[0])
+        return {
+            "learning_rates_at_starting_batch": [float(f"{rate:.4g}") for rate in RATES],
+            "batches_over_start": [float(2.0**power) for power in POWERS],
+            "bases": [list(base) for base in BASES],
+            "budgets": list(SHARES),
+            "runs_per_instance": len(SHARES) * int(np.prod(self.losses.shape[:-1])),
+            "best_base": {name: round(count / n, 4) for name, count in bases.most_common()},
+            "learning_rate_on_edge": float(np.isin(at[1], (0, len(RATES) - 1)).mean()),
+            "warmup_on_edge": round(float(np.mean([BASES[i][1] in (WARMUPS[0], WARMUPS[-1]) for i in at[0]])), 4),
+        }
+
+
+def sweep(instances: Instances, share: float, bases: Sequence[tuple[ScheduleName, float]] = BASES) -> Floats:
+    """Return the loss of every setting at a share of the budget, shape (bases, rates, powers, n_instances)."""
+    powers = nearest_power(instances, POWERS[:, None])
+    rows, columns = np.nonzero(powers == POWERS[:, None])  # what takes another batch is not run twice
+    each = instances.take(columns)
+    batch = each.start_batch * 2.0 ** POWERS[rows]
+    losses = np.empty((len(bases), len(RATES), len(POWERS), len(instances)))
+    for i, (name, warmup) in enumerate(bases):
+        table = ScheduleTable.of(name, warmup, DECISIONS)
+        for j, at_start in enumerate(RATES):
+            rate = at_start * np.sqrt(batch / each.start_batch)
+            losses[i, j, rows, columns] = static_losses(each, rate, batch, table, share)
+    taken = np.searchsorted(POWERS, powers)
+    return losses[:, :, taken, np.arange(len(instances))]
+
+
+def nearest_power(instances: Instances, power: Ints) -> Ints:
+    """Return the doublings of the starting batch that the instances can do, next to those wanted."""
+    low, high = instances.batch_limits(DECISIONS)
+    start = instances.start_batch
+    least, most = np.ceil(np.log2(low / start)), np.floor(np.log2(high / start))
+    return np.clip(power, least, most).astype(np.int64)
+
+
+def needed(loss: Floats, shares: Sequence[float], curve: Floats) -> Floats:
+    """Return the budget at which a curve reaches a loss, interpolated in log-log, 0 for a loss that is not finite.
+
+    Args:
+        loss: Losses reached, shape (..., n_runs).
+        shares: Budgets of the curve, rising.
+        curve: Losses there, shape (n_runs, budgets), not rising.
+
+    Returns:
+        Shares of the whole budget, within `BEYOND` of the first and the last of `shares`.
+    """
+    with np.errstate(all="ignore"):
+        x, points, y = np.log(loss), np.log(curve), np.log(np.asarray(shares))
+        found = np.full(x.shape, np.nan)
+        for i in range(len(y) - 1):
+            fall = points[:, i] - points[:, i + 1]
+            piece = y[i] + (y[i + 1] - y[i]) / fall * (points[:, i] - x)
+            begins = (x < points[:, i] - 1e-12) | np.isnan(found)
+            found = np.where((fall > 1e-9) & begins, piece, found)
+        # A curve that never falls tells better from worse, and no more.
+        flat = np.where(x <= points[:, 0], y[0], -np.inf)
+        share = np.exp(np.where(np.isnan(found), flat, found))
+    low, high = shares[0] / BEYOND, shares[-1] * BEYOND
+    return np.where(np.isfinite(loss) & (loss > 0), np.clip(share, low, high), 0.0)
+
+
+POPULATION, GENERATIONS = 24, 12
+LOW = np.array([np.log2(RATES[0]), POWERS[0] - 0.5, 0.0, -3.0, 0.0])
+HIGH = np.array([np.log2(RATES[-1]), POWERS[-1] + 0.499, len(BASES) - 0.001, 0.0, 1.999])
+"""Of a setting as NSGA-II sees it: log2 of the learning rate at the starting batch, doublings of that batch, base
+schedule, log2 of the share of the budget, and whether the fastest precision is taken."""
+
+_MEANS = np.stack([ScheduleTable.of(name, warmup, DECISIONS).mean for name, warmup in BASES])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsAndReferences:
+    """Runs to try static settings on, with what they are measured with."""
+
+    instances: Instances
+    references: References
+
+    def take(self, rows: Ints) -> RunsAndReferences:
+        """Return some of them."""
+        return RunsAndReferences(instances=self.instances.take(rows), references=self.references.take(rows))
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    def quality(self, loss: Floats) -> Floats:
+        """Return the share of the budget that the tuned static needs for a loss, shape (..., n_runs)."""
+        return needed(loss, BUDGET_SHARES, np.minimum.accumulate(self.references.losses, axis=1))
+
+    def cost(self, name: str, batch: Floats, fast: Floats, share: Floats | float) -> Floats:
+        """Return the `energy` or `time` of static runs over the reference's."""
+        hardware = self.instances.hardware
+        fastest = np.where(hardware.masked, 0.0, hardware.speed).argmax(axis=1)
+        precision = np.where(fast >= 1, fastest, 0)
+        time_s: Floats = hardware.step_s(batch, precision, np.zeros(len(self))) * self.instances.sequences / batch
+        time_s = time_s * share
+        if name == "time":
+            return time_s / self.references.time_s
+        return time_s * hardware.power_w(batch) / self.references.energy_j
+
+
+def try_settings(settings: Floats, runs: RunsAndReferences, cost: str) -> tuple[Floats, Floats]:
+    """Return quality and cost of every setting on every run, each of shape (n_settings, n_runs)."""
+    n = len(runs)
+    each = runs.take(np.tile(np.arange(n), len(settings)))
+    rate, power, base, share, fast = (np.repeat(column, n) for column in settings.T)
+    batch = each.instances.start_batch * 2.0 ** nearest_power(each.instances, np.round(power).astype(np.int64))
+    at_batch = 2.0**rate * np.sqrt(batch / each.instances.start_batch)
+    mean = _MEANS[base.astype(np.int64)].T  # (decisions, rows): every row has a schedule of its own
+    table = ScheduleTable(mean=mean, last=mean, start=mean)
+    loss = static_losses(each.instances, at_batch, batch, table, 2.0**share)  # type: ignore[arg-type]
+    told = each.quality(loss), each.cost(cost, batch, np.floor(fast), 2.0**share)
+    return told[0].reshape(-1, n), told[1].reshape(-1, n)
+
+
+def nsga2_settings(runs: RunsAndReferences, cost: str, n_simulated: int, seed: int = 0) -> Floats:
+    """Return the settings on the front that NSGA-II finds with `n_simulated` runs in all.
+
+    Every setting is tried on the same few runs, and judged by its medians there.
+    """
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.problem import Problem
+    from pymoo.optimize import minimize
+
+    n_tried = max(1, min(len(runs), n_simulated // (POPULATION * GENERATIONS)))
+    tried = runs.take(np.random.default_rng(seed).choice(len(runs), n_tried, replace=False))
+
+    class Settings(Problem):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(n_var=len(LOW), n_obj=2, xl=LOW, xu=HIGH)
+
+        def _evaluate(self, x: Floats, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            out["F"] = np.array(medians(*try_settings(x, tried, cost)))
+
+    found = minimize(Settings(), NSGA2(pop_size=POPULATION), ("n_gen", GENERATIONS), seed=seed)
+    settings: Floats = np.atleast_2d(found.X)
+    return settings
+
+
+def medians(quality: Floats, cost: Floats) -> list[tuple[float, float]]:
+    """Return the objectives of each row, less is better: compute that the median loss is worth, and median cost."""
+    worth = np.maximum(np.median(quality, axis=1), 1e-3)
+    return [(1 / float(q), float(c)) for q, c in zip(worth, np.median(cost, axis=1), strict=True)]
+
+
+def tuned_for_each(runs: RunsAndReferences, cost: str, weights: Sequence[float]) -> tuple[Floats, Floats]:
+    """Return quality and cost of the static setting that is best on each run under each weight on the cost.
+
+    The learning rate, the batch and the budget are chosen with the loss of every one of them known, 648 runs or fewer
+    for each run; the fastest precision is taken.
+    """
+    shares = np.array(BUDGET_SHARES)
+    losses = np.stack([sweep(runs.instances, share, [("wsd", 0.1)])[0] for share in shares])
+    quality = runs.quality(losses)  # (shares, rates, powers, n)
+    costs = np.empty(quality.shape)
+    for k, power in enumerate(POWERS):
+        batch = runs.instances.start_batch * 2.0 ** nearest_power(runs.instances, np.full(len(runs), power))
+        costs[:, :, k] = shares[:, None, None] * runs.cost(cost, batch, np.ones(len(runs)), 1.0)
+    worth, columns = worths(quality), np.arange(len(runs))
+    flat_quality, flat_costs = quality.reshape(-1, len(runs)), costs.reshape(-1, len(runs))
+    best = [((1 - w) * worth - w * costs).reshape(-1, len(runs)).argmax(axis=0) for w in weights]
+    return (
+        np.stack([flat_quality[each, columns] for each in best]),
+        np.stack([flat_costs[each, columns] for each in best]),
+    )
+
+
+def front_of(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return which points no other dominates."""
+    return [index for index, kept in enumerate(on_front(points)) if kept]

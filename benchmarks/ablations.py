@@ -6,11 +6,16 @@
 Every variant is the simulator stage of the recipe, shorter and with one change. It is tested on simulated runs that no
 training has drawn from, and in a second physics that none has seen. The first takes half an hour or so on two cores;
 killed at any moment, the same command goes on. The second steers live test cases with the policies that are there.
+
+Steer live test cases with the policies of the ablations, by `trainpilot compare`, and read the figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -21,19 +26,79 @@ from typing import Any
 import numpy as np
 import torch
 from _common import write_result
-from _live_ablations import live
-from _simulated import TEST_INSTANCES, TEST_SEED, estimate, line, rounded, unseen_pool
-from _static_grid import StaticGrid
+from _simulated import TEST_INSTANCES, TEST_SEED, StaticGrid, estimate, line, rounded, unseen_pool
 from policy_in_simulator import Bed, multi_power_bed, simulator_bed, steered
+from zero_shot import load, told
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.simulator_stage import SimulatorStage, train_in_simulator
+from trainpilot.agents.simulator_training import SimulatorStage, train_in_simulator
+from trainpilot.experiments.analysis.method_figures import MethodOnCase, method_on_case
+from trainpilot.experiments.analysis.modelled_cost import Runs
+from trainpilot.experiments.analysis.multiplier import case_baselines
+from trainpilot.experiments.analysis.statistics import over_cases
+from trainpilot.experiments.compare.results import TUNED, UNTUNED
 from trainpilot.experiments.recipe import load_recipe
-from trainpilot.experiments.run_folder import claim_folder
-from trainpilot.experiments.simulator_agents import physics_of
+from trainpilot.experiments.run_store import claim_folder
+from trainpilot.experiments.train_agent import physics_of
+from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
-from trainpilot.llm_runtime.threads import use_threads
+
+STARTS = ("0.1", "1", "10")
+"""Starting learning rates over the tuned static's."""
+PREFERENCE = "quality=1"
+
+
+def live(
+    files: Mapping[str, Sequence[Path]], cases: str, folder: Path, source: Path, *, seeds: int, jobs: int
+) -> dict[str, Any]:
+    """Run what is missing, and return every variant's figures; the tuned static's search comes from `source`."""
+    there = {name: [path for path in paths if path.is_file()] for name, paths in files.items()}
+    if missing := [name for name, paths in there.items() if not paths]:
+        raise SystemExit(f"--live needs trained policies, got none of {missing[0]}; run without --live first")
+    take_over(source, folder)
+    methods = [method(path, start) for paths in there.values() for path in paths for start in STARTS]
+    compare(cases, [UNTUNED, TUNED, *methods], folder, seeds=seeds, jobs=jobs)
+    runs = load(folder)
+    return {name: figures(runs, [method(path, start) for path in paths for start in STARTS]) for name, paths in
+            there.items()}  # fmt: skip
+
+
+def take_over(source: Path, folder: Path) -> None:
+    """Copy the runs and the cost tables of another comparison, so that what they hold is not run again."""
+    for part in ("runs", "costs"):
+        if (source / part).is_dir():
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+
+
+def compare(cases: str, methods: Sequence[str], folder: Path, *, seeds: int, jobs: int) -> None:
+    """Run `trainpilot compare`."""
+    command = ["compare", "--cases", cases, "--methods", ",".join(methods), "--out", str(folder)]
+    command += ["--seeds", str(seeds), "--jobs", str(jobs)]
+    subprocess.run([sys.executable, "-m", "trainpilot.experiments.cli", *command], check=True)
+
+
+def method(path: Path, start: str) -> str:
+    """Return the name of a policy's runs from one starting rate."""
+    return f"policy:{path}@{PREFERENCE}@start={start}"
+
+
+def figures(runs: Runs, methods: Sequence[str]) -> dict[str, Any]:
+    """Return what several methods, taken together, are worth in tokens against both baselines."""
+    baselines = [case_baselines(runs, case) for case in runs.comparison.cases]
+    cases: list[list[MethodOnCase]] = [[method_on_case(runs, each, name) for name in methods] for each in baselines]
+    judged = [run for found in cases for one in found for run in one.runs]
+    return {
+        "n_runs": len(judged),
+        "n_without_loss": sum(run.loss is None for run in judged),
+        **{
+            baseline: told(
+                over_cases([[v for one in found for v in one.multipliers[baseline]["tokens"]] for found in cases])
+            )
+            for baseline in ("untuned", "tuned")
+        },
+    }
+
 
 FULL = "full"
 VARIANTS: Mapping[str, str] = {
@@ -189,11 +254,11 @@ def _over(multiplier: Floats, full: Floats, group: Ints) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """Return the figures as a Markdown table."""
     rows = ["| Variant | Simulator | 10th percentile | Over full | Multi-Power Law | Over full |", "|---" * 6 + "|"]
-    for name, told in result["variants"].items():
-        sim, law = told["simulator"], told["multi_power_law"]
+    for name, figures in result["variants"].items():
+        sim, law = figures["simulator"], figures["multi_power_law"]
         cells = [_cell(sim["median"]), f"{sim['p10']['value']:.2f}", _cell(sim.get("over_full"))]
         cells += [_cell(law["median"]), _cell(law.get("over_full"))]
-        rows.append(f"| {name}: {told['about']} | {' | '.join(cells)} |")
+        rows.append(f"| {name}: {figures['about']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

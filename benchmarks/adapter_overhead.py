@@ -39,7 +39,7 @@ from _common import write_result
 from rich.console import Console
 
 from trainpilot.experiments.progress import progress_bar
-from trainpilot.llm_runtime.threads import available_cores, use_threads
+from trainpilot.llm_runtime.process import available_cores, use_threads
 
 TARGET = 0.97
 SIDES = ("alone", "steered")

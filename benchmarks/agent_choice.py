@@ -27,16 +27,16 @@ from zero_shot import PREFERENCES
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 from trainpilot.experiments.calibrate.calibration import Calibration, load_calibrations
 from trainpilot.experiments.calibrate.design import design
 from trainpilot.experiments.calibrate.runs import RunFile
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import load_recipe
-from trainpilot.experiments.simulator_agents import train_agents
+from trainpilot.experiments.train_agent import train_agents
 from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.schedules import neutral_factor
-from trainpilot.llm_runtime.threads import use_threads
 
 STARTS = (0.1, 1.0, 10.0)
 NATS_PER_DOUBLING = 0.2

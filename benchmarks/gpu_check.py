@@ -14,6 +14,8 @@ the run after the last one kept. Without a GPU it says so and ends with exit cod
 
     python benchmarks/gpu_check.py [--time-limit 25] [--parts zero-shot] [--budget 0.25]
     python benchmarks/gpu_check.py --device cpu --tiny        # a minute, to see it run; results in OUT/results
+
+Print the zero-shot tables of `gpu_check` to the terminal.
 """
 
 from __future__ import annotations
@@ -24,24 +26,66 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from _common import RESULTS, write_result
-from _gpu_bed import Bed, full_bed, tiny_bed
-from _gpu_fine_tune import POLICY, fine_tune
-from _gpu_runs import Runs, TimeIsUpError
-from _gpu_table import show
-from _gpu_zero_shot import Ask, table
+from gpu.models import Bed, Runs, TimeIsUpError, full_bed, tiny_bed
+from gpu.zero_shot import POLICY, Ask, fine_tune, table
+from rich.console import Console
+from rich.table import Table
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
-from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
-from trainpilot.llm_runtime.energy_recorded import write_recording
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, select_meter, write_recording
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.llm_runtime.process import use_threads
+
+COLUMNS = ("start", "nats/token", "multiplier, tokens", "multiplier, joules", "s", "J")
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print what has been measured of every model."""
+    for name, found in result["models"].items():
+        if "best" in found:
+            Console().print(_table(f"{name}, {found['n_parameters']:,} parameters, {found['precision']}", found))
+
+
+def _table(title: str, found: Mapping[str, Any]) -> Table:
+    table = Table(title=title, title_style="bold")
+    table.add_column("")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    whole = [run for run in found["best"] if run["share"] == 1]
+    table.add_row("sweep's best", "1", _middle(whole, "validation_loss", ".4f"), "1.00", "1.00", *_cost(whole))
+    sweep = [found["sweep"]]
+    table.add_row(f"all {sweep[0]['n_runs']} of the sweep", "", "", "", "", *_cost(sweep))
+    rows = [("untouched", row) for row in found.get("untuned", [])]
+    rows += [(name, row) for name, part in found.get("steered", {}).items() for row in part]
+    for name, row in rows:
+        runs, multiplier = row["runs"], row["multiplier"]
+        worth = (_estimate(multiplier["tokens"]), _estimate(multiplier["energy_j"]))
+        table.add_row(name, f"{row['start']:g}", _middle(runs, "validation_loss", ".4f"), *worth, *_cost(runs))
+    return table
+
+
+def _cost(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    return _middle(runs, "time_s", ",.1f"), _middle(runs, "energy_j", ",.0f")
+
+
+def _middle(runs: list[dict[str, Any]], name: str, form: str) -> str:
+    values = [run[name] for run in runs]
+    return "-" if None in values else format(median(values), form)
+
+
+def _estimate(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["value"] is None:
+        return "-"
+    return f"{found['censored']}{found['value']:.2f}"
+
 
 READ_EVERY_S = 0.05
 PARTS = ("basics", "zero-shot", "fine-tune")

@@ -23,15 +23,14 @@ from torch.nn import functional as F
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.preference import Preference
-from trainpilot.llm_runtime.batches import BatchStream
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.batches import BatchStream
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.precision import synchronise
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.llm_runtime.process import use_threads
 
 DECISIONS = 50
 TARGET = 0.97

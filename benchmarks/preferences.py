@@ -6,37 +6,205 @@
 The first is done in the simulator in a minute or two, on instances that were never trained on, and set against static
 settings: one for all, found by NSGA-II with as many simulated runs, and one for each instance, found knowing all. The
 second steers three live test cases, in twenty minutes or so on two cores; killed at any moment, it goes on.
+
+Steer live test cases under many preferences, by `trainpilot compare`, and read the figures out of its runs.
+
+Draw quality against cost under many preferences, beside the fronts of static settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+import yaml
 from _common import write_result
-from _live_preferences import live
-from _preferences_chart import draw
 from _simulated import (
     TEST_INSTANCES,
     TEST_SEED,
+    RunsAndReferences,
     by_policy,
     estimate,
+    front_of,
     interval,
+    medians,
+    nsga2_settings,
     rounded,
     steer,
+    try_settings,
+    tuned_for_each,
     unseen_pool,
 )
-from _static_front import Runs, front_of, medians, nsga2_settings, try_settings, tuned_for_each
+from ablations import compare, take_over
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from zero_shot import load
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
-from trainpilot.envs.preference import Preference
-from trainpilot.experiments.measuring.fronts import REFERENCE_POINT, hypervolume
+from trainpilot.envs.decision import Preference
+from trainpilot.experiments.analysis.modelled_cost import Run, Runs
+from trainpilot.experiments.analysis.multiplier import CaseBaselines, case_baselines
+from trainpilot.experiments.analysis.pareto import REFERENCE_POINT, Objectives, hypervolume
+from trainpilot.experiments.compare.methods import spoken
+from trainpilot.experiments.compare.results import TUNED, UNTUNED
+from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
+
+CASES = ("llama", "gpt2", "qwen2")
+WORST = (*REFERENCE_POINT, REFERENCE_POINT[1])
+
+
+def live(
+    policy: str, asked: Sequence[Preference], folder: Path, source: Path, *, seeds: int, jobs: int
+) -> dict[str, Any]:
+    """Run what is missing, and return the figures; the search for the tuned static is taken over from `source`."""
+    take_over(source, folder)
+    cases = _write_cases(folder / "cases.json")
+    methods = list(dict.fromkeys(_method(policy, each) for each in asked))
+    compare(str(cases), [UNTUNED, TUNED, *methods], folder, seeds=seeds, jobs=jobs)
+    return figures(load(folder), policy, asked)
+
+
+def _write_cases(path: Path) -> Path:
+    text = files("trainpilot.experiments.compare").joinpath("sets", "test.yaml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    content["cases"] = [case for case in content["cases"] if case["name"] in CASES]
+    write_json(path, content)
+    return path
+
+
+def _method(policy: str, preference: Preference) -> str:
+    return f"policy:{policy}@{spoken(preference).replace(',', '+')}"
+
+
+def figures(runs: Runs, policy: str, asked: Sequence[Preference]) -> dict[str, Any]:
+    """Return loss, quality and costs of every preference on every case, and how they stand to each other."""
+    baselines = {case.name: case_baselines(runs, case) for case in runs.comparison.cases}
+    told = []
+    for preference in asked:
+        quality, energy, time = preference.weights()
+        method = _method(policy, preference)
+        cases = {name: _on_case(runs, found, method) for name, found in baselines.items()}
+        place = [median(values) for values in zip(*cases.values(), strict=True)]
+        told.append(
+            {
+                "preference": str(preference),
+                "weights": {"quality": float(quality), "energy": float(energy), "time": float(time)},
+                "compute_over_worth": round(place[0], 4),
+                "energy": round(place[1], 4),
+                "time": round(place[2], 4),
+                "by_case": {case: [round(value, 4) for value in values] for case, values in cases.items()},
+            }
+        )
+    return {
+        "cases": list(baselines),
+        "seeds": list(runs.comparison.seeds),
+        "objectives": "compute that the loss is worth, joules, seconds; over the tuned static's, less is better",
+        "preferences": told,
+        "costs": {cost: _front(told, cost) for cost in ("energy", "time")},
+    }
+
+
+def _on_case(runs: Runs, baselines: CaseBaselines, method: str) -> tuple[float, float, float]:
+    """Return the objectives, medians over the seeds; a run that failed counts as worst."""
+    tuned = runs.of(baselines.case, TUNED)
+    found = [_objectives(run, baselines, tuned) for run in runs.of(baselines.case, method)]
+    if not found:
+        return WORST
+    compute, energy, time = (median(values) for values in zip(*found, strict=True))
+    return compute, energy, time
+
+
+def _objectives(run: Run, baselines: CaseBaselines, tuned: Sequence[Run]) -> tuple[float, float, float]:
+    baseline = baselines.tuned.get("tokens")
+    if run.loss is None or baseline is None:
+        return WORST
+    # Outside the curve the bound stands for the budget: it is either far off, or a gain that is not claimed.
+    needed = baseline.curve.needed(run.loss)
+    share = (needed.high if math.isfinite(needed.high) else needed.low) / baseline.curve.whole[0]
+    return min(1 / share, WORST[0]), _ratio(run, tuned, "energy_j"), _ratio(run, tuned, "time_s")
+
+
+def _ratio(run: Run, tuned: Sequence[Run], axis: str) -> float:
+    spent, known = run.spent[axis], [value for each in tuned if (value := each.spent[axis]) is not None]
+    return WORST[1] if spent is None or not known else min(spent / median(known), WORST[1])
+
+
+def _front(told: Sequence[dict[str, Any]], cost: str) -> dict[str, Any]:
+    """Return how the preferences between quality and one cost stand to each other, medians over the cases."""
+    other = "time" if cost == "energy" else "energy"
+    family = {one["preference"]: one for one in told if one["weights"][other] == 0}
+    points: list[Objectives] = [(one["compute_over_worth"], one[cost]) for one in family.values()]
+    kept = front_of(points)
+    return {
+        "non_dominated": len({points[i] for i in kept}),
+        "on_front": [list(family)[i] for i in kept],
+        "hypervolume": round(hypervolume(points), 4),
+    }
+
+
+POLICY, SOFT, RULE = "#0a3d7a", "#62676f", "#e3e0d9"
+STATIC = {
+    "one_setting_for_all": ("one static setting for all (NSGA-II)", "#c7772b", "s--"),
+    "tuned_for_each": ("static, tuned on every instance", "#8a8f98", "^:"),
+}
+
+Told = Mapping[str, Any]
+
+
+def draw(result: Told, path: Path) -> None:
+    """Write the picture of a result of `preferences`."""
+    figure = Figure(figsize=(9.2, 4.0), layout="constrained")
+    panels = figure.subplots(1, len(result["costs"]), sharey=True, squeeze=False)[0]
+    for panel, (cost, told) in zip(panels, result["costs"].items(), strict=True):
+        _panel(panel, cost, told)
+    panels[0].set_ylabel("compute-equivalent of the loss", fontsize=9.5)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "trainpilot"}):
+        figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+def _panel(panel: Axes, cost: str, told: Told) -> None:
+    panel.set_title(f"Quality against {cost}", loc="left", fontsize=11, fontweight="bold")
+    panel.set_xlabel(f"{cost} over the reference's", fontsize=9.5)
+    panel.grid(color=RULE, linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.tick_params(length=0, labelsize=9)
+    for side in ("top", "right", "left"):
+        panel.spines[side].set_visible(False)
+    for name, (label, color, style) in STATIC.items():
+        points = told[name]
+        x, y = [point["cost"] for point in points], [point["quality"] for point in points]
+        panel.plot(x, y, style, color=color, markersize=3.5, linewidth=1.1, label=label)
+    _policy(panel, cost, told["preferences"])
+    panel.set_xlim(left=0)
+    panel.set_ylim(bottom=0)
+
+
+def _policy(panel: Axes, cost: str, preferences: Sequence[Told]) -> None:
+    x = [one[cost]["value"] for one in preferences]
+    y = [one["quality"]["value"] for one in preferences]
+    for one in preferences:
+        panel.plot([one[cost]["value"]] * 2, [one["quality"]["low"], one["quality"]["high"]], color=POLICY, linewidth=1)
+        panel.plot([one[cost]["low"], one[cost]["high"]], [one["quality"]["value"]] * 2, color=POLICY, linewidth=1)
+    panel.plot(x, y, "o-", color=POLICY, markersize=5, linewidth=1.6, zorder=4, label="policy, by its preference")
+    for one, place in ((preferences[0], "quality alone"), (preferences[-1], "half and half")):
+        at = (one[cost]["value"], one["quality"]["value"])
+        panel.annotate(place, at, textcoords="offset points", xytext=(6, -11), fontsize=8.5, color=SOFT)
+
 
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "preferences.png"
 RUNS_SEED = 11
@@ -83,7 +251,7 @@ def in_simulator(bundle: PolicyBundle, n_instances: int, n_runs: int) -> dict[st
     """Return the figures of every preference on simulated runs."""
     pool = unseen_pool(n_instances)
     fresh = SimulatedRuns(n_runs, RUNS_SEED, pool)
-    runs = Runs(instances=fresh.instances, references=fresh.references)
+    runs = RunsAndReferences(instances=fresh.instances, references=fresh.references)
     return {
         "runs": {"n": n_runs, "instances": n_instances, "seed": TEST_SEED},
         "reference_point": list(REFERENCE_POINT),
@@ -91,7 +259,7 @@ def in_simulator(bundle: PolicyBundle, n_instances: int, n_runs: int) -> dict[st
     }
 
 
-def _one_cost(bundle: PolicyBundle, cost: str, pool: Pool, runs: Runs, group: Ints) -> dict[str, Any]:
+def _one_cost(bundle: PolicyBundle, cost: str, pool: Pool, runs: RunsAndReferences, group: Ints) -> dict[str, Any]:
     quality, spent = _steered(bundle, cost, pool, runs)
     n_simulated = len(WEIGHTS) * len(runs)
     settings = nsga2_settings(runs, cost, n_simulated)
@@ -122,7 +290,7 @@ def _one_cost(bundle: PolicyBundle, cost: str, pool: Pool, runs: Runs, group: In
     }
 
 
-def _steered(bundle: PolicyBundle, cost: str, pool: Pool, runs: Runs) -> tuple[Floats, dict[str, Floats]]:
+def _steered(bundle: PolicyBundle, cost: str, pool: Pool, runs: RunsAndReferences) -> tuple[Floats, dict[str, Floats]]:
     """Return quality and costs under each weight, each of shape (weights, n_runs)."""
     asked = [preference(cost, weight) for weight in WEIGHTS]
     outcomes = [steer(SimulatedRuns(len(runs), RUNS_SEED, pool), by_policy(bundle, each)) for each in asked]

@@ -17,13 +17,13 @@ import torch
 from _common import write_result
 from sb3_contrib.common.maskable.utils import get_action_masks
 
-from trainpilot.agents.sb3_vector import ScalarVecEnv
+from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.vector_simulated import VectorSimulatedTraining
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.environments import VectorSimulatedTraining
+from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Ints, TelemetryBatch
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, default_pool
-from trainpilot.llm_runtime.threads import use_threads
 
 TARGET, TARGET_RUNS = 150_000, 1_024
 """Decisions per second of the whole environment that we want at so many runs."""

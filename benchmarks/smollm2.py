@@ -32,10 +32,10 @@ from trainpilot.agents.integrations.huggingface import SteeredTrainer
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.experiments.progress import progress_bar
-from trainpilot.llm_runtime.batches import BatchStream, fixed_batch
-from trainpilot.llm_runtime.corpus import Corpus, PretrainedTokenizer, load_corpus
+from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
+from trainpilot.llm_runtime.data.corpus import Corpus, PretrainedTokenizer, load_corpus
 from trainpilot.llm_runtime.files import whole_folder, write_json
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.llm_runtime.process import use_threads
 
 LENGTH, BATCH, DECISIONS = 64, 4, 60
 LEARNING_RATE = 2e-5

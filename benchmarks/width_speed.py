@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from _common import write_result
 
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.precision import synchronise
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.width import ffn_width
 
 

@@ -7,12 +7,12 @@ from gymnasium import register
 
 register(
     id="trainpilot/LiveTraining-v0",
-    entry_point="trainpilot.envs.live_training:LiveTraining",
+    entry_point="trainpilot.envs.environments:LiveTraining",
     nondeterministic=True,  # it measures seconds and joules
     disable_env_checker=True,  # its reward is a vector, by MO-Gymnasium's convention
 )
 register(
     id="trainpilot/SimulatedTraining-v0",
-    entry_point="trainpilot.envs.simulated_training:SimulatedTraining",
+    entry_point="trainpilot.envs.environments:SimulatedTraining",
     disable_env_checker=True,  # as above
 )

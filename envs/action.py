@@ -1,14 +1,17 @@
-"""Turn an action (one choice per control) into the controls of the next interval. One table holds every choice."""
+"""Turn an action (one choice per control) into the controls of the next interval. One table holds every choice.
+
+Say which choices are forbidden now, and why. The limits stand here, outside the policy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trainpilot.llm_runtime.controls import PRECISIONS, Controls
-from trainpilot.llm_runtime.simulator.records import ControlBatch, Ints
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
+from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch
 
 SPARSITY_STEP = 0.05
 """One pruning step, as a share of the prunable weights or channels."""
@@ -103,3 +106,194 @@ def check_action(action: Choices) -> None:
     for field, choice in zip(ACTION_FIELDS, action, strict=True):
         if not 0 <= int(choice) < len(field.choices):
             raise ValueError(f"action {field.name} must be in [0, {len(field.choices)}), got {choice}")
+
+
+LEARNING_RATE_SCALE_RANGE = (2.0**-6, 2.0**6)
+"""Bounds on the learning-rate scale. The widest start worth meeting is 30 times off."""
+MAX_PRECISION_SWITCHES = 2
+PRUNING_WINDOW = (0.2, 0.8)
+"""Pruning only within this share of the budget: late enough to know, early enough to heal (Jin et al. 2025)."""
+MAX_SPARSITY = 0.9
+FINISH_FROM = 0.2
+"""No cool-down before this share of the budget."""
+
+Reasons = tuple[tuple[str | None, ...], ...]
+"""For every field and choice, why it is masked, or `None` where it is allowed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What the safety layer looks at."""
+
+    limits: ControlLimits
+    controls: Controls
+    """Controls in force."""
+    budget_used: float
+    """Share of the budget, in [0, 1]."""
+    precision_switches: int
+    """Switches made so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SituationBatch:
+    """The same of many runs, as arrays."""
+
+    limits: LimitBatch
+    controls: ControlBatch
+    budget_used: Floats
+    precision_switches: Ints
+
+    @classmethod
+    def of(cls, situations: Sequence[Situation]) -> SituationBatch:
+        """Return the situations of several runs as arrays."""
+        return cls(
+            limits=LimitBatch.of([each.limits for each in situations]),
+            controls=ControlBatch.of([each.controls for each in situations]),
+            budget_used=np.array([each.budget_used for each in situations], dtype=np.float64),
+            precision_switches=np.array([each.precision_switches for each in situations], dtype=np.int64),
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One limit on one action field."""
+
+    field: str
+    masked: Callable[[SituationBatch], Bools]
+    """Which choices it masks, shape (n_runs, choices), or (n_runs, 1) for all but the one that changes nothing."""
+    reason: Callable[[Situation, int], str]
+    """Why it masks this choice of one run."""
+
+
+def action_masks(situation: SituationBatch) -> Bools:
+    """Return which choices are allowed, field after field, shape (n_runs, sum of choices)."""
+    masks = np.ones((len(situation.budget_used), sum(N_CHOICES)), dtype=np.bool_)
+    for rule in RULES:
+        masks[:, _COLUMNS[rule.field]] &= ~rule.masked(situation)
+    masks[:, _FIRST + np.array(KEEP)] = True
+    return masks
+
+
+def allow_batch(actions: Ints, masks: Bools) -> Ints:
+    """Replace every masked choice by the one that changes nothing, in actions of shape (n_runs, number of fields).
+
+    Raises:
+        ValueError: an action has not one valid choice per field.
+    """
+    check_actions(actions)
+    return np.where(np.take_along_axis(masks, _FIRST + actions, axis=1), actions, np.array(KEEP))
+
+
+def mask_reasons(situation: Situation) -> Reasons:
+    """Return why each choice is masked. The choice that changes nothing is always allowed."""
+    reasons: list[list[str | None]] = [[None] * n for n in N_CHOICES]
+    batch = SituationBatch.of([situation])
+    for rule in RULES:
+        index = _NAMES.index(rule.field)
+        masked = np.broadcast_to(rule.masked(batch)[0], N_CHOICES[index])
+        for choice in np.flatnonzero(masked):
+            if choice != KEEP[index] and reasons[index][choice] is None:
+                reasons[index][choice] = rule.reason(situation, int(choice))
+    return tuple(map(tuple, reasons))
+
+
+def allow(action: Choices, reasons: Reasons) -> tuple[Action, list[str]]:
+    """Replace every masked choice by the one that changes nothing; return the action and the reasons by name.
+
+    Raises:
+        ValueError: `action` has not one valid choice per field.
+    """
+    check_action(action)
+    allowed, refusals = [], []
+    for field, choice, why in zip(ACTION_FIELDS, action, reasons, strict=True):
+        reason = why[int(choice)]
+        allowed.append(field.keep if reason else int(choice))
+        if reason:
+            refusals.append(f"{field.name} {field.choices[int(choice)]}: {reason}")
+    return tuple(allowed), refusals
+
+
+def _scales(situation: SituationBatch) -> Floats:
+    scales: Floats = np.multiply.outer(situation.controls.learning_rate_scale, np.array(LEARNING_RATE_FACTORS))
+    return scales
+
+
+def _scale_leaves_its_range(situation: SituationBatch) -> Bools:
+    low, high = LEARNING_RATE_SCALE_RANGE
+    scales = _scales(situation)
+    return ~((low <= scales) & (scales <= high))
+
+
+def _scale_reason(situation: Situation, choice: int) -> str:
+    low, high = LEARNING_RATE_SCALE_RANGE
+    scale = situation.controls.learning_rate_scale * LEARNING_RATE_FACTORS[choice]
+    return f"scale {scale:.3g} outside [{low:.3g}, {high:g}]"
+
+
+def _batch_sizes(situation: SituationBatch) -> Floats:
+    sizes: Floats = np.multiply.outer(situation.controls.batch_size, np.array(BATCH_FACTORS))
+    return sizes
+
+
+def _batch_is_no_whole_number(situation: SituationBatch) -> Bools:
+    sizes = _batch_sizes(situation)
+    return np.asarray(sizes != np.floor(sizes))
+
+
+def _batch_leaves_its_limits(situation: SituationBatch) -> Bools:
+    sizes, limits = _batch_sizes(situation), situation.limits
+    return (sizes < limits.min_batch_size[:, None]) | (sizes > limits.max_batch_size[:, None])
+
+
+def _batch_reason(situation: Situation, choice: int) -> str:
+    limits, size = situation.limits, situation.controls.batch_size * BATCH_FACTORS[choice]
+    return f"{size:g} sequences outside [{limits.min_batch_size}, {limits.max_batch_size}]"
+
+
+def _precision_is_in_force(situation: SituationBatch) -> Bools:
+    return np.asarray(situation.controls.precision[:, None] == np.arange(-1, len(PRECISIONS)))
+
+
+def _precision_is_not_offered(situation: SituationBatch) -> Bools:
+    masked = situation.limits.masked_precisions
+    return np.concatenate([np.zeros((len(masked), 1), dtype=np.bool_), masked], axis=1)
+
+
+def _is_outside_the_pruning_window(situation: SituationBatch) -> Bools:
+    low, high = PRUNING_WINDOW
+    return ~((low <= situation.budget_used) & (situation.budget_used <= high))[:, None]
+
+
+def _sparsity_is_at_its_most(situation: SituationBatch) -> Bools:
+    # steps of 0.05 do not add up exactly
+    return (situation.controls.sparsity + SPARSITY_STEP > MAX_SPARSITY + 1e-9)[:, None]
+
+
+def _says(text: str) -> Callable[[Situation, int], str]:
+    return lambda situation, choice: text
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("learning_rate", _scale_leaves_its_range, _scale_reason),
+    Rule("batch_size", _batch_is_no_whole_number,
+         lambda s, choice: f"{s.controls.batch_size} sequences cannot be halved"),
+    Rule("batch_size", _batch_leaves_its_limits, _batch_reason),
+    Rule("precision", _precision_is_in_force, _says("already in force")),
+    Rule("precision", lambda s: (s.precision_switches >= MAX_PRECISION_SWITCHES)[:, None],
+         _says(f"at most {MAX_PRECISION_SWITCHES} switches per run")),
+    Rule("precision", _precision_is_not_offered,
+         lambda s, choice: s.limits.masked_precisions[PRECISIONS[choice - 1]]),
+    Rule("pruning", lambda s: ~s.limits.prunes[:, None], _says("this run does not prune")),
+    Rule("pruning", _is_outside_the_pruning_window,
+         _says(f"only between {PRUNING_WINDOW[0]:.0%} and {PRUNING_WINDOW[1]:.0%} of the budget")),
+    Rule("pruning", _sparsity_is_at_its_most, _says(f"at most {MAX_SPARSITY:.0%}")),
+    Rule("finish", lambda s: s.controls.finish[:, None], _says("the cool-down has begun")),
+    Rule("finish", lambda s: (s.budget_used < FINISH_FROM)[:, None],
+         _says(f"not before {FINISH_FROM:.0%} of the budget")),
+)  # fmt: skip
+"""Every limit, once; where several mask a choice, the first says why."""
+
+_NAMES = tuple(field.name for field in ACTION_FIELDS)
+_FIRST = np.concatenate([[0], np.cumsum(N_CHOICES)[:-1]])
+"""Column of each field's first choice in the flat mask."""
+_COLUMNS = {name: slice(first, first + n) for name, first, n in zip(_NAMES, _FIRST, N_CHOICES, strict=True)}

@@ -1,22 +1,23 @@
-"""Run a case once under its untouched base schedule, at three budgets, and remember what came out."""
+"""Run a case once under its untouched base schedule, at three budgets, and remember what came out.
+
+Make live runs for whoever steers them, and find their references. The only file of this folder that needs torch.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from hashlib import blake2b
-from typing import Any
 
-from trainpilot.envs.reward import compute_equivalent, current_loss
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.energy import sum_known
+from trainpilot.envs.reward import Reference, current_loss
+from trainpilot.llm_runtime.config import Controls, RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, select_meter, sum_known
 from trainpilot.llm_runtime.files import cache_dir, write_json
-from trainpilot.llm_runtime.plant import Plant
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 BUDGET_SHARES = (0.25, 0.5, 1.0)
 """Reference runs end here; their final losses make the curve that turns a loss into compute."""
@@ -25,41 +26,6 @@ FORMAT = 2
 
 PlantFactory = Callable[[RunConfig], Plant]
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What the base schedule reaches on one case, and what it costs."""
-
-    budgets: tuple[float, ...]
-    """Shares of the full budget, rising to 1."""
-    losses: tuple[float, ...]
-    """Final validation loss at each of these budgets, in nats/token."""
-    initial_loss: float
-    """Validation loss before training, in nats/token."""
-    time_s: float
-    """Seconds of the full run, evaluation apart."""
-    energy_j: float | None
-    """Joules of the full run, or `None`."""
-    energy_source: str | None
-    """Where the joules come from."""
-    telemetry: tuple[Telemetry, ...]
-    """Intervals of the full run."""
-
-    def quality(self, loss: float) -> float:
-        """Return the compute-equivalent of `loss`: the share of the budget that the reference needs for it."""
-        return compute_equivalent(loss, self.budgets, self.losses)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self) | {"telemetry": [t.to_json() for t in self.telemetry]}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Reference:
-        """Rebuild from `to_json`."""
-        telemetry = tuple(Telemetry.from_json(t) for t in record["telemetry"])
-        numbers = {"budgets": tuple(record["budgets"]), "losses": tuple(record["losses"])}
-        return cls(**{**record, **numbers, "telemetry": telemetry})
 
 
 def reference_for(
@@ -139,3 +105,38 @@ def _diverged(config: RunConfig) -> ValueError:
         f"base_learning_rate: the base schedule itself diverged on {config.model} at "
         f"{config.base_learning_rate}; lower it"
     )
+
+
+def live_plant() -> PlantFactory:
+    """Return what makes a real run of a case, in this process, with one energy meter for all runs."""
+    meters: dict[str, EnergyMeter] = {}
+
+    def make(config: RunConfig) -> Plant:
+        from trainpilot.llm_runtime.live_run import LiveRun, resolve_device
+
+        device = str(resolve_device(config.device))
+        if device not in meters:
+            meters[device] = select_meter(device)
+        return LiveRun(config, meter=meters[device])
+
+    return make
+
+
+def live_reference(
+    config: RunConfig, make_plant: PlantFactory | None = None, progress: Progress | None = None
+) -> Reference:
+    """Return the reference of a live run: from the cache where text, model files, device and threads are the same."""
+    from trainpilot.llm_runtime.data.text_sources import content_digest
+
+    setting = f"{device_label(config)}, content {content_digest(config)}"
+    return reference_for(config, make_plant or live_plant(), setting=setting, progress=progress)
+
+
+def device_label(config: RunConfig) -> str:
+    """Return the device that a case runs on and the threads it has there."""
+    from trainpilot.llm_runtime.live_run import resolve_device
+    from trainpilot.llm_runtime.precision import device_name
+    from trainpilot.llm_runtime.process import threads_in_use
+
+    device = device_name(resolve_device(config.device))
+    return f"{device}, {os.cpu_count()} cores, {threads_in_use()} threads"

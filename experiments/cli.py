@@ -80,7 +80,7 @@ def _run(options: object) -> None:
     elif isinstance(options, DoctorOptions):
         _doctor(options, console)
     elif isinstance(options, InspectOptions):
-        from trainpilot.experiments.inspect_path import inspect_path
+        from trainpilot.experiments.inspect_run import inspect_path
 
         inspect_path(options.path, console)
 

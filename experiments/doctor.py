@@ -1,4 +1,11 @@
-"""Say what can be measured and controlled on this machine, and what pays. Tries nothing on the network."""
+"""Say what can be measured and controlled on this machine, and what pays. Tries nothing on the network.
+
+Print what `doctor` found on this machine.
+
+Say what this machine has and what pays on it, by short measurements on a small model.
+
+Turn joules into grams of CO2 equivalent, and seconds into device-hours.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +14,104 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from trainpilot.experiments.doctor_report import print_report
-from trainpilot.experiments.versions import versions
-from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, MeterUnavailableError, select_meter
+from trainpilot.experiments.run_store import versions
+from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, MeterUnavailableError, select_meter
 from trainpilot.llm_runtime.files import cache_dir
+from trainpilot.llm_runtime.live_run import Trainer, resolve_device
+from trainpilot.llm_runtime.models import load_model
+from trainpilot.llm_runtime.precision import lacking, synchronise
+
+BUSY = 1.5
+"""A machine is called busy where the same pass takes this much longer once than another time."""
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """Print what `diagnose` returned."""
+    rows: list[tuple[str, str]] = [
+        ("versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
+        *(("device", _device(device, report["default_device"])) for device in report["devices"]),
+        ("threads", f"{report['threads']['torch']} in use by torch, {report['threads']['cores']} cores"),
+        ("energy", report["energy"]["description"]),
+        *((f"  {name}", _meter(meter)) for name, meter in report["energy"]["meters"].items()),
+        ("corpus stdlib", _corpus(report["corpora"]["stdlib"])),
+        ("corpus hub", report["corpora"]["hub"]["why_not"] or "datasets is installed; the network was not tried"),
+        ("cache", _cache_line(report["cache"])),
+        *((f"optional {name}", _package(about)) for name, about in report["optional"].items()),
+    ]
+    table = _table("This machine", rows)
+    console.print(table)
+    console.print(_table("Controls", [(name, about["verdict"]) for name, about in report["controls"].items()]))
+    console.print(f"\n[dim]{escape(_measured(report['payoff']))}[/dim]")
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, show_header=False)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, escape(text))
+    return table
+
+
+def _device(device: Mapping[str, Any], default: str) -> str:
+    parts = [f"{device['kind']}: {device['name']}"]
+    if device["memory_bytes"] is not None:
+        parts.append(f"{device['memory_bytes'] / 2**30:.1f} GiB")
+    if device["compute_capability"] is not None:
+        parts.append(f"compute capability {device['compute_capability']}")
+    return ", ".join(parts) + (" (default)" if device["kind"].partition(":")[0] == default else "")
+
+
+def _meter(meter: Mapping[str, Any]) -> str:
+    if meter["available"]:
+        return f"{meter['power_w']:.1f} W over one second at rest, {meter['source']}"
+    way_out = f"; way out: {meter['way_out']}" if meter["way_out"] else ""
+    return f"not available: {meter['description']}{way_out}"
+
+
+def _corpus(stdlib: Mapping[str, Any]) -> str:
+    if not stdlib["available"]:
+        return str(stdlib["why_not"])
+    return f"{stdlib['bytes'] / 1e6:.1f} MB of Python source in {stdlib['documents']:,} files"
+
+
+def _cache_line(cache: Mapping[str, Any]) -> str:
+    state = "" if cache["writable"] else "; cannot be written: set TRAINPILOT_CACHE to another folder"
+    return f"{cache['folder']}, {cache['bytes'] / 1e6:.1f} MB, {cache['free_bytes'] / 1e9:.1f} GB free on disk{state}"
+
+
+def _package(about: Mapping[str, Any]) -> str:
+    state = about["version"] or f"not installed: {about['way_out']}"
+    return f"{state}, for {about['for']}"
+
+
+def _measured(payoff: Mapping[str, Any]) -> str:
+    if "error" in payoff:
+        return "Nothing was timed."
+    text = (
+        f"Timed on {payoff['model']}, batch {payoff['batch_size']}, {payoff['rounds']} rounds: a first impression. "
+        "A run measures precision again on its own model."
+    )
+    if payoff["spread"] > BUSY:
+        text += (
+            f" This machine is busy: the same pass took up to {payoff['spread']:.1f} times as long; "
+            "ask again when it is at rest."
+        )
+    return text
+
 
 __all__ = ["diagnose", "print_report"]
 
@@ -51,21 +145,20 @@ def diagnose(progress: Progress | None = None) -> Report:
 
 def _diagnose(progress: Progress) -> Report:
     progress("versions and devices")
-    from trainpilot.llm_runtime import machine
-    from trainpilot.llm_runtime.threads import threads_in_use
+    from trainpilot.llm_runtime.process import threads_in_use
 
     report: Report = {
         "versions": versions(),
         "optional": {name: _optional(name, *about) for name, about in OPTIONAL.items()},
-        "devices": [asdict(device) for device in machine.devices()],
-        "default_device": machine.default_device(),
+        "devices": [asdict(device) for device in devices()],
+        "default_device": default_device(),
         "threads": {"cores": os.cpu_count(), "torch": threads_in_use()},
     }
     progress("energy meters, one second")
-    report["energy"] = _energy(machine.default_device())
+    report["energy"] = _energy(default_device())
     progress("what pays: short passes of llama-micro")
     report["payoff"] = _payoff()
-    report["lacking_precisions"] = dict(machine.lacking_precisions())
+    report["lacking_precisions"] = dict(lacking_precisions())
     progress("corpora and cache")
     report["corpora"] = {"stdlib": _stdlib(), "hub": _hub()}
     report["cache"] = _cache()
@@ -98,8 +191,8 @@ def _energy(device: str) -> Report:
 
 
 def _meters() -> dict[str, Callable[[], EnergyMeter]]:
-    from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
-    from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
+    from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 
     return {"nvml": NvmlMeter, "rapl": RaplMeter, "cpu_estimate": CpuEstimateMeter}
 
@@ -146,7 +239,6 @@ def _way_out(reason: str) -> str:
 
 
 def _payoff() -> Report:
-    from trainpilot.llm_runtime.machine import measure_payoff
 
     try:
         payoff = measure_payoff()
@@ -156,7 +248,7 @@ def _payoff() -> Report:
 
 
 def _stdlib() -> Report:
-    from trainpilot.llm_runtime.text_sources import read_documents
+    from trainpilot.llm_runtime.data.text_sources import read_documents
 
     try:
         documents = read_documents(["stdlib"])
@@ -238,3 +330,165 @@ def _pruning(width: float) -> Report:
     report = _verdict(width, "half of the feed-forward channels removed (--pruning width) take {:.2f} of the time")
     report["verdict"] += "; weight masks (magnitude, evolution) save no time on any device"
     return report
+
+
+MAX_ROUNDS = 7
+LARGER_BATCH = 4
+"""Factor between the two batches that are timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Something that torch can compute on."""
+
+    name: str
+    kind: str
+    """As torch names it: `cpu`, `cuda:0`."""
+    memory_bytes: int | None
+    compute_capability: str | None
+    """Of an NVIDIA GPU, as in 9.0."""
+
+
+def devices() -> list[Device]:
+    """Return the devices that torch sees, the host last."""
+    found = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*found, _host()]
+
+
+def _gpu(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        name=properties.name,
+        kind=f"cuda:{index}",
+        memory_bytes=properties.total_memory,
+        compute_capability=f"{properties.major}.{properties.minor}",
+    )
+
+
+def _host() -> Device:
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        memory = None  # not a POSIX system
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Device(name=f"host processor ({capability})", kind="cpu", memory_bytes=memory, compute_capability=None)
+
+
+def default_device() -> str:
+    """Return the device that `auto` means here: `cuda` or `cpu`."""
+    return resolve_device("auto").type
+
+
+def lacking_precisions() -> Mapping[Precision, str]:
+    """Return the precisions that the default device cannot do, each with the reason."""
+    return lacking(resolve_device("auto"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payoff:
+    """What the controls save in time, measured; below 1 pays."""
+
+    model: str
+    batch_size: int
+    """Sequences per pass, of the settings that do not change the batch."""
+    rounds: int
+    """Timed passes per setting; the fastest counts, as other programs can only make a pass slower."""
+    precision: Mapping[Precision, float]
+    """Time of a pass over that in fp32, for each precision that the device has."""
+    batch: float
+    """Time per token with four times the batch, over that with the batch."""
+    width: float
+    """Time of a pass with half of the feed-forward channels removed, over that with all."""
+    spread: float
+    """Slowest over fastest pass of the same kind: well above 1 on a machine that is busy with something else."""
+
+
+def measure_payoff(model: str = "llama-micro", batch_size: int = 4, limit_s: float = 3.0) -> Payoff:
+    """Time forward and backward passes of a preset on random tokens, on the default device, in alternating order.
+
+    Args:
+        model: A preset.
+        batch_size: Sequences per pass.
+        limit_s: No further round begins after so many seconds; there are three at least.
+    """
+    device = resolve_device("auto")
+    config = RunConfig(model=model, batch_size=batch_size)
+    full, narrow = _trainer(config, device), _trainer(replace(config, pruning="width"), device)
+    narrow.apply(replace(config.start(), sparsity=0.5))
+    batch, large = _random_tokens(config, 1), _random_tokens(config, LARGER_BATCH)
+    missing = lacking(device)
+    passes: dict[str, Callable[[], None]] = {
+        name: partial(full.rehearse, batch, name) for name in PRECISIONS if name not in missing
+    }
+    passes["large"] = lambda: full.rehearse(large, "fp32")
+    passes["narrow"] = lambda: narrow.rehearse(batch, "fp32")
+    times = _alternate(passes, device, limit_s)
+    over_fp32 = {name: min(values) / min(times["fp32"]) for name, values in times.items()}
+    return Payoff(
+        model=model,
+        batch_size=batch_size,
+        rounds=len(times["fp32"]),
+        precision={name: over_fp32[name] for name in PRECISIONS if name in over_fp32},
+        batch=over_fp32["large"] / LARGER_BATCH,
+        width=over_fp32["narrow"],
+        spread=max(times["fp32"]) / min(times["fp32"]),
+    )
+
+
+def _trainer(config: RunConfig, device: torch.device) -> Trainer:
+    return Trainer(load_model(config.model, config.seed).model, config, device)
+
+
+def _random_tokens(config: RunConfig, factor: int) -> np.ndarray:
+    shape = (factor * config.batch_size, config.sequence_length + 1)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.int64)
+
+
+def _alternate(
+    passes: Mapping[str, Callable[[], None]], device: torch.device, limit_s: float
+) -> dict[str, list[float]]:
+    """Return seconds of every timed pass, after one round of warm-up; what is timed side by side shares its noise."""
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    end = time.perf_counter() + limit_s
+    for index in range(1 + MAX_ROUNDS):
+        for name, run in passes.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if index:
+                times[name].append(time.perf_counter() - start)
+        if index >= 3 and time.perf_counter() > end:
+            break
+    return times
+
+
+JOULES_PER_KWH = 3.6e6
+
+DEFAULT_GRID_INTENSITY_G_PER_KWH = 475.0
+"""Grams of CO2 per kilowatt-hour of electricity, see `DEFAULT_GRID_INTENSITY_SOURCE`."""
+DEFAULT_GRID_INTENSITY_SOURCE = (
+    "world average of 2018, International Energy Agency, Global Energy & CO2 Status Report (2019)"
+)
+"""Where the default comes from. National grids differ from it by up to a factor of ten: state your own."""
+
+
+def grams_co2e(energy_j: float | None, intensity_g_per_kwh: float = DEFAULT_GRID_INTENSITY_G_PER_KWH) -> float | None:
+    """Return the grams of CO2 equivalent of making this electricity; unknown energy stays `None`.
+
+    What the devices took to build, and what cooling and power supplies add, is not in it.
+
+    Args:
+        energy_j: Joules at the device.
+        intensity_g_per_kwh: Grams of CO2 equivalent per kilowatt-hour of the grid.
+    """
+    if not intensity_g_per_kwh >= 0:
+        raise ValueError(f"intensity_g_per_kwh must be >= 0, got {intensity_g_per_kwh}")
+    return None if energy_j is None else energy_j / JOULES_PER_KWH * intensity_g_per_kwh
+
+
+def device_hours(time_s: float, n_devices: int = 1) -> float:
+    """Return the hours that `n_devices` devices were held for `time_s` seconds, added up over the devices."""
+    if n_devices < 1:
+        raise ValueError(f"n_devices must be at least 1, got {n_devices}")
+    return time_s * n_devices / 3600

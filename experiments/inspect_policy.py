@@ -1,8 +1,15 @@
-"""Show a policy in the terminal: what it is, what it cost and scored, which fields its first layer reads."""
+"""Show a policy in the terminal: what it is, what it cost and scored, which fields its first layer reads.
+
+Say in the terminal why a run was steered as it was: which fields of the observation moved its decisions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +18,18 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from trainpilot.agents.bundle import PolicyBundle, policy_digest
-from trainpilot.agents.explain import input_shares
-from trainpilot.agents.flat_settings import flatten, text
-from trainpilot.experiments.run_plot import print_bundle
+from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.explain import Explanation, Push, explain, input_shares
+from trainpilot.agents.logging.run_log import flatten, text
+from trainpilot.envs.action import ACTION_FIELDS, LEARNING_RATE_FACTORS
+from trainpilot.experiments.run_store import read_records
+
+pass
+
+MANY = 6
+"""More different values than this are not listed."""
+
 
 BARS = 15
 """Fields shown with a bar; the others count together."""
@@ -95,3 +110,176 @@ def _bars(shares: Mapping[str, float], block: str) -> Table:
         table.add_row(name, block * round(BAR_WIDTH * share / max(top[0][1], 1e-30)), f"{share:.1%}")
     table.add_row(f"the other {len(shares) - len(top)}", "", f"{1 - sum(share for _, share in top):.1%}", style="dim")
     return table
+
+
+def _entry(value: Any) -> str:
+    """Return a value as text; of a list of tables, how many there are and in what they differ."""
+    if not (isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)):
+        return text(value)
+    columns = {key: list(dict.fromkeys(text(item.get(key)) for item in value)) for key in value[0]}
+    differing = [f"{key} {', '.join(seen)}" for key, seen in columns.items() if 1 < len(seen) <= MANY]
+    return "; ".join([str(len(value)), *differing])
+
+
+def titled_table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", header_style="dim")
+    return table
+
+
+def print_bundle(info: Mapping[str, Any], console: Console) -> None:
+    """Print what a policy file says about itself."""
+    table = titled_table("Policy", "", "")
+    table.columns[1].justify = "left"
+    for key, value in flatten(info).items():
+        table.add_row(escape(key), escape(_entry(value)))
+    console.print(table)
+
+
+LARGEST_MOVES = 3
+"""Moves of the learning rate that are explained; changes of the other controls all are, up to `MOST_CHANGES`."""
+MOST_CHANGES = 12
+PUSHES = 3
+"""Fields named for each decision."""
+FIELDS_SHOWN = 12
+"""Fields in the table of importance."""
+SEEN_PUSH, SEEN_MEAN = 0.05, 0.005
+"""Smaller effects, and smaller mean effects, are left out."""
+RATE = next(index for index, field in enumerate(ACTION_FIELDS) if field.name == "learning_rate")
+LEGEND = (
+    f"The {LARGEST_MOVES} largest moves of the learning rate, and the changes of the other controls. In brackets a "
+    "field's value (unit: docs/environment.md), and whether that is low or high for this run; then what it did for (+) "
+    "or against (-) the choice, in log-odds against the choice that it beat."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A control that was changed, or one move of the learning rate: consecutive changes in the same direction."""
+
+    decision: int
+    """The decision that is explained; of a move, the one with the largest factor, the first of equal ones."""
+    control: int
+    """Index of the control."""
+    factor: float = 1.0
+    """Of the whole move, on the learning rate."""
+    n_decisions: int = 1
+    """How many decisions the move took."""
+
+
+def print_reasons(folder: Path, console: Console) -> None:
+    """Print why the policy steered the run in `folder` so; nothing for a run without a policy."""
+    config = _config(folder)
+    if config.get("policy", "none") == "none":
+        return
+    try:
+        bundle, warning = _policy(config)
+        records = read_records(folder)
+        explanation = explain(bundle, records)
+    except (ValueError, OSError) as error:
+        console.print(f"\n[dim]The decisions cannot be explained: {error}[/dim]", highlight=False)
+        return
+    if explanation.n_repeated < len(records):
+        warning = f"This policy would repeat only {explanation.n_repeated} of the {len(records)} decisions. {warning}"
+    if warning:
+        console.print(f"\n[yellow]{warning.strip()}[/yellow]", highlight=False)
+    print_table("Why: what moved the decisions", _reasons(explanation, records), console)
+    console.print(Text(LEGEND, style="dim"))
+    print_table("Mean effect of the fields over the run, in log-odds", _importance(explanation), console)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # written by another hand, or damaged: the run itself can still be shown
+    return content if isinstance(content, dict) else {}
+
+
+def _policy(config: dict[str, Any]) -> tuple[PolicyBundle, str]:
+    """Return the policy that steered the run, and a warning where its file has changed since."""
+    path = policy_path(str(config["policy"]))
+    bundle = PolicyBundle.load(path)
+    changed = policy_digest(path) != config.get("policy_digest", policy_digest(path))
+    return bundle, f"{config['policy']} is not the file any more that steered this run." if changed else ""
+
+
+def _reasons(explanation: Explanation, records: Sequence[DecisionRecord]) -> Table:
+    changes = changes_to_explain(records)
+    table = plain_table("at", "control", "choice", "because", left=4)
+    for change in changes[:MOST_CHANGES]:
+        control = ACTION_FIELDS[change.control].name
+        table.add_row(
+            f"{change.decision} ({_budget_used(records, change.decision):.0%})",
+            control.replace("_", " "),
+            _choice(change, records[change.decision], int(explanation.rivals[change.decision, change.control])),
+            _because(explanation.pushes(change.decision, control, PUSHES)),
+        )
+    if len(changes) > MOST_CHANGES:
+        table.add_row("", "", "", f"... and {len(changes) - MOST_CHANGES} more changes", style="dim")
+    if not changes:
+        table.add_row("-", "", "", "the policy changed nothing")
+    return table
+
+
+def _choice(change: Change, record: DecisionRecord, rival: int) -> str:
+    choices = ACTION_FIELDS[change.control].choices
+    text = choices[record.requested[change.control]] + (f", not {choices[rival]}" if rival >= 0 else "")
+    return f"{text}\n(x{change.factor:.2g} in {change.n_decisions})" if change.n_decisions > 1 else text
+
+
+def _because(pushes: Sequence[Push]) -> Text:
+    seen = [push for push in pushes if abs(push.effect) >= SEEN_PUSH]
+    return Text(", ".join(map(_said, seen)) or "nothing that changed during the run")
+
+
+def _said(push: Push) -> str:
+    side = "low" if push.value < push.mean else "high"
+    return f"{push.field} ({push.value:.3g}, {side}) {push.effect:+.1f}"
+
+
+def changes_to_explain(records: Sequence[DecisionRecord]) -> list[Change]:
+    """Return the largest moves of the learning rate (the earliest of equal ones) and all other changes, in order."""
+    moves = sorted(_moves(records), key=lambda move: -round(abs(math.log2(move.factor)), 1))[:LARGEST_MOVES]
+    others = [
+        Change(decision=decision, control=control)
+        for decision, record in enumerate(records)
+        for control in range(len(ACTION_FIELDS))
+        if control != RATE and _took_effect(record, control)
+    ]
+    return sorted([*moves, *others], key=lambda change: (change.decision, change.control))
+
+
+def _moves(records: Sequence[DecisionRecord]) -> Iterator[Change]:
+    """Yield the moves of the learning rate: stretches of decisions that all raised or all lowered it."""
+    octaves = [math.log2(LEARNING_RATE_FACTORS[r.allowed[RATE]]) if _took_effect(r, RATE) else 0.0 for r in records]
+    for sign, group in groupby(range(len(octaves)), key=lambda index: (octaves[index] > 0) - (octaves[index] < 0)):
+        stretch = list(group)
+        if sign:
+            yield Change(
+                decision=max(stretch, key=lambda decision: abs(octaves[decision])),
+                control=RATE,
+                factor=2 ** sum(octaves[decision] for decision in stretch),
+                n_decisions=len(stretch),
+            )
+
+
+def _took_effect(record: DecisionRecord, control: int) -> bool:
+    return record.allowed[control] == record.requested[control] != ACTION_FIELDS[control].keep
+
+
+def _budget_used(records: Sequence[DecisionRecord], decision: int) -> float:
+    return records[decision - 1].telemetry.budget_used if decision else 0.0
+
+
+def _importance(explanation: Explanation) -> Table:
+    table = explanation.importance()
+    names = [name for name in table if max(table[name].values()) >= SEEN_MEAN]
+    shown = plain_table("", *(name.replace("_", " ") for name in names))
+    fields = sorted(next(iter(table.values()), {}), key=lambda f: -sum(table[name][f] for name in names))
+    for field in (f for f in fields[:FIELDS_SHOWN] if any(table[name][f] >= SEEN_MEAN for name in names)):
+        shown.add_row(field, *(f"{table[name][field]:.2f}" for name in names))
+    return shown

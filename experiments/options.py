@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from trainpilot.envs.preference import Preference
-from trainpilot.llm_runtime.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
-from trainpilot.llm_runtime.controls import Precision, Pruning
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.envs.decision import Preference
+from trainpilot.experiments.doctor import DEFAULT_GRID_INTENSITY_G_PER_KWH
+from trainpilot.llm_runtime.config import Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 Effort = Literal["quick", "standard"]

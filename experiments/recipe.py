@@ -14,10 +14,10 @@ from pydantic import ConfigDict
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.ppo import PPOConfig
-from trainpilot.agents.simulator_stage import SimulatorStage
-from trainpilot.envs.scalarise import UTILITIES
-from trainpilot.experiments.validated import read_mapping, run_config, validated
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.agents.simulator_training import SimulatorStage
+from trainpilot.envs.reward import UTILITIES
+from trainpilot.experiments.config_files import read_mapping, run_config, validated
+from trainpilot.llm_runtime.config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,14 @@
-"""Train a policy in the simulator, then on live runs, resumably, and write it as a bundle."""
+"""Train a policy in the simulator, then on live runs, resumably, and write it as a bundle.
+
+Train the agents of a recipe's simulator stage, side by side, and keep the best.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -15,26 +19,139 @@ from typing import Any
 from rich.console import Console
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.controller import Controller
-from trainpilot.agents.hidden_inputs import hidden_from, seen_inputs, without_inputs
+from trainpilot.agents.controller import Controller, DecisionRecord
+from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import bundle_of, side_by_side, train
-from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.simulator_stage import SimulatorAgent, SimulatorStage, best_weights
-from trainpilot.agents.training_log import TrainingLog
-from trainpilot.envs.live_plant import live_plant, live_reference
-from trainpilot.envs.live_training import LiveTraining
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import Reference
-from trainpilot.envs.reward import RewardMeter, current_loss
-from trainpilot.envs.scalarise import ScalarReward
+from trainpilot.agents.sb3_env import hidden_from, seen_inputs, without_inputs
+from trainpilot.agents.simulator_training import SimulatorAgent, SimulatorStage, best_weights, train_in_simulator
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.environments import LiveTraining
+from trainpilot.envs.reference import live_plant, live_reference
+from trainpilot.envs.reward import Reference, RewardMeter, ScalarReward, current_loss
+from trainpilot.experiments.calibrate.calibration import SHIPPED, load_calibrations
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import Recipe, load_recipe
-from trainpilot.experiments.run_folder import claim_folder
-from trainpilot.experiments.simulator_agents import total_cost, train_agents
-from trainpilot.experiments.versions import versions
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.threads import use_threads
+from trainpilot.experiments.run_store import claim_folder, versions
+from trainpilot.experiments.workers import begin_work
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.process import available_cores, use_threads
+from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
+from trainpilot.llm_runtime.simulator.shipped import shipped_physics
+
+LOOK_EVERY_S = 0.5
+
+
+def train_agents(stage: SimulatorStage, folder: Path, console: Console) -> list[SimulatorAgent]:
+    """Train every agent of the stage, or go on training them, each in its own folder; return them, the best first.
+
+    Raises:
+        ValueError: a calibration is not there, or the process of an agent was killed.
+    """
+    calibrations = physics_of(stage.calibrations)
+    jobs = min(stage.seeds, available_cores())
+    total = stage.seeds * stage.ppo.total_decisions
+    with progress_bar(console, "PPO on simulated runs, decisions", total) as advance:
+        train = _in_processes if jobs > 1 else _in_turn
+        agents = train(stage, calibrations, folder, jobs, advance)
+    return sorted(agents, key=lambda agent: -agent.score)
+
+
+def physics_of(sources: str | Sequence[str]) -> tuple[FittedPhysics, ...]:
+    """Return the physics of calibrations: `shipped`, or files or folders of `trainpilot calibrate`.
+
+    Raises:
+        ValueError: there is no calibration in one of them.
+    """
+    found: list[FittedPhysics] = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        if source == SHIPPED:
+            found += shipped_physics()
+        else:
+            found += [each.physics for each in load_calibrations(source) if isinstance(each.physics, FittedPhysics)]
+    return tuple(found)
+
+
+def total_cost(costs: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Return the sum of what trainings cost; `None` where a part is unknown. Seconds are one after the other."""
+    total = {"decisions": 0.0, "episodes": 0.0, "energy_j": 0.0, "time_s": 0.0}
+    for cost in costs:
+        for name in total:
+            part = cost[name]
+            total[name] += math.nan if part is None else part
+    return {name: value if math.isfinite(value) else None for name, value in total.items()}
+
+
+Advance = Callable[[int], None]
+
+
+def _in_turn(
+    stage: SimulatorStage, calibrations: Sequence[FittedPhysics], folder: Path, jobs: int, advance: Advance
+) -> list[SimulatorAgent]:
+    agents: list[SimulatorAgent] = []
+    for seed in stage.agents:
+        before = len(agents) * stage.ppo.total_decisions
+
+        def progress(done: int, before: int = before) -> None:
+            advance(before + min(done, stage.ppo.total_decisions))
+
+        agents.append(train_in_simulator(stage, seed, calibrations, folder / str(seed), progress=progress))
+    return agents
+
+
+def _in_processes(
+    stage: SimulatorStage, calibrations: Sequence[FittedPhysics], folder: Path, jobs: int, advance: Advance
+) -> list[SimulatorAgent]:
+    context = get_context("spawn")
+    done = context.Array("q", stage.seeds)
+    executor = ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=(done,))
+    futures: list[Future[SimulatorAgent]] = []
+    whole = False
+    try:
+        for seed in stage.agents:
+            futures.append(executor.submit(_train, stage, seed, calibrations, folder / str(seed), jobs))
+        waiting: set[Future[SimulatorAgent]] = set(futures)
+        while waiting:
+            ended, waiting = wait(waiting, timeout=LOOK_EVERY_S)
+            for future in ended:
+                future.result()  # the first that failed ends it all
+            advance(min(sum(done[:]), stage.seeds * stage.ppo.total_decisions))
+        whole = True
+    except BrokenProcessPool:
+        raise ValueError(
+            "simulator: the process of an agent was killed, perhaps for lack of memory; the same command goes on where "
+            f"it was, got n_runs {stage.n_runs}; fewer need less"
+        ) from None
+    finally:
+        if not whole:
+            for process in (executor._processes or {}).values():
+                process.terminate()
+        executor.shutdown(wait=whole, cancel_futures=True)
+    return [future.result() for future in futures]
+
+
+# In the process of an agent ---------------------------------------------------------------------------------------
+
+_done: Any = None
+"""Decisions so far of every agent, shared with the parent."""
+
+
+def _prepare(done: Any) -> None:
+    global _done  # noqa: PLW0603, a process has no other way to keep what it is started with
+    _done = done
+    begin_work()
+
+
+def _train(
+    stage: SimulatorStage, seed: int, calibrations: Sequence[FittedPhysics], folder: Path, jobs: int
+) -> SimulatorAgent:
+    index = stage.agents.index(seed)
+
+    def progress(done: int) -> None:
+        _done[index] = done
+
+    return train_in_simulator(stage, seed, calibrations, folder, progress=progress, side_by_side=jobs)
+
 
 POLICY = "policy.safetensors"
 

@@ -13,25 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainpilot.llm_runtime.shards import laid_out_like, whole
+from trainpilot.llm_runtime.optimizer import laid_out_like, whole
 
 Criterion = Literal["magnitude", "evolution"]
-
-
-def cubic_sparsity(start: float, end: float, progress: float) -> float:
-    """Return the sparsity of a gradual schedule: steep at first, flat at its end.
-
-        s = end + (start - end) * (1 - progress)^3
-
-    Formula: Zhu and Gupta 2017, "To prune, or not to prune", arXiv 1710.01878, equation 1.
-
-    Args:
-        start: Sparsity before the schedule, in [0, 1).
-        end: Sparsity after the schedule, in [0, 1).
-        progress: Share of the schedule gone by; held at 0 before it and at 1 after it.
-    """
-    left = 1 - min(max(progress, 0.0), 1.0)
-    return end + (start - end) * left**3
 
 
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from trainpilot.llm_runtime.corpus import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer, Tokenizer
 
 _LLAMA = {
     "model_type": "llama",

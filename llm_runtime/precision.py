@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import torch
 
-from trainpilot.llm_runtime.controls import PRECISIONS, Precision
+from trainpilot.llm_runtime.config import PRECISIONS, Precision
 from trainpilot.llm_runtime.files import cache_dir, write_json
 
 PAYS_BELOW = 0.95

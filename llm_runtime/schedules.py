@@ -1,10 +1,23 @@
-"""Give the base schedules: the learning rate's factor as a function of the tokens trained on."""
+"""Give the base schedules: the learning rate's factor as a function of the tokens trained on.
+
+Where a steered run stands in its budget: the interval's end, the run's end, and the base schedule's factor.
+
+Say when the curvature is probed and on how much, for live and simulated runs alike. Knows no torch.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+PROBE_PASSES = 3
+"""Forward passes of a curvature probe."""
+
 
 ScheduleName = Literal["linear", "cosine", "wsd", "constant"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
@@ -84,3 +97,111 @@ def _constant(progress: float) -> float:
 
 
 _DECAYS = {"linear": _linear, "cosine": _cosine, "wsd": _wsd, "constant": _constant}
+
+
+def cubic_sparsity(start: float, end: float, progress: float) -> float:
+    """Return the sparsity of a gradual schedule: steep at first, flat at its end.
+
+        s = end + (start - end) * (1 - progress)^3
+
+    Formula: Zhu and Gupta 2017, "To prune, or not to prune", arXiv 1710.01878, equation 1.
+
+    Args:
+        start: Sparsity before the schedule, in [0, 1).
+        end: Sparsity after the schedule, in [0, 1).
+        progress: Share of the schedule gone by; held at 0 before it and at 1 after it.
+    """
+    left = 1 - min(max(progress, 0.0), 1.0)
+    return end + (start - end) * left**3
+
+
+@dataclass(kw_only=True)
+class Course:
+    """A budget of sequences, cut into intervals, under a base schedule that a cool-down may replace."""
+
+    schedule: Schedule
+    """The base schedule, in tokens."""
+    budget: int
+    """Sequences of the whole run."""
+    sequence_length: int
+    """Tokens of a sequence."""
+    decisions: int
+    """Intervals."""
+    grain: int = 1
+    """Intervals and run end only after a multiple of so many sequences."""
+    sequences: int = 0
+    """Trained on so far."""
+    decision: int = 0
+    """Intervals that are over."""
+    cooldown: Cooldown | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on, by the nominal length of a sequence."""
+        return self.sequences * self.sequence_length
+
+    @property
+    def end(self) -> int:
+        """Sequences at which the run ends: the budget, or the end of the cool-down."""
+        if self.cooldown is None:
+            return self._whole(self.budget)
+        return self._whole(-(-self.cooldown.end_tokens // self.sequence_length))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is used up or the cool-down complete."""
+        return self.sequences >= self.end
+
+    @property
+    def target(self) -> int:
+        """Sequences at which the interval ends."""
+        return self._whole(min(round((self.decision + 1) * self.budget / self.decisions), self.end))
+
+    def _whole(self, sequences: int) -> int:
+        return min(-(-sequences // self.grain) * self.grain, self.budget)
+
+    def factor(self, batch_size: int) -> float:
+        """Return the schedule's factor on the learning rate, for a step of so many sequences."""
+        if self.cooldown is not None:
+            return self.cooldown.factor(self.tokens)
+        return self.schedule.factor(self.tokens, batch_size * self.sequence_length)
+
+    def cool_down(self, batch_size: int) -> None:
+        """Begin the cool-down, unless it has begun."""
+        if self.cooldown is None:
+            self.cooldown = Cooldown.begin(self.schedule, self.tokens, batch_size * self.sequence_length)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the run stands, as plain JSON values."""
+        cooldown = asdict(self.cooldown) if self.cooldown is not None else None
+        return {"sequences": self.sequences, "decision": self.decision, "cooldown": cooldown}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where `state_dict` was called."""
+        self.sequences, self.decision = state["sequences"], state["decision"]
+        self.cooldown = Cooldown(**state["cooldown"]) if state["cooldown"] is not None else None
+
+
+PROBE_SHARE = 0.005
+"""A probe looks at this share of an interval's sequences, at least one."""
+EVERY_INTERVAL_UNTIL = 0.2
+"""Share of the budget up to which every interval ends with a probe: there the learning rate is found."""
+PROBE_EVERY = 4
+"""Later, one interval in so many. On short runs a probe costs as much as several steps."""
+
+
+def probe_due(decision: ArrayLike, budget_used: ArrayLike) -> NDArray[np.bool_]:
+    """Return whether an interval ends with a probe.
+
+    Args:
+        decision: Number of the interval, from 0.
+        budget_used: Share of the budget used when it began.
+    """
+    early = np.asarray(budget_used) < EVERY_INTERVAL_UNTIL
+    due: NDArray[np.bool_] = early | (np.asarray(decision) % PROBE_EVERY == 0)
+    return due
+
+
+def sequences_probed(taken: ArrayLike) -> NDArray[np.float64]:
+    """Return how many sequences a probe looks at after an interval of `taken` sequences."""
+    return np.maximum(1.0, np.round(PROBE_SHARE * np.asarray(taken, dtype=np.float64)))

@@ -1,14 +1,17 @@
-"""Record what was measured during one interval of a run, in SI units named in the field names."""
+"""Record what was measured during one interval of a run, in SI units named in the field names.
+
+Say what every plant offers: a live run, or a simulator that stands in for it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.energy import EnergySource
+from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.energy.meter import EnergySource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +122,26 @@ _FLOAT_FIELDS = tuple(field.name for field in fields(Telemetry) if field.type ==
 
 def _is_nonfinite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+Snapshot = dict[str, Any]
+"""Everything that decides how a run goes on: tensors, numbers, text and containers of these."""
+
+
+class Plant(Protocol):
+    """The thing being steered. The environment cannot tell which kind it holds."""
+
+    def limits(self) -> ControlLimits:
+        """Return what may be asked of this plant."""
+
+    def advance(self, controls: Controls, share: float) -> Telemetry:
+        """Train on `share` of the budget under `controls`, and return what was measured."""
+
+    def evaluate(self) -> float:
+        """Return the validation loss, in nats/token."""
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of the state."""
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a state that `snapshot` returned."""

@@ -19,18 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import keep
-from trainpilot.agents.integrations.distributed import ProcessGroupRanks, accelerated, present_ranks
+from trainpilot.agents.integrations.common import ProcessGroupRanks, accelerated, present_ranks
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import Action
-from trainpilot.llm_runtime.batches import BatchStream
-from trainpilot.llm_runtime.energy import EnergyReading
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.batches import BatchStream
+from trainpilot.llm_runtime.energy.meter import EnergyReading, RecordedMeter
 from trainpilot.llm_runtime.masks import Criterion, WeightMasks
-from trainpilot.llm_runtime.optimizer import make_optimizer
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.shards import whole
+from trainpilot.llm_runtime.optimizer import make_optimizer, whole
 
 PROCESSES = 2
 UP, DOWN, PRUNE, FASTER = (3, 2, 0, 0, 0), (3, 0, 0, 0, 0), (2, 1, 0, 1, 0), (4, 1, 0, 0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.simulator.records import (
     Bools,
     ControlBatch,

@@ -6,9 +6,9 @@ from types import TracebackType
 
 from made_runs import Run
 
-from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.experiments.compare.store import run_key
-from trainpilot.experiments.compare.workers import Workers
+from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.run_store import run_key
+from trainpilot.experiments.workers import Workers
 
 
 class FakeWorkers(Workers):

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.energy import EnergyReading
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter
-from trainpilot.llm_runtime.plant import ControlLimits, Snapshot
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.config import ControlLimits, Controls, RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergyReading, RecordedMeter
+from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 START = Controls(batch_size=8)
 

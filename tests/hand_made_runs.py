@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.reference import Reference
-from trainpilot.envs.reward import RewardTerms
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.envs.reward import Reference, RewardTerms
+from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 INTERVAL_TOKENS = 1000

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainpilot.agents.integrations.lightning import SteeringCallback
-from trainpilot.llm_runtime.energy import EnergyReading
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter
+from trainpilot.llm_runtime.energy.meter import EnergyReading, RecordedMeter
 
 BATCHES = 24
 """Of each process, in an epoch."""

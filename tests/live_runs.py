@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.energy import EnergyMeter, NoMeter
+from trainpilot.llm_runtime.config import Controls, RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 LLAMA: dict[str, Any] = {

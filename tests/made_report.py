@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainpilot.experiments.compare.comparison import Case, Comparison, MethodNote, TunedBaseline
-from trainpilot.experiments.compare.records import IntervalResult, Row, RunResult, RunSpec, Steering, cost_key
-from trainpilot.experiments.measuring.figures import (
+from trainpilot.experiments.analysis.figures import (
     AXES,
     BASELINES,
     BaselineCurve,
@@ -24,8 +22,21 @@ from trainpilot.experiments.measuring.figures import (
     SignTest,
     TargetFigures,
 )
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.experiments.compare.results import (
+    Case,
+    Comparison,
+    IntervalResult,
+    MethodNote,
+    Row,
+    RunResult,
+    RunSpec,
+    Steering,
+    TunedBaseline,
+    cost_key,
+)
+from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.timing import Cost
 
 NOTES = (
     ("policy:agent", "agent", "policy", 1.04),

@@ -7,14 +7,13 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from trainpilot.experiments.compare.bench import Bench
-from trainpilot.experiments.compare.comparison import Case
-from trainpilot.experiments.compare.records import IntervalResult, RunResult, RunSpec, cost_key
-from trainpilot.experiments.compare.settings import WARMUP_SHARES
-from trainpilot.experiments.compare.store import run_key
-from trainpilot.llm_runtime.controls import Precision
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.experiments.compare.cases import WARMUP_SHARES
+from trainpilot.experiments.compare.programs import Bench
+from trainpilot.experiments.compare.results import Case, IntervalResult, RunResult, RunSpec, cost_key
+from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.experiments.run_store import run_key
+from trainpilot.llm_runtime.config import Precision, RunConfig
+from trainpilot.llm_runtime.timing import Cost
 
 T = TypeVar("T")
 

@@ -10,8 +10,7 @@ from typing import Any
 from fakes import make_limits, make_telemetry
 
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import DecisionState
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import DecisionState, Preference
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 OPTIONAL = ("noise_scale", "relative_update", "energy_j", "power_w", "memory_share")

@@ -9,13 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from trainpilot.experiments.compare.comparison import Case, Comparison, MethodNote, TunedBaseline
-from trainpilot.experiments.compare.records import IntervalResult, Role, Row, RunResult, RunSpec, Steering, cost_key
-from trainpilot.experiments.measuring.analyse import analyse
-from trainpilot.experiments.measuring.figures import Figures
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
-from trainpilot.llm_runtime.energy import EnergySource
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.experiments.analysis.analyse import analyse
+from trainpilot.experiments.analysis.figures import Figures
+from trainpilot.experiments.compare.results import (
+    Case,
+    Comparison,
+    IntervalResult,
+    MethodNote,
+    Role,
+    Row,
+    RunResult,
+    RunSpec,
+    Steering,
+    TunedBaseline,
+    cost_key,
+)
+from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergySource
+from trainpilot.llm_runtime.timing import Cost
 
 TOKENS, BATCH, SEQUENCE, INTERVALS = 200_000, 10, 100, 5
 STEP_TOKENS = BATCH * SEQUENCE

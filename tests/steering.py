@@ -7,9 +7,8 @@ from typing import Any
 
 from fakes import make_telemetry
 
-from trainpilot.agents.baselines import Steerer
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.agents.heuristics import Steerer
+from trainpilot.llm_runtime.config import Controls, RunConfig
 
 CONSTANT = RunConfig(
     tokens=100_000, batch_size=8, sequence_length=10, decisions=100, schedule="constant", warmup_tokens=0

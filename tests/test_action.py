@@ -19,7 +19,7 @@ from trainpilot.envs.action import (
     decode,
     decode_batch,
 )
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.simulator.records import ControlBatch
 
 PRESENT = Controls(learning_rate_scale=2.0, batch_size=6, precision="bf16", sparsity=0.1)

@@ -15,21 +15,21 @@ import pytest
 from fakes import START, make_limits, make_telemetry
 from steering import CONSTANT, batches, scales, steer
 
-from trainpilot.agents.baselines import (
+from trainpilot.agents.heuristics import (
     GradualPruning,
     KeepBase,
     NoiseScaleBatch,
+    OpenLoop,
     RandomPolicy,
     ReduceOnPlateau,
+    SchedulePoint,
     Seesaw,
     Steerer,
     uniform_policy,
 )
-from trainpilot.agents.open_loop import OpenLoop, SchedulePoint
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.llm_runtime.optimizer import neutral_factor
-from trainpilot.llm_runtime.plant import ControlLimits
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import ControlLimits, RunConfig
+from trainpilot.llm_runtime.schedules import neutral_factor
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 
@@ -306,5 +306,5 @@ def test_what_makes_no_sense_is_refused(make: Callable[[], object], message: str
 
 
 def test_rules_can_be_imported_without_torch() -> None:
-    code = "import sys, trainpilot.agents.baselines, trainpilot.agents.open_loop; assert 'torch' not in sys.modules"
+    code = "import sys, trainpilot.agents.heuristics, trainpilot.agents.heuristics; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

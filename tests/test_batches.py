@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from trainpilot.llm_runtime.batches import BatchStream, fixed_batch
+from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 
 # Ids 0 to 10 with T = 3: windows 0-3, 3-6, 6-9; id 10 is the remainder.
 ELEVEN = np.arange(11, dtype=np.uint8)

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from trainpilot.agents import bundle as bundle_module
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, field_tables, policy_digest, policy_path
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 
 N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)

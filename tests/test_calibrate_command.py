@@ -16,18 +16,18 @@ from fakes import make_telemetry
 from live_runs import LLAMA, case
 from rich.console import Console
 
-from trainpilot.experiments import cli
-from trainpilot.experiments.calibrate import command, workers
+from trainpilot.experiments import cli, workers
+from trainpilot.experiments.calibrate import command
 from trainpilot.experiments.calibrate.calibration import Calibration, load_calibrations
 from trainpilot.experiments.calibrate.design import Setting, design
 from trainpilot.experiments.calibrate.runs import RunFile, carry_out
+from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.experiments.options import CalibrateOptions
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
-from trainpilot.llm_runtime.energy import EnergyReading, EnergySource, NoMeter
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergyReading, EnergySource, NoMeter, RecordedMeter
+from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
+from trainpilot.llm_runtime.timing import Cost
 
 FITTING = "trainpilot.llm_runtime.simulator.fitting"
 N_RUNS = 14

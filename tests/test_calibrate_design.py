@@ -10,8 +10,7 @@ from fakes import make_limits
 from trainpilot.experiments.calibrate.design import Setting, design
 from trainpilot.experiments.calibrate.runs import pilot, run_key
 from trainpilot.experiments.options import CalibrateOptions, Effort
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import Controls, RunConfig
 
 BASE = RunConfig(tokens=131_072, batch_size=8, sequence_length=64, base_learning_rate=3e-3, schedule="wsd")
 

@@ -19,20 +19,20 @@ from rich.console import Console
 from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.experiments import cli
-from trainpilot.experiments.compare import command, costs
-from trainpilot.experiments.compare.comparison import Comparison
+from trainpilot.experiments.compare import command
+from trainpilot.experiments.compare.command import runs_on_a_case
 from trainpilot.experiments.compare.execute import execute, failed
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS
-from trainpilot.experiments.compare.plan import runs_on_a_case
-from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.experiments.compare.store import run_key
+from trainpilot.experiments.compare.results import Comparison, RunResult, RunSpec
+from trainpilot.experiments.costs import measure as costs
+from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CompareOptions
-from trainpilot.llm_runtime.cost_table import CostTable
-from trainpilot.llm_runtime.energy import NoMeter
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.experiments.run_store import run_key
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import NoMeter
 
 COMMON: dict[str, Any] = {
     "tokens": 12_800,

@@ -7,10 +7,9 @@ import numpy as np
 from fakes import TOY_CASE, ToyPlant
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.controller import Controller, keep
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.controller import Controller, DecisionRecord, keep
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 
 
 def steer(controller: Controller, plant: ToyPlant, decisions: int) -> list[DecisionRecord]:

@@ -12,7 +12,7 @@ import torch
 from live_runs import GPT2, LLAMA, advance, case, live_run, same_bits, weights
 from torch import Tensor, nn
 
-from trainpilot.llm_runtime.controls import Controls, Precision
+from trainpilot.llm_runtime.config import Controls, Precision
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.optimizer import update_direction
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainpilot.agents.steering.copied import copied
+from trainpilot.llm_runtime.loop import copied
 
 
 class Halves(Tensor):

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainpilot.llm_runtime import corpus as corpus_module
-from trainpilot.llm_runtime import files, text_sources
-from trainpilot.llm_runtime.corpus import (
+from trainpilot.llm_runtime import files
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data import corpus as corpus_module
+from trainpilot.llm_runtime.data import text_sources
+from trainpilot.llm_runtime.data.corpus import (
     SPLITS,
     ByteTokenizer,
     Corpus,
@@ -22,9 +24,7 @@ from trainpilot.llm_runtime.corpus import (
     load_corpus,
     split_blocks,
 )
-from trainpilot.llm_runtime.fingerprint import content_digest
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.text_sources import DOCUMENT_END, read_documents
+from trainpilot.llm_runtime.data.text_sources import DOCUMENT_END, content_digest, read_documents
 
 JSON = ["json/__init__.py", "json/tool.py"]
 

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from live_runs import case
 
-from trainpilot.llm_runtime.alternating import MIN_ROUNDS, Visit, alternate, summarise
-from trainpilot.llm_runtime.cost_measuring import measure_cost_table
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
-from trainpilot.llm_runtime.energy import EnergyReading, EnergySource, NoMeter
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter
+from trainpilot.experiments.costs.measure import measure_cost_table
+from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.llm_runtime.energy.meter import EnergyReading, EnergySource, NoMeter, RecordedMeter
+from trainpilot.llm_runtime.timing import MIN_ROUNDS, Cost, Visit, alternate, summarise
 
 WATTS = 10.0
 

@@ -16,11 +16,11 @@ from live_runs import LLAMA, case
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
-from trainpilot.agents.integrations.distributed import ProcessGroupRanks, accelerated, counted, sum_once
+from trainpilot.agents.integrations.common import ProcessGroupRanks, accelerated, counted, sum_once
 from trainpilot.agents.steering.settings import SteeringSettings
-from trainpilot.llm_runtime.energy import NoMeter
-from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
-from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
+from trainpilot.llm_runtime.energy.meter import NoMeter
+from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 from trainpilot.llm_runtime.masks import Criterion
 
 Outcome = dict[str, Any]

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from trainpilot.experiments import doctor
+from trainpilot.experiments import doctor as machine
 from trainpilot.experiments.doctor import diagnose, print_report
-from trainpilot.llm_runtime import machine
-from trainpilot.llm_runtime.energy import EnergyReading
-from trainpilot.llm_runtime.energy_host import RaplMeter
+from trainpilot.llm_runtime.energy.host import RaplMeter
+from trainpilot.llm_runtime.energy.meter import EnergyReading
 from trainpilot.llm_runtime.live_run import resolve_device
 
 PAYOFF = {

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from fake_nvml import UUIDS, FakeNvml, build_fake_nvml
 
-from trainpilot.llm_runtime import energy_host
-from trainpilot.llm_runtime.energy import EnergyMeter, NoMeter, select_meter
-from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
-from trainpilot.llm_runtime.energy_nvml import NvmlMeter
-from trainpilot.llm_runtime.ticker import Ticker
+from trainpilot.llm_runtime.energy import host as energy_host
+from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter, select_meter
+from trainpilot.llm_runtime.energy.nvml import NvmlMeter
+from trainpilot.llm_runtime.process import Ticker
 
 
 def assert_knows_nothing(meter: EnergyMeter, reason: str) -> None:
@@ -53,7 +53,7 @@ def test_cuda_with_a_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_library_is_found_by_its_own_name_in_a_fresh_interpreter() -> None:
     program = (
-        "from trainpilot.llm_runtime.energy import select_meter\n"
+        "from trainpilot.llm_runtime.energy.meter import select_meter\n"
         "meter = select_meter('cuda:1')\n"
         "print(meter.description, meter.read().energy_j)\n"
     )

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from fake_nvml import UUIDS, FakeNvml
 
-from trainpilot.llm_runtime.energy import MeterUnavailableError
-from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+from trainpilot.llm_runtime.energy.meter import MeterUnavailableError
+from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 
 MakeMeter = Callable[..., NvmlMeter]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fake_nvml import FakeClock
 
-from trainpilot.llm_runtime.energy import MeterUnavailableError
-from trainpilot.llm_runtime.energy_host import CpuEstimateMeter, RaplMeter
+from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
+from trainpilot.llm_runtime.energy.meter import MeterUnavailableError
 
 MakeMeter = Callable[..., RaplMeter]
 RANGE_UJ = 262_143_328_850

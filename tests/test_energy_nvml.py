@@ -16,8 +16,8 @@ from fake_nvml import (
     FakeNvml,
 )
 
-from trainpilot.llm_runtime.energy import MeterUnavailableError
-from trainpilot.llm_runtime.energy_nvml import NvmlMeter
+from trainpilot.llm_runtime.energy.meter import MeterUnavailableError
+from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 
 MakeMeter = Callable[..., NvmlMeter]
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainpilot.llm_runtime.energy import EnergyReading
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter, read_recording, write_recording
+from trainpilot.llm_runtime.energy.meter import EnergyReading, RecordedMeter, read_recording, write_recording
 
 READINGS = [
     EnergyReading(time_s=0.1, energy_j=0.0, source="measured_counter"),

@@ -9,10 +9,10 @@ import pytest
 from hand_made_runs import hand_made_record
 
 from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.explain import BORDERS, CONTROLS, FIELDS, explain, input_shares
-from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 
 N_FIELDS = len(FIELDS)

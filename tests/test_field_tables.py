@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from fakes import TOY_CASE, ToyPlant
 
-from trainpilot.envs import field_tables, live_training
+from docs.generate import environment as field_tables
+from trainpilot.envs import environments as live_training
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
-from trainpilot.envs.live_training import LiveTraining
+from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.scalarise import UTILITIES, ScalarReward
+from trainpilot.envs.reward import UTILITIES, ScalarReward
 
 PAGE = Path(__file__).parent.parent / "docs" / "environment.md"
 
@@ -24,7 +25,7 @@ def test_the_page_is_in_step_with_the_code(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
 
     assert PAGE.read_text(encoding="utf-8") == printed, (
-        "docs/environment.md is old; write it anew: python -m trainpilot.envs.field_tables > docs/environment.md"
+        "docs/environment.md is old; write it anew: python -m docs.generate.environment > docs/environment.md"
     )
 
 

@@ -11,10 +11,10 @@ from test_steering import Loop
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
 from trainpilot.agents.steering.guardrails import GuardrailSettings
+from trainpilot.agents.steering.steering import comes_trained, within_reach
 from trainpilot.envs.action import KEEP, LEARNING_RATE_FACTORS, Action
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 
 DOUBLE: Action = (LEARNING_RATE_FACTORS.index(2.0), *KEEP[1:])
 

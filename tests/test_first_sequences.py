@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from trainpilot.agents.integrations.first_sequences import first_sequences
+from trainpilot.agents.integrations.common import first_sequences
 
 ROWS = torch.arange(12).reshape(4, 3)
 

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from fakes import make_telemetry
 
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.schedules import Cooldown, ScheduleName
-from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
-from trainpilot.llm_runtime.simulator.fitting import FittedPhysics, fit_physics, mean_rates
+from trainpilot.llm_runtime.simulator.fitting import CalibrationRun, FittedPhysics, fit_physics, mean_rates
 from trainpilot.llm_runtime.simulator.physics import (
     NAMES,
     PARAMETERS,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainpilot.experiments.measuring.fronts import (
+from trainpilot.experiments.analysis.pareto import (
     REFERENCE_POINT,
     Objectives,
     expected_utility,

@@ -24,9 +24,9 @@ from test_bundle import random_weights
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.ppo import PPOConfig, bundle_of, make_ppo
 from trainpilot.experiments.compare.execute import failed
-from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.experiments.compare.store import run_key
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter
+from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.run_store import run_key
+from trainpilot.llm_runtime.energy.meter import RecordedMeter
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 BEST = 4e-3

@@ -16,16 +16,13 @@ from fakes import TOY_CASE, ToyPlant, make_limits
 from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.controller import Controller, Policy, keep
 from trainpilot.agents.steering.contract import QualityContract
-from trainpilot.agents.steering.guarded import GuardedController
-from trainpilot.agents.steering.guarded_decision import GuardedDecision
+from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.envs.preference import Preference
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.plant import ControlLimits, Plant
-from trainpilot.llm_runtime.simulator.one_run import SimulatedRun
-from trainpilot.llm_runtime.simulator.runs import Pool, Start, default_pool
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.envs.decision import Preference
+from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRun, Start, default_pool
+from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 
 def always(*action: int) -> Policy:

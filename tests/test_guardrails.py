@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 from fakes import START, make_limits, make_telemetry
 
-from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
-from trainpilot.agents.steering.loss_level import LossLevel, student
-from trainpilot.envs.action import KEEP, Action
-from trainpilot.envs.safety import Situation
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, LossLevel, student
+from trainpilot.envs.action import KEEP, Action, Situation
+from trainpilot.llm_runtime.config import Controls
 
 DOUBLE_RATE: Action = (6, *KEEP[1:])
 HALF_RATE: Action = (0, *KEEP[1:])

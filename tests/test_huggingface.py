@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
 from trainpilot.agents.integrations.huggingface_data import Parts, SampleStream, cut
-from trainpilot.agents.run_record import DecisionRecord
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.llm_runtime.energy import NoMeter
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import NoMeter
 
 torch.set_num_threads(1)
 

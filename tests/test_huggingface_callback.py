@@ -33,8 +33,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from trainpilot.agents.integrations.huggingface_callback import SteeringCallback
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import KEEP
-from trainpilot.llm_runtime.energy import NoMeter
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import NoMeter
 
 torch.set_num_threads(1)
 

@@ -26,8 +26,8 @@ from transformers import (
 
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.llm_runtime.energy import NoMeter
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import NoMeter
 
 torch.set_num_threads(1)
 

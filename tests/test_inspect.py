@@ -17,10 +17,10 @@ from test_explain import NOISE_BY_DECISION, planted, seen, steered
 
 from trainpilot.agents import bundle as bundle_module
 from trainpilot.agents.bundle import PolicyBundle, policy_digest
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.action import KEEP
-from trainpilot.experiments.inspect_path import inspect_path
-from trainpilot.experiments.inspect_reasons import changes_to_explain
+from trainpilot.experiments.inspect_policy import changes_to_explain
+from trainpilot.experiments.inspect_run import inspect_path
 
 
 def shown(path: Path, width: int = 100, **options: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from live_runs import LLAMA, case, live_run
 from torch.nn import functional as F
 
-from trainpilot.llm_runtime.batches import BatchStream
+from trainpilot.llm_runtime.data.batches import BatchStream
 
 PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
 SNIPPETS = re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)

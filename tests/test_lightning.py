@@ -19,18 +19,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.llm_runtime.batches import BatchStream
-from trainpilot.llm_runtime.energy import NoMeter
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.batches import BatchStream
+from trainpilot.llm_runtime.energy.meter import NoMeter
 from trainpilot.llm_runtime.optimizer import make_optimizer
-from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 
-from trainpilot.agents.integrations.lightning import SteeringCallback  # noqa: E402
-from trainpilot.agents.integrations.lightning_parts import Window  # noqa: E402
+from trainpilot.agents.integrations.lightning import SteeringCallback, Window  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
 MICRO = 2

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy  # 
 from test_lightning import ByDecision, Kept, steer, told, trainer  # noqa: E402
 
 from trainpilot.agents.integrations.lightning import SteeringCallback  # noqa: E402
-from trainpilot.agents.integrations.lightning_fit import check_fit  # noqa: E402
+from trainpilot.agents.integrations.lightning_settings import check_fit  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
 

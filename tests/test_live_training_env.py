@@ -21,18 +21,14 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
-from trainpilot.envs.decision_state import N_STACK
-from trainpilot.envs.live_training import DEFAULT_CASE, LiveTraining
+from trainpilot.envs.decision import N_STACK, Preference
+from trainpilot.envs.environments import DEFAULT_CASE, LiveTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.reward import OBJECTIVES
-from trainpilot.envs.scalarise import UTILITIES, ScalarReward
+from trainpilot.envs.reward import OBJECTIVES, UTILITIES, ScalarReward
 from trainpilot.llm_runtime import live_run
-from trainpilot.llm_runtime.controls import Controls, Pruning
+from trainpilot.llm_runtime.config import ControlLimits, Controls, Pruning, RunConfig
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.plant import ControlLimits, Plant
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 KEEP_ARRAY = np.array(KEEP)
 PREFERENCE = Preference(quality=0.6, energy=0.3, time=0.1)

@@ -11,7 +11,8 @@ from pruning_models import FAMILIES, logits, tiny_model, train_step
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from trainpilot.llm_runtime.masks import Criterion, WeightMasks, cubic_sparsity, prunable_parameters
+from trainpilot.llm_runtime.masks import Criterion, WeightMasks, prunable_parameters
+from trainpilot.llm_runtime.schedules import cubic_sparsity
 
 CRITERIA: tuple[Criterion, ...] = ("magnitude", "evolution")
 DEVICES = [

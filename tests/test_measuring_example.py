@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from planted_comparison import TUNING_SEED, Planted, note
 
-from trainpilot.experiments.compare.comparison import Comparison, TunedBaseline
-from trainpilot.experiments.compare.records import Role, cost_key
-from trainpilot.experiments.measuring.analyse import analyse
-from trainpilot.experiments.measuring.figures import CaseFigures, Figures, MethodFigures
-from trainpilot.llm_runtime.cost_table import Cost
+from trainpilot.experiments.analysis.analyse import analyse
+from trainpilot.experiments.analysis.figures import CaseFigures, Figures, MethodFigures
+from trainpilot.experiments.compare.results import Comparison, Role, TunedBaseline, cost_key
+from trainpilot.llm_runtime.timing import Cost
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "measuring.md"
 STEERED, SAVING = "policy:steered", "policy:steered@saving"

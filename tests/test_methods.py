@@ -13,14 +13,15 @@ from made_runs import CASE, CONFIG, made_bench, made_interval, made_result, with
 from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.experiments.compare.baseline import CHECKS, PER_SCHEDULE
-from trainpilot.experiments.compare.direct import direct_program, open_loop_program
+from trainpilot.experiments.compare.cases import Setting
 from trainpilot.experiments.compare.methods import (
+    CHECKS,
     COST_NOTES,
     DEFAULT_METHODS,
     OPTIONAL,
+    PER_SCHEDULE,
     SEARCHED,
     SIMPLE,
     choose_methods,
@@ -29,10 +30,10 @@ from trainpilot.experiments.compare.methods import (
     policy_method,
     rests_on_search,
 )
-from trainpilot.experiments.compare.records import RunResult, RunSpec, Steering
-from trainpilot.experiments.compare.settings import Setting
-from trainpilot.experiments.compare.store import run_key
-from trainpilot.experiments.compare.workers import Workers
+from trainpilot.experiments.compare.programs import direct_program, open_loop_program
+from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
+from trainpilot.experiments.run_store import run_key
+from trainpilot.experiments.workers import Workers
 
 N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)
 N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
@@ -378,7 +379,7 @@ def test_without_any_closed_loop_run_there_is_a_warning_and_no_rows(tmp_path: Pa
 
 
 def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
-    from trainpilot.experiments.compare.steerers import make_steerer
+    from trainpilot.experiments.compare.execute import make_steerer
 
     with pytest.raises(ValueError, match=r"steering must be one of keep, plateau, .*, got 'flying'"):
         make_steerer(Steering(kind="flying"), None)  # type: ignore[arg-type]

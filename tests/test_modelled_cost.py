@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from live_runs import case
 
+from trainpilot.experiments.analysis.figures import PARTS
+from trainpilot.experiments.analysis.modelled_cost import cumulative, modelled_cost
 from trainpilot.experiments.compare.execute import execute
-from trainpilot.experiments.compare.records import IntervalResult, RunResult, RunSpec, Steering
-from trainpilot.experiments.measuring.cost import cumulative, modelled_cost
-from trainpilot.experiments.measuring.figures import PARTS
-from trainpilot.llm_runtime.cost_measuring import measure_cost_table
-from trainpilot.llm_runtime.cost_table import Cost, CostRow, CostTable
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, Steering
+from trainpilot.experiments.costs.measure import measure_cost_table
+from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.timing import Cost
 
 WATTS = 10.0
 STEPS = {"fp32": {4: 4.0, 8: 6.0}, "bf16": {4: 2.0, 8: 3.0}}

@@ -14,7 +14,7 @@ from live_runs import GPT2, LLAMA, advance, case, live_run, text_by_rule
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trainpilot.llm_runtime.corpus import ByteTokenizer, PretrainedTokenizer
+from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer
 from trainpilot.llm_runtime.models import PRESETS, LoadedModel, context_length, load_model
 
 SIZES: dict[str, Any] = {

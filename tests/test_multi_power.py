@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from second_physics.law import LAW_NAMES, PUBLISHED_FITS, LawBatch, wsd_mean_factor
+from second_physics.runs import MultiPowerRuns
 
 from trainpilot.llm_runtime.schedules import Cooldown, Schedule
-from trainpilot.llm_runtime.simulator.multi_power import MultiPowerRuns
-from trainpilot.llm_runtime.simulator.multi_power_law import LAW_NAMES, PUBLISHED_FITS, LawBatch, wsd_mean_factor
 from trainpilot.llm_runtime.simulator.records import ControlBatch, TelemetryBatch
 
 N = 64

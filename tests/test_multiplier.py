@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from trainpilot.experiments.measuring.multiplier import Curve, CurveRun, compute_multiplier, fit_curve
-from trainpilot.experiments.measuring.statistics import Bounded, above, below, exactly, over_seeds
+from trainpilot.experiments.analysis.multiplier import Curve, CurveRun, compute_multiplier, fit_curve
+from trainpilot.experiments.analysis.statistics import Bounded, above, below, exactly, over_seeds
 
 SHARES = (0.125, 0.25, 0.5, 1.0, 2.0)
 BUDGET = 1_000.0

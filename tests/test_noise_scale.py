@@ -10,8 +10,7 @@ import pytest
 import torch
 from live_runs import advance, case, live_run
 
-from trainpilot.llm_runtime.measure import interval_noise_scale, loss_statistics, mean_finite
-from trainpilot.llm_runtime.noise_scale import noise_scale_from_moments
+from trainpilot.llm_runtime.interval import interval_noise_scale, loss_statistics, mean_finite, noise_scale_from_moments
 from trainpilot.llm_runtime.optimizer import first_moment_norm
 
 SIZE, STEPS = 1_000, 2_000

@@ -14,11 +14,9 @@ from fakes import START, make_limits, make_telemetry
 from observed_runs import random_run
 
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
-from trainpilot.envs.decision_state import N_STACK, DecisionState
-from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, RunView, encode
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.run_history import RunHistory
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.envs.decision import N_STACK, DecisionState, Preference
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, RunHistory, RunView, encode
+from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.simulator.records import ControlBatch, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
 

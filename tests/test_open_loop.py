@@ -10,16 +10,16 @@ import pytest
 from fakes import START, make_limits
 from steering import batches, scales, steer
 
-from trainpilot.agents.baselines import RandomPolicy
-from trainpilot.agents.open_loop import (
+from trainpilot.agents.heuristics import (
     OpenLoop,
+    RandomPolicy,
     SchedulePoint,
     SteeredRun,
     average_schedule,
     schedule_from_json,
     schedule_to_json,
 )
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 
 
 def test_average_of_two_runs_worked_out_by_hand() -> None:

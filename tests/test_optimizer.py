@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.optimizer import (
     change_batch,
     effective_learning_rate,
@@ -19,7 +20,6 @@ from trainpilot.llm_runtime.optimizer import (
     set_learning_rate,
     update_direction,
 )
-from trainpilot.llm_runtime.run_config import RunConfig
 
 
 def model_and_optimizer(**options: float) -> tuple[nn.Module, Optimizer]:

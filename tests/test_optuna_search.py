@@ -13,29 +13,27 @@ import optuna
 import pytest
 from made_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, drive, made_bench, made_result, made_table, with_config
 
-from trainpilot.experiments.compare.front_search import (
+from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, WARMUP_SHARES, all_sizes
+from trainpilot.experiments.compare.programs import search_program
+from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering, cost_key
+from trainpilot.experiments.compare.search import (
     GENERATIONS,
+    HALVING_TRIALS,
     N_JUDGED,
     POPULATION,
-    Front,
-    judged,
-    nsga2,
-)
-from trainpilot.experiments.compare.optuna_search import (
-    HALVING_TRIALS,
     TPE_CONFIRMED,
     TPE_GENERATION,
     TPE_TRIALS,
+    Front,
     Halved,
+    Trials,
+    final_loss,
     halving,
+    judged,
+    nsga2,
     suggest,
     tpe,
 )
-from trainpilot.experiments.compare.records import RunResult, RunSpec, Steering, cost_key
-from trainpilot.experiments.compare.searches import search_program
-from trainpilot.experiments.compare.settings import TUNED_SCHEDULES, WARMUP_SHARES
-from trainpilot.experiments.compare.tuning import Trials, final_loss
-from trainpilot.experiments.compare.variants import all_sizes
 from trainpilot.llm_runtime.models import PRESETS
 
 OTHER_SEEDS = (2_000, 2_001, 2_002)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from made_runs import CASE, CONFIG, Bowl, drive, made_bench, made_table, with_config
 
-from trainpilot.experiments.compare.baseline import TunedStatic
+from trainpilot.experiments.compare.command import make_plan, runs_on_a_case, seconds_of_a_run
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS, OPTIONAL, OPTIONAL_RUNS
-from trainpilot.experiments.compare.plan import make_plan, runs_on_a_case, seconds_of_a_run
-from trainpilot.experiments.compare.records import cost_key
+from trainpilot.experiments.compare.programs import TunedStatic
+from trainpilot.experiments.compare.results import cost_key
 from trainpilot.experiments.options import CompareOptions
 
 TABLES = {cost_key(CONFIG): made_table(per_step=0.5, per_row=0.25)}

@@ -11,9 +11,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from trainpilot.agents.controller import Controller
 from trainpilot.agents.ppo import PPOConfig, bundle_of, initial_bias, make_ppo, train
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.live_training import LiveTraining
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.scalarise import ScalarReward
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.environments import LiveTraining
+from trainpilot.envs.reward import ScalarReward
 
 QUALITY_ONLY = Preference(quality=1, energy=0, time=0)
 

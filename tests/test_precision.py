@@ -14,7 +14,7 @@ from live_runs import case, live_run, same_bits, weights
 from torch import nn
 
 from trainpilot.llm_runtime import precision as number_format
-from trainpilot.llm_runtime.controls import PRECISIONS, Precision
+from trainpilot.llm_runtime.config import PRECISIONS, Precision
 from trainpilot.llm_runtime.precision import (
     autocast,
     cached_step_seconds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
 
 
 def test_only_the_ratios_count() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from live_runs import case, live_run
 
-from trainpilot.llm_runtime.probe_plan import probe_due, sequences_probed
+from trainpilot.llm_runtime.schedules import probe_due, sequences_probed
 
 
 def test_every_interval_of_the_first_fifth_ends_with_a_probe_and_one_in_four_later() -> None:

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from trainpilot.experiments.measuring.product_score import WORST, product_score
-from trainpilot.experiments.measuring.statistics import above, exactly
+from trainpilot.experiments.analysis.multiplier import WORST, product_score
+from trainpilot.experiments.analysis.statistics import above, exactly
 
 
 def score(loss: float, base: float = 3.0, **ratios: float | None) -> float:

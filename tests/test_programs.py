@@ -11,9 +11,9 @@ from fake_workers import FakeWorkers
 from made_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.execute import failed
-from trainpilot.experiments.compare.programs import Program, Scheduler
-from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.experiments.compare.store import RunStore, run_key
+from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.compare.scheduler import Program, Scheduler
+from trainpilot.experiments.run_store import RunStore, run_key
 
 
 def spec(seed: int) -> RunSpec:

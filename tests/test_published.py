@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from second_physics.law import PARAMETERS, PublishedPhysics, fit_published
 
-from trainpilot.llm_runtime.simulator.modes import DECADES, N_MODES, mode_rates, mode_weights, step_modes
-from trainpilot.llm_runtime.simulator.published import PARAMETERS, PublishedPhysics, fit_published
+from trainpilot.llm_runtime.simulator.physics import DECADES, N_MODES, mode_rates, mode_weights, step_modes
 
 PHYSICS = PublishedPhysics(
     signal_exponent=0.5,

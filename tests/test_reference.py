@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from fakes import TOY_CASE, ToyPlant
 
-from trainpilot.envs.reference import Reference, reference_for, run_reference
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.envs.reference import reference_for, run_reference
+from trainpilot.envs.reward import Reference
+from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_digest
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.experiments import run_folder
+from trainpilot.experiments import run_store as run_folder
 from trainpilot.experiments.cli import main
-from trainpilot.experiments.inspect_path import inspect_path
+from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import ReplayOptions
 
 COMMAND = [sys.executable, "-m", "trainpilot.experiments.cli", "replay"]

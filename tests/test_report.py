@@ -10,11 +10,10 @@ import pytest
 from made_report import NOTES, WORTH, made
 from planted_comparison import Planted
 
-from trainpilot.experiments.measuring.figures import Estimate, Figures
-from trainpilot.experiments.report.material import Material
-from trainpilot.experiments.report.numbers import DASH, SPACE
-from trainpilot.experiments.report.page import render
-from trainpilot.experiments.report.write import write_report
+from trainpilot.experiments.analysis.figures import Estimate, Figures
+from trainpilot.experiments.report.formatting import DASH, SPACE
+from trainpilot.experiments.report.page import render, write_report
+from trainpilot.experiments.report.report_data import Material
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 TITLES = {name: title for name, title, _, _ in NOTES}

@@ -7,13 +7,30 @@ from html.parser import HTMLParser
 import pytest
 from made_report import Made, made
 
+from trainpilot.experiments.report.charts import (
+    budget_panels,
+    course,
+    course_panels,
+    front_panels,
+    middle,
+    multiplier_panels,
+    part_panels,
+)
 from trainpilot.experiments.report.charts_controls import control_moves
-from trainpilot.experiments.report.charts_loss import budget_panels, course, course_panels, front_panels, middle
-from trainpilot.experiments.report.charts_methods import multiplier_panels, part_panels
-from trainpilot.experiments.report.looks import N_COLOURED, Looks, choose
-from trainpilot.experiments.report.material import Material
-from trainpilot.experiments.report.scales import log_ticks, window
-from trainpilot.experiments.report.svg import INKS, Panel, ink, name_x, panel, to_svg
+from trainpilot.experiments.report.drawing import (
+    INKS,
+    N_COLOURED,
+    Looks,
+    Panel,
+    choose,
+    ink,
+    log_ticks,
+    name_x,
+    panel,
+    to_svg,
+    window,
+)
+from trainpilot.experiments.report.report_data import Material
 
 FEW = ("policy:agent", "tuned", "cosine", "seesaw", "check-budget")
 

@@ -9,12 +9,12 @@ import pytest
 from made_report import Made, made
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainpilot.experiments.measuring.cost import modelled_cost
-from trainpilot.experiments.measuring.figures import Estimate
-from trainpilot.experiments.report.events import slug, write_events
-from trainpilot.experiments.report.material import Material
-from trainpilot.experiments.report.sheets import flat, write_sheets
-from trainpilot.experiments.report.write import write_report
+from trainpilot.experiments.analysis.figures import Estimate
+from trainpilot.experiments.analysis.modelled_cost import modelled_cost
+from trainpilot.experiments.report.page import write_report
+from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.tables import flat, write_sheets
+from trainpilot.experiments.report.tensorboard import slug, write_events
 
 METHODS = ("policy:agent", "tuned", "cosine", "prodigy", "random")
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from made_report import made
 
-from trainpilot.experiments.measuring.figures import Estimate, SignTest
-from trainpilot.experiments.report.finding import claim, finding
-from trainpilot.experiments.report.material import Material
-from trainpilot.experiments.report.numbers import SPACE
+from trainpilot.experiments.analysis.figures import Estimate, SignTest
+from trainpilot.experiments.report.formatting import SPACE
+from trainpilot.experiments.report.page import claim, finding
+from trainpilot.experiments.report.report_data import Material
 
 SURE = SignTest(wins=8, losses=0, ties=0, p_value=0.008)
 UNSURE = SignTest(wins=5, losses=3, ties=0, p_value=0.73)

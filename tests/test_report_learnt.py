@@ -9,12 +9,11 @@ import pytest
 from made_report import made
 from made_runs import CONFIG, made_interval
 
-from trainpilot.experiments.compare.comparison import Comparison, MethodNote
-from trainpilot.experiments.compare.records import Row, RunResult
-from trainpilot.experiments.measuring.figures import Figures, MethodFigures
-from trainpilot.experiments.report.charts_learnt import batch_ratio, learnt, rate_ratio
-from trainpilot.experiments.report.material import Material
+from trainpilot.experiments.analysis.figures import Figures, MethodFigures
+from trainpilot.experiments.compare.results import Comparison, MethodNote, Row, RunResult
+from trainpilot.experiments.report.charts_controls import batch_ratio, learnt, rate_ratio
 from trainpilot.experiments.report.page import render
+from trainpilot.experiments.report.report_data import Material
 
 TUNED_RATE = 1.5e-3
 """Of the made-up tuned static, at batch 8."""

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from trainpilot.experiments.measuring.figures import Estimate, SignTest
-from trainpilot.experiments.report.numbers import (
+from trainpilot.experiments.analysis.figures import Estimate, SignTest
+from trainpilot.experiments.report.formatting import (
     DASH,
     SPACE,
     Cell,

@@ -10,21 +10,27 @@ import pytest
 from fakes import TOY_CASE, ToyPlant, make_telemetry
 
 from trainpilot.envs.action import KEEP
-from trainpilot.envs.live_training import LiveTraining
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.reference import Reference
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reward import (
     DIVERGED_QUALITY,
     EVALUATE_EVERY,
     MAX_QUALITY,
+    UTILITIES,
+    Outcome,
+    Reference,
     RewardMeter,
     RewardTerms,
+    ScalarReward,
     compute_equivalent,
+    constrained,
     current_loss,
+    linear,
+    product,
+    tchebycheff,
     worth,
 )
-from trainpilot.envs.scalarise import UTILITIES, Outcome, ScalarReward, constrained, linear, product, tchebycheff
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 BUDGETS = (0.25, 0.5, 1.0)

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from trainpilot.llm_runtime.controls import Controls
+from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.live_run import resolve_device
-from trainpilot.llm_runtime.run_config import RunConfig
 
 WHOLE = "must be a whole number of at least"
 
@@ -106,5 +105,5 @@ def test_a_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_can_be_read_without_torch() -> None:
-    code = "import sys, trainpilot.llm_runtime.run_config; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainpilot.llm_runtime.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fakes import make_telemetry
 
-from trainpilot.envs.run_history import WINDOW, RunHistory
+from trainpilot.envs.observation import WINDOW, RunHistory
 from trainpilot.llm_runtime.simulator.records import TelemetryBatch
 
 

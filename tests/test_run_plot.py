@@ -11,7 +11,8 @@ from hand_made_runs import hand_made_record, hand_made_run, write_run
 from rich.console import Console
 
 from trainpilot.envs.action import KEEP
-from trainpilot.experiments.run_plot import print_bundle, print_run, sparkline
+from trainpilot.experiments.inspect_policy import print_bundle
+from trainpilot.experiments.inspect_run import print_run, sparkline
 
 SUMMARY = {
     "model": "llama-nano",

@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 from made_runs import CASE, CONFIG, made_interval, made_result
 
-from trainpilot.experiments.compare.comparison import Comparison, MethodNote, TunedBaseline
-from trainpilot.experiments.compare.records import FORMAT, Row, RunResult, RunSpec, Steering, cost_key
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.experiments.compare.results import (
+    FORMAT,
+    Comparison,
+    MethodNote,
+    Row,
+    RunResult,
+    RunSpec,
+    Steering,
+    TunedBaseline,
+    cost_key,
+)
+from trainpilot.llm_runtime.config import RunConfig
 
 SPEC = RunSpec(config=CONFIG)
 OTHER: dict[str, Any] = {

@@ -11,9 +11,9 @@ from made_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.cases import model_file
 from trainpilot.experiments.compare.execute import failed
-from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.experiments.compare.store import RunStore, run_key
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.run_store import RunStore, run_key
+from trainpilot.llm_runtime.config import RunConfig
 
 SPEC = RunSpec(config=CONFIG)
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

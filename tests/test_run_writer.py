@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from trainpilot.agents.flat_settings import flatten, markdown_table
-from trainpilot.agents.run_writer import RunWriter
+from trainpilot.agents.logging.run_log import RunWriter, flatten, markdown_table
 
 
 def read(folder: Path) -> EventAccumulator:

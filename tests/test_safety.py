@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from fakes import make_limits, make_telemetry
 
-from trainpilot.envs.action import ACTION_FIELDS, KEEP, N_CHOICES, decode
-from trainpilot.envs.decision_state import DecisionState
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.safety import (
+from trainpilot.envs.action import (
+    ACTION_FIELDS,
+    KEEP,
+    N_CHOICES,
     RULES,
     Reasons,
     Situation,
@@ -19,10 +19,11 @@ from trainpilot.envs.safety import (
     action_masks,
     allow,
     allow_batch,
+    decode,
     mask_reasons,
 )
-from trainpilot.llm_runtime.controls import PRECISIONS, PRUNINGS, Controls
-from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.envs.decision import DecisionState, Preference
+from trainpilot.llm_runtime.config import PRECISIONS, PRUNINGS, ControlLimits, Controls
 
 NAMES = [field.name for field in ACTION_FIELDS]
 

@@ -10,12 +10,11 @@ from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 from stable_baselines3.common.vec_env import VecMonitor
 
-from trainpilot.agents.sb3_vector import ScalarVecEnv
+from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import KEEP, N_CHOICES
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.scalarise import UTILITIES, ScalarReward
-from trainpilot.envs.simulated_training import SimulatedTraining
-from trainpilot.envs.vector_simulated import VectorSimulatedTraining
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.environments import SimulatedTraining, VectorSimulatedTraining
+from trainpilot.envs.reward import UTILITIES, ScalarReward
 
 PREFERENCE = Preference(quality=0.6, energy=0.3, time=0.1)
 

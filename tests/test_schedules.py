@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import SCHEDULES, Cooldown, Schedule, ScheduleName
 
 # 1,000 tokens of which 200 warm up: the decay runs over the 800 from 200 to 1,000.

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from made_runs import CONFIG
 
-from trainpilot.experiments.compare.settings import (
+from trainpilot.experiments.compare.cases import (
     LEARNING_RATE_STEP,
     RESPECTS,
     TUNED_SCHEDULES,

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from planted_comparison import Planted
+from second_physics.runs import MultiPowerRuns
 
-from trainpilot.agents.open_loop import SchedulePoint
-from trainpilot.agents.simulator_stage import SimulatorStage
-from trainpilot.envs.preference import Preference
-from trainpilot.experiments.measuring.runs import Runs
-from trainpilot.llm_runtime.simulator.multi_power import MultiPowerRuns
-from trainpilot.llm_runtime.simulator.references import static_losses
+from trainpilot.agents.heuristics import SchedulePoint
+from trainpilot.agents.simulator_training import SimulatorStage
+from trainpilot.envs.decision import Preference
+from trainpilot.experiments.analysis.modelled_cost import Runs
+from trainpilot.llm_runtime.simulator.references import ScheduleTable, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
-from trainpilot.llm_runtime.simulator.schedule_table import ScheduleTable
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -17,7 +17,7 @@ from trainpilot.llm_runtime.simulator.physics import (
     loss,
 )
 from trainpilot.llm_runtime.simulator.records import Floats
-from trainpilot.llm_runtime.simulator.schedule_table import ScheduleTable
+from trainpilot.llm_runtime.simulator.references import ScheduleTable
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
 RATES = np.geomspace(1e-4, 1e-1, 13)

@@ -11,20 +11,17 @@ import numpy as np
 import pytest
 
 from trainpilot.agents.controller import Controller, keep
-from trainpilot.agents.open_loop import OpenLoop, SchedulePoint
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.run_history import PROBED
-from trainpilot.llm_runtime.controls import PRECISIONS, Controls
-from trainpilot.llm_runtime.plant import Plant
-from trainpilot.llm_runtime.probe_plan import probe_due
-from trainpilot.llm_runtime.schedules import SCHEDULES, Cooldown, Schedule, ScheduleName
+from trainpilot.agents.heuristics import OpenLoop, SchedulePoint
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.observation import PROBED
+from trainpilot.llm_runtime.config import PRECISIONS, Controls
+from trainpilot.llm_runtime.schedules import SCHEDULES, Cooldown, Schedule, ScheduleName, probe_due
 from trainpilot.llm_runtime.simulator.instances import draw_instances
-from trainpilot.llm_runtime.simulator.one_run import MASKED, SimulatedRun
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, LimitBatch, TelemetryBatch
-from trainpilot.llm_runtime.simulator.references import static_losses
-from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
-from trainpilot.llm_runtime.simulator.schedule_table import Progress, ScheduleTable
+from trainpilot.llm_runtime.simulator.references import Progress, ScheduleTable, static_losses
+from trainpilot.llm_runtime.simulator.runs import MASKED, Pool, SimulatedRun, SimulatedRuns, Start
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
+from trainpilot.llm_runtime.telemetry import Plant
 
 POOL = Pool.draw(24, 0, shipped_physics())
 N_RUNS = 16

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from trainpilot.llm_runtime.simulator.noise import Keys, mix, normals, run_keys, uniforms
+from trainpilot.llm_runtime.simulator.instances import Keys, mix, normals, run_keys, uniforms
 
 GOLDEN = 0x9E3779B97F4A7C15
 

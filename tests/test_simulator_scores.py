@@ -9,7 +9,7 @@ from fake_plant_batch import some_actions
 from test_bundle import random_weights
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.simulator_scores import START_GROUPS, act_of, evaluate_in_simulator
+from trainpilot.agents.simulator_training import START_GROUPS, act_of, evaluate_in_simulator
 from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.llm_runtime.simulator.records import Bools, Ints
 from trainpilot.llm_runtime.simulator.runs import Pool, Start, default_pool

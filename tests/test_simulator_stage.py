@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainpilot.agents.hidden_inputs import HiddenInputs, hidden_from, seen_inputs
-from trainpilot.agents.sb3_vector import ScalarVecEnv
-from trainpilot.agents.simulator_stage import (
+from trainpilot.agents.logging.tags import tags_of
+from trainpilot.agents.sb3_env import HiddenInputs, ScalarVecEnv, hidden_from, seen_inputs
+from trainpilot.agents.simulator_training import (
     SimulatorAgent,
     SimulatorPPOConfig,
     SimulatorStage,
@@ -20,13 +20,13 @@ from trainpilot.agents.simulator_stage import (
     best_weights,
     train_in_simulator,
 )
-from trainpilot.agents.tags import tags_of
-from trainpilot.envs.decision_state import N_STACK
+from trainpilot.envs.decision import N_STACK
+from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.vector_simulated import VectorSimulatedTraining
-from trainpilot.experiments import simulator_agents, train_agent
+from trainpilot.experiments import train_agent
+from trainpilot.experiments import train_agent as simulator_agents
 from trainpilot.experiments.options import TrainAgentOptions
-from trainpilot.experiments.simulator_agents import physics_of, total_cost, train_agents
+from trainpilot.experiments.train_agent import physics_of, total_cost, train_agents
 from trainpilot.llm_runtime.simulator.runs import SimulatedRuns, default_pool
 
 NAMES = [field.name for field in OBSERVATION_FIELDS]

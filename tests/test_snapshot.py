@@ -12,7 +12,7 @@ import torch
 from live_runs import DROPOUT, GPT2, LLAMA, advance, case, live_run, same_bits, weights
 
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.plant import Snapshot
+from trainpilot.llm_runtime.telemetry import Snapshot
 
 MEASURED = ("time_s", "probe_time_s", "switch_time_s", "evaluation_time_s", "memory_share")
 

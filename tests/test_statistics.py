@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trainpilot.experiments.measuring.figures import Estimate
-from trainpilot.experiments.measuring.statistics import (
+from trainpilot.experiments.analysis.figures import Estimate
+from trainpilot.experiments.analysis.statistics import (
     NEVER,
     Bounded,
     above,

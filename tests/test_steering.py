@@ -19,13 +19,12 @@ from trainpilot.agents.controller import Controller, Policy
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.envs.preference import Preference
-from trainpilot.llm_runtime.batches import BatchStream
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.energy import NoMeter
+from trainpilot.envs.decision import Preference
+from trainpilot.llm_runtime.config import Controls, RunConfig
+from trainpilot.llm_runtime.data.batches import BatchStream
+from trainpilot.llm_runtime.energy.meter import NoMeter
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.optimizer import make_optimizer
-from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 SCRIPT: list[Action] = [

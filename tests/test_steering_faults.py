@@ -16,8 +16,8 @@ from test_steering import Loop, asked
 from trainpilot.agents.controller import Policy
 from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.llm_runtime.energy import EnergyReading
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergyReading
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.llm_runtime.energy import EnergyReading, NoMeter
+from trainpilot.llm_runtime.energy.meter import EnergyReading, NoMeter
 
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 FASTER_AND_LARGER: list[Action] = [(4, 2, 0, 0, 0), KEEP]

@@ -9,8 +9,8 @@ import pytest
 from hand_made_runs import hand_made_record, hand_made_reference
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainpilot.agents.run_writer import RunWriter
-from trainpilot.agents.tags import GROUPS, TAGS, choice_tag, markdown, multiline, tags_of
+from trainpilot.agents.logging.run_log import RunWriter
+from trainpilot.agents.logging.tags import GROUPS, TAGS, choice_tag, markdown, multiline, tags_of
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 
@@ -91,7 +91,11 @@ def test_the_page_has_one_row_of_three_cells_per_tag() -> None:
 
 def test_the_module_prints_the_page() -> None:
     outcome = subprocess.run(
-        [sys.executable, "-m", "trainpilot.agents.tags"], capture_output=True, text=True, check=True, encoding="utf-8"
+        [sys.executable, "-m", "trainpilot.agents.logging.tags"],
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     )
 
     assert outcome.stdout == PAGE.read_text(encoding="utf-8")

@@ -11,9 +11,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.hidden_inputs import seen_inputs
+from trainpilot.agents.sb3_env import seen_inputs
 from trainpilot.experiments import train_agent as module
-from trainpilot.experiments.inspect_path import inspect_path
+from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.train_agent import train_agent

@@ -14,9 +14,8 @@ import torch
 from live_runs import advance, case, live_run, weights
 
 from trainpilot.llm_runtime import precision as number_format
-from trainpilot.llm_runtime.controls import PRECISIONS
-from trainpilot.llm_runtime.energy import EnergyReading
-from trainpilot.llm_runtime.energy_recorded import RecordedMeter
+from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.energy.meter import EnergyReading, RecordedMeter
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 

@@ -17,13 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from trainpilot.agents.run_figure import run_figure
-from trainpilot.agents.sb3_vector import ScalarVecEnv
-from trainpilot.agents.tags import TAGS, tags_of
-from trainpilot.agents.training_log import Episode, TrainingLog, means
+from trainpilot.agents.logging.run_figure import run_figure
+from trainpilot.agents.logging.tags import TAGS, tags_of
+from trainpilot.agents.logging.training_log import Episode, TrainingLog, means
+from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.preference import Preference
-from trainpilot.envs.vector_simulated import VectorSimulatedTraining
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.environments import VectorSimulatedTraining
 
 LENGTH = 5
 

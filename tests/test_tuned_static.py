@@ -10,21 +10,21 @@ from dataclasses import replace
 import pytest
 from made_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_bench, made_result, made_table, with_config
 
-from trainpilot.experiments.compare.baseline import (
+from trainpilot.experiments.compare.cases import Setting
+from trainpilot.experiments.compare.programs import (
     CURVE_BUDGETS,
     UNTUNED_CURVE_BUDGETS,
+    Bench,
     TunedStatic,
     at_budget,
+    share_needed,
     untuned_curve,
 )
-from trainpilot.experiments.compare.bench import Bench, share_needed
-from trainpilot.experiments.compare.comparison import Case, TunedBaseline
-from trainpilot.experiments.compare.records import Row, RunResult, RunSpec, Steering
-from trainpilot.experiments.compare.settings import Setting
-from trainpilot.experiments.compare.store import run_key
-from trainpilot.experiments.compare.tuning import Trials
-from trainpilot.llm_runtime.cost_table import CostTable
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.experiments.compare.results import Case, Row, RunResult, RunSpec, Steering, TunedBaseline
+from trainpilot.experiments.compare.search import Trials
+from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.run_store import run_key
+from trainpilot.llm_runtime.config import RunConfig
 
 PER_TOKEN = made_table(per_step=0.0, per_row=1.0)
 """A run costs its sequences, whatever its batch."""

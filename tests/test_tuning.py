@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from made_runs import CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_result
 
+from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, Setting
 from trainpilot.experiments.compare.execute import failed
-from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.experiments.compare.settings import TUNED_SCHEDULES, Setting
-from trainpilot.experiments.compare.tuning import (
+from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.compare.search import (
     MAX_MOVES,
     N_CONFIRMED,
     N_RECONFIRMED,

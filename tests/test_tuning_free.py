@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM
 
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.optimizer import change_batch, effective_learning_rate, make_optimizer
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.tuning_free import averaged_weights
+from trainpilot.llm_runtime.optimizer import averaged_weights, change_batch, effective_learning_rate, make_optimizer
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "schedule-free": {"optimizer": "schedule-free", "schedule": "constant", "base_learning_rate": 3e-2},

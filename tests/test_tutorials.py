@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from trainpilot.agents.steering.readings import Readings
 from trainpilot.llm_runtime.interval import Interval
+from trainpilot.llm_runtime.loop import Readings
 
 FOLDER = Path(__file__).parent.parent / "docs" / "tutorials"
 NEEDS = {"hugging_face": "accelerate", "lightning": "lightning"}

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from made_runs import CONFIG
 
-from trainpilot.experiments.compare.cases import load_cases, model_file
-from trainpilot.experiments.compare.variants import DEPTHS, WIDTHS, all_sizes, can_vary, with_size
-from trainpilot.llm_runtime.fingerprint import content_digest
+from trainpilot.experiments.compare.cases import DEPTHS, WIDTHS, all_sizes, can_vary, load_cases, model_file, with_size
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.models import PRESETS, load_model
-from trainpilot.llm_runtime.run_config import RunConfig
 
 GPT2 = {"model_type": "gpt2", "n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 64}
 

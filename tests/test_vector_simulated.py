@@ -14,15 +14,13 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from trainpilot.envs.action import KEEP, N_CHOICES
-from trainpilot.envs.preference import Preference
+from trainpilot.envs.decision import Preference
+from trainpilot.envs.environments import SimulatedTraining, VectorSimulatedTraining, draw_weights
 from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.reward import compute_equivalent, worth
-from trainpilot.envs.scalarise import ScalarReward
-from trainpilot.envs.simulated_training import SimulatedTraining
-from trainpilot.envs.steered_runs import compute_equivalents, worths
-from trainpilot.envs.vector_simulated import VectorSimulatedTraining, draw_weights
-from trainpilot.llm_runtime.simulator.one_run import OnePlant
+from trainpilot.envs.reward import ScalarReward, compute_equivalent, worth
+from trainpilot.envs.runs import compute_equivalents, worths
 from trainpilot.llm_runtime.simulator.records import Ints
+from trainpilot.llm_runtime.simulator.runs import OnePlant
 
 PREFERENCE = Preference(quality=0.6, energy=0.3, time=0.1)
 

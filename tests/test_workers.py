@@ -20,9 +20,9 @@ from live_runs import case
 from made_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.execute import execute
-from trainpilot.experiments.compare.records import RunResult, RunSpec, Steering
-from trainpilot.experiments.compare.workers import ATTEMPTS, Workers
-from trainpilot.llm_runtime.energy import NoMeter
+from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
+from trainpilot.experiments.workers import ATTEMPTS, Workers
+from trainpilot.llm_runtime.energy.meter import NoMeter
 
 DIES = "dies"
 ENDLESS = 10**9
@@ -154,7 +154,7 @@ def test_a_process_that_dies_between_two_runs_is_replaced(monkeypatch: pytest.Mo
 
 
 def test_a_process_is_replaced_after_so_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainpilot.experiments.compare.workers.RUNS_PER_PROCESS", 2)
+    monkeypatch.setattr("trainpilot.experiments.workers.RUNS_PER_PROCESS", 2)
     made = Made(monkeypatch, 1)
     found = made.run(1, 2, 3, 4, 5)
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from planted_comparison import Planted
 
-from trainpilot.experiments.measuring.figures import Estimate
-from trainpilot.experiments.measuring.runs import Runs
+from trainpilot.experiments.analysis.figures import Estimate
+from trainpilot.experiments.analysis.modelled_cost import Runs
 from trainpilot.llm_runtime.files import write_json
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -10,29 +10,40 @@ there `cosine` ends at a tenth of the peak, not at 0, and `warmup_stable_decay` 
 schedule of the policy holds otherwise. For another Trainer, put the mixin in front of it:
 
     class SteeredSFTTrainer(SteeringMixin, SFTTrainer): ...
+
+End the optimiser steps of a steered Hugging Face Trainer, and log what is decided.
+
+Find out how the model of a Hugging Face Trainer computes its loss, and on which data it can be validated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-try:
-    from transformers import Trainer, TrainingArguments
-
-    from trainpilot.agents.integrations.huggingface_data import MicroBatch, Parts, SampleStream, rows_of
-except ImportError as error:
-    raise ImportError(
-        "steering a Hugging Face Trainer needs transformers and accelerate: pip install accelerate"
-    ) from error
-
-from trainpilot.agents.integrations.first_sequences import first_sequences
-from trainpilot.agents.integrations.huggingface_fit import (
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.integrations.common import first_sequences
+from trainpilot.agents.integrations.huggingface_settings import (
     Given,
     Plan,
     SteeredSchedule,
@@ -45,12 +56,129 @@ from trainpilot.agents.integrations.huggingface_fit import (
     steering_file,
     without_end,
 )
-from trainpilot.agents.integrations.huggingface_loss import divides_by_items, labelled_batches, looking, shifts_labels
-from trainpilot.agents.integrations.huggingface_steps import AfterStep
-from trainpilot.agents.run_record import DecisionRecord
+from trainpilot.agents.logging.run_log import scalars
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.checkpoints import load_checkpoint, save_checkpoint
-from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
+
+ON_SCREEN = (PrinterCallback, ProgressCallback)
+
+
+class AfterStep(TrainerCallback):
+    """Ends the steps of a steered Trainer, and tells of its decisions.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: SteeringMixin) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """End the step before the scheduler asks for the next learning rate."""
+        self.trainer.end_step()
+        state.max_steps = self.trainer.estimated_steps() + 1  # this step is counted after this call
+        for each in self.trainer.callback_handler.callbacks:
+            if isinstance(each, ProgressCallback) and each.training_bar is not None:
+                each.training_bar.total = state.max_steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Log decisions, and stop where the budget ends."""
+        steering = self.trainer.steered()[0]
+        state.epoch = steering.sequences / self.trainer.epoch_sequences
+        tell(self.trainer.told, partial(log, self.trainer), control)
+        if steering.finished:
+            control.should_training_stop = True
+        return control
+
+
+def log(trainer: Trainer, values: dict[str, float]) -> None:
+    """Log as a Trainer does, but for the screen: fifty decisions would bury its own lines there."""
+    handler = trainer.callback_handler
+    everyone = handler.callbacks
+    handler.callbacks = [each for each in everyone if not isinstance(each, ON_SCREEN)]
+    try:
+        Trainer.log(trainer, values)
+    finally:
+        handler.callbacks = everyone
+
+
+def tell(told: list[DecisionRecord], write: Callable[[dict[str, float]], None], control: TrainerControl) -> None:
+    """Log decisions; that must not take the place of the Trainer's own log."""
+    wanted = control.should_log
+    for record in told:
+        write(scalars(record))
+    told.clear()
+    control.should_log = wanted
+
+
+VALIDATION_BATCHES = 8
+"""Batches of the evaluation data that the validation loss is measured on."""
+
+
+def divides_by_items(model: nn.Module, loss: Callable[[Any], torch.Tensor], items: Any) -> bool | None:
+    """Return whether a loss is divided by the items it is told; some models take their number and leave it unused.
+
+    Args:
+        model: Computes the loss.
+        loss: Returns the loss of a micro-batch, given the items of the whole step.
+        items: Their number.
+
+    Returns:
+        `None` where the loss is 0 or not finite, which says nothing.
+    """
+    training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            one, other = float(loss(items)), float(loss(2 * items))
+    finally:
+        model.train(training)
+    return not math.isclose(one, other, rel_tol=1e-4) if one and math.isfinite(one) else None
+
+
+def shifts_labels(model: Any) -> bool:
+    """Return whether the loss leaves out the first label of a sequence: GPT-2's does, and names no loss type."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return known and getattr(base, "loss_function", None) is ForCausalLMLoss
+
+
+def labelled_batches(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the first batches of the evaluation data, those that have a loss."""
+    names = list(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else [None]
+    batches, labels = [], trainer.label_names
+    with torch.random.fork_rng(devices=[]):
+        for batch in islice(trainer.get_eval_dataloader(names[0]), VALIDATION_BATCHES):
+            if all(batch.get(name) is not None for name in labels) if labels else trainer.can_return_loss:
+                batches.append(dict(batch))
+    return batches
+
+
+@contextlib.contextmanager
+def looking(trainer: Any) -> Iterator[None]:
+    """Keep what is only looked at out of the figures that a Trainer gathers of itself."""
+    kept = copy.deepcopy(getattr(trainer, "_metrics", None))
+    try:
+        yield
+    finally:
+        if kept is not None:
+            trainer._metrics = kept
+
+
+try:
+    from transformers import Trainer, TrainingArguments
+
+    from trainpilot.agents.integrations.huggingface_data import MicroBatch, Parts, SampleStream, rows_of
+except ImportError as error:
+    raise ImportError(
+        "steering a Hugging Face Trainer needs transformers and accelerate: pip install accelerate"
+    ) from error
 
 
 class SteeringMixin(Trainer):

@@ -4,36 +4,132 @@
     trainer.fit(module, loader)
 
 For `lightning.pytorch`, with automatic optimisation, on one device or under DDP.
+
+Parts put into a Lightning Trainer: how it counts, in which precision it trains, its loss without a trace.
+
+Go on with a steered fit where its checkpoint was written.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainpilot.agents.integrations.first_sequences import first_sequences
-from trainpilot.agents.integrations.lightning_fit import Feed, Own, check_fit, pl, ranks_of, settings_for
-from trainpilot.agents.integrations.lightning_parts import (
-    SteeredPrecision,
-    Window,
-    sequences_in_first,
-    training_loss,
-    without_log,
-)
-from trainpilot.agents.integrations.lightning_resume import go_on, peaks, set_rates
-from trainpilot.agents.integrations.scalars import scalars
-from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.steering.ranks import Ranks
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.integrations.common import first_sequences
+from trainpilot.agents.integrations.lightning_settings import Feed, Own, check_fit, pl, ranks_of, settings_for
+from trainpilot.agents.logging.run_log import scalars
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.energy import EnergyMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.loop import Levers
+from trainpilot.llm_runtime.optimizer import change_batch
+from trainpilot.llm_runtime.process_group import Ranks
+
+
+class Window(int):
+    """How many micro-batches an optimiser step has, counted from its first one.
+
+    Lightning steps where the number of batches so far, modulo `accumulate_grad_batches`, is 0. This number takes the
+    remainder from `start` on, so that steps of any length may follow one another.
+    """
+
+    start: int
+
+    def __new__(cls, count: int, start: int = 0) -> Window:
+        """Return `count`, to be counted from batch number `start`."""
+        window = super().__new__(cls, count)
+        window.start = start
+        return window
+
+    def __rmod__(self, number: int, /) -> int:
+        return (number - self.start) % int(self)
+
+
+class SteeredPrecision(Precision):
+    """Runs training in the precision that steering has in force, the rest in the Trainer's own.
+
+    Args:
+        levers: Know the precision.
+        own: The Trainer's plugin.
+    """
+
+    def __init__(self, levers: Levers, own: Precision) -> None:
+        self._levers, self._own = levers, own
+        self.precision = own.precision
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Return the Trainer's own context, for validation."""
+        return self._own.forward_context()
+
+    def train_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]
+        """Return the context of the precision in force."""
+        return self._levers.autocast()
+
+
+def sequences_in_first(batch: Any) -> int:
+    """Return the length of the first tensor in a batch."""
+    return int(extract_batch_size(batch))
+
+
+def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """Return the loss of the module's own training step. Raises `ValueError` where it has none."""
+    numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    output = module.training_step(batch, batch_idx) if numbered else module.training_step(batch)
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"training_step must return a loss for the curvature probe, got {type(loss).__name__}; "
+            "give SteeringCallback(probe_loss=...), or set probe=False in its settings"
+        )
+    return loss
+
+
+@contextmanager
+def without_log(module: pl.LightningModule) -> Iterator[None]:
+    """Have `self.log` and `self.log_dict` do nothing."""
+    vars(module)["log"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del vars(module)["log"]
+
+
+def peaks(steered: Mapping[str, Any]) -> list[float]:
+    """Return the peak of each parameter group's learning rate, from a state of `Steering`."""
+    levers = steered["levers"]
+    return [levers["peak"] * ratio for ratio in levers["ratios"]]
+
+
+def set_rates(optimizer: Optimizer, rates: Iterable[float]) -> None:
+    """Set the learning rate of each parameter group."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def go_on(steering: Steering, state: Mapping[str, Any]) -> None:
+    """Go to where `SteeringCallback.state_dict` was called; the optimiser has been loaded from the same checkpoint.
+
+    A checkpoint written after a fit has the optimiser as it was given back.
+    """
+    steered = state["steering"]
+    optimizer = steering.levers.optimizer
+    if state.get("given_back"):
+        change_batch(optimizer, steered["controls"]["batch_size"] / steered["settings"]["batch_size"])
+    set_rates(optimizer, steered["levers"]["set"])
+    steering.load_state_dict(steered)
+
 
 ProbeLoss = Callable[[pl.LightningModule, Any], Tensor]
 """Returns the mean loss of a batch in nats/token."""

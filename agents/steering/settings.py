@@ -1,16 +1,22 @@
-"""Say what a loop asks of its steering: the budget, the start, the policy, and how far it may go."""
+"""Say what a loop asks of its steering: the budget, the start, the policy, and how far it may go.
+
+What settings and policy together make of a run: who decides, how often, and along which base schedule.
+
+What a policy may choose from in somebody else's run.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainpilot.agents.bundle import BaseSchedule
-from trainpilot.agents.controller import Policy
+from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
+from trainpilot.agents.controller import Policy, keep
 from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.agents.steering.guardrails import GuardrailSettings
-from trainpilot.agents.steering.levers import MaskPruning
-from trainpilot.llm_runtime.controls import PRECISIONS, Precision
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Precision
+from trainpilot.llm_runtime.loop import Levers, MaskPruning, offered
+from trainpilot.llm_runtime.schedules import Course, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,3 +90,98 @@ class SteeringSettings:
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+WITHOUT_POLICY = BaseSchedule(schedule="linear", warmup_share=0.02)
+DECISIONS = 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is steered."""
+
+    bundle: PolicyBundle | None
+    """The policy's file, if it comes from one."""
+    policy: Policy
+    base: BaseSchedule
+    """What the policy multiplies."""
+    decisions: int
+
+    @classmethod
+    def of(cls, settings: SteeringSettings) -> Plan:
+        """Return the plan under these settings.
+
+        Raises:
+            ValueError: there is no such policy, or the budget is too small for its decisions.
+        """
+        bundle, policy = _policy(settings.policy)
+        decisions = settings.decisions or (bundle.decisions if bundle else DECISIONS)
+        settings.check_steps(decisions)
+        base = settings.base_schedule or (bundle and bundle.base_schedule) or WITHOUT_POLICY
+        return cls(bundle, policy, base, decisions)
+
+    def course(self, settings: SteeringSettings, grain: int) -> Course:
+        """Return the course of a run at its beginning."""
+        length, tokens = settings.sequence_length, settings.sequences * settings.sequence_length
+        warmup_tokens = self.base.warmup_tokens(tokens)
+        schedule = Schedule(name=self.base.schedule, budget_tokens=tokens, warmup_tokens=warmup_tokens)
+        return Course(
+            schedule=schedule,
+            budget=settings.sequences,
+            sequence_length=length,
+            decisions=self.decisions,
+            grain=grain,
+        )
+
+
+def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
+    if not isinstance(policy, str):
+        return None, policy
+    if policy == "none":
+        return None, keep
+    bundle = PolicyBundle.load(policy_path(policy))
+    return bundle, bundle.act
+
+
+def name_of(policy: str | Policy) -> str:
+    """Return a policy's name, for logs."""
+    return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
+
+
+BATCH_RANGE = 16
+"""The batch stays within this factor of the first, and leaves at least four steps in an interval."""
+
+
+def control_limits(settings: SteeringSettings, levers: Levers, decisions: int, processes: int) -> ControlLimits:
+    """Return the limits of a run that `processes` share.
+
+    Raises:
+        ValueError: the processes cannot share the batch evenly.
+    """
+    start = levers.controls
+    if start.batch_size % processes:
+        raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {start.batch_size}")
+    smallest, largest = _batches(settings, decisions, processes) if levers.changes_batch else (start.batch_size,) * 2
+    return ControlLimits(
+        start=start,
+        min_batch_size=smallest,
+        max_batch_size=largest,
+        masked_precisions=offered(settings.precisions, levers.device),
+        pruning=settings.pruning,
+        decisions=decisions,
+    )
+
+
+def _batches(settings: SteeringSettings, decisions: int, processes: int) -> tuple[int, int]:
+    """Return the smallest and the largest batch."""
+    batch_size = settings.batch_size
+    least = settings.min_batch_size or max(processes, batch_size // BATCH_RANGE)
+    most = settings.max_batch_size or min(batch_size * BATCH_RANGE, settings.sequences // decisions // 4)
+    return max(least, _least_shared(batch_size, processes)), max(batch_size, most)
+
+
+def _least_shared(batch_size: int, processes: int) -> int:
+    """Return the smallest batch that halving leads to and that the processes share evenly."""
+    while processes > 1 and batch_size % (2 * processes) == 0:
+        batch_size //= 2
+    return batch_size if processes > 1 else 1

@@ -7,6 +7,14 @@
                 step.backward(lambda: loss_of(model, batch), sequences=len(batch))
 
 The adapters of frameworks do the same by `begin_step`, `note_loss`, `end_step`.
+
+Make one optimiser step of a plain PyTorch loop under steering.
+
+Save a steered run, and go on with it where it is set up as it was.
+
+Describe a steered run: what is known of it before it starts, and what it came to.
+
+Tell whether a model comes trained: then a learning rate far above the user's undoes what it knows.
 """
 
 from __future__ import annotations
@@ -15,36 +23,261 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainpilot.agents.controller import Controller
-from trainpilot.agents.run_record import DecisionRecord
-from trainpilot.agents.steering import saved
-from trainpilot.agents.steering.described import facts_of, summary_of
-from trainpilot.agents.steering.domain import check_domain
-from trainpilot.agents.steering.fine_tuning import comes_trained, within_reach
-from trainpilot.agents.steering.guarded import GuardedController
-from trainpilot.agents.steering.guarded_decision import GuardedDecision
+from trainpilot.agents.bundle import BaseSchedule
+from trainpilot.agents.controller import Controller, DecisionRecord
+from trainpilot.agents.steering.domain import RunFacts, check_domain
+from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
-from trainpilot.agents.steering.levers import Levers
-from trainpilot.agents.steering.limits import control_limits
-from trainpilot.agents.steering.plan import Plan
-from trainpilot.agents.steering.ranks import Content, OneProcess, Ranks
-from trainpilot.agents.steering.readings import Readings, looking
-from trainpilot.agents.steering.settings import SteeringSettings
-from trainpilot.agents.steering.snapshots import Snapshots, Stateful
-from trainpilot.envs.preference import Preference
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.energy import EnergyMeter, select_meter
+from trainpilot.agents.steering.settings import Plan, SteeringSettings, control_limits, name_of
+from trainpilot.envs.decision import Preference
+from trainpilot.llm_runtime.config import Controls
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, select_meter, sum_known
+from trainpilot.llm_runtime.loop import Levers, Readings, Snapshots, Stateful, looking
+from trainpilot.llm_runtime.process_group import Content, OneProcess, Ranks
 from trainpilot.llm_runtime.schedules import neutral_factor
 from trainpilot.llm_runtime.telemetry import Telemetry
 
-if TYPE_CHECKING:
-    from trainpilot.agents.steering.step import Step
+
+class Step:
+    """One optimiser step, for a `with`: gradients are gathered inside, and the step is made at its end.
+
+    An exception inside drops the step: the weights stay as they were, and the loop may try again. One of several
+    processes cannot: the others have gone on.
+
+    Args:
+        steering: What steers the loop.
+    """
+
+    def __init__(self, steering: Steering) -> None:
+        self._steering = steering
+        self._done = 0
+        self.batch_size = 0
+        """Sequences that this process is to train on in this step."""
+        self.learning_rate = 0.0
+        """Learning rate of this step."""
+
+    def __enter__(self) -> Step:
+        steering = self._steering
+        self.batch_size = -(-steering.begin_step() // steering.ranks.world_size)
+        self.learning_rate = steering.levers.learning_rate()
+        steering.levers.optimizer.zero_grad(set_to_none=True)
+        return self
+
+    def backward(
+        self,
+        loss: Callable[[], torch.Tensor],
+        sequences: int | None = None,
+        *,
+        probe_loss: Callable[[int], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Add the gradient of a micro-batch, and return its loss.
+
+        Args:
+            loss: Computes the micro-batch's mean loss in nats/token, a scalar; called under the precision in force,
+                and now and then three times more for the curvature probe.
+            sequences: Sequences of the micro-batch; by default the whole of the step's.
+            probe_loss: Computes the mean loss of the micro-batch's first so many sequences. The curvature probe then
+                takes no more than it needs; without it, the whole micro-batch.
+
+        Raises:
+            ValueError: the step would get more sequences than its batch.
+        """
+        steering, sequences = self._steering, self.batch_size if sequences is None else sequences
+        if sequences < 1 or self._done + sequences > self.batch_size:
+            raise ValueError(
+                f"sequences must add up to the step's batch_size {self.batch_size}, got {sequences} after "
+                f"{self._done}; take as many as step.batch_size says"
+            )
+        self._done += sequences
+        if steering.probe_wanted:
+            count = min(steering.probe_sequences, sequences)
+            steering.probe(loss if probe_loss is None else lambda: probe_loss(count))
+        share = sequences / self.batch_size
+        steering.ranks.synchronise_gradients(steering.levers.model, self._done == self.batch_size)
+        with steering.levers.autocast():
+            value = loss()
+        torch.autograd.backward(value * share)
+        steering.note_loss(value, share)
+        return value.detach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        steering = self._steering
+        if kind is not None:
+            self._drop()
+            return
+        if self._done != self.batch_size:
+            self._drop()
+            raise ValueError(
+                f"sequences must add up to the step's batch_size {self.batch_size}, got {self._done}; "
+                "call step.backward for every micro-batch"
+            )
+        clip = steering.settings.gradient_clip
+        parameters = steering.levers.parameters()
+        try:
+            norm = nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
+            steering.levers.optimizer.step()
+        except BaseException:
+            self._drop()
+            raise
+        steering.levers.optimizer.zero_grad(set_to_none=True)
+        steering.end_step(norm, self._done * steering.ranks.world_size)
+
+    def _drop(self) -> None:
+        steering = self._steering
+        steering.levers.optimizer.zero_grad(set_to_none=True)
+        if steering.ranks.world_size > 1:
+            steering.ranks.synchronise_gradients(steering.levers.model, True)
+        steering.drop_step()
+
+
+_SAME = ("sequences", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning")
+
+
+def state_of(steering: Steering) -> dict[str, Any]:
+    """Return what, beside model, optimiser and data, decides how the run goes on."""
+    return {
+        "settings": _compared(steering),
+        "process": [steering.ranks.rank, steering.ranks.world_size],
+        "course": steering.course.state_dict(),
+        "fine_tuning": steering.fine_tuning,
+        "spoilt": list(steering.snapshots.spoilt),
+        "validation_loss": steering.validation_loss,
+        "controls": asdict(steering.controls),
+        "levers": steering.levers.state_dict(),
+        "readings": steering.readings.state_dict(),
+        "controller": steering.controller.state_dict(),
+    }
+
+
+def go_on(steering: Steering, state: Mapping[str, Any]) -> None:
+    """Put a steering where `state_of` was called; what a rollback would go back to is copied anew.
+
+    Raises:
+        ValueError: the run was set up in another way, or another process saved its part of a sharded model.
+    """
+    _check_same(state["settings"], _compared(steering))
+    here = [steering.ranks.rank, steering.ranks.world_size]
+    if steering.levers.sharded:
+        _check_process(state["process"], here)
+    steering.course.load_state_dict(state["course"])
+    steering.validation_loss = state["validation_loss"]
+    steering.levers.load_state_dict(state["levers"], Controls(**state["controls"]))
+    steering.fine_tuning = state["fine_tuning"]  # a model from scratch has been trained too by now
+    guardrails = steering.controller.guardrails
+    guardrails.settings, guardrails.base_learning_rate = steering.bounds(), steering.levers.peak
+    steering.controller.load_state_dict(state["controller"])
+    if any(steering.ranks.gathered(state["process"] != here)):
+        steering.readings.begin_anew(steering.sequences, steering.course.decision)  # each process has its own losses
+    else:
+        steering.readings.load_state_dict(state["readings"])
+    steering.snapshots.spoilt = list(state["spoilt"])
+    steering.snapshots.drop()
+    if not steering.finished and steering.controller.snapshotted_here():
+        steering.snapshots.take()
+
+
+def _compared(steering: Steering) -> dict[str, Any]:
+    """Return what must not have changed where a run goes on, as plain JSON values."""
+    settings = steering.settings
+    same = {name: getattr(settings, name) for name in _SAME}
+    return same | {"policy": name_of(settings.policy), "base_schedule": asdict(steering.course.schedule)}
+
+
+def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise ValueError(f"{name} must be what it was when the state was saved, {saved.get(name)!r}, got {value!r}")
+
+
+def _check_process(saved: list[int], here: list[int]) -> None:
+    if saved != here:
+        raise ValueError(
+            f"state of a sharded model must be loaded by the process that saved it, {saved[0]} of {saved[1]}, "
+            f"got process {here[0]} of {here[1]}; save one file per process"
+        )
+
+
+def facts_of(steering: Steering, base: BaseSchedule) -> RunFacts:
+    """Return what a policy's training is compared with."""
+    settings, levers, course = steering.settings, steering.levers, steering.course
+    return RunFacts(
+        n_parameters=sum(p.numel() for p in levers.model.parameters()),
+        budget_tokens=course.schedule.budget_tokens,
+        sequences=settings.sequences,
+        batch_size=settings.batch_size,
+        sequence_length=settings.sequence_length,
+        optimizer=type(levers.optimizer).__name__,
+        decisions=course.decisions,
+        device_type=levers.device.type,
+        base_schedule=base,
+        fine_tuning=steering.fine_tuning,
+    )
+
+
+def summary_of(steering: Steering) -> dict[str, Any]:
+    """Return what was steered and what it came to, as plain JSON values."""
+    settings, told = steering.settings, [record.telemetry for record in steering.records]
+    return {
+        "policy": name_of(settings.policy),
+        "preference": settings.preference,
+        "decisions": len(told),
+        "sequences": steering.sequences,
+        "tokens": steering.tokens,
+        "time_s": sum(each.time_s for each in told),
+        "energy_j": sum_known(each.energy_j for each in told),
+        "energy_source": told[-1].energy_source if told else None,
+        "validation_loss": steering.validation_loss,
+        "domain_warnings": list(steering.domain_warnings),
+        **steering.controller.summary(),
+    }
+
+
+RISE = 2.0
+"""Largest factor above the user's learning rate on a model that comes trained."""
+FALL = 1e-3
+"""Smallest: a learning rate that is too low loses time and nothing else."""
+
+
+def comes_trained(model: nn.Module) -> bool:
+    """Return whether a model says where it was loaded from, and its weights are not as models are made.
+
+    The name alone would not do: `from_config` of somebody's config has it too, with random weights. Gains of
+    normalisation layers are one in every new transformer, and in no trained one.
+    """
+    named = any(getattr(module, "name_or_path", None) for module in model.modules())
+    return named and any(not _is_new(gain) for gain in _gains(model))
+
+
+def _gains(model: nn.Module) -> list[torch.Tensor]:
+    names = ("norm", "ln_", "layernorm")
+    return [
+        parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 and name.endswith("weight") and any(part in name.lower() for part in names)
+    ]
+
+
+def _is_new(gain: torch.Tensor) -> bool:
+    own = gain.to_local() if hasattr(gain, "to_local") else gain
+    return bool((own == 1).all()) or bool((own == 0).all())  # some count from zero: 1 + gain
+
+
+def within_reach(bounds: GuardrailSettings, learning_rate: float) -> GuardrailSettings:
+    """Return bounds that keep the learning rate near the user's, unless they say themselves what it may be."""
+    if bounds.learning_rate_range is not None:
+        return bounds
+    return replace(bounds, learning_rate_range=(FALL * learning_rate, RISE * learning_rate))
+
 
 MASK_UPDATES = 5
 """Masks are raised this often along an interval."""
@@ -97,7 +330,16 @@ class Steering:
         self.validate, self.on_decision = validate, on_decision
         self.levers.switches_matmul = "tf32" in settings.precisions
         meter = meter if meter is not None else select_meter(str(self.levers.device))
-        self.readings = Readings(self.levers, meter, clock, self.ranks, settings)
+        self.readings = Readings(
+            self.levers,
+            meter,
+            clock,
+            self.ranks,
+            sequences=settings.sequences,
+            sequence_length=settings.sequence_length,
+            gradient_clip=settings.gradient_clip,
+            probe=settings.probe,
+        )
         preference = Preference.parse(settings.preference)
         limits = control_limits(settings, self.levers, plan.decisions, self.ranks.world_size)
         controller = Controller(plan.policy, limits, preference)
@@ -166,8 +408,6 @@ class Steering:
 
     def step(self) -> Step:
         """Return the next optimiser step, for a `with`."""
-        from trainpilot.agents.steering.step import Step
-
         return Step(self)
 
     def begin_step(self) -> int:
@@ -325,7 +565,7 @@ class Steering:
         """
         if self._step_open and not within_step:
             raise ValueError("state_dict needs the step to be over; save between two steps")
-        return saved.state_of(self)
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called; load model and optimiser before.
@@ -333,7 +573,7 @@ class Steering:
         Raises:
             ValueError: the state is of a run with other settings.
         """
-        saved.go_on(self, state)
+        go_on(self, state)
         self._step_open = False
 
     def summary(self) -> dict[str, Any]:

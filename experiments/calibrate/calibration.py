@@ -1,21 +1,153 @@
-"""Hold a finished calibration: fitted physics, cost table, and how good the fit is. One file per model and text."""
+"""Hold a finished calibration: fitted physics, cost table, and how good the fit is. One file per model and text.
+
+Say how far a fitted physics is from what was measured: on runs that it was fitted to, and on runs held out.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from trainpilot.experiments.calibrate.errors import BestRate, FitError, Physics
-from trainpilot.llm_runtime.cost_table import CostTable
-from trainpilot.llm_runtime.energy import EnergySource
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from trainpilot.experiments.costs.table import CostTable
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.energy.meter import EnergySource
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
+from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
+
+
+class Physics(Protocol):
+    """What a fit gives; `FittedPhysics` of `llm_runtime.simulator.fitting`."""
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """The fitted values by name."""
+
+    @property
+    def uncertainty(self) -> Mapping[str, float]:
+        """Standard errors of their natural logarithms by name."""
+
+    def predict(self, run: CalibrationRun) -> NDArray[np.float64]:
+        """Return the training loss of every interval without noise, in nats/token."""
+
+    def predict_final(self, run: CalibrationRun) -> float:
+        """Return the validation loss at the end, in nats/token."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitError:
+    """How far predictions are from measurements, in nats/token. Runs that diverged are counted and left out."""
+
+    n_runs: int
+    """Runs that were looked at."""
+    n_diverged: int
+    """Of them, those that ended without a loss."""
+    final_loss: float | None
+    """Mean absolute error of the final validation loss; `None` where no run has one."""
+    final_loss_worst: float | None
+    """Largest of these errors."""
+    trajectory: float | None
+    """Mean absolute error of the training loss over the intervals of a run, mean over the runs."""
+    final_loss_range: float | None
+    """Worst minus best measured final loss: what there was to tell apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestRate:
+    """The best learning rate of the grid at one batch."""
+
+    batch_size: int
+    fitted: float | None
+    """As the fit sees it, between the rates of the grid; `None` if it sees none that does not diverge."""
+    measured: float | None
+    """Among the rates of the grid."""
+    at_edge: bool
+    """The fit's lies on the edge of the grid: the best may be beyond."""
+
+
+def fit_error(physics: Physics, runs: Sequence[CalibrationRun]) -> FitError:
+    """Compare predictions with `runs`."""
+    usable = [run for run in runs if math.isfinite(run.final_loss)]
+    measured = [run.final_loss for run in usable]
+    final = [abs(physics.predict_final(run) - run.final_loss) for run in usable]
+    return FitError(
+        n_runs=len(runs),
+        n_diverged=len(runs) - len(usable),
+        final_loss=_number(final, np.mean),
+        final_loss_worst=_number(final, np.max),
+        trajectory=_number([_trajectory_error(physics, run) for run in usable], np.mean),
+        final_loss_range=_number(measured, np.ptp),
+    )
+
+
+def _trajectory_error(physics: Physics, run: CalibrationRun) -> float:
+    measured = np.array([each.train_loss for each in run.telemetry])
+    return float(np.nanmean(np.abs(np.asarray(physics.predict(run), dtype=float) - measured)))
+
+
+def _number(values: Sequence[float], reduce: Any) -> float | None:
+    """Return `reduce` of the values, `None` where there are none or the result is not finite."""
+    result = float(reduce(values)) if values else math.nan
+    return result if math.isfinite(result) else None
+
+
+def rank_correlation(physics: Physics, grid: Sequence[CalibrationRun]) -> float | None:
+    """Return Spearman's rank correlation of predicted and measured final losses; to diverge counts as the worst."""
+    measured = [_or_worst(run.final_loss) for run in grid]
+    predicted = [_or_worst(physics.predict_final(run)) for run in grid]
+    if len(set(measured)) < 2 or len(set(predicted)) < 2:
+        return None
+    return float(spearmanr(measured, predicted).statistic)
+
+
+def best_rates(physics: Physics, grid: Sequence[CalibrationRun]) -> tuple[BestRate, ...]:
+    """Return the best learning rate at every batch of the grid, smallest batch first."""
+    ordered = sorted(grid, key=lambda run: (run.config.batch_size, run.config.base_learning_rate))
+    groups = groupby(ordered, key=lambda run: run.config.batch_size)
+    return tuple(_best_rate(physics, batch, list(runs)) for batch, runs in groups)
+
+
+def _best_rate(physics: Physics, batch_size: int, runs: Sequence[CalibrationRun]) -> BestRate:
+    rates = [run.config.base_learning_rate for run in runs]
+    predicted = [_or_worst(physics.predict_final(run)) for run in runs]
+    measured = [_or_worst(run.final_loss) for run in runs]
+    lowest = int(np.argmin(predicted))
+    fitted = _valley(rates, predicted, lowest) if math.isfinite(predicted[lowest]) else None
+    return BestRate(
+        batch_size=batch_size,
+        fitted=fitted,
+        measured=rates[int(np.argmin(measured))] if math.isfinite(min(measured)) else None,
+        at_edge=fitted is not None and lowest in (0, len(rates) - 1),
+    )
+
+
+def _valley(rates: Sequence[float], losses: Sequence[float], lowest: int) -> float:
+    """Return the lowest point of the parabola through the lowest loss and its neighbours, in log learning rate."""
+    near = slice(lowest - 1, lowest + 2)
+    if not 0 < lowest < len(rates) - 1 or not all(map(math.isfinite, losses[near])):
+        return rates[lowest]
+    (a, b, c), (u, v, w) = np.log(rates[near]), losses[near]
+    before, after = (v - u) / (b - a), (w - v) / (c - b)
+    bend = (after - before) / (c - a)
+    return float(np.exp((a + b) / 2 - before / (2 * bend))) if bend > 0 else rates[lowest]
+
+
+def _or_worst(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
 
 FILE_NAME = "calibration.json"
 SHIPPED = "shipped"

@@ -11,17 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS
-from trainpilot.envs.safety import LEARNING_RATE_SCALE_RANGE
-from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting
-from trainpilot.experiments.calibrate.plans import planned
-from trainpilot.llm_runtime.controls import Controls
-from trainpilot.llm_runtime.energy import EnergyMeter, EnergySource
+from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
+from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, planned
+from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
 from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.interval import energy_between
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.measure import energy_between
-from trainpilot.llm_runtime.plant import ControlLimits
-from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
+from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 WIDE_PROBE_SEQUENCES = 16

@@ -2,6 +2,10 @@
 
 A file holds `common` (fields that all cases share) and `cases` (a list). A case has a `name`, fields of `RunConfig`
 and perhaps a `target_loss`; its `model` may be a transformers config written out in place.
+
+The settings that a static baseline may tune, and their neighbours.
+
+Narrower, wider, shallower and deeper versions of a model: a small architecture search.
 """
 
 from __future__ import annotations
@@ -10,8 +14,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
@@ -19,11 +23,12 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from trainpilot.experiments.compare.comparison import Case
-from trainpilot.experiments.validated import read_mapping, run_config, validated
+from trainpilot.experiments.compare.results import Case
+from trainpilot.experiments.config_files import read_mapping, run_config, validated
+from trainpilot.llm_runtime.config import Precision, RunConfig
+from trainpilot.llm_runtime.data.text_sources import read_documents
 from trainpilot.llm_runtime.files import cache_dir, write_json
-from trainpilot.llm_runtime.run_config import RunConfig
-from trainpilot.llm_runtime.text_sources import read_documents
+from trainpilot.llm_runtime.schedules import ScheduleName
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 UNKNOWN = "unknown"
@@ -158,3 +163,148 @@ def _model_type(config: object, where: str) -> str:
     if not isinstance(kind, str):
         raise ValueError(f"{where}: model must have a model_type (llama, gpt2, ...), got {kind!r}")
     return kind
+
+
+TUNED_SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "wsd")
+LEARNING_RATE_STEP = math.sqrt(10)
+"""Factor between two learning rates of the grid; the refinement halves it on the logarithm, twice."""
+LEARNING_RATE_GRID = (-1, 0, 1, 2, 3)
+"""Steps from the case's own learning rate. Leaning upwards, as small models want more than recipes give; beyond an
+edge the refinement goes on."""
+BATCH_GRID = (0.5, 1.0, 2.0)
+"""Factors on the case's own batch."""
+WARMUP_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
+"""Shares of the budget spent on warm-up. A rate that is tuned under a short warm-up alone comes out too low."""
+GRID_WARMUP = 0.1
+RESPECTS = ("learning_rate", "batch_size", "warmup_share", "schedule")
+"""In what two neighbouring settings may differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a static run can choose."""
+
+    learning_rate: float
+    batch_size: int
+    schedule: ScheduleName
+    warmup_share: float
+    precision: Precision
+
+    def on(self, config: RunConfig, *, budget: float = 1.0, seed: int) -> RunConfig:
+        """Return the run of this setting on a case's budget times `budget`, with as many decisions as fit."""
+        step = self.batch_size * config.sequence_length
+        tokens = max(round(config.tokens * budget), step)
+        decisions = max(1, min(math.ceil(config.decisions * budget), config.decisions, tokens // step))
+        return replace(
+            config,
+            tokens=tokens,
+            batch_size=self.batch_size,
+            base_learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            warmup_tokens=min(round(self.warmup_share * tokens), tokens - 1),
+            precision=self.precision,
+            decisions=decisions,
+            seed=seed,
+        )
+
+
+def grid(config: RunConfig, precisions: Sequence[Precision]) -> list[Setting]:
+    """Return every combination of the grid around a case's own setting."""
+    rates = [rounded(config.base_learning_rate * LEARNING_RATE_STEP**k) for k in LEARNING_RATE_GRID]
+    batches = [batch for factor in BATCH_GRID if (batch := batch_near(config.batch_size * factor, config)) is not None]
+    return [
+        Setting(learning_rate=rate, batch_size=batch, schedule=schedule, warmup_share=GRID_WARMUP, precision=precision)
+        for batch in dict.fromkeys(batches)
+        for rate in rates
+        for schedule in TUNED_SCHEDULES
+        for precision in precisions
+    ]
+
+
+def neighbours(setting: Setting, step: float, config: RunConfig, respects: Collection[str] = RESPECTS) -> list[Setting]:
+    """Return the settings that differ from `setting` by one step in one of `respects`; `step` is the rate's factor."""
+    found: list[Setting] = []
+    if "learning_rate" in respects:
+        rates = [rounded(setting.learning_rate * factor) for factor in (step, 1 / step)]
+        found += [replace(setting, learning_rate=rate) for rate in rates]
+    if "batch_size" in respects:
+        batches = [batch_near(setting.batch_size * factor, config) for factor in (0.5, 2.0)]
+        found += [replace(setting, batch_size=batch) for batch in batches if batch is not None]
+    if "warmup_share" in respects:
+        place = WARMUP_SHARES.index(setting.warmup_share)
+        found += [replace(setting, warmup_share=share) for share in WARMUP_SHARES[max(place - 1, 0) : place + 2]]
+    if "schedule" in respects:
+        found += [replace(setting, schedule=schedule) for schedule in TUNED_SCHEDULES]
+    return [neighbour for neighbour in found if neighbour != setting]
+
+
+def batch_near(size: float, config: RunConfig) -> int | None:
+    """Return a batch that leaves at least sixteen steps in the budget; `None` if there is none of that size."""
+    whole = size >= 1 and size == int(size)
+    fits = size * config.sequence_length * 16 <= config.tokens
+    return int(size) if whole and fits else None
+
+
+def rounded(rate: float) -> float:
+    """Round to three digits, so that two ways to one rate are one setting."""
+    return float(f"{rate:.3g}")
+
+
+WIDTHS = (0.5, 1.0, 1.5)
+"""Factors on hidden and feed-forward size."""
+DEPTHS = (-1, 0, 1)
+"""Layers more than the case's model has."""
+
+_WIDTH_FIELDS = ("hidden_size", "intermediate_size", "n_embd", "n_inner", "ffn_dim", "word_embed_proj_dim")
+_DEPTH_FIELDS = ("num_hidden_layers", "n_layer")
+_HEAD_FIELDS = ("num_attention_heads", "n_head")
+
+
+def with_size(config: RunConfig, width: float, depth: int) -> RunConfig:
+    """Return the run with its model's sizes changed; heads stay, so every width is a multiple of twice the heads.
+
+    Raises:
+        ValueError: the model is not trained from scratch, so its size is not free.
+    """
+    if width == 1 and depth == 0:
+        return config
+    content = _content(config.model)
+    heads = next(int(content[name]) for name in _HEAD_FIELDS if name in content)
+    grain = 2 * heads
+    changed: dict[str, Any] = dict(content)
+    for name in _WIDTH_FIELDS:
+        if content.get(name) is not None:
+            changed[name] = max(grain, round(content[name] * width / grain) * grain)
+    for name in _DEPTH_FIELDS:
+        if name in content:
+            changed[name] = max(1, content[name] + depth)
+    return replace(config, model=str(model_file(changed)))
+
+
+def all_sizes(config: RunConfig) -> tuple[RunConfig, ...]:
+    """Return the run with its model in every size, the case's own first; that alone where sizes are not free."""
+    if not can_vary(config):
+        return (config,)
+    sizes = [with_size(config, width, depth) for width in WIDTHS for depth in DEPTHS]
+    return tuple(dict.fromkeys([config, *sizes]))
+
+
+def can_vary(config: RunConfig) -> bool:
+    """Return whether the model is trained from scratch and says how many heads it has, so that it can be resized."""
+    try:
+        content = _content(config.model)
+    except ValueError:
+        return False
+    return any(name in content for name in _HEAD_FIELDS)
+
+
+def _content(model: str) -> Mapping[str, Any]:
+    from trainpilot.llm_runtime.models import PRESETS  # loads torch
+
+    if model in PRESETS:
+        return PRESETS[model]
+    path = Path(model)
+    if path.suffix != ".json":
+        raise ValueError(f"model: width and depth are free only for models trained from scratch, got {model!r}")
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

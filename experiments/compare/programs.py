@@ -1,109 +1,406 @@
-"""Let methods say which runs they need, wave after wave, and carry the waves of all of them out side by side.
+"""The tuned static baseline of a case: its search, its judged runs, its curve over budgets, and planted checks.
 
-A program is a generator: it yields a list of specs and gets their results back, then yields the next list, and so on.
-Everything that was run before comes from the store at once, so that a comparison that was killed takes the same way
-again without repeating a run, whatever the number of processes.
+What the programs of a comparison share: seeds, cost tables, and the rows and baselines that they note down.
+
+Programs of the methods that need no search: one wave of paired seeds; and a policy's average schedule, replayed.
+
+Programs of the other searches: Optuna's best setting, and Optuna's front, each judged with every seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from trainpilot.experiments.compare.records import RunResult, RunSpec
-from trainpilot.experiments.compare.store import RunStore, run_key
-from trainpilot.experiments.compare.workers import Workers
+import numpy as np
 
-Program = Generator[list[RunSpec], list[RunResult], None]
-OnResult = Callable[[RunResult, bool], None]
-"""Called with every result that comes in, and whether it was kept from before."""
+from trainpilot.agents.heuristics import SteeredRun, average_schedule, schedule_to_json
+from trainpilot.experiments.analysis.modelled_cost import modelled_cost
+from trainpilot.experiments.compare.cases import LEARNING_RATE_STEP, TUNED_SCHEDULES, Setting, neighbours
+from trainpilot.experiments.compare.methods import CHECKS, PER_SCHEDULE, Method, open_loop_method
+from trainpilot.experiments.compare.results import (
+    TUNED,
+    UNTUNED,
+    Case,
+    MethodNote,
+    Role,
+    Row,
+    RunResult,
+    RunSpec,
+    TunedBaseline,
+    cost_key,
+)
+from trainpilot.experiments.compare.scheduler import Program
+from trainpilot.experiments.compare.search import (
+    MAX_MOVES,
+    N_CONFIRMED,
+    Trial,
+    Trials,
+    final_loss,
+    halving,
+    judged,
+    nsga2,
+    retune,
+    tpe,
+    tune,
+)
+from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.run_store import run_key
+from trainpilot.llm_runtime.config import Controls, Precision, RunConfig
+from trainpilot.llm_runtime.schedules import ScheduleName
 
 
-@dataclass(eq=False)
-class _Active:
-    """A program, and the wave that it waits for."""
-
-    program: Program
-    begun: bool = False
-    keys: list[str] = field(default_factory=list)
-    results: dict[str, RunResult] = field(default_factory=dict)
-
-    @property
-    def complete(self) -> bool:
-        return all(key in self.results for key in self.keys)
-
-
-class Scheduler:
-    """Carries programs out. Earlier programs go first, so that an interrupted comparison holds whole cases.
+class Bench:
+    """The common ground of one comparison.
 
     Args:
-        workers: Run what is missing; `None` to go only as far as what has been run before.
-        store: Where the runs are kept.
-        on_result: Is told of every result.
+        seeds: Judged seeds, paired over methods.
+        tuning_seeds: Seeds of the searches, none of the judged ones: what a search found by luck does not count.
+        tables: Cost tables by `cost_key`.
+        precisions: Precisions worth trying, by case.
     """
 
-    def __init__(self, workers: Workers | None, store: RunStore, on_result: OnResult) -> None:
-        self.workers, self.store, self.on_result = workers, store, on_result
-        self._active: list[_Active] = []
-        self._waiting: dict[str, RunSpec] = {}
-        self._started: set[str] = set()
-        self._failed: dict[str, RunResult] = {}
-        self._told: set[str] = set()
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        tuning_seeds: Sequence[int],
+        tables: Mapping[str, CostTable],
+        precisions: Mapping[str, Sequence[Precision]],
+        warn: Callable[[str], None],
+    ) -> None:
+        if both := set(tuning_seeds) & set(seeds):
+            raise ValueError(f"seeds must leave the tuning seeds out, got {min(both)} in both; take fewer seeds")
+        self.seeds, self.tuning_seeds = tuple(seeds), tuple(tuning_seeds)
+        self.tables = tables
+        self.warn = warn
+        self._precisions = precisions
+        self._rows: dict[Row, None] = {}
+        self.baselines: dict[str, list[TunedBaseline]] = {}
 
-    def run(self, programs: Sequence[Program]) -> None:
-        """Run every program to its end."""
-        self._active = [_Active(program) for program in programs]
-        for active in list(self._active):
-            self._go_on(active)
-        while self.workers is not None and (self._waiting or self.workers.busy):
-            self._fill(self.workers)
-            for result in self.workers.finished():
-                self._take_in(result)
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Every row noted so far, in the order of case, method, role, budget and seed."""
+        return tuple(
+            sorted(self._rows, key=lambda row: (row.case, row.method, row.role, row.budget, row.seed, row.key))
+        )
 
-    def _go_on(self, active: _Active) -> None:
-        """Hand a program its results and take its next wave, as long as the waves are complete."""
-        while active.complete:
-            wave = [active.results[key] for key in active.keys]
-            try:
-                specs = active.program.send(wave) if active.begun else next(active.program)
-            except StopIteration:
-                self._active.remove(active)
+    def precisions(self, case: Case) -> Sequence[Precision]:
+        """Return the precisions that a search on this case tries: the case's own, and those that pay here."""
+        return self._precisions[case.name]
+
+    def row(
+        self,
+        case: Case,
+        method: str,
+        spec: RunSpec,
+        *,
+        role: Role = "method",
+        budget: float = 1.0,
+        counted: float | None = None,
+    ) -> None:
+        """Note that a run stands for a method on a case."""
+        row = Row(
+            case=case.name,
+            method=method,
+            role=role,
+            seed=spec.config.seed,
+            budget=budget,
+            counted_budget=budget if counted is None else counted,
+            key=run_key(spec),
+        )
+        self._rows[row] = None
+
+    def baseline(self, case: Case, baseline: TunedBaseline) -> None:
+        """Note a tuned setting."""
+        self.baselines.setdefault(case.name, []).append(baseline)
+
+    def cost_of(self, result: RunResult) -> float:
+        """Return the modelled joules of a run, seconds where joules are unknown.
+
+        Raises:
+            ValueError: there is no cost table for its model.
+        """
+        key = cost_key(result.spec.config)
+        if key not in self.tables:
+            raise ValueError(f"there is no cost table for {key}")
+        cost = modelled_cost(result, self.tables[key])
+        return cost.time_s if cost.energy_j is None else cost.energy_j
+
+    def cheapest(
+        self,
+        trials: Trials,
+        curve: Sequence[tuple[float, float]],
+        axis: str,
+        among: Collection[Setting] | None = None,
+    ) -> list[Trial]:
+        """Return the trials that would reach one loss for the least modelled `axis`, the best first.
+
+        A trial whose loss the tuned baseline reaches at a share n of the budget needs about 1/n of its own cost to
+        reach what the baseline does at its whole budget.
+
+        Args:
+            trials: Runs of the whole budget.
+            curve: (budget share, loss) of the tuned baseline, rising in budget, over the same seeds.
+            axis: `time_s` or `energy_j`.
+            among: Confirmed settings, judged by their mean loss; by default all that were tried, by one seed's.
+        """
+        scored: list[tuple[float, int, Trial]] = []
+        for setting, trial in trials.tried.items():
+            if among is None or setting in among:
+                loss = final_loss(trial.result) if among is None else trials.mean_loss(setting)
+                if (score := self._score(trial, loss, curve, axis)) is not None:
+                    scored.append((score, len(scored), trial))
+        return [trial for _, _, trial in sorted(scored)[:N_CONFIRMED]]
+
+    def _score(self, trial: Trial, loss: float, curve: Sequence[tuple[float, float]], axis: str) -> float | None:
+        table = self.tables.get(cost_key(trial.spec.config))
+        if not math.isfinite(loss) or table is None:
+            return None
+        cost: float | None = getattr(modelled_cost(trial.result, table), axis)
+        return None if cost is None else cost / share_needed(loss, curve)
+
+
+def share_needed(loss: float, curve: Sequence[tuple[float, float]]) -> float:
+    """Return the budget share at which a curve reaches `loss`: log-log interpolation, end values outside."""
+    points = [(math.log(loss_), math.log(share)) for share, loss_ in curve if math.isfinite(loss_)]
+    points.sort()
+    falling = [points[0]]
+    for point in points[1:]:
+        if point[1] < falling[-1][1]:
+            falling.append(point)
+    losses, shares = zip(*falling, strict=True)
+    return float(np.exp(np.interp(math.log(loss), losses, shares)))
+
+
+CURVE_BUDGETS: Mapping[float, tuple[str, ...]] = {
+    0.125: ("learning_rate", "batch_size"),
+    0.25: ("learning_rate", "batch_size"),
+    0.5: ("learning_rate", "batch_size"),
+    2.0: ("learning_rate",),
+}
+"""Shares of the case's budget at which the tuned baseline is tuned and judged again, and in what it is tuned."""
+UNTUNED_CURVE_BUDGETS = (0.25, 0.5, 2.0, 4.0)
+COST_AXES = ("time_s", "energy_j")
+
+Steps = Generator[list[RunSpec], list[RunResult], None]
+
+
+@dataclass
+class TunedStatic:
+    """Carries one case's tuned static baseline through a comparison."""
+
+    bench: Bench
+    case: Case
+    wanted: Collection[str]
+    """Names of the methods asked for that rest on the search."""
+    started: Sequence[Method] = ()
+    """Policies that start at a factor of the learning rate found."""
+
+    def program(self) -> Steps:
+        """Search, then judge what was found."""
+        extra: list[ScheduleName] = ["constant"] if "tuned-constant" in self.wanted else []
+        trials = yield from tune(self.case.config, self.bench.precisions(self.case), self.bench.tuning_seeds, extra)
+        best = trials.best_confirmed(TUNED_SCHEDULES)
+        if math.isinf(trials.mean_loss(best.setting)):
+            self._note_sweep(trials)
+            self.bench.warn(f"{self.case.name}: every setting of the sweep diverged or failed; there is no baseline")
+            return
+        yield from self._judge(TUNED, best.setting)
+        for name, schedule in PER_SCHEDULE.items():
+            if name in self.wanted:
+                yield from self._judge(name, trials.best_confirmed([schedule]).setting)
+        yield from self._checks(best.setting)
+        curve = yield from self._curve(best.setting)
+        points = sorted([*curve, (1.0, trials.mean_loss(best.setting))])
+        choices = yield from self._cost_choices(trials, points)
+        self._note_sweep(trials)
+        self._remember(TUNED, "tokens", best, trials)
+        yield from self._judge_cost_choices(trials, best, choices)
+        yield from self._started(best.setting)
+
+    def _note_sweep(self, trials: Trials) -> None:
+        for trial in trials.all_trials():
+            self.bench.row(self.case, TUNED, trial.spec, role="sweep")
+
+    def _judge(self, name: str, setting: Setting, *, budget: float = 1.0, counted: float | None = None) -> Steps:
+        """Run a setting with every judged seed."""
+        role: Role = "method" if budget == 1 or counted is not None else "curve"
+        configs = [setting.on(self.case.config, budget=budget, seed=seed) for seed in self.bench.seeds]
+        specs = [RunSpec(config=config) for config in configs]
+        yield specs
+        for spec in specs:
+            self.bench.row(self.case, name, spec, role=role, budget=budget, counted=counted or budget)
+
+    def _checks(self, setting: Setting) -> Steps:
+        for name, plant in CHECKS.items():
+            if name in self.wanted:
+                planted, budget = plant(setting)
+                yield from self._judge(name, planted, budget=budget, counted=1.0)
+
+    def _started(self, setting: Setting) -> Steps:
+        """Run what starts at a factor of the tuned learning rate, all of it in one wave."""
+        placed = [(method.note.name, method.placed(setting)) for method in self.started]
+        specs = [(name, method.spec(self.case, seed)) for name, method in placed for seed in self.bench.seeds]
+        yield [spec for _, spec in specs]
+        for name, spec in specs:
+            self.bench.row(self.case, name, spec)
+
+    def _curve(self, setting: Setting) -> Generator[list[RunSpec], list[RunResult], list[tuple[float, float]]]:
+        """Tune and judge at every other budget; return (budget share, mean loss of the tuning seeds)."""
+        points = []
+        for budget, respects in CURVE_BUDGETS.items():
+            trials = Trials(self.case.config, self.bench.tuning_seeds, budget)
+            trial = yield from retune(trials, setting, respects)
+            yield from self._judge(TUNED, trial.setting, budget=budget)
+            points.append((budget, trials.mean_loss(trial.setting)))
+        return points
+
+    def _cost_choices(
+        self, trials: Trials, points: list[tuple[float, float]]
+    ) -> Generator[list[RunSpec], list[RunResult], dict[str, Trial]]:
+        """Find the best settings for equal seconds and joules: equal tokens favour small batches, these need not."""
+        choices: dict[str, Trial] = {}
+        for axis in COST_AXES:
+            yield from self._descend_in_cost(trials, points, axis)
+            candidates = self.bench.cheapest(trials, points, axis)
+            yield from trials.confirm(trial.setting for trial in candidates)
+            if found := self.bench.cheapest(trials, points, axis, among=trials.confirmed):
+                choices[axis] = found[0]
+        return choices
+
+    def _descend_in_cost(self, trials: Trials, points: list[tuple[float, float]], axis: str) -> Steps:
+        """Try the neighbours of the cheapest trial until it stays the cheapest: its batch may be beyond the grid."""
+        settled: set[Setting] = set()
+        for _ in range(MAX_MOVES):
+            first = self.bench.cheapest(trials, points, axis)[:1]
+            if not first or first[0].setting in settled:
                 return
-            active.begun = True
-            active.keys = [run_key(spec) for spec in specs]
-            active.results = {}
-            for key, spec in zip(active.keys, specs, strict=True):
-                self._want(active, key, spec)
+            settled.add(first[0].setting)
+            around = neighbours(
+                first[0].setting, LEARNING_RATE_STEP**0.5, self.case.config, ("learning_rate", "batch_size")
+            )
+            yield from trials.run(around)
 
-    def _want(self, active: _Active, key: str, spec: RunSpec) -> None:
-        result = self.store.get(key) or self._failed.get(key)
-        if result is not None:
-            result = replace(result, spec=spec)  # a kept run's model may have had its file in another place
-            active.results[key] = result
-            self._tell(result, kept=True)
-        elif key not in self._started:
-            self._waiting.setdefault(key, spec)
+    def _judge_cost_choices(self, trials: Trials, best: Trial, choices: dict[str, Trial]) -> Steps:
+        known: dict[Setting, str] = {best.setting: TUNED}
+        for axis, choice in choices.items():
+            if choice.setting not in known:
+                name = known[choice.setting] = f"tuned-{axis.partition('_')[0]}"
+                yield from self._judge(name, choice.setting)
+                for budget in CURVE_BUDGETS:
+                    yield from self._judge(name, choice.setting, budget=budget)
+            self._remember(known[choice.setting], axis, choice, trials)
 
-    def _fill(self, workers: Workers) -> None:
-        order = [key for active in self._active for key in active.keys if key in self._waiting]
-        for key in dict.fromkeys(order):
-            if not workers.free:
-                return
-            self._started.add(key)
-            workers.start(self._waiting.pop(key), key)
+    def _remember(self, name: str, axis: str, trial: Trial, trials: Trials) -> None:
+        baseline = TunedBaseline(
+            method=name,
+            axis=axis,
+            config=trial.spec.config,
+            search="grid",
+            n_trials=len(trials.all_trials()),
+            on_edge=trials.on_edge(trial),
+        )
+        self.bench.baseline(self.case, baseline)
 
-    def _take_in(self, result: RunResult) -> None:
-        self.store.put(result)
-        if result.failure is not None:
-            self._failed[result.key] = result
-        self._started.discard(result.key)
-        self._tell(result, kept=False)
-        for active in list(self._active):
-            if result.key in active.keys:
-                active.results[result.key] = result
-                self._go_on(active)
 
-    def _tell(self, result: RunResult, *, kept: bool) -> None:
-        if result.key not in self._told:
-            self._told.add(result.key)
-            self.on_result(result, kept)
+def untuned_curve(bench: Bench, case: Case) -> Steps:
+    """Run the untuned default at other budgets with the first seed, for multipliers against it."""
+    for budget in UNTUNED_CURVE_BUDGETS:
+        spec = RunSpec(config=at_budget(case, budget, bench.seeds[0]))
+        yield [spec]
+        bench.row(case, UNTUNED, spec, role="curve", budget=budget)
+
+
+def at_budget(case: Case, budget: float, seed: int) -> RunConfig:
+    """Return the case's own setting on another budget."""
+    config = replace(case.config, schedule="cosine")
+    setting = Setting(
+        learning_rate=config.base_learning_rate,
+        batch_size=config.batch_size,
+        schedule="cosine",
+        warmup_share=config.warmup() / config.tokens,
+        precision=config.precision,
+    )
+    return setting.on(config, budget=budget, seed=seed)
+
+
+def direct_program(bench: Bench, case: Case, method: Method) -> Program:
+    """Run a method with every judged seed."""
+    specs = [method.spec(case, seed) for seed in bench.seeds]
+    yield specs
+    for spec in specs:
+        bench.row(case, method.note.name, spec)
+
+
+def open_loop_program(bench: Bench, cases: Sequence[Case], closed: Method, note: MethodNote) -> Program:
+    """Run the policy on every case, average what it did, and run that average without looking."""
+    results = yield [closed.spec(case, seed) for case in cases for seed in bench.seeds]
+    usable = [result for result in results if result.usable]
+    if not usable:
+        bench.warn(f"{note.name}: no closed-loop run ended with a finite loss; there is nothing to average")
+        return
+    method = open_loop_method(note, closed, _average(usable))
+    for case in cases:
+        yield from direct_program(bench, case, method)
+
+
+def _average(results: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """Return the average schedule of the runs, as JSON values."""
+    decisions = max(result.spec.config.decisions for result in results)
+    return schedule_to_json(average_schedule([_steered(result) for result in results], decisions))
+
+
+def _steered(result: RunResult) -> SteeredRun:
+    controls = [
+        Controls(
+            learning_rate_scale=interval.learning_rate_scale,
+            batch_size=max(1, round(interval.batch_size)),
+            precision=interval.precision,  # type: ignore[arg-type]
+            sparsity=interval.sparsity,
+            finish=interval.finishing,
+        )
+        for interval in result.intervals
+    ]
+    return SteeredRun(start_batch_size=result.spec.config.batch_size, controls=controls)
+
+
+def search_program(bench: Bench, case: Case, name: str) -> Program:
+    """Carry out `tuned-tpe`, `tuned-halving` or `nsga2` on a case."""
+    if name == "nsga2":
+        return _front(bench, case)
+    return _best_of_tpe(bench, case) if name == "tuned-tpe" else _best_of_halving(bench, case)
+
+
+def _best_of_tpe(bench: Bench, case: Case) -> Program:
+    trials = yield from tpe(case.config, bench.precisions(case), bench.tuning_seeds)
+    _note_sweep(bench, case, "tuned-tpe", [trials])
+    yield from _judge(bench, case, "tuned-tpe", trials.best_confirmed(TUNED_SCHEDULES).spec)
+
+
+def _best_of_halving(bench: Bench, case: Case) -> Program:
+    found = yield from halving(case.config, bench.precisions(case), bench.tuning_seeds)
+    _note_sweep(bench, case, "tuned-halving", found.trials)
+    yield from _judge(bench, case, "tuned-halving", found.best.spec)
+
+
+def _front(bench: Bench, case: Case) -> Program:
+    front = yield from nsga2(case.config, bench.precisions(case), bench.tuning_seeds[0], bench.cost_of)
+    for spec in front.tried:
+        bench.row(case, "nsga2", spec, role="sweep")
+    for number, spec in enumerate(front.best, start=1):
+        yield from _judge(bench, case, f"nsga2-{number}", spec)
+
+
+def _judge(bench: Bench, case: Case, name: str, tuned: RunSpec) -> Generator[list[RunSpec], list[RunResult], None]:
+    specs = [judged(tuned, seed) for seed in bench.seeds]
+    yield specs
+    for spec in specs:
+        bench.row(case, name, spec)
+
+
+def _note_sweep(bench: Bench, case: Case, name: str, tried: Sequence[Trials]) -> None:
+    for trials in tried:
+        for trial in trials.all_trials():
+            bench.row(case, name, trial.spec, role="sweep", budget=trials.budget)

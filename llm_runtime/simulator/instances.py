@@ -1,4 +1,9 @@
-"""Draw the things that simulated runs are made of: physics around the calibrations at hand, machines, budgets."""
+"""Draw the things that simulated runs are made of: physics around the calibrations at hand, machines, budgets.
+
+Say what a step costs on a machine: seconds, watts, joules; arrays over many runs.
+
+Draw random numbers that belong to a run, not to its place in a batch: one run alone meets the same ones.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,70 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
-from trainpilot.llm_runtime.controls import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
-from trainpilot.llm_runtime.simulator.hardware import Hardware
 from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, Physics
-from trainpilot.llm_runtime.simulator.readings import Meters
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+from trainpilot.llm_runtime.simulator.sensors import Meters
+
+FORWARD_SHARE = 1 / 3
+"""A forward pass over a whole step's time: backward costs twice as much."""
+PROBE_COPIES = 0.6
+"""What a probe costs beyond its passes, over a step's overhead: the update's direction, and copies of the weights."""
+
+
+@dataclass(kw_only=True)
+class Hardware:
+    """Machine and model as their costs show them; arrays of shape (n_runs,) unless said otherwise."""
+
+    overhead_s: Floats
+    """Seconds of a step that do not depend on the batch."""
+    sequence_s: Floats
+    """Seconds that every further sequence takes at the starting precision."""
+    speed: Floats
+    """Speed of each precision over the first, shape (n_runs, number of precisions); what does not pay is masked."""
+    masked: Bools
+    """Precisions that are not offered, shape (n_runs, number of precisions)."""
+    width_share: Floats
+    """Share of a sequence's time that falls with removed channels."""
+    idle_w: Floats
+    load_w: Floats
+    """Watts when the machine is saturated."""
+    switch_s: Floats
+    """Seconds of a change of batch or precision."""
+    memory_share: Floats
+    """Memory in use at the starting batch."""
+
+    def put(self, rows: Ints, other: Hardware) -> None:
+        """Replace some runs' machines by those of `other`."""
+        for field in fields(self):
+            getattr(self, field.name)[rows] = getattr(other, field.name)
+
+    def take(self, rows: Ints) -> Hardware:
+        """Return copies of some runs' machines."""
+        return Hardware(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    def step_s(self, batch: Floats, precision: Ints, sparsity: Floats) -> Floats:
+        """Return the seconds of a step: throughput is B / (B + B_half) of the most, B_half = overhead / sequence."""
+        speed = np.take_along_axis(self.speed, precision[:, None], axis=1)[:, 0]
+        seconds: Floats = self.overhead_s + self.sequence_s * batch / speed * (1.0 - self.width_share * sparsity)
+        return seconds
+
+    def probe_s(self, sequences: Floats, sparsity: Floats) -> Floats:
+        """Return the seconds of a curvature probe: forward passes at the first precision, and what goes with them."""
+        passes = self.overhead_s + self.sequence_s * sequences * (1.0 - self.width_share * sparsity)
+        seconds: Floats = PROBE_PASSES * FORWARD_SHARE * passes + PROBE_COPIES * self.overhead_s
+        return seconds
+
+    def power_w(self, batch: Floats) -> Floats:
+        """Return the mean watts of a step: a machine that waits for its overhead draws less."""
+        busy = self.sequence_s * batch / (self.overhead_s + self.sequence_s * batch)
+        watts: Floats = self.idle_w + (self.load_w - self.idle_w) * busy
+        return watts
+
 
 BATCH_SPAN = 16
 """The batch stays within this factor of the starting batch, as in live runs."""
@@ -192,3 +254,42 @@ def _start_batches(random: np.random.Generator, sequences: Floats) -> Ints:
 def _between(random: np.random.Generator, n: int, low: float, high: float) -> Floats:
     drawn: Floats = np.exp(random.uniform(np.log(low), np.log(high), n))
     return drawn
+
+
+Keys = NDArray[np.uint64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def mix(keys: Keys) -> Keys:
+    """Return well-mixed numbers: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        z = keys + _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * _MIX_1
+        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        mixed: Keys = z ^ (z >> np.uint64(31))
+    return mixed
+
+
+def run_keys(seed: int, rows: NDArray[np.int64], episodes: NDArray[np.int64]) -> Keys:
+    """Return a key for each run from the seed, its row and how many runs the row has had."""
+    key = mix(np.full(len(rows), seed, dtype=np.uint64))
+    key = mix(key ^ rows.astype(np.uint64))
+    return mix(key ^ episodes.astype(np.uint64))
+
+
+def uniforms(keys: Keys, counter: NDArray[np.int64] | int, channels: int) -> Floats:
+    """Return uniform numbers in (0, 1), shape (n_runs, channels): the same for the same key and counter."""
+    start = mix(keys ^ mix(np.asarray(counter, dtype=np.uint64) + np.zeros_like(keys)))
+    numbers = mix(start[:, None] + np.arange(1, channels + 1, dtype=np.uint64) * _GOLDEN)
+    values: Floats = ((numbers >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    return values
+
+
+def normals(keys: Keys, counter: NDArray[np.int64] | int, channels: int) -> Floats:
+    """Return standard normal numbers, shape (n_runs, channels), by the Box-Muller transform."""
+    pairs = -(-channels // 2)
+    drawn = uniforms(keys, counter, 2 * pairs)
+    radius, angle = np.sqrt(-2.0 * np.log(drawn[:, :pairs])), 2.0 * np.pi * drawn[:, pairs:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :channels]

@@ -1,20 +1,21 @@
 """Hold the controls, limits and telemetry of many runs at once: the records of `plant` and `telemetry`, as arrays.
 
 Every array has shape (n_runs,) unless said otherwise. What was not measured is NaN.
+
+Take rows out of a record of arrays, and put rows into a copy of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainpilot.llm_runtime.controls import PRECISIONS, Controls
-from trainpilot.llm_runtime.energy import EnergySource
-from trainpilot.llm_runtime.plant import ControlLimits
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
+from trainpilot.llm_runtime.energy.meter import EnergySource
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 Floats = NDArray[np.float64]
@@ -175,3 +176,24 @@ class PlantBatch(Protocol):
 
         It enters the telemetry of these runs from the next interval on.
         """
+
+
+Record = TypeVar("Record")
+
+
+def take(record: Record, rows: Ints) -> Record:
+    """Return these rows of every array of a record, and of the records in it."""
+    return _each(record, lambda values: take(values, rows) if is_dataclass(values) else values[rows])
+
+
+def put(record: Record, rows: Ints, part: Record) -> Record:
+    """Return a copy of a record of arrays whose `rows` are those of `part`."""
+    changed = _each(record, lambda values: values.copy())
+    for field in fields(part):  # type: ignore[arg-type]
+        getattr(changed, field.name)[rows] = getattr(part, field.name)
+    return changed
+
+
+def _each(record: Record, change: Any) -> Record:
+    values = {field.name: change(getattr(record, field.name)) for field in fields(record)}  # type: ignore[arg-type]
+    return replace(record, **values)  # type: ignore[type-var]

@@ -1,23 +1,34 @@
-"""Train thousands of simulated runs at once: what `LiveRun` is for one real run."""
+"""Train thousands of simulated runs at once: what `LiveRun` is for one real run.
+
+Steer one simulated run as if it were a live one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from trainpilot.llm_runtime.probe_plan import probe_due, sequences_probed
-from trainpilot.llm_runtime.schedules import ScheduleName
-from trainpilot.llm_runtime.simulator import readings
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
+from trainpilot.llm_runtime.schedules import ScheduleName, probe_due, sequences_probed
+from trainpilot.llm_runtime.simulator import sensors as readings
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
-from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances
-from trainpilot.llm_runtime.simulator.noise import normals, run_keys, uniforms
+from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
 from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
-from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
-from trainpilot.llm_runtime.simulator.references import References, find_references, overfit
-from trainpilot.llm_runtime.simulator.schedule_table import Progress, ScheduleTable
+from trainpilot.llm_runtime.simulator.records import (
+    Bools,
+    ControlBatch,
+    Floats,
+    Ints,
+    LimitBatch,
+    PlantBatch,
+    TelemetryBatch,
+)
+from trainpilot.llm_runtime.simulator.references import Progress, References, ScheduleTable, find_references, overfit
+from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 DIVERGED_FACTOR = 1.3
 """A run whose loss is so many times the initial one has diverged."""
@@ -288,3 +299,76 @@ def default_pool(n_instances: int = 256, seed: int = 0) -> Pool:
     from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
     return Pool.draw(n_instances, seed, shipped_physics())
+
+
+MASKED = "does not pay on this machine"
+"""Why a simulated run does not offer a precision."""
+
+
+class OnePlant:
+    """The only run of a `PlantBatch`, as a `Plant`. It is begun anew."""
+
+    def __init__(self, plants: PlantBatch) -> None:
+        if plants.n_runs != 1:
+            raise ValueError(f"plants must have one run, got {plants.n_runs}")
+        self.plants = plants
+        self.finished = False
+        plants.begin(np.arange(1))
+
+    def limits(self) -> ControlLimits:
+        """Return what may be asked of it."""
+        limits = self.plants.limits()
+        masked = zip(PRECISIONS, limits.masked_precisions[0], strict=True)
+        return ControlLimits(
+            start=limits.start.row(0),
+            min_batch_size=int(limits.min_batch_size[0]),
+            max_batch_size=int(limits.max_batch_size[0]),
+            masked_precisions={name: MASKED for name, is_masked in masked if is_masked},
+            pruning="width" if limits.prunes[0] else "none",
+            decisions=int(limits.decisions[0]),
+        )
+
+    def advance(self, controls: Controls, share: float) -> Telemetry:
+        """Train for one interval, whatever `share` says: it is one over the decisions.
+
+        Raises:
+            ValueError: the run has finished.
+        """
+        if self.finished:
+            raise ValueError("advance needs a run that has not finished; make a new one or restore a snapshot")
+        telemetry = self.plants.advance(ControlBatch.of([controls])).row(0, controls)
+        self.finished = telemetry.finished or telemetry.diverged
+        return telemetry
+
+    def evaluate(self) -> float:
+        """Return the validation loss, in nats/token."""
+        return float(self.plants.evaluate()[0])
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of the state."""
+        return {"plants": deepcopy(self.plants), "finished": self.finished}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a state that `snapshot` returned."""
+        self.plants = deepcopy(snapshot["plants"])
+        self.finished = snapshot["finished"]
+
+
+class SimulatedRun(OnePlant):
+    """One simulated run: what row `row` of `SimulatedRuns` trains first in an environment, under the same seed.
+
+    Args:
+        seed: Decides everything that is drawn.
+        row: Which of the runs under this seed.
+        pool: What it is drawn from; by default around the calibrations that come with trainpilot.
+        start: How it begins.
+    """
+
+    def __init__(self, seed: int = 0, row: int = 0, pool: Pool | None = None, start: Start | None = None) -> None:
+
+        super().__init__(SimulatedRuns(1, seed, pool, start, first_row=row))
+
+    @property
+    def runs(self) -> SimulatedRuns:
+        """The run among its kind: its instance, its references, its state."""
+        return cast("SimulatedRuns", self.plants)

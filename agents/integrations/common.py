@@ -1,0 +1,279 @@
+"""Steer a model that several processes train together: DistributedDataParallel, `fully_shard` (FSDP2), Accelerate.
+
+    dist.init_process_group("nccl")                  # under torchrun, one process for each device
+    model = DistributedDataParallel(model)           # or fully_shard(model); then make the optimiser
+    steering = Steering(model, optimizer, settings, ranks=ProcessGroupRanks())
+
+The batch in the settings is that of all processes together; `step.batch_size` is this process's share, and the data
+that it takes must be its own. The first process decides; the others are told. Each process saves its own
+`steering.state_dict()` and loads it again. Where every process holds all weights the first one's will do; saved within
+an interval it has only that process's losses and joules of it, so all measure the rest of the interval anew.
+
+A step in which one process alone raises an exception cannot be tried again: the others wait for its gradients.
+
+Take the first sequences of a batch, whatever a framework's data loader has made of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterable, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.steering import Steering
+from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
+from trainpilot.llm_runtime.energy.nvml import NvmlMeter
+from trainpilot.llm_runtime.optimizer import whole
+from trainpilot.llm_runtime.probe import mean_probe
+from trainpilot.llm_runtime.process_group import Content, OneProcess, Ranks, Share
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+EnergyOf = Literal["process", "node"]
+Joules = tuple[str, float | None]
+"""What was counted, and its joules; the same thing counted by several processes has the same name."""
+_AND = " + "
+
+
+class ProcessGroupRanks:
+    """The processes of the default group of `torch.distributed`, each of which trains on data of its own.
+
+    Args:
+        energy_of: What the meters count: each process a device that only it uses, or all processes of a node the same
+            one. By default the meter's kind tells: GPUs by their number, RAPL counters once per node, the estimate for
+            CPUs once per process, its idle draw once per node; other meters once per process.
+
+    Raises:
+        ValueError: there is no process group.
+    """
+
+    def __init__(self, energy_of: EnergyOf | None = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "ProcessGroupRanks needs a process group, got none; call torch.distributed.init_process_group before, "
+                "or leave `ranks` out in a single process"
+            )
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.is_first = self.rank == 0
+        self._energy_of = energy_of
+        on_gpu = "nccl" in str(dist.get_backend())
+        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        self._known: tuple[nn.Module, list[DistributedDataParallel | FSDPModule]] | None = None
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean over the processes."""
+        total = values.detach().to(self._device, copy=True)
+        dist.all_reduce(total)
+        return (total / self.world_size).to(values.device)
+
+    def gathered(self, content: Content) -> list[Content]:
+        """Return what each process holds, the first one's first."""
+        everyone: list[Content] = [content] * self.world_size
+        dist.all_gather_object(everyone, content)
+        return everyone
+
+    def together(self, share: Share, meter: EnergyMeter) -> Share:
+        """Return an interval in all processes: mean losses, the longest time, joules of which each is counted once."""
+        process = f"process {self.rank}"
+        joules = counted(share.energy_j, share.time_s, meter, process=process, energy_of=self._energy_of)
+        everyone = self.gathered((share, joules))
+        shares = [each for each, _ in everyone]
+        return Share(
+            losses=[sum(losses) / len(losses) for losses in zip(*(each.losses for each in shares), strict=True)],
+            probe=mean_probe([each.probe for each in shares if each.probe is not None]),
+            time_s=max(each.time_s for each in shares),
+            energy_j=sum_once(part for _, parts in everyone for part in parts),
+        )
+
+    def of_first(self, content: Content) -> Content:
+        """Return what the first process holds."""
+        held = [content if self.is_first else None]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]  # type: ignore[return-value]
+
+    def whole(self, norm: torch.Tensor) -> torch.Tensor:
+        """Return a norm over all parameters, wherever their parts lie, as a plain tensor."""
+        return whole(norm)
+
+    def synchronise_gradients(self, model: nn.Module, wanted: bool) -> None:
+        """Exchange gradients in the next backward pass, or gather them here until one that does.
+
+        Raises:
+            ValueError: nothing in the model exchanges gradients.
+        """
+        exchanging = self._exchanging(model)
+        for module in exchanging:
+            if isinstance(module, DistributedDataParallel):
+                module.require_backward_grad_sync = wanted
+            else:
+                module.set_requires_gradient_sync(wanted, recurse=False)
+        if not exchanging and self.world_size > 1:
+            raise ValueError(
+                "model must exchange its gradients: wrap it in DistributedDataParallel or fully_shard and give "
+                f"Steering what comes of that, got {type(model).__name__}; FSDP1 and DeepSpeed are not supported"
+            )
+
+    def settle(self, model: nn.Module) -> None:
+        """Drop the whole weights that `fully_shard` keeps after a forward pass: shards may change under them."""
+        for module in self._exchanging(model):
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _exchanging(self, model: nn.Module) -> list[DistributedDataParallel | FSDPModule]:
+        """Return the modules that exchange gradients; looked for once, as a big model has thousands."""
+        if self._known is None or self._known[0] is not model:
+            kinds = (DistributedDataParallel, FSDPModule)
+            self._known = model, [module for module in model.modules() if isinstance(module, kinds)]
+        return self._known[1]
+
+
+def counted(
+    energy_j: float | None, time_s: float, meter: EnergyMeter, *, process: str, energy_of: EnergyOf | None = None
+) -> list[Joules]:
+    """Return what a process's meter counted, by the names of the things counted.
+
+    Args:
+        energy_j: Joules.
+        time_s: Seconds in which they were counted.
+        meter: The meter.
+        process: The process's name, none other's.
+        energy_of: Overrides what the meter's kind tells.
+    """
+    if energy_of == "process":
+        return [(process, energy_j)]
+    if energy_of == "node" or isinstance(meter, RaplMeter):
+        return [(_node(), energy_j)]
+    if isinstance(meter, NvmlMeter):
+        return [(_AND.join(sorted(meter.uuids)), energy_j)]
+    if isinstance(meter, CpuEstimateMeter) and energy_j is not None:
+        idle_j = min(meter.idle_w * time_s, energy_j)
+        return [(f"{_node()} idle {_threads()}", idle_j), (process, energy_j - idle_j)]
+    return [(process, energy_j)]
+
+
+def sum_once(parts: Iterable[Joules]) -> float | None:
+    """Return the sum over what was counted, of what was counted several times the largest; `None` if one is unknown.
+
+    Raises:
+        ValueError: a GPU was counted both alone and among others.
+    """
+    largest: dict[str, float | None] = {}
+    for name, energy_j in parts:
+        before = largest.get(name, 0.0)
+        largest[name] = None if before is None or energy_j is None else max(before, energy_j)
+    things = Counter(thing for name in largest for thing in name.split(_AND))
+    if twice := [thing for thing, times in things.items() if times > 1]:
+        raise ValueError(
+            f"meter must count a GPU in one process, or the same GPUs in several, got {twice[0]} in different sums; "
+            "give each process Steering(meter=NvmlMeter([its own]))"
+        )
+    return sum_known(largest.values())
+
+
+def _node() -> str:
+    """Return this machine's name, the same in all containers on it."""
+    try:
+        return "node " + Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return "node " + socket.gethostname()
+
+
+def _threads() -> str:
+    """Return which hardware threads this process may use."""
+    threads = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all"
+    return f"of threads {threads}"
+
+
+def present_ranks() -> Ranks:
+    """Return the processes of the process group, or one process where there is none: one script serves both."""
+    return ProcessGroupRanks() if dist.is_available() and dist.is_initialized() else OneProcess()
+
+
+def accelerated(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, settings: SteeringSettings, **options: Any
+) -> Steering:
+    """Return the steering of a loop that uses Accelerate.
+
+        accelerator = Accelerator()                                   # mixed_precision "no": steering opens autocast
+        model, optimizer = accelerator.prepare(model, optimizer)      # no scheduler
+        steering = accelerated(accelerator, model, optimizer, settings)
+
+    Then loop over `steering.step()`, with `step.backward` in place of `accelerator.backward` and `accumulate`.
+
+    Args:
+        accelerator: Prepared both.
+        model: As `prepare` returned it, not unwrapped.
+        optimizer: As `prepare` returned it.
+        settings: Budget, start, policy and bounds.
+        options: Further arguments of `Steering`.
+
+    Raises:
+        ValueError: Accelerate was set up in a way that cannot be steered.
+    """
+    _check(accelerator)
+    return Steering(model, getattr(optimizer, "optimizer", optimizer), settings, ranks=present_ranks(), **options)
+
+
+def _check(accelerator: Accelerator) -> None:
+    if accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"mixed_precision of the Accelerator must be 'no', got {accelerator.mixed_precision!r}: prepare would fix "
+            "it for good; list what may be used in SteeringSettings(precisions=...)"
+        )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise ValueError(
+            f"distributed_type of the Accelerator must be NO, MULTI_CPU, MULTI_GPU or FSDP in version 2, got {kind}"
+        )
+
+
+def first_sequences(batch: Any, count: int, of: int) -> Any:
+    """Return the first `count` of a batch's `of` sequences, or the batch itself where that cannot be told.
+
+    Args:
+        batch: A tensor with a row for each sequence, or dictionaries, tuples and lists of such tensors.
+        count: How many are wanted.
+        of: How many there are.
+    """
+    return _cut(batch, count) if 0 < count < of and _has_rows(batch, of) else batch
+
+
+def _has_rows(value: Any, of: int) -> bool:
+    """Return whether all tensors in it have a row for each sequence, but for single numbers."""
+    if isinstance(value, Tensor):
+        positions = value.ndim > 2 and not value.is_floating_point()  # three-part ones have another first dimension
+        return value.ndim == 0 or (len(value) == of and not positions)
+    if isinstance(value, MutableMapping):
+        return all(_has_rows(each, of) for each in value.values())
+    if isinstance(value, (tuple, list)):
+        return all(_has_rows(each, of) for each in value)
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def _cut(value: Any, count: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[:count] if value.ndim else value
+    if isinstance(value, MutableMapping):
+        cut = copy.copy(value)  # of the same class: a tokenizer's has attributes
+        for name, each in value.items():
+            cut[name] = _cut(each, count)
+        return cut
+    if isinstance(value, (tuple, list)):
+        parts = [_cut(each, count) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value

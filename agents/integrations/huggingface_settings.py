@@ -1,0 +1,261 @@
+"""Read from the arguments of a Hugging Face Trainer what steering needs, and refuse what it cannot steer exactly."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import Trainer, TrainingArguments
+
+from trainpilot.agents.bundle import BaseSchedule
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.steering import Steering
+from trainpilot.llm_runtime.process_group import OneProcess, Ranks
+from trainpilot.llm_runtime.schedules import ScheduleName
+
+Given = SteeringSettings | Mapping[str, Any] | None
+
+_SCHEDULES: dict[str, ScheduleName] = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "warmup_stable_decay": "wsd",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the arguments ask of a run, as the user wrote them."""
+
+    micro_batch_size: int
+    """Sequences that a process puts through the model at once."""
+    world_size: int
+    """Processes."""
+    accumulate: int
+    """Micro-batches in an optimiser step."""
+    max_steps: int
+    """Optimiser steps; 0 or less where the epochs count."""
+    epochs: float
+    """Passes over the data."""
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> Plan:
+        """Read it from the arguments."""
+        return cls(
+            micro_batch_size=args.per_device_train_batch_size,
+            world_size=args.world_size,
+            accumulate=args.gradient_accumulation_steps,
+            max_steps=args.max_steps,
+            epochs=args.num_train_epochs,
+        )
+
+    @property
+    def unit(self) -> int:
+        """Sequences of a micro-batch of every process."""
+        return self.micro_batch_size * self.world_size
+
+
+def check_args(args: TrainingArguments) -> None:
+    """Raise `ValueError` for arguments that steering would silently break, or that would break steering."""
+    for name in ("bf16", "fp16"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} must be off, as the Trainer would fix it for good, got True; "
+                "offer it to steering by precisions=('fp32', 'bf16')"
+            )
+    for name, instead in (
+        ("torch_compile", "a change of batch or precision would compile anew for half a minute"),
+        ("deepspeed", "use DistributedDataParallel, or your own loop with FSDP2"),
+        ("fsdp", "use DistributedDataParallel, or your own loop with FSDP2"),
+        ("auto_find_batch_size", "set per_device_train_batch_size, the micro-batch"),
+        ("enable_jit_checkpoint", "it would save in the midst of a step; save by save_steps"),
+    ):
+        if getattr(args, name, None):
+            raise ValueError(f"{name} must be off under steering, got {getattr(args, name)!r}; {instead}")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError("train_sampling_strategy must be another, as it fixes the batch, got 'batch_rebalance'")
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise `ValueError` where the Trainer came out as something that cannot be steered."""
+    check_args(trainer.args)
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"a process must have one GPU, got {trainer.args.n_gpu}; use torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
+    if trainer.accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"mixed_precision of the Accelerator must be 'no', got {trainer.accelerator.mixed_precision!r}; "
+            "offer it to steering by precisions=('fp32', 'bf16')"
+        )
+    if trainer.lr_scheduler is not None:
+        raise ValueError(
+            f"optimizers must come without a scheduler, got {type(trainer.lr_scheduler).__name__}; pass "
+            "(optimizer, None) and say the schedule by lr_scheduler_type or steering's base_schedule"
+        )
+
+
+def check_model(model: nn.Module, settings: SteeringSettings) -> None:
+    """Raise `ValueError` for a model that the controls cannot be brought into force on."""
+    odd = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point()} - {torch.float32}
+    if odd:
+        raise ValueError(
+            f"trainable weights must be float32, got {', '.join(sorted(map(str, odd)))}; load the model with "
+            "dtype=torch.float32, bf16 then comes from autocast"
+        )
+    if settings.pruning != "none" and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"pruning must be 'none' under PEFT, whose adapters are added to the weights, got {settings.pruning!r}"
+        )
+
+
+def settings_for(given: Given, plan: Plan, args: TrainingArguments, dataset: Any) -> SteeringSettings:
+    """Return the settings of a run: what is given, and the rest from the arguments and the data.
+
+    Raises:
+        ValueError: what is given contradicts the arguments, or the end of the run is not known.
+    """
+    wanted = fields_of(given)
+    wanted["batch_size"] = batch_size = _batch_size(wanted.get("batch_size"), plan)
+    wanted["sequences"] = _sequences(wanted.get("sequences"), batch_size, plan, args, dataset)
+    wanted["gradient_clip"] = _clip(wanted.get("gradient_clip"), args)
+    if wanted.get("base_schedule") is None:
+        wanted["base_schedule"] = _base_schedule(args, math.ceil(wanted["sequences"] / batch_size))
+    if "sequence_length" not in wanted:
+        wanted["sequence_length"] = _length(dataset)
+    return SteeringSettings(**wanted)
+
+
+def fields_of(given: Given) -> dict[str, Any]:
+    """Return the fields of the settings that are given."""
+    names = [field.name for field in fields(SteeringSettings)]
+    if isinstance(given, SteeringSettings):
+        return {name: getattr(given, name) for name in names}
+    wanted = dict(given or {})
+    if unknown := sorted(set(wanted) - set(names)):
+        raise ValueError(f"steering must have fields of SteeringSettings, got {', '.join(unknown)}")
+    return wanted
+
+
+def _batch_size(given: int | None, plan: Plan) -> int:
+    asked = plan.unit * plan.accumulate
+    if given is not None and given != asked and plan.accumulate != 1:
+        raise ValueError(
+            f"batch_size of steering must be per_device_train_batch_size x gradient_accumulation_steps x processes = "
+            f"{asked}, got {given}; leave one of the two out"
+        )
+    return given or asked
+
+
+def _sequences(given: int | None, batch_size: int, plan: Plan, args: TrainingArguments, dataset: Any) -> int:
+    if plan.max_steps > 0:
+        asked = plan.max_steps * batch_size
+        if given not in (None, asked):
+            raise ValueError(
+                f"sequences of steering must be max_steps x batch = {asked}, got {given}; leave one of the two out"
+            )
+        return asked
+    if given is not None:
+        return given
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "sequences, the budget, must be given for a train_dataset without a length, got None; "
+            "set steering={'sequences': ...}, or max_steps"
+        )
+    whole = len(dataset) // plan.unit * plan.unit
+    return round(plan.epochs * (whole if args.dataloader_drop_last else len(dataset)))
+
+
+def _clip(given: float | None, args: TrainingArguments) -> float | None:
+    actual = float(args.max_grad_norm) if args.max_grad_norm else None
+    if given is not None and given != actual:
+        raise ValueError(
+            f"gradient_clip of steering must be the Trainer's max_grad_norm, {args.max_grad_norm}, got {given}; "
+            "set max_grad_norm, and leave gradient_clip to it"
+        )
+    return actual
+
+
+def _base_schedule(args: TrainingArguments, steps: int) -> BaseSchedule | None:
+    """Return the schedule that the arguments ask for; `None`, the policy's own, where they say nothing."""
+    if args.lr_scheduler_kwargs:
+        raise ValueError(
+            f"lr_scheduler_kwargs must be empty under steering, whose schedules have no options, got "
+            f"{args.lr_scheduler_kwargs}; or give steering a base_schedule"
+        )
+    name, warmup = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)), args.get_warmup_steps(steps)
+    if name == "linear" and not warmup:
+        return None
+    if name not in _SCHEDULES:
+        raise ValueError(
+            f"lr_scheduler_type must be one of {', '.join(_SCHEDULES)} under steering, got {name!r}; "
+            "or give steering a base_schedule"
+        )
+    return BaseSchedule(schedule=_SCHEDULES[name], warmup_share=min(warmup / steps, 0.99))
+
+
+def _length(dataset: Any) -> int:
+    """Return the tokens of the first sequence, as an estimate for all; 1 where it would cost data to look."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
+        return 1
+    row = dataset[0]
+    return max(len(row["input_ids"]), 1) if isinstance(row, Mapping) and "input_ids" in row else 1
+
+
+def without_end(args: TrainingArguments) -> TrainingArguments:
+    """Return the arguments of a loop that steering ends, with one bundle of micro-batches in every step."""
+    args = copy.copy(args)
+    args.gradient_accumulation_steps = 1
+    args.max_steps = args.max_steps if args.max_steps > 0 else sys.maxsize  # data without a length need one
+    return args
+
+
+def epoch_sequences(loader: Any, args: TrainingArguments) -> int | None:
+    """Return the sequences of an epoch over all processes, where the data have a length."""
+    try:
+        batches, sequences = len(loader), len(loader.dataset)
+    except TypeError:
+        return None
+    unit = args.per_device_train_batch_size * args.world_size
+    short = args.world_size == 1 and (batches - 1) * unit < sequences < batches * unit
+    return sequences if short else batches * unit  # several processes fill the last batch up
+
+
+def ranks_of(args: TrainingArguments) -> Ranks:
+    """Return the processes that train together."""
+    if args.world_size == 1:
+        return OneProcess()
+    from trainpilot.agents.integrations.common import present_ranks
+
+    return present_ranks()
+
+
+class SteeredSchedule(LRScheduler):
+    """The learning-rate scheduler of a steered run: it asks steering, so that what is logged is what is used."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steering: Steering) -> None:
+        self.steering = steering
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """Return the learning rates of the next step, group by group, in the ratios that they had at the start."""
+        rate, peak = self.steering.learning_rate, self.steering.levers.peak
+        return [rate * (float(base) / peak) for base in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values; what decides the learning rate is in the state of steering."""
+        return {name: value for name, value in super().state_dict().items() if name != "steering"}
+
+
+def steering_file(args: TrainingArguments, folder: str | Path) -> Path:
+    """Return where the state of this process's steering lies in a checkpoint."""
+    return Path(folder) / ("steering.pt" if args.world_size == 1 else f"steering_{args.process_index}.pt")

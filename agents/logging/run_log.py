@@ -1,0 +1,294 @@
+"""Write a steered run to TensorBoard, with its reference run beside it. What the tags mean is in `tags`.
+
+The x-axis counts tokens. The events lie in two folders, `steered` and `reference`, under the same tags, so that
+TensorBoard draws both into one chart.
+
+Flatten nested settings into what TensorBoard's tables hold: one key, one number or text.
+
+Give a decision as numbers, for the logs that a framework keeps itself.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.logging.tags import TAGS, multiline
+from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.reward import OBJECTIVES, Reference, RewardTerms
+from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def hparams(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Return settings as the HPARAMS tab takes them."""
+    flat = flatten(settings)
+    return {key: value if isinstance(value, bool | int | float) else text(value) for key, value in flat.items()}
+
+
+def text(value: Any) -> str:
+    """Return a value as text for one cell of a table."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(text(item) for item in value)
+    return " ".join(str(value).split())
+
+
+def markdown_table(settings: Mapping[str, Any]) -> str:
+    """Return settings as a table of two columns."""
+    rows = [f"| {key} | {text(value).replace('|', chr(92) + '|')} |" for key, value in flatten(settings).items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+Scalars = dict[str, float | None]
+"""Values by tag; `None` is left out."""
+
+
+@dataclass
+class Totals:
+    """Sums over the intervals so far."""
+
+    energy_j: float | None = 0.0
+    time_s: float = 0.0
+    reward: dict[str, float] = field(default_factory=lambda: dict.fromkeys(OBJECTIVES, 0.0))
+
+    def add(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> None:
+        """Take in one interval; a sum of which one part is unknown is `None`."""
+        known = self.energy_j is not None and telemetry.energy_j is not None
+        self.energy_j = self.energy_j + telemetry.energy_j if known else None  # type: ignore[operator]
+        self.time_s += telemetry.time_s
+        if reward is not None:
+            for name in OBJECTIVES:
+                self.reward[name] += getattr(reward, name)
+
+
+class RunWriter:
+    """Writes a steered run, decision by decision. A disk that fails costs the charts, never the run.
+
+    Args:
+        folder: Takes the folders `steered` and `reference`.
+        purge_step: Tokens trained on at which an interrupted run goes on; TensorBoard hides what was written beyond.
+        earlier: The records up to there, for the sums.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None = None, earlier: Iterable[DecisionRecord] = ()) -> None:
+        self.folder = folder
+        self._totals = Totals()
+        self._tokens = 0
+        self._texts: dict[str, str] = {}
+        self._failed = False
+        for record in earlier:
+            self._totals.add(record.telemetry, record.reward)
+            self._tokens = record.telemetry.tokens
+        purge = None if purge_step is None else purge_step + 1  # TensorBoard's own purge takes the step itself too
+        self._writer = SummaryWriter(str(folder / "steered"), purge_step=purge)
+        self._try(lambda: self._writer.add_custom_scalars(layout()))
+
+    def write(self, record: DecisionRecord) -> None:
+        """Write one decision and the interval that followed it."""
+        telemetry = record.telemetry
+        self._totals.add(telemetry, record.reward)
+        self._tokens = telemetry.tokens
+        values = _of_telemetry(telemetry, self._totals) | _of_record(record, self._totals)
+        self._scalars(self._writer, values, telemetry.tokens)
+        self._text("energy/source", telemetry.energy_source or "unknown")
+        reasons = "\n".join(f"* {choice}: {why}" for choice, why in record.masked.items())
+        self._text("masks/masked_reasons", reasons or "nothing is masked")
+        if record.refusals:
+            self._text("masks/refused_reasons", "\n".join(f"* {reason}" for reason in record.refusals))
+        self._try(self._writer.flush)
+
+    def write_reference(self, reference: Reference) -> None:
+        """Put the reference run beside the steered one; a second call takes the place of the first."""
+        totals = Totals()
+        shutil.rmtree(self.folder / "reference", ignore_errors=True)
+        with SummaryWriter(str(self.folder / "reference")) as writer:
+            for telemetry in reference.telemetry:
+                totals.add(telemetry)
+                self._scalars(writer, _of_telemetry(telemetry, totals), telemetry.tokens)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the run's summary as a table of text."""
+        self._text("run/summary", markdown_table(summary))
+
+    def write_hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
+        """Write settings and final figures for the HPARAMS tab.
+
+        Args:
+            config: The settings, nested or not.
+            metrics: Figures of the whole run by their name in the summary, as in `final_validation_loss` or `time_s`;
+                `None` is left out. They become the tags `final/validation_loss`, `final/time_s`.
+        """
+        settings = hparams(config)
+        figures = {
+            TAGS[f"final/{name.removeprefix('final_')}"].name: value
+            for name, value in metrics.items()
+            if value is not None and math.isfinite(value)
+        }
+        self._try(lambda: self._writer.add_hparams(settings, figures, run_name=".", global_step=self._tokens))
+
+    def close(self) -> None:
+        """Write what is left and close the files."""
+        self._try(self._writer.close)
+
+    def _scalars(self, writer: SummaryWriter, values: Scalars, tokens: int) -> None:
+        for tag, value in values.items():
+            name = TAGS[tag].name
+            if value is not None and math.isfinite(value):
+                self._try(lambda name=name, value=value: writer.add_scalar(name, value, tokens))  # type: ignore[misc]
+
+    def _text(self, tag: str, text: str) -> None:
+        """Write a text unless it is the one that stands there."""
+        name = TAGS[tag].name
+        if self._texts.get(name) != text:
+            self._texts[name] = text
+            self._try(lambda: self._writer.add_text(name, text, self._tokens))
+
+    def _try(self, write: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._failed = True
+            warnings.warn(f"no more TensorBoard events are written to {self.folder}: {error}", stacklevel=3)
+
+
+def layout() -> dict[str, dict[str, list[object]]]:
+    """Return the ready-made charts of the tab Custom scalars."""
+    requested, effective = "controls_requested", "controls_effective"
+    return {
+        "Loss": {
+            "loss, training and validation (nats/token)": multiline("loss/train", "loss/validation"),
+            "spread and largest step loss (nats/token)": multiline("loss/train_std", "loss/train_max"),
+        },
+        "Controls": {
+            "learning-rate scale requested": multiline(f"{requested}/learning_rate_scale"),
+            "learning rate in force": multiline(f"{effective}/learning_rate"),
+            "batch requested and in force (sequences)": multiline(f"{requested}/batch_size", f"{effective}/batch_size"),
+            f"precision ({', '.join(f'{i} {name}' for i, name in enumerate(PRECISIONS))})": multiline(
+                f"{requested}/precision", f"{effective}/precision"
+            ),
+            "sparsity requested and counted (share)": multiline(f"{requested}/sparsity", f"{effective}/sparsity"),
+        },
+        "Energy and time": {
+            "energy so far (J)": multiline("energy/total"),
+            "power (W)": multiline("energy/power"),
+            "energy per token (J/token)": multiline("energy/per_token"),
+            "time so far (s)": multiline("speed/total"),
+        },
+        "Reward": {
+            "per interval": multiline(*(f"reward/{name}" for name in OBJECTIVES)),
+            "so far": multiline(*(f"reward/{name}_total" for name in OBJECTIVES)),
+        },
+    }
+
+
+def _of_telemetry(telemetry: Telemetry, totals: Totals) -> Scalars:
+    """Return what a steered run and its reference have alike."""
+    t, requested = telemetry, telemetry.requested
+    return {
+        "loss/train": t.train_loss,
+        "loss/train_std": t.train_loss_std,
+        "loss/train_max": t.train_loss_max,
+        "loss/validation": t.validation_loss,
+        "controls_requested/learning_rate_scale": requested.learning_rate_scale,
+        "controls_requested/batch_size": requested.batch_size,
+        "controls_requested/precision": _code(requested.precision),
+        "controls_requested/sparsity": requested.sparsity,
+        "controls_requested/finish": requested.finish,
+        "controls_effective/learning_rate": t.learning_rate,
+        "controls_effective/batch_size": t.batch_size,
+        "controls_effective/micro_batch_size": t.micro_batch_size,
+        "controls_effective/precision": _code(t.precision),
+        "controls_effective/sparsity": t.sparsity,
+        "controls_effective/finishing": t.finishing,
+        "energy/interval": t.energy_j,
+        "energy/total": totals.energy_j,
+        "energy/power": t.power_w,
+        "energy/per_token": t.energy_per_token_j,
+        "speed/tokens_per_s": t.tokens_per_s,
+        "speed/interval": t.time_s,
+        "speed/total": totals.time_s,
+        "speed/probe": t.probe_time_s,
+        "speed/switch": t.switch_time_s,
+        "speed/evaluation": t.evaluation_time_s,
+        "gradient/norm": t.gradient_norm,
+        "gradient/clipped_share": t.clipped_share,
+        "gradient/noise_scale": t.noise_scale,
+        "gradient/relative_update": t.relative_update,
+        "gradient/probe_linear": t.probe_linear,
+        "gradient/probe_quadratic": t.probe_quadratic,
+        "run/budget_used": t.budget_used,
+        "run/decision": t.decision,
+        "run/steps": t.steps,
+        "run/epochs": t.epochs_seen,
+        "run/memory_share": t.memory_share,
+        "run/diverged": t.diverged,
+    }
+
+
+def _of_record(record: DecisionRecord, totals: Totals) -> Scalars:
+    """Return what only a steered run has: the decision, what was seen, masked and rewarded."""
+    values: Scalars = {"masks/masked": len(record.masked), "masks/refused": len(record.refusals)}
+    for action, asked, allowed in zip(ACTION_FIELDS, record.requested, record.allowed, strict=True):
+        values[f"decision/{action.name}"] = asked - action.keep
+        values[f"decision/{action.name}_allowed"] = allowed - action.keep
+    values |= {f"observation/{name}": value for name, value in record.observation.items()}
+    if record.reward is not None:
+        values |= {f"reward/{name}": getattr(record.reward, name) for name in OBJECTIVES}
+        values |= {f"reward/{name}_total": totals.reward[name] for name in OBJECTIVES}
+    return values
+
+
+def _code(precision: str) -> float | None:
+    return float(PRECISIONS.index(precision)) if precision in PRECISIONS else None
+
+
+def scalars(record: DecisionRecord) -> dict[str, float]:
+    """Return what is logged of a decision, under the names of the table in `docs/metrics.md`."""
+    told, asked = record.telemetry, record.telemetry.requested
+    values: dict[str, float | None] = {
+        "loss/train": told.train_loss,
+        "loss/validation": told.validation_loss,
+        "controls_requested/learning_rate_scale": asked.learning_rate_scale,
+        "controls_requested/batch_size": asked.batch_size,
+        "controls_requested/precision": PRECISIONS.index(asked.precision),
+        "controls_requested/sparsity": asked.sparsity,
+        "controls_effective/learning_rate": told.learning_rate,
+        "controls_effective/batch_size": told.batch_size,
+        "controls_effective/sparsity": told.sparsity,
+        "controls_effective/finishing": told.finishing,
+        "gradient/norm": told.gradient_norm,
+        "gradient/noise_scale": told.noise_scale,
+        "energy/interval": told.energy_j,
+        "energy/power": told.power_w,
+        "speed/interval": told.time_s,
+        "speed/tokens_per_s": told.tokens_per_s,
+        "run/budget_used": told.budget_used,
+        "run/decision": told.decision,
+    }
+    known = {TAGS[name].name: float(value) for name, value in values.items() if value is not None}
+    return {name: value for name, value in known.items() if math.isfinite(value)}

@@ -1,0 +1,187 @@
+"""Give Stable-Baselines3 thousands of simulated runs as one environment with scalar rewards.
+
+Keep observation fields and older observations from an agent, in training and in its bundle alike.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import Wrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn, VecEnvWrapper
+
+from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.envs.decision import N_STACK
+from trainpilot.envs.environments import VectorSimulatedTraining
+from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.reward import OBJECTIVES, UTILITIES, Outcome
+from trainpilot.llm_runtime.simulator.records import Bools, Floats
+
+
+class ScalarVecEnv(VecEnv):
+    """A `VectorSimulatedTraining` whose reward is the change of a utility of each run so far.
+
+    To stay fast, the infos of runs that go on are one shared, empty dictionary. That of a run that has ended has
+    `terminal_observation`, `episode` (as SB3's `VecMonitor`: return, length, seconds), the sums over the episode
+    `reward_terms`, `energy_j` (`None` where unknown) and `time_s`, the `preference`, and of its last interval `loss`,
+    `loss_increase` and `diverged`. The end of the budget is a true end: nothing is bootstrapped there.
+
+    Args:
+        env: What is steered.
+        utility: One of `UTILITIES`; all but `linear` take a Python call per run and step.
+    """
+
+    def __init__(self, env: VectorSimulatedTraining, utility: str = "linear") -> None:
+        if utility not in UTILITIES:
+            raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {utility!r}")
+        self.env = env
+        self.utility = utility
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self._outcomes: Floats = np.zeros((self.num_envs, len(OBJECTIVES)))
+        self._values: Floats = np.zeros(self.num_envs)
+        self._start_s = time.monotonic()
+
+    def reset(self) -> np.ndarray:
+        """Begin every run."""
+        observation, _ = self.env.reset(seed=self._seeds[0])
+        self._outcomes[:] = 0.0
+        self._values[:] = 0.0
+        self._reset_seeds()
+        self._reset_options()
+        return observation
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Take the actions of the next step."""
+        self._actions = actions
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Train every run for one interval."""
+        observation, reward, terminated, truncated, infos = self.env.step(self._actions)
+        self._outcomes = self._outcomes + reward
+        values = self._utilities(infos["preference"], infos["loss_increase"])
+        rewards = values - self._values
+        dones = terminated | truncated
+        each: list[dict[str, Any]] = [{}] * self.num_envs
+        for row in np.flatnonzero(dones):
+            each[row] = self._episode(int(row), infos, float(values[row]))
+        self._values = np.where(dones, 0.0, values)
+        self._outcomes[dones] = 0.0
+        return observation, rewards.astype(np.float32), dones, each
+
+    def _utilities(self, preference: Floats, loss_increase: Floats) -> Floats:
+        if self.utility == "linear":
+            return np.asarray((preference * self._outcomes).sum(axis=1))
+        utility = UTILITIES[self.utility]
+        outcomes = (Outcome(*map(float, numbers)) for numbers in np.column_stack([self._outcomes, loss_increase]))
+        return np.array([utility(outcome, weights) for outcome, weights in zip(outcomes, preference, strict=True)])
+
+    def _episode(self, row: int, infos: dict[str, Any], value: float) -> dict[str, Any]:
+        sums = infos["final_info"]
+        energy_j = float(sums["energy_j"][row])
+        return {
+            "terminal_observation": infos["final_obs"][row],
+            "TimeLimit.truncated": False,
+            "episode": {"r": value, "l": int(sums["length"][row]), "t": round(time.monotonic() - self._start_s, 6)},
+            "reward_terms": dict(zip(OBJECTIVES, sums["reward_terms"][row].tolist(), strict=True)),
+            "energy_j": None if math.isnan(energy_j) else energy_j,
+            "time_s": float(sums["time_s"][row]),
+            "preference": infos["preference"][row],
+            "loss": float(infos["loss"][row]),
+            "loss_increase": float(infos["loss_increase"][row]),
+            "diverged": bool(infos["diverged"][row]),
+        }
+
+    def action_masks(self) -> Bools:
+        """Return which choices are allowed now, shape (n_runs, sum of choices)."""
+        return self.env.action_masks()
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """Return an attribute, which all runs share, once for each of them."""
+        return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute of all runs."""
+        setattr(self.env, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Return the masks of each run; there is no other method that runs have for themselves."""
+        if method_name != "action_masks":
+            raise AttributeError(f"method_name must be action_masks, got {method_name!r}")
+        masks = self.action_masks()
+        return [masks[index] for index in self._get_indices(indices)]
+
+    def env_is_wrapped(
+        self, wrapper_class: type[Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
+    ) -> list[bool]:
+        """Return that no run is wrapped."""
+        return [False] * len(list(self._get_indices(indices)))
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """Return nothing: there is nothing to see."""
+        return [None] * self.num_envs
+
+
+FIRST_LAYER = "hidden.0.weight"
+
+
+def seen_inputs(hide: Sequence[str] = (), stack: int = N_STACK) -> Bools:
+    """Return which inputs are left, bool of shape (N_STACK * n_fields,).
+
+    Args:
+        hide: Names of observation fields that are not seen at all.
+        stack: How many of the newest observations are seen.
+
+    Raises:
+        ValueError: an unknown field, or a number of observations that there is not.
+    """
+    known = [field.name for field in OBSERVATION_FIELDS]
+    if unknown := sorted(set(hide) - set(known)):
+        raise ValueError(f"hide must name observation fields ({', '.join(known)}), got {unknown[0]!r}")
+    if not 1 <= stack <= N_STACK:
+        raise ValueError(f"stack must be in [1, {N_STACK}], got {stack}")
+    newest = np.array([name not in hide for name in known])
+    steps = np.arange(N_STACK) >= N_STACK - stack
+    return np.asarray(steps[:, None] & newest).ravel()
+
+
+class HiddenInputs(VecEnvWrapper):
+    """An environment whose observations are 0 wherever `seen` is not."""
+
+    def __init__(self, venv: VecEnv, seen: Bools) -> None:
+        super().__init__(venv)
+        self.seen = seen.astype(np.float32)
+
+    def reset(self) -> np.ndarray:
+        """Begin every run."""
+        return self._hidden(self.venv.reset())
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Train every run for one interval."""
+        observation, rewards, dones, infos = self.venv.step_wait()
+        return self._hidden(observation), rewards, dones, infos
+
+    def _hidden(self, observation: object) -> np.ndarray:
+        assert isinstance(observation, np.ndarray)
+        return np.asarray(observation * self.seen)
+
+
+def hidden_from(env: VecEnv, seen: Bools) -> VecEnv:
+    """Return the environment, wrapped where anything is hidden."""
+    return env if seen.all() else HiddenInputs(env, seen)
+
+
+def without_inputs(bundle: PolicyBundle, seen: Bools) -> PolicyBundle:
+    """Return the same policy with no weight on what it was not to see: its inputs were 0, so nothing else changes."""
+    name = FIRST_LAYER if FIRST_LAYER in bundle.weights else "action.weight"
+    weights = {**bundle.weights, name: np.where(seen, bundle.weights[name], np.float32(0))}
+    return PolicyBundle(weights, bundle.provenance)

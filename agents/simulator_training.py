@@ -1,0 +1,435 @@
+"""Train an agent on thousands of simulated runs, and keep the weights that are best on runs it has not met.
+
+Score a policy on simulated runs that it has not met: how much of the tuned static's budget its losses are worth.
+
+Validate an agent now and then while it learns in the simulator, and remember its best weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sb3_contrib import MaskablePPO
+
+from trainpilot.agents.bundle import BaseSchedule, PolicyBundle
+from trainpilot.agents.logging.tags import TAGS
+from trainpilot.agents.logging.training_log import TrainingLog
+from trainpilot.agents.ppo import PPOConfig, RememberedCallback, bundle_of, train
+from trainpilot.agents.sb3_env import ScalarVecEnv, hidden_from, seen_inputs, without_inputs
+from trainpilot.envs.action import N_CHOICES
+from trainpilot.envs.decision import N_STACK, Preference
+from trainpilot.envs.environments import VectorSimulatedTraining
+from trainpilot.envs.reference import BUDGET_SHARES
+from trainpilot.envs.reward import UTILITIES
+from trainpilot.envs.runs import IntervalBatch, SteeredRuns, compute_equivalents
+from trainpilot.llm_runtime.energy.meter import select_meter
+from trainpilot.llm_runtime.files import load_checkpoint
+from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
+from trainpilot.llm_runtime.simulator.instances import Widening
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
+
+QUALITY_ALONE = Preference(quality=1.0, energy=0.0, time=0.0)
+START_GROUPS = {
+    "far_below": (0.0, 0.18),
+    "below": (0.18, 0.56),
+    "near": (0.56, 1.8),
+    "above": (1.8, 5.6),
+    "far_above": (5.6, math.inf),
+}
+"""Starting learning rates over the tuned static's, by name."""
+
+Act = Callable[[np.ndarray, Bools], Ints]
+"""Turns observations (n_runs, inputs) and masks (n_runs, sum of choices) into actions (n_runs, fields)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatorScores:
+    """What a policy reached on simulated runs. Medians over the runs unless said otherwise."""
+
+    n_runs: int
+    multiplier: float
+    """Share of the budget that the tuned static needs for the loss reached; a run that diverged counts 0."""
+    multiplier_p10: float
+    """10th percentile over the runs."""
+    by_start: Mapping[str, float | None]
+    """`multiplier` of the runs of each of `START_GROUPS`; `None` where there is none."""
+    time_over_reference: float
+    """Seconds over the tuned static's."""
+    energy_over_reference: float | None
+    """Joules over the tuned static's; `None` where unknown."""
+    diverged_share: float
+    """Share of the runs."""
+    learning_rate_over_best: tuple[float, ...]
+    """At each decision: peak of the schedule times the policy's factor, over the tuned static's peak, both at the
+    starting batch; of the runs that had not ended."""
+    batch_over_start: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        """One number to choose by: the mean of median and 10th percentile of the multiplier."""
+        return (self.multiplier + self.multiplier_p10) / 2
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def act_of(bundle: PolicyBundle) -> Act:
+    """Return the most likely allowed choices of a policy, for many runs at once."""
+    borders = np.cumsum(N_CHOICES)[:-1]
+
+    def act(observations: np.ndarray, masks: Bools) -> Ints:
+        logits = np.where(masks, bundle.logits(observations), -np.inf)
+        return np.stack([part.argmax(axis=1) for part in np.split(logits, borders, axis=1)], axis=1)
+
+    return act
+
+
+def evaluate_in_simulator(
+    policy: PolicyBundle | Act,
+    pool: Pool,
+    *,
+    preference: Preference = QUALITY_ALONE,
+    seed: int = 0,
+    n_runs: int = 512,
+    start: Start | None = None,
+) -> SimulatorScores:
+    """Steer simulated runs to their ends, and score them.
+
+    Args:
+        policy: A bundle, or anything that chooses for many runs at once.
+        pool: What the runs are drawn from; for a fair score, one that no training has drawn from.
+        preference: What the policy is told to care for.
+        seed: Decides which runs are drawn, their starting learning rates and all their noise.
+        n_runs: How many.
+        start: How runs begin.
+
+    Raises:
+        ValueError: `n_runs` is not at least 1.
+    """
+    if n_runs < 1:
+        raise ValueError(f"n_runs must be at least 1, got {n_runs}")
+    plants = SimulatedRuns(n_runs, seed, pool, start)
+    act = act_of(policy) if isinstance(policy, PolicyBundle) else policy
+    runs = SteeredRuns(plants, np.tile(preference.weights(), (n_runs, 1)))
+    outcomes = _Outcomes(plants)
+    while not outcomes.ended.all():
+        interval = runs.advance(act(runs.states.observation(), runs.states.action_masks()))
+        done = outcomes.take_in(runs, interval)
+        runs.begin(done, runs.states.preference[done])  # keeps stepping; a second run is not looked at
+    return outcomes.scores()
+
+
+class _Outcomes:
+    """What came out of the first run of each row."""
+
+    def __init__(self, plants: SimulatedRuns) -> None:
+        n_runs = plants.n_runs
+        self.start_over_best: Floats = plants.start_learning_rate / plants.best_learning_rate
+        self.start_batch = plants.instances.start_batch.copy()
+        self.reference_losses = plants.reference_losses.copy()
+        self.reference_time_s = plants.reference_time_s.copy()
+        self.reference_energy_j = plants.reference_energy_j.copy()
+        self.ended: Bools = np.zeros(n_runs, dtype=np.bool_)
+        self.loss: Floats = np.full(n_runs, np.nan)
+        self.time_s: Floats = np.zeros(n_runs)
+        self.energy_j: Floats = np.zeros(n_runs)
+        self.diverged: Bools = np.zeros(n_runs, dtype=np.bool_)
+        self.rates: list[float] = []
+        self.batches: list[float] = []
+
+    def take_in(self, runs: SteeredRuns, interval: IntervalBatch) -> Ints:
+        """Take in an interval, and return the rows whose run is over, be it the first or a later one."""
+        going, controls = ~self.ended, runs.states.controls
+        rate = controls.learning_rate_scale * self.start_over_best
+        self.rates.append(float(np.median(rate[going])))
+        self.batches.append(float(np.median((controls.batch_size / self.start_batch)[going])))
+        done = interval.terminated | interval.truncated
+        first = done & going
+        self.loss[first] = interval.loss[first]
+        self.time_s[first] = runs.time_s[first]
+        self.energy_j[first] = runs.energy_j[first]
+        self.diverged[first] = interval.diverged[first]
+        self.ended |= done
+        return np.flatnonzero(done)
+
+    def scores(self) -> SimulatorScores:
+        loss = np.where(self.diverged, np.nan, self.loss)
+        multiplier = compute_equivalents(loss, BUDGET_SHARES, self.reference_losses)
+        energy = float(np.median(self.energy_j / self.reference_energy_j))
+        return SimulatorScores(
+            n_runs=len(loss),
+            multiplier=float(np.median(multiplier)),
+            multiplier_p10=float(np.percentile(multiplier, 10)),
+            by_start={name: self._group(multiplier, *ends) for name, ends in START_GROUPS.items()},
+            time_over_reference=float(np.median(self.time_s / self.reference_time_s)),
+            energy_over_reference=energy if math.isfinite(energy) else None,
+            diverged_share=float(self.diverged.mean()),
+            learning_rate_over_best=tuple(self.rates),
+            batch_over_start=tuple(self.batches),
+        )
+
+    def _group(self, multiplier: Floats, low: float, high: float) -> float | None:
+        inside = (self.start_over_best >= low) & (self.start_over_best < high)
+        return float(np.median(multiplier[inside])) if inside.any() else None
+
+
+class Validation(RememberedCallback):
+    """Scores the policy without exploration every few rollouts, and keeps the best weights.
+
+    Args:
+        judge: Scores a policy.
+        every: Rollouts from one validation to the next.
+        seen: Inputs that the policy sees.
+    """
+
+    def __init__(self, judge: Callable[[PolicyBundle], SimulatorScores], every: int, seen: Bools) -> None:
+        super().__init__()
+        self.judge = judge
+        self.every = every
+        self.seen = seen
+        self.rollouts = 0
+        self.last = -1
+        """Decisions at the last validation."""
+        self.best: dict[str, Any] = {}
+        """`score`, `scores`, `decisions` and the weights `policy` of policy and value network."""
+
+    def state(self) -> dict[str, Any]:
+        """Return rollouts so far and the best weights."""
+        return {"rollouts": self.rollouts, "last": self.last, "best": self.best}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state` returned."""
+        self.rollouts, self.last, self.best = state["rollouts"], state["last"], state["best"]
+
+    def best_bundle(self, model: MaskablePPO) -> PolicyBundle:
+        """Put the best weights into the model, and return its policy."""
+        model.policy.load_state_dict(self.best["policy"])
+        return bundle_of(model, {})
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.rollouts % self.every == 0:  # the update on the last rollout is done
+            self._validate()
+
+    def _on_rollout_end(self) -> None:
+        self.rollouts += 1
+
+    def _on_training_end(self) -> None:
+        self._validate()
+        self.logger.dump(self.model.num_timesteps)  # nobody else does, after the last update
+
+    def _validate(self) -> None:
+        assert isinstance(self.model, MaskablePPO)
+        if self.model.num_timesteps == self.last:
+            return
+        self.last = self.model.num_timesteps
+        scores = self.judge(without_inputs(bundle_of(self.model, {}), self.seen))
+        if not self.best or scores.score > self.best["score"]:
+            weights = {name: value.clone() for name, value in self.model.policy.state_dict().items()}
+            plain = scores.to_json()
+            self.best = {"score": scores.score, "scores": plain, "decisions": self.last, "policy": weights}
+        self._log(scores)
+
+    def _log(self, scores: SimulatorScores) -> None:
+        names = ("multiplier", "multiplier_p10", "time_over_reference", "energy_over_reference", "diverged_share")
+        values: dict[str, float | None] = {name: getattr(scores, name) for name in names}
+        values |= {"score": scores.score, "best_score": self.best["score"]}
+        values |= {f"from_{group}": value for group, value in scores.by_start.items()}
+        for name, value in values.items():
+            if value is not None:
+                self.logger.record(TAGS[f"validation/{name}"].name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatorPPOConfig(PPOConfig):
+    """PPO's settings with values for thousands of simulated runs."""
+
+    total_decisions: int = 8_000_000
+    n_steps: int = 50
+    batch_size: int = 4096
+    n_epochs: int = 4
+    learning_rate: float = 1e-3
+    learning_rate_end: float = 0.05
+    gae_lambda: float = 0.98
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """Simulated runs that a policy is judged on while it learns."""
+
+    instances: int = 512
+    """How many, each drawn from as many instances."""
+    seed: int = 999
+    """Draws the instances and the runs; no agent's own."""
+    every: int = 10
+    """Rollouts from one validation to the next."""
+
+    def __post_init__(self) -> None:
+        for name in ("instances", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"validation.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatorStage:
+    """How agents are trained in the simulator."""
+
+    n_runs: int = 1024
+    """Runs side by side."""
+    instances: int = 2048
+    """Instances that runs are drawn from."""
+    seeds: int = 2
+    """How many agents are trained. They count up from `ppo.seed`."""
+    keep: int | None = None
+    """Seed of the agent that is kept; by default the best on the validation runs."""
+    calibrations: str | tuple[str, ...] = "shipped"
+    """What instances are drawn around: `shipped`, or files that `trainpilot calibrate` wrote."""
+    widening: Widening = field(default_factory=Widening)
+    """How far around."""
+    start_rates: tuple[float, float] = (1 / 30, 10.0)
+    """Starting learning rates over the tuned one, drawn evenly in the logarithm."""
+    base_schedule: BaseSchedule = field(default_factory=lambda: BaseSchedule(schedule="wsd", warmup_share=0.1))
+    """What the policy multiplies. It brings it along: live runs are trained on it too."""
+    decisions: int = 50
+    """Per run."""
+    least_quality: float = 0.5
+    """Least weight of quality in a preference that is drawn."""
+    utility: str = "linear"
+    """How the three objectives become one number; all but `linear` are several times slower."""
+    hide: tuple[str, ...] = ()
+    """Observation fields that the agent must do without."""
+    stack: int = N_STACK
+    """How many of the newest observations it sees."""
+    ppo: SimulatorPPOConfig = field(default_factory=SimulatorPPOConfig)
+    """How PPO learns."""
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    """What the agents are judged on."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_runs", "instances", "seeds", "decisions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"simulator.{name} must be at least 1, got {getattr(self, name)}")
+        if self.ppo.total_decisions < 1:
+            raise ValueError(f"simulator.ppo.total_decisions must be at least 1, got {self.ppo.total_decisions}")
+        if not 0 < self.start_rates[0] <= self.start_rates[1]:
+            raise ValueError(f"simulator.start_rates must be two rising positive numbers, got {self.start_rates}")
+        if not 0 < self.widening.budget[0] <= self.widening.budget[1] or self.widening.spread < 0:
+            raise ValueError(f"simulator.widening must have a rising budget and a spread >= 0, got {self.widening}")
+        if not 0 <= self.least_quality <= 1:
+            raise ValueError(f"simulator.least_quality must be in [0, 1], got {self.least_quality}")
+        if self.validation.seed in self.agents:
+            raise ValueError(f"validation.seed must be none of the agents' own seeds, got {self.validation.seed}")
+        if self.keep is not None and self.keep not in self.agents:
+            raise ValueError(f"simulator.keep must be the seed of an agent, {list(self.agents)}, got {self.keep}")
+        if self.utility not in UTILITIES:
+            raise ValueError(f"simulator.utility must be one of {', '.join(UTILITIES)}, got {self.utility!r}")
+        seen_inputs(self.hide, self.stack)
+
+    @property
+    def agents(self) -> range:
+        """The seed of each agent."""
+        return range(self.ppo.seed, self.ppo.seed + self.seeds)
+
+    @property
+    def start(self) -> Start:
+        """How simulated runs begin."""
+        base = self.base_schedule
+        return Start(
+            decisions=self.decisions, schedule=base.schedule, warmup_share=base.warmup_share, rates=self.start_rates
+        )
+
+    def pool(self, n_instances: int, seed: int, calibrations: Sequence[FittedPhysics]) -> Pool:
+        """Draw instances, and tune a static setting on each."""
+        base = self.base_schedule
+        schedule, share = base.schedule, base.warmup_share
+        return Pool.draw(n_instances, seed, calibrations, self.widening, schedule=schedule, warmup_share=share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatorAgent:
+    """An agent trained in the simulator, at its best."""
+
+    seed: int
+    decisions: int
+    """After how many it was at its best."""
+    bundle: PolicyBundle
+    scores: Mapping[str, Any]
+    """`SimulatorScores` on the validation runs, as plain values."""
+    score: float
+    cost: Mapping[str, float]
+    """Decisions, episodes, and joules (NaN where unknown) and seconds of this machine."""
+
+
+def train_in_simulator(
+    stage: SimulatorStage,
+    seed: int,
+    calibrations: Sequence[FittedPhysics],
+    folder: Path,
+    *,
+    progress: Callable[[int], None] | None = None,
+    side_by_side: int = 1,
+) -> SimulatorAgent:
+    """Train one agent, or go on training it.
+
+    Args:
+        stage: How.
+        seed: Draws instances and runs, the initial weights and all that is tried out.
+        calibrations: What instances are drawn around.
+        folder: Takes checkpoint.pt and tb/.
+        progress: Called with the number of decisions made so far.
+        side_by_side: How many agents are trained at once: each is told its share of joules that a meter counts for
+            the whole machine.
+    """
+    seen = seen_inputs(stage.hide, stage.stack)
+    runs = SimulatedRuns(stage.n_runs, seed, stage.pool(stage.instances, seed, calibrations), stage.start)
+    env = ScalarVecEnv(VectorSimulatedTraining(runs, least_quality=stage.least_quality), stage.utility)
+    config = SimulatorPPOConfig(**{**asdict(stage.ppo), "seed": seed})
+    validation = Validation(judge(stage, calibrations), stage.validation.every, seen)
+    callbacks = [TrainingLog({"seed": seed, **asdict(stage)}), validation]
+    meter = select_meter("cpu")
+    model, cost = train(
+        hidden_from(env, seen), config, folder, callbacks=callbacks, progress=progress, meter=meter
+    )  # fmt: skip
+    if meter.read().source != "estimated":  # what is measured is the whole machine's
+        cost = {**cost, "energy_j": cost["energy_j"] / side_by_side}
+    meter.close()
+    bundle = without_inputs(validation.best_bundle(model), seen)
+    best = validation.best
+    return SimulatorAgent(
+        seed=seed, decisions=best["decisions"], bundle=bundle, scores=best["scores"], score=best["score"], cost=cost
+    )
+
+
+def judge(stage: SimulatorStage, calibrations: Sequence[FittedPhysics]) -> Callable[[PolicyBundle], SimulatorScores]:
+    """Return what scores a policy on the validation runs, always the same ones."""
+    settings = stage.validation
+    pool = stage.pool(settings.instances, settings.seed, calibrations)
+
+    def score(bundle: PolicyBundle) -> SimulatorScores:
+        return evaluate_in_simulator(
+            bundle, pool, seed=settings.seed, n_runs=settings.instances, start=stage.start
+        )  # fmt: skip
+
+    return score
+
+
+def best_weights(folder: Path) -> dict[str, Any]:
+    """Return the best weights of policy and value network of an agent that was trained in `folder`.
+
+    Raises:
+        ValueError: its checkpoint is not there or damaged.
+    """
+    state = load_checkpoint(folder / "checkpoint.pt")
+    if state is None:
+        raise ValueError(f"out: {folder / 'checkpoint.pt'} is gone; remove the folder above it to train anew")
+    weights: dict[str, Any] = state["callbacks"][Validation.__name__]["best"]["policy"]
+    return weights

@@ -1,0 +1,371 @@
+"""Put a controller within guardrails: what it decides is bounded, and what went wrong is taken back.
+
+What a guarded controller answers, and what it keeps to go back to.
+
+Ask a policy that may fail: whatever it does, the run goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from trainpilot.agents.controller import Controller, DecisionRecord
+from trainpilot.agents.steering.contract import ContractWatch, QualityContract
+from trainpilot.agents.steering.guardrails import Guardrails, is_lost
+from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
+from trainpilot.envs.decision import Decision, DecisionState
+from trainpilot.envs.reward import RewardTerms
+from trainpilot.llm_runtime.config import Controls
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class GuardedDecision:
+    """What the run's owner is to do now, in this order: roll back, take a snapshot, bring the controls into force."""
+
+    controls: Controls
+    """What holds during the next interval; after a rollback, what `rolled_back` returns."""
+    roll_back: bool
+    """Restore the last snapshot, then call `rolled_back`."""
+    snapshot: bool
+    """Copy the run before the controls come into force, then call `snapshotted`."""
+    fallen_back: bool
+    """The run goes on under its base schedule, whatever the policy says."""
+    reasons: tuple[str, ...]
+    """Why something was refused or taken back."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a guarded controller stood when the run's owner took a snapshot."""
+
+    seen: tuple[int, ...]
+    guardrails: dict[str, Any]
+    contract: dict[str, Any] | None
+
+
+MAX_FAILURES = 5
+"""So many failures running, and a policy is not asked again."""
+
+
+class AskedPolicy:
+    """Counts how often running a policy could not be asked."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    @property
+    def failed_for_good(self) -> bool:
+        """Whether it has failed too often."""
+        return self.failures >= MAX_FAILURES
+
+    def ask(self, controller: Controller) -> tuple[Action, str | None]:
+        """Return what the policy asks for, or KEEP and why there is no answer."""
+        try:
+            if not np.isfinite(controller.state.observation()).all():
+                raise ValueError("the observation is not finite")
+            wish = _checked(controller.wish())
+        except Exception as error:  # anything that a stranger's policy may do
+            self.failures += 1
+            return KEEP, f"policy failed: {type(error).__name__}: {error}"
+        self.failures = 0
+        return wish, None
+
+
+def _checked(action: Any) -> Action:
+    """Return an action as whole numbers. Raises `ValueError` for anything else."""
+    numbers = [float(choice) for choice in action]
+    if not all(math.isfinite(number) and number == int(number) for number in numbers):
+        raise ValueError(f"choices must be whole numbers, got {numbers}")
+    checked = tuple(int(number) for number in numbers)
+    check_action(checked)
+    return checked
+
+
+GENTLER = 0.5
+"""Factor on the learning-rate scale after a rollback, but for the first that no change of controls led to."""
+FINISH = [each.name for each in ACTION_FIELDS].index("finish")
+
+
+class GuardedController:
+    """A controller within guardrails: what it decides is bounded, and what went wrong is taken back.
+
+    Args:
+        controller: Decides; not used before.
+        guardrails: The bounds.
+        contract: What steering may cost in loss and time; `None` asks nothing.
+    """
+
+    def __init__(self, controller: Controller, guardrails: Guardrails, contract: QualityContract | None = None) -> None:
+        self.controller = controller
+        self.guardrails = guardrails
+        self.watch = ContractWatch(contract) if contract is not None else None
+        self.records: list[DecisionRecord] = []
+        """Every interval that was recorded, those taken back included."""
+        self.fallen_back: str | None = None
+        """Why the run was left to its base schedule."""
+        self.fallen_back_at: int | None = None
+        """The decision from which on it was."""
+        self._seen: list[int] = []
+        """Places in `records` of the intervals that the controller knows: those that still stand."""
+        self._recorded = True
+        self._policy = AskedPolicy()
+        self._refusals: Counter[str] = Counter()
+        self._rollbacks: list[dict[str, Any]] = []
+        self._before: Kept | None = None
+        self._kept: Kept | None = None
+        self._since: list[Action] = []
+        """Decisions since the snapshot, the one it was taken before included."""
+
+    @property
+    def controls(self) -> Controls:
+        """Controls in force."""
+        return self.controller.state.controls
+
+    def decide(self, telemetry: Telemetry | None) -> GuardedDecision:
+        """Return what to do next; `telemetry` is the last interval's, `None` before the first."""
+        roll_back, reasons = False, list[str]()
+        if telemetry is not None:
+            if not self._recorded:
+                self.record(telemetry)
+            self._seen.append(len(self.records) - 1)
+            roll_back, reasons = self._judge(telemetry)
+        if roll_back:
+            return GuardedDecision(self.controls, True, False, self.fallen_back is not None, tuple(reasons))
+        self.controller.see(telemetry)
+        return self._decide(reasons)
+
+    def _judge(self, telemetry: Telemetry) -> tuple[bool, list[str]]:
+        """Return whether the run must be taken back, and why; fall back where that is called for."""
+        broken = self.watch.observe(telemetry) if self.watch is not None else None
+        verdict = self.guardrails.judge(telemetry)
+        if self.fallen_back is not None and not is_lost(telemetry):
+            return False, []
+        if broken is not None:
+            self._fall_back(f"quality contract broken: {broken}", telemetry.decision + 1)
+        elif verdict.kind == "fall_back":
+            self._fall_back(verdict.reason, telemetry.decision + 1)
+        if (reason := verdict.reason or broken) is None:
+            return False, []
+        harmed = verdict.kind != "go_on" or (self.watch is not None and self.watch.harmed)
+        if roll_back := harmed and self._kept is not None:
+            self._rollbacks.append({"after_decision": telemetry.decision, "reason": reason})
+        return roll_back, [reason]
+
+    def _fall_back(self, reason: str | None, decision: int) -> None:
+        if self.fallen_back is None:
+            self.fallen_back, self.fallen_back_at = str(reason), decision
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether there is a snapshot, and the budget of rollbacks not more than used up."""
+        return self._kept is not None and self.guardrails.scars.rollbacks <= self.guardrails.settings.max_rollbacks
+
+    def _decide(self, reasons: list[str]) -> GuardedDecision:
+        guardrails, watch = self.guardrails, self.watch
+        past = watch.past_state() if watch is not None else None
+        before = guardrails.past_state()
+        decision = self._bounded()
+        self._refusals.update(decision.refusals)
+        self._before = Kept(tuple(self._seen), before, past)
+        snapshot = self._wants_snapshot(decision.allowed)
+        self._carry_out(decision)
+        reasons = [*reasons, *decision.refusals]
+        return GuardedDecision(self.controls, False, snapshot, self.fallen_back is not None, tuple(reasons))
+
+    def _wants_snapshot(self, action: Action) -> bool:
+        if not self.guardrails.note_risky(action):
+            return False
+        if self._kept is None or self.watch is None:
+            return True
+        if self.watch.contract.from_start:
+            return False
+        old = len(self._seen) - len(self._kept.seen) >= self.guardrails.settings.snapshot_every
+        return old and not self.guardrails.rising and not self.watch.endangered
+
+    def _bounded(self) -> Decision:
+        """Return what the policy wants, and what of it may be done."""
+        if self.fallen_back is not None:
+            return Decision(KEEP, KEEP, self.base_controls(), [])
+        wish, failure = self._policy.ask(self.controller)
+        if failure is not None:
+            if self._policy.failed_for_good:
+                self._fall_back(f"{failure} ({MAX_FAILURES} times running)", len(self._seen))
+            return Decision(KEEP, KEEP, self.controls, [failure])
+        allowed, refusals = allow(wish, self.controller.state.mask_reasons())
+        allowed, more = self._reviewed(allowed)
+        return Decision(wish, allowed, self.controls, [*refusals, *more])
+
+    def _reviewed(self, action: Action) -> tuple[Action, list[str]]:
+        if self.watch is not None and self.watch.observing and action != KEEP:
+            return KEEP, ["everything refused: the quality contract gathers evidence under the base schedule"]
+        allowed, refusals = self.guardrails.review(action, self.controller.state.situation())
+        if self.watch is not None and allowed[FINISH] != KEEP[FINISH] and (reason := self.watch.refuses_finish()):
+            allowed, refusals = (*allowed[:FINISH], KEEP[FINISH]), [*refusals, f"finish cool down refused: {reason}"]
+        return allowed, refusals
+
+    def _carry_out(self, decision: Decision, held: Controls | None = None) -> None:
+        """Bring what is allowed into force, or `held` instead."""
+        state = self.controller.state
+        state.decide(decision.allowed)
+        if self.fallen_back is not None:
+            held = self.base_controls()
+        if held is not None:
+            state.hold(held)
+        self.guardrails.note(decision.allowed)
+        self._since.append(decision.allowed)
+        self.controller.decision = replace(decision, controls=state.controls)
+        self._recorded = False
+
+    def base_controls(self) -> Controls:
+        """Return the controls of the base schedule; what was pruned stays so, and a cool-down goes on."""
+        now, start = self.controls, self.controller.state.limits.start
+        return replace(start, sparsity=now.sparsity, finish=now.finish)
+
+    def snapshotted(self) -> None:
+        """Take in that the owner has copied the run, after `decide` and before the controls came into force."""
+        self._kept = self._before
+        self._since = self._since[-1:]
+        self.guardrails.snapshot_taken()
+
+    def snapshotted_here(self) -> bool:
+        """Take in that the owner copies the run now, in the midst of an interval; return whether that is of use.
+
+        For a run that goes on from a file: what it could be taken back to was lost with its process.
+        """
+        decision = self.controller.decision
+        if decision is None or not self.guardrails.note_risky(KEEP):
+            return False
+        past = self.watch.past_state() if self.watch is not None else None
+        self._before = Kept(tuple(self._seen), self.guardrails.past_state(), past)
+        self._since = [decision.allowed]
+        self.snapshotted()
+        return True
+
+    def rolled_back(self) -> Controls:
+        """Take in that the owner has restored its snapshot; return the controls to go on with: gentler ones.
+
+        Raises:
+            ValueError: there was no snapshot.
+        """
+        kept = self._kept
+        if kept is None:
+            raise ValueError("rolled_back needs a snapshot; call snapshotted where decide asked for one")
+        self._go_back(kept)
+        self.guardrails.rolled_back(self._since)
+        unchanged = all(action == KEEP for action in self._since)
+        chance = unchanged and self.guardrails.scars.rollbacks == 1  # once more so
+        self._since = []
+        factor = 1.0 if chance else GENTLER
+        least = max(LEARNING_RATE_SCALE_RANGE[0], self.guardrails.least_scale(self.controller.state.situation()))
+        gentler = max(self.controls.learning_rate_scale * factor, min(least, self.controls.learning_rate_scale))
+        reason = f"taken back: {self._rollbacks[-1]['reason']}" if self._rollbacks else "taken back"
+        decision = Decision(KEEP, KEEP, self.controls, [reason])
+        self._carry_out(decision, replace(self.controls, learning_rate_scale=gentler))
+        return self.controls
+
+    def _go_back(self, kept: Kept) -> None:
+        self._replay(list(kept.seen))
+        self.guardrails.load_past_state(kept.guardrails)
+        if self.watch is not None and kept.contract is not None:
+            self.watch.load_past_state(kept.contract)
+
+    def _replay(self, seen: list[int]) -> None:
+        """Give the controller a new state that has decided and seen these records."""
+        before = self.controller.state
+        self.controller.state = state = DecisionState(before.limits, before.preference)
+        self._seen = seen
+        for place in seen:
+            self.controller.repeat(self.records[place])
+            state.observe(self.records[place].telemetry)
+        self.controller.see(None)
+
+    def record(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> DecisionRecord:
+        """Return the record of the last decision and the interval that followed it; call it once per interval."""
+        record = self.controller.record(telemetry, reward)
+        self.records.append(record)
+        self._recorded = True
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this controller stands, as plain JSON values. The snapshot is the owner's, and not in it."""
+        return {"records": [record.to_json() for record in self.records], **self._standing()}
+
+    def news(self) -> dict[str, Any]:
+        """Return what changed with the last answer, for `hear`: no more than the last of the records."""
+        last = self.records[-1].to_json() if self.records else None
+        return {"n_records": len(self.records), "last": last, **self._standing()}
+
+    def hear(self, news: Mapping[str, Any]) -> None:
+        """Go where another controller stands, of which all `news` so far were heard; nothing is asked here."""
+        if news["last"] is not None:
+            self.records[news["n_records"] - 1 :] = [DecisionRecord.from_json(news["last"])]
+        seen = list(news["seen"])
+        if seen and seen[:-1] == self._seen:
+            self._seen = seen
+            self.controller.see(self.records[seen[-1]].telemetry)
+        else:
+            self._replay(seen)
+        self._stand(news)
+
+    def _standing(self) -> dict[str, Any]:
+        """Return all of the state but the records."""
+        decision = self.controller.decision
+        return {
+            "seen": list(self._seen),
+            "recorded": self._recorded,
+            "decision": asdict(decision) if decision is not None else None,
+            "guardrails": self.guardrails.state_dict(),
+            "contract": self.watch.state_dict() if self.watch is not None else None,
+            "fallen_back": [self.fallen_back, self.fallen_back_at],
+            "failures": self._policy.failures,
+            "refusals": dict(self._refusals),
+            "rollbacks": list(self._rollbacks),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called. Without a snapshot, the next decision asks for one."""
+        self.records = [DecisionRecord.from_json(record) for record in state["records"]]
+        self._replay(list(state["seen"]))
+        self._stand(state)
+
+    def _stand(self, state: Mapping[str, Any]) -> None:
+        """Take in what `_standing` returned, where the controller knows its records."""
+        self._load_decision(state["decision"])
+        self._recorded = state["recorded"]
+        self.guardrails.load_state_dict(state["guardrails"])
+        self.guardrails.past.since_snapshot = None
+        if self.watch is not None and state["contract"] is not None:
+            self.watch.load_state_dict(state["contract"])
+        self.fallen_back, self.fallen_back_at = state["fallen_back"]
+        self._policy.failures = state["failures"]
+        self._refusals = Counter(state["refusals"])
+        self._rollbacks = list(state["rollbacks"])
+        self._before = self._kept = None
+        self._since = []
+
+    def _load_decision(self, stored: Mapping[str, Any] | None) -> None:
+        self.controller.decision = None
+        if stored is None:
+            return
+        wish, allowed = tuple(stored["requested"]), tuple(stored["allowed"])
+        controls = Controls(**stored["controls"])
+        self.controller.state.decide(allowed)
+        self.controller.state.hold(controls)
+        self.controller.decision = Decision(wish, allowed, controls, list(stored["refusals"]))
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the guardrails did, as plain JSON values."""
+        return {
+            "rollbacks": list(self._rollbacks),
+            "refusals": dict(self._refusals),
+            "fallen_back": self.fallen_back,
+            "fallen_back_at_decision": self.fallen_back_at,
+            "contract": self.watch.summary() if self.watch is not None else None,
+        }

@@ -1,0 +1,278 @@
+"""Keep what a decision needs: telemetry so far, controls in force, what is masked. Shared by envs and controller.
+
+Weigh quality, energy and time against each other: one number per objective, part of the observation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainpilot.envs.action import (
+    KEEP,
+    N_CHOICES,
+    Action,
+    Choices,
+    Reasons,
+    Situation,
+    SituationBatch,
+    action_masks,
+    allow,
+    allow_batch,
+    decode_batch,
+    mask_reasons,
+)
+from trainpilot.envs.observation import OBSERVATION_FIELDS, RunHistory, RunView, encode
+from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.simulator.records import (
+    Bools,
+    ControlBatch,
+    Floats,
+    Ints,
+    LimitBatch,
+    TelemetryBatch,
+    put,
+    take,
+)
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """Weights on the three objectives; only their ratios count."""
+
+    quality: float = 0.7
+    """Weight of the loss reached, as compute-equivalent."""
+    energy: float = 0.15
+    """Weight of joules, relative to the reference run."""
+    time: float = 0.15
+    """Weight of seconds, relative to the reference run."""
+
+    def __post_init__(self) -> None:
+        weights = {"quality": self.quality, "energy": self.energy, "time": self.time}
+        for name, weight in weights.items():
+            if not (np.isfinite(weight) and weight >= 0):
+                raise ValueError(f"preference {name} must be a number >= 0, got {weight}")
+        if sum(weights.values()) <= 0:
+            raise ValueError(
+                "preference must have one weight above 0, got only zeros; try quality=0.7,energy=0.15,time=0.15"
+            )
+
+    def weights(self) -> np.ndarray:
+        """Return the weights (quality, energy, time), float64 of shape (3,), which sum to 1."""
+        weights = np.array([self.quality, self.energy, self.time], dtype=np.float64)
+        weights /= weights.sum()
+        return weights
+
+    @classmethod
+    def parse(cls, text: str) -> Preference:
+        """Read `quality=0.7,energy=0.2,time=0.1`; what is not named weighs nothing.
+
+        Raises:
+            ValueError: an unknown name, or a weight that is not a number.
+        """
+        weights = {"quality": 0.0, "energy": 0.0, "time": 0.0}
+        for part in text.split(","):
+            name, equals, value = part.partition("=")
+            if name.strip() not in weights or not equals:
+                raise ValueError(f"preference must look like quality=0.7,energy=0.15,time=0.15, got {text!r}")
+            try:
+                weights[name.strip()] = float(value)
+            except ValueError:
+                raise ValueError(f"preference {name.strip()} must be a number, got {value!r}") from None
+        return cls(**weights)
+
+    @classmethod
+    def draw(cls, random: np.random.Generator) -> Preference:
+        """Draw a preference for training: quality weighs at least half, the rest is shared at random."""
+        quality = float(random.uniform(0.5, 1.0))
+        energy = float(random.uniform(0.0, 1.0 - quality))
+        return cls(quality=quality, energy=energy, time=1.0 - quality - energy)
+
+    def __str__(self) -> str:
+        quality, energy, time = self.weights()
+        return f"quality={quality:.3g},energy={energy:.3g},time={time:.3g}"
+
+
+N_STACK = 6
+"""Observations seen at once, the newest last."""
+
+
+class DecisionStates:
+    """Many runs as their controller sees them, as arrays with one row per run.
+
+    Args:
+        limits: What the runs can do.
+        preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
+    """
+
+    def __init__(self, limits: LimitBatch, preference: Floats) -> None:
+        n_runs = len(limits.decisions)
+        self.limits = limits
+        self.preference = preference
+        self.controls = limits.start
+        self.history = RunHistory(n_runs)
+        self.precision_switches: Ints = np.zeros(n_runs, dtype=np.int64)
+        self.last_action: Ints = np.tile(KEEP, (n_runs, 1))
+        self.newest: Floats = encode(self._view())
+        """Newest observation, shape (n_runs, n_fields)."""
+        self._stack = _first_stack(self.newest)
+        self._masks: Bools | None = None
+
+    def begin(self, rows: Ints, limits: LimitBatch, preference: Floats) -> None:
+        """Begin new runs in these rows; `limits` is of all runs, `preference` of the new ones."""
+        fresh = DecisionStates(take(limits, rows), preference)
+        self.limits = limits
+        self.preference = self.preference.copy()
+        self.preference[rows] = preference
+        self.controls = put(self.controls, rows, fresh.controls)
+        self.history.reset(rows)
+        self.precision_switches[rows] = 0
+        self.last_action[rows] = KEEP
+        self.newest[rows] = fresh.newest
+        self._stack = self._stack.copy()  # what was handed out stays as it was
+        self._stack[rows] = fresh._stack
+        self._masks = None
+
+    def observe(self, telemetry: TelemetryBatch) -> None:
+        """Take in the interval that has just ended, of every run."""
+        self.history.observe(telemetry)
+        self.newest = encode(self._view())
+        width, before = len(OBSERVATION_FIELDS), self._stack
+        self._stack = np.empty_like(before)
+        self._stack[:, :-width] = before[:, width:]
+        self._stack[:, -width:] = self.newest
+        self._masks = None
+
+    def observation(self) -> NDArray[np.float32]:
+        """Return the stacked observations, float32 of shape (n_runs, N_STACK * n_fields), newest last."""
+        return self._stack
+
+    def action_masks(self) -> Bools:
+        """Return which choices are allowed, shape (n_runs, sum of choices), field after field."""
+        if self._masks is None:
+            self._masks = self._allowed()
+        return self._masks
+
+    def _allowed(self) -> Bools:
+        situation = SituationBatch(
+            limits=self.limits,
+            controls=self.controls,
+            budget_used=np.where(self.history.started, self.history.newest("budget_used"), 0.0),
+            precision_switches=self.precision_switches,
+        )
+        return action_masks(situation)
+
+    def decide(self, actions: Ints) -> ControlBatch:
+        """Bring the allowed part of `actions`, shape (n_runs, number of fields), into force.
+
+        Raises:
+            ValueError: a choice does not exist.
+        """
+        self.last_action = allow_batch(actions, self.action_masks())
+        controls = decode_batch(self.last_action, self.controls)
+        self.hold(controls)
+        return controls
+
+    def hold(self, controls: ControlBatch) -> None:
+        """Bring `controls` into force, whatever was decided."""
+        self.precision_switches = self.precision_switches + (controls.precision != self.controls.precision)
+        self.controls = controls
+        self._masks = None
+
+    def _view(self) -> RunView:
+        return RunView(
+            history=self.history,
+            limits=self.limits,
+            controls=self.controls,
+            precision_switches=self.precision_switches,
+            last_action=self.last_action / (np.array(N_CHOICES) - 1),
+            preference=self.preference,
+        )
+
+
+def _first_stack(first: Floats) -> NDArray[np.float32]:
+    """Return stacks that are full of the first observation."""
+    return np.tile(first.astype(np.float32), (1, N_STACK))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was asked for, and what the safety layer let through."""
+
+    requested: Action
+    allowed: Action
+    controls: Controls
+    refusals: list[str]
+    """Reasons for the choices that were not let through."""
+
+
+class DecisionState:
+    """One run as its controller sees it, with reasons in words. Holds no torch and no policy."""
+
+    def __init__(self, limits: ControlLimits, preference: Preference) -> None:
+        self.limits = limits
+        self.preference = preference
+        self.telemetry: list[Telemetry] = []
+        self._states = DecisionStates(LimitBatch.of([limits]), preference.weights()[None])
+
+    @property
+    def controls(self) -> Controls:
+        """Controls in force."""
+        return self._states.controls.row(0)
+
+    @property
+    def precision_switches(self) -> int:
+        """Switches of precision made so far."""
+        return int(self._states.precision_switches[0])
+
+    @property
+    def last_action(self) -> Action:
+        """What was let through last."""
+        return tuple(self._states.last_action[0].tolist())
+
+    def observe(self, telemetry: Telemetry) -> None:
+        """Take in the interval that has just ended."""
+        self.telemetry.append(telemetry)
+        self._states.observe(TelemetryBatch.of([telemetry]))
+
+    def observation(self) -> np.ndarray:
+        """Return the stacked observation, float32 of shape (N_STACK * n_fields,), in [-1, 1], newest last."""
+        observation: np.ndarray = self._states.observation()[0]
+        return observation
+
+    def fields(self) -> dict[str, float]:
+        """Return the newest observation by field name, scaled."""
+        return dict(zip((field.name for field in OBSERVATION_FIELDS), self._states.newest[0].tolist(), strict=True))
+
+    def mask_reasons(self) -> Reasons:
+        """Return why each choice is masked now."""
+        return mask_reasons(self.situation())
+
+    def situation(self) -> Situation:
+        """Return what the safety layer looks at."""
+        return Situation(
+            limits=self.limits,
+            controls=self.controls,
+            budget_used=self.telemetry[-1].budget_used if self.telemetry else 0.0,
+            precision_switches=self.precision_switches,
+        )
+
+    def action_masks(self) -> np.ndarray:
+        """Return which choices are allowed, bool of shape (sum of choices,), field after field."""
+        masks: np.ndarray = self._states.action_masks()[0]
+        return masks
+
+    def decide(self, action: Choices) -> Decision:
+        """Bring the allowed part of `action` into force. Raises `ValueError` for a choice that does not exist."""
+        requested = tuple(int(choice) for choice in action)
+        allowed, refusals = allow(requested, self.mask_reasons())
+        self._states.decide(np.array([allowed]))
+        return Decision(requested, allowed, self.controls, refusals)
+
+    def hold(self, controls: Controls) -> None:
+        """Bring controls into force that no action leads to: those of a rollback, or of the base schedule."""
+        if controls != self.controls:
+            self._states.hold(ControlBatch.of([controls]))

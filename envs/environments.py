@@ -1,0 +1,418 @@
+"""What every single-run environment does: spaces, masks, one step, and what it tells about it.
+
+The spaces that every environment here has: actions, observations, and the reward vector.
+
+Wrap a real training run as a Gymnasium environment.
+
+Wrap one simulated training run as a Gymnasium environment.
+
+Thousands of simulated runs as one Gymnasium vector environment: every step is a few operations on arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from trainpilot.envs.action import N_CHOICES
+from trainpilot.envs.decision import N_STACK, Decision, DecisionState, Preference
+from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.reference import BUDGET_SHARES, PlantFactory, live_plant, live_reference, run_reference
+from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY, Reference, RewardMeter, RewardTerms, current_loss
+from trainpilot.envs.runs import IntervalBatch, ReferencedPlants, SteeredRuns
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+from trainpilot.llm_runtime.simulator.runs import OnePlant
+from trainpilot.llm_runtime.telemetry import Plant, Telemetry
+
+if TYPE_CHECKING:
+    from trainpilot.llm_runtime.simulator.runs import Pool
+
+
+def action_space() -> spaces.MultiDiscrete:
+    """Return one choice per control."""
+    return spaces.MultiDiscrete(list(N_CHOICES))
+
+
+def observation_space() -> spaces.Box:
+    """Return the stacked observation, in [-1, 1]."""
+    return spaces.Box(-1.0, 1.0, (N_STACK * len(OBSERVATION_FIELDS),), np.float32)
+
+
+def reward_space() -> spaces.Box:
+    """Return the bounds of quality, energy and time in one interval."""
+    low = np.array([DIVERGED_QUALITY - MAX_QUALITY, -np.inf, -np.inf], dtype=np.float32)
+    high = np.array([MAX_QUALITY, 0.0, 0.0], dtype=np.float32)
+    return spaces.Box(low, high, dtype=np.float32)
+
+
+class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """One training run, steered interval by interval. `reset` of a sub-class makes the plant and calls `_begin`."""
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012, Gymnasium's own form
+
+    def __init__(self) -> None:
+        self.action_space = action_space()
+        self.observation_space = observation_space()
+        self.reward_space = reward_space()
+        self.reward_dim = 3
+        self.plant: Plant | None = None
+
+    def _begin(self, plant: Plant, reference: Reference, preference: Preference) -> np.ndarray:
+        """Take up a new run, and return its first observation."""
+        self.plant, self.reference = plant, reference
+        self.state = DecisionState(plant.limits(), preference)
+        self._meter = RewardMeter(reference)
+        return self.state.observation()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
+        """Bring the action's controls into force, train one interval, and weigh what came out."""
+        if self.plant is None:
+            raise ValueError("step needs a run; call reset first")
+        decision = self.state.decide(action)
+        telemetry = self.plant.advance(decision.controls, 1 / self.state.limits.decisions)
+        loss = current_loss(self.plant, telemetry)
+        self.state.observe(telemetry)
+        terms = self._meter.weigh(telemetry, loss)
+        info = self._info(decision, telemetry, terms, loss)
+        terminated = info["diverged"] or (telemetry.finished and telemetry.finishing)
+        truncated = telemetry.finished and not terminated
+        return self.state.observation(), terms.vector(), terminated, truncated, info
+
+    def action_masks(self) -> np.ndarray:
+        """Return which choices are allowed now, bool of shape (sum of choices,), for MaskablePPO."""
+        return self.state.action_masks()
+
+    def _info(self, decision: Decision, telemetry: Telemetry, terms: RewardTerms, loss: float) -> dict[str, Any]:
+        effective = {
+            "learning_rate": telemetry.learning_rate,
+            "batch_size": telemetry.batch_size,
+            "precision": telemetry.precision,
+            "sparsity": telemetry.sparsity,
+            "finishing": telemetry.finishing,
+        }
+        return {
+            "requested": asdict(decision.controls),
+            "effective": effective,
+            "refusals": decision.refusals,
+            "reward_terms": asdict(terms),
+            "preference": self.state.preference.weights(),
+            "loss": loss,
+            "loss_increase": loss - self.reference.losses[-1] if math.isfinite(loss) else 10.0,
+            "time_s": telemetry.time_s,
+            "energy_j": telemetry.energy_j,
+            "energy_source": telemetry.energy_source,
+            "diverged": telemetry.diverged or not math.isfinite(loss),
+        }
+
+
+DEFAULT_CASE = RunConfig(model="llama-nano", tokens=204_800, batch_size=8, sequence_length=64)
+
+
+class LiveTraining(TrainingEnv):
+    """A real language-model training run, steered interval by interval.
+
+    ## Description
+
+    Each episode is one run of one case: a transformers model trained with AdamW on real text under a token budget.
+    The agent decides `decisions` times, at equal shares of the budget. It multiplies the case's base schedule
+    (residual control): an agent that always chooses "keep" is the base schedule. The environment measures time and
+    energy, so it is registered as nondeterministic; under one seed everything else repeats on a CPU.
+
+    ## Action space
+
+    `MultiDiscrete([7, 3, 5, 2, 2])`. Masked choices (`action_masks()`) are treated as "keep"; `info` says why.
+
+    | Num | Action | Choices | Unit |
+    |---|---|---|---|
+    | 0 | learning_rate | x0.5, x0.71, x0.84, x1, x1.19, x1.41, x2 | factor on the present scale |
+    | 1 | batch_size | half, keep, double | factor on the batch, neutral for Adam |
+    | 2 | precision | keep, fp32, tf32, bf16, fp16 | number format of the matrix products |
+    | 3 | pruning | keep, +5 % | share of the prunable weights or channels |
+    | 4 | finish | go on, cool down | linear fall to zero over a fifth of the tokens so far |
+
+    ## Observation space
+
+    `Box(-1, 1, (6 * 34,), float32)`: the last six observations, the newest last. Each field is a ratio or a
+    logarithm, clipped to its range and scaled linearly to [-1, 1]; what is unknown is 0. The fields with unit, range
+    and meaning are `trainpilot.envs.observation.OBSERVATION_FIELDS`, printed in `docs/environment.md`.
+
+    ## Reward
+
+    A vector, float32 of shape (3,) (`reward_space`, `reward_dim`: MO-Gymnasium's convention). `ScalarReward` makes
+    it one number. With gamma = 1 an episode sums to (quality, -energy, -time) in units of the reference run, so that
+    1 % of each is the same size on every model.
+
+    | Num | Objective | Per interval | Unit |
+    |---|---|---|---|
+    | 0 | quality | change of the worth of the loss's compute-equivalent | shares of the reference's budget |
+    | 1 | energy | -joules / reference's joules | share; 0 while unknown |
+    | 2 | time | -seconds / reference's seconds | share |
+
+    Quality is a potential: within the run it follows the training loss, at the end the validation loss. A diverged
+    run ends with a quality of -1.
+
+    ## Starting state
+
+    A fresh model (or the pretrained one) of a case drawn from `cases`, with the case's own seed for weights and data,
+    before its first step. The preference is drawn per episode unless it is given.
+
+    ## Episode end
+
+    Terminated: the run diverged (loss not finite), or a cool-down that the agent began is complete.
+    Truncated: the budget is used up.
+
+    ## Arguments
+
+    | Argument | Type | Default | Meaning |
+    |---|---|---|---|
+    | cases | sequence of RunConfig | one llama-nano run | training runs to draw from |
+    | preference | Preference or None | None | fixed preference; None draws one per episode |
+    | make_plant | callable | LiveRun | makes the plant for a case |
+    | threads | int or None | None | torch threads of this process; None leaves them alone |
+    | reference_cases | sequence of RunConfig or None | None | runs to measure each case against; None: its own |
+
+    `reset(options={"case": i, "preference": Preference(...)})` chooses instead of drawing.
+
+    ## Version history
+
+    * v0: first version
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[RunConfig] = (DEFAULT_CASE,),
+        preference: Preference | None = None,
+        make_plant: PlantFactory | None = None,
+        threads: int | None = None,
+        reference_cases: Sequence[RunConfig] | None = None,
+    ) -> None:
+        super().__init__()
+        if not cases:
+            raise ValueError("cases must name at least one run, got none")
+        self.cases = tuple(cases)
+        self.reference_cases = self.cases if reference_cases is None else tuple(reference_cases)
+        if len(self.reference_cases) != len(self.cases):
+            counts = f"{len(self.reference_cases)} for {len(self.cases)} cases"
+            raise ValueError(f"reference_cases must name one run for each case, got {counts}")
+        self.preference = preference
+        self._own_plants = make_plant is not None
+        if threads is not None:
+            from trainpilot.llm_runtime.process import use_threads
+
+            use_threads(threads)
+        self._make_plant = make_plant or live_plant()
+        self._references: dict[int, Reference] = {}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin a run of a case; the first time a case is met, its reference is run."""
+        super().reset(seed=seed)
+        options = options or {}
+        index = int(options.get("case", self.np_random.integers(len(self.cases))))
+        if not 0 <= index < len(self.cases):
+            raise ValueError(f"options case must be in [0, {len(self.cases)}), got {index}")
+        drawn = self.preference or Preference.draw(self.np_random)
+        preference: Preference = options.get("preference", drawn)
+        self.case = self.cases[index]
+        self.plant = None  # frees the last run's memory before the next is made
+        self.reference = self._reference(index)
+        observation = self._begin(self._make_plant(self.case), self.reference, preference)
+        return observation, {"case": index, "preference": preference.weights()}
+
+    def _reference(self, index: int) -> Reference:
+        """Return the reference of a case. A caller's own plants are no live runs: theirs never go to the disk cache."""
+        if index not in self._references:
+            case = self.reference_cases[index]
+            if self._own_plants:
+                self._references[index] = run_reference(case, self._make_plant)
+            else:
+                self._references[index] = live_reference(case, self._make_plant)
+        return self._references[index]
+
+
+PlantMaker = Callable[[int], ReferencedPlants]
+"""Takes a seed, returns plants of one run."""
+
+
+def simulated_plant(seed: int) -> ReferencedPlants:
+    """Return the simulator with one run, drawn from its whole range."""
+    from trainpilot.llm_runtime.simulator.runs import SimulatedRuns
+
+    return SimulatedRuns(n_runs=1, seed=seed, pool=_pool())
+
+
+@lru_cache(maxsize=1)
+def _pool() -> Pool:
+    """Return what runs are drawn from, once per process: finding the references takes a second."""
+    from trainpilot.llm_runtime.simulator.runs import default_pool
+
+    return default_pool()
+
+
+class SimulatedTraining(TrainingEnv):
+    """A simulated language-model training run, steered interval by interval.
+
+    Actions, observations, reward, masks and the end of an episode are those of `trainpilot/LiveTraining-v0`: a policy
+    cannot tell which of the two it steers. An episode takes milliseconds, draws another run from the simulator's
+    ranges each time, and repeats exactly under one seed.
+
+    ## Arguments
+
+    | Argument | Type | Default | Meaning |
+    |---|---|---|---|
+    | preference | Preference or None | None | fixed preference; None draws one per episode |
+    | make_plant | callable | the simulator | makes plants of one run from a seed |
+
+    `reset(options={"preference": Preference(...), "plant_seed": i})` chooses instead of drawing.
+
+    ## Version history
+
+    * v0: first version
+    """
+
+    def __init__(self, preference: Preference | None = None, make_plant: PlantMaker | None = None) -> None:
+        super().__init__()
+        self.preference = preference
+        self._make_plant = make_plant or simulated_plant
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin a run that is drawn."""
+        super().reset(seed=seed)
+        options = options or {}
+        plant_seed = int(options.get("plant_seed", self.np_random.integers(2**31)))
+        drawn = self.preference or Preference.draw(self.np_random)
+        preference: Preference = options.get("preference", drawn)
+        plants = self._make_plant(plant_seed)
+        observation = self._begin(OnePlant(plants), reference_of(plants), preference)
+        return observation, {"plant_seed": plant_seed, "preference": preference.weights()}
+
+
+def reference_of(plants: ReferencedPlants) -> Reference:
+    """Return what the base schedule reaches on the only run of a `PlantBatch`, without its intervals."""
+    energy = float(plants.reference_energy_j[0])
+    known = np.isfinite(energy)
+    return Reference(
+        budgets=BUDGET_SHARES,
+        losses=tuple(plants.reference_losses[0].tolist()),
+        initial_loss=float("nan"),
+        time_s=float(plants.reference_time_s[0]),
+        energy_j=energy if known else None,
+        energy_source="estimated" if known else None,
+        telemetry=(),
+    )
+
+
+Observations = NDArray[np.float32]
+
+
+class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
+    """Simulated language-model training runs, steered side by side.
+
+    Spaces, reward and the end of an episode are those of `trainpilot/LiveTraining-v0`; rewards are float64 of shape
+    (n_runs, 3). A run that ends is begun anew in the same step: the observation returned is then that of the new run,
+    the last one of the old run stands in `infos["final_obs"]`.
+
+    `infos` has arrays with one row per run: of the interval just trained `loss`, `loss_increase`, `time_s`,
+    `energy_j` (NaN where unknown), `diverged` and the `preference` in force; where a run ended, with the mask
+    `_final_obs` and `_final_info`, `final_obs` and in `final_info` its sums `reward_terms`, `energy_j`, `time_s`
+    and `length`.
+
+    Args:
+        plants: What is steered. `reset` begins all of its runs anew; its own seed decides what they are.
+        preference: Fixed preference; `None` draws one per episode.
+        least_quality: Least weight of quality in a preference that is drawn.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+
+    def __init__(
+        self, plants: ReferencedPlants, preference: Preference | None = None, least_quality: float = 0.5
+    ) -> None:
+        if not 0 <= least_quality <= 1:
+            raise ValueError(f"least_quality must be in [0, 1], got {least_quality}")
+        self.plants = plants
+        self.preference = preference
+        self.least_quality = least_quality
+        self.num_envs = plants.n_runs
+        self.single_observation_space = observation_space()
+        self.single_action_space = action_space()
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.reward_space = batch_space(reward_space(), self.num_envs)
+        self.reward_dim = 3
+        self.runs: SteeredRuns | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observations, dict[str, Any]]:
+        """Begin every run; `seed` decides the preferences."""
+        super().reset(seed=seed)
+        self.runs = SteeredRuns(self.plants, self._weights(self.num_envs))
+        return self.runs.states.observation(), {"preference": self.runs.states.preference}
+
+    def step(self, actions: Ints) -> tuple[Observations, Floats, Bools, Bools, dict[str, Any]]:  # type: ignore[override]
+        """Train every run for one interval under its action; begin those anew that have ended."""
+        if self.runs is None:
+            raise ValueError("step needs runs; call reset first")
+        interval = self.runs.advance(np.asarray(actions, dtype=np.int64))
+        infos = self._infos(self.runs, interval)
+        ended = interval.terminated | interval.truncated
+        if ended.any():
+            infos |= _final(self.runs, ended)
+            rows = np.flatnonzero(ended)
+            self.runs.begin(rows, self._weights(rows.size))
+        return self.runs.states.observation(), interval.reward, interval.terminated, interval.truncated, infos
+
+    def action_masks(self) -> Bools:
+        """Return which choices are allowed now, shape (n_runs, sum of choices), for MaskablePPO."""
+        if self.runs is None:
+            raise ValueError("action_masks needs runs; call reset first")
+        return self.runs.states.action_masks()
+
+    def _weights(self, n_runs: int) -> Floats:
+        if self.preference is not None:
+            return np.tile(self.preference.weights(), (n_runs, 1))
+        return draw_weights(self.np_random, n_runs, self.least_quality)
+
+    @staticmethod
+    def _infos(runs: SteeredRuns, interval: IntervalBatch) -> dict[str, Any]:
+        return {
+            "preference": runs.states.preference,
+            "loss": interval.loss,
+            "loss_increase": interval.loss_increase,
+            "time_s": interval.telemetry.time_s,
+            "energy_j": interval.telemetry.energy_j,
+            "diverged": interval.diverged,
+        }
+
+
+def _final(runs: SteeredRuns, ended: Bools) -> dict[str, Any]:
+    sums = {
+        "reward_terms": runs.outcome.copy(),
+        "energy_j": runs.energy_j.copy(),
+        "time_s": runs.time_s.copy(),
+        "length": runs.intervals.copy(),
+    }
+    observations = runs.states.observation()
+    return {"final_obs": observations, "_final_obs": ended, "final_info": sums, "_final_info": ended}
+
+
+def draw_weights(random: np.random.Generator, n_runs: int, least_quality: float = 0.5) -> Floats:
+    """Draw preferences as `Preference.draw` does: quality weighs at least so much, the rest is shared at random."""
+    quality = random.uniform(least_quality, 1.0, n_runs)
+    energy = random.uniform(0.0, 1.0 - quality)
+    return np.stack([quality, energy, 1.0 - quality - energy], axis=1)

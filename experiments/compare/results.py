@@ -1,0 +1,263 @@
+"""The records of a comparison: what one run is, what came out of it, and which run stands for which method.
+
+What was compared: cases, methods, baselines found, and the run behind every number. One JSON file, the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import blake2b
+from typing import Any, Literal
+
+from trainpilot.llm_runtime.config import RunConfig
+
+FORMAT = 1
+"""Raised when what a kept run means changes; older runs are then run again."""
+
+Role = Literal["method", "sweep", "curve"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """Who sets the controls during a run."""
+
+    kind: str = "keep"
+    """`keep`, `plateau`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `policy` or `open-loop`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of that kind, as JSON values. Those named `path` say where a file lies and are no part of the run."""
+    probe: bool = False
+    """Whether the curvature probe runs (and is paid for): only policies look at it."""
+    evaluate_every: int = 10
+    """Decisions between two looks at the validation loss; the last interval always has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run. Two specs with the same key are the same run, whatever case or method asked for them."""
+
+    config: RunConfig
+    steering: Steering = field(default_factory=Steering)
+
+    def key(self, content: str) -> str:
+        """Return the name of the run's file; `content` is the digest of its text and its model."""
+        settings = {name: value for name, value in self.steering.settings.items() if name != "path"}
+        config = {name: value for name, value in asdict(self.config).items() if name not in ("model", "text")}
+        label = [FORMAT, content, config, asdict(self.steering) | {"settings": settings}]
+        return blake2b(json.dumps(label, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervalResult:
+    """What is kept of one interval."""
+
+    tokens: int
+    """Tokens trained on since the run's start."""
+    steps: int
+    """Optimiser steps in this interval."""
+    train_loss: float | None
+    """Mean training loss, in nats/token; `None` where it was not finite."""
+    validation_loss: float | None
+    """Validation loss measured at the interval's end, in nats/token; `None` where nobody looked."""
+    learning_rate: float
+    """Learning rate of the last step."""
+    learning_rate_scale: float = 1.0
+    """Factor on the base schedule that was asked for."""
+    finishing: bool = False
+    """The cool-down has begun."""
+    batch_size: float
+    """Mean sequences per step."""
+    precision: str
+    """Number format of the matrix products."""
+    sparsity: float
+    """Share of zero weights or of removed channels."""
+    probe_sequences: int
+    """Sequences that the curvature probe looked at, three times each; 0 without one."""
+    evaluation_sequences: int
+    """Sequences of the validation at the interval's end; 0 without one."""
+    time_s: float
+    """Seconds measured, probe and switching included, evaluation apart."""
+    probe_time_s: float
+    switch_time_s: float
+    evaluation_time_s: float
+    energy_j: float | None
+    """Joules measured, evaluation apart."""
+    evaluation_energy_j: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What came out of one run. One JSON file."""
+
+    key: str
+    spec: RunSpec
+    n_parameters: int
+    initial_validation_loss: float | None
+    """Before training, in nats/token."""
+    final_validation_loss: float | None
+    """In nats/token; `None` if the run diverged or failed."""
+    final_test_loss: float | None
+    """In nats/token; `None` if the run diverged or failed."""
+    diverged: bool
+    """The loss was not finite at some moment."""
+    stopped_early: bool
+    """The method ended the run before its budget was used up."""
+    failure: str | None
+    """Why there is no result, in one line; `None` for a run that ended by itself."""
+    energy_source: str | None
+    """`measured_counter`, `measured_power`, `estimated`, or `None` without a meter."""
+    energy_shared: bool
+    """Other runs ran beside this one, so that the measured joules (and seconds) hold a part of theirs."""
+    device: str
+    """Device, cores and threads."""
+    intervals: tuple[IntervalResult, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.intervals[-1].tokens if self.intervals else 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether the run ended with a finite loss."""
+        return self.final_validation_loss is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; the intervals column by column, which is a fifth of the size."""
+        names = [f.name for f in fields(IntervalResult)]
+        columns = {name: [_finite(getattr(interval, name)) for interval in self.intervals] for name in names}
+        return asdict(self) | {"intervals": columns, "format": FORMAT}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> RunResult:
+        """Rebuild from `to_json`. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
+        values = dict(record)
+        if values.pop("format") != FORMAT:
+            raise ValueError("written by another version")
+        columns = values.pop("intervals")
+        rows = zip(*columns.values(), strict=True)
+        intervals = tuple(IntervalResult(**dict(zip(columns, row, strict=True))) for row in rows)
+        config, steering = values["spec"]["config"], values["spec"]["steering"]
+        spec = RunSpec(config=RunConfig(**config | {"text": tuple(config["text"])}), steering=Steering(**steering))
+        return cls(**values | {"spec": spec, "intervals": intervals})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run's place in a comparison."""
+
+    case: str
+    method: str
+    """Name of the method, of the baseline whose curve the run belongs to, or of the search that tried it."""
+    role: Role
+    """`method`: judged; `sweep`: tried by a search; `curve`: a baseline at another budget."""
+    seed: int
+    budget: float = 1.0
+    """Share of the case's budget in tokens that this run was given."""
+    counted_budget: float = 1.0
+    """Share of the case's budget that it is said to have used: differs from `budget` in planted checks alone."""
+    key: str
+    """Names the run's file."""
+
+
+def cost_key(config: RunConfig) -> str:
+    """Return which cost table a run belongs to: models and sequence lengths have their own speeds."""
+    return f"{config.model}, {config.sequence_length} tokens"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+UNTUNED = "cosine"
+"""The method that is called the untuned default: AdamW, cosine to 10 %, at the case's own settings."""
+TUNED = "tuned"
+"""The method that is called the tuned static baseline: the best setting for equal tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, a corpus, a budget and where a run starts."""
+
+    name: str
+    config: RunConfig
+    """Seed 0; a method's run differs from it in the seed and in what the method sets."""
+    architecture: str
+    """As transformers calls it: llama, gpt2, gpt_neox, qwen2, opt."""
+    target_loss: float | None = None
+    """Validation loss whose price is reported; by default the untuned default's median final loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodNote:
+    """What the report says about a method."""
+
+    name: str
+    title: str
+    """Two or three words for tables and legends."""
+    description: str
+    """One sentence."""
+    family: str
+    """Methods of one family share a Pareto front, as a policy under several preferences does."""
+    kind: str
+    """`untuned`, `tuned`, `heuristic`, `tuning-free`, `policy` or `check`."""
+    training_energy_j: float | None = None
+    """Joules that training the policy took; `None` where it is unknown or there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedBaseline:
+    """The setting that a search found best on one case for one axis."""
+
+    method: str
+    """Name of its rows: `tuned` (equal tokens), `tuned-time`, `tuned-energy`."""
+    axis: str
+    """`tokens`, `time_s` or `energy_j`."""
+    config: RunConfig
+    """The setting, with the seed it was tuned on."""
+    search: str
+    """`grid`, `tpe` or `halving`."""
+    n_trials: int
+    """Runs that the search made."""
+    on_edge: tuple[str, ...] = ()
+    """Settings whose best value lies on the edge of what was tried: the grid was too small there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that was run for one report."""
+
+    cases: tuple[Case, ...]
+    methods: tuple[MethodNote, ...]
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+    baselines: Mapping[str, tuple[TunedBaseline, ...]]
+    """Tuned settings by case."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Command, versions, machine, wall-clock seconds, jobs, threads."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Comparison:
+        """Rebuild from `to_json`."""
+        return cls(
+            cases=tuple(Case(**case | {"config": _config(case["config"])}) for case in record["cases"]),
+            methods=tuple(MethodNote(**note) for note in record["methods"]),
+            seeds=tuple(record["seeds"]),
+            rows=tuple(Row(**row) for row in record["rows"]),
+            baselines={case: tuple(map(_baseline, found)) for case, found in record["baselines"].items()},
+            provenance=record["provenance"],
+        )
+
+
+def _baseline(record: Mapping[str, Any]) -> TunedBaseline:
+    return TunedBaseline(**{**record, "config": _config(record["config"]), "on_edge": tuple(record["on_edge"])})
+
+
+def _config(record: Mapping[str, Any]) -> RunConfig:
+    return RunConfig(**{**record, "text": tuple(record["text"])})

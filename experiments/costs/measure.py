@@ -1,0 +1,385 @@
+"""Measure a cost table: what steps, passes and switches of one model cost on one device.
+
+Offer one pass of everything that a cost table holds: steps, forward passes, probes and switches of a model.
+
+Measure the cost table of every model in a comparison once, and keep it beside the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from trainpilot.experiments.compare.results import Case, cost_key
+from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.llm_runtime.config import PRECISIONS, Controls, OptimizerName, Precision, Pruning, RunConfig
+from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, select_meter
+from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.live_run import MASK_UPDATES, LiveRun, Trainer, resolve_device
+from trainpilot.llm_runtime.models import load_model
+from trainpilot.llm_runtime.precision import device_name, lacking, synchronise
+from trainpilot.llm_runtime.process import threads_in_use
+from trainpilot.llm_runtime.schedules import PROBE_PASSES
+from trainpilot.llm_runtime.timing import Cost, Timing, alternate, median_spread
+
+LEARNING_RATE = 1e-6
+"""So small that hundreds of steps on random tokens leave the weights about as they are."""
+REMOVED = 0.5
+"""Share of the feed-forward channels that the narrow model lacks."""
+MASKED, MASKED_MORE = 0.25, 0.3
+"""Sparsity before and after masks are raised."""
+FEW_SEQUENCES = 8
+"""An evaluation is timed on about so many sequences at least, or its fixed part would count as the passes'."""
+
+Pass = Callable[[], object]
+
+
+class Setting(NamedTuple):
+    """What is timed."""
+
+    kind: str
+    """`step`, `forward`, `probe`, `switch`, or `raise` (of masks)."""
+    precision: Precision = "fp32"
+    batch_size: int = 0
+    removed: float = 0.0
+    name: str = ""
+    """The optimiser or pruning where it is not the plain trainer's, or what is switched."""
+
+
+class CostBench:
+    """The trainers that are timed, and one pass of each setting. The plain trainer has AdamW and prunes nothing."""
+
+    def __init__(self, config: RunConfig, batch_sizes: Sequence[int], precisions: Sequence[Precision]) -> None:
+        self.config = replace(config, optimizer="adamw", pruning="none", precision="fp32")
+        self.device = resolve_device(config.device)
+        self.clock = _clock(self.device)
+        self.batch_sizes = sorted(set(batch_sizes))
+        self.precisions = list(dict.fromkeys(precisions))
+        shape = (2 * max(FEW_SEQUENCES, *batch_sizes), config.sequence_length + 1)
+        self.tokens = np.random.default_rng(0).integers(0, 256, shape, dtype=np.int64)
+        self.plain_step = Setting("step", self.precisions[0], self.batch_sizes[0])
+        """What the steps of other optimisers and of masks are compared with."""
+        self.plain = self._trainer(self.config)
+        self.narrowing_s: float | None = None
+        """Seconds that one removal of channels took."""
+
+    def passes(
+        self, optimizers: Sequence[OptimizerName], prunings: Sequence[Pruning]
+    ) -> Iterator[tuple[Setting, Pass]]:
+        """Yield one pass of each setting; the plain steps first, as the probe and the switches need their buffers."""
+        yield from self._rows(self.plain, 0.0)
+        yield from self._probe_and_switches()
+        for optimizer in optimizers:
+            trainer = self._trainer(replace(self.config, optimizer=optimizer))
+            yield self.plain_step._replace(name=optimizer), self._step(trainer, self.plain_step)
+        for pruning in prunings:
+            trainer = self._trainer(replace(self.config, pruning=pruning))
+            yield from self._narrow_rows(trainer) if pruning == "width" else self._masked(trainer, pruning)
+
+    def _trainer(self, config: RunConfig) -> Trainer:
+        return Trainer(load_model(config.model, config.seed).model, config, self.device)
+
+    def _rows(self, trainer: Trainer, removed: float) -> Iterator[tuple[Setting, Pass]]:
+        for batch_size in self.batch_sizes:
+            for precision in self.precisions:
+                setting = Setting("step", precision, batch_size, removed)
+                yield setting, self._step(trainer, setting)
+            evaluate = partial(self._evaluate, trainer, batch_size)
+            yield Setting("forward", batch_size=batch_size, removed=removed), evaluate
+
+    def _step(self, trainer: Trainer, setting: Setting) -> Pass:
+        tokens = self.tokens[: setting.batch_size]
+
+        def step() -> None:
+            if trainer.precision != setting.precision:
+                trainer.set_precision(setting.precision)
+            trainer.step(tokens, LEARNING_RATE)
+
+        return step
+
+    def _evaluate(self, trainer: Trainer, batch_size: int) -> None:
+        trainer.batch_size = batch_size  # an evaluation goes through the model in batches of this size
+        trainer.evaluate(self.tokens[: batch_size * forward_passes(batch_size)])
+
+    def _probe_and_switches(self) -> Iterator[tuple[Setting, Pass]]:
+        yield Setting("probe"), self._probe
+        yield Setting("switch", name="batch"), self._switch_batch
+        if len(self.precisions) > 1:
+            yield Setting("switch", name="precision"), self._switch_precision
+
+    def _probe(self) -> None:
+        self.plain.batch_size = self.batch_sizes[0]
+        self.plain.probe(self.tokens[: self.batch_sizes[0]])
+
+    def _switch_batch(self) -> None:
+        """Double the batch and halve it again."""
+        batch_size = self.plain.batch_size
+        for wanted in (2 * batch_size, batch_size):
+            self.plain.apply(Controls(batch_size=wanted, precision=self.plain.precision))
+
+    def _switch_precision(self) -> None:
+        """Switch to the second precision and back to the first."""
+        for precision in self.precisions[1::-1]:
+            self.plain.set_precision(precision)
+
+    def _masked(self, trainer: Trainer, pruning: Pruning) -> Iterator[tuple[Setting, Pass]]:
+        assert trainer.masks is not None
+        trainer.masks.prune_to(MASKED)
+        yield Setting("raise", name=pruning), partial(_raise, trainer, trainer.masks.state_dict())
+        yield self.plain_step._replace(name=pruning), self._step(trainer, self.plain_step)
+
+    def _narrow_rows(self, trainer: Trainer) -> Iterator[tuple[Setting, Pass]]:
+        self._step(trainer, self.plain_step)()  # gives the optimiser its buffers: they must be cut too
+        self.narrowing_s = min(self._narrow(trainer, share) for share in (REMOVED / 2, REMOVED))
+        yield from self._rows(trainer, trainer.sparsity())
+
+    def _narrow(self, trainer: Trainer, share: float) -> float:
+        """Remove channels for good, so that it can be timed but once; return the seconds."""
+        synchronise(self.device)
+        start = self.clock()
+        trainer.apply(Controls(batch_size=trainer.batch_size, precision=trainer.precision, sparsity=share))
+        synchronise(self.device)
+        return self.clock() - start
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Return CPU seconds for one thread on a CPU, what a pass takes if no other program keeps it waiting; else wall."""
+    fine = time.get_clock_info("process_time").resolution < 1e-4  # 16 ms on Windows
+    return time.process_time if device.type == "cpu" and threads_in_use() == 1 and fine else time.perf_counter
+
+
+def forward_passes(batch_size: int) -> int:
+    """Return how many forward passes of `batch_size` the timed evaluation makes."""
+    return -(-FEW_SEQUENCES // batch_size)
+
+
+def _raise(trainer: Trainer, before: dict[str, object]) -> None:
+    """Raise the masks once; putting them back before is a small part of it."""
+    assert trainer.masks is not None
+    trainer.masks.load_state_dict(before)
+    trainer.prune_towards(MASKED, MASKED_MORE, 1.0)
+
+
+CPU_VISIT_S = 0.015
+GPU_VISIT_S: Mapping[EnergySource | None, float] = {None: 0.1, "measured_counter": 0.5, "measured_power": 1.0}
+"""Seconds of a visit: a GPU's energy counter advances every 0.1 s, its power may be a mean over 1 s."""
+
+Timings = Mapping[Setting, Timing]
+
+
+def measure_cost_table(
+    config: RunConfig,
+    *,
+    batch_sizes: Sequence[int],
+    precisions: Sequence[Precision],
+    optimizers: Sequence[OptimizerName] = (),
+    prunings: Sequence[Pruning] = (),
+    meter: EnergyMeter | None = None,
+    limit_s: float = 8.0,
+    progress: Callable[[float], None] | None = None,
+) -> CostTable:
+    """Time the model of `config` on random tokens, all settings in alternating order, and return the table.
+
+    On a busy machine: seconds are those of the fastest visit, so that one moment of quiet per setting is enough; with
+    one thread on a CPU they are CPU seconds, which other programs hardly move. Joules are the seconds times the watts
+    of the meter. RAPL and the meters of GPUs see every program on the device: what runs beside this makes the joules
+    too high. The estimate for other CPUs sees this process alone: idle watts for as long as it takes, and watts of its
+    busy threads. With one thread it runs on CPU seconds too; with several, waiting makes the joules too low.
+
+    Left out: drawing batches, the norm of Adam's moments that a run looks at every tenth step, and the copies that
+    `schedule-free` makes for an evaluation.
+
+    Args:
+        config: Model, sequence length and device.
+        batch_sizes: Sequences per step of AdamW, and per forward pass of an evaluation.
+        precisions: Of AdamW's steps; in the first one the extras are measured, at the smallest batch.
+        optimizers: Others, whose extra per step is measured.
+        prunings: `width` measures everything on a narrower model too; masks have their extra per step measured.
+        meter: Energy meter; by default the best one that the device has.
+        limit_s: No further round begins after so many seconds; there are four at least.
+        progress: Called after each round with the share of the work done, in [0, 1].
+
+    Raises:
+        ValueError: the device lacks a precision, the model cannot be pruned so, or nothing is asked for.
+    """
+    _check(config, batch_sizes, precisions)
+    bench = CostBench(config, batch_sizes, precisions)
+    others = [name for name in dict.fromkeys(optimizers) if name != "adamw"]
+    passes = dict(bench.passes(others, [name for name in dict.fromkeys(prunings) if name != "none"]))
+    own = meter if meter is not None else _meter(bench)
+    try:
+        timings = alternate(
+            passes,
+            own,
+            visit_s=_visit_s(bench.device, own),
+            limit_s=limit_s,
+            wait=partial(synchronise, bench.device),
+            clock=bench.clock,
+            progress=progress,
+        )
+    finally:
+        if meter is None:
+            own.close()
+    return _table(bench, timings)
+
+
+def _check(config: RunConfig, batch_sizes: Sequence[int], precisions: Sequence[Precision]) -> None:
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch_sizes must be one or more whole numbers from 1, got {list(batch_sizes)}")
+    if not precisions:
+        raise ValueError("precisions must name at least one, got none; fp32 works everywhere")
+    missing = lacking(resolve_device(config.device))
+    for name in precisions:
+        if name in missing:
+            raise ValueError(f"precisions must be ones that the device has, got {name!r}: {missing[name]}")
+
+
+def _meter(bench: CostBench) -> EnergyMeter:
+    """Return the best meter there is; an estimate counts as idle time what the passes count as time."""
+    meter = select_meter(str(bench.device))
+    return CpuEstimateMeter(clock=bench.clock) if isinstance(meter, CpuEstimateMeter) else meter
+
+
+def _visit_s(device: torch.device, meter: EnergyMeter) -> float:
+    return CPU_VISIT_S if device.type == "cpu" else GPU_VISIT_S.get(meter.read().source, CPU_VISIT_S)
+
+
+def _table(bench: CostBench, timings: Timings) -> CostTable:
+    source = timings[bench.plain_step].source
+    rows = tuple(_row(setting, timing.cost) for setting, timing in timings.items() if _is_row(setting))
+    forward = next(row.cost for row in rows if row.kind == "forward")
+    plain = timings[bench.plain_step].cost
+    extras = {
+        setting.name: _over(timing.cost, plain)
+        for setting, timing in timings.items()
+        if setting.kind == "step" and setting.name
+    }
+    return CostTable(
+        device=f"{device_name(bench.device)}, {os.cpu_count()} cores, {threads_in_use()} threads",
+        model=bench.config.model,
+        sequence_length=bench.config.sequence_length,
+        energy_source=source,
+        rows=rows,
+        probe_overhead=_over(timings[Setting("probe")].cost, forward * PROBE_PASSES),
+        extras=extras,
+        switches=_switches(bench, timings),
+        rounds=timings[bench.plain_step].rounds,
+        spread=median_spread(timings),
+    )
+
+
+def _is_row(setting: Setting) -> bool:
+    return setting.kind in ("step", "forward") and not setting.name
+
+
+def _row(setting: Setting, cost: Cost) -> CostRow:
+    passes = forward_passes(setting.batch_size) if setting.kind == "forward" else 1
+    return CostRow(
+        kind="forward" if setting.kind == "forward" else "step",
+        precision=setting.precision,
+        batch_size=setting.batch_size,
+        removed=setting.removed,
+        cost=cost * (1 / passes),
+    )
+
+
+def _switches(bench: CostBench, timings: Timings) -> dict[str, Cost]:
+    """Return the costs of one switch; each pass made two. Masks are raised several times along an interval."""
+    switches = {
+        setting.name: timing.cost * (0.5 if setting.kind == "switch" else MASK_UPDATES)
+        for setting, timing in timings.items()
+        if setting.kind in ("switch", "raise")
+    }
+    if bench.narrowing_s is not None:
+        plain = timings[bench.plain_step].cost
+        switches["width"] = plain * (bench.narrowing_s / plain.time_s)  # timed once: with the power of a step
+    return switches
+
+
+def _over(cost: Cost, base: Cost) -> Cost:
+    """Return what `cost` has over `base`: nothing where noise made it the smaller one."""
+    difference = cost + base * -1.0
+    energy_j = difference.energy_j
+    return Cost(
+        time_s=max(difference.time_s, 0.0),
+        energy_j=None if energy_j is None else max(energy_j, 0.0),
+    )
+
+
+BATCH_FACTORS = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+"""Batches that are timed, as factors on the case's own."""
+OPTIMIZERS: tuple[OptimizerName, ...] = ("schedule-free", "prodigy")
+PRUNINGS: tuple[Pruning, ...] = ("magnitude",)
+
+
+def cost_tables(
+    configs: Mapping[str, Sequence[RunConfig]],
+    precisions: Mapping[str, Sequence[Precision]],
+    folder: Path,
+    progress: Callable[[str], None],
+) -> dict[str, CostTable]:
+    """Return the tables by `cost_key`, from `folder` where they have been measured before.
+
+    Args:
+        configs: Runs by case: the case's own, and others on its text whose models have another size.
+        precisions: Precisions that are tried, by case.
+        folder: Where the tables are kept, a file each.
+        progress: Called with a line of text before each measurement.
+    """
+    tried: dict[str, dict[Precision, None]] = {}
+    for name, sizes in configs.items():
+        for config in sizes:
+            tried.setdefault(cost_key(config), {}).update(dict.fromkeys(precisions[name]))
+    tables: dict[str, CostTable] = {}
+    for name, sizes in configs.items():
+        for number, config in enumerate(sizes, start=1):
+            key = cost_key(config)
+            if key not in tables:
+                progress(f"cost table of {name}" + (f", size {number} of {len(sizes)}" if len(sizes) > 1 else ""))
+                tables[key] = _measured_table(config, tuple(tried[key]), folder)
+    return tables
+
+
+def _measured_table(config: RunConfig, precisions: Sequence[Precision], folder: Path) -> CostTable:
+    path = folder / f"{blake2b(cost_key(config).encode(), digest_size=8).hexdigest()}.json"
+    try:
+        table = CostTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+        if _holds(table, config, precisions):
+            return table
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # never measured here, or a damaged file: measure it
+    sizes = sorted({max(1, round(config.batch_size * factor)) for factor in BATCH_FACTORS})
+    table = measure_cost_table(
+        config,
+        batch_sizes=sizes,
+        precisions=precisions,
+        optimizers=OPTIMIZERS,
+        prunings=tuple(dict.fromkeys((*PRUNINGS, config.pruning))),
+    )
+    write_json(path, table.to_json())
+    return table
+
+
+def _holds(table: CostTable, config: RunConfig, precisions: Sequence[Precision]) -> bool:
+    """Return whether a table was measured with all that runs on `config` may use."""
+    steps = {row.precision for row in table.rows if row.kind == "step"}
+    narrowed = any(row.removed for row in table.rows)
+    prunes = narrowed if config.pruning == "width" else config.pruning in ("none", *table.extras)
+    return steps >= set(precisions) and prunes
+
+
+def precisions_that_pay(case: Case) -> tuple[Precision, ...]:
+    """Return the case's own precision and those that were measured to be faster here than float32."""
+    masked = LiveRun(case.config, probe=False).limits().masked_precisions
+    return tuple(p for p in PRECISIONS if p == case.config.precision or p not in masked)

@@ -1,0 +1,269 @@
+"""Show a bundle, a run or an agent's folder in the terminal.
+
+Show a run or a policy in the terminal: key figures, curves, where time and energy went, what was refused.
+
+Curves are drawn with plotext where it is installed; the table of sparklines is always there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from trainpilot.agents.bundle import policy_path, shipped_policies
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.experiments.inspect_policy import print_policy, print_reasons, titled_table
+from trainpilot.experiments.run_store import read_records
+from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.telemetry import Telemetry
+
+SPARKS, PLAIN_SPARKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+Value = Callable[[Telemetry], float | None]
+
+KEY_FIGURES = (
+    ("validation loss, nats/token", "final_validation_loss", ".4f"),
+    ("test loss, nats/token", "final_test_loss", ".4f"),
+    ("tokens", "tokens", ",.0f"),
+    ("time, s", "time_s", ",.1f"),
+    ("energy, J", "energy_j", ",.1f"),
+    ("CO2e, g", "co2e_g", ",.3f"),
+    ("quality (1 = as good as the reference)", "quality", ".3f"),
+    ("time over the reference", "time_ratio", ".3f"),
+    ("energy over the reference", "energy_ratio", ".3f"),
+)
+CURVES: tuple[tuple[str, Value, str], ...] = (
+    ("training loss, nats/token", lambda t: t.train_loss, ".3f"),
+    ("validation loss, nats/token", lambda t: t.validation_loss, ".3f"),
+    ("learning rate", lambda t: t.learning_rate, ".2e"),
+    ("batch, sequences", lambda t: t.batch_size, ".0f"),
+    ("sparsity, %", lambda t: 100 * t.sparsity, ".0f"),
+    ("noise scale, sequences", lambda t: t.noise_scale, ".3g"),
+    ("speed, tokens/s", lambda t: t.tokens_per_s, ",.0f"),
+    ("energy, mJ/token", lambda t: _times(t.energy_per_token_j, 1000), ".3g"),
+    ("power, W", lambda t: t.power_w, ".3g"),
+)
+CHARTS = (CURVES[0], CURVES[2])
+"""Drawn large where plotext is installed."""
+FLAT = 0.005
+"""Values that differ by less than this share are drawn as a flat line."""
+
+
+def print_run(folder: Path, console: Console) -> None:
+    """Print what a run reached, how it was steered and what it cost.
+
+    Raises:
+        ValueError: the folder holds no decisions.
+    """
+    if not (folder / "telemetry.jsonl").is_file():
+        raise ValueError(f"path must hold a run's telemetry.jsonl, got {folder}")
+    records = read_records(folder)
+    if not records:
+        raise ValueError(f"path must hold at least one decision, got an empty telemetry.jsonl in {folder}")
+    summary, telemetry = _summary(folder), [record.telemetry for record in records]
+    console.print(_heading(summary, telemetry[-1]))
+    if summary:
+        console.print(_key_figures(summary))
+    if charts := _charts(telemetry, console):
+        console.print(Columns(charts))
+    console.print(_curves(telemetry, console))
+    console.print(_costs(telemetry))
+    console.print(_decisions(records))
+    if refused := _refusals(records):
+        console.print(refused)
+    console.print(Text(f"\nLook closer: tensorboard --logdir {folder / 'tb'}"), soft_wrap=True)
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # not finished yet, or damaged: the telemetry tells the rest
+    return content if isinstance(content, dict) else {}
+
+
+def _heading(summary: Mapping[str, Any], last: Telemetry) -> Text:
+    parts = [str(summary[name]) for name in ("model", "device") if name in summary]
+    if "policy" in summary:
+        parts.append(f"policy {summary['policy']}")
+    state = "diverged" if last.diverged else "finished" if last.finished else "not finished"
+    parts.append(f"{state} at {last.budget_used:.0%} of the budget, {last.tokens:,} tokens")
+    return Text("\n" + ", ".join(parts), style="bold")
+
+
+def _key_figures(summary: Mapping[str, Any]) -> Table:
+    reference = summary.get("reference") or {}
+    table = titled_table("Key figures", "", "this run", *(["reference"] if reference else []))
+    for label, key, form in KEY_FIGURES:
+        if key in summary or key in reference:
+            own = _number(summary.get(key, reference.get(key)), form)
+            beside = _number(reference[key], form) if key in summary and key in reference else ""
+            table.add_row(label, own, *([beside] if reference else []))
+    table.add_row("energy source", str(summary.get("energy_source") or "no meter"), *([""] if reference else []))
+    return table
+
+
+def _charts(telemetry: Sequence[Telemetry], console: Console) -> list[Text]:
+    """Return charts drawn by plotext, or none: it is not installed, too old, or the terminal knows no Unicode."""
+    if len(telemetry) < 3 or not _speaks_unicode(console):
+        return []
+    try:
+        import plotext
+
+        width = min(console.width, 160) // 2 - 2 if console.width >= 100 else min(console.width, 80)
+        return [_chart(plotext.figure, telemetry, value, title, width) for title, value, _ in CHARTS]
+    except Exception:  # a plot may never stop anything; the sparklines below say the same
+        return []
+
+
+def _chart(figure: Any, telemetry: Sequence[Telemetry], value: Value, title: str, width: int) -> Text:
+    points = [(t.tokens, y) for t in telemetry if (y := value(t)) is not None and math.isfinite(y)]
+    end = telemetry[-1].tokens
+    ticks = [end * index / 4 for index in range(5)]
+    figure.clear()
+    figure.plot_size(width, 12)
+    signal = figure.signal([x for x, _ in points], [y for _, y in points], marker="braille")
+    figure.draw(signal.lines())
+    figure.title(title)
+    figure.ruler("x").lim(0, end)
+    figure.ruler("x").ticks(ticks, [_tokens(tick) for tick in ticks])
+    drawing = figure.build().string(colorless=True)
+    figure.clear()
+    return Text(drawing, style="cyan", no_wrap=True)
+
+
+def _curves(telemetry: Sequence[Telemetry], console: Console) -> Table:
+    table = titled_table("Curves", "", "course", "first", "last", "lowest", "highest")
+    table.columns[0].no_wrap, table.columns[1].justify = True, "left"
+    levels = SPARKS if _speaks_unicode(console) else PLAIN_SPARKS
+    width = max(min(console.width - 72, 50), 8)
+    for label, value, form in CURVES:
+        known = [v for t in telemetry if (v := value(t)) is not None and math.isfinite(v)]
+        if known:
+            figures = (known[0], known[-1], min(known), max(known))
+            table.add_row(label, sparkline(known, width, levels), *(_number(v, form) for v in figures))
+    codes = [float(PRECISIONS.index(t.requested.precision)) for t in telemetry]
+    used = (telemetry[0].precision, telemetry[-1].precision)
+    table.add_row("precision", sparkline(codes, width, levels), *used, "", "")
+    return table
+
+
+def sparkline(values: Sequence[float], width: int, levels: str = SPARKS) -> str:
+    """Return one line of blocks, at most `width` of them, each the mean of the values that fall to it."""
+    width = min(width, len(values))
+    cuts = [round(index * len(values) / width) for index in range(width + 1)]
+    parts = [values[a:b] for a, b in pairwise(cuts)]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means), max(means)
+    span = high - low if high - low > FLAT * max(abs(high), abs(low)) else math.inf
+    return "".join(levels[min(int((mean - low) / span * len(levels)), len(levels) - 1)] for mean in means)
+
+
+def _costs(telemetry: Sequence[Telemetry]) -> Table:
+    """Say where time and energy went; the joules of an interval are shared out among its parts by time."""
+    probe, switch = sum(t.probe_time_s for t in telemetry), sum(t.switch_time_s for t in telemetry)
+    training = sum(t.time_s for t in telemetry) - probe - switch
+    evaluation = sum(t.evaluation_time_s for t in telemetry)
+    total = training + probe + switch + evaluation
+    shares = {
+        "training": (training, lambda t: t.time_s - t.probe_time_s - t.switch_time_s),
+        "curvature probe": (probe, lambda t: t.probe_time_s),
+        "switching controls": (switch, lambda t: t.switch_time_s),
+        "evaluation": (evaluation, None),
+    }
+    source = telemetry[-1].energy_source or "no meter"
+    table = titled_table("Where time and energy went", "", "time, s", "share", f"energy, J ({source})")
+    for name, (seconds, part) in shares.items():
+        joules = _number(_joules(telemetry, part), ",.2f") if part is not None else "not counted"
+        table.add_row(name, f"{seconds:,.2f}", f"{seconds / max(total, 1e-9):.1%}", joules)
+    return table
+
+
+def _joules(telemetry: Iterable[Telemetry], part: Callable[[Telemetry], float]) -> float | None:
+    total = 0.0
+    for t in telemetry:
+        if t.energy_j is None:
+            return None
+        total += t.energy_j * part(t) / max(t.time_s, 1e-9)
+    return total
+
+
+def _decisions(records: Sequence[DecisionRecord]) -> Table:
+    table = titled_table(f"{len(records)} decisions", "control", "changed", "choices that took effect")
+    table.columns[2].justify = "left"
+    for index, field in enumerate(ACTION_FIELDS):
+        taken = Counter(record.allowed[index] for record in records)
+        changes = [f"{field.choices[c]}: {n}" for c, n in sorted(taken.items()) if c != field.keep]
+        table.add_row(field.name, str(len(records) - taken[field.keep]), escape(", ".join(changes)) or "-")
+    return table
+
+
+def _refusals(records: Sequence[DecisionRecord]) -> Table | None:
+    """Count refusals by reason; reasons that differ only in their numbers count together."""
+    counts: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for reason in (reason for record in records for reason in record.refusals):
+        kind = re.sub(r"\d[\d.,e+-]*", "#", reason)
+        counts[kind] += 1
+        example.setdefault(kind, reason)
+    if not counts:
+        return None
+    table = titled_table("Refused by the safety layer", "", "times")
+    for kind, count in counts.most_common():
+        table.add_row(escape(example[kind]), str(count))
+    return table
+
+
+def _speaks_unicode(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
+
+
+def _tokens(count: float) -> str:
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {letter}"
+    return f"{count:.0f}"
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) and math.isfinite(value) else "unknown"
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def inspect_path(path: Path, console: Console) -> None:
+    """Print what `path` holds, or the policy of that name that comes with trainpilot.
+
+    Raises:
+        ValueError: it holds neither a bundle nor a run.
+    """
+    if path.is_file():
+        print_policy(path, console)
+    elif (path / "telemetry.jsonl").is_file():
+        print_run(path, console)
+        print_reasons(path, console)
+    elif (path / "policy.safetensors").is_file():
+        print_policy(path / "policy.safetensors", console)
+        console.print(f"watch its training: tensorboard --logdir {path / 'tb'}", soft_wrap=True)
+    elif not path.exists() and str(path) in shipped_policies():
+        print_policy(policy_path(str(path)), console)
+    else:
+        shipped = ", ".join(shipped_policies()) or "none"
+        raise ValueError(
+            f"path must be a bundle, a run's folder or an agent's folder, got {path}; "
+            f"policies that come with trainpilot: {shipped}"
+        )

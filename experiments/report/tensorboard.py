@@ -1,0 +1,85 @@
+"""Write every judged run to TensorBoard: one folder per case, method and seed, the x-axis counts tokens.
+
+Written record by record without torch: its writer starts a thread for each run, and there are hundreds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import summary_v2
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from trainpilot.agents.logging.run_log import hparams
+from trainpilot.agents.logging.tags import TAGS
+from trainpilot.experiments.compare.results import IntervalResult, Row, RunResult
+from trainpilot.experiments.report.report_data import Material
+from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.files import whole_folder
+
+SETTINGS = ("tokens", "batch_size", "base_learning_rate", "schedule", "precision", "optimizer", "seed")
+
+
+def write_events(folder: Path, material: Material) -> None:
+    """Write the runs of all methods; what stood in `folder` before goes."""
+    with whole_folder(folder) as temporary:
+        for row in material.comparison.rows:
+            result = material.results.get(row.key)
+            if row.role == "method" and result is not None and result.intervals:
+                _write_run(temporary / slug(row.case) / slug(row.method) / f"seed-{row.seed}", row, result)
+
+
+def slug(name: str) -> str:
+    """Return a name that may be a folder's."""
+    return re.sub(r"[^\w.@+-]+", "-", name).strip(".-") or "unnamed"
+
+
+def _write_run(folder: Path, row: Row, result: RunResult) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "events.out.tfevents.0.trainpilot").open("wb") as stream:
+        writer = RecordWriter(stream)
+        writer.write(Event(file_version="brain.Event:2").SerializeToString())
+        for step, values in _scalars(result):
+            writer.write(Event(step=step, wall_time=float(step), summary=_summary(values)).SerializeToString())
+        writer.write(Event(step=result.tokens, summary=_hparams(row, result)).SerializeToString())
+        writer.flush()
+
+
+def _scalars(result: RunResult) -> Iterator[tuple[int, dict[str, float | None]]]:
+    yield 0, {"loss/validation": result.initial_validation_loss}
+    for interval in result.intervals:
+        yield interval.tokens, _of_interval(interval)
+    finals = {"validation_loss": result.final_validation_loss, "test_loss": result.final_test_loss}
+    yield result.tokens, {f"final/{name}": value for name, value in finals.items()} | {"final/tokens": result.tokens}
+
+
+def _of_interval(interval: IntervalResult) -> dict[str, float | None]:
+    known = interval.precision in PRECISIONS
+    return {
+        "loss/train": interval.train_loss,
+        "loss/validation": interval.validation_loss,
+        "controls_requested/learning_rate_scale": interval.learning_rate_scale,
+        "controls_effective/learning_rate": interval.learning_rate,
+        "controls_effective/batch_size": interval.batch_size,
+        "controls_effective/precision": float(PRECISIONS.index(interval.precision)) if known else None,
+        "controls_effective/sparsity": interval.sparsity,
+    }
+
+
+def _summary(values: dict[str, float | None]) -> Summary:
+    """Return scalars under the tags that steered runs use; what is unknown or not finite is left out."""
+    known = {TAGS[tag].name: value for tag, value in values.items() if value is not None and math.isfinite(value)}
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in known.items()])
+
+
+def _hparams(row: Row, result: RunResult) -> Summary:
+    """Return the run's settings for the HPARAMS tab; its metrics are the `final/` scalars."""
+    config = asdict(result.spec.config)
+    settings = {"case": row.case, "method": row.method, **{name: config[name] for name in SETTINGS}}
+    return summary_v2.hparams_pb(hparams(settings), trial_id=f"{row.case} {row.method} {row.seed}", start_time_secs=0.0)

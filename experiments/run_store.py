@@ -1,0 +1,202 @@
+"""Keep what a run leaves behind: its settings, a line per decision, a checkpoint, a summary.
+
+Keep every finished run as its own file, so that nothing is run twice.
+
+Name the versions that a result was made with.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.text_sources import content_digest
+from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint, whole_file, write_json
+
+CHECKPOINT_EVERY_S = 5.0
+"""Seconds between two checkpoints, at least; more where writing one takes long."""
+CHECKPOINT_COST = 0.02
+"""Share of the run's time that checkpoints may take."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: The folder; made if it is not there.
+        settings: Everything that decides the run's result, as JSON values.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        claim_folder(path, "config.json", settings)
+        self._last_checkpoint = time.monotonic()
+        self._checkpoint_cost_s = 0.0
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return the summary of a finished run, or `None`."""
+        file = self.path / "summary.json"
+        return _read_json(file) if file.is_file() else None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary; the run counts as finished, and its checkpoint is removed."""
+        write_json(self.path / "summary.json", dict(summary))
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+    def resume(self) -> tuple[dict[str, Any], list[DecisionRecord]] | None:
+        """Return the checkpoint of an interrupted run and its decisions so far, or `None` where nothing was kept."""
+        checkpoint = load_checkpoint(self.path / "checkpoint.pt")
+        if checkpoint is None:
+            self._rewrite([])
+            return None
+        records = [DecisionRecord.from_json(json.loads(line)) for line in checkpoint["records"]]
+        self._rewrite(records)
+        return checkpoint, records
+
+    def append(self, record: DecisionRecord) -> None:
+        """Add one line to telemetry.jsonl. A full disk costs the line, not the run."""
+        try:
+            with (self.path / "telemetry.jsonl").open("a", encoding="utf-8") as file:
+                file.write(_line(record) + "\n")
+        except OSError as error:
+            warnings.warn(f"telemetry.jsonl could not be written: {error.strerror}; the run goes on", stacklevel=2)
+
+    def checkpoint_due(self) -> bool:
+        """Return whether enough time has passed since the last checkpoint."""
+        wait = max(CHECKPOINT_EVERY_S, self._checkpoint_cost_s / CHECKPOINT_COST)
+        return time.monotonic() - self._last_checkpoint >= wait
+
+    def write_checkpoint(self, content: Mapping[str, Any], records: Sequence[DecisionRecord]) -> None:
+        """Write the checkpoint. A full disk costs the checkpoint, not the run."""
+        start = time.monotonic()
+        try:
+            lines = [_line(record) for record in records]
+            save_checkpoint(self.path / "checkpoint.pt", {**content, "records": lines})
+        except OSError as error:
+            reason = error.strerror or str(error)
+            warnings.warn(f"the checkpoint could not be written: {reason}; the run goes on without", stacklevel=2)
+        self._last_checkpoint = time.monotonic()
+        self._checkpoint_cost_s = self._last_checkpoint - start
+
+    def _rewrite(self, records: Sequence[DecisionRecord]) -> None:
+        with whole_file(self.path / "telemetry.jsonl") as temporary:
+            temporary.write_text("".join(_line(record) + "\n" for record in records), encoding="utf-8")
+
+
+def claim_folder(path: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Make the folder and write `settings` into it, or check that it already belongs to the same settings.
+
+    Raises:
+        ValueError: the path is a file, or the folder belongs to other settings; nothing is written then.
+    """
+    file = path / name
+    wanted = json.loads(json.dumps(dict(settings)))
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out must be a folder, got the file {path}")
+    if not file.is_file():
+        write_json(file, wanted)
+        return
+    held = _read_json(file)
+    for key in sorted({*held, *wanted}):
+        if held.get(key) != wanted.get(key):
+            raise ValueError(
+                f"out: {path} holds something else ({key} was {held.get(key)!r}, now {wanted.get(key)!r}); "
+                "choose another --out"
+            )
+
+
+def read_records(folder: Path) -> list[DecisionRecord]:
+    """Return the decisions in a run's telemetry.jsonl; a last line cut short by a crash is left out."""
+    records = []
+    for line in (folder / "telemetry.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(DecisionRecord.from_json(json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _line(record: DecisionRecord) -> str:
+    return json.dumps(record.to_json(), allow_nan=False)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"out: {path} is not readable JSON ({error}); remove it or choose another --out") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"out: {path} must hold a JSON object; remove it or choose another --out")
+    return content
+
+
+class RunStore:
+    """The folder `runs/` of a comparison, one JSON file per run, named by its key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[str, RunResult] = {}
+
+    def get(self, key: str) -> RunResult | None:
+        """Return a finished run; `None` if it was never run, did not end by itself, or its file is damaged."""
+        if key not in self._known:
+            result = _read(self.folder / f"{key}.json")
+            if result is None or result.failure is not None or result.key != key:
+                return None
+            self._known[key] = result
+        return self._known[key]
+
+    def put(self, result: RunResult) -> None:
+        """Write a run's file whole. A run that failed is kept for the report, and tried again next time."""
+        write_json(self.folder / f"{result.key}.json", result.to_json())
+        if result.failure is None:
+            self._known[result.key] = result
+
+
+def run_key(spec: RunSpec) -> str:
+    """Return the name of a run's file: the same for the same settings, text and model, on every machine.
+
+    Raises:
+        ValueError: the text cannot be read.
+    """
+    return spec.key(_content(spec.config.text, spec.config.model))
+
+
+@lru_cache(maxsize=256)
+def _content(text: tuple[str, ...], model: str) -> str:
+    digest = content_digest(RunConfig(text=text, model=model))
+    return digest if Path(model).exists() else f"{digest} {model}"
+
+
+def _read(path: Path) -> RunResult | None:
+    try:
+        return RunResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+PACKAGES = ("trainpilot", "torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return Python's and the main packages' versions."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,177 @@
+"""Describe one run: model, corpus, budget and starting settings. Knows no torch, so that it can be read alone.
+
+Name the controls that hold during one interval of a run, and their limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Literal, get_args
+
+from trainpilot.llm_runtime.schedules import SCHEDULES, Schedule, ScheduleName
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Pruning = Literal["none", "magnitude", "evolution", "width"]
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PRUNINGS: tuple[Pruning, ...] = get_args(Pruning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """What holds during one interval. `RunConfig.start()` gives those of the untouched base schedule."""
+
+    learning_rate_scale: float = 1.0
+    """Factor on the base schedule at the starting batch size, dimensionless."""
+    batch_size: int
+    """Sequences per optimiser step."""
+    precision: Precision = "fp32"
+    """Number format of the matrix products; weights and optimiser state stay in float32."""
+    sparsity: float = 0.0
+    """Share of the prunable weights held at zero, or of the feed-forward channels removed, in [0, 1)."""
+    finish: bool = False
+    """Cool down now: the learning rate falls linearly to zero over a fifth of the tokens so far, then the run ends."""
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rate_scale >= 0 and math.isfinite(self.learning_rate_scale)):
+            raise ValueError(f"learning_rate_scale must be a finite number >= 0, got {self.learning_rate_scale}")
+        if not isinstance(self.batch_size, Integral) or self.batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1 sequence, got {self.batch_size}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlLimits:
+    """What a plant can do, and why it cannot do the rest."""
+
+    start: Controls
+    """Controls of the untouched base schedule."""
+    min_batch_size: int
+    """Smallest batch worth offering, in sequences."""
+    max_batch_size: int
+    """Largest batch that leaves enough steps in an interval, in sequences."""
+    masked_precisions: Mapping[Precision, str]
+    """Precisions not offered, each with the reason."""
+    pruning: Pruning
+    """What the pruning control does here."""
+    decisions: int
+    """Decisions in the whole run."""
+
+
+OptimizerName = Literal["adamw", "schedule-free", "prodigy"]
+
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, also called a case: one training of one model on one corpus under one budget."""
+
+    model: str = "llama-nano"
+    """A preset, a config JSON (trained from scratch), a local model folder or a Hub id (fine-tuned)."""
+    text: tuple[str, ...] = ("stdlib",)
+    """`stdlib`, parts of it (`stdlib:asyncio,json`), `python-docs`, UTF-8 files, folders, globs, `hub:OWNER/NAME`."""
+    tokens: int = 1_000_000
+    """Budget in tokens."""
+    batch_size: int = 16
+    """Starting batch, in sequences."""
+    sequence_length: int = 128
+    """Tokens per sequence."""
+    base_learning_rate: float = 1e-3
+    """Peak of the base schedule at the starting batch size."""
+    schedule: ScheduleName = "linear"
+    """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero) or constant."""
+    warmup_tokens: int | None = None
+    """Tokens of linear warm-up; by default 2 % of the budget."""
+    precision: Precision = "fp32"
+    """Starting precision."""
+    pruning: Pruning = "none"
+    """What the pruning control does: nothing, weight masks by magnitude or evolution, or feed-forward width."""
+    decisions: int = 50
+    """Decisions per run, at equal shares of the budget."""
+    optimizer: OptimizerName = "adamw"
+    """`adamw`, or one that needs less tuning, at one batch size and without pruning: `schedule-free` AdamW, meant for
+    the schedule `constant`, or `prodigy`, whose base_learning_rate is a factor on its own estimate: 1.0."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay. The other optimisers have their own decays."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay at the starting batch size; its half-life in tokens is kept."""
+    gradient_clip: float = 1.0
+    """Largest Euclidean norm of the gradient."""
+    seed: int = 0
+    """Seeds the initial weights and the data order."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu` or `cuda`."""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_counts()
+        self._check_optimiser()
+        needed = self.decisions * self.batch_size * self.sequence_length
+        if self.tokens < needed:
+            raise ValueError(
+                f"tokens must give every decision at least one step: {self.decisions} decisions x batch_size "
+                f"{self.batch_size} x sequence_length {self.sequence_length} = {needed:,}, got {self.tokens:,}; "
+                "raise the budget or lower one of the three"
+            )
+        if self.warmup_tokens is not None and not 0 <= self.warmup_tokens < self.tokens:
+            raise ValueError(f"warmup_tokens must be in [0, tokens), got {self.warmup_tokens}")
+
+    def _check_choices(self) -> None:
+        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "pruning": PRUNINGS, "optimizer": OPTIMIZERS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not self.text:
+            raise ValueError("text must name at least one source, got none; the default is 'stdlib'")
+
+    def _check_counts(self) -> None:
+        least = {"tokens": 1, "batch_size": 1, "sequence_length": 1, "decisions": 1, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+    def _check_optimiser(self) -> None:
+        for name in ("base_learning_rate", "gradient_clip"):
+            if not (_is_number(value := getattr(self, name)) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("beta1", "beta2"):
+            if not (_is_number(value := getattr(self, name)) and 0 <= value < 1):
+                raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+        if self.optimizer != "adamw" and self.pruning != "none":
+            raise ValueError(
+                f"pruning must be 'none' with optimizer {self.optimizer!r}, got {self.pruning!r}; "
+                "only optimizer 'adamw' can prune"
+            )
+        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay!r}")
+
+    def n_sequences(self) -> int:
+        """Return the budget in sequences."""
+        return self.tokens // self.sequence_length
+
+    def warmup(self) -> int:
+        """Return the tokens of warm-up."""
+        return self.tokens // 50 if self.warmup_tokens is None else self.warmup_tokens
+
+    def base_schedule(self) -> Schedule:
+        """Return the base schedule over the budget in whole sequences."""
+        tokens = self.n_sequences() * self.sequence_length
+        return Schedule(name=self.schedule, budget_tokens=tokens, warmup_tokens=self.warmup())
+
+    def start(self) -> Controls:
+        """Return the controls that leave the base schedule untouched."""
+        return Controls(batch_size=self.batch_size, precision=self.precision)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

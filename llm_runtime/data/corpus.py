@@ -1,0 +1,236 @@
+"""Turn text into token ids: tokenizers, splits that depend on content alone, and a memory-mapped cache.
+
+Where text comes from is in `text_sources`, how ids become batches in `batches`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from trainpilot.llm_runtime import files
+from trainpilot.llm_runtime.data.text_sources import DOCUMENT_END, read_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = npt.NDArray[Any]
+"""Token ids, one-dimensional: uint8, uint16 or uint32, the smallest which holds the vocabulary."""
+
+SPLITS = ("train", "validation", "test")
+HELD_OUT = 20
+"""One block in so many goes to validation, and again to test, rounded up to whole blocks."""
+BLOCK_CHARACTERS = (1024, 32 * 1024)
+"""Smallest and largest block of text that goes into one split as a whole, in characters."""
+CACHE_FORMAT = "1"
+"""Part of the cache's key: raise it when splits, blocks or files of the cache change their meaning."""
+
+# What a pretrained tokenizer gets at once: pieces that end with a line, where a line ends nearby.
+PIECE = re.compile(r"\0|[^\0]{1,32768}\n|[^\0]{1,32768}")
+PIECES_PER_CALL, PIECES_WITHOUT_BAR = 64, 128
+
+
+class Tokenizer(Protocol):
+    """Anything that turns text into ids below `vocabulary`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers exactly if they give equal ids."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of different ids."""
+
+    def encode(self, text: str) -> Tokens:
+        """Return the ids of `text`, shape `(tokens,)`; `DOCUMENT_END` stands between two documents."""
+
+
+class ByteTokenizer:
+    """One id per byte of UTF-8, for models that start from scratch; a document's end is id 0."""
+
+    fingerprint = "bytes"
+    vocabulary = 256
+
+    def encode(self, text: str) -> Tokens:
+        """Return the bytes of `text` as uint8, shape `(bytes,)`."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+
+class PretrainedTokenizer:
+    """The tokenizer that belongs to a pretrained model, from transformers.
+
+    Special tokens are neither added nor read from the text; the end-of-sequence id, if there is one, goes
+    between documents.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._end: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        vocabulary = tokenizer.get_vocab()
+        self.vocabulary: int = 1 + max(vocabulary.values())
+        self.fingerprint: str = _fingerprint(tokenizer, vocabulary)
+
+    def encode(self, text: str) -> Tokens:
+        """Return the ids of `text` as uint32, shape `(tokens,)`; a long text shows a progress bar."""
+        from rich.console import Console
+        from rich.progress import track
+
+        pieces = PIECE.findall(text)
+        calls = [pieces[i : i + PIECES_PER_CALL] for i in range(0, len(pieces), PIECES_PER_CALL)]
+        short = len(pieces) < PIECES_WITHOUT_BAR
+        bar = track(calls, "text to tokens", disable=short, transient=True, console=Console(stderr=True))
+        return np.concatenate([np.zeros(0, np.uint32), *map(self._encode_pieces, bar)])
+
+    def _encode_pieces(self, pieces: list[str]) -> npt.NDArray[np.uint32]:
+        ids = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        rows = zip(pieces, ids["input_ids"], strict=True)
+        parts = (self._end if piece == DOCUMENT_END else row for piece, row in rows)
+        return np.fromiter(chain.from_iterable(parts), dtype=np.uint32)
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) -> str:
+    """Hash the rules of a fast tokenizer, or class and vocabulary of another one."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(fast.to_str()) if fast is not None else {"vocabulary": vocabulary}
+    rules.update(truncation=None, padding=None, kind=type(tokenizer).__name__, end=tokenizer.eos_token_id)
+    return _hash(json.dumps(rules, sort_keys=True).encode())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """Token ids of one or several texts, split three ways; memory maps, if the cache can be written."""
+
+    name: str
+    """The sources, as they were given."""
+    train: Tokens
+    """Ids to train on, shape `(tokens,)`."""
+    validation: Tokens
+    """Ids a policy may look at during a run, shape `(tokens,)`."""
+    test: Tokens
+    """Ids for the final judgement alone, shape `(tokens,)`."""
+    vocabulary: int
+    """Number of different ids the tokenizer may give."""
+    key: str
+    """Hash of the content and of the tokenizer."""
+    n_bytes: int
+    """Size of the whole text as UTF-8, in bytes."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean length of a token over the whole text, in bytes."""
+        return self.n_bytes / (len(self.train) + len(self.validation) + len(self.test))
+
+
+def load_corpus(sources: Sequence[str], tokenizer: Tokenizer, *, cache: Path | None = None) -> Corpus:
+    """Read, split and tokenise `sources`, or take the ids from the cache if content and tokenizer are known.
+
+    The text is cut into blocks; which split a block goes to depends on the text alone. The blocks of a split
+    keep their order and follow each other directly.
+
+    Args:
+        sources: what `text_sources.read_documents` reads.
+        tokenizer: gives the ids.
+        cache: folder of token caches; `files.cache_dir() / "tokens"` if not given.
+
+    Raises:
+        ValueError: a source cannot be read, or the text is too short to split.
+    """
+    named = [sources] if isinstance(sources, str) else list(sources)
+    blocks = _blocks(DOCUMENT_END.join(read_documents(named)))
+    encoded = [block.encode("utf-8") for block in blocks]
+    digests = [_hash(block) for block in encoded]
+    key = _hash("\n".join([CACHE_FORMAT, tokenizer.fingerprint, *digests]).encode())
+    folder = (cache or files.cache_dir() / "tokens") / key
+    dtype = np.min_scalar_type(tokenizer.vocabulary - 1)
+    tokens = _read_cache(folder, dtype) or _build(folder, dtype, blocks, split_blocks(digests), tokenizer)
+    n_bytes = sum(map(len, encoded))
+    return Corpus(name=", ".join(named), **tokens, vocabulary=tokenizer.vocabulary, key=key, n_bytes=n_bytes)
+
+
+# Splits -----------------------------------------------------------------------------------------------------
+
+
+def _blocks(text: str) -> list[str]:
+    """Cut `text` into 64 blocks, as far as `BLOCK_CHARACTERS` allows; the last takes the remainder too."""
+    size = int(np.clip(len(text) // 64, *BLOCK_CHARACTERS))
+    starts = [size * i for i in range(max(len(text) // size, 1))]
+    return [text[i:j] for i, j in zip_longest(starts, starts[1:])]
+
+
+def split_blocks(digests: Sequence[str]) -> list[str]:
+    """Name the split of every block from the hashes of all blocks.
+
+    Different blocks are ranked by hash, those that occur once first: 5 % go to validation, the next 5 % to
+    test (both rounded up), the rest to train. Equal blocks share a split, and text that repeats itself is
+    trained on rather than held out.
+
+    Raises:
+        ValueError: there are fewer than three different blocks.
+    """
+    counts = Counter(digests)
+    if len(counts) < len(SPLITS):
+        raise ValueError(
+            f"text must hold at least {len(SPLITS)} different blocks of {BLOCK_CHARACTERS[0]} characters "
+            f"to be split, got {len(counts)}; add more text with --text"
+        )
+    ranked = sorted(counts, key=lambda digest: (counts[digest], digest))
+    n = math.ceil(len(ranked) / HELD_OUT)
+    held_out = dict.fromkeys(ranked[:n], "validation") | dict.fromkeys(ranked[n : 2 * n], "test")
+    return [held_out.get(digest, "train") for digest in digests]
+
+
+# Cache ------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    folder: Path, dtype: np.dtype[Any], blocks: list[str], names: list[str], tokenizer: Tokenizer
+) -> dict[str, Tokens]:
+    """Tokenise the splits and write them to the cache; if that fails they stay in memory."""
+    tokens: dict[str, Tokens] = {}
+    for split in SPLITS:
+        text = "".join(block for block, name in zip(blocks, names, strict=True) if name == split)
+        tokens[split] = tokenizer.encode(text).astype(dtype)
+    if (cached := _read_cache(folder, dtype)) is not None:  # another process was faster
+        return cached
+    try:
+        with files.whole_folder(folder) as temporary:
+            for split in SPLITS:
+                (temporary / f"{split}.ids").write_bytes(tokens[split].data)
+            files.write_json(temporary / "meta.json", {split: _hash(tokens[split].data) for split in SPLITS})
+    except OSError as error:
+        # Two processes that put the same ids in place at once trip over each other: nothing is wrong.
+        if error.errno not in (None, errno.ENOENT, errno.ENOTEMPTY):
+            warnings.warn(f"token cache not written ({error}); the ids stay in memory", stacklevel=3)
+    return _read_cache(folder, dtype) or tokens
+
+
+def _read_cache(folder: Path, dtype: np.dtype[Any]) -> dict[str, Tokens] | None:
+    """Map the splits from `folder`; None if they are not there or not as they were written.
+
+    They are plain ids without a header: NumPy parses its own with `ast`, which Python 3.11 cannot do in several
+    threads at once (https://github.com/python/cpython/issues/106905).
+    """
+    try:
+        checksums = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        tokens: dict[str, Tokens] = {split: np.memmap(folder / f"{split}.ids", dtype, "r") for split in SPLITS}
+        intact = all(_hash(tokens[split].data) == checksums[split] for split in SPLITS)
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return None
+    return tokens if intact else None
+
+
+def _hash(content: bytes | memoryview) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -1,0 +1,200 @@
+"""Say what an energy meter is, and choose the best one that this machine has.
+
+The meters themselves live in `energy_nvml` (NVIDIA GPUs), `energy_host` (RAPL, and an estimate for other
+CPUs) and `energy_recorded` (a recording played back).
+
+Write the readings of a meter to a CSV file and play them back where the device is not at hand.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from trainpilot.llm_runtime.files import whole_file
+
+EnergySource = Literal["measured_counter", "measured_power", "estimated"]
+
+
+class MeterUnavailableError(RuntimeError):
+    """A meter cannot be made here; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergyReading:
+    """One look at a meter. What cannot be known is `None`, never 0."""
+
+    time_s: float
+    """When, on the meter's clock, in seconds."""
+    energy_j: float | None
+    """Joules since the meter was made."""
+    source: EnergySource | None
+    """Where `energy_j` comes from; `None` when it is unknown."""
+    power_w: float | None = None
+    """Draw at this moment, in watts."""
+    power_limit_w: float | None = None
+    """Enforced power limit, in watts."""
+    utilisation: float | None = None
+    """Share of the device in use, in [0, 1]."""
+    memory_used_bytes: int | None = None
+    """Memory in use on the device, in bytes."""
+    memory_total_bytes: int | None = None
+    """Memory of the device, in bytes."""
+
+
+class EnergyMeter(Protocol):
+    """Reads joules. `read` never raises: a meter may not stop a run."""
+
+    @property
+    def description(self) -> str:
+        """One line for people: what is measured, and how."""
+
+    def read(self) -> EnergyReading:
+        """Return the joules so far and what else the device tells."""
+
+    def close(self) -> None:
+        """Release the device library."""
+
+
+def sum_known(values: Iterable[float | None]) -> float | None:
+    """Return the sum, or `None` where one part is unknown."""
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+class NoMeter:
+    """Knows nothing: every reading is `None`, and the description says why."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    @property
+    def description(self) -> str:
+        """One line for people: why the energy is unknown."""
+        return f"energy unknown: {self._reason}"
+
+    def read(self) -> EnergyReading:
+        """Return the time and nothing else."""
+        return EnergyReading(time_s=time.monotonic(), energy_j=None, source=None)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def select_meter(device: str) -> EnergyMeter:
+    """Return the best meter for a torch device name. Never raises: what cannot be measured gets a `NoMeter`.
+
+    Make it after the model is on the device: only then does CUDA tell which physical GPU `cuda:0` is.
+
+    Args:
+        device: `cpu`, `cuda` (the current GPU), `cuda:1`, `mps` and so on, as torch names them.
+    """
+    try:
+        return _meter_for(device)
+    except Exception as error:  # whatever a driver or its bindings do wrong, the run goes on
+        return NoMeter(str(error) or type(error).__name__)
+
+
+def _meter_for(device: str) -> EnergyMeter:
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        from trainpilot.llm_runtime.energy.nvml import NvmlMeter, current_index
+
+        return NvmlMeter([int(index) if index else current_index()])
+    if kind == "cpu":
+        return _host_meter()
+    raise MeterUnavailableError(f"no meter reads the device {device!r}")
+
+
+def _host_meter() -> EnergyMeter:
+    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
+
+    try:
+        return RaplMeter()
+    except MeterUnavailableError as error:
+        return CpuEstimateMeter(why=str(error))
+
+
+_SOURCES: tuple[EnergySource, ...] = get_args(EnergySource)
+_COLUMNS = [field.name for field in fields(EnergyReading)]
+_WHOLE_NUMBERS = {field.name for field in fields(EnergyReading) if field.type == "int | None"}
+
+
+def write_recording(path: Path, readings: Sequence[EnergyReading]) -> None:
+    """Write one line per reading, one column per field; an unknown value is an empty cell."""
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(reading) for reading in readings)
+
+
+def read_recording(path: Path) -> list[EnergyReading]:
+    """Return the readings that `write_recording` wrote.
+
+    Raises:
+        ValueError: A column is missing or unknown, or a cell is not what its column holds.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if odd := set(_COLUMNS) ^ set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: columns missing or unknown: {', '.join(sorted(odd))}")
+        return [_parse(row, f"{path}, line {rows.line_num}") for row in rows]
+
+
+def _parse(row: dict[str, Any], where: str) -> EnergyReading:
+    if None in row or None in row.values():
+        raise ValueError(f"{where}: expected {len(_COLUMNS)} cells")
+    if not row["time_s"]:
+        raise ValueError(f"{where}: time_s is empty")
+    return EnergyReading(**{name: _value(name, cell, where) for name, cell in row.items()})
+
+
+def _value(name: str, cell: str, where: str) -> Any:
+    if cell == "":
+        return None
+    if name == "source":
+        if cell not in _SOURCES:
+            raise ValueError(f"{where}: source must be one of {', '.join(_SOURCES)}, got {cell!r}")
+        return cell
+    try:
+        number = int(cell) if name in _WHOLE_NUMBERS else float(cell)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: {name} must be a finite number, got {cell!r}")
+    return number
+
+
+class RecordedMeter:
+    """Plays readings back: each `read` returns the next one, then the last one for ever."""
+
+    def __init__(self, recording: Path | Sequence[EnergyReading]) -> None:
+        """Take the readings to play, or the CSV file with them. Raises `ValueError` if there are none."""
+        self._name = recording.name if isinstance(recording, Path) else "a list"
+        self._readings = read_recording(recording) if isinstance(recording, Path) else list(recording)
+        if not self._readings:
+            raise ValueError("a recording needs at least 1 reading, got 0")
+        self._next = 0
+
+    @property
+    def description(self) -> str:
+        """One line for people: what is played back."""
+        return f"{len(self._readings)} recorded readings from {self._name}"
+
+    def read(self) -> EnergyReading:
+        """Return the next reading."""
+        reading = self._readings[min(self._next, len(self._readings) - 1)]
+        self._next += 1
+        return reading
+
+    def close(self) -> None:
+        """Do nothing."""

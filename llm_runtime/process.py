@@ -1,0 +1,111 @@
+"""Set how many threads torch uses in this process.
+
+Keep a run's random numbers apart from everyone else's in the same process, such as a policy's.
+
+Call a method again and again on a daemon thread, for as long as its object lives.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+
+def use_threads(n_threads: int) -> int:
+    """Use `n_threads` for matrix products, 0 for all cores, and return the number. Raises `ValueError` below 0."""
+    if n_threads < 0:
+        raise ValueError(f"threads must be 0 (all cores) or more, got {n_threads}")
+    count = n_threads or available_cores()
+    torch.set_num_threads(count)
+    return count
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads_in_use() -> int:
+    """Return how many threads torch uses in this process."""
+    return torch.get_num_threads()
+
+
+class RandomState:
+    """The state of torch's generators as one run sees them: what dropout draws.
+
+    Args:
+        device: Where the run's model lives.
+        seed: Where its numbers begin.
+    """
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._device = device
+        with self.apart():
+            torch.manual_seed(seed)
+            self._state = self._read()
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Leave everyone else's random numbers as they were."""
+        return torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Go on with the run's own random numbers."""
+        with self.apart():
+            cpu, cuda = self._state
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self._device)
+            yield
+            self._state = self._read()
+
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        return torch.get_rng_state(), cuda
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, for a snapshot."""
+        cpu, cuda = self._state
+        return {"cpu": cpu, "cuda": cuda}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a state that `state_dict` returned."""
+        self._state = (state["cpu"], state["cuda"])
+
+
+class Ticker:
+    """A daemon thread that calls a bound method every `interval_s` seconds until `stop`.
+
+    It holds the method weakly, so an object that nobody uses any more takes its thread with it.
+    """
+
+    def __init__(self, method: Callable[[], None], interval_s: float) -> None:
+        if not interval_s > 0:
+            raise ValueError(f"interval_s must be > 0 seconds, got {interval_s}")
+        self._method = weakref.WeakMethod(method)
+        self._interval_s = interval_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trainpilot-ticker", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            method = self._method()
+            if method is None:
+                return
+            method()
+            del method
+
+    def stop(self) -> None:
+        """End the thread; wait for a call under way, but no longer than a second."""
+        self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=1.0)

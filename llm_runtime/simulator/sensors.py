@@ -1,0 +1,129 @@
+"""Turn the state of simulated runs into what their meters would show, noise included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from trainpilot.llm_runtime.schedules import sequences_probed
+from trainpilot.llm_runtime.simulator.physics import MOMENTUM_NOISE, RATE_UNIT, Moments, Physics, PhysicsState
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+
+CHANNELS = 12
+"""Random numbers that an interval's readings take."""
+TEXT_SPREAD = 1.5
+"""Neighbouring sequences come from the same documents, so that an interval's loss varies this much more."""
+
+
+@dataclass(kw_only=True)
+class Meters:
+    """How one model's readings come out; arrays of shape (n_runs,). Typical values are means over live runs."""
+
+    loss_spread: Floats
+    """Standard deviation of one sequence's loss, in nats/token."""
+    validation_gap: Floats
+    """Validation less training loss, in nats/token: the texts differ."""
+    noise_scale: Floats
+    """Gradient noise over signal power at the start, in sequences, as Adam's buffers show it."""
+    gradient_norm: Floats
+    """Norm of the gradient at the start."""
+    curvature: Floats
+    """Curvature term of the probe over the loss, at a relative update of 1 %."""
+    curvature_memory: Floats
+    """How much the curvature has adapted to past updates: 0 not at all, 2 fully (the edge of stability)."""
+    probe_spread: Floats
+    """Spread of the probe's logarithm on one sequence."""
+
+    def put(self, rows: Ints, other: Meters) -> None:
+        """Replace some runs' meters by those of `other`."""
+        for field in fields(self):
+            getattr(self, field.name)[rows] = getattr(other, field.name)
+
+    def take(self, rows: Ints) -> Meters:
+        """Return copies of some runs' meters."""
+        return Meters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """What has just happened."""
+
+    steps: Floats
+    batch: Floats
+    last_rate: Floats
+    """Learning rate of the last step."""
+    mean_loss: Floats
+    """Expected training loss, mean over the interval."""
+    loss_fall: Floats
+    """Fall of the expected loss over the interval."""
+    probed: Bools
+    """Whether it ends with a curvature probe."""
+
+
+def read(
+    meters: Meters, physics: Physics, state: PhysicsState, moments: Moments, interval: Interval, *, memory: Floats,
+    random: Floats,
+) -> dict[str, Floats]:  # fmt: skip
+    """Return the telemetry's fields of loss, gradient and probe.
+
+    Args:
+        meters: How readings come out.
+        physics: Parameters of the runs.
+        state: Where the runs are.
+        moments: Gradients of the interval.
+        interval: What was done.
+        memory: Mean logarithm of past relative updates; changed in place.
+        random: Standard normal numbers of shape (n_runs, CHANNELS).
+    """
+    steps, batch = np.maximum(interval.steps, 1.0), interval.batch
+    spread = meters.loss_spread / np.sqrt(batch)
+    mean = interval.mean_loss + TEXT_SPREAD * spread / np.sqrt(steps) * random[:, 0]
+    measured = spread * np.exp(0.7 / np.sqrt(2 * steps) * random[:, 1])
+    update = _relative_update(physics, state, moments, interval, random[:, 2])
+    linear, quadratic = _probe(meters, interval, update, memory, random)
+    return {
+        "train_loss": mean,
+        "train_loss_std": np.where(steps > 2, measured, 0.0),
+        "train_loss_max": mean + measured * np.sqrt(2 * np.log(np.maximum(steps, 1.5))) * np.exp(0.2 * random[:, 3]),
+        **_gradients(meters, state, moments, interval, random),
+        "relative_update": np.where(interval.probed, update, np.nan),
+        "probe_linear": linear,
+        "probe_quadratic": quadratic,
+    }
+
+
+def _relative_update(
+    physics: Physics, state: PhysicsState, moments: Moments, interval: Interval, random: Floats
+) -> Floats:
+    size = physics.values["update"] * np.sqrt(moments.momentum_power / state.growth)
+    update: Floats = size * interval.last_rate / RATE_UNIT * np.exp(0.12 * random)
+    return update
+
+
+def _gradients(
+    meters: Meters, state: PhysicsState, moments: Moments, interval: Interval, random: Floats
+) -> dict[str, Floats]:
+    ratio = meters.noise_scale / (interval.batch * moments.signal_power)  # noise over signal power of one gradient
+    seen, averaged = 1.0 + ratio, (1.0 + MOMENTUM_NOISE * ratio) * np.exp(0.15 * random[:, 4] - 0.12)
+    noise = np.maximum(seen - averaged, 0.0) / (1.0 - MOMENTUM_NOISE)
+    signal = averaged - MOMENTUM_NOISE * noise
+    norm = meters.gradient_norm * np.sqrt(moments.signal_power * seen / state.growth) * np.exp(0.2 * random[:, 5])
+    return {
+        "noise_scale": noise / np.maximum(signal, 1e-2 * averaged) * interval.batch,
+        "gradient_norm": norm,
+        "clipped_share": 1.0 / (1.0 + norm**-4.0),
+    }
+
+
+def _probe(meters: Meters, interval: Interval, update: Floats, memory: Floats, random: Floats) -> tuple[Floats, Floats]:
+    log_update = np.log(np.maximum(update, 1e-9) / 0.01)
+    memory += (log_update - memory) / 8.0
+    sequences = sequences_probed(interval.steps * interval.batch)
+    luck = meters.probe_spread * random[:, 6] / sequences**0.5
+    size = np.exp(2.0 * log_update - meters.curvature_memory * memory + luck)
+    quadratic = meters.curvature * interval.mean_loss * size
+    quadratic = np.where(random[:, 7] < -1.9, -0.3 * quadratic, quadratic)
+    blur = np.exp(0.87 * np.log(np.maximum(update, 1e-9)) - 0.7) / np.sqrt(sequences)
+    linear = -interval.loss_fall / np.maximum(interval.steps, 1.0) + quadratic + blur * random[:, 8]
+    return np.where(interval.probed, linear, np.nan), np.where(interval.probed, quadratic, np.nan)

@@ -1,0 +1,221 @@
+"""Time several settings in alternating order, so that what is compared shares its noise, and weigh their joules.
+
+A clock and an energy meter that can be made to stand still, for what is no cost of the training.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, EnergySource, sum_known
+from trainpilot.llm_runtime.interval import energy_between
+
+pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds and joules of something."""
+
+    time_s: float
+    energy_j: float | None
+    """`None` where nothing measured it."""
+
+    def __add__(self, other: Cost) -> Cost:
+        known = self.energy_j is not None and other.energy_j is not None
+        energy_j = self.energy_j + other.energy_j if known else None  # type: ignore[operator]
+        return Cost(time_s=self.time_s + other.time_s, energy_j=energy_j)
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(time_s=self.time_s * factor, energy_j=None if self.energy_j is None else self.energy_j * factor)
+
+
+Key = TypeVar("Key")
+
+MIN_ROUNDS, MAX_ROUNDS = 4, 25
+MAX_PASSES = 200
+"""Most passes in one visit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """A block of passes of one setting."""
+
+    n_passes: int
+    time_s: float
+    """By the clock of the passes."""
+    metered_s: float
+    """Between the meter's two readings, by its own clock."""
+    energy_j: float | None
+    source: EnergySource | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What a pass of one setting costs."""
+
+    cost: Cost
+    """Of one pass."""
+    source: EnergySource | None
+    """Where its joules come from."""
+    spread: float
+    """Slowest over fastest visit."""
+    rounds: int
+
+
+def alternate(
+    passes: Mapping[Key, Callable[[], object]],
+    meter: EnergyMeter,
+    *,
+    visit_s: float,
+    limit_s: float,
+    wait: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[float], None] | None = None,
+) -> dict[Key, Timing]:
+    """Visit every setting once a round, for about `visit_s`, round after round, and return what a pass costs.
+
+    Args:
+        passes: One pass of each setting.
+        meter: Energy meter.
+        visit_s: Seconds of a visit: long enough for the meter to see it.
+        limit_s: No further round begins after so many seconds; there are four at least.
+        wait: Waits until the device has done what it was asked.
+        clock: Returns the seconds by which passes are timed.
+        progress: Called after each round with the share of the work done, in [0, 1].
+    """
+    start = time.perf_counter()
+    bench = _Bench(meter, wait, clock)
+    lengths = {key: bench.passes_in(visit_s, run) for key, run in passes.items()}
+    visits: dict[Key, list[Visit]] = {key: [] for key in passes}
+    for index in range(1, MAX_ROUNDS + 1):
+        for key, run in passes.items():
+            visits[key].append(bench.visit(run, lengths[key]))
+        used = (time.perf_counter() - start) / limit_s
+        enough = index >= MIN_ROUNDS and used >= 1
+        if progress is not None:
+            progress(1.0 if enough else max(index / MAX_ROUNDS, min(used, index / MIN_ROUNDS, 1.0)))
+        if enough:
+            break
+    return {key: summarise(found) for key, found in visits.items()}
+
+
+def summarise(visits: Sequence[Visit]) -> Timing:
+    """Return what a pass costs, from the visits to its setting.
+
+    Seconds are those of the fastest visit: other programs can only make a pass slower. Joules are these seconds times
+    the mean power over all visits.
+    """
+    seconds = [visit.time_s / visit.n_passes for visit in visits]
+    power_w = _power(visits)
+    return Timing(
+        cost=Cost(time_s=min(seconds), energy_j=None if power_w is None else power_w * min(seconds)),
+        source=None if power_w is None else visits[-1].source,
+        spread=max(seconds) / min(seconds),
+        rounds=len(visits),
+    )
+
+
+def median_spread(timings: Mapping[Key, Timing]) -> float:
+    """Return the spread of the middle setting."""
+    return statistics.median(timing.spread for timing in timings.values())
+
+
+def _power(visits: Sequence[Visit]) -> float | None:
+    """Return the mean power over the visits, in watts; of an estimate, the largest.
+
+    A counter advances in steps that one visit may catch or miss. An estimate has no such steps, but falls while other
+    programs keep this one waiting: the largest is that of the visit which waited least.
+    """
+    if visits[-1].source == "estimated":
+        visits = [max(visits, key=lambda visit: (visit.energy_j or 0.0) / max(visit.metered_s, 1e-9))]
+    energy_j = sum_known(visit.energy_j for visit in visits)
+    metered_s = sum(visit.metered_s for visit in visits)
+    return None if energy_j is None or metered_s <= 0 else energy_j / metered_s
+
+
+class _Bench:
+    """Runs the passes of one setting at a time, with an eye on clock and meter."""
+
+    def __init__(self, meter: EnergyMeter, wait: Callable[[], None], clock: Callable[[], float]) -> None:
+        self._meter, self._wait, self._clock = meter, wait, clock
+
+    def passes_in(self, visit_s: float, run: Callable[[], object]) -> int:
+        """Return how many passes fill a visit; the first pass warms up and does not count."""
+        self._timed(run, 1)
+        return min(max(math.ceil(visit_s / self._timed(run, 1)), 1), MAX_PASSES)
+
+    def visit(self, run: Callable[[], object], n_passes: int) -> Visit:
+        """Run `n_passes` after one that does not count: it fills the caches, and takes the memory that others freed."""
+        run()
+        self._wait()
+        before = self._meter.read()
+        time_s = self._timed(run, n_passes)
+        after = self._meter.read()
+        energy_j, source = energy_between(before, after)
+        metered_s = after.time_s - before.time_s
+        return Visit(n_passes=n_passes, time_s=time_s, metered_s=metered_s, energy_j=energy_j, source=source)
+
+    def _timed(self, run: Callable[[], object], n_passes: int) -> float:
+        self._wait()
+        start = self._clock()
+        for _ in range(n_passes):
+            run()
+        self._wait()
+        return max(self._clock() - start, 1e-9)
+
+
+class Stopwatch:
+    """Seconds and joules of a run, without its pauses.
+
+    Args:
+        clock: Returns seconds.
+        meter: Energy meter.
+    """
+
+    def __init__(self, clock: Callable[[], float], meter: EnergyMeter) -> None:
+        self._clock, self.meter = clock, meter
+        self._left_out_s = 0.0
+        self._left_out_j: float | None = 0.0
+        self._paused: tuple[float, EnergyReading] | None = None
+
+    def read(self) -> tuple[float, EnergyReading]:
+        """Return seconds, and the meter's reading; while paused, those at which the pause began."""
+        if self._paused is not None:
+            return self._paused
+        reading = self.meter.read()
+        return self._clock() - self._left_out_s, replace(reading, energy_j=_minus(reading.energy_j, self._left_out_j))
+
+    def seconds(self) -> float:
+        """Return seconds."""
+        return self._paused[0] if self._paused is not None else self._clock() - self._left_out_s
+
+    def pause(self) -> None:
+        """Stand still, unless it does already."""
+        if self._paused is None:
+            self._paused = self.read()
+
+    def paused_s(self) -> float:
+        """Return how long the pause has lasted, in seconds; 0 outside of one."""
+        return 0.0 if self._paused is None else self._clock() - self._left_out_s - self._paused[0]
+
+    def go_on(self) -> float:
+        """End the pause, and return how long it lasted, in seconds; 0 where there was none."""
+        if self._paused is None:
+            return 0.0
+        lasted_s, (_, before) = self.paused_s(), self._paused
+        self._paused = None
+        gained_j = _minus(self.read()[1].energy_j, before.energy_j)
+        self._left_out_s += lasted_s
+        left_out_j = self._left_out_j
+        self._left_out_j = None if left_out_j is None or gained_j is None else left_out_j + gained_j
+        return lasted_s
+
+
+def _minus(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
