@@ -27,7 +27,7 @@ from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.reference import BUDGET_SHARES
 from trainpilot.envs.reward import UTILITIES
 from trainpilot.envs.runs import IntervalBatch, SteeredRuns, compute_equivalents
-from trainpilot.llm_runtime.energy.meter import select_meter
+from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.files import load_checkpoint
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Widening

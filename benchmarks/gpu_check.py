@@ -40,7 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, select_meter, write_recording
+from trainpilot.llm_runtime.energy import select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, write_recording
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.process import use_threads
 

@@ -15,7 +15,8 @@ from hashlib import blake2b
 
 from trainpilot.envs.reward import Reference, current_loss
 from trainpilot.llm_runtime.config import Controls, RunConfig
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, select_meter, sum_known
+from trainpilot.llm_runtime.energy import select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.files import cache_dir, write_json
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 

@@ -28,7 +28,8 @@ from rich.table import Table
 
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, MeterUnavailableError, select_meter
+from trainpilot.llm_runtime.energy import select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, MeterUnavailableError
 from trainpilot.llm_runtime.files import cache_dir
 from trainpilot.llm_runtime.live_run import Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model

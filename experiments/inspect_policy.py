@@ -122,6 +122,7 @@ def _entry(value: Any) -> str:
 
 
 def titled_table(title: str, *columns: str) -> Table:
+    """Return a table with a bold title; the first column is aligned to the left, the others to the right."""
     table = Table(
         title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def cache_dir() -> Path:
     """Return the folder of everything that can be computed again: `$TRAINPILOT_CACHE`, or a user cache folder."""
@@ -70,6 +68,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors, numbers, text and containers of these. Raises `OSError` where the disk is full."""
+    import torch
+
     with whole_file(path) as temporary:
         try:
             torch.save(content, temporary)
@@ -85,6 +85,8 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
+    import torch
+
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or foreign file

@@ -29,7 +29,8 @@ from trainpilot.llm_runtime import width as channels
 from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, RunConfig
 from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.data.corpus import Corpus, load_corpus
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, select_meter
+from trainpilot.llm_runtime.energy import select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.interval import Interval, StepRecord, memory_share
 from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model

@@ -1,6 +1,6 @@
 """Name and explain every TensorBoard tag, in one table. The writers take their names from it, `docs/metrics.md` is it.
 
-Print the page with `python -m trainpilot.agents.logging.tags > docs/metrics.md`. What computes the values is in `run_writer`
+Print the page with `python -m trainpilot.agents.logging.tags > docs/metrics.md`. The values are computed in `run_log`
 and `training_log`.
 """
 

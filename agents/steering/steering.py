@@ -39,7 +39,8 @@ from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, Guardra
 from trainpilot.agents.steering.settings import Plan, SteeringSettings, control_limits, name_of
 from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import Controls
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, select_meter, sum_known
+from trainpilot.llm_runtime.energy import select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.loop import Levers, Readings, Snapshots, Stateful, looking
 from trainpilot.llm_runtime.process_group import Content, OneProcess, Ranks
 from trainpilot.llm_runtime.schedules import neutral_factor

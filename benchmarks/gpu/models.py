@@ -20,7 +20,8 @@ from trainpilot.experiments.compare.execute import execute
 from trainpilot.experiments.compare.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import RunStore, run_key
 from trainpilot.llm_runtime.config import Precision, RunConfig
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, select_meter, sum_known, write_recording
+from trainpilot.llm_runtime.energy import select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, sum_known, write_recording
 from trainpilot.llm_runtime.files import whole_file, write_json
 from trainpilot.llm_runtime.live_run import LiveRun
 

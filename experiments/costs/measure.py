@@ -23,8 +23,9 @@ import torch
 from trainpilot.experiments.compare.results import Case, cost_key
 from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.llm_runtime.config import PRECISIONS, Controls, OptimizerName, Precision, Pruning, RunConfig
+from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.live_run import MASK_UPDATES, LiveRun, Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model

@@ -90,40 +90,6 @@ class NoMeter:
         """Do nothing."""
 
 
-def select_meter(device: str) -> EnergyMeter:
-    """Return the best meter for a torch device name. Never raises: what cannot be measured gets a `NoMeter`.
-
-    Make it after the model is on the device: only then does CUDA tell which physical GPU `cuda:0` is.
-
-    Args:
-        device: `cpu`, `cuda` (the current GPU), `cuda:1`, `mps` and so on, as torch names them.
-    """
-    try:
-        return _meter_for(device)
-    except Exception as error:  # whatever a driver or its bindings do wrong, the run goes on
-        return NoMeter(str(error) or type(error).__name__)
-
-
-def _meter_for(device: str) -> EnergyMeter:
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
-        from trainpilot.llm_runtime.energy.nvml import NvmlMeter, current_index
-
-        return NvmlMeter([int(index) if index else current_index()])
-    if kind == "cpu":
-        return _host_meter()
-    raise MeterUnavailableError(f"no meter reads the device {device!r}")
-
-
-def _host_meter() -> EnergyMeter:
-    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
-
-    try:
-        return RaplMeter()
-    except MeterUnavailableError as error:
-        return CpuEstimateMeter(why=str(error))
-
-
 _SOURCES: tuple[EnergySource, ...] = get_args(EnergySource)
 _COLUMNS = [field.name for field in fields(EnergyReading)]
 _WHOLE_NUMBERS = {field.name for field in fields(EnergyReading) if field.type == "int | None"}
@@ -198,3 +164,13 @@ class RecordedMeter:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def energy_between(before: EnergyReading, after: EnergyReading) -> tuple[float | None, EnergySource | None]:
+    """Return joules between two readings and their source; both `None` when either is unknown.
+
+    The source is that of `after`: a meter only ever changes to a weaker one.
+    """
+    if before.energy_j is None or after.energy_j is None:
+        return None, None
+    return after.energy_j - before.energy_j, after.source

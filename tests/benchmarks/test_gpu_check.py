@@ -28,7 +28,7 @@ from trainpilot.experiments.compare.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.energy.meter import RecordedMeter
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BEST = 4e-3
 Losses = Callable[[RunSpec], float | None]
 

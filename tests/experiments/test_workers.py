@@ -314,7 +314,7 @@ def test_a_killed_comparison_leaves_no_process_behind(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TRAINPILOT_CACHE", str(tokens.parent))
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, str(script), str(Path(__file__).parents[1] / "helpers"), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         try:
             assert parent.stdout is not None

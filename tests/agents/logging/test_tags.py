@@ -14,7 +14,7 @@ from trainpilot.agents.logging.tags import GROUPS, TAGS, choice_tag, markdown, m
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 FINAL = {tag.name.removeprefix("final/"): 1.0 for tag in TAGS.values() if tag.name.startswith("final/")}
 
 

@@ -15,11 +15,11 @@ from trainpilot.llm_runtime.optimizer import (
     effective_learning_rate,
     first_moment_norm,
     make_optimizer,
-    neutral_factor,
     norm_of,
     set_learning_rate,
     update_direction,
 )
+from trainpilot.llm_runtime.schedules import neutral_factor
 
 
 def model_and_optimizer(**options: float) -> tuple[nn.Module, Optimizer]:

@@ -20,8 +20,8 @@ from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.simulator.records import ControlBatch, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
 
-GOLDEN = Path(__file__).parent / "golden" / "fields.json"
-OBSERVED = Path(__file__).parent / "golden" / "observations.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "fields.json"
+OBSERVED = Path(__file__).parents[1] / "golden" / "observations.json"
 """Observations of four random runs, recorded when each field was computed from the records of one run."""
 FIELDS = {field.name: field for field in OBSERVATION_FIELDS}
 BUDGET_USED = 0

@@ -13,7 +13,7 @@ from trainpilot.experiments.analysis.figures import CaseFigures, Figures, Method
 from trainpilot.experiments.compare.results import Comparison, Role, TunedBaseline, cost_key
 from trainpilot.llm_runtime.timing import Cost
 
-DOC = Path(__file__).resolve().parent.parent / "docs" / "measuring.md"
+DOC = Path(__file__).resolve().parents[3] / "docs" / "measuring.md"
 STEERED, SAVING = "policy:steered", "policy:steered@saving"
 TUNED_LOSSES = {"A": (3.0000, 2.9400, 3.0600), "B": (2.5000, 2.5200, 2.4800)}
 UNTUNED_LOSSES = {"A": (3.0600, 3.0000, 3.1200), "B": (2.5500, 2.5700, 2.5300)}

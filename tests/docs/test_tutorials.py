@@ -17,7 +17,7 @@ import pytest
 from trainpilot.llm_runtime.interval import Interval
 from trainpilot.llm_runtime.loop import Readings
 
-FOLDER = Path(__file__).parent.parent / "docs" / "tutorials"
+FOLDER = Path(__file__).parents[2] / "docs" / "tutorials"
 NEEDS = {"hugging_face": "accelerate", "lightning": "lightning"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.M | re.S)
 FIXED = ("148,880 parameters", "51,200 tokens", "50 decisions logged", "same weights: True", "contract held: True")

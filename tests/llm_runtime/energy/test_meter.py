@@ -14,8 +14,9 @@ import pytest
 from fake_nvml import UUIDS, FakeNvml, build_fake_nvml
 
 from trainpilot.llm_runtime.energy import host as energy_host
+from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter, select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
 from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 from trainpilot.llm_runtime.process import Ticker
 
@@ -53,7 +54,7 @@ def test_cuda_with_a_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_library_is_found_by_its_own_name_in_a_fresh_interpreter() -> None:
     program = (
-        "from trainpilot.llm_runtime.energy.meter import select_meter\n"
+        "from trainpilot.llm_runtime.energy import select_meter\n"
         "meter = select_meter('cuda:1')\n"
         "print(meter.description, meter.read().energy_j)\n"
     )

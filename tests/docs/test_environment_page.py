@@ -17,7 +17,7 @@ from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.reward import UTILITIES, ScalarReward
 
-PAGE = Path(__file__).parent.parent / "docs" / "environment.md"
+PAGE = Path(__file__).parents[2] / "docs" / "environment.md"
 
 
 def test_the_page_is_in_step_with_the_code(capsys: pytest.CaptureFixture[str]) -> None:

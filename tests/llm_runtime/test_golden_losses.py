@@ -15,7 +15,7 @@ import pytest
 import torch
 from live_runs import advance, case, live_run
 
-GOLDEN = Path(__file__).parent / "golden" / "llama_nano_cpu.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "llama_nano_cpu.json"
 
 
 def golden_losses(folder: Path) -> list[float]:

@@ -17,7 +17,7 @@ from trainpilot.experiments.analysis.figures import Estimate
 from trainpilot.experiments.analysis.modelled_cost import Runs
 from trainpilot.llm_runtime.files import write_json
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 WORTH = {"0.1": 0.9, "0.333": 1.0, "1": 1.1, "3": 1.0, "10": 0.8}
 """Planted multiplier against the tuned static, by start."""
 

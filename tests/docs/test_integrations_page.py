@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from trainpilot.llm_runtime.data.batches import BatchStream
 
-PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 SNIPPETS = re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
 CODE = [(title, re.findall(r"```python\n(.*?)```", text, flags=re.S)) for title, text in SNIPPETS]
 NEEDS = {"Hugging Face Trainer": "accelerate", "Lightning": "lightning"}
