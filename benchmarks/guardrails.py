@@ -3,9 +3,11 @@
     python benchmarks/guardrails.py [--policy default] [--out runs/guardrails] [--seeds 3] [--jobs 0]
 
 Both steer the test cases from 0.1 to 10 times the tuned learning rate that `results/baselines.json` names, with the
-same seeds. Final losses are compared pair by pair. Their ratio in tokens is read from the tuned static's budget curve of the
-same file: at which budget does the tuned setting reach the one loss, over that of the other. Where the guardrails
-refused nothing, the pair differs only by what seconds and watts, which the policy observes, did to its decisions.
+same seeds. Final losses are compared pair by pair. Their ratio in tokens is read from the tuned static's budget curve
+of the same file: at which budget does the tuned setting reach the one loss, over that of the other. Where the
+guardrails refused nothing, the pair differs only by what seconds and watts, which the policy observes, did to its
+decisions.
+
 Killed at any moment, the same command goes on.
 """
 
