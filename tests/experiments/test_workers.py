@@ -189,14 +189,14 @@ DEADLY = 13
 
 def test_a_function_is_called_with_every_task_and_its_reports_add_up() -> None:
     before, reports = children(), list[float]()
-    with pytest.raises(ValueError, match="number must be positive, got -1"):  # noqa: SIM117
-        with Workers(half, 1, on_death=lambda number: 0.0) as workers:
-            tasks = [(number,) for number in (2, DEADLY, 4, -1)]
-            results = workers.run(tasks, reports.append)
-            assert list(itertools.islice(results, 3)) == [((2,), 1), ((DEADLY,), 0), ((4,), 2)]
-            assert reports == sorted(reports)
-            assert reports[-1] == 2  # looked at after a result has been taken
+    with Workers(half, 1, on_death=lambda number: 0.0) as workers:
+        results = workers.run([(number,) for number in (2, DEADLY, 4, -1)], reports.append)
+        assert list(itertools.islice(results, 3)) == [((2,), 1), ((DEADLY,), 0), ((4,), 2)]
+        assert reports == sorted(reports)
+        assert reports[-1] == 2  # looked at after a result has been taken
+        with pytest.raises(ValueError, match="number must be positive, got -1"):
             next(results)
+
     assert wait_until(lambda: children() == before, 30)
     report(1.0)  # outside of a worker nobody listens
 
