@@ -19,9 +19,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
-from trainpilot.llm_runtime.interval import energy_between
 
 
 @dataclass(frozen=True, kw_only=True)

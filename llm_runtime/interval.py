@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime.config import Controls
-from trainpilot.llm_runtime.energy.meter import EnergyReading, EnergySource
+from trainpilot.llm_runtime.energy.meter import EnergyReading, energy_between
 from trainpilot.llm_runtime.probe import ProbeResult
 
 
@@ -78,16 +78,6 @@ def loss_statistics(losses: Sequence[float]) -> LossStatistics:
         residuals = values - np.polyval(np.polyfit(steps, values, 1), steps)
         std = float(np.sqrt((residuals**2).sum() / (len(values) - 2)))
     return LossStatistics(float(values.mean()), std, float(values.max()), finite=True)
-
-
-def energy_between(before: EnergyReading, after: EnergyReading) -> tuple[float | None, EnergySource | None]:
-    """Return joules between two readings and their source; both `None` when either is unknown.
-
-    The source is that of `after`: a meter only ever changes to a weaker one.
-    """
-    if before.energy_j is None or after.energy_j is None:
-        return None, None
-    return after.energy_j - before.energy_j, after.source
 
 
 def mean_finite(values: Sequence[float]) -> float:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, EnergySource, sum_known
-from trainpilot.llm_runtime.interval import energy_between
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, EnergySource, energy_between, sum_known
 
 pass
 

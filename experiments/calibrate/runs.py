@@ -14,9 +14,8 @@ import numpy as np
 from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
 from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, planned
 from trainpilot.llm_runtime.config import ControlLimits, Controls
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.interval import energy_between
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.telemetry import Telemetry

@@ -164,3 +164,13 @@ class RecordedMeter:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def energy_between(before: EnergyReading, after: EnergyReading) -> tuple[float | None, EnergySource | None]:
+    """Return joules between two readings and their source; both `None` when either is unknown.
+
+    The source is that of `after`: a meter only ever changes to a weaker one.
+    """
+    if before.energy_j is None or after.energy_j is None:
+        return None, None
+    return after.energy_j - before.energy_j, after.source

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -39,11 +38,6 @@ TINY = SimulatorStage(
     ppo=SimulatorPPOConfig(total_decisions=800, batch_size=200, learning_rate=3e-3, hidden=(16,)),
     validation=ValidationSettings(instances=16, every=1),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
