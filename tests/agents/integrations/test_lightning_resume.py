@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint  # noqa: E402
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy  # noqa: E402
 from test_lightning import ByDecision, Kept, steer, told, trainer  # noqa: E402
 
-from trainpilot.agents.integrations.lightning import SteeringCallback  # noqa: E402
+from trainpilot.agents.integrations.lightning import LightningSteering  # noqa: E402
 from trainpilot.agents.integrations.lightning_settings import check_fit  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
@@ -86,13 +86,13 @@ class At(pl.Callback):  # type: ignore[misc, name-defined]
             self.do(trainer)
 
 
-def steering(**settings: Any) -> SteeringCallback:
+def steering(**settings: Any) -> LightningSteering:
     policy = ByDecision()
     policy.callback = steer({"policy": policy, "decisions": len(SCRIPT), "sequences": 400, "batch_size": 4} | settings)
     return policy.callback
 
 
-def fit(*callbacks: Any, ckpt: Any = None, at: int = 0, **options: Any) -> tuple[Line, SteeringCallback, Any]:
+def fit(*callbacks: Any, ckpt: Any = None, at: int = 0, **options: Any) -> tuple[Line, LightningSteering, Any]:
     """Fit a line with steering in the last place."""
     module, callback = Line(), steering()
     own = trainer(*callbacks, callback, **options)
