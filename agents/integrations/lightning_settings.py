@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from trainpilot.agents.steering.settings import BATCH_RANGE, SteeringSettings
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.llm_runtime.config import BATCH_RANGE
 from trainpilot.llm_runtime.process_group import OneProcess, Ranks
 
 try:
