@@ -23,6 +23,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
@@ -38,7 +39,7 @@ from trainpilot.agents.steering.guarded_controller import GuardedController, Gua
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.settings import Plan, SteeringSettings, control_limits, name_of
 from trainpilot.envs.decision import Preference
-from trainpilot.llm_runtime.config import Controls
+from trainpilot.llm_runtime.config import Controls, Precision
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.loop import Levers, Readings, Snapshots, Stateful, looking
@@ -546,6 +547,67 @@ class Steering:
         self.snapshots.go_back()
         self.readings.begin_interval(self.sequences)
         self._apply(self._agreed(self.controller.rolled_back))
+
+    # For adapters of frameworks --------------------------------------------------------------------------------------
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Peak of the base schedule: the highest learning rate among the optimizer's groups at the start."""
+        return self.levers.peak
+
+    def expect_external_scheduler(self) -> None:
+        """Accept that a scheduler writes the learning rate too: one that takes it from `learning_rate`."""
+        self.levers.alone = False
+
+    def apply_learning_rate(self) -> None:
+        """Write the next step's learning rate into the optimizer now, before `begin_step` does, so that it is logged.
+
+        Raises:
+            ValueError: something else has written the learning rate.
+        """
+        self.levers.set_learning_rate(self.learning_rate)
+
+    def autocast(self, precision: Precision | None = None) -> AbstractContextManager[object]:
+        """Return the context of a forward pass in `precision`; by default in the precision of the present controls."""
+        return self.levers.autocast(precision)
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Clip the gradients to `settings.gradient_clip` in place, and return their total norm before."""
+        clip = self.settings.gradient_clip
+        return nn.utils.clip_grad_norm_(self.levers.parameters(), float("inf") if clip is None else clip)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients of all parameters that the optimizer steps by `factor`, in place."""
+        for parameter in self.levers.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Return the total norm of the gradients of all parameters that the optimizer steps."""
+        return nn.utils.get_total_norm([p.grad for p in self.levers.parameters() if p.grad is not None])
+
+    def pause(self) -> None:
+        """Stop the clock and the energy meter: evaluating and saving are no cost of the interval."""
+        self.readings.pause()
+
+    def resume(self) -> None:
+        """Start the clock and the energy meter again after `pause`; does nothing where they run."""
+        self.readings.go_on()
+
+    @staticmethod
+    def saved_peaks(state: Mapping[str, Any]) -> list[float]:
+        """Return the peak learning rate of each parameter group, from a state that `state_dict` returned."""
+        return [state["levers"]["peak"] * ratio for ratio in state["levers"]["ratios"]]
+
+    @staticmethod
+    def saved_learning_rates(state: Mapping[str, Any]) -> list[float]:
+        """Return the learning rate that was set last in each parameter group, from a state of `state_dict`."""
+        return list(state["levers"]["set"])
+
+    @staticmethod
+    def saved_batch_factor(state: Mapping[str, Any]) -> float:
+        """Return the batch size over the one at the start, from a state of `state_dict`."""
+        return float(state["controls"]["batch_size"] / state["settings"]["batch_size"])
 
     # Saving and going on ---------------------------------------------------------------------------------------------
 
