@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import gymnasium
 import numpy as np
 
+from trainpilot.llm_runtime.schedules import validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -59,8 +60,6 @@ MAX_QUALITY = 3.0
 """Compute-equivalents above this are not believed: they extrapolate too far beyond the reference runs."""
 DIVERGED_QUALITY = -1.0
 """Quality of a diverged run: worse than a run that never started."""
-EVALUATE_EVERY = 10
-"""Decisions between two looks at the validation loss; the last interval always has one."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def current_loss(plant: Plant, telemetry: Telemetry) -> float:
     """
     if telemetry.finished and not telemetry.diverged:
         return plant.evaluate()
-    if (telemetry.decision + 1) % EVALUATE_EVERY == 0 and not telemetry.diverged:
+    if validation_due(telemetry.decision + 1) and not telemetry.diverged:
         plant.evaluate()
     return telemetry.train_loss
 

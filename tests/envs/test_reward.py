@@ -14,7 +14,6 @@ from trainpilot.envs.decision import Preference
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reward import (
     DIVERGED_QUALITY,
-    EVALUATE_EVERY,
     MAX_QUALITY,
     UTILITIES,
     Outcome,
@@ -31,6 +30,7 @@ from trainpilot.envs.reward import (
     worth,
 )
 from trainpilot.llm_runtime.config import Controls
+from trainpilot.llm_runtime.schedules import EVALUATE_EVERY
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 BUDGETS = (0.25, 0.5, 1.0)
