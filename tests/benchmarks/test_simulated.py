@@ -31,8 +31,8 @@ def modules() -> Iterator[Any]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         names = {
-            "simulated": "_simulated", "grid": "_static_grid", "front": "_static_front", "live": "_live_preferences",
-            "bed": "policy_in_simulator", "preferences": "preferences", "ablations": "ablations",
+            "simulated": "_simulated", "bed": "policy_in_simulator", "preferences": "preferences",
+            "ablations": "ablations",
         }  # fmt: skip
         yield SimpleNamespace(**{short: import_module(name) for short, name in names.items()})
     finally:
@@ -51,7 +51,7 @@ def test_the_budget_for_a_loss_lies_on_a_line_in_log_log(modules: Any) -> None:
     shares, curve = (0.25, 1.0, 2.0), np.array([[4.0, 1.0, 1.0]])  # the loss falls as 1 over the budget, then no more
     losses = np.array([[4.0], [2.0], [1.0]])
 
-    found = modules.grid.needed(losses, shares, curve)
+    found = modules.simulated.needed(losses, shares, curve)
 
     assert found[:, 0] == pytest.approx([0.25, 0.5, 1.0])
 
@@ -60,13 +60,13 @@ def test_beyond_the_budgets_the_curve_goes_on_for_a_factor_of_two(modules: Any) 
     shares, curve = (0.5, 1.0), np.array([[2.0, 1.0]])
     losses = np.array([[2.5], [400.0], [1 / 1.6], [1e-3], [np.inf], [np.nan]])
 
-    found = modules.grid.needed(losses, shares, curve)
+    found = modules.simulated.needed(losses, shares, curve)
 
     assert found[:, 0] == pytest.approx([0.4, 0.25, 1.6, 2.0, 0.0, 0.0])
 
 
 def test_a_curve_that_never_falls_tells_better_from_worse(modules: Any) -> None:
-    found = modules.grid.needed(np.array([[0.9], [1.1]]), (0.5, 1.0), np.array([[1.0, 1.0]]))
+    found = modules.simulated.needed(np.array([[0.9], [1.1]]), (0.5, 1.0), np.array([[1.0, 1.0]]))
 
     assert found[:, 0] == pytest.approx([0.5, 0.25])
 
@@ -144,20 +144,20 @@ def test_steered_runs_average_to_the_schedule_that_steered_them(modules: Any, po
 
 
 def test_the_grid_holds_the_tuned_static_and_nothing_better_is_left_out(modules: Any, pool: Pool) -> None:
-    losses = modules.grid.sweep(pool.instances, 1.0, [("wsd", 0.1)])
+    losses = modules.simulated.sweep(pool.instances, 1.0, [("wsd", 0.1)])
 
-    assert losses.shape == (1, len(modules.grid.RATES), len(modules.grid.POWERS), len(pool))
+    assert losses.shape == (1, len(modules.simulated.RATES), len(modules.simulated.POWERS), len(pool))
     assert (losses.min(axis=(0, 1, 2)) <= pool.references.losses[:, -1] + 0.01).all()
 
 
 def test_a_setting_tried_alone_is_that_of_the_grid(modules: Any, pool: Pool) -> None:
-    runs = modules.front.Runs(instances=pool.instances, references=pool.references)
-    base = modules.grid.BASES.index(("wsd", 0.1))
-    setting = np.array([[np.log2(modules.grid.RATES[12]), 0.0, base + 0.5, 0.0, 0.0]])
+    runs = modules.simulated.RunsAndReferences(instances=pool.instances, references=pool.references)
+    base = modules.simulated.BASES.index(("wsd", 0.1))
+    setting = np.array([[np.log2(modules.simulated.RATES[12]), 0.0, base + 0.5, 0.0, 0.0]])
 
-    quality, _ = modules.front.try_settings(setting, runs, "time")
+    quality, _ = modules.simulated.try_settings(setting, runs, "time")
 
-    wanted = runs.quality(modules.grid.sweep(pool.instances, 1.0, [("wsd", 0.1)])[0, 12, 4])
+    wanted = runs.quality(modules.simulated.sweep(pool.instances, 1.0, [("wsd", 0.1)])[0, 12, 4])
     assert quality[0] == pytest.approx(wanted)
 
 
@@ -165,21 +165,21 @@ def test_a_setting_tried_alone_is_that_of_the_grid(modules: Any, pool: Pool) -> 
 def test_the_tuned_batch_at_the_first_precision_costs_what_the_reference_does(
     modules: Any, pool: Pool, cost: str
 ) -> None:
-    runs = modules.front.Runs(instances=pool.instances, references=pool.references)
+    runs = modules.simulated.RunsAndReferences(instances=pool.instances, references=pool.references)
     powers = np.log2(pool.references.batch / pool.instances.start_batch)
     settings = np.array([[-9.0, power, 0.0, share, 0.0] for power in powers for share in (0.0, -1.0)])
 
-    _, spent = modules.front.try_settings(settings, runs, cost)
+    _, spent = modules.simulated.try_settings(settings, runs, cost)
 
     assert np.diag(spent[::2]) == pytest.approx(1.0)
     assert np.diag(spent[1::2]) == pytest.approx(0.5)
 
 
 def test_nsga2_finds_settings_that_trade_quality_for_time(modules: Any, pool: Pool) -> None:
-    runs = modules.front.Runs(instances=pool.instances, references=pool.references)
+    runs = modules.simulated.RunsAndReferences(instances=pool.instances, references=pool.references)
 
-    settings = modules.front.nsga2_settings(runs, "time", n_simulated=600)
-    points = modules.front.medians(*modules.front.try_settings(settings, runs, "time"))
+    settings = modules.simulated.nsga2_settings(runs, "time", n_simulated=600)
+    points = modules.simulated.medians(*modules.simulated.try_settings(settings, runs, "time"))
 
     assert len(settings) >= 3
     assert min(cost for _, cost in points) < 0.5 * max(cost for _, cost in points)
@@ -202,10 +202,10 @@ def test_order_is_told_by_rank_correlation_and_by_neighbours(modules: Any) -> No
 
 def test_live_preferences_stand_beside_the_tuned_static(modules: Any) -> None:
     asked = [Preference(quality=1, energy=0, time=0), Preference(quality=0.5, energy=0.5, time=0)]
-    names = [modules.live._method("p", each) for each in asked]
+    names = [modules.preferences._method("p", each) for each in asked]
     made = Planted(efficiencies={"cosine": 0.5, "tuned": 1.0, names[0]: 0.8, names[1]: 0.5})
 
-    told = modules.live.figures(Runs(made.comparison(), made.results, made.tables()), "p", asked)
+    told = modules.preferences.figures(Runs(made.comparison(), made.results, made.tables()), "p", asked)
 
     assert names == ["policy:p@quality=1", "policy:p@quality=0.5+energy=0.5"]
     assert [one["compute_over_worth"] for one in told["preferences"]] == pytest.approx([1.25, 2.0], rel=0.05)
