@@ -21,10 +21,10 @@ from trainpilot.agents.simulator_training import act_of
 from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
 from trainpilot.envs.decision import DecisionStates, Preference
 from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.reward import EVALUATE_EVERY
 from trainpilot.envs.runs import ReferencedPlants, worths
 from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.drive import EVALUATE_EVERY
 from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch

@@ -13,7 +13,8 @@ import numpy as np
 
 from trainpilot.envs.decision import DecisionStates
 from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.reward import DIVERGED_QUALITY, EVALUATE_EVERY, MAX_QUALITY
+from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY
+from trainpilot.llm_runtime.drive import EVALUATE_EVERY
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, PlantBatch, TelemetryBatch
 
 DIVERGED_LOSS_INCREASE = 10.0
