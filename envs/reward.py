@@ -8,16 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
 
-from trainpilot.llm_runtime.schedules import validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from trainpilot.llm_runtime.telemetry import Plant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +113,6 @@ def worth(share: float) -> float:
     schedule that was badly tuned would otherwise make any waste of time and energy look like a bargain.
     """
     return share if share <= 1 else 1 + math.log(share)
-
-
-def current_loss(plant: Plant, telemetry: Telemetry) -> float:
-    """Return the loss that counts now, in nats/token: validation at the end of a run, training before.
-
-    Looks at the validation loss now and then on the way, for the observation.
-    """
-    if telemetry.finished and not telemetry.diverged:
-        return plant.evaluate()
-    if validation_due(telemetry.decision + 1) and not telemetry.diverged:
-        plant.evaluate()
-    return telemetry.train_loss
 
 
 class RewardMeter:
