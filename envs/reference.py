@@ -13,15 +13,14 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from hashlib import blake2b
 
-from trainpilot.envs.reward import Reference, current_loss
+from trainpilot.envs.reward import Reference, evaluate_if_due
 from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
-BUDGET_SHARES = (0.25, 0.5, 1.0)
-"""Reference runs end here; their final losses make the curve that turns a loss into compute."""
 FORMAT = 2
 """Raised when what a cached reference means changes."""
 
@@ -97,7 +96,7 @@ def _keep_going(plant: Plant, controls: Controls, config: RunConfig) -> tuple[li
         telemetry.append(plant.advance(controls, 1 / decisions))
         if telemetry[-1].diverged:
             raise _diverged(config)
-        loss = current_loss(plant, telemetry[-1])
+        loss = evaluate_if_due(plant, telemetry[-1])
     return telemetry, loss
 
 

@@ -21,7 +21,7 @@ from trainpilot.agents.steering.guarded_controller import GuardedController
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label, live_reference
-from trainpilot.envs.reward import Reference, RewardMeter, current_loss
+from trainpilot.envs.reward import Reference, RewardMeter, evaluate_if_due
 from trainpilot.experiments.doctor import (
     DEFAULT_GRID_INTENSITY_G_PER_KWH,
     DEFAULT_GRID_INTENSITY_SOURCE,
@@ -253,7 +253,7 @@ class SteeredRun:
 
     def _interval(self, last: Telemetry | None) -> Telemetry:
         telemetry = self.run.advance(self._controls(last), 1 / self.run.config.decisions)
-        loss = current_loss(self.run, telemetry)
+        loss = evaluate_if_due(self.run, telemetry)
         reward = self.meter.weigh(telemetry, loss) if self.meter is not None else None
         record = self.controller.record(telemetry, reward)
         self.records.append(record)

@@ -27,7 +27,7 @@ from trainpilot.agents.simulator_training import SimulatorAgent, SimulatorStage,
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reference import live_plant, live_reference
-from trainpilot.envs.reward import Reference, RewardMeter, ScalarReward, current_loss
+from trainpilot.envs.reward import Reference, RewardMeter, ScalarReward, evaluate_if_due
 from trainpilot.experiments.calibrate.calibration import SHIPPED, load_calibrations
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.progress import progress_bar
@@ -291,7 +291,7 @@ def greedy_run(bundle: PolicyBundle, case: RunConfig, reference: Reference) -> l
     telemetry = None
     while telemetry is None or not (telemetry.finished or telemetry.diverged):
         telemetry = run.advance(controller.decide(telemetry), 1 / case.decisions)
-        records.append(controller.record(telemetry, meter.weigh(telemetry, current_loss(run, telemetry))))
+        records.append(controller.record(telemetry, meter.weigh(telemetry, evaluate_if_due(run, telemetry))))
     return records
 
 

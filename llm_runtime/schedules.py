@@ -22,6 +22,9 @@ PROBE_PASSES = 3
 ScheduleName = Literal["linear", "cosine", "wsd", "constant"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
+BUDGET_SHARES = (0.25, 0.5, 1.0)
+"""Reference runs under the base schedule end at these shares of the budget; their final losses make the curve that
+turns a loss into compute."""
 COOLDOWN_SHARE = 0.2
 """A cool-down lasts this share of the tokens trained on before it (10-20 %: Haegele et al. 2024)."""
 
