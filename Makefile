@@ -13,7 +13,7 @@ FOLDERS := llm_runtime envs agents experiments
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py benchmarks/smollm2.py benchmarks/_%.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test lint types bench gpu-check docs clean help
+.PHONY: setup demo test lint types bench gpu-check docs docs-site clean help
 
 setup: $(READY)  ## create .venv with everything that the other targets need
 
@@ -50,8 +50,13 @@ define generate
 	mv $(2).new $(2)
 endef
 
+# The link gives mkdocstrings the import names, as it does for `types`. The variable silences an advertisement.
+docs-site: $(VENV)/.ready-docs  ## build the documentation site, strictly; result: site/index.html
+	mkdir -p .typing && ln -sfn .. .typing/trainpilot
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:  ## remove caches and build outputs; .venv and runs stay
-	rm -rf build dist *.egg-info .typing .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .typing .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## print this list
@@ -62,4 +67,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=80"
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	touch $@
+
+$(VENV)/.ready-docs: $(READY)
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_ARGS) -e ".[docs]"
 	touch $@

@@ -38,7 +38,7 @@ from trainpilot.llm_runtime.optimizer import averaged_weights
 from trainpilot.llm_runtime.precision import lacking, masked_precisions, synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
 from trainpilot.llm_runtime.process import RandomState
-from trainpilot.llm_runtime.schedules import Cooldown, cubic_sparsity, probe_due, sequences_probed
+from trainpilot.llm_runtime.schedules import Cooldown, cubic_sparsity, neutral_factor, probe_due, sequences_probed
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 
@@ -390,7 +390,7 @@ class LiveRun:
             factor = self.cooldown.factor(self.tokens)
         else:
             factor = self.schedule.factor(self.tokens, step_tokens)
-        neutral = adam.neutral_factor(controls.batch_size, self.config.batch_size)
+        neutral = neutral_factor(controls.batch_size, self.config.batch_size)
         return self.config.base_learning_rate * controls.learning_rate_scale * factor * neutral
 
     def _prune(self, interval: Interval, done: float) -> None:

@@ -1,4 +1,7 @@
-"""Keep the tests off the network, off the screen, off the user's cache, and on one thread."""
+"""Keep the tests off the network, off the screen, off the user's cache, and on as many threads as OMP_NUM_THREADS says.
+
+That is one unless it is set from outside; processes that a test starts inherit it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,8 +25,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    # Tests that import torch later get one thread from OMP_NUM_THREADS.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    # Before each test: commands and tutorials set the number for the whole process. A torch that is imported
+    # later takes it from OMP_NUM_THREADS itself.
     if torch := sys.modules.get("torch"):
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -12,10 +12,11 @@ from statistics import median
 
 from trainpilot.experiments.analysis.figures import CaseFigures, Estimate, Figures, MethodFigures, SanityCheck
 from trainpilot.experiments.analysis.method_figures import case_figures, method_figures, method_on_case, target_loss
-from trainpilot.experiments.analysis.modelled_cost import Runs
+from trainpilot.experiments.analysis.modelled_cost import Run, Runs
 from trainpilot.experiments.analysis.multiplier import Baseline, CaseBaselines, case_baselines
 from trainpilot.experiments.analysis.pareto import case_points, family_fronts
 from trainpilot.experiments.analysis.statistics import TIE
+from trainpilot.experiments.compare.methods import PolicyName, is_policy
 from trainpilot.experiments.compare.results import TUNED, UNTUNED, Comparison, MethodNote, RunResult
 from trainpilot.experiments.costs.table import CostTable
 
@@ -215,6 +216,7 @@ def remarks(runs: Runs, baselines: Mapping[str, CaseBaselines], methods: Sequenc
     found = [
         *_about_the_design(runs),
         *_about_missing_runs(runs, methods),
+        *_about_guardrails(runs),
         *_about_edges(runs),
         *(note for of_case in baselines.values() for note in _about_curves(runs, of_case)),
         *(f"{_count(n, 'run')} without a modelled cost: {reason}." for reason, n in runs.unknown_costs.items()),
@@ -248,6 +250,28 @@ def _about_missing_runs(runs: Runs, methods: Sequence[MethodFigures]) -> list[st
         counts = ", ".join(f"{found.method} {found.n_diverged + found.n_failed} of {found.n_runs}" for found in bad)
         notes.append(f"Runs that diverged or failed count as worse than any other: {counts}.")
     return notes
+
+
+def _about_guardrails(runs: Runs) -> list[str]:
+    """Name policies whose runs were made before `compare` judged policies within guardrails."""
+    bare = [
+        method
+        for method in runs.notes
+        if is_policy(method)
+        and PolicyName.parse(method).guarded
+        and any(_ran_bare(run) for case in runs.comparison.cases for run in runs.of(case.name, method))
+    ]
+    if not bare:
+        return []
+    return [
+        f"Run without guardrails, by an earlier version: {', '.join(bare)}. Compare again to judge them within "
+        "guardrails, as they are used."
+    ]
+
+
+def _ran_bare(run: Run) -> bool:
+    steering = run.result.spec.steering
+    return steering.kind == "policy" and "guardrails" not in steering.settings
 
 
 def _about_edges(runs: Runs) -> list[str]:

@@ -23,6 +23,8 @@ from trainpilot.agents.heuristics import (
     Seesaw,
     Steerer,
 )
+from trainpilot.agents.rollback import RollbackController, guarded_controller
+from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
 from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, Steering
@@ -46,8 +48,13 @@ def make_steerer(steering: Steering, run: LiveRun) -> Steerer:
 
 
 def _policy(settings: Settings, run: LiveRun) -> Steerer:
+    """Return a bundle's policy within guardrails, as in `replay`; a bare one where the settings name none."""
     bundle = PolicyBundle.load(Path(settings["path"]))
-    return Controller.of_bundle(bundle, run.limits(), Preference.parse(settings["preference"]))
+    limits, preference = run.limits(), Preference.parse(settings["preference"])
+    if "guardrails" not in settings:
+        return Controller.of_bundle(bundle, limits, preference)
+    bounds = GuardrailSettings(**settings["guardrails"])
+    return RollbackController(guarded_controller(bundle, limits, preference, bounds), run)
 
 
 MAKERS: Mapping[str, Maker] = {
@@ -115,6 +122,9 @@ class _Execution:
         self.run = LiveRun(spec.config, meter=meter, probe=spec.steering.probe)
         self.steerer: Steerer = make_steerer(spec.steering, self.run)
         self.intervals: list[IntervalResult] = []
+        self.tokens = 0
+        self.standing: list[int] = []
+        """Places in `intervals` of those that were not rolled back: one for each decision of the run as it stands."""
         self.last: Telemetry | None = None
         self.stopped_early = False
 
@@ -138,19 +148,36 @@ class _Execution:
             energy_shared=self.energy_shared,
             device=device_label(self.spec.config),
             intervals=tuple(self.intervals),
+            guardrails=self.steerer.controller.summary() if isinstance(self.steerer, RollbackController) else None,
         )
 
     def _train(self) -> None:
         share = 1 / self.spec.config.decisions
-        while self.last is None or not (self.last.finished or self.last.diverged):
+        while not self._over():
             controls = self.steerer.decide(self.last)
             if controls is None:
                 self.stopped_early = True
                 self._look_once_more()
                 return
             telemetry = self.run.advance(controls, share)
+            self._mark_rolled_back(telemetry.decision)
+            self.tokens += telemetry.interval_tokens
+            self.standing.append(len(self.intervals))
             self.intervals.append(self._keep(telemetry, self._look(telemetry)))
             self.last = self._as_seen(telemetry)
+
+    def _over(self) -> bool:
+        if self.last is None:
+            return False
+        if self.last.diverged and isinstance(self.steerer, RollbackController):
+            return not self.steerer.can_roll_back
+        return self.last.finished or self.last.diverged
+
+    def _mark_rolled_back(self, decision: int) -> None:
+        """Mark the intervals from `decision` on, which the run has just trained anew."""
+        for place in self.standing[decision:]:
+            self.intervals[place] = replace(self.intervals[place], rolled_back=True)
+        del self.standing[decision:]
 
     def _as_seen(self, telemetry: Telemetry) -> Telemetry:
         """Give a heuristic its reading at once; a policy gets it one interval later, as when it was trained."""
@@ -178,7 +205,7 @@ class _Execution:
 
     def _keep(self, telemetry: Telemetry, reading: Reading | None) -> IntervalResult:
         return IntervalResult(
-            tokens=telemetry.tokens,
+            tokens=self.tokens,
             steps=telemetry.steps,
             train_loss=telemetry.train_loss if math.isfinite(telemetry.train_loss) else None,
             validation_loss=reading.loss if reading is not None and math.isfinite(reading.loss) else None,

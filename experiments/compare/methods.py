@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
+from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.compare.cases import Setting, rounded
 from trainpilot.experiments.compare.results import TUNED, Case, MethodNote, RunSpec, Steering
@@ -21,13 +22,14 @@ from trainpilot.llm_runtime.schedules import ScheduleName
 
 POLICY, OPEN_LOOP = "policy", "open-loop"
 START = "start="
+WITHOUT_GUARDRAILS = "unguarded"
 USUAL_SCHEDULE: ScheduleName = "linear"
 """Base schedule of a policy whose bundle brings none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyName:
-    """What a method's name says: `policy:FILE`, with `@PREFERENCE` and `@start=F` behind it in any order."""
+    """The parts of `policy:FILE`; `@PREFERENCE`, `@start=F` and `@unguarded` may follow in any order."""
 
     kind: str
     """`policy` or `open-loop`."""
@@ -37,26 +39,32 @@ class PolicyName:
     """As written; empty is the usual one."""
     start: float | None = None
     """Starting learning rate over the tuned static's; `None` is the case's own rate."""
+    guarded: bool = True
+    """Whether the policy acts within guardrails, as it does in `replay` and in `Steering`."""
 
     @classmethod
     def parse(cls, name: str) -> PolicyName:
         """Read a method's name.
 
         Raises:
-            ValueError: no bundle is named, something is named twice, or a start is none.
+            ValueError: no bundle is named, an option is given twice, or a start is no factor above 0.
         """
         kind, _, rest = name.partition(":")
         file, *options = (part.strip() for part in rest.split("@"))
         if not file:
             raise ValueError(f"methods: {name!r} must name a bundle, as in {kind}:runs/agent/policy.safetensors")
         starts = [option for option in options if option.startswith(START)]
-        preferences = [option for option in options if option and option not in starts]
-        if len(starts) > 1 or len(preferences) > 1:
-            raise ValueError(f"methods: {name!r} may hold one preference and one start, as in policy:FILE@time=1")
+        unguarded = [option for option in options if option == WITHOUT_GUARDRAILS]
+        preferences = [option for option in options if option and option not in (*starts, *unguarded)]
+        if max(len(starts), len(preferences), len(unguarded)) > 1:
+            raise ValueError(
+                f"methods: {name!r} may hold one preference and one start, as in policy:FILE@time=1, "
+                f"and @{WITHOUT_GUARDRAILS} once"
+            )
         start = _factor(name, starts[0].removeprefix(START)) if starts else None
         if start is not None and kind == OPEN_LOOP:
             raise ValueError(f"methods: an open loop has no start of its own, got {name!r}; leave out @{starts[0]}")
-        return cls(kind=kind, file=file, preference="".join(preferences), start=start)
+        return cls(kind=kind, file=file, preference="".join(preferences), start=start, guarded=not unguarded)
 
     @property
     def short(self) -> str:
@@ -65,8 +73,11 @@ class PolicyName:
 
     @property
     def family(self) -> str:
-        """What shares a front: one bundle under several preferences, started at the same rate."""
-        return f"policy {self.file}" + ("" if self.start is None else f" from {self.start:g}")
+        """What shares a front: one bundle under several preferences, started at the same rate, guarded or not."""
+        parts = [f"policy {self.file}"]
+        parts += [] if self.start is None else [f"from {self.start:g}"]
+        parts += [] if self.guarded else [WITHOUT_GUARDRAILS]
+        return " ".join(parts)
 
 
 def is_policy(name: str) -> bool:
@@ -293,8 +304,9 @@ OPTIONAL_RUNS: Mapping[str, float] = {"tuned-tpe": 78, "tuned-halving": 8, "nsga
 DEFAULT_METHODS = (*SIMPLE, *SEARCHED)
 HELP = (
     f"{', '.join(SIMPLE)}; {', '.join(SEARCHED)}; {', '.join(OPTIONAL)}; "
-    "policy:FILE[@quality=0.5+energy=0.5][@start=0.1] for a bundle or the name of one that comes with trainpilot, "
-    "started at the case's learning rate or at so many times the tuned static's; "
+    "policy:FILE[@quality=0.5+energy=0.5][@start=0.1][@unguarded] for a bundle or the name of one that comes with "
+    "trainpilot, started at the case's learning rate or at so many times the tuned static's, within the guardrails "
+    "of `replay` or without them; "
     "open-loop:FILE for its average schedule without feedback"
 )
 
@@ -305,7 +317,7 @@ def known_methods() -> tuple[str, ...]:
 
 
 def policy_method(name: str) -> Method:
-    """Return the method `policy:FILE[@PREFERENCE][@start=F]`.
+    """Return the method `policy:FILE[@PREFERENCE][@start=F][@unguarded]`.
 
     Raises:
         ValueError: the name cannot be read, the file is no bundle, or the preference is none.
@@ -315,16 +327,24 @@ def policy_method(name: str) -> Method:
     words = [named.short]
     words += [] if named.start is None else [f"\N{MULTIPLICATION SIGN} {named.start:g}"]
     words += [spoken(policy.preference)] if named.preference else []
+    words += [] if named.guarded else [WITHOUT_GUARDRAILS]
     began = "" if named.start is None else f", started at {named.start:g} times the tuned static's learning rate"
+    bounds = "within" if named.guarded else "without"
     note = _note(
         name,
         " ".join(words),
         "policy",
-        f"The policy {named.file}, decided on the way from what it sees{began}.",
+        f"The policy {named.file}, which decides from the run's telemetry, {bounds} guardrails{began}.",
         family=named.family,
         training_energy_j=policy.training_energy_j,
     )
-    settings = {"path": str(policy.path), "digest": policy_digest(policy.path), "preference": str(policy.preference)}
+    settings: dict[str, Any] = {
+        "path": str(policy.path),
+        "digest": policy_digest(policy.path),
+        "preference": str(policy.preference),
+    }
+    if named.guarded:  # a run without this entry is unguarded, as all were before there was a choice
+        settings["guardrails"] = asdict(GuardrailSettings())
     return Method(note, policy.configure, Steering(kind="policy", settings=settings, probe=True), start=named.start)
 
 
@@ -334,7 +354,8 @@ def open_loop_note(name: str) -> MethodNote:
     policy = Policy.load(named)
     description = f"The average schedule of {named.file} over all cases, without feedback."
     more = {"family": named.family, "training_energy_j": policy.training_energy_j}
-    return _note(name, "open loop", "policy", description, **more)
+    title = "open loop" if named.guarded else f"open loop {WITHOUT_GUARDRAILS}"
+    return _note(name, title, "policy", description, **more)
 
 
 def open_loop_method(note: MethodNote, closed: Method, schedule: Any) -> Method:

@@ -368,6 +368,7 @@ def _steered(result: RunResult) -> SteeredRun:
             finish=interval.finishing,
         )
         for interval in result.intervals
+        if not interval.rolled_back
     ]
     return SteeredRun(start_batch_size=result.spec.config.batch_size, controls=controls)
 

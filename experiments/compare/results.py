@@ -27,7 +27,10 @@ class Steering:
     kind: str = "keep"
     """`keep`, `plateau`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `policy` or `open-loop`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of that kind, as JSON values. Those named `path` say where a file lies and are no part of the run."""
+    """Settings of that kind, as JSON values. Those named `path` say where a file lies and are no part of the run.
+
+    A policy whose settings have no `guardrails` ran without them.
+    """
     probe: bool = False
     """Whether the curvature probe runs (and is paid for): only policies look at it."""
     evaluate_every: int = 10
@@ -54,7 +57,7 @@ class IntervalResult:
     """What is kept of one interval."""
 
     tokens: int
-    """Tokens trained on since the run's start."""
+    """Tokens trained on since the run's start, intervals that were rolled back included."""
     steps: int
     """Optimiser steps in this interval."""
     train_loss: float | None
@@ -85,6 +88,8 @@ class IntervalResult:
     energy_j: float | None
     """Joules measured, evaluation apart."""
     evaluation_energy_j: float | None
+    rolled_back: bool = False
+    """The run was later restored to a snapshot from before this interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ class RunResult:
     final_test_loss: float | None
     """In nats/token; `None` if the run diverged or failed."""
     diverged: bool
-    """The loss was not finite at some moment."""
+    """The run ended with a loss that is not finite; guardrails may have rolled it back from others."""
     stopped_early: bool
     """The method ended the run before its budget was used up."""
     failure: str | None
@@ -113,6 +118,9 @@ class RunResult:
     device: str
     """Device, cores and threads."""
     intervals: tuple[IntervalResult, ...]
+    """In the order in which they were trained, those that were rolled back included."""
+    guardrails: Mapping[str, Any] | None = None
+    """What the guardrails did, from `GuardedController.summary`; `None` for a run without them."""
 
     @property
     def tokens(self) -> int:

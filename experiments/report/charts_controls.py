@@ -258,11 +258,11 @@ def batch_ratio(interval: IntervalResult, run: RunConfig, tuned: RunConfig) -> f
 def learnt(material: Material) -> list[Learnt]:
     """Return the average schedules of every policy and preference, by start; none without a tuned static."""
     tuned = _tuned(material)
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str, bool], list[str]] = {}
     for name, note in material.notes.items():
         if note.kind == "policy" and any(run.spec.steering.kind == "policy" for run, _ in _runs(material, name, tuned)):
             parsed = PolicyName.parse(name)
-            groups.setdefault((parsed.file, parsed.preference), []).append(name)
+            groups.setdefault((parsed.file, parsed.preference, parsed.guarded), []).append(name)
     return [_learnt(material, names, tuned) for names in groups.values()]
 
 
@@ -283,7 +283,8 @@ def _learnt(material: Material, names: Sequence[str], tuned: Mapping[str, RunCon
         for index, name in enumerate(ordered[:N_COLOURED])
     ]
     named = PolicyName.parse(names[0])
-    heading = f"{named.short}, {named.preference}" if named.preference else named.short
+    parts = [named.short, named.preference, "" if named.guarded else "unguarded"]
+    heading = ", ".join(part for part in parts if part)
     left_out = ", ".join(_begins(name) for name in ordered[N_COLOURED:])
     return Learnt(
         heading=heading,

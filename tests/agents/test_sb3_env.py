@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from fake_plant_batch import ToyPlants, some_actions
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
@@ -114,15 +113,12 @@ def test_an_unknown_utility_is_refused() -> None:
 
 @pytest.mark.parametrize("monitored", [False, True])
 def test_maskable_ppo_learns_a_rollout(monitored: bool) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     env = vec_env(16)
     model = MaskablePPO(
         "MlpPolicy", VecMonitor(env) if monitored else env, n_steps=25, batch_size=100, n_epochs=1, seed=0
     )
     before = [parameter.detach().clone() for parameter in model.policy.parameters()]
     model.learn(400)
-    torch.set_num_threads(threads)
 
     assert model.num_timesteps == 400
     assert model.ep_info_buffer

@@ -37,13 +37,10 @@ PREFERENCE = Preference(quality=0.6, energy=0.3, time=0.1)
 @pytest.fixture(autouse=True, scope="module")
 def steady_machine() -> Iterator[None]:
     """Leave nothing to the machine: its memory use, and which precisions it measures to pay."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live_run, "memory_share", lambda device: 0.25)
         patch.setattr(live_run, "masked_precisions", lambda *_: {"tf32": "no GPU", "fp16": "no GPU"})
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

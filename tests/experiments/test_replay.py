@@ -10,17 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from policies import zigzag_bundle
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_digest
-from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision import N_STACK
-from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.experiments import run_store as run_folder
+from trainpilot.agents.bundle import BaseSchedule, policy_digest
+from trainpilot.experiments import run_store
 from trainpilot.experiments.cli import main
 from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import ReplayOptions
@@ -74,23 +71,6 @@ def run_here(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 def summary(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return content
-
-
-def zigzag_bundle(path: Path, **provenance: Any) -> None:
-    """Write a policy that moves all it can, from inputs that repeat exactly: no seconds, joules or memory."""
-    random = np.random.default_rng(5)
-    noisy = {"throughput", "energy_per_token", "power", "memory"}
-    weight = random.normal(0, 2, (16, N_STACK * len(OBSERVATION_FIELDS))).astype(np.float32)
-    for stack in range(N_STACK):
-        for index, field in enumerate(OBSERVATION_FIELDS):
-            if field.name in noisy:
-                weight[:, stack * len(OBSERVATION_FIELDS) + index] = 0
-    n_choices = sum(len(field.choices) for field in ACTION_FIELDS)
-    action = random.normal(0, 1, (n_choices, 16)).astype(np.float32)
-    bias = np.zeros(n_choices, np.float32)
-    bias[-1] = -100  # never finish early
-    weights = {"hidden.0.weight": weight, "hidden.0.bias": np.zeros(16, np.float32)}
-    PolicyBundle({**weights, "action.weight": action, "action.bias": bias}, {"decisions": 20, **provenance}).save(path)
 
 
 def test_a_replay_writes_what_it_promises(workplace: Path) -> None:
@@ -193,9 +173,9 @@ def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, mon
 
 EAGER = """
 import sys
-from trainpilot.experiments import run_folder
+from trainpilot.experiments import run_store
 from trainpilot.experiments.cli import main
-run_folder.CHECKPOINT_EVERY_S, run_folder.CHECKPOINT_COST = 0.0, 1e9
+run_store.CHECKPOINT_EVERY_S, run_store.CHECKPOINT_COST = 0.0, 1e9
 from trainpilot.experiments.cli import main
 sys.argv = ["trainpilot", *sys.argv[1:]]
 main()
@@ -250,12 +230,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run_folder.RunFolder(tmp_path / "run", {"seed": 0})
+    folder = run_store.RunFolder(tmp_path / "run", {"seed": 0})
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "save_checkpoint", full)
+    monkeypatch.setattr(run_store, "save_checkpoint", full)
     with pytest.warns(UserWarning, match="checkpoint could not be written: No space left"):
         folder.write_checkpoint({"snapshot": {}}, [])
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json"]

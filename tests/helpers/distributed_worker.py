@@ -231,7 +231,6 @@ JOBS = {
 
 def work(rank: int, config: RunConfig, folder: Path, jobs: list[str], name: str) -> None:
     """Do the jobs as one of two processes, and go down without a word."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # asked for, the file is used
     meeting = f"file://{folder / name}"

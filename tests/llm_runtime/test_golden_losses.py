@@ -32,8 +32,8 @@ def test_losses_are_those_on_file(tmp_path: Path) -> None:
 
     losses = golden_losses(tmp_path)
 
-    # CPUs differ in the last bits.
-    assert losses == pytest.approx(expected["losses"], abs=1e-5)
+    # Kernels differ from CPU to CPU in the last bits: one float32 rounding for each of the twenty steps.
+    assert losses == pytest.approx(expected["losses"], rel=20 * torch.finfo(torch.float32).eps)
 
 
 if __name__ == "__main__":

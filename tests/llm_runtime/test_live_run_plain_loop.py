@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from trainpilot.llm_runtime.live_run import LiveRun
 
 SEED = 3
+EPSILON = torch.finfo(torch.float32).eps
 STEPS, BATCH, LENGTH = 200, 2, 16
 PEAK, CLIP, DECAY = 1e-2, 0.5, 0.1
 BUDGET = STEPS * BATCH * LENGTH  # tokens
@@ -99,9 +100,9 @@ def test_neutral_run_is_the_plain_loop(
 
     expected = plain_losses(family, np.array(run.corpus.train))
     assert len(losses) == STEPS
-    assert losses[:50] == pytest.approx(expected[:50], abs=1e-6)
-    # Fused and looped AdamW round differently; over hundreds of steps that grows.
-    assert losses == pytest.approx(expected, abs=1e-4)
+    for step, (loss, plain) in enumerate(zip(losses, expected, strict=True)):
+        # Fused and looped AdamW round differently, each CPU in its own way: two float32 roundings per step.
+        assert loss == pytest.approx(plain, rel=2 * (step + 1) * EPSILON), f"step {step}"
     assert losses[-1] < losses[0] - 1.0
 
 

@@ -57,15 +57,13 @@ def in_two_processes(*arguments: Any) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Outcome]]:
     """Return what came of a job, by process; `alone` is one process with the whole batch."""
-    folder, before = tmp_path_factory.mktemp("distributed"), torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("distributed")
     decisions = len(CHANGES) + 1
     config = case(folder, LLAMA, tokens=16 * INTERVAL * decisions, batch_size=4, decisions=decisions)
     for number, jobs in enumerate(JOBS):
         in_two_processes(config, folder, jobs, f"meeting-{number}")
-    torch.set_num_threads(1)
     alone = SharedLoop(config, "alone")
     alone.train()
-    torch.set_num_threads(before)
     done = {"alone": [alone.outcome()]}
     return lambda job: (
         done.get(job) or [torch.load(folder / f"{job.replace(' ', '-')}-{rank}.pt") for rank in range(PROCESSES)]

@@ -22,8 +22,6 @@ from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
 
-torch.set_num_threads(1)
-
 IN_FP32: list[Action] = [(rate, batch, 0, pruning, finish) for rate, batch, _, pruning, finish in SCRIPT]
 Rows = list[dict[str, torch.Tensor]]
 

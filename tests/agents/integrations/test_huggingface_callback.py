@@ -36,8 +36,6 @@ from trainpilot.envs.action import KEEP
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:

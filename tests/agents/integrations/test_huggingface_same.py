@@ -29,8 +29,6 @@ from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
 
-torch.set_num_threads(1)
-
 WATCHED: dict[str, Any] = {"policy": "none", "decisions": 5}
 
 

@@ -195,9 +195,10 @@ def test_a_compiled_model_is_steered_as_it_is_otherwise(config: RunConfig) -> No
     theirs, ours = ([record.telemetry for record in each.steering.records] for each in (plain, mine))
     assert [each.precision for each in ours] == [each.precision for each in theirs]
     assert [each.train_loss for each in ours] == pytest.approx([each.train_loss for each in theirs], rel=1e-3)
-    assert [each.train_loss for each in ours[:2]] == [each.train_loss for each in theirs[:2]], (
-        "bf16 is rounded elsewhere"
-    )
+    # Traced attention may take other kernels: one float32 rounding for each of the 15 steps before bf16.
+    rounding = 15 * torch.finfo(torch.float32).eps
+    for mine_in_fp32, plain_in_fp32 in zip(ours[:2], theirs[:2], strict=True):
+        assert mine_in_fp32.train_loss == pytest.approx(plain_in_fp32.train_loss, rel=rounding)
 
 
 @pytest.mark.parametrize("at", [7, 20])

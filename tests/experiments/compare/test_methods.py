@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import pytest
 from made_runs import CASE, CONFIG, made_bench, made_interval, made_result, with_config
 
 from trainpilot.agents import bundle as bundles
-from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.bundle import PolicyBundle, policy_digest
+from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.action import ACTION_FIELDS
-from trainpilot.envs.decision import N_STACK
+from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.experiments.compare.cases import Setting
 from trainpilot.experiments.compare.methods import (
@@ -32,8 +33,8 @@ from trainpilot.experiments.compare.methods import (
 )
 from trainpilot.experiments.compare.programs import direct_program, open_loop_program
 from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.scheduler import run_workers
 from trainpilot.experiments.run_store import run_key
-from trainpilot.experiments.workers import Workers
 
 N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)
 N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
@@ -101,6 +102,7 @@ def test_names_are_taken_in_their_order_with_spaces_and_empty_places(tmp_path: P
         ("policy:a.b@start=fast", "got 'fast' in 'policy:a.b@start=fast'"),
         ("policy:a.b@start=1@start=2", "may hold one preference and one start"),
         ("policy:a.b@time=1@energy=1", "may hold one preference and one start"),
+        ("policy:a.b@unguarded@unguarded", "may hold one preference and one start, .*, and @unguarded once"),
         ("open-loop:a.b@start=1", "an open loop has no start of its own, .*; leave out @start=1"),
         ("policy:nobody", "no policy named 'nobody' comes with trainpilot"),
     ],
@@ -273,6 +275,34 @@ def test_a_policy_that_comes_with_trainpilot_goes_by_its_bare_name(
     assert open_loop_note("open-loop:default").family == policy_method("policy:default").note.family
 
 
+def test_a_policy_is_guarded_unless_its_name_says_otherwise(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "agent" / "policy.safetensors")
+    guarded, bare = (policy_method(f"policy:{path}{suffix}") for suffix in ("", "@unguarded"))
+    every = policy_method(f"policy:{path}@start=0.1@unguarded@time=1")
+
+    assert guarded.steering.settings["guardrails"] == asdict(GuardrailSettings())
+    assert "guardrails" not in bare.steering.settings
+    assert run_key(guarded.spec(CASE, 0)) != run_key(bare.spec(CASE, 0))
+    assert (guarded.note.title, bare.note.title) == ("agent", "agent unguarded")
+    assert "within guardrails" in guarded.note.description
+    assert "without guardrails" in bare.note.description
+    assert guarded.note.family != bare.note.family
+    assert open_loop_note(f"open-loop:{path}@unguarded").family == bare.note.family
+    assert (every.start, every.steering.settings["preference"]) == (0.1, "quality=0,energy=0,time=1")
+    assert "guardrails" not in every.steering.settings
+
+
+def test_a_run_of_yesterday_is_an_unguarded_one(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors")
+    settings = {"path": path, "digest": policy_digest(Path(path)), "preference": str(Preference())}
+    yesterday = RunSpec(config=policy_method(f"policy:{path}").spec(CASE, 0).config, steering=Steering(
+        kind="policy", settings=settings, probe=True
+    ))  # fmt: skip
+
+    assert run_key(policy_method(f"policy:{path}@unguarded").spec(CASE, 0)) == run_key(yesterday)
+    assert run_key(policy_method(f"policy:{path}").spec(CASE, 0)) != run_key(yesterday)
+
+
 def test_a_policy_brings_its_base_schedule(tmp_path: Path) -> None:
     path = bundle(tmp_path / "policy.safetensors", base_schedule={"schedule": "wsd", "warmup_share": 0.1})
     spec = policy_method(f"policy:{path}").spec(with_config(warmup_tokens=5), 2)
@@ -353,6 +383,22 @@ def test_the_open_loop_replays_the_average_of_the_closed_loops_on_every_case(tmp
     assert not replayed[0].steering.probe  # nobody looks
 
 
+def test_intervals_that_were_rolled_back_are_left_out_of_the_average(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "policy.safetensors", decisions=2)
+    [(closed, note)] = choose_methods(f"open-loop:{path}").open_loop
+
+    def run(spec: RunSpec) -> RunResult:
+        result = closed_run(spec)
+        undone = replace(result.intervals[1], learning_rate_scale=64.0, rolled_back=True)
+        return replace(result, intervals=(result.intervals[0], undone, result.intervals[1]))
+
+    schedules = [
+        played(open_loop_program(made_bench(), (CASE,), closed, note), each)[1][0].steering.settings
+        for each in (run, closed_run)
+    ]
+    assert schedules[0] == schedules[1]
+
+
 def test_runs_without_a_loss_are_left_out_of_the_average(tmp_path: Path) -> None:
     path = bundle(tmp_path / "policy.safetensors", decisions=2)
     [(closed, note)] = choose_methods(f"open-loop:{path}").open_loop
@@ -384,4 +430,4 @@ def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"steering must be one of keep, plateau, .*, got 'flying'"):
         make_steerer(Steering(kind="flying"), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
-        Workers(0, 1)
+        run_workers(0, 1)

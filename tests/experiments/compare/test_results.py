@@ -128,6 +128,15 @@ def test_a_result_goes_to_json_and_back() -> None:
     assert again.usable
 
 
+def test_a_result_from_before_there_were_guardrails_is_read() -> None:
+    settings = {"path": "policy.safetensors", "digest": "ab", "preference": "quality=1"}
+    result = made_result(RunSpec(config=CONFIG, steering=Steering(kind="policy", settings=settings, probe=True)))
+    record = through_json(result.to_json())
+    del record["guardrails"], record["intervals"]["rolled_back"]
+
+    assert RunResult.from_json(record) == result
+
+
 def test_what_is_not_finite_becomes_unknown() -> None:
     broken = made_interval(CONFIG, train_loss=math.nan, validation_loss=math.inf, learning_rate=1e-3)
     again = RunResult.from_json(through_json(made_result(SPEC, None, intervals=(broken,)).to_json()))

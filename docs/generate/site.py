@@ -1,0 +1,51 @@
+"""Add README, CONTRIBUTING, CHANGELOG and the result files to the documentation site, and adapt the links between them.
+
+mkdocs calls the two functions below (`hooks` in mkdocs.yml). On disk a page under `docs/` links to `../benchmarks/...`
+and the README to `docs/...`; in the site all of these lie below one root.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+"""Pages that lie outside of `docs/`, and their names in the site."""
+DATA = ("benchmarks/results/*.json", "experiments/compare/sets/*.yaml")
+"""Files that the pages refer to as evidence; the site holds copies of them."""
+
+_LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^()#:\s]+)(?P<anchor>#[^()\s]*)?\)")
+_ON_DISK = {site: disk for disk, site in PAGES.items()}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the files that lie outside of `docs/`."""
+    for disk, site in PAGES.items():
+        files.append(File.generated(config, site, abs_src_path=str(ROOT / disk)))
+    for path in sorted(path for pattern in DATA for path in ROOT.glob(pattern)):
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Point the links of a page to where their targets lie in the site.
+
+    The link to a file or folder that exists but is not part of the site becomes plain text. A link to what does not
+    exist is left alone, so that a strict build reports it.
+    """
+    here = page.file.src_uri
+    folder = PurePosixPath(_ON_DISK.get(here, f"docs/{here}")).parent
+
+    def adapt(link: re.Match[str]) -> str:
+        disk = os.path.normpath(folder / link["target"])
+        site = PAGES.get(disk, disk.removeprefix("docs/"))
+        if files.get_file_from_path(site) is not None:
+            return f"[{link['text']}]({os.path.relpath(site, PurePosixPath(here).parent)}{link['anchor'] or ''})"
+        return link["text"] if (ROOT / disk).exists() else link[0]
+
+    return _LINK.sub(adapt, markdown)
