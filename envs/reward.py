@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import gymnasium
 import numpy as np
 
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class Reference(JsonRecord):
     """What the base schedule reaches on one case, and what it costs."""
 
     budgets: tuple[float, ...]
@@ -42,17 +43,6 @@ class Reference:
         """Return the compute-equivalent of `loss`: the share of the budget that the reference needs for it."""
         return compute_equivalent(loss, self.budgets, self.losses)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self) | {"telemetry": [t.to_json() for t in self.telemetry]}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Reference:
-        """Rebuild from `to_json`."""
-        telemetry = tuple(Telemetry.from_json(t) for t in record["telemetry"])
-        numbers = {"budgets": tuple(record["budgets"]), "losses": tuple(record["losses"])}
-        return cls(**{**record, **numbers, "telemetry": telemetry})
-
 
 OBJECTIVES = ("quality", "energy", "time")
 MAX_QUALITY = 3.0
@@ -64,7 +54,7 @@ EVALUATE_EVERY = 10
 
 
 @dataclass(frozen=True)
-class RewardTerms:
+class RewardTerms(JsonRecord):
     """Reward of one interval. Summed over an episode (gamma = 1) they give the outcome of the run."""
 
     quality: float

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, get_args
 
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.schedules import SCHEDULES, Schedule, ScheduleName
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -21,7 +22,7 @@ PRUNINGS: tuple[Pruning, ...] = get_args(Pruning)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controls:
+class Controls(JsonRecord):
     """What holds during one interval. `RunConfig.start()` gives those of the untouched base schedule."""
 
     learning_rate_scale: float = 1.0
@@ -70,7 +71,7 @@ OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(JsonRecord):
     """One run, also called a case: one training of one model on one corpus under one budget."""
 
     model: str = "llama-nano"

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, EnergySource, energy_between, sum_known
-
-pass
+from trainpilot.llm_runtime.json_records import JsonRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class Cost(JsonRecord):
     """Seconds and joules of something."""
 
     time_s: float
