@@ -61,6 +61,4 @@ def test_a_fault_is_one_line_with_record_field_rule_and_value() -> None:
     with pytest.raises(ValueError, match=r"^cost table fields missing or unknown: colour, rows.0.batch_size$"):
         CostTable.from_json(content | {"rows": [{"kind": "step", "precision": "fp32", "cost": None}], "colour": "red"})
     with pytest.raises(ValueError, match=r"^telemetry: requested: batch_size must be a whole number .*, got 0$"):
-        Telemetry.from_json(
-            json.loads((RECORDS / "telemetry.json").read_text()) | {"requested": {"batch_size": 0}}
-        )
+        Telemetry.from_json(json.loads((RECORDS / "telemetry.json").read_text()) | {"requested": {"batch_size": 0}})
