@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, SupportsFloat, TypedDict
 
 import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike
 
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -152,7 +153,7 @@ class ReferenceBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class Reference(JsonRecord):
     """What the base schedule reaches on one case, and what it costs."""
 
     budgets: tuple[float, ...]
@@ -183,24 +184,13 @@ class Reference:
             energy_j=np.array([_nan_if_unknown(self.energy_j)]),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self) | {"telemetry": [t.to_json() for t in self.telemetry]}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Reference:
-        """Rebuild from `to_json`."""
-        telemetry = tuple(Telemetry.from_json(t) for t in record["telemetry"])
-        numbers = {"budgets": tuple(record["budgets"]), "losses": tuple(record["losses"])}
-        return cls(**{**record, **numbers, "telemetry": telemetry})
-
 
 def _nan_if_unknown(value: float | None) -> float:
     return math.nan if value is None else value
 
 
 @dataclass(frozen=True)
-class RewardTerms:
+class RewardTerms(JsonRecord):
     """Reward of one interval. Summed over an episode (gamma = 1) they give the outcome of the run."""
 
     quality: float
