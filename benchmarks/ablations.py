@@ -17,9 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ from trainpilot.experiments.compare.results import TUNED, UNTUNED
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.run_store import claim_folder
 from trainpilot.experiments.train_agent import physics_of
+from trainpilot.experiments.workers import Workers
 from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
@@ -176,8 +175,8 @@ def calibrations_of(stage: SimulatorStage, variant: str) -> tuple[FittedPhysics,
 
 def _train_all(stage: SimulatorStage, wanted: Sequence[str], seeds: range, options: argparse.Namespace) -> None:
     tasks = [(changed(stage, name), name, seed, options.out / name) for seed in seeds for name in wanted]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as workers:
-        for _, name, seed, score in workers.map(_train, tasks):
+    with Workers(_train, options.jobs) as workers:
+        for _, (_, name, seed, score) in workers.run((task,) for task in tasks):
             print(f"{name}, seed {seed}: {score}", flush=True)
 
 

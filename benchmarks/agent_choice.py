@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +32,7 @@ from trainpilot.experiments.calibrate.runs import RunFile
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.train_agent import train_agents
+from trainpilot.experiments.workers import Workers
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.schedules import neutral_factor
@@ -163,14 +162,15 @@ def main() -> None:
         for axis in ("tokens", "time_s")
         for start in STARTS
     ]
-    results: list[Result] = []
+    found: dict[int, Result] = {}
     with (
         progress_bar(console, "live runs", len(jobs)) as advance,
-        ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool,
+        Workers(_steer, options.jobs) as workers,
     ):
-        for result in pool.map(steer, jobs):
-            results.append(result)
-            advance(len(results))
+        for (number, _), result in workers.run(enumerate(jobs)):
+            found[number] = result
+            advance(len(found))
+    results = [found[number] for number in range(len(jobs))]
     told = {str(seed): figures([r for r in results if r.job.agent == seed]) for seed in {j.agent: None for j in jobs}}
     best = max(told, key=lambda seed: float(told[seed]["score"]))
     content = {"nats_per_doubling": NATS_PER_DOUBLING, "preferences": PREFERENCES, "agents": told, "best": int(best)}
@@ -189,6 +189,11 @@ def bundles(options: argparse.Namespace, console: Console) -> dict[int, Path]:
         provenance = {"decisions": stage.decisions, "base_schedule": vars(stage.base_schedule)}
         PolicyBundle(agent.bundle.weights, provenance).save(found[agent.seed])
     return found
+
+
+def _steer(number: int, job: Job) -> Result:
+    """Steer a run in a worker process; its number says where the result belongs."""
+    return steer(job)
 
 
 def figures(results: Sequence[Result]) -> dict[str, Any]:

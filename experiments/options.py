@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from trainpilot.envs.decision import Preference
-from trainpilot.experiments.doctor import DEFAULT_GRID_INTENSITY_G_PER_KWH
+from trainpilot.experiments.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
 from trainpilot.llm_runtime.config import Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 

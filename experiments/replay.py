@@ -22,7 +22,7 @@ from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, Guardra
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label, live_reference
 from trainpilot.envs.reward import Reference, RewardMeter, current_loss
-from trainpilot.experiments.doctor import (
+from trainpilot.experiments.carbon import (
     DEFAULT_GRID_INTENSITY_G_PER_KWH,
     DEFAULT_GRID_INTENSITY_SOURCE,
     device_hours,

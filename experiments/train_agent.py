@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +30,11 @@ from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import Recipe, load_recipe
 from trainpilot.experiments.run_store import claim_folder, versions
-from trainpilot.experiments.workers import begin_work
+from trainpilot.experiments.workers import Workers, report
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.process import available_cores, use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
-
-LOOK_EVERY_S = 0.5
 
 
 def train_agents(stage: SimulatorStage, folder: Path, console: Console) -> list[SimulatorAgent]:
@@ -102,55 +97,19 @@ def _in_turn(
 def _in_processes(
     stage: SimulatorStage, calibrations: Sequence[FittedPhysics], folder: Path, jobs: int, advance: Advance
 ) -> list[SimulatorAgent]:
-    context = get_context("spawn")
-    done = context.Array("q", stage.seeds)
-    executor = ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=(done,))
-    futures: list[Future[SimulatorAgent]] = []
-    whole = False
-    try:
-        for seed in stage.agents:
-            futures.append(executor.submit(_train, stage, seed, calibrations, folder / str(seed), jobs))
-        waiting: set[Future[SimulatorAgent]] = set(futures)
-        while waiting:
-            ended, waiting = wait(waiting, timeout=LOOK_EVERY_S)
-            for future in ended:
-                future.result()  # the first that failed ends it all
-            advance(min(sum(done[:]), stage.seeds * stage.ppo.total_decisions))
-        whole = True
-    except BrokenProcessPool:
+    def killed(*_: object) -> SimulatorAgent:
         raise ValueError(
             "simulator: the process of an agent was killed, perhaps for lack of memory; the same command goes on where "
             f"it was, got n_runs {stage.n_runs}; fewer need less"
-        ) from None
-    finally:
-        if not whole:
-            for process in (executor._processes or {}).values():
-                process.terminate()
-        executor.shutdown(wait=whole, cancel_futures=True)
-    return [future.result() for future in futures]
+        )
 
-
-# In the process of an agent ---------------------------------------------------------------------------------------
-
-_done: Any = None
-"""Decisions so far of every agent, shared with the parent."""
-
-
-def _prepare(done: Any) -> None:
-    global _done  # noqa: PLW0603, a process has no other way to keep what it is started with
-    _done = done
-    begin_work()
-
-
-def _train(
-    stage: SimulatorStage, seed: int, calibrations: Sequence[FittedPhysics], folder: Path, jobs: int
-) -> SimulatorAgent:
-    index = stage.agents.index(seed)
-
-    def progress(done: int) -> None:
-        _done[index] = done
-
-    return train_in_simulator(stage, seed, calibrations, folder, progress=progress, side_by_side=jobs)
+    total = stage.seeds * stage.ppo.total_decisions
+    train = partial(train_in_simulator, progress=report, side_by_side=jobs)
+    tasks = [(stage, seed, calibrations, folder / str(seed)) for seed in stage.agents]
+    with Workers(train, jobs, on_death=killed) as workers:
+        ended = workers.run(tasks, progress=lambda done: advance(min(int(done), total)))
+        agents = {arguments[1]: agent for arguments, agent in ended}
+    return [agents[seed] for seed in stage.agents]
 
 
 POLICY = "policy.safetensors"
@@ -258,24 +217,16 @@ def _start(out: Path, simulated: PolicyBundle | None) -> dict[str, Any] | None:
 
 def run_references(cases: Sequence[RunConfig], recipe: Recipe, console: Console) -> list[Reference]:
     """Return every case's reference, from the cache or run now, as many side by side as training will."""
-    context = get_context("spawn")
     different = list(dict.fromkeys(cases))
     found: dict[RunConfig, Reference] = {}
     with (
         progress_bar(console, "reference runs of the base schedule", len(different)) as advance,
-        ProcessPoolExecutor(recipe.n_envs, mp_context=context) as pool,
+        Workers(live_reference, recipe.n_envs, recipe.threads) as workers,
     ):
-        for case, reference in zip(
-            different, pool.map(partial(_reference, threads=recipe.threads), different), strict=True
-        ):
+        for (case,), reference in workers.run((case,) for case in different):
             found[case] = reference
             advance(len(found))
     return [found[case] for case in cases]
-
-
-def _reference(case: RunConfig, threads: int) -> Reference:
-    use_threads(threads)
-    return live_reference(case)
 
 
 def _make_env(cases: Sequence[RunConfig], against: Sequence[RunConfig], recipe: Recipe) -> ScalarReward:

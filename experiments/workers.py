@@ -1,32 +1,210 @@
-"""Run specs side by side in processes of their own; a process that dies costs its own run and no other.
+"""Run a function on many arguments in worker processes; a process that dies costs its own task and no other.
 
-Set up a process that works for another: few threads, no interrupts of its own, and no life without its parent.
-
-Run the settings of a calibration side by side, in processes of one thread each.
+The processes are loky's, which can be killed together with all that they started. Every worker is an executor of its
+own with one process, because an executor gives up all of its tasks when one of its processes dies.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from types import TracebackType
+from typing import Any, Generic, TypeVar
 
-from trainpilot.experiments.calibrate.design import Setting
-from trainpilot.experiments.calibrate.runs import RunFile, carry_out
-from trainpilot.experiments.compare.execute import execute, failed
-from trainpilot.experiments.compare.results import RunResult, RunSpec
+from loky import BrokenProcessPool, ProcessPoolExecutor
+
 from trainpilot.llm_runtime.process import use_threads
 
+Result = TypeVar("Result")
 
-def begin_work(threads: int = 1) -> None:
-    """Make this process a worker with so many threads."""
+TASKS_PER_PROCESS = 200
+"""Tasks after which a new process takes over, because what libraries keep from task to task adds up."""
+REPORT_EVERY_S = 0.5
+"""Seconds between two calls of a progress callback."""
+
+_CONTEXT = get_context("spawn")  # its processes have a handle on their parent, which loky's own have not
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A call in a worker process."""
+
+    slot: int
+    """Number of the worker."""
+    arguments: tuple[Any, ...]
+    attempt: int = 1
+
+
+class Workers(Generic[Result]):
+    """Worker processes that call one function. Their number never changes a result.
+
+    Use it in a `with` statement: leaving the block waits for the running tasks; leaving it by an exception, such as an
+    interrupt, kills the processes. They ignore interrupts themselves, and end when this process is killed.
+
+    Args:
+        function: Called in the worker processes. It must be importable by its name, as pickle demands.
+        jobs: Number of worker processes.
+        threads: Torch threads of each process.
+        attempts: How often a task is tried in all when its process dies.
+        on_death: Called with the arguments of a task whose last attempt died; returns its result or raises. By default
+            it raises `ValueError`.
+
+    Raises:
+        ValueError: `jobs`, `threads` or `attempts` is below 1.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Result],
+        jobs: int,
+        threads: int = 1,
+        *,
+        attempts: int = 1,
+        on_death: Callable[..., Result] | None = None,
+    ) -> None:
+        for name, value in (("jobs", jobs), ("threads", threads), ("attempts", attempts)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.function, self.jobs, self.threads, self.attempts = function, jobs, threads, attempts
+        self._on_death = on_death or self._raise
+        self._reports: MutableSequence[float] = _CONTEXT.RawArray("d", jobs)
+        """What the running task of each worker has reported."""
+        self._reported = 0.0
+        """Sum of what the tasks that have ended had reported."""
+        self._executors = [self._executor(slot) for slot in range(jobs)]
+        self._free = list(range(jobs))
+        self._running: dict[Future[Result], _Task] = {}
+        self._ended = [0] * jobs
+
+    def __enter__(self) -> Workers[Result]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for executor in self._executors:
+            executor.shutdown(wait=error is None, kill_workers=error is not None)
+
+    @property
+    def free(self) -> bool:
+        """Whether another task can start at once."""
+        return bool(self._free)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a task is running."""
+        return bool(self._running)
+
+    def start(self, *arguments: Any) -> None:
+        """Start a task in a free process."""
+        self._submit(_Task(self._free.pop(0), arguments))
+
+    def finished(self) -> list[Result]:
+        """Wait until at least one task has ended, and return the results of those that have; none if none is running.
+
+        Raises:
+            Exception: whatever `function` or `on_death` raised.
+        """
+        return [result for _, result in self._finished()]
+
+    def run(
+        self, tasks: Iterable[tuple[Any, ...]], progress: Callable[[float], object] | None = None
+    ) -> Iterator[tuple[tuple[Any, ...], Result]]:
+        """Call the function with each tuple of arguments, and yield arguments and result as the tasks end.
+
+        Args:
+            tasks: Arguments, a tuple for each task; started in this order.
+            progress: Called about twice a second with the sum of what all tasks have given to `report`.
+
+        Raises:
+            Exception: whatever `function` or `on_death` raised.
+        """
+        waiting = deque(tasks)
+        while waiting or self.busy:
+            while waiting and self.free:
+                self.start(*waiting.popleft())
+            yield from self._finished(None if progress is None else REPORT_EVERY_S)
+            if progress is not None:
+                progress(self._reported + sum(self._reports))
+
+    def _finished(self, limit_s: float | None = None) -> list[tuple[tuple[Any, ...], Result]]:
+        """Wait for tasks to end, at most `limit_s` seconds."""
+        results: list[tuple[tuple[Any, ...], Result]] = []
+        while self._running and not results:
+            done, _ = wait(self._running, timeout=limit_s, return_when=FIRST_COMPLETED)
+            for future in done:
+                results += self._take(future)
+            if limit_s is not None:
+                break
+        return results
+
+    def _take(self, future: Future[Result]) -> list[tuple[tuple[Any, ...], Result]]:
+        """Return a task's arguments and result; nothing if its process died and it has been started again."""
+        task = self._running.pop(future)
+        try:
+            result = future.result()
+        except BrokenProcessPool:
+            self._renew(task.slot)
+            if task.attempt < self.attempts:
+                self._submit(replace(task, attempt=task.attempt + 1))
+                return []
+            result = self._on_death(*task.arguments)
+        else:
+            self._ended[task.slot] += 1
+            if self._ended[task.slot] % TASKS_PER_PROCESS == 0:
+                self._renew(task.slot)
+        self._reported += self._reports[task.slot]
+        self._reports[task.slot] = 0.0
+        self._free.append(task.slot)
+        return [(task.arguments, result)]
+
+    def _submit(self, task: _Task) -> None:
+        self._reports[task.slot] = 0.0
+        try:
+            future = self._executors[task.slot].submit(self.function, *task.arguments)
+        except BrokenProcessPool:  # its process died while it had nothing to do
+            self._renew(task.slot)
+            future = self._executors[task.slot].submit(self.function, *task.arguments)
+        self._running[future] = task
+
+    def _renew(self, slot: int) -> None:
+        self._executors[slot].shutdown(wait=False)
+        self._executors[slot] = self._executor(slot)
+
+    def _executor(self, slot: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            1, context=_CONTEXT, initializer=_begin, initargs=(self.threads, self._reports, slot)
+        )
+
+    def _raise(self, *_: Any) -> Result:
+        raise ValueError(
+            f"jobs: a worker process was killed, perhaps for lack of memory, got {self.jobs}; fewer need less"
+        )
+
+
+# In the worker process ----------------------------------------------------------------------------------------------
+
+_report_to: tuple[MutableSequence[float], int] | None = None
+"""Memory that is shared with the parent process, and this worker's place in it."""
+
+
+def report(done: float) -> None:
+    """Tell the parent process how much of the running task is done, in any unit; does nothing outside of a worker."""
+    if _report_to is not None:
+        reports, slot = _report_to
+        reports[slot] = done
+
+
+def _begin(threads: int, reports: MutableSequence[float], slot: int) -> None:
+    """Make this process a worker: few threads, no interrupts of its own, and no life without its parent."""
+    global _report_to  # noqa: PLW0603, a process has no other way to keep what it is started with
+    _report_to = reports, slot
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     Thread(target=_end_with_parent, daemon=True).start()
@@ -39,142 +217,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-ATTEMPTS = 2
-"""A run whose process died is tried again once."""
-RUNS_PER_PROCESS = 200
-"""Then a new process takes over: what libraries keep from run to run adds up."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a run is running."""
-
-    slot: int
-    spec: RunSpec
-    key: str
-
-
-class Workers:
-    """`jobs` processes with `threads` torch threads each. The number of processes never changes a loss."""
-
-    def __init__(self, jobs: int, threads: int) -> None:
-        for name, value in (("jobs", jobs), ("threads", threads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.jobs, self.threads = jobs, threads
-        self._slots = [self._executor() for _ in range(jobs)]
-        self._free = list(range(jobs))
-        self._busy: dict[Future[RunResult], _Place] = {}
-        self._deaths: Counter[str] = Counter()
-        self._ended: Counter[int] = Counter()
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for executor in self._slots:
-            if error is not None:  # or an interrupt would wait for runs that nobody takes any more
-                for process in (executor._processes or {}).values():
-                    process.terminate()
-            executor.shutdown(wait=error is None, cancel_futures=True)
-
-    @property
-    def free(self) -> bool:
-        """Whether another run can start at once."""
-        return bool(self._free)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a run is under way."""
-        return bool(self._busy)
-
-    def start(self, spec: RunSpec, key: str) -> None:
-        """Start a run in a free process."""
-        place = _Place(self._free.pop(0), spec, key)
-        self._busy[self._submit(place)] = place
-
-    def finished(self) -> list[RunResult]:
-        """Wait until at least one run has ended, and return those that have."""
-        results: list[RunResult] = []
-        while self._busy and not results:
-            done, _ = wait(self._busy, return_when=FIRST_COMPLETED)
-            for future in done:
-                place = self._busy.pop(future)
-                if (result := self._outcome(future, place)) is not None:
-                    self._free.append(place.slot)
-                    results.append(result)
-        return results
-
-    def _outcome(self, future: Future[RunResult], place: _Place) -> RunResult | None:
-        """Return a run's result; `None` if its process died and it has been started again in a new one."""
-        try:
-            result = future.result()
-        except BrokenProcessPool:
-            self._renew(place.slot)
-        else:
-            self._ended[place.slot] += 1
-            if self._ended[place.slot] % RUNS_PER_PROCESS == 0:  # max_tasks_per_child can hang: CPython issue 115634
-                self._renew(place.slot)
-            return result
-        self._deaths[place.key] += 1
-        if self._deaths[place.key] >= ATTEMPTS:
-            return failed(place.spec, place.key, f"its process was killed {ATTEMPTS} times, perhaps for lack of memory")
-        self._busy[self._submit(place)] = place
-        return None
-
-    def _submit(self, place: _Place) -> Future[RunResult]:
-        shared = self.jobs > 1
-        try:
-            return self._slots[place.slot].submit(execute, place.spec, place.key, energy_shared=shared)
-        except BrokenProcessPool:  # its process died while it had nothing to do
-            self._renew(place.slot)
-            return self._slots[place.slot].submit(execute, place.spec, place.key, energy_shared=shared)
-
-    def _renew(self, slot: int) -> None:
-        self._slots[slot].shutdown(wait=False)
-        self._slots[slot] = self._executor()
-
-    def _executor(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin_work, initargs=(self.threads,))
-
-
-Work = tuple[Setting, str]
-"""A setting and its key."""
-
-
-def run_all(work: Sequence[Work], jobs: int) -> Iterator[tuple[Setting, RunFile | str]]:
-    """Yield every setting with its run, or with why it failed in one line, as the runs end.
-
-    Raises:
-        ValueError: a process was killed; the runs that have been yielded are whole.
-    """
-    executor = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=begin_work)
-    under_way: dict[Future[RunFile | str], Setting] = {}
-    whole = False
-    try:
-        for setting, key in work:
-            under_way[executor.submit(_attempt, setting, key, jobs)] = setting
-        for future in as_completed(under_way):
-            yield under_way[future], future.result()
-        whole = True
-    except BrokenProcessPool:
-        raise ValueError(
-            "jobs: the process of a run was killed, perhaps for lack of memory; the same command goes on where it "
-            f"was, got {jobs}; fewer need less"
-        ) from None
-    finally:
-        if not whole:  # or an interrupt would wait for runs that nobody takes any more
-            for process in (executor._processes or {}).values():
-                process.terminate()
-        executor.shutdown(wait=whole, cancel_futures=True)
-
-
-def _attempt(setting: Setting, key: str, jobs: int) -> RunFile | str:
-    try:
-        return carry_out(setting, key, jobs=jobs)
-    except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

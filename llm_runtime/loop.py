@@ -329,7 +329,7 @@ class Readings:
     ) -> None:
         self.levers, self.ranks = levers, ranks
         self.sequences, self.sequence_length = sequences, sequence_length
-        self.gradient_clip, self.probe = gradient_clip, probe
+        self.gradient_clip, self.probing = gradient_clip, probe
         self.watch = Stopwatch(clock, meter)
         self.start_sequences = 0
         self.start_sparsity = 0.0
@@ -387,7 +387,7 @@ class Readings:
         """Keep the weights where the next step may begin with a probe: what this step changes is the update."""
         if not self.probe_wanted:
             due = probe_due(self._decision, self.start_sequences / self.sequences)
-            wanted = next_is_last and self.probe and bool(due)
+            wanted = next_is_last and self.probing and bool(due)
             self._before = [(p, p.detach().clone()) for p in self.levers.parameters()] if wanted else []
 
     def note_loss(self, loss: torch.Tensor, share: float) -> None:

@@ -29,20 +29,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+try:
+    from transformers import (
+        PrinterCallback,
+        ProgressCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+    from transformers.loss.loss_utils import ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+except ImportError as error:
+    raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.integrations.common import first_sequences
+from trainpilot.agents.integrations.huggingface_data import MicroBatch, Parts, SampleStream, rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
     Given,
     Plan,
@@ -169,16 +174,6 @@ def looking(trainer: Any) -> Iterator[None]:
     finally:
         if kept is not None:
             trainer._metrics = kept
-
-
-try:
-    from transformers import Trainer, TrainingArguments
-
-    from trainpilot.agents.integrations.huggingface_data import MicroBatch, Parts, SampleStream, rows_of
-except ImportError as error:
-    raise ImportError(
-        "steering a Hugging Face Trainer needs transformers and accelerate: pip install accelerate"
-    ) from error
 
 
 class SteeringMixin(Trainer):

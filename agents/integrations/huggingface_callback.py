@@ -24,12 +24,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
 from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.integrations.common import first_sequences
 from trainpilot.agents.integrations.huggingface import divides_by_items, log, tell
+from trainpilot.agents.integrations.huggingface_data import rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
     Given,
     Plan,
@@ -160,14 +165,6 @@ def check_plain(
             f"max_steps must be at least {needed}, the budget in micro-batches, for data without a length, got "
             f"{args.max_steps}; steering ends the run"
         )
-
-
-try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-    from trainpilot.agents.integrations.huggingface_data import rows_of
-except ImportError as error:
-    raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
 
 class SteeringCallback(TrainerCallback):

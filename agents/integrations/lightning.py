@@ -1,6 +1,6 @@
 """Steer a fit of Lightning's Trainer by a callback.
 
-    trainer = Trainer(max_steps=10_000, gradient_clip_val=1.0, callbacks=[SteeringCallback()])
+    trainer = Trainer(max_steps=10_000, gradient_clip_val=1.0, callbacks=[LightningSteering()])
     trainer.fit(module, loader)
 
 For `lightning.pytorch`, with automatic optimisation, on one device or under DDP.
@@ -20,15 +20,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.plugins.precision import Precision
+    from lightning.pytorch.utilities.data import extract_batch_size
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+except ImportError as error:
+    raise ImportError("steering a Lightning Trainer needs Lightning; pip install lightning") from error
+
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.integrations.common import first_sequences
-from trainpilot.agents.integrations.lightning_settings import Feed, Own, check_fit, pl, ranks_of, settings_for
+from trainpilot.agents.integrations.lightning_settings import Feed, Own, check_fit, ranks_of, settings_for
 from trainpilot.agents.logging.run_log import scalars
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
@@ -91,7 +96,7 @@ def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Ten
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"training_step must return a loss for the curvature probe, got {type(loss).__name__}; "
-            "give SteeringCallback(probe_loss=...), or set probe=False in its settings"
+            "give LightningSteering(probe_loss=...), or set probe=False in its settings"
         )
     return loss
 
@@ -119,7 +124,7 @@ def set_rates(optimizer: Optimizer, rates: Iterable[float]) -> None:
 
 
 def go_on(steering: Steering, state: Mapping[str, Any]) -> None:
-    """Go to where `SteeringCallback.state_dict` was called; the optimiser has been loaded from the same checkpoint.
+    """Go to where `LightningSteering.state_dict` was called; the optimiser has been loaded from the same checkpoint.
 
     A checkpoint written after a fit has the optimiser as it was given back.
     """
@@ -135,7 +140,7 @@ ProbeLoss = Callable[[pl.LightningModule, Any], Tensor]
 """Returns the mean loss of a batch in nats/token."""
 
 
-class SteeringCallback(pl.Callback):
+class LightningSteering(pl.Callback):
     """Steers learning rate, batch, precision and pruning of a fit, and ends it with its budget.
 
     The batch changes by whole batches of the data loader, the micro-batches, so make those small. A step at the end of
@@ -202,6 +207,11 @@ class SteeringCallback(pl.Callback):
         """Of the micro-batches of the open step, each with its sequences."""
         self._norm: Tensor | None = None
         self._close_window()
+
+    @property
+    def state_key(self) -> str:
+        """Name of the state in a checkpoint: that of version 0.1, whose checkpoints still load."""
+        return "SteeringCallback"
 
     # The fit ---------------------------------------------------------------------------------------------------------
 
@@ -300,7 +310,7 @@ class SteeringCallback(pl.Callback):
         if not 0 < self._here <= self._unit:
             raise ValueError(
                 f"micro_batch_size must be at least the {self._here} sequences of every batch of the data loader, got "
-                f"{self._unit}; SteeringCallback takes micro_batch_size, and sequences_in to count them"
+                f"{self._unit}; LightningSteering takes micro_batch_size, and sequences_in to count them"
             )
         if not self._open:
             self._begin_step(trainer, self.steering, batch_idx)
@@ -328,7 +338,7 @@ class SteeringCallback(pl.Callback):
         if self._made:
             raise ValueError(
                 f"optimizer must evaluate a step once, as Adam does, got {type(optimizer).__name__}, which calls its "
-                "closure again; leave SteeringCallback out, or take another optimizer"
+                "closure again; leave LightningSteering out, or take another optimizer"
             )
         self._made = True
         if self.steering is None or not self._losses:

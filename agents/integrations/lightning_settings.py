@@ -7,18 +7,12 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
 from trainpilot.agents.steering.settings import BATCH_RANGE, SteeringSettings
 from trainpilot.llm_runtime.process_group import OneProcess, Ranks
-
-try:
-    import lightning.pytorch as pl
-    from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-except ImportError as error:
-    raise ImportError("steering a Lightning Trainer needs Lightning; pip install lightning") from error
-
-__all__ = ["Feed", "Own", "Precision", "check_fit", "pl", "ranks_of", "settings_for", "starting_precision"]
-
 
 TRIED_OUT: dict[str, Any] = {
     "policy": "none",
@@ -68,7 +62,7 @@ class Feed:
         if micro is None:
             raise ValueError(
                 "micro_batch_size must be given where the training data loader has no batch_size, got None; "
-                "SteeringCallback(micro_batch_size=8) for batches of 8 sequences"
+                "LightningSteering(micro_batch_size=8) for batches of 8 sequences"
             )
         return cls(
             micro_batch_size=micro,
@@ -122,7 +116,7 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Raise `ValueError` for a fit that cannot be steered from a callback."""
     if not module.automatic_optimization:
         raise ValueError(
-            "automatic_optimization must be True for SteeringCallback, got False; a manual loop takes "
+            "automatic_optimization must be True for LightningSteering, got False; a manual loop takes "
             "Steering itself: `with steering.step() as step: step.backward(...)`"
         )
     if trainer.lr_scheduler_configs:

@@ -9,9 +9,10 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -31,13 +32,13 @@ from trainpilot.experiments.calibrate.calibration import (
     rank_correlation,
 )
 from trainpilot.experiments.calibrate.design import Setting, design
-from trainpilot.experiments.calibrate.runs import EVALUATE_EVERY, WIDE_PROBE_SEQUENCES, RunFile, run_key
+from trainpilot.experiments.calibrate.runs import EVALUATE_EVERY, WIDE_PROBE_SEQUENCES, RunFile, carry_out, run_key
 from trainpilot.experiments.costs.measure import measure_cost_table
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CalibrateOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_store import versions
-from trainpilot.experiments.workers import run_all
+from trainpilot.experiments.workers import Workers
 from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.energy.meter import sum_known
@@ -230,7 +231,7 @@ def _run(prepared: Prepared, folder: Path, console: Console) -> dict[str, RunFil
     failures: list[str] = []
     with progress_bar(console, "runs", len(prepared.settings)) as advance:
         work = [(setting, prepared.keys[setting.name]) for setting in missing]
-        for setting, result in run_all(work, prepared.jobs) if work else ():
+        for setting, result in run_all(work, prepared.jobs):
             if isinstance(result, str):
                 failures.append(f"{setting.name}: {result}")
                 continue
@@ -240,6 +241,33 @@ def _run(prepared: Prepared, folder: Path, console: Console) -> dict[str, RunFil
     if failures:
         raise ValueError(f"{len(failures)} of {len(prepared.settings)} runs failed, the first one {failures[0]}")
     return {setting.name: files[setting.name] for setting in prepared.settings}
+
+
+def run_all(work: Sequence[tuple[Setting, str]], jobs: int) -> Iterator[tuple[Setting, RunFile | str]]:
+    """Run settings, each with its key, in processes of one thread; yield each with its run as the runs end.
+
+    A run that fails yields why it failed, in one line.
+
+    Raises:
+        ValueError: a process was killed; the runs that have been yielded are whole.
+    """
+
+    def killed(*_: object) -> RunFile | str:
+        raise ValueError(
+            "jobs: the process of a run was killed, perhaps for lack of memory; the same command goes on where it "
+            f"was, got {jobs}; fewer need less"
+        )
+
+    with Workers(partial(_attempt, jobs=jobs), jobs, on_death=killed) as workers:
+        for (setting, _), result in workers.run(work):
+            yield setting, result
+
+
+def _attempt(setting: Setting, key: str, *, jobs: int) -> RunFile | str:
+    try:
+        return carry_out(setting, key, jobs=jobs)
+    except (ValueError, RuntimeError, MemoryError, OSError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _steps(setting: Setting) -> float:

@@ -37,13 +37,12 @@ from trainpilot.experiments.compare.programs import (
     untuned_curve,
 )
 from trainpilot.experiments.compare.results import UNTUNED, Case, Comparison, RunResult, cost_key
-from trainpilot.experiments.compare.scheduler import Program, Scheduler
+from trainpilot.experiments.compare.scheduler import Program, Scheduler, run_workers
 from trainpilot.experiments.costs.measure import cost_tables, precisions_that_pay
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CompareOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_store import RunStore, run_key, versions
-from trainpilot.experiments.workers import Workers
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.process import available_cores, use_threads
 
@@ -192,7 +191,7 @@ def _run(prepared: Prepared, store: RunStore, options: CompareOptions, console: 
     done = 0.0
     with (
         progress_bar(console, "runs", total) as advance,
-        nullcontext() if options.report_only else Workers(prepared.jobs, options.threads) as workers,
+        nullcontext() if options.report_only else run_workers(prepared.jobs, options.threads) as workers,
     ):
 
         def take(result: RunResult, kept: bool) -> None:

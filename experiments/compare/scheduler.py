@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from trainpilot.experiments.compare.execute import execute, failed
 from trainpilot.experiments.compare.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import RunStore, run_key
 from trainpilot.experiments.workers import Workers
@@ -17,6 +19,21 @@ from trainpilot.experiments.workers import Workers
 Program = Generator[list[RunSpec], list[RunResult], None]
 OnResult = Callable[[RunResult, bool], None]
 """Called with every result that comes in, and whether it was kept from before."""
+
+ATTEMPTS = 2
+"""A run whose process died is tried again once."""
+
+
+def run_workers(jobs: int, threads: int) -> Workers[RunResult]:
+    """Return `jobs` processes of `threads` torch threads that execute runs; start one by its spec and its key."""
+    reason = f"its process was killed {ATTEMPTS} times, perhaps for lack of memory"
+    return Workers(
+        partial(execute, energy_shared=jobs > 1),
+        jobs,
+        threads,
+        attempts=ATTEMPTS,
+        on_death=lambda spec, key: failed(spec, key, reason),
+    )
 
 
 @dataclass(eq=False)
@@ -42,7 +59,7 @@ class Scheduler:
         on_result: Is told of every result.
     """
 
-    def __init__(self, workers: Workers | None, store: RunStore, on_result: OnResult) -> None:
+    def __init__(self, workers: Workers[RunResult] | None, store: RunStore, on_result: OnResult) -> None:
         self.workers, self.store, self.on_result = workers, store, on_result
         self._active: list[_Active] = []
         self._waiting: dict[str, RunSpec] = {}
@@ -84,7 +101,7 @@ class Scheduler:
         elif key not in self._started:
             self._waiting.setdefault(key, spec)
 
-    def _fill(self, workers: Workers) -> None:
+    def _fill(self, workers: Workers[RunResult]) -> None:
         order = [key for active in self._active for key in active.keys if key in self._waiting]
         for key in dict.fromkeys(order):
             if not workers.free:

@@ -22,8 +22,7 @@ from trainpilot.agents.simulator_training import (
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.experiments import train_agent
-from trainpilot.experiments import train_agent as simulator_agents
+from trainpilot.experiments import train_agent, workers
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.train_agent import physics_of, total_cost, train_agents
 from trainpilot.llm_runtime.simulator.runs import SimulatedRuns, default_pool
@@ -134,8 +133,8 @@ def test_tensorboard_shows_validation_and_episodes(folder: Path) -> None:
 
 
 def test_agents_train_side_by_side_and_the_best_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulator_agents, "available_cores", lambda: 2)
-    monkeypatch.setattr(simulator_agents, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(train_agent, "available_cores", lambda: 2)
+    monkeypatch.setattr(workers, "REPORT_EVERY_S", 0.01)
     text = StringIO()
     agents = train_agents(replace(TINY, seeds=2), tmp_path, Console(file=text))
 

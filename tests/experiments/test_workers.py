@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -9,19 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from live_runs import case
+from loky import BrokenProcessPool, ProcessPoolExecutor
 from made_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.execute import execute
 from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
-from trainpilot.experiments.workers import ATTEMPTS, Workers
+from trainpilot.experiments.compare.scheduler import ATTEMPTS, run_workers
+from trainpilot.experiments.workers import Workers, report
 from trainpilot.llm_runtime.energy.meter import NoMeter
 
 DIES = "dies"
@@ -41,9 +43,8 @@ class FakeExecutor(ProcessPoolExecutor):
     def __init__(self, fates: list[str]) -> None:
         self.fates = fates
         self.closed = False
-        self._processes = {}
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+    def submit(self, function: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
         fate = self.fates.pop(0) if self.fates else ""
         if fate == "died before":
             raise BrokenProcessPool
@@ -52,10 +53,10 @@ class FakeExecutor(ProcessPoolExecutor):
             future.set_exception(BrokenProcessPool())
         else:
             run, key = arguments
-            future.set_result(made_result(run, key=key, energy_shared=options["energy_shared"]))
+            future.set_result(made_result(run, key=key, energy_shared=function.keywords["energy_shared"]))
         return future
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+    def shutdown(self, wait: bool = True, kill_workers: bool = False) -> None:
         self.closed = True
 
 
@@ -66,12 +67,12 @@ class Made:
         self.executors: list[FakeExecutor] = []
         planned = [list(fate) for fate in fates]
 
-        def make(workers: Workers) -> FakeExecutor:
+        def make(workers: Workers[RunResult], slot: int) -> FakeExecutor:
             self.executors.append(FakeExecutor(planned.pop(0) if planned else []))
             return self.executors[-1]
 
         monkeypatch.setattr(Workers, "_executor", make)
-        self.workers = Workers(jobs, 1)
+        self.workers = run_workers(jobs, 1)
 
     def run(self, *seeds: int) -> dict[str, RunResult]:
         """Start the runs, as many at once as go, and return the results by key."""
@@ -88,7 +89,7 @@ class Made:
 @pytest.mark.parametrize(("name", "arguments"), [("jobs", (0, 1)), ("threads", (1, 0)), ("jobs", (-2, 1))])
 def test_there_must_be_a_process_and_a_thread(name: str, arguments: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got"):
-        Workers(*arguments)
+        run_workers(*arguments)
 
 
 def test_as_many_runs_begin_as_there_are_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ def test_a_process_that_dies_between_two_runs_is_replaced(monkeypatch: pytest.Mo
 
 
 def test_a_process_is_replaced_after_so_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainpilot.experiments.workers.RUNS_PER_PROCESS", 2)
+    monkeypatch.setattr("trainpilot.experiments.workers.TASKS_PER_PROCESS", 2)
     made = Made(monkeypatch, 1)
     found = made.run(1, 2, 3, 4, 5)
 
@@ -168,6 +169,44 @@ def test_leaving_closes_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     assert [executor.closed for executor in made.executors] == [True] * 3
+
+
+# Any function
+
+
+def half(number: int) -> float:
+    if number == DEADLY:
+        os.kill(os.getpid(), signal.SIGKILL)
+    report(number / 4)
+    report(number)
+    if number < 0:
+        raise ValueError(f"number must be positive, got {number}")
+    return number / 2
+
+
+DEADLY = 13
+
+
+def test_a_function_is_called_with_every_task_and_its_reports_add_up() -> None:
+    before, reports = children(), list[float]()
+    with Workers(half, 1, on_death=lambda number: 0.0) as workers:
+        results = workers.run([(number,) for number in (2, DEADLY, 4, -1)], reports.append)
+        assert list(itertools.islice(results, 3)) == [((2,), 1), ((DEADLY,), 0), ((4,), 2)]
+        assert reports == sorted(reports)
+        assert reports[-1] == 2  # looked at after a result has been taken
+        with pytest.raises(ValueError, match="number must be positive, got -1"):
+            next(results)
+
+    assert wait_until(lambda: children() == before, 30)
+    report(1.0)  # outside of a worker nobody listens
+
+
+def test_a_death_is_one_clear_line_where_nothing_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workers, "_executor", lambda workers, slot: FakeExecutor([DIES]))
+    workers = Workers(half, 1)
+    workers.start(1)
+    with pytest.raises(ValueError, match="jobs: a worker process was killed, perhaps for lack of memory, got 1; fewer"):
+        workers.finished()
 
 
 # What goes wrong inside a run
@@ -245,7 +284,7 @@ def test_an_interrupt_ends_the_runs_under_way(tmp_path: Path) -> None:
     started: set[int] = set()
 
     def interrupted() -> None:
-        with Workers(1, 1) as workers:
+        with run_workers(1, 1) as workers:
             workers.start(RunSpec(config=case(tmp_path, tokens=ENDLESS)), "endless")
             started.add(new_child(known))
             raise KeyboardInterrupt
@@ -262,7 +301,7 @@ def test_a_killed_process_costs_its_own_run_alone_and_losses_do_not_depend_on_th
     good = [RunSpec(config=case(tmp_path, seed=seed)) for seed in (0, 1)]
     bad = RunSpec(config=case(tmp_path), steering=Steering(kind="flying"))
     before = children()
-    with Workers(2, 1) as workers:
+    with run_workers(2, 1) as workers:
         workers.start(RunSpec(config=case(tmp_path, tokens=ENDLESS)), "endless")
         first = new_child(before)
         workers.start(good[0], "good 0")
@@ -297,11 +336,12 @@ import multiprocessing, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from live_runs import case
-from trainpilot.experiments.compare.records import RunSpec
-from trainpilot.experiments.compare.workers import Workers
+from loky import BrokenProcessPool, ProcessPoolExecutor
+from trainpilot.experiments.compare.results import RunSpec
+from trainpilot.experiments.compare.scheduler import run_workers
 
 if __name__ == "__main__":
-    workers = Workers(1, 1)
+    workers = run_workers(1, 1)
     workers.start(RunSpec(config=case(Path(sys.argv[2]), tokens=10**9)), "endless")
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 from made_runs import Run
 
@@ -11,7 +12,7 @@ from trainpilot.experiments.run_store import run_key
 from trainpilot.experiments.workers import Workers
 
 
-class FakeWorkers(Workers):
+class FakeWorkers(Workers[RunResult]):
     """Ends the runs in the order in which they began, or in the opposite one.
 
     Args:
@@ -43,7 +44,8 @@ class FakeWorkers(Workers):
     def busy(self) -> bool:
         return bool(self.under_way)
 
-    def start(self, spec: RunSpec, key: str) -> None:
+    def start(self, *arguments: Any) -> None:
+        spec, key = arguments
         assert self.free
         assert key == run_key(spec)
         self.under_way.append(spec)

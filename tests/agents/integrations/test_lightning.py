@@ -29,7 +29,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 
-from trainpilot.agents.integrations.lightning import SteeringCallback, Window  # noqa: E402
+from trainpilot.agents.integrations.lightning import LightningSteering, Window  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
 MICRO = 2
@@ -110,7 +110,7 @@ class ByDecision:
     """Plays the script by the number of intervals recorded, so that it needs no memory of its own."""
 
     def __init__(self) -> None:
-        self.callback: SteeringCallback | None = None
+        self.callback: LightningSteering | None = None
 
     def __call__(self, observation: np.ndarray, masks: np.ndarray) -> Action:
         steering = self.callback.steering if self.callback else None
@@ -132,8 +132,8 @@ def plain(config: RunConfig, policy: Any = None, **settings: Any) -> Loop:
     return Loop(config, policy or Script(SCRIPT), micro=MICRO, **usual | settings)
 
 
-def steer(settings: Any, **options: Any) -> SteeringCallback:
-    return SteeringCallback(settings, meter=NoMeter("a test"), **options)
+def steer(settings: Any, **options: Any) -> LightningSteering:
+    return LightningSteering(settings, meter=NoMeter("a test"), **options)
 
 
 def trainer(*callbacks: Any, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from fakes import make_telemetry
 from live_runs import LLAMA, case
 from rich.console import Console
 
-from trainpilot.experiments import cli, workers
+from trainpilot.experiments import cli
 from trainpilot.experiments.calibrate import command
 from trainpilot.experiments.calibrate.calibration import Calibration, load_calibrations
 from trainpilot.experiments.calibrate.design import Setting, design
@@ -109,7 +109,7 @@ class Tool:
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
     tool = Tool(tmp_path, FakeFitting(), [], [])
 
-    def run_all(work: Sequence[workers.Work], jobs: int) -> Iterator[tuple[Setting, RunFile | str]]:
+    def run_all(work: Sequence[tuple[Setting, str]], jobs: int) -> Iterator[tuple[Setting, RunFile | str]]:
         for setting, key in work:
             tool.ran.append(setting.name)
             yield setting, made_run(setting, key)
@@ -229,7 +229,7 @@ def test_other_settings_are_not_mistaken_for_kept_runs(tool: Tool) -> None:
 
 
 def test_a_failed_run_is_named_and_tried_again(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_all(work: Sequence[workers.Work], jobs: int) -> Iterator[tuple[Setting, RunFile | str]]:
+    def run_all(work: Sequence[tuple[Setting, str]], jobs: int) -> Iterator[tuple[Setting, RunFile | str]]:
         for setting, key in work:
             yield setting, "RuntimeError: no memory" if setting.walk == 0 else made_run(setting, key)
 
@@ -344,7 +344,7 @@ def test_runs_in_processes_measure_the_same_and_a_fault_is_one_line(tmp_path: Pa
     good = Setting(name="good", config=case(tmp_path), role="fit")
     bad = Setting(name="bad", config=case(tmp_path, sequence_length=128, tokens=25_600), role="fit")
     here = carry_out(good, "key", meter=NoMeter("a test"))
-    found = {setting.name: result for setting, result in workers.run_all([(good, "key"), (bad, "other")], 1)}
+    found = {setting.name: result for setting, result in command.run_all([(good, "key"), (bad, "other")], 1)}
 
     there = found["good"]
     assert isinstance(there, RunFile)

@@ -62,7 +62,7 @@ class Tool:
     measured: list[RunConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.patch.setattr(command, "Workers", self._workers)
+        self.patch.setattr(command, "run_workers", self._workers)
         self.patch.setattr(costs, "measure_cost_table", self._table)
         self.patch.setattr(sys, "argv", ["trainpilot", "compare"])
         self.cases()
@@ -218,7 +218,7 @@ def test_it_may_be_interrupted(tool: Tool) -> None:
             return super().finished()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "Workers", lambda jobs, threads: Interrupted(Bowl(), jobs))
+        patch.setattr(command, "run_workers", lambda jobs, threads: Interrupted(Bowl(), jobs))
         with pytest.raises(KeyboardInterrupt):
             tool.compare()
     before = tool.files

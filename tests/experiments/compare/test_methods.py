@@ -33,8 +33,8 @@ from trainpilot.experiments.compare.methods import (
 )
 from trainpilot.experiments.compare.programs import direct_program, open_loop_program
 from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.scheduler import run_workers
 from trainpilot.experiments.run_store import run_key
-from trainpilot.experiments.workers import Workers
 
 N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)
 N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
@@ -430,4 +430,4 @@ def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"steering must be one of keep, plateau, .*, got 'flying'"):
         make_steerer(Steering(kind="flying"), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
-        Workers(0, 1)
+        run_workers(0, 1)

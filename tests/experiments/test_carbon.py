@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainpilot.experiments.doctor import (
+from trainpilot.experiments.carbon import (
     DEFAULT_GRID_INTENSITY_G_PER_KWH,
     DEFAULT_GRID_INTENSITY_SOURCE,
     device_hours,
