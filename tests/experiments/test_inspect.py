@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from explained_runs import NOISE_BY_DECISION, planted, seen, steered
 from hand_made_runs import hand_made_record, write_run
+from policies import random_weights
 from rich.console import Console
-from test_bundle import random_weights
-from test_explain import NOISE_BY_DECISION, planted, seen, steered
 
 from trainpilot.agents import bundle as bundle_module
 from trainpilot.agents.bundle import PolicyBundle, policy_digest
