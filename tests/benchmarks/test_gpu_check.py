@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparison_runs import CONFIG, made_result
 from fakes import steady_meter
-from made_runs import CONFIG, made_result
 from policies import random_weights
 
 from trainpilot.agents.bundle import PolicyBundle

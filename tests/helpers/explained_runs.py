@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from hand_made_runs import hand_made_record
+from decision_records import decision_record
 from policies import N_CHOICES
 
 from trainpilot.agents.bundle import PolicyBundle
@@ -38,7 +38,7 @@ def planted() -> PolicyBundle:
 
 
 def seen(decision: int, *, masked: dict[str, str] | None = None, **fields: float) -> DecisionRecord:
-    record = hand_made_record(decision, masked=masked or {})
+    record = decision_record(decision, masked=masked or {})
     return replace(record, observation={name: fields.get(name, 0.5) for name in FIELDS})
 
 
