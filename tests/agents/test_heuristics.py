@@ -13,7 +13,7 @@ import live_runs
 import numpy as np
 import pytest
 from fakes import START, make_limits, make_telemetry
-from steering import CONSTANT, batches, scales, steer
+from heuristic_runs import CONSTANT, batches, scales, steer
 
 from trainpilot.agents.heuristics import (
     GradualPruning,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from fake_plant_batch import some_actions
-from test_bundle import random_weights
+from policies import random_weights
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.simulator_training import START_GROUPS, act_of, evaluate_in_simulator

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import START, make_limits, make_telemetry
-from observed_runs import random_run
+from random_telemetry import random_run
 
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
 from trainpilot.envs.decision import N_STACK, DecisionState, Preference

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comparison_runs import CONFIG, made_result
 from live_runs import case
 from loky import BrokenProcessPool, ProcessPoolExecutor
-from made_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.execute import execute
 from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering

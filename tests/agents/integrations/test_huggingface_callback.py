@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from live_runs import LLAMA, case
-from test_huggingface import (
+from huggingface_runs import (
     IN_FP32,
+    WATCHED,
+    Seen,
     Stream,
     WholeLoop,
     arguments,
     asked,
     decided,
     logged,
+    pairs,
     plain,
     rows,
     rows_looked_at,
+    t5,
 )
-from test_huggingface_same import WATCHED, Seen, pairs, t5
-from test_steering import SCRIPT, Script, far
+from live_runs import LLAMA, case
+from steering_loops import SCRIPT, Script, far
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_runs import CASE, CONFIG, Bowl, drive, made_bench, made_table, with_config
+from comparison_runs import CASE, CONFIG, Bowl, drive, made_bench, made_table, with_config
 
 from trainpilot.experiments.compare.command import make_plan, runs_on_a_case, seconds_of_a_run
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS, OPTIONAL, OPTIONAL_RUNS

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_runs import CASE, CONFIG, made_bench, made_interval, made_result, with_config
+from comparison_runs import CASE, CONFIG, made_bench, made_interval, made_result, with_config
 
 from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle, policy_digest

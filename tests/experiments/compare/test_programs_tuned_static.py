@@ -8,7 +8,18 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
-from made_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_bench, made_result, made_table, with_config
+from comparison_runs import (
+    CASE,
+    CONFIG,
+    TUNING_SEEDS,
+    Bowl,
+    Run,
+    drive,
+    made_bench,
+    made_result,
+    made_table,
+    with_config,
+)
 
 from trainpilot.experiments.compare.cases import Setting
 from trainpilot.experiments.compare.programs import (

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from made_runs import CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_result
+from comparison_runs import CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_result
 
 from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, Setting
 from trainpilot.experiments.compare.execute import failed

@@ -11,7 +11,7 @@ from statistics import fmean, median
 
 import optuna
 import pytest
-from made_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, drive, made_bench, made_result, made_table, with_config
+from comparison_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, drive, made_bench, made_result, made_table, with_config
 
 from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, WARMUP_SHARES, all_sizes
 from trainpilot.experiments.compare.programs import search_program

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from made_report import made
+from report_input import report_input
 
 from trainpilot.experiments.analysis.figures import Estimate, SignTest
 from trainpilot.experiments.report.formatting import SPACE
@@ -49,7 +49,7 @@ def test_a_method_that_mostly_failed_claims_nothing() -> None:
 
 
 def material(*methods: str, n_cases: int = 8) -> ReportData:
-    return ReportData(*made(n_cases, methods, seeds=(1,)).all())
+    return ReportData(*report_input(n_cases, methods, seeds=(1,)).all())
 
 
 def test_the_headline_is_about_the_first_policy_even_if_another_method_is_better() -> None:
