@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trainpilot.agents.heuristics import SteeredRun, average_schedule, schedule_to_json
+from trainpilot.agents.heuristics import ControlledRun, average_schedule, schedule_to_json
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
 from trainpilot.experiments.compare.cases import LEARNING_RATE_STEP, TUNED_SCHEDULES, Setting, neighbours
 from trainpilot.experiments.compare.methods import CHECKS, PER_SCHEDULE, Method, open_loop_method
@@ -352,7 +352,7 @@ def _average(results: Sequence[RunResult]) -> list[dict[str, Any]]:
     return schedule_to_json(average_schedule([_steered(result) for result in results], decisions))
 
 
-def _steered(result: RunResult) -> SteeredRun:
+def _steered(result: RunResult) -> ControlledRun:
     controls = [
         Controls(
             learning_rate_scale=interval.learning_rate_scale,
@@ -364,7 +364,7 @@ def _steered(result: RunResult) -> SteeredRun:
         for interval in result.intervals
         if not interval.rolled_back
     ]
-    return SteeredRun(start_batch_size=result.spec.config.batch_size, controls=controls)
+    return ControlledRun(start_batch_size=result.spec.config.batch_size, controls=controls)
 
 
 def search_program(bench: Bench, case: Case, name: str) -> Program:
