@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from trainpilot.llm_runtime.config import Controls
+from trainpilot.llm_runtime.schedules import EVALUATE_EVERY
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
-EVALUATE_EVERY = 10
-"""Decisions between two evaluations on validation text; the last interval always has one."""
 EVALUATE_EVERY_IN_CALIBRATION = 5
 """The same in the runs that a simulator is fitted to."""
 

@@ -9,7 +9,8 @@ import pytest
 from fakes import ToyPlant, make_telemetry
 
 from trainpilot.llm_runtime.config import Controls
-from trainpilot.llm_runtime.drive import EVALUATE_EVERY, drive
+from trainpilot.llm_runtime.drive import drive
+from trainpilot.llm_runtime.schedules import EVALUATE_EVERY
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 CONTROLS = Controls(batch_size=8, precision="fp32")
