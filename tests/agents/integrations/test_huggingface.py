@@ -28,7 +28,7 @@ from steering_loops import Script, far
 from transformers import Trainer
 
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
-from trainpilot.agents.integrations.huggingface_data import Parts, SampleStream, cut
+from trainpilot.agents.integrations.huggingface_data import MicroBatches, SampleStream, cut
 from trainpilot.envs.action import KEEP
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
@@ -253,7 +253,7 @@ class Numbers(torch.utils.data.DataLoader[Any]):
         super().__init__(data, batch_size, **options)
 
 
-def numbers(parts: Parts) -> list[int]:
+def numbers(parts: MicroBatches) -> list[int]:
     return [int(i) for part in parts for i in part["input_ids"]]
 
 

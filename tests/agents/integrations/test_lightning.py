@@ -27,7 +27,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
 from lightning_runs import ByDecision, Kept, steer, told, trainer  # noqa: E402
 
-from trainpilot.agents.integrations.lightning import Window  # noqa: E402
+from trainpilot.agents.integrations.lightning import LightningSteering, Window  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
 MICRO = 2
@@ -388,11 +388,15 @@ def test_bad_uses_get_one_clear_line(config: RunConfig, name: str) -> None:
 
 def test_without_lightning_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "trainpilot.agents.integrations.lightning"
-    for part in (name, f"{name}_fit"):
+    for part in (name, f"{name}_settings"):
         monkeypatch.delitem(sys.modules, part)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ImportError, match="pip install lightning"):
         importlib.import_module(name)
+
+
+def test_checkpoints_of_version_0_1_find_the_callback() -> None:
+    assert LightningSteering().state_key == "SteeringCallback"
 
 
 def test_two_optimisers_are_lightnings_own_to_refuse(config: RunConfig) -> None:

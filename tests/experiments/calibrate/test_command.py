@@ -289,7 +289,13 @@ def test_the_calibrations_that_come_with_trainpilot_are_whole_and_name_no_folder
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(None, "not there"), ("{}", "KeyError: 'config'"), ("[1]", "TypeError"), ("{", "JSON")]
+    ("content", "reason"),
+    [
+        (None, "not there"),
+        ("{}", "fields missing or unknown: best_rates, command, config"),
+        ("[1]", r"Input should be a dictionary .*, got \[1\]"),
+        ("{", "JSON"),
+    ],
 )
 def test_what_is_no_calibration_is_refused_in_one_line(tmp_path: Path, content: str | None, reason: str) -> None:
     path = tmp_path / "some.json"
