@@ -59,7 +59,7 @@ def test_a_push_tells_the_value_in_its_own_unit(run: list[DecisionRecord]) -> No
     assert push.effect == pytest.approx(1.5, abs=1e-5)
 
 
-def test_what_never_changes_has_no_effect_and_what_speaks_against_is_negative() -> None:
+def test_constant_field_has_no_effect_and_opposing_one_is_negative() -> None:
     records = [seen(decision, curvature=value) for decision, value in enumerate((0.5, 0.5, 0.3, 0.1))]
     explanation = explain(planted(), steered(records, planted()))
     rate = CONTROLS.index("learning_rate")

@@ -253,7 +253,7 @@ def test_a_diverged_interval_is_all_nan_and_still_observed() -> None:
     assert np.isfinite(encode(view(make_telemetry(), diverged))).all()
 
 
-def test_the_stack_begins_with_the_first_observation_and_ends_with_the_newest() -> None:
+def test_stack_begins_with_the_first_observation_and_ends_with_the_newest() -> None:
     state = DecisionState(make_limits(), Preference())
     width = len(OBSERVATION_FIELDS)
     first = state.observation().reshape(N_STACK, width)

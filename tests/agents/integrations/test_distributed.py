@@ -201,7 +201,7 @@ def test_counters_of_the_host_count_once_per_node(tmp_path: Path) -> None:
     meter.close()
 
 
-def test_the_estimate_counts_the_work_of_each_process_and_the_idle_draw_once() -> None:
+def test_estimate_counts_each_process_and_the_idle_draw_once() -> None:
     meter = CpuEstimateMeter(idle_w=3.0, watts_per_busy_core=4.0)
     assert of_both([meter, meter], [3.0 * 2 + 8.0, 3.0 * 2 + 4.0]) == pytest.approx(6.0 + 8.0 + 4.0)
 

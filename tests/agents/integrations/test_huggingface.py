@@ -39,9 +39,7 @@ def config(tmp_path: Path) -> RunConfig:
     return case(tmp_path, LLAMA, tokens=3_200, batch_size=4, decisions=10, pruning="magnitude")
 
 
-def test_a_steered_trainer_ends_where_a_plain_loop_does_under_the_same_changes_of_all_four_controls(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_steered_trainer_ends_where_a_plain_loop_does_under_all_controls(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config)
     loop.train()
     trainer = steered_trainer(plain(config), tmp_path)
@@ -53,7 +51,7 @@ def test_a_steered_trainer_ends_where_a_plain_loop_does_under_the_same_changes_o
     assert trainer.state.epoch == pytest.approx(1.0)
 
 
-def test_micro_batches_that_do_not_divide_the_batch_are_divided_and_weighed(config: RunConfig, tmp_path: Path) -> None:
+def test_micro_batches_that_do_not_divide_the_batch_are_cut_and_weighed(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config, IN_FP32)
     loop.train()
     trainer = steered_trainer(plain(config, IN_FP32), tmp_path, args_per_device_train_batch_size=3)
@@ -62,9 +60,7 @@ def test_micro_batches_that_do_not_divide_the_batch_are_divided_and_weighed(conf
     assert asked(trainer) == asked(loop)
 
 
-def test_what_is_asked_for_is_in_force_and_the_rate_that_is_logged_is_the_rate_used(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_requested_controls_are_in_force_and_logged_rates_are_used_ones(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config)
     loop.train()
     trainer = steered_trainer(plain(config), tmp_path)

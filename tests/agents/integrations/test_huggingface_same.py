@@ -99,7 +99,7 @@ def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
 
 
 @pytest.mark.parametrize(("model", "own"), [(t5, None), (bert, mean_loss)], ids=["of the model", "of a function"])
-def test_a_loss_that_takes_the_number_of_items_and_leaves_it_unused_is_not_added_up(
+def test_loss_that_ignores_the_number_of_items_is_averaged_not_summed(
     tmp_path: Path, model: Callable[[], Any], own: Any
 ) -> None:
     losses, norms = [], []
@@ -118,7 +118,7 @@ def test_a_loss_that_takes_the_number_of_items_and_leaves_it_unused_is_not_added
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
-def test_only_losses_that_leave_out_the_first_label_have_it_left_out_of_the_count(tmp_path: Path) -> None:
+def test_first_label_is_not_counted_only_where_the_loss_leaves_it_out(tmp_path: Path) -> None:
     class Own(BertForMaskedLM):  # type: ignore[no-untyped-call]
         loss_type = None  # type: ignore[assignment]
 
@@ -136,9 +136,7 @@ def test_only_losses_that_leave_out_the_first_label_have_it_left_out_of_the_coun
 # What the interval does not pay for -------------------------------------------------------------------------------
 
 
-def test_evaluating_and_saving_at_the_end_of_an_epoch_cost_the_interval_nothing(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_evaluating_and_saving_after_an_epoch_cost_the_interval_nothing(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config, [KEEP])
     data = rows(loop, 32)
     trainer = steered_trainer(
@@ -287,7 +285,7 @@ def test_a_run_that_has_finished_is_resumed_without_a_step(config: RunConfig, tm
     assert far(whole.model, again.model) == 0.0
 
 
-def test_a_run_is_resumed_in_the_micro_batches_that_its_data_were_counted_in(config: RunConfig, tmp_path: Path) -> None:
+def test_run_is_resumed_in_the_micro_batches_it_was_counted_in(config: RunConfig, tmp_path: Path) -> None:
     saved(plain(config, [KEEP]), tmp_path).train()
     checkpoint = str(tmp_path / "out" / "checkpoint-25")
     halved = {"args_per_device_train_batch_size": 2, "args_gradient_accumulation_steps": 2}

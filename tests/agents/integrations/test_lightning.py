@@ -118,7 +118,7 @@ def fit(
 # The same as a plain loop -----------------------------------------------------------------------------------------
 
 
-def test_a_fit_ends_where_a_plain_loop_does_under_the_same_changes_of_all_four_controls(config: RunConfig) -> None:
+def test_fit_ends_where_a_plain_loop_does_under_all_controls(config: RunConfig) -> None:
     mine = plain(config, gradient_clip=None)
     mine.train()
     logger, options = Kept(), {"gradient_clip_val": None, "log_every_n_steps": 1}
@@ -212,7 +212,7 @@ class Endless(IterableDataset[Tensor]):
 @pytest.mark.parametrize(
     ("n", "means"), [(23, [2.5, 8.5, 14.5, 20.0, 5.5, 17.0]), (19, [2.5, 8.5, 14.5, 18.0, 5.5, 15.0])]
 )
-def test_every_step_is_the_mean_over_its_sequences_whatever_the_end_of_an_epoch_leaves(
+def test_step_is_the_mean_over_its_sequences_at_the_end_of_an_epoch_too(
     n: int, means: list[float], sized: bool
 ) -> None:
     numbers = torch.arange(n, dtype=torch.float32)

@@ -42,7 +42,7 @@ def loop(config: RunConfig, policy: str | Policy, **settings: Any) -> Loop:
     return Loop(config, policy, pruning=config.pruning, precisions=("fp32", "bf16"), **settings)
 
 
-def test_a_plain_loop_ends_where_a_live_run_does_under_the_same_changes_of_all_four_controls(config: RunConfig) -> None:
+def test_plain_loop_ends_where_a_live_run_does_under_all_controls(config: RunConfig) -> None:
     run, told = steered(config, Script(SCRIPT))
     mine = loop(config, Script(SCRIPT))
     mine.train()

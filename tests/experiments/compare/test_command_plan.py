@@ -32,7 +32,7 @@ def test_runs_without_a_search_are_counted_exactly(names: list[str], runs: float
     assert runs_on_a_case(CASE, names, 3) == runs
 
 
-def test_a_policy_that_starts_at_the_tuned_rate_needs_the_search_and_its_own_runs() -> None:
+def test_policy_that_starts_at_the_tuned_rate_needs_the_search() -> None:
     search = runs_on_a_case(CASE, ["tuned"], 3)
 
     assert runs_on_a_case(CASE, ["policy:x@start=3"], 3) == search + 3

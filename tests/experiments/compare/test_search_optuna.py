@@ -47,7 +47,7 @@ def diverges(spec: RunSpec) -> RunResult:
 # What may be suggested
 
 
-def test_suggestions_stay_within_the_grid_and_are_the_same_when_asked_twice() -> None:
+def test_suggestions_stay_within_the_grid_and_repeat() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for trial in (study.ask() for _ in range(200)):
         setting = suggest(trial, CONFIG, ["fp32", "bf16"])

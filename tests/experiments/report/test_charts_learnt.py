@@ -62,7 +62,7 @@ def test_a_learning_rate_is_told_at_the_tuned_batch() -> None:
     assert batch_ratio(interval, CONFIG, tuned) == 18 / 8
 
 
-def test_there_is_a_line_for_each_start_in_order_and_one_for_the_tuned_static() -> None:
+def test_each_start_has_a_line_in_order_and_the_tuned_static_one() -> None:
     [found] = learnt(steered(10, None, 0.1))
 
     titles = [look.title for look in found.looks]
