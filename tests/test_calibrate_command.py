@@ -28,6 +28,7 @@ from trainpilot.llm_runtime.energy_recorded import RecordedMeter
 from trainpilot.llm_runtime.run_config import RunConfig
 from trainpilot.llm_runtime.simulator.calibration_run import CalibrationRun
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
+from trainpilot.llm_runtime.threads import use_threads
 
 FITTING = "trainpilot.llm_runtime.simulator.fitting"
 N_RUNS = 14
@@ -343,6 +344,7 @@ def test_bad_input_is_one_line_and_nothing_is_run(
 def test_runs_in_processes_measure_the_same_and_a_fault_is_one_line(tmp_path: Path) -> None:
     good = Setting(name="good", config=case(tmp_path), role="fit")
     bad = Setting(name="bad", config=case(tmp_path, sequence_length=128, tokens=25_600), role="fit")
+    use_threads(1)  # as in the processes
     here = carry_out(good, "key", meter=NoMeter("a test"))
     found = {setting.name: result for setting, result in workers.run_all([(good, "key"), (bad, "other")], 1)}
 

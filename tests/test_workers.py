@@ -23,6 +23,7 @@ from trainpilot.experiments.compare.execute import execute
 from trainpilot.experiments.compare.records import RunResult, RunSpec, Steering
 from trainpilot.experiments.compare.workers import ATTEMPTS, Workers
 from trainpilot.llm_runtime.energy import NoMeter
+from trainpilot.llm_runtime.threads import use_threads
 
 DIES = "dies"
 ENDLESS = 10**9
@@ -284,6 +285,7 @@ def test_a_killed_process_costs_its_own_run_alone_and_losses_do_not_depend_on_th
 
     assert rest["bad"].failure is not None
     assert rest["bad"].failure.startswith("ValueError: steering must be one of keep")
+    use_threads(1)  # as in the processes
     for result, asked in ((found, good[0]), (rest["good 1"], good[1])):
         alone = execute(asked, result.key, meter=NoMeter("a test"))
         assert result.energy_shared
