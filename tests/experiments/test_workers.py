@@ -25,6 +25,7 @@ from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
 from trainpilot.experiments.compare.scheduler import ATTEMPTS, run_workers
 from trainpilot.experiments.workers import Workers, report
 from trainpilot.llm_runtime.energy.meter import NoMeter
+from trainpilot.llm_runtime.process import use_threads
 
 DIES = "dies"
 ENDLESS = 10**9
@@ -323,6 +324,7 @@ def test_killed_process_costs_its_own_run_and_jobs_change_no_loss(tmp_path: Path
 
     assert rest["bad"].failure is not None
     assert rest["bad"].failure.startswith("ValueError: steering must be one of keep")
+    use_threads(1)  # as in the processes
     for result, asked in ((found, good[0]), (rest["good 1"], good[1])):
         alone = execute(asked, result.key, meter=NoMeter("a test"))
         assert result.energy_shared

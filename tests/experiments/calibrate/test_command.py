@@ -25,6 +25,7 @@ from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.experiments.options import CalibrateOptions
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergyReading, EnergySource, NoMeter, RecordedMeter
+from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 from trainpilot.llm_runtime.timing import Cost
@@ -349,6 +350,7 @@ def test_bad_input_is_one_line_and_nothing_is_run(
 def test_runs_in_processes_measure_the_same_and_a_fault_is_one_line(tmp_path: Path) -> None:
     good = Setting(name="good", config=case(tmp_path), role="fit")
     bad = Setting(name="bad", config=case(tmp_path, sequence_length=128, tokens=25_600), role="fit")
+    use_threads(1)  # as in the processes
     here = carry_out(good, "key", meter=NoMeter("a test"))
     found = {setting.name: result for setting, result in command.run_all([(good, "key"), (bad, "other")], 1)}
 
