@@ -32,7 +32,8 @@ def compare(model: str, rounds: int) -> dict[str, object]:
             batch = run.stream.take(config.batch_size)
             synchronise(run.device)
             start = time.perf_counter()
-            run.trainer.step(batch, 1e-4)
+            run.trainer.set_learning_rate(1e-4)
+            run.trainer.step(batch)
             synchronise(run.device)
             if index >= 2:
                 seconds[name].append(time.perf_counter() - start)

@@ -97,7 +97,7 @@ def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
     validation = [(0, run.evaluate())]
     while not (run.finished or (telemetry and telemetry[-1].diverged)):
         telemetry.append(run.advance(next_controls(len(telemetry)), 1 / config.decisions))
-        probe = run.trainer.probe(run.stream.peek(WIDE_PROBE_SEQUENCES))
+        probe = run.trainer.probe_on(run.stream.peek(WIDE_PROBE_SEQUENCES))
         wide.append(None if probe is None else (probe.linear, probe.quadratic))
         due = run.finished or len(telemetry) % EVALUATE_EVERY == 0
         if due and not telemetry[-1].diverged:
