@@ -95,18 +95,18 @@ class Controller:
 
     def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the controls of the next interval; `telemetry` is the last interval's, `None` before the first."""
-        self.see(telemetry)
-        self.decision = self.state.decide(self.wish())
+        self.observe(telemetry)
+        self.decision = self.state.decide(self.request())
         return self.decision.controls
 
-    def see(self, telemetry: Telemetry | None) -> None:
+    def observe(self, telemetry: Telemetry | None) -> None:
         """Take in the last interval, and keep for the record what the next decision sees."""
         if telemetry is not None:
             self.state.observe(telemetry)
         self._observation = self.state.fields()
         self._reasons = self.state.mask_reasons()
 
-    def wish(self) -> Action:
+    def request(self) -> Action:
         """Return what the policy asks for now."""
         return self.policy(self.state.observation().copy(), self.state.action_masks().copy())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainpilot.llm_runtime.optimizer import laid_out_like, whole
+from trainpilot.llm_runtime.optimizer import full_tensor, laid_out_like
 
 Criterion = Literal["magnitude", "evolution"]
 
@@ -122,7 +122,7 @@ class WeightMasks:
     @torch.no_grad()
     def sparsity(self) -> float:
         """Return the share of prunable weights that are zero now, counted in the weights, in [0, 1]."""
-        alive = torch.stack([whole(torch.count_nonzero(weight)) for weight in self._weights]).sum()
+        alive = torch.stack([full_tensor(torch.count_nonzero(weight)) for weight in self._weights]).sum()
         return 1 - int(alive) / self._total
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,15 +153,15 @@ class WeightMasks:
     def _scores(self) -> list[Tensor]:
         """Score each weight, small means unimportant, in the shapes of the matrices."""
         if self.criterion == "magnitude":
-            return [whole(weight.detach()).abs() for weight in self._weights]
-        sizes = [whole(mean).abs() for mean in self._mean]
+            return [full_tensor(weight.detach()).abs() for weight in self._weights]
+        sizes = [full_tensor(mean).abs() for mean in self._mean]
         # A matrix of equal entries has no spread: the clamp keeps its scores from 0 / 0.
         return [size / size.std().clamp_min(torch.finfo(size.dtype).tiny) for size in sizes]
 
     def _mask_smallest(self, wanted: int) -> None:
         """Grow the masks to the `wanted` lowest scores; masked weights score -inf and so come first."""
         scores = [
-            score.masked_fill(~whole(mask), -torch.inf).flatten()
+            score.masked_fill(~full_tensor(mask), -torch.inf).flatten()
             for score, mask in zip(self._scores(), self._masks, strict=True)
         ]
         chosen, threshold = _smallest(torch.cat(scores), wanted)
@@ -173,7 +173,7 @@ class WeightMasks:
             self.threshold_r = float(threshold)
 
     def _count_masked(self) -> int:
-        alive = torch.stack([whole(torch.count_nonzero(mask)) for mask in self._masks]).sum()
+        alive = torch.stack([full_tensor(torch.count_nonzero(mask)) for mask in self._masks]).sum()
         return self._total - int(alive)
 
     def _check_state(self, state: dict[str, Any]) -> None:

@@ -88,8 +88,8 @@ def _missing(config: RunConfig, package: str) -> ValueError:
     return ValueError(f"optimizer {config.optimizer!r} needs the package {package}; run: pip install {package}")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor; where it is sharded, all processes must ask together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor; where it is sharded, a collective operation that all processes must call."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
@@ -145,9 +145,11 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 
 
 def effective_learning_rate(optimizer: Optimizer) -> float:
-    """Return the learning rate in force, read from the optimiser: for Prodigy the rate set times its estimate `d`."""
-    group = optimizer.param_groups[0]
-    return float(group["lr"]) * float(group.get("d", 1.0))
+    """Return the learning rate in force, read from the optimizer: the highest of its groups.
+
+    For Prodigy, the rate that was set times its estimate `d`.
+    """
+    return max(float(group["lr"]) * float(group.get("d", 1.0)) for group in optimizer.param_groups)
 
 
 def update_direction(optimizer: Optimizer) -> list[tuple[nn.Parameter, torch.Tensor]]:
@@ -192,7 +194,7 @@ def first_moment_norm(optimizer: Optimizer) -> torch.Tensor | None:
 
 def norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the Euclidean norm of all tensors taken as one vector, a scalar on the device."""
-    return whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors)))))
+    return full_tensor(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors)))))
 
 
 def _states(optimizer: Adam, group: dict[str, Any]) -> list[dict[str, torch.Tensor]]:

@@ -38,9 +38,9 @@ from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.energy.nvml import NvmlMeter
-from trainpilot.llm_runtime.optimizer import whole
+from trainpilot.llm_runtime.optimizer import full_tensor
 from trainpilot.llm_runtime.probe import mean_probe
-from trainpilot.llm_runtime.process_group import Content, OneProcess, Ranks, Share
+from trainpilot.llm_runtime.process_group import Content, IntervalShare, OneProcess, ProcessGroup
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,42 +77,42 @@ class ProcessGroupRanks:
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._known: tuple[nn.Module, list[DistributedDataParallel | FSDPModule]] | None = None
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return the mean over the processes."""
         total = values.detach().to(self._device, copy=True)
         dist.all_reduce(total)
         return (total / self.world_size).to(values.device)
 
-    def gathered(self, content: Content) -> list[Content]:
+    def all_gather(self, content: Content) -> list[Content]:
         """Return what each process holds, the first one's first."""
         everyone: list[Content] = [content] * self.world_size
         dist.all_gather_object(everyone, content)
         return everyone
 
-    def together(self, share: Share, meter: EnergyMeter) -> Share:
+    def all_reduce_interval(self, share: IntervalShare, meter: EnergyMeter) -> IntervalShare:
         """Return an interval in all processes: mean losses, the longest time, joules of which each is counted once."""
         process = f"process {self.rank}"
         joules = counted(share.energy_j, share.time_s, meter, process=process, energy_of=self._energy_of)
-        everyone = self.gathered((share, joules))
+        everyone = self.all_gather((share, joules))
         shares = [each for each, _ in everyone]
-        return Share(
+        return IntervalShare(
             losses=[sum(losses) / len(losses) for losses in zip(*(each.losses for each in shares), strict=True)],
             probe=mean_probe([each.probe for each in shares if each.probe is not None]),
             time_s=max(each.time_s for each in shares),
             energy_j=sum_once(part for _, parts in everyone for part in parts),
         )
 
-    def of_first(self, content: Content) -> Content:
+    def broadcast(self, content: Content) -> Content:
         """Return what the first process holds."""
         held = [content if self.is_first else None]
         dist.broadcast_object_list(held, src=0)
         return held[0]  # type: ignore[return-value]
 
-    def whole(self, norm: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, norm: torch.Tensor) -> torch.Tensor:
         """Return a norm over all parameters, wherever their parts lie, as a plain tensor."""
-        return whole(norm)
+        return full_tensor(norm)
 
-    def synchronise_gradients(self, model: nn.Module, wanted: bool) -> None:
+    def set_requires_gradient_sync(self, model: nn.Module, required: bool) -> None:
         """Exchange gradients in the next backward pass, or gather them here until one that does.
 
         Raises:
@@ -121,16 +121,16 @@ class ProcessGroupRanks:
         exchanging = self._exchanging(model)
         for module in exchanging:
             if isinstance(module, DistributedDataParallel):
-                module.require_backward_grad_sync = wanted
+                module.require_backward_grad_sync = required
             else:
-                module.set_requires_gradient_sync(wanted, recurse=False)
+                module.set_requires_gradient_sync(required, recurse=False)
         if not exchanging and self.world_size > 1:
             raise ValueError(
                 "model must exchange its gradients: wrap it in DistributedDataParallel or fully_shard and give "
                 f"Steering what comes of that, got {type(model).__name__}; FSDP1 and DeepSpeed are not supported"
             )
 
-    def settle(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         """Drop the whole weights that `fully_shard` keeps after a forward pass: shards may change under them."""
         for module in self._exchanging(model):
             if isinstance(module, FSDPModule):
@@ -201,12 +201,12 @@ def _threads() -> str:
     return f"of threads {threads}"
 
 
-def present_ranks() -> Ranks:
+def present_ranks() -> ProcessGroup:
     """Return the processes of the process group, or one process where there is none: one script serves both."""
     return ProcessGroupRanks() if dist.is_available() and dist.is_initialized() else OneProcess()
 
 
-def ranks_of(world_size: int) -> Ranks:
+def ranks_of(world_size: int) -> ProcessGroup:
     """Return the processes of a Trainer that counts `world_size` of them."""
     return OneProcess() if world_size == 1 else ProcessGroupRanks()
 

@@ -88,17 +88,17 @@ def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter |
 
 
 def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
-    config, controls_of = setting.config, pilot(setting, run.base_limits())
+    config, next_controls = setting.config, pilot(setting, run.base_limits())
     telemetry: list[Telemetry] = []
     wide: list[tuple[float, float] | None] = []
     validation = [(0, run.evaluate())]
 
     def decide(_: Telemetry | None) -> Controls:
-        return controls_of(len(telemetry))
+        return next_controls(len(telemetry))
 
     for interval in drive(run, decide, config.decisions, evaluate_every=EVALUATE_EVERY_IN_CALIBRATION):
         telemetry.append(interval.telemetry)
-        probe = run.trainer.probe(run.stream.peek(WIDE_PROBE_SEQUENCES))
+        probe = run.trainer.probe_on(run.stream.peek(WIDE_PROBE_SEQUENCES))
         wide.append(None if probe is None else (probe.linear, probe.quadratic))
         if interval.validation_loss is not None:
             validation.append((len(telemetry), interval.validation_loss))

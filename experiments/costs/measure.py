@@ -22,7 +22,7 @@ import torch
 
 from trainpilot.experiments.compare.results import Case, cost_key
 from trainpilot.experiments.costs.table import CostRow, CostTable
-from trainpilot.llm_runtime.config import PRECISIONS, Controls, OptimizerName, Precision, Pruning, RunConfig
+from trainpilot.llm_runtime.config import PRECISIONS, OptimizerName, Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
@@ -103,14 +103,16 @@ class CostBench:
         tokens = self.tokens[: setting.batch_size]
 
         def step() -> None:
-            if trainer.precision != setting.precision:
-                trainer.set_precision(setting.precision)
-            trainer.step(tokens, LEARNING_RATE)
+            if trainer.controls.precision != setting.precision:
+                trainer.apply(replace(trainer.controls, precision=setting.precision))
+            trainer.set_learning_rate(LEARNING_RATE)
+            trainer.step(tokens)
+            trainer.apply_masks()
 
         return step
 
     def _evaluate(self, trainer: Trainer, batch_size: int) -> None:
-        trainer.batch_size = batch_size  # an evaluation goes through the model in batches of this size
+        _set_batch_size(trainer, batch_size)  # an evaluation goes through the model in batches of this size
         trainer.evaluate(self.tokens[: batch_size * forward_passes(batch_size)])
 
     def _probe_and_switches(self) -> Iterator[tuple[Setting, Pass]]:
@@ -120,19 +122,19 @@ class CostBench:
             yield Setting("switch", name="precision"), self._switch_precision
 
     def _probe(self) -> None:
-        self.plain.batch_size = self.batch_sizes[0]
-        self.plain.probe(self.tokens[: self.batch_sizes[0]])
+        _set_batch_size(self.plain, self.batch_sizes[0])
+        self.plain.probe_on(self.tokens[: self.batch_sizes[0]])
 
     def _switch_batch(self) -> None:
         """Double the batch and halve it again."""
-        batch_size = self.plain.batch_size
+        batch_size = self.plain.controls.batch_size
         for wanted in (2 * batch_size, batch_size):
-            self.plain.apply(Controls(batch_size=wanted, precision=self.plain.precision))
+            self.plain.apply(replace(self.plain.controls, batch_size=wanted))
 
     def _switch_precision(self) -> None:
         """Switch to the second precision and back to the first."""
         for precision in self.precisions[1::-1]:
-            self.plain.set_precision(precision)
+            self.plain.apply(replace(self.plain.controls, precision=precision))
 
     def _masked(self, trainer: Trainer, pruning: Pruning) -> Iterator[tuple[Setting, Pass]]:
         assert trainer.masks is not None
@@ -149,9 +151,14 @@ class CostBench:
         """Remove channels for good, so that it can be timed but once; return the seconds."""
         synchronise(self.device)
         start = self.clock()
-        trainer.apply(Controls(batch_size=trainer.batch_size, precision=trainer.precision, sparsity=share))
+        trainer.apply(replace(trainer.controls, sparsity=share))
         synchronise(self.device)
         return self.clock() - start
+
+
+def _set_batch_size(trainer: Trainer, batch_size: int) -> None:
+    """Set the batch size, and leave the state of the optimizer as it is."""
+    trainer.controls = replace(trainer.controls, batch_size=batch_size)
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
@@ -169,7 +176,7 @@ def _raise(trainer: Trainer, before: dict[str, object]) -> None:
     """Raise the masks once; putting them back before is a small part of it."""
     assert trainer.masks is not None
     trainer.masks.load_state_dict(before)
-    trainer.prune_towards(MASKED, MASKED_MORE, 1.0)
+    trainer.masks.prune_to(MASKED_MORE)
 
 
 CPU_VISIT_S = 0.015

@@ -119,7 +119,7 @@ class DyingMeter:
 
 def test_a_meter_that_dies_leaves_its_joules_unknown(config: RunConfig) -> None:
     mine = loop(config, "none")
-    mine.steering.readings.watch.meter = DyingMeter(7)
+    mine.steering.loop.recorder.stopwatch.meter = DyingMeter(7)
     mine.train()
     told = [record.telemetry.energy_j for record in mine.steering.records]
     assert told[0] is not None
