@@ -12,7 +12,7 @@ Thousands of simulated runs as one Gymnasium vector environment: every step is a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,22 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from trainpilot.envs.action import N_CHOICES
-from trainpilot.envs.decision import N_STACK, Decision, DecisionState, Preference
+from trainpilot.envs.decision import N_STACK, Decision, DecisionState, Preference, draw_weights
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.reference import BUDGET_SHARES, PlantFactory, live_plant, live_reference, run_reference
-from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY, Reference, RewardMeter, RewardTerms, current_loss
+from trainpilot.envs.reference import PlantFactory, live_plant, live_reference, run_reference
+from trainpilot.envs.reward import (
+    DIVERGED_LOSS_INCREASE,
+    DIVERGED_QUALITY,
+    MAX_QUALITY,
+    Reference,
+    RewardInfo,
+    RewardMeter,
+    RewardTerms,
+)
 from trainpilot.envs.runs import IntervalBatch, ReferencedPlants, SteeredRuns
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.drive import DrivenInterval, drive
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import OnePlant
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry
@@ -66,13 +76,19 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.observation_space = observation_space()
         self.reward_space = reward_space()
         self.reward_dim = 3
+        self._drop_run()
+
+    def _drop_run(self) -> None:
+        """Give up the present run, so that its memory is free before the next one is made."""
         self.plant: Plant | None = None
+        self._intervals: Iterator[DrivenInterval] = iter(())
 
     def _begin(self, plant: Plant, reference: Reference, preference: Preference) -> np.ndarray:
         """Take up a new run, and return its first observation."""
         self.plant, self.reference = plant, reference
         self.state = DecisionState(plant.limits(), preference)
         self._meter = RewardMeter(reference)
+        self._intervals = drive(plant, lambda _: self.state.controls, self.state.limits.decisions)
         return self.state.observation()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
@@ -80,8 +96,9 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if self.plant is None:
             raise ValueError("step needs a run; call reset first")
         decision = self.state.decide(action)
-        telemetry = self.plant.advance(decision.controls, 1 / self.state.limits.decisions)
-        loss = current_loss(self.plant, telemetry)
+        if (interval := next(self._intervals, None)) is None:
+            raise ValueError("step needs a run that goes on; call reset first")
+        telemetry, loss = interval.telemetry, interval.loss
         self.state.observe(telemetry)
         terms = self._meter.weigh(telemetry, loss)
         info = self._info(decision, telemetry, terms, loss)
@@ -101,18 +118,22 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             "sparsity": telemetry.sparsity,
             "finishing": telemetry.finishing,
         }
+        finite = math.isfinite(loss)
+        weighing = RewardInfo(
+            preference=self.state.preference.weights(),
+            loss_increase=loss - self.reference.losses[-1] if finite else DIVERGED_LOSS_INCREASE,
+        )
         return {
+            **weighing,
             "requested": asdict(decision.controls),
             "effective": effective,
             "refusals": decision.refusals,
             "reward_terms": asdict(terms),
-            "preference": self.state.preference.weights(),
             "loss": loss,
-            "loss_increase": loss - self.reference.losses[-1] if math.isfinite(loss) else 10.0,
             "time_s": telemetry.time_s,
             "energy_j": telemetry.energy_j,
             "energy_source": telemetry.energy_source,
-            "diverged": telemetry.diverged or not math.isfinite(loss),
+            "diverged": telemetry.diverged or not finite,
         }
 
 
@@ -226,7 +247,7 @@ class LiveTraining(TrainingEnv):
         drawn = self.preference or Preference.draw(self.np_random)
         preference: Preference = options.get("preference", drawn)
         self.case = self.cases[index]
-        self.plant = None  # frees the last run's memory before the next is made
+        self._drop_run()
         self.reference = self._reference(index)
         observation = self._begin(self._make_plant(self.case), self.reference, preference)
         return observation, {"case": index, "preference": preference.weights()}
@@ -391,9 +412,8 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
     @staticmethod
     def _infos(runs: SteeredRuns, interval: IntervalBatch) -> dict[str, Any]:
         return {
-            "preference": runs.states.preference,
+            **RewardInfo(preference=runs.states.preference, loss_increase=interval.loss_increase),
             "loss": interval.loss,
-            "loss_increase": interval.loss_increase,
             "time_s": interval.telemetry.time_s,
             "energy_j": interval.telemetry.energy_j,
             "diverged": interval.diverged,
@@ -409,10 +429,3 @@ def _final(runs: SteeredRuns, ended: Bools) -> dict[str, Any]:
     }
     observations = runs.states.observation()
     return {"final_obs": observations, "_final_obs": ended, "final_info": sums, "_final_info": ended}
-
-
-def draw_weights(random: np.random.Generator, n_runs: int, least_quality: float = 0.5) -> Floats:
-    """Draw preferences as `Preference.draw` does: quality weighs at least so much, the rest is shared at random."""
-    quality = random.uniform(least_quality, 1.0, n_runs)
-    energy = random.uniform(0.0, 1.0 - quality)
-    return np.stack([quality, energy, 1.0 - quality - energy], axis=1)

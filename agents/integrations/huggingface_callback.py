@@ -42,8 +42,9 @@ from trainpilot.agents.integrations.huggingface_settings import (
     settings_for,
     steering_file,
 )
-from trainpilot.agents.steering.settings import BATCH_RANGE, DECISIONS, SteeringSettings
+from trainpilot.agents.steering.settings import DECISIONS, SteeringSettings
 from trainpilot.agents.steering.steering import Steering
+from trainpilot.llm_runtime.config import batch_limits
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
 
@@ -365,8 +366,9 @@ def _in_powers_of_two(settings: SteeringSettings, requested: RequestedRun) -> tu
             f"{accumulate} micro-batches of {requested.unit} and batch_size {settings.batch_size}"
         )
     share = settings.sequences // _decisions(settings)
-    most = min(settings.max_batch_size or min(start * BATCH_RANGE, share // 4), share)
-    least = settings.min_batch_size or start // BATCH_RANGE
+    smallest_offered, largest_offered = batch_limits(start, share)
+    most = min(settings.max_batch_size or largest_offered, share)
+    least = settings.min_batch_size or smallest_offered
     grain = smallest = start
     while 2 * grain <= most:
         grain *= 2

@@ -12,7 +12,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings, settings_fields
-from trainpilot.agents.steering.settings import BATCH_RANGE, SteeringSettings
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.llm_runtime.config import batch_limits
 
 FAST_DEV_RUN: dict[str, Any] = {
     "policy": "none",
@@ -170,8 +171,8 @@ def settings_for(trainer: pl.Trainer, given: GivenSettings, info: LoaderInfo, pl
 
 def _least_batch(given: int | None, batch_size: int, info: LoaderInfo) -> int:
     """Return the smallest batch that halving reaches in whole micro-batches."""
-    least = batch_size
-    while least % (2 * info.unit) == 0 and least * BATCH_RANGE > batch_size:
+    least, (smallest, _) = batch_size, batch_limits(batch_size, batch_size)
+    while least % (2 * info.unit) == 0 and least // 2 >= smallest:
         least //= 2
     if given is None or given >= least:
         return given or least

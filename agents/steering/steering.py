@@ -44,7 +44,7 @@ from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.loop import Levers, Readings, Snapshots, Stateful, looking
 from trainpilot.llm_runtime.process_group import Content, OneProcess, Ranks
-from trainpilot.llm_runtime.schedules import neutral_factor
+from trainpilot.llm_runtime.schedules import MASK_UPDATES, learning_rate, mask_updates_due, validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 
@@ -150,7 +150,7 @@ def state_of(steering: Steering) -> dict[str, Any]:
     return {
         "settings": _compared(steering),
         "process": [steering.ranks.rank, steering.ranks.world_size],
-        "course": steering.course.state_dict(),
+        "course": steering.progress.state_dict(),
         "fine_tuning": steering.fine_tuning,
         "spoilt": list(steering.snapshots.spoilt),
         "validation_loss": steering.validation_loss,
@@ -171,7 +171,7 @@ def go_on(steering: Steering, state: Mapping[str, Any]) -> None:
     here = [steering.ranks.rank, steering.ranks.world_size]
     if steering.levers.sharded:
         _check_process(state["process"], here)
-    steering.course.load_state_dict(state["course"])
+    steering.progress.load_state_dict(state["course"])
     steering.validation_loss = state["validation_loss"]
     steering.levers.load_state_dict(state["levers"], Controls(**state["controls"]))
     steering.fine_tuning = state["fine_tuning"]  # a model from scratch has been trained too by now
@@ -179,7 +179,7 @@ def go_on(steering: Steering, state: Mapping[str, Any]) -> None:
     guardrails.settings, guardrails.base_learning_rate = steering.bounds(), steering.levers.peak
     steering.controller.load_state_dict(state["controller"])
     if any(steering.ranks.gathered(state["process"] != here)):
-        steering.readings.begin_anew(steering.sequences, steering.course.decision)  # each process has its own losses
+        steering.readings.begin_anew(steering.sequences, steering.progress.decision)  # each process has its own losses
     else:
         steering.readings.load_state_dict(state["readings"])
     steering.snapshots.spoilt = list(state["spoilt"])
@@ -192,7 +192,7 @@ def _compared(steering: Steering) -> dict[str, Any]:
     """Return what must not have changed where a run goes on, as plain JSON values."""
     settings = steering.settings
     same = {name: getattr(settings, name) for name in _SAME}
-    return same | {"policy": name_of(settings.policy), "base_schedule": asdict(steering.course.schedule)}
+    return same | {"policy": name_of(settings.policy), "base_schedule": asdict(steering.progress.schedule)}
 
 
 def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -211,15 +211,15 @@ def _check_process(saved: list[int], here: list[int]) -> None:
 
 def facts_of(steering: Steering, base: BaseSchedule) -> RunFacts:
     """Return what a policy's training is compared with."""
-    settings, levers, course = steering.settings, steering.levers, steering.course
+    settings, levers, progress = steering.settings, steering.levers, steering.progress
     return RunFacts(
         n_parameters=sum(p.numel() for p in levers.model.parameters()),
-        budget_tokens=course.schedule.budget_tokens,
+        budget_tokens=progress.schedule.budget_tokens,
         sequences=settings.sequences,
         batch_size=settings.batch_size,
         sequence_length=settings.sequence_length,
         optimizer=type(levers.optimizer).__name__,
-        decisions=course.decisions,
+        decisions=progress.decisions,
         device_type=levers.device.type,
         base_schedule=base,
         fine_tuning=steering.fine_tuning,
@@ -281,12 +281,6 @@ def within_reach(bounds: GuardrailSettings, learning_rate: float) -> GuardrailSe
     return replace(bounds, learning_rate_range=(FALL * learning_rate, RISE * learning_rate))
 
 
-MASK_UPDATES = 5
-"""Masks are raised this often along an interval."""
-VALIDATE_EVERY = 10
-"""Decisions from one validation to the next."""
-
-
 class Steering:
     """A policy, its guardrails and its meters in somebody else's training loop.
 
@@ -325,10 +319,10 @@ class Steering:
         self.settings = settings
         self.ranks = ranks if ranks is not None else OneProcess()
         plan = Plan.of(settings)
-        self.course = plan.course(settings, grain)
+        self.progress = plan.progress(settings, grain)
         start = Controls(batch_size=settings.batch_size, precision=settings.precisions[0])
         self.levers = Levers(model, optimizer, start, settings.pruning)
-        self.snapshots = Snapshots(self.levers, self.course, data)
+        self.snapshots = Snapshots(self.levers, self.progress, data)
         self.validate, self.on_decision = validate, on_decision
         self.levers.switches_matmul = "tf32" in settings.precisions
         meter = meter if meter is not None else select_meter(str(self.levers.device))
@@ -382,29 +376,29 @@ class Steering:
     @property
     def sequences(self) -> int:
         """Sequences trained on."""
-        return self.course.sequences
+        return self.progress.sequences
 
     @property
     def tokens(self) -> int:
         """Tokens trained on, by the nominal length of a sequence."""
-        return self.course.tokens
+        return self.progress.tokens
 
     @property
     def end_sequences(self) -> int:
         """Sequences at which the run ends: the budget, or the end of the cool-down."""
-        return self.course.end
+        return self.progress.end
 
     @property
     def finished(self) -> bool:
         """Whether the budget is used up or the cool-down complete."""
-        return self.course.finished
+        return self.progress.finished
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step: base schedule x scale x the batch's neutral factor."""
         controls = self.controls
-        neutral = neutral_factor(controls.batch_size, self.settings.batch_size)
-        return self.levers.peak * controls.learning_rate_scale * self.course.factor(controls.batch_size) * neutral
+        factor, start = self.progress.factor(controls.batch_size), self.settings.batch_size
+        return learning_rate(self.levers.peak, controls.learning_rate_scale, factor, controls.batch_size, start)
 
     # A step ----------------------------------------------------------------------------------------------------------
 
@@ -424,8 +418,8 @@ class Steering:
             raise ValueError("step needs the step before to be over; one `with steering.step()` at a time")
         self.ranks.settle(self.levers.model)
         batch_size = min(self.controls.batch_size, self.end_sequences - self.sequences)
-        self.readings.begin_step(batch_size, last=self.sequences + batch_size >= self.course.target)
-        self.readings.keep_weights(next_is_last=self.sequences + 2 * batch_size >= self.course.target)
+        self.readings.begin_step(batch_size, last=self.sequences + batch_size >= self.progress.interval_end)
+        self.readings.keep_weights(next_is_last=self.sequences + 2 * batch_size >= self.progress.interval_end)
         self.levers.set_learning_rate(self.learning_rate)
         self._prune()
         self._step_open = True
@@ -458,9 +452,9 @@ class Steering:
         """
         self._step_open = False
         self.levers.after_step()
-        self.course.sequences += sequences
+        self.progress.sequences += sequences
         self.readings.end_step(gradient_norm, sequences)
-        if self.sequences >= self.course.target:
+        if self.sequences >= self.progress.interval_end:
             self._prune(done=1.0)
             self._end_interval()
 
@@ -470,10 +464,10 @@ class Steering:
         self.readings.drop_step()
 
     def _prune(self, done: float | None = None) -> None:
-        began, until = self.readings.start_sequences, self.course.target
+        began, until = self.readings.start_sequences, self.progress.interval_end
         if done is None:
             done = (self.sequences - began) / max(until - began, 1)
-        due = min(int(done * MASK_UPDATES) + 1, MASK_UPDATES)
+        due = mask_updates_due(done)
         if due > self.readings.mask_updates:
             self.readings.mask_updates = due
             self.levers.prune_towards(self.readings.start_sparsity, self.controls.sparsity, due / MASK_UPDATES)
@@ -482,15 +476,15 @@ class Steering:
 
     def _end_interval(self) -> None:
         telemetry = self.readings.telemetry(
-            decision=self.course.decision,
-            budget_used=self.sequences / self.settings.sequences,
+            decision=self.progress.decision,
+            budget_used=self.progress.used,
             tokens=self.tokens,
             validation_loss=self.validation_loss,
-            finishing=self.course.cooldown is not None,
+            finishing=self.progress.cooldown is not None,
             finished=self.finished,
         )
         telemetry = self.ranks.of_first(telemetry)
-        self.course.decision += 1
+        self.progress.decision += 1
         record = self.controller.record(telemetry)
         try:
             self._go_on_from(telemetry)
@@ -508,7 +502,7 @@ class Steering:
             self._roll_back()
             return
         try:
-            if self.course.decision % VALIDATE_EVERY == 0 and not is_lost(telemetry):
+            if validation_due(self.progress.decision) and not is_lost(telemetry):
                 self._validate()
         finally:
             if not telemetry.finished:
@@ -546,7 +540,7 @@ class Steering:
         start = self.readings.clock()
         self.levers.apply(controls)
         if controls.finish:
-            self.course.cool_down(controls.batch_size)
+            self.progress.begin_cooldown(controls.batch_size)
         self.readings.switch_s = self.readings.clock() - start
 
     def _roll_back(self) -> None:

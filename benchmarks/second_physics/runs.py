@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from second_physics.law import LAW_NAMES, PUBLISHED_FITS, Floats, LawBatch, wsd_mean_factor
 
-from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.schedules import probe_due, sequences_probed
+from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, LimitBatch, TelemetryBatch
 
 WARMUP_SHARE = 0.1
@@ -316,12 +316,6 @@ def interval_telemetry(
 
 DrawCases = Callable[[np.random.Generator, int, int, float], CaseBatch]
 
-BATCH_RANGE = 16
-"""The batch stays within this factor of the starting batch, and leaves at least four steps in an interval."""
-COOLDOWN_SHARE = 0.2
-"""A cool-down lasts this share of what was trained on before it."""
-REFERENCE_SHARES = (0.25, 0.5, 1.0)
-"""Shares of the budget whose runs under the base schedule are the reference."""
 EVALUATION_TOKENS = 32_768
 LEAST_BF16_GAIN = 1.05
 """bf16 is offered where it is at least so much faster."""
@@ -413,8 +407,8 @@ class MultiPowerRuns:
         """Peak of the base schedule with the lowest final loss at the starting batch."""
         self.start_learning_rate: Floats = np.zeros(n_runs)
         """Peak of the base schedule as the run starts with it."""
-        self.reference_losses: Floats = np.zeros((n_runs, len(REFERENCE_SHARES)))
-        """Final loss of the base schedule at REFERENCE_SHARES of the budget, in nats/token."""
+        self.reference_losses: Floats = np.zeros((n_runs, len(BUDGET_SHARES)))
+        """Final loss of the base schedule at BUDGET_SHARES of the budget, in nats/token."""
         self.reference_time_s: Floats = np.zeros(n_runs)
         self.reference_energy_j: Floats = np.zeros(n_runs)
         self._prepare(np.arange(n_runs))
@@ -431,14 +425,14 @@ class MultiPowerRuns:
         masked = np.ones((n, len(PRECISIONS)), dtype=np.bool_)
         masked[:, PRECISIONS.index("fp32")] = False
         masked[:, PRECISIONS.index("bf16")] = self.cases.bf16_speed < LEAST_BF16_GAIN
-        per_interval = self.cases.n_sequences // self.decisions
+        smallest, largest = batch_limits(start, self.cases.n_sequences // self.decisions)
         return LimitBatch(
             start=ControlBatch(
                 learning_rate_scale=np.ones(n), batch_size=start.copy(), precision=np.zeros(n, dtype=np.int64),
                 sparsity=np.zeros(n), finish=np.zeros(n, dtype=np.bool_),
             ),
-            min_batch_size=np.maximum(1, start // BATCH_RANGE),
-            max_batch_size=np.maximum(start, np.minimum(start * BATCH_RANGE, per_interval // 4)),
+            min_batch_size=smallest,
+            max_batch_size=largest,
             masked_precisions=masked,
             prunes=np.zeros(n, dtype=np.bool_),
             decisions=np.full(n, self.decisions),
@@ -493,7 +487,7 @@ class MultiPowerRuns:
         peak = best * cases.start_ratio
         self.best_learning_rate[rows] = best * cases.unit
         self.start_learning_rate[rows] = peak * cases.unit
-        for i, share in enumerate(REFERENCE_SHARES):
+        for i, share in enumerate(BUDGET_SHARES):
             factors = cases.base_factors(share, self.decisions)
             self.reference_losses[rows, i] = cases.law.base_loss(peak, factors, share * cases.n_steps)
         interval = Interval.usual(cases, self.decisions)

@@ -14,7 +14,6 @@ from trainpilot.envs.decision import Preference
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reward import (
     DIVERGED_QUALITY,
-    EVALUATE_EVERY,
     MAX_QUALITY,
     UTILITIES,
     Outcome,
@@ -22,16 +21,15 @@ from trainpilot.envs.reward import (
     RewardMeter,
     RewardTerms,
     ScalarReward,
+    budget_for_loss,
     compute_equivalent,
     constrained,
-    current_loss,
     linear,
     product,
     tchebycheff,
     worth,
 )
 from trainpilot.llm_runtime.config import Controls
-from trainpilot.llm_runtime.telemetry import Telemetry
 
 BUDGETS = (0.25, 0.5, 1.0)
 HALVING = (8.0, 4.0, 2.0)
@@ -102,6 +100,37 @@ def test_without_a_curve_a_loss_is_as_good_or_not(losses: tuple[float, ...]) -> 
     assert compute_equivalent(2.01, BUDGETS, losses) == 0.0
 
 
+def test_the_limits_say_what_holds_beyond_the_ends_of_a_curve() -> None:
+    losses = [16.0, 1.0, 4.0, 2.0, math.nan]  # two beyond the ends, two points, none
+
+    def found(low: float, high: float) -> list[float]:
+        return list(budget_for_loss(losses, BUDGETS, HALVING, limits=(low, high)))
+
+    assert found(0.0, math.inf) == pytest.approx([0.125, 2.0, 0.5, 1.0, 0.0])  # the end pieces go on
+    assert found(0.2, 1.5) == pytest.approx([0.2, 1.5, 0.5, 1.0, 0.0])  # up to here
+    assert found(0.25, 1.0) == pytest.approx([0.25, 1.0, 0.5, 1.0, 0.0])  # the end values hold
+
+
+def test_a_flat_piece_is_a_jump_and_a_flat_curve_tells_better_from_worse() -> None:
+    limits = (0.125, 2.0)
+
+    assert budget_for_loss([4.0, 4.1, 3.9, 2.0], (0.25, 0.5, 1.0), (4.0, 4.0, 2.0), limits=limits) == pytest.approx(
+        [0.5, 0.5 * (4 / 4.1), 0.5 * (4 / 3.9), 1.0]
+    )
+    assert list(budget_for_loss([1.0, 2.0, 2.1], (0.5, 1.0), (2.0, 2.0), limits=limits)) == [0.5, 0.5, 0.125]
+
+
+def test_a_thousand_curves_at_once_are_each_interpolated_in_log_log() -> None:
+    random = np.random.default_rng(0)
+    losses = -np.sort(-np.exp(random.uniform(0.1, 2.3, (1_000, 3))), axis=1)
+    inside = losses[:, -1] + random.random(1_000) * (losses[:, 0] - losses[:, -1])
+    x, y = np.log(losses[:, ::-1]), np.log(BUDGETS)[::-1]
+    expected = [math.exp(np.interp(math.log(one), points, y)) for one, points in zip(inside, x, strict=True)]
+
+    assert budget_for_loss(inside, BUDGETS, losses, limits=(0.0, math.inf)) == pytest.approx(expected)
+    assert compute_equivalent(inside, BUDGETS, losses) == pytest.approx(expected)
+
+
 def test_lower_losses_are_never_worth_less() -> None:
     random = np.random.default_rng(0)
     for _ in range(50):
@@ -151,33 +180,6 @@ def test_a_diverged_run_sums_to_a_quality_of_minus_one(diverged: bool, loss: flo
     terms = [meter.weigh(make_telemetry(), 4.0), meter.weigh(make_telemetry(diverged=diverged), loss)]
 
     assert sum(term.quality for term in terms) == DIVERGED_QUALITY == -1.0
-
-
-class CountedToy(ToyPlant):
-    """Counts the looks at the validation loss."""
-
-    looks = 0
-
-    def evaluate(self) -> float:
-        self.looks += 1
-        return 1.25
-
-
-@pytest.mark.parametrize(
-    ("telemetry", "loss", "looks"),
-    [
-        (make_telemetry(decision=3), 2.0, 0),
-        (make_telemetry(decision=EVALUATE_EVERY - 1), 2.0, 1),
-        (make_telemetry(decision=4, finished=True), 1.25, 1),
-        (make_telemetry(decision=EVALUATE_EVERY - 1, diverged=True), 2.0, 0),
-        (make_telemetry(decision=4, finished=True, diverged=True), 2.0, 0),
-    ],
-)
-def test_the_validation_loss_counts_at_the_end(telemetry: Telemetry, loss: float, looks: int) -> None:
-    plant = CountedToy()
-
-    assert current_loss(plant, telemetry) == loss
-    assert plant.looks == looks
 
 
 OUTCOME = Outcome(quality=0.8, energy=-0.6, time=-0.7)
