@@ -1,8 +1,7 @@
-"""Say what can be measured and controlled on this machine, and what pays. Tries nothing on the network.
+"""Report what can be measured and controlled on this machine, and which controls save time on it.
 
-Print what `doctor` found on this machine.
-
-Say what this machine has and what pays on it, by short measurements on a small model.
+`diagnose` looks at devices, energy meters, corpora and packages, and times short passes of a small model; it does not
+use the network. `print_report` prints the result.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainpilot.experiments.run_store import versions
+from trainpilot.llm_runtime import energy
 from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, MeterUnavailableError
@@ -35,7 +35,7 @@ from trainpilot.llm_runtime.precision import PAYS_BELOW, lacking, synchronise
 from trainpilot.llm_runtime.timing import alternating_seconds
 
 BUSY = 1.5
-"""A machine is called busy where the same pass takes this much longer once than another time."""
+"""A machine is called busy if the slowest of equal passes takes this many times as long as the fastest."""
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -123,14 +123,14 @@ OPTIONAL = {
     "accelerate": ("Hugging Face Trainer", "accelerate"),
     "lightning": ("Lightning", "lightning"),
 }
-"""What each optional package is for, and what to install."""
+"""Use of each optional package, and what to install for it."""
 
 Progress = Callable[[str], None]
 Report = dict[str, Any]
 
 
 def diagnose(progress: Progress | None = None) -> Report:
-    """Look at this machine, for about ten seconds, and return plain JSON values.
+    """Examine this machine for about ten seconds, and return plain JSON values.
 
     Args:
         progress: Called with a line of text before each part; by default one changing line on standard error.
@@ -175,7 +175,7 @@ def _optional(name: str, use: str, install: str) -> Report:
 
 
 def _energy(device: str) -> Report:
-    """Read every meter that there is over the same second; say of the others what is missing."""
+    """Read all available meters over the same second; the report gives the reason why others are not."""
     makers = {"chosen": lambda: select_meter(device), **_meters()}
     opened = {name: _open(make) for name, make in makers.items()}
     before = {name: meter.read() for name, meter in opened.items() if not isinstance(meter, str)}
@@ -189,10 +189,7 @@ def _energy(device: str) -> Report:
 
 
 def _meters() -> dict[str, Callable[[], EnergyMeter]]:
-    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
-    from trainpilot.llm_runtime.energy.nvml import NvmlMeter
-
-    return {"nvml": NvmlMeter, "rapl": RaplMeter, "cpu_estimate": CpuEstimateMeter}
+    return {candidate.name: candidate.open for candidate in energy.CANDIDATES}
 
 
 def _open(make: Callable[[], EnergyMeter]) -> EnergyMeter | str:
@@ -296,7 +293,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _controls(report: Mapping[str, Any]) -> dict[str, Report]:
-    """Return for each control whether it is available, whether it pays here (`None`: not known), and why."""
+    """Return for each control whether it is available, whether it saves time here (`None`: unknown), and why."""
     payoff = report["payoff"]
     always = {"available": True, "pays": None, "verdict": "available everywhere; what it pays is the policy's to find"}
     if "error" in payoff:
@@ -337,7 +334,7 @@ LARGER_BATCH = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Something that torch can compute on."""
+    """A device that torch can compute on."""
 
     name: str
     kind: str
@@ -378,17 +375,17 @@ def default_device() -> str:
 
 
 def lacking_precisions() -> Mapping[Precision, str]:
-    """Return the precisions that the default device cannot do, each with the reason."""
+    """Return the precisions that the default device does not support, each with the reason."""
     return lacking(resolve_device("auto"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Payoff:
-    """What the controls save in time, measured; below 1 pays."""
+    """Measured time with a control over the time without it; below 1 the control saves time."""
 
     model: str
     batch_size: int
-    """Sequences per pass, of the settings that do not change the batch."""
+    """Sequences per pass, except in the setting with the larger batch."""
     rounds: int
     """Timed passes per setting; the fastest counts, as other programs can only make a pass slower."""
     precision: Mapping[Precision, float]

@@ -1,4 +1,4 @@
-"""Say which number formats a device has, which of them pay for a model, and switch the matrix products to one."""
+"""Switch matrix products to another number format, and measure which formats a device has and which save time."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def name_of(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def masked_precisions(device: torch.device, step: Callable[[Precision], None], model_key: str) -> dict[Precision, str]:
-    """Return the precisions not worth offering, each with the reason: lacking here, or measured not to pay.
+    """Return the precisions that should not be offered, each with the reason: not available, or measured as too slow.
 
     Args:
         device: Where the model lives.
@@ -100,7 +100,7 @@ def measure_step_seconds(
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was asked."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -35,9 +35,7 @@ from torch.optim import Optimizer
 
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
-from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 from trainpilot.llm_runtime.optimizer import full_tensor
 from trainpilot.llm_runtime.probe import mean_probe
 from trainpilot.llm_runtime.process_group import Content, IntervalShare, OneProcess, ProcessGroup
@@ -48,17 +46,17 @@ if TYPE_CHECKING:
 
 EnergyOf = Literal["process", "node"]
 Joules = tuple[str, float | None]
-"""What was counted, and its joules; the same thing counted by several processes has the same name."""
+"""Name of what was counted, the same in all processes that count it, and its joules."""
 _AND = " + "
 
 
 class ProcessGroupRanks:
-    """The processes of the default group of `torch.distributed`, each of which trains on data of its own.
+    """Collective operations over the default process group of `torch.distributed`, for data-parallel training.
 
     Args:
-        energy_of: What the meters count: each process a device that only it uses, or all processes of a node the same
-            one. By default the meter's kind tells: GPUs by their number, RAPL counters once per node, the estimate for
-            CPUs once per process, its idle draw once per node; other meters once per process.
+        energy_of: What the meters count: a device that only its process uses, or the same for all processes of a node.
+            The default follows the scope of the meters: GPUs count once each, RAPL counters once per node, the
+            estimate for CPUs once per process with its idle draw once per node, other meters once per process.
 
     Raises:
         ValueError: there is no process group.
@@ -137,7 +135,7 @@ class ProcessGroupRanks:
                 module.reshard()
 
     def _exchanging(self, model: nn.Module) -> list[DistributedDataParallel | FSDPModule]:
-        """Return the modules that exchange gradients; looked for once, as a big model has thousands."""
+        """Return the modules that exchange gradients; searched for once, as a large model has thousands of modules."""
         if self._known is None or self._known[0] is not model:
             kinds = (DistributedDataParallel, FSDPModule)
             self._known = model, [module for module in model.modules() if isinstance(module, kinds)]
@@ -147,29 +145,29 @@ class ProcessGroupRanks:
 def counted(
     energy_j: float | None, time_s: float, meter: EnergyMeter, *, process: str, energy_of: EnergyOf | None = None
 ) -> list[Joules]:
-    """Return what a process's meter counted, by the names of the things counted.
+    """Return the joules of a process's meter, by the names of what was counted.
 
     Args:
         energy_j: Joules.
         time_s: Seconds in which they were counted.
         meter: The meter.
-        process: The process's name, none other's.
-        energy_of: Overrides what the meter's kind tells.
+        process: Name of the process, different from that of every other process.
+        energy_of: Overrides the meter's scope.
     """
     if energy_of == "process":
         return [(process, energy_j)]
-    if energy_of == "node" or isinstance(meter, RaplMeter):
+    if energy_of == "node" or meter.scope == "machine":
         return [(_node(), energy_j)]
-    if isinstance(meter, NvmlMeter):
+    if meter.scope == "device":
         return [(_AND.join(sorted(meter.uuids)), energy_j)]
-    if isinstance(meter, CpuEstimateMeter) and energy_j is not None:
+    if meter.idle_w and energy_j is not None:
         idle_j = min(meter.idle_w * time_s, energy_j)
         return [(f"{_node()} idle {_threads()}", idle_j), (process, energy_j - idle_j)]
     return [(process, energy_j)]
 
 
 def sum_once(parts: Iterable[Joules]) -> float | None:
-    """Return the sum over what was counted, of what was counted several times the largest; `None` if one is unknown.
+    """Return the sum of joules, where the same name counts once, with its largest value; `None` if one is unknown.
 
     Raises:
         ValueError: a GPU was counted both alone and among others.
@@ -196,13 +194,13 @@ def _node() -> str:
 
 
 def _threads() -> str:
-    """Return which hardware threads this process may use."""
+    """Return the hardware threads that this process may use, as text."""
     threads = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all"
     return f"of threads {threads}"
 
 
 def present_ranks() -> ProcessGroup:
-    """Return the processes of the process group, or one process where there is none: one script serves both."""
+    """Return the processes of the process group, or a single process if there is none; one script then does both."""
     return ProcessGroupRanks() if dist.is_available() and dist.is_initialized() else OneProcess()
 
 
@@ -223,7 +221,7 @@ def accelerated(
     Then loop over `steering.step()`, with `step.backward` in place of `accelerator.backward` and `accumulate`.
 
     Args:
-        accelerator: Prepared both.
+        accelerator: Has prepared model and optimizer.
         model: As `prepare` returned it, not unwrapped.
         optimizer: As `prepare` returned it.
         settings: Budget, start, policy and bounds.
@@ -232,11 +230,11 @@ def accelerated(
     Raises:
         ValueError: Accelerate was set up in a way that cannot be steered.
     """
-    _check(accelerator)
+    _check_accelerator(accelerator)
     return Steering(model, getattr(optimizer, "optimizer", optimizer), settings, ranks=present_ranks(), **options)
 
 
-def _check(accelerator: Accelerator) -> None:
+def _check_accelerator(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision != "no":
         raise ValueError(
             f"mixed_precision of the Accelerator must be 'no', got {accelerator.mixed_precision!r}: prepare would fix "
@@ -330,7 +328,7 @@ def first_sequences(batch: Any, count: int, of: int) -> Any:
 
 
 def _has_rows(value: Any, of: int) -> bool:
-    """Return whether all tensors in it have a row for each sequence, but for single numbers."""
+    """Return whether all tensors in `value`, except scalars, have a row for each sequence."""
     if isinstance(value, Tensor):
         positions = value.ndim > 2 and not value.is_floating_point()  # three-part ones have another first dimension
         return value.ndim == 0 or (len(value) == of and not positions)

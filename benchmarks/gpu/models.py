@@ -175,7 +175,7 @@ class TimeIsUpError(Exception):
     """The time limit has passed; what has been run is kept."""
 
 
-class KeptMeter:
+class KeptMeter(EnergyMeter):
     """A meter that remembers what it said."""
 
     def __init__(self, meter: EnergyMeter) -> None:
@@ -186,6 +186,11 @@ class KeptMeter:
     def description(self) -> str:
         """One line for people: what is measured, and how."""
         return self.meter.description
+
+    @property
+    def resolution_s(self) -> float:
+        """Seconds of a meaningful window, as of the meter."""
+        return self.meter.resolution_s
 
     def read(self) -> EnergyReading:
         """Return the meter's reading, and keep it."""

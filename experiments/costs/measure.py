@@ -24,8 +24,7 @@ from trainpilot.experiments.compare.results import Case, cost_key
 from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.llm_runtime.config import PRECISIONS, OptimizerName, Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
-from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.live_run import LiveRun, Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model
@@ -180,8 +179,8 @@ def _raise(trainer: Trainer, before: dict[str, object]) -> None:
 
 
 CPU_VISIT_S = 0.015
-GPU_VISIT_S: Mapping[EnergySource | None, float] = {None: 0.1, "measured_counter": 0.5, "measured_power": 1.0}
-"""Seconds of a visit: a GPU's energy counter advances every 0.1 s, its power may be a mean over 1 s."""
+GPU_VISIT_S = 0.1
+"""Seconds of a visit at least; one lasts longer where the energy meter needs it."""
 
 Timings = Mapping[Setting, Timing]
 
@@ -225,7 +224,8 @@ def measure_cost_table(
     bench = CostBench(config, batch_sizes, precisions)
     others = [name for name in dict.fromkeys(optimizers) if name != "adamw"]
     passes = dict(bench.passes(others, [name for name in dict.fromkeys(prunings) if name != "none"]))
-    own = meter if meter is not None else _meter(bench)
+    # an estimate counts the idle draw over the same seconds as the passes
+    own = meter if meter is not None else select_meter(str(bench.device), clock=bench.clock)
     try:
         timings = alternate(
             passes,
@@ -253,14 +253,8 @@ def _check(config: RunConfig, batch_sizes: Sequence[int], precisions: Sequence[P
             raise ValueError(f"precisions must be ones that the device has, got {name!r}: {missing[name]}")
 
 
-def _meter(bench: CostBench) -> EnergyMeter:
-    """Return the best meter there is; an estimate counts as idle time what the passes count as time."""
-    meter = select_meter(str(bench.device))
-    return CpuEstimateMeter(clock=bench.clock) if isinstance(meter, CpuEstimateMeter) else meter
-
-
 def _visit_s(device: torch.device, meter: EnergyMeter) -> float:
-    return CPU_VISIT_S if device.type == "cpu" else GPU_VISIT_S.get(meter.read().source, CPU_VISIT_S)
+    return max(CPU_VISIT_S if device.type == "cpu" else GPU_VISIT_S, meter.resolution_s)
 
 
 def _table(bench: CostBench, timings: Timings) -> CostTable:
