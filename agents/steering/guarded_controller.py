@@ -70,7 +70,7 @@ class AskedPolicy:
         try:
             if not np.isfinite(controller.state.observation()).all():
                 raise ValueError("the observation is not finite")
-            wish = _checked(controller.wish())
+            wish = _checked(controller.requested_action())
         except Exception as error:  # anything that a stranger's policy may do
             self.failures += 1
             return KEEP, f"policy failed: {type(error).__name__}: {error}"
@@ -138,7 +138,7 @@ class GuardedController:
             roll_back, reasons = self._judge(telemetry)
         if roll_back:
             return GuardedDecision(self.controls, True, False, self.fallen_back is not None, tuple(reasons))
-        self.controller.see(telemetry)
+        self.controller.observe(telemetry)
         return self._decide(reasons)
 
     def _judge(self, telemetry: Telemetry) -> tuple[bool, list[str]]:
@@ -284,7 +284,7 @@ class GuardedController:
         for place in seen:
             self.controller.repeat(self.records[place])
             state.observe(self.records[place].telemetry)
-        self.controller.see(None)
+        self.controller.observe(None)
 
     def record(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> DecisionRecord:
         """Return the record of the last decision and the interval that followed it; call it once per interval."""
@@ -309,7 +309,7 @@ class GuardedController:
         seen = list(news["seen"])
         if seen and seen[:-1] == self._seen:
             self._seen = seen
-            self.controller.see(self.records[seen[-1]].telemetry)
+            self.controller.observe(self.records[seen[-1]].telemetry)
         else:
             self._replay(seen)
         self._stand(news)
