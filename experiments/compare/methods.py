@@ -75,7 +75,7 @@ class PolicyName:
 
     @property
     def family(self) -> str:
-        """Name of the Pareto front: one bundle under several preferences, from one start, with or without guardrails."""
+        """Name of the Pareto front: one bundle from one start, under any preference."""
         parts = [f"policy {self.file}"]
         parts += [] if self.start is None else [f"from {self.start:g}"]
         parts += [] if self.guarded else [WITHOUT_GUARDRAILS]
@@ -120,7 +120,7 @@ class Policy:
         return float(value) if value is not None else None
 
     def configure(self, config: RunConfig) -> RunConfig:
-        """Return a case's run with the policy's base schedule, and with its number of decisions as far as steps allow."""
+        """Return a case's run with the policy's base schedule, and its number of decisions if there are enough steps."""
         fit = config.tokens // (config.batch_size * config.sequence_length)
         run = replace(config, schedule=USUAL_SCHEDULE, decisions=max(1, min(self.bundle.decisions, fit)))
         base = self.bundle.base_schedule
