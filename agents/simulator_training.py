@@ -22,11 +22,11 @@ from trainpilot.agents.ppo import PPOConfig, RememberedCallback, bundle_of, trai
 from trainpilot.agents.sb3_env import ScalarVecEnv, hidden_from, seen_inputs, without_inputs
 from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.environments import VectorSimulatedTraining
-from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.reward import UTILITIES
-from trainpilot.envs.runs import IntervalBatch, SteeredRuns, compute_equivalents
+from trainpilot.envs.reward import UTILITIES, compute_equivalent
+from trainpilot.envs.runs import IntervalBatch, SteeredRuns
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.files import load_checkpoint
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Widening
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
@@ -148,7 +148,7 @@ class _Outcomes:
 
     def scores(self) -> SimulatorScores:
         loss = np.where(self.diverged, np.nan, self.loss)
-        multiplier = compute_equivalents(loss, BUDGET_SHARES, self.reference_losses)
+        multiplier = compute_equivalent(loss, BUDGET_SHARES, self.reference_losses)
         energy = float(np.median(self.energy_j / self.reference_energy_j))
         return SimulatorScores(
             n_runs=len(loss),
@@ -291,7 +291,7 @@ class SimulatorStage:
     least_quality: float = 0.5
     """Least weight of quality in a preference that is drawn."""
     utility: str = "linear"
-    """How the three objectives become one number; all but `linear` are several times slower."""
+    """How the three objectives become one number."""
     hide: tuple[str, ...] = ()
     """Observation fields that are hidden from the agent."""
     stack: int = N_STACK

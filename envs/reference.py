@@ -19,10 +19,9 @@ from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.telemetry import Plant
 
-BUDGET_SHARES = (0.25, 0.5, 1.0)
-"""Budgets of the reference runs over the case's; their final losses make the curve that turns a loss into compute."""
 FORMAT = 2
 """Version of the cached references; those of another version are made again."""
 

@@ -1,4 +1,4 @@
-"""Train a policy by a recipe, resumably: agents in the simulator, then the best of them on live runs; write a bundle."""
+"""Train a policy by a recipe, resumably: agents in the simulator, the best of them on live runs; write its bundle."""
 
 from __future__ import annotations
 

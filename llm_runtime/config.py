@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.schedules import SCHEDULES, Schedule, ScheduleName
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -25,7 +26,7 @@ PRUNINGS: tuple[Pruning, ...] = get_args(Pruning)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controls:
+class Controls(JsonRecord):
     """What holds during one interval. `RunConfig.start()` gives those of the untouched base schedule."""
 
     learning_rate_scale: float = 1.0
@@ -102,7 +103,7 @@ OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(JsonRecord):
     """One run, also called a case: one training of one model on one corpus under one budget."""
 
     model: str = "llama-nano"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
 from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -29,7 +29,7 @@ WALK_SEED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFile:
+class RunFile(JsonRecord):
     """A calibration run and its cost."""
 
     key: str
@@ -43,16 +43,14 @@ class RunFile:
 
     def write(self, path: Path) -> None:
         """Write the file whole."""
-        record = {name: getattr(self, name) for name in ("key", "time_s", "energy_j", "energy_source")}
-        write_json(path, {**record, "run": self.run.to_json()})
+        write_json(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> RunFile | None:
         """Return what `write` wrote; `None` where there is no such file or it is damaged."""
         try:
-            record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**record, "run": CalibrationRun.from_json(record["run"])})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
             return None
 
 

@@ -120,7 +120,7 @@ class Policy:
         return float(value) if value is not None else None
 
     def configure(self, config: RunConfig) -> RunConfig:
-        """Return a case's run with the policy's base schedule, and its number of decisions if there are enough steps."""
+        """Return a case's run with the policy's base schedule and its decisions, at most one a step."""
         fit = config.tokens // (config.batch_size * config.sequence_length)
         run = replace(config, schedule=USUAL_SCHEDULE, decisions=max(1, min(self.bundle.decisions, fit)))
         base = self.bundle.base_schedule

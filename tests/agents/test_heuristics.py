@@ -13,7 +13,7 @@ import live_runs
 import numpy as np
 import pytest
 from fakes import START, make_limits, make_telemetry
-from steering import CONSTANT, batches, scales, steer
+from heuristic_runs import CONSTANT, batches, scales, steer
 
 from trainpilot.agents.heuristics import (
     GradualPruning,
@@ -238,7 +238,7 @@ def test_random_policy_is_never_refused(seed: int) -> None:
     assert refusals == []
 
 
-def test_random_policy_takes_allowed_choices_equally_often_and_others_never() -> None:
+def test_random_policy_takes_all_allowed_choices_equally_often() -> None:
     masks = np.ones(sum(len(field.choices) for field in ACTION_FIELDS), dtype=bool)
     masks[[0, 1, 8]] = False  # two learning-rate factors, and keeping the batch
     policy = uniform_policy(0)

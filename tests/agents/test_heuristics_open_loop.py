@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from fakes import START, make_limits
-from steering import batches, scales, steer
+from heuristic_runs import batches, scales, steer
 
 from trainpilot.agents.heuristics import (
     ControlledRun,

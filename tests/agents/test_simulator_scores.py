@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from fake_plant_batch import some_actions
-from test_bundle import random_weights
+from policies import random_weights
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.simulator_training import START_GROUPS, evaluate_in_simulator
@@ -39,7 +39,7 @@ def first_then_keep(**choices: int) -> Callable[[np.ndarray, Bools], Ints]:
     return act
 
 
-def test_keeping_at_the_best_learning_rate_holds_it_and_comes_near_the_tuned_static(pool: Pool) -> None:
+def test_keeping_the_best_learning_rate_comes_near_the_tuned_static(pool: Pool) -> None:
     scores = evaluate_in_simulator(keep, pool, n_runs=48, start=Start(rates=(1.0, 1.0)))
 
     assert scores.learning_rate_over_best == pytest.approx([1.0] * 50)
