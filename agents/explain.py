@@ -1,8 +1,7 @@
-"""Explain decisions: what the policy would have preferred, had it not known one field of the observation.
+"""Explain a policy's decisions by ablation: how much each observation field contributed to each choice.
 
-Ablation, without gradients: a field is replaced by its mean over the run, in all stacked observations at once. How far
-the log-odds of the choice against its best rival fall, is what the field's value did for the choice. A field that never
-changed did nothing that this can see.
+A field is replaced by its mean over the run, in all stacked observations at once. Its effect on a choice is how far
+the log-odds of the choice against its best rival fall. A field that was constant over the run has no effect.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from trainpilot.envs.observation import OBSERVATION_FIELDS
 FIELDS = tuple(field.name for field in OBSERVATION_FIELDS)
 CONTROLS = tuple(field.name for field in ACTION_FIELDS)
 ROUNDING = 1e-3
-"""Log-odds that come from the order of float32 sums, at most."""
+"""Largest difference in log-odds that is explained by the order of float32 sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """What one field's value did for one choice."""
+    """The effect of one field's value on one choice."""
 
     field: str
     value: float
@@ -34,31 +33,31 @@ class Push:
     mean: float
     """Over the run, in the same unit."""
     effect: float
-    """Log-odds of the choice against its best rival, less those with the field at its mean; positive: for it."""
+    """Log-odds of the choice against its best rival, minus those with the field at its mean; positive speaks for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What moved each decision of a run. Rows are decisions; D decisions, A controls, F fields."""
+    """The effects of all fields on all decisions of a run. D decisions, A controls, F fields."""
 
     observations: np.ndarray
     """Newest observation at each decision, scaled, float64 of shape (D, F)."""
     choices: np.ndarray
-    """What was asked for, int of shape (D, A)."""
+    """The policy's choices, int of shape (D, A)."""
     rivals: np.ndarray
-    """The best other allowed choice, int of shape (D, A); -1 where there was no other."""
+    """The most likely other allowed choice, int of shape (D, A); -1 where there was no other."""
     log_odds: np.ndarray
     """Of the choice against its rival, float64 of shape (D, A); nan where there was none."""
     effects: np.ndarray
-    """What each field did, float64 of shape (D, A, F); nan where there was no rival."""
+    """The effect of each field, float64 of shape (D, A, F); nan where there was no rival."""
 
     @property
     def n_repeated(self) -> int:
-        """Decisions that the policy would take again; fewer than all mean that another policy took them."""
+        """Decisions that this policy would make again; if these are not all, another policy made them."""
         return int((~(self.log_odds < -ROUNDING)).all(axis=1).sum())
 
     def pushes(self, decision: int, control: str, n: int) -> list[Push]:
-        """Return the `n` fields that did most for or against a choice, the strongest first; none without a rival."""
+        """Return the `n` fields with the largest effects on a choice, the largest first; none without a rival."""
         effects = self.effects[decision, CONTROLS.index(control)]
         if np.isnan(effects).any():
             return []
@@ -85,7 +84,7 @@ class Explanation:
 
 
 def explain(bundle: PolicyBundle, records: Sequence[DecisionRecord]) -> Explanation:
-    """Return what moved the decisions of one whole run, from its first on.
+    """Return the effects of all fields on the decisions of one run, given from its first decision on.
 
     Raises:
         ValueError: there are no decisions, or their observations have other fields than this version's.
@@ -125,7 +124,7 @@ def _newest(records: Sequence[DecisionRecord]) -> np.ndarray:
 
 
 def _stacks(newest: np.ndarray) -> np.ndarray:
-    """Return what the policy saw, of shape (D, N_STACK, F): the first observation stands for those before it."""
+    """Return the policy's inputs, of shape (D, N_STACK, F); the first observation fills the places before it."""
     before = np.arange(len(newest))[:, None] + np.arange(1 - N_STACK, 1)
     return np.asarray(newest[np.maximum(before, 0)])
 

@@ -1,4 +1,4 @@
-"""Do the main job once: the shipped policy steers a model that it has never seen, beside a sweep of learning rates."""
+"""Compare one run under the shipped policy with an untuned run and with a sweep of learning rates, on a new model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from trainpilot.experiments.options import DemoOptions, ReplayOptions
 MODEL = "gpt2-micro"
 TOKENS = 600_000
 UNTUNED_RATE = 3e-4
-"""A usual start of those who have not tuned; the steered run starts there too."""
+"""A common untuned learning rate; the run under the policy starts there too."""
 SWEEP_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SWEEP_WARMUP_SHARE = 0.1
-"""The sweep's base schedule is WSD with this warm-up, the policy's own, so that only the steering differs."""
+"""Warm-up of the sweep, whose base schedule is WSD as the policy's is, so that only the controls differ."""
 
 Summary = dict[str, Any]
 
 
 def demo(options: DemoOptions, console: Console) -> None:
-    """Run the demo, or go on with an interrupted one.
+    """Run the demo, or resume an interrupted one.
 
     Raises:
         ValueError: the policy cannot be used; nothing has been run then.
@@ -48,7 +48,7 @@ def demo(options: DemoOptions, console: Console) -> None:
 
 
 def _unseen(provenance: Mapping[str, Any]) -> str:
-    """Say that the policy has not been trained on the demo's model, where its provenance says so."""
+    """Return a remark if the policy's provenance shows that it was not trained on the demo's model."""
     cases = provenance.get("training_cases")
     models = {case.get("model") for case in cases or ()}
     return "" if cases is None or MODEL in models else f", which has never seen {MODEL}"
@@ -63,7 +63,7 @@ def run_options(policy: str, out: Path, options: DemoOptions, **changes: Any) ->
         "sequence_length": 128,
         "base_learning_rate": UNTUNED_RATE,
         "seed": options.seed,
-        "probe": policy != "none",  # nobody else needs it
+        "probe": policy != "none",  # only a policy reads it
     }
     return ReplayOptions(policy=policy, out=out, **(settings | changes))
 
@@ -80,12 +80,12 @@ def _swept(rate: float, options: DemoOptions, console: Console) -> Summary:
 
 
 def best_of(sweep: Sequence[Summary]) -> Summary:
-    """Return the sweep's run of lowest validation loss; one that diverged only if all did."""
+    """Return the sweep's run with the lowest validation loss; diverged runs come last."""
     return min(sweep, key=lambda run: _or(run["final_validation_loss"], float("inf")))
 
 
 def cost_of(sweep: Sequence[Summary]) -> Summary:
-    """Return what the whole sweep took; joules are unknown where those of one run are."""
+    """Return tokens, seconds and joules of the whole sweep; joules are unknown if those of one run are."""
     known = all(run["energy_j"] is not None for run in sweep)
     return {
         "tokens": sum(run["tokens"] for run in sweep),
@@ -132,7 +132,7 @@ _CONTROLS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def verdict(base: Summary, steered: Summary, sweep: Sequence[Summary]) -> str:
-    """Say in a few lines what the table shows, also where it is bad news."""
+    """Return a summary of the table in a few lines, whether favourable or not."""
     best = best_of(sweep)
     if any(run["final_validation_loss"] is None for run in (base, steered, best)):
         return "[red]a run diverged: nothing can be compared[/red]"

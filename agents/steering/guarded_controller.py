@@ -70,7 +70,7 @@ class FaultTolerantPolicy:
         try:
             if not np.isfinite(controller.state.observation()).all():
                 raise ValueError("the observation is not finite")
-            requested = _checked(controller.request())
+            requested = _checked(controller.requested_action())
         except Exception as error:  # anything that a stranger's policy may do
             self.failures += 1
             return KEEP, f"policy failed: {type(error).__name__}: {error}"
