@@ -192,10 +192,10 @@ def trainer_callback(training: Training, steered: bool, tick: Tick, folder: Path
 
 
 def lightning(training: Training, steered: bool, tick: Tick, folder: Path) -> None:
-    """Lightning's Trainer, and the same with `SteeringCallback`."""
+    """Lightning's Trainer, and the same with `LightningSteering`."""
     import lightning.pytorch as pl
 
-    from trainpilot.agents.integrations.lightning import SteeringCallback
+    from trainpilot.agents.integrations.lightning import LightningSteering
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -217,7 +217,7 @@ def lightning(training: Training, steered: bool, tick: Tick, folder: Path) -> No
         max_steps=training.steps,
         accumulate_grad_batches=MICRO_BATCHES,
         gradient_clip_val=1.0,
-        callbacks=[SteeringCallback(training.settings())] if steered else [],
+        callbacks=[LightningSteering(training.settings())] if steered else [],
         accelerator="cpu",
         devices=1,
         logger=False,

@@ -21,11 +21,10 @@ from trainpilot.agents.simulator_training import act_of
 from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
 from trainpilot.envs.decision import DecisionStates, Preference
 from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.reward import EVALUATE_EVERY
 from trainpilot.envs.runs import ReferencedPlants, worths
 from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
+from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName, validation_due
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
@@ -190,7 +189,7 @@ def steer(plants: ReferencedPlants, make: Callable[[LimitBatch], Steerer]) -> Ou
         ended = np.flatnonzero(running & (telemetry.finished | telemetry.diverged))
         told.loss[ended] = np.where(telemetry.diverged[ended], np.inf, expected_loss(plants, ended))
         running[ended] = False
-        if (decision + 1) % EVALUATE_EVERY == 0 and running.any():
+        if validation_due(decision + 1) and running.any():
             plants.evaluate(np.flatnonzero(running & ~telemetry.diverged))
         steerer.observe(telemetry)
     assert not running.any()

@@ -8,16 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
 
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from trainpilot.llm_runtime.telemetry import Plant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +46,6 @@ MAX_QUALITY = 3.0
 """Compute-equivalents above this are not believed: they extrapolate too far beyond the reference runs."""
 DIVERGED_QUALITY = -1.0
 """Quality of a diverged run: worse than a run that never started."""
-EVALUATE_EVERY = 10
-"""Decisions between two looks at the validation loss; the last interval always has one."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +103,6 @@ def worth(share: float) -> float:
     schedule that was badly tuned would otherwise make any waste of time and energy look like a bargain.
     """
     return share if share <= 1 else 1 + math.log(share)
-
-
-def current_loss(plant: Plant, telemetry: Telemetry) -> float:
-    """Return the loss that counts now, in nats/token: validation at the end of a run, training before.
-
-    Looks at the validation loss now and then on the way, for the observation.
-    """
-    if telemetry.finished and not telemetry.diverged:
-        return plant.evaluate()
-    if (telemetry.decision + 1) % EVALUATE_EVERY == 0 and not telemetry.diverged:
-        plant.evaluate()
-    return telemetry.train_loss
 
 
 class RewardMeter:

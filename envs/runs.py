@@ -13,7 +13,8 @@ import numpy as np
 
 from trainpilot.envs.decision import DecisionStates
 from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.reward import DIVERGED_QUALITY, EVALUATE_EVERY, MAX_QUALITY
+from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY
+from trainpilot.llm_runtime.schedules import validation_due
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, PlantBatch, TelemetryBatch
 
 DIVERGED_LOSS_INCREASE = 10.0
@@ -118,7 +119,7 @@ class SteeredRuns:
     def _current_loss(self, telemetry: TelemetryBatch) -> Floats:
         """Return the loss that counts now; look at the validation loss now and then on the way."""
         ended = telemetry.finished & ~telemetry.diverged
-        looks = ((telemetry.decision + 1) % EVALUATE_EVERY == 0) & ~telemetry.diverged
+        looks = validation_due(telemetry.decision + 1) & ~telemetry.diverged
         rows = np.flatnonzero(ended | looks)
         known = self.plants.expected_loss if isinstance(self.plants, KnowsItsLoss) else telemetry.train_loss
         loss = np.where(telemetry.diverged, np.nan, known)

@@ -13,6 +13,7 @@ import numpy as np
 from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
 from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, planned
 from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.json_records import JsonRecord
@@ -22,8 +23,6 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 
 WIDE_PROBE_SEQUENCES = 16
 """Sequences of the second curvature probe: the telemetry's own, on one or two, is mostly noise."""
-EVALUATE_EVERY = 5
-"""Decisions between two looks at the validation loss."""
 RATE_CHANGES, BATCH_CHANGES = 0.35, 0.12
 """How often a random walk changes its learning rate and its batch."""
 WALK_SEED = 100
@@ -89,17 +88,20 @@ def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter |
 
 
 def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
-    config, next_controls = setting.config, pilot(setting, run.base_limits())
+    config, controls_of = setting.config, pilot(setting, run.base_limits())
     telemetry: list[Telemetry] = []
     wide: list[tuple[float, float] | None] = []
     validation = [(0, run.evaluate())]
-    while not (run.finished or (telemetry and telemetry[-1].diverged)):
-        telemetry.append(run.advance(next_controls(len(telemetry)), 1 / config.decisions))
+
+    def decide(_: Telemetry | None) -> Controls:
+        return controls_of(len(telemetry))
+
+    for interval in drive(run, decide, config.decisions, evaluate_every=EVALUATE_EVERY_IN_CALIBRATION):
+        telemetry.append(interval.telemetry)
         probe = run.trainer.probe(run.stream.peek(WIDE_PROBE_SEQUENCES))
         wide.append(None if probe is None else (probe.linear, probe.quadratic))
-        due = run.finished or len(telemetry) % EVALUATE_EVERY == 0
-        if due and not telemetry[-1].diverged:
-            validation.append((len(telemetry), run.evaluate()))
+        if interval.validation_loss is not None:
+            validation.append((len(telemetry), interval.validation_loss))
     return CalibrationRun(
         config=config,
         telemetry=tuple(telemetry),

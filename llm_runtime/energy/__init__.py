@@ -2,7 +2,37 @@
 
 from __future__ import annotations
 
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, MeterUnavailableError, NoMeter
+from typing import TYPE_CHECKING
+
+from trainpilot.llm_runtime.energy.meter import (
+    EnergyMeter,
+    EnergyReading,
+    MeterUnavailableError,
+    NoMeter,
+    RecordedMeter,
+)
+from trainpilot.llm_runtime.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
+    from trainpilot.llm_runtime.energy.nvml import NvmlMeter
+
+__all__ = [
+    "CpuEstimateMeter",
+    "EnergyMeter",
+    "EnergyReading",
+    "MeterUnavailableError",
+    "NoMeter",
+    "NvmlMeter",
+    "RaplMeter",
+    "RecordedMeter",
+    "select_meter",
+]
+
+_NAMES = {"host": ["CpuEstimateMeter", "RaplMeter"], "nvml": ["NvmlMeter"]}
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, _NAMES)
 
 
 def select_meter(device: str) -> EnergyMeter:

@@ -14,7 +14,7 @@ from trainpilot.experiments import doctor as machine
 from trainpilot.experiments.doctor import diagnose, print_report
 from trainpilot.llm_runtime.energy.host import RaplMeter
 from trainpilot.llm_runtime.energy.meter import EnergyReading
-from trainpilot.llm_runtime.live_run import resolve_device
+from trainpilot.llm_runtime.timing import alternating_seconds
 
 PAYOFF = {
     "model": "llama-micro",

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from trainpilot.agents.integrations.lightning import SteeringCallback
+from trainpilot.agents.integrations.lightning import LightningSteering
 from trainpilot.llm_runtime.energy.meter import EnergyReading, RecordedMeter
 
 BATCHES = 24
@@ -83,7 +83,7 @@ def _fit(rank: int, sizes: Sequence[int], *callbacks: pl.Callback, ckpt: Path | 
     module = Mean()
     readings = [EnergyReading(time_s=0.0, energy_j=i * JOULES[rank], source="measured_counter") for i in range(99)]
     settings = {"policy": "none", "decisions": 4, "probe": False}
-    steering = SteeringCallback(settings, meter=RecordedMeter(readings))
+    steering = LightningSteering(settings, meter=RecordedMeter(readings))
     trainer = pl.Trainer(
         callbacks=[*callbacks, steering],
         accelerator="cpu",

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
-from trainpilot.agents.integrations.huggingface_data import Parts, SampleStream, cut
+from trainpilot.agents.integrations.huggingface_data import MicroBatches, SampleStream, cut
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
@@ -326,7 +326,7 @@ class Numbers(torch.utils.data.DataLoader[Any]):
         super().__init__(data, batch_size, **options)
 
 
-def numbers(parts: Parts) -> list[int]:
+def numbers(parts: MicroBatches) -> list[int]:
     return [int(i) for part in parts for i in part["input_ids"]]
 
 

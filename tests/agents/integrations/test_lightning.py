@@ -29,7 +29,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 
-from trainpilot.agents.integrations.lightning import SteeringCallback, Window  # noqa: E402
+from trainpilot.agents.integrations.lightning import LightningSteering, Window  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
 MICRO = 2
@@ -110,7 +110,7 @@ class ByDecision:
     """Plays the script by the number of intervals recorded, so that it needs no memory of its own."""
 
     def __init__(self) -> None:
-        self.callback: SteeringCallback | None = None
+        self.callback: LightningSteering | None = None
 
     def __call__(self, observation: np.ndarray, masks: np.ndarray) -> Action:
         steering = self.callback.steering if self.callback else None
@@ -132,8 +132,8 @@ def plain(config: RunConfig, policy: Any = None, **settings: Any) -> Loop:
     return Loop(config, policy or Script(SCRIPT), micro=MICRO, **usual | settings)
 
 
-def steer(settings: Any, **options: Any) -> SteeringCallback:
-    return SteeringCallback(settings, meter=NoMeter("a test"), **options)
+def steer(settings: Any, **options: Any) -> LightningSteering:
+    return LightningSteering(settings, meter=NoMeter("a test"), **options)
 
 
 def trainer(*callbacks: Any, **options: Any) -> Any:
@@ -435,11 +435,15 @@ def test_bad_uses_get_one_clear_line(config: RunConfig, name: str) -> None:
 
 def test_without_lightning_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "trainpilot.agents.integrations.lightning"
-    for part in (name, f"{name}_fit"):
+    for part in (name, f"{name}_settings"):
         monkeypatch.delitem(sys.modules, part)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ImportError, match="pip install lightning"):
         importlib.import_module(name)
+
+
+def test_checkpoints_of_version_0_1_find_the_callback() -> None:
+    assert LightningSteering().state_key == "SteeringCallback"
 
 
 def test_two_optimisers_are_lightnings_own_to_refuse(config: RunConfig) -> None:

@@ -425,9 +425,9 @@ def test_without_any_closed_loop_run_there_is_a_warning_and_no_rows(tmp_path: Pa
 
 
 def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
-    from trainpilot.experiments.compare.execute import make_steerer
+    from trainpilot.experiments.compare.execute import make_controller
 
     with pytest.raises(ValueError, match=r"steering must be one of keep, plateau, .*, got 'flying'"):
-        make_steerer(Steering(kind="flying"), None)  # type: ignore[arg-type]
+        make_controller(Steering(kind="flying"), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         run_workers(0, 1)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainpilot.experiments.analysis.figures import Estimate
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
 from trainpilot.experiments.report.page import write_report
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.experiments.report.tables import flat, write_sheets
 from trainpilot.experiments.report.tensorboard import slug, write_events
 
@@ -27,7 +27,7 @@ def two_cases() -> Made:
 @pytest.fixture(scope="module")
 def sheets(two_cases: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sheets")
-    write_sheets(folder, Material(*two_cases.all()))
+    write_sheets(folder, ReportData(*two_cases.all()))
     return folder
 
 
@@ -85,7 +85,7 @@ def test_runs_csv_has_every_run_with_measured_and_modelled_cost(two_cases: Made,
 
 def test_a_run_without_a_cost_table_or_a_file_is_told_of(two_cases: Made, tmp_path: Path) -> None:
     missing = {key: run for key, run in two_cases.results.items() if key != "llama-0-tuned-1"}
-    write_sheets(tmp_path, Material(two_cases.comparison, missing, {}, two_cases.figures))
+    write_sheets(tmp_path, ReportData(two_cases.comparison, missing, {}, two_cases.figures))
 
     found = {row["key"]: row for row in rows(tmp_path / "runs.csv")}
 
@@ -107,7 +107,7 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def test_tensorboard_holds_the_run_under_the_usual_tags(two_cases: Made, tmp_path: Path) -> None:
-    write_events(tmp_path / "tensorboard", Material(*two_cases.all()))
+    write_events(tmp_path / "tensorboard", ReportData(*two_cases.all()))
 
     run = two_cases.results["llama-0-policy:agent-1"]
     found = events(tmp_path / "tensorboard" / "llama-0" / "policy-agent" / "seed-1")
@@ -124,7 +124,7 @@ def test_tensorboard_holds_the_run_under_the_usual_tags(two_cases: Made, tmp_pat
 
 def test_tensorboard_holds_judged_runs_alone_and_each_in_its_folder(two_cases: Made, tmp_path: Path) -> None:
     (tmp_path / "tensorboard" / "old").mkdir(parents=True)
-    write_events(tmp_path / "tensorboard", Material(*two_cases.all()))
+    write_events(tmp_path / "tensorboard", ReportData(*two_cases.all()))
 
     files = list((tmp_path / "tensorboard").rglob("events*"))
 
@@ -133,7 +133,7 @@ def test_tensorboard_holds_judged_runs_alone_and_each_in_its_folder(two_cases: M
 
 
 def test_a_diverged_run_has_no_final_loss_in_tensorboard(two_cases: Made, tmp_path: Path) -> None:
-    write_events(tmp_path / "tensorboard", Material(*two_cases.all()))
+    write_events(tmp_path / "tensorboard", ReportData(*two_cases.all()))
 
     tags = events(tmp_path / "tensorboard" / "llama-0" / "random" / "seed-2").Tags()["scalars"]
 

@@ -1,0 +1,171 @@
+"""Compare the shipped policy within guardrails with the same policy without them, run by run.
+
+    python benchmarks/guardrails.py [--policy default] [--out runs/guardrails] [--seeds 3] [--jobs 0]
+
+Both steer the test cases from 0.1 to 10 times the tuned learning rate that `results/baselines.json` names, with the
+same seeds. Final losses are compared pair by pair. Their ratio in tokens is read from the tuned static's budget curve
+of the same file: at which budget does the tuned setting reach the one loss, over that of the other. Where the
+guardrails refused nothing, the pair differs only by what seconds and watts, which the policy observes, did to its
+decisions.
+
+Killed at any moment, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from _common import RESULTS, write_result
+from zero_shot import PREFERENCES, STARTS, load
+
+from trainpilot.agents.bundle import policy_digest, policy_path
+from trainpilot.experiments.analysis.modelled_cost import Runs
+from trainpilot.llm_runtime.files import whole_file
+
+DIGITS = 5
+
+
+def main() -> None:
+    """Run both forms of the policy and write `results/guardrails.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="default", help="a bundle's file, or the name of one that is shipped")
+    parser.add_argument("--out", type=Path, default=Path("runs/guardrails"))
+    parser.add_argument("--cases", nargs="*", help="names of test cases; all of them by default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=0)
+    options = parser.parse_args()
+    baselines = json.loads((RESULTS / "baselines.json").read_text(encoding="utf-8"))
+    cases = options.cases or list(baselines["tuned"])
+    write_cases(options.out / "cases.yaml", baselines, cases)
+    preferences = list(dict.fromkeys(PREFERENCES.values()))
+    methods = [f"policy:{options.policy}@{p}{form}" for p in preferences for form in ("", "@unguarded")]
+    command = ["compare", "--cases", str(options.out / "cases.yaml"), "--methods", ",".join(methods)]
+    command += ["--out", str(options.out), "--seeds", str(options.seeds), "--jobs", str(options.jobs)]
+    subprocess.run([sys.executable, "-m", "trainpilot.experiments.cli", *command], check=True)
+    runs = load(options.out)
+    result = {
+        "policy": {"name": options.policy, "digest": policy_digest(policy_path(options.policy))},
+        "compare": {"cases": cases, "starts": STARTS, "seeds": list(runs.comparison.seeds)},
+        "preferences": {
+            preference: compared(runs, baselines, cases, options.policy, preference) for preference in preferences
+        },
+    }
+    print(write_result("guardrails", result, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    for preference, found in result["preferences"].items():
+        print(f"{preference}: {found['all']}")
+
+
+def write_cases(path: Path, baselines: dict[str, Any], names: Sequence[str]) -> None:
+    """Write the test cases once for each start, each with its learning rate in place."""
+    text = files("trainpilot.experiments.compare").joinpath("sets/test.yaml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    content["cases"] = [
+        {
+            **case,
+            "name": f"{case['name']}.start-{start}",
+            "base_learning_rate": float(start) * tuned_rate(baselines, name),
+        }
+        for case in content["cases"]
+        if (name := case["name"]) in names
+        for start in STARTS
+    ]
+    with whole_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def tuned_rate(baselines: dict[str, Any], case: str) -> float:
+    """Return the learning rate of the tuned static at equal tokens."""
+    return next(float(found["base_learning_rate"]) for found in baselines["tuned"][case] if found["axis"] == "tokens")
+
+
+def compared(
+    runs: Runs, baselines: dict[str, Any], cases: Sequence[str], policy: str, preference: str
+) -> dict[str, Any]:
+    """Return each pair of runs, and what they come to by start, with and without an intervention, and over all."""
+    guarded = f"policy:{policy}@{preference}"
+    by_place = {(row.case, row.method, row.seed): runs.results.get(row.key) for row in runs.comparison.rows}
+    pairs = []
+    for case in cases:
+        curve = next(
+            c for c in baselines["curves"] if (c["case"], c["baseline"], c["axis"]) == (case, "tuned", "tokens")
+        )
+        for start in STARTS:
+            for seed in runs.comparison.seeds:
+                held, bare = (by_place[f"{case}.start-{start}", m, seed] for m in (guarded, f"{guarded}@unguarded"))
+                if held is not None and bare is not None:
+                    pairs.append({"case": case, "start": start, "seed": seed, **pair(held, bare, curve)})
+    interventions = {
+        "refused or rolled back": [p for p in pairs if p["refusals"] or p["rollbacks"]],
+        "nothing refused": [p for p in pairs if not (p["refusals"] or p["rollbacks"])],
+    }
+    return {
+        "all": summary(pairs),
+        "by_start": {start: summary([p for p in pairs if p["start"] == start]) for start in STARTS},
+        "by_intervention": {name: summary(found) for name, found in interventions.items()},
+        "pairs": pairs,
+    }
+
+
+def pair(held: Any, bare: Any, curve: dict[str, Any]) -> dict[str, Any]:
+    """Return both final losses, their difference, the ratio of their budgets, and what the guardrails did."""
+    did = held.guardrails or {}
+    losses = {"guarded": held.final_validation_loss, "unguarded": bare.final_validation_loss}
+    known = None not in losses.values()
+    return {
+        "loss": {name: rounded(value) for name, value in losses.items()},
+        "nats_saved": rounded(losses["unguarded"] - losses["guarded"]) if known else None,
+        "tokens_ratio": (
+            rounded(
+                budget_of(losses["guarded"], curve) / budget_of(losses["unguarded"], curve) * bare.tokens / held.tokens
+            )
+            if known
+            else None
+        ),
+        "refusals": sum(did.get("refusals", {}).values()),
+        "rollbacks": len(did.get("rollbacks", ())),
+        "fallen_back": bool(did.get("fallen_back")),
+    }
+
+
+def budget_of(loss: float, curve: dict[str, Any]) -> float:
+    """Return the tokens at which the tuned static reaches a loss; log-log between budgets, the end pieces go on."""
+    x, y = np.log(curve["budgets"]), np.log(curve["losses"])
+    place = int(np.clip(np.searchsorted(-y, -np.log(loss)), 1, len(x) - 1))
+    slope = (x[place] - x[place - 1]) / (y[place] - y[place - 1])
+    return float(np.exp(x[place - 1] + slope * (np.log(loss) - y[place - 1])))
+
+
+def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return medians over the pairs, and in how many of them each form ended lower or failed."""
+    saved = [p["nats_saved"] for p in pairs if p["nats_saved"] is not None]
+    return {
+        "n_pairs": len(pairs),
+        "n_failed": {form: sum(p["loss"][form] is None for p in pairs) for form in ("guarded", "unguarded")},
+        "median_nats_saved": rounded(median(saved)) if saved else None,
+        "quartiles_nats_saved": [rounded(q) for q in np.quantile(saved, (0.25, 0.75))] if saved else None,
+        "median_tokens_ratio": rounded(median([p["tokens_ratio"] for p in pairs if p["tokens_ratio"]]))
+        if saved
+        else None,
+        "guarded_lower": sum(value > 0 for value in saved),
+        "n_with_intervention": sum(bool(p["refusals"] or p["rollbacks"]) for p in pairs),
+    }
+
+
+def rounded(value: float | None) -> float | None:
+    """Return a number with a few digits."""
+    return None if value is None else float(f"{value:.{DIGITS}g}")
+
+
+if __name__ == "__main__":
+    main()
