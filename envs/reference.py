@@ -11,14 +11,13 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from hashlib import blake2b
 
 from trainpilot.envs.reward import Reference
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
-from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.files import cache_dir, digest, write_json
 from trainpilot.llm_runtime.telemetry import Plant
 
 BUDGET_SHARES = (0.25, 0.5, 1.0)
@@ -44,8 +43,7 @@ def reference_for(
     Raises:
         ValueError: the base schedule itself diverges on this case.
     """
-    label = json.dumps([FORMAT, asdict(config), setting], sort_keys=True)
-    path = cache_dir() / "reference" / f"{blake2b(label.encode(), digest_size=10).hexdigest()}.json"
+    path = cache_dir() / "reference" / f"{digest([FORMAT, asdict(config), setting], 10)}.json"
     try:
         return Reference.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, plann
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
-from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.files import digest, write_json
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
@@ -58,7 +57,7 @@ def run_key(setting: Setting, content: str) -> str:
     """Return the digest of a run: of all that decides what it measures, and of its text and model by `content`."""
     steered = {name: getattr(setting, name) for name in ("walk", "plan", "prune")}
     decisive = {"config": asdict(setting.config), **steered, "content": content}
-    return blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return digest(decisive)
 
 
 def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter | None = None) -> RunFile:

@@ -16,7 +16,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from trainpilot.experiments.compare.results import Case
 from trainpilot.experiments.config_files import read_mapping, run_config, validated
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.data.text_sources import read_documents
-from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.files import cache_dir, digest, write_json
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -82,7 +81,7 @@ def text_digests(case: Case) -> frozenset[str]:
         ValueError: the text cannot be read.
     """
     documents = read_documents(case.config.text)
-    return frozenset(blake2b(document.encode("utf-8"), digest_size=16).hexdigest() for document in documents)
+    return frozenset(digest(document, 16) for document in documents)
 
 
 def _case(content: dict[str, Any], where: str) -> Case:
@@ -114,7 +113,7 @@ def model_file(config: Mapping[str, Any]) -> Path:
     """
     try:
         content = json.dumps(config, sort_keys=True, allow_nan=False)
-        path = cache_dir() / "models" / f"{blake2b(content.encode(), digest_size=8).hexdigest()}.json"
+        path = cache_dir() / "models" / f"{digest(content)}.json"
         if not path.is_file():
             write_json(path, json.loads(content))
     except (TypeError, ValueError) as error:

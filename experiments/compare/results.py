@@ -5,13 +5,12 @@ What was compared: cases, methods, baselines found, and the run behind every num
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from hashlib import blake2b
 from typing import Annotated, Any, Literal, Self
 
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord, null_if_not_finite
 
 FORMAT = 1
@@ -49,7 +48,7 @@ class RunSpec(JsonRecord):
         settings = {name: value for name, value in self.steering.settings.items() if name != "path"}
         config = {name: value for name, value in asdict(self.config).items() if name not in ("model", "text")}
         label = [FORMAT, content, config, asdict(self.steering) | {"settings": settings}]
-        return blake2b(json.dumps(label, sort_keys=True).encode(), digest_size=10).hexdigest()
+        return digest(label, 10)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from trainpilot.llm_runtime.config import PRECISIONS, Controls, OptimizerName, P
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
-from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.files import digest, write_json
 from trainpilot.llm_runtime.live_run import LiveRun, Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.precision import device_name, lacking, synchronise
@@ -353,7 +352,7 @@ def cost_tables(
 
 
 def _measured_table(config: RunConfig, precisions: Sequence[Precision], folder: Path) -> CostTable:
-    path = folder / f"{blake2b(cost_key(config).encode(), digest_size=8).hexdigest()}.json"
+    path = folder / f"{digest(cost_key(config))}.json"
     try:
         table = CostTable.from_json(json.loads(path.read_text(encoding="utf-8")))
         if _holds(table, config, precisions):
