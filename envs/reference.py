@@ -5,7 +5,6 @@ Make live runs for whoever steers them, and find their references. The only file
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
-from trainpilot.llm_runtime.files import cache_dir, digest, write_json
+from trainpilot.llm_runtime.files import cache_dir, digest
 from trainpilot.llm_runtime.telemetry import Plant
 
 BUDGET_SHARES = (0.25, 0.5, 1.0)
@@ -44,13 +43,12 @@ def reference_for(
         ValueError: the base schedule itself diverges on this case.
     """
     path = cache_dir() / "reference" / f"{digest([FORMAT, asdict(config), setting], 10)}.json"
-    try:
-        return Reference.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # never run here, or a damaged file: run it
+    kept = Reference.read(path)
+    if kept is not None:
+        return kept
     reference = run_reference(config, make_plant, progress)
     with suppress(OSError):  # a cache that cannot be written only costs time
-        write_json(path, reference.to_json())
+        reference.write(path)
     return reference
 
 

@@ -22,7 +22,6 @@ from scipy.stats import spearmanr
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergySource
-from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 
@@ -196,10 +195,6 @@ class Calibration(JsonRecord):
     versions: Mapping[str, str]
     command: str
     date: str
-
-    def save(self, path: Path) -> None:
-        """Write the file whole."""
-        write_json(path, self.to_json())
 
 
 def fit(runs: Sequence[CalibrationRun]) -> Physics:

@@ -152,7 +152,7 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     files = _run(prepared, options.out / "runs", console)
     calibration = _fit(prepared, files, options, console)
     path = options.out / FILE_NAME
-    calibration.save(path)
+    calibration.write(path)
     print_calibration(calibration, console)
     console.print(f"calibration: {escape(str(path))}", soft_wrap=True)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +12,7 @@ from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, plann
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
-from trainpilot.llm_runtime.files import digest, write_json
+from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
@@ -39,18 +37,6 @@ class RunFile(JsonRecord):
     """Its joules; of a meter shared with runs beside it, its part."""
     energy_source: EnergySource | None
     run: CalibrationRun
-
-    def write(self, path: Path) -> None:
-        """Write the file whole."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def read(cls, path: Path) -> RunFile | None:
-        """Return what `write` wrote; `None` where there is no such file or it is damaged."""
-        try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return None
 
 
 def run_key(setting: Setting, content: str) -> str:

@@ -43,7 +43,6 @@ from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CompareOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_store import RunStore, run_key, versions
-from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.process import available_cores, use_threads
 
 REFINEMENT_RUNS = 30
@@ -146,7 +145,7 @@ def compare(options: CompareOptions, console: Console) -> None:
         baselines={case: tuple(found) for case, found in prepared.bench.baselines.items()},
         provenance=_provenance(options, prepared.jobs, time.monotonic() - start),
     )
-    write_json(options.folder / "comparison.json", comparison.to_json())
+    comparison.write(options.folder / "comparison.json")
     _report(comparison, results, prepared, options, console)
 
 

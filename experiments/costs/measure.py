@@ -7,7 +7,6 @@ Measure the cost table of every model in a comparison once, and keep it beside t
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from trainpilot.llm_runtime.config import PRECISIONS, Controls, OptimizerName, P
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
-from trainpilot.llm_runtime.files import digest, write_json
+from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.live_run import LiveRun, Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.precision import device_name, lacking, synchronise
@@ -353,12 +352,9 @@ def cost_tables(
 
 def _measured_table(config: RunConfig, precisions: Sequence[Precision], folder: Path) -> CostTable:
     path = folder / f"{digest(cost_key(config))}.json"
-    try:
-        table = CostTable.from_json(json.loads(path.read_text(encoding="utf-8")))
-        if _holds(table, config, precisions):
-            return table
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # never measured here, or a damaged file: measure it
+    kept = CostTable.read(path)
+    if kept is not None and _holds(kept, config, precisions):
+        return kept
     sizes = sorted({max(1, round(config.batch_size * factor)) for factor in BATCH_FACTORS})
     table = measure_cost_table(
         config,
@@ -367,7 +363,7 @@ def _measured_table(config: RunConfig, precisions: Sequence[Precision], folder: 
         optimizers=OPTIMIZERS,
         prunings=tuple(dict.fromkeys((*PRUNINGS, config.pruning))),
     )
-    write_json(path, table.to_json())
+    table.write(path)
     return table
 
 
