@@ -1,8 +1,7 @@
-"""Keep what a run leaves behind: its settings, a line per decision, a checkpoint, a summary.
+"""Keep runs in files: a folder per steered run, a file per run of a comparison, and the versions they were made with.
 
-Keep every finished run as its own file, so that nothing is run twice.
-
-Name the versions that a result was made with.
+`RunFolder` holds one run with a line per decision, checkpoints and a summary; `RunStore` holds many finished runs, so
+that nothing is run twice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Time several settings in alternating order, so that what is compared shares its noise, and weigh their joules.
-
-A clock and an energy meter that can be made to stand still, for what is no cost of the training.
-"""
+"""Time passes in alternating order, weigh their joules, and run a stopwatch that can pause."""
 
 from __future__ import annotations
 
@@ -88,7 +85,7 @@ def alternate(
         progress: Called after each round with the share of the work done, in [0, 1].
     """
     start = time.perf_counter()
-    bench = _Bench(meter, wait, clock)
+    bench = _Timer(meter, wait, clock)
     lengths = {key: bench.passes_in(visit_s, run) for key, run in passes.items()}
     visits: dict[Key, list[Visit]] = {key: [] for key in passes}
     for index in range(1, MAX_ROUNDS + 1):
@@ -173,7 +170,7 @@ def alternating_seconds(
     return seconds
 
 
-class _Bench:
+class _Timer:
     """Runs the passes of one setting at a time, with an eye on clock and meter."""
 
     def __init__(self, meter: EnergyMeter, wait: Callable[[], None], clock: Callable[[], float]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
-from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, planned
+from trainpilot.experiments.calibrate.design import PRUNED_SHARE, CalibrationSetting, planned
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
@@ -39,14 +39,14 @@ class RunFile(JsonRecord):
     run: CalibrationRun
 
 
-def run_key(setting: Setting, content: str) -> str:
+def run_key(setting: CalibrationSetting, content: str) -> str:
     """Return the digest of a run: of all that decides what it measures, and of its text and model by `content`."""
     steered = {name: getattr(setting, name) for name in ("walk", "plan", "prune")}
     decisive = {"config": asdict(setting.config), **steered, "content": content}
     return digest(decisive)
 
 
-def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter | None = None) -> RunFile:
+def carry_out(setting: CalibrationSetting, key: str, *, jobs: int = 1, meter: EnergyMeter | None = None) -> RunFile:
     """Run a setting to its end.
 
     Args:
@@ -72,7 +72,7 @@ def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter |
     )
 
 
-def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
+def _measure(run: LiveRun, setting: CalibrationSetting) -> CalibrationRun:
     config, controls_of = setting.config, pilot(setting, run.base_limits())
     telemetry: list[Telemetry] = []
     wide: list[tuple[float, float] | None] = []
@@ -97,7 +97,7 @@ def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
     )
 
 
-def pilot(setting: Setting, limits: ControlLimits) -> Callable[[int], Controls]:
+def pilot(setting: CalibrationSetting, limits: ControlLimits) -> Callable[[int], Controls]:
     """Return what gives the controls of each interval, called with its number in rising order."""
     generator = np.random.default_rng(WALK_SEED + (setting.walk or 0))
     controls = setting.config.start()

@@ -1,11 +1,8 @@
-"""Read the cases of a comparison: a set that comes with trainpilot, or a YAML or JSON file of the user's.
+"""Read the cases of a comparison, and list the static settings and model sizes that may be tried on them.
 
-A file holds `common` (fields that all cases share) and `cases` (a list). A case has a `name`, fields of `RunConfig`
-and perhaps a `target_loss`; its `model` may be a transformers config written out in place.
-
-The settings that a static baseline may tune, and their neighbours.
-
-Narrower, wider, shallower and deeper versions of a model: a small architecture search.
+Cases come from a set that comes with trainpilot or from a YAML or JSON file of the user's. A file holds `common`
+(fields that all cases share) and `cases` (a list). A case has a `name`, fields of `RunConfig` and perhaps a
+`target_loss`; its `model` may be a transformers config written out in place.
 """
 
 from __future__ import annotations
@@ -180,7 +177,7 @@ RESPECTS = ("learning_rate", "batch_size", "warmup_share", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class StaticSetting:
     """What a static run can choose."""
 
     learning_rate: float
@@ -207,12 +204,14 @@ class Setting:
         )
 
 
-def grid(config: RunConfig, precisions: Sequence[Precision]) -> list[Setting]:
+def grid(config: RunConfig, precisions: Sequence[Precision]) -> list[StaticSetting]:
     """Return every combination of the grid around a case's own setting."""
     rates = [rounded(config.base_learning_rate * LEARNING_RATE_STEP**k) for k in LEARNING_RATE_GRID]
     batches = [batch for factor in BATCH_GRID if (batch := batch_near(config.batch_size * factor, config)) is not None]
     return [
-        Setting(learning_rate=rate, batch_size=batch, schedule=schedule, warmup_share=GRID_WARMUP, precision=precision)
+        StaticSetting(
+            learning_rate=rate, batch_size=batch, schedule=schedule, warmup_share=GRID_WARMUP, precision=precision
+        )
         for batch in dict.fromkeys(batches)
         for rate in rates
         for schedule in TUNED_SCHEDULES
@@ -220,9 +219,11 @@ def grid(config: RunConfig, precisions: Sequence[Precision]) -> list[Setting]:
     ]
 
 
-def neighbours(setting: Setting, step: float, config: RunConfig, respects: Collection[str] = RESPECTS) -> list[Setting]:
+def neighbours(
+    setting: StaticSetting, step: float, config: RunConfig, respects: Collection[str] = RESPECTS
+) -> list[StaticSetting]:
     """Return the settings that differ from `setting` by one step in one of `respects`; `step` is the rate's factor."""
-    found: list[Setting] = []
+    found: list[StaticSetting] = []
     if "learning_rate" in respects:
         rates = [rounded(setting.learning_rate * factor) for factor in (step, 1 / step)]
         found += [replace(setting, learning_rate=rate) for rate in rates]

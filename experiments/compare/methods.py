@@ -15,8 +15,8 @@ from typing import Any
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
-from trainpilot.experiments.compare.cases import Setting, rounded
-from trainpilot.experiments.compare.results import TUNED, Case, MethodNote, RunSpec, Steering
+from trainpilot.experiments.compare.cases import StaticSetting, rounded
+from trainpilot.experiments.compare.results import TUNED, Case, MethodNote, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
@@ -132,7 +132,7 @@ def spoken(preference: Preference) -> str:
     return ",".join(part for part in str(preference).split(",") if not part.endswith("=0"))
 
 
-def from_tuned(config: RunConfig, tuned: Setting, factor: float) -> RunConfig:
+def from_tuned(config: RunConfig, tuned: StaticSetting, factor: float) -> RunConfig:
     """Return the run started at `factor` times the tuned learning rate, carried over to its own starting batch."""
     from trainpilot.llm_runtime.schedules import neutral_factor
 
@@ -160,7 +160,7 @@ PER_SCHEDULE: dict[str, ScheduleName] = {
 }
 
 
-CHECKS: dict[str, Callable[[Setting], tuple[Setting, float]]] = {
+CHECKS: dict[str, Callable[[StaticSetting], tuple[StaticSetting, float]]] = {
     "check-self": lambda setting: (setting, 1.0),
     "check-budget": lambda setting: (setting, 1.25),
     "check-rate": lambda setting: (replace(setting, learning_rate=setting.learning_rate / 4), 1.0),
@@ -176,7 +176,7 @@ PRODIGY_FACTOR = 1.0
 BATCH_RULE_DECISIONS = 20
 
 
-KEEP = Steering()
+KEEP = SteeringSpec()
 PLATEAU = {"factor": 0.5, "patience": 0, "stop_patience": 5, "threshold": 1e-4}
 """Half of the rate after one reading without a gain; the end after five. Torch's own threshold."""
 
@@ -188,11 +188,11 @@ class Method:
     note: MethodNote
     configure: Callable[[RunConfig], RunConfig]
     """Returns the run on a case's config, before the seed is set."""
-    steering: Steering = KEEP
+    steering: SteeringSpec = KEEP
     start: float | None = None
     """Starting learning rate over the tuned static's; `None` is the rate that `configure` sets."""
 
-    def placed(self, tuned: Setting) -> Method:
+    def placed(self, tuned: StaticSetting) -> Method:
         """Return the method with its start at the tuned static's learning rate times `start`."""
         assert self.start is not None, "it starts where the case starts"
         factor = self.start
@@ -238,7 +238,7 @@ _SIMPLE = (
             "plateau", "reduce on plateau", "heuristic", "Halves the rate when the validation loss stalls; stops early."
         ),
         _set(schedule="constant"),
-        Steering(kind="plateau", settings=PLATEAU, evaluate_every=2),
+        SteeringSpec(kind="plateau", settings=PLATEAU, evaluate_every=2),
     ),
     Method(
         _note("schedule-free", "schedule-free AdamW", "tuning-free", "schedulefree's AdamW with its default rate."),
@@ -251,22 +251,22 @@ _SIMPLE = (
     Method(
         _note("noise-batch", "noise-scale batch", "heuristic", "Batch follows the gradient noise scale upwards."),
         _coarse(schedule="linear"),
-        Steering(kind="noise-batch"),
+        SteeringSpec(kind="noise-batch"),
     ),
     Method(
         _note("seesaw", "Seesaw", "heuristic", "Doubles the batch where the cosine schedule would halve the rate."),
         _coarse(schedule="constant"),
-        Steering(kind="seesaw"),
+        SteeringSpec(kind="seesaw"),
     ),
     Method(
         _note("gradual-pruning", "gradual pruning", "heuristic", "Half of the weights go between 25 % and 75 % of it."),
         _set(schedule="linear", pruning="magnitude"),
-        Steering(kind="gradual-pruning"),
+        SteeringSpec(kind="gradual-pruning"),
     ),
     Method(
         _note("random", "random policy", "heuristic", "Random allowed actions under the safety layer."),
         _set(schedule="linear"),
-        Steering(kind="random"),
+        SteeringSpec(kind="random"),
     ),
 )
 SIMPLE: Mapping[str, Method] = {method.note.name: method for method in _SIMPLE}
@@ -345,7 +345,7 @@ def policy_method(name: str) -> Method:
     }
     if named.guarded:  # a run without this entry is unguarded, as all were before there was a choice
         settings["guardrails"] = asdict(GuardrailSettings())
-    return Method(note, policy.configure, Steering(kind="policy", settings=settings, probe=True), start=named.start)
+    return Method(note, policy.configure, SteeringSpec(kind="policy", settings=settings, probe=True), start=named.start)
 
 
 def open_loop_note(name: str) -> MethodNote:
@@ -360,7 +360,7 @@ def open_loop_note(name: str) -> MethodNote:
 
 def open_loop_method(note: MethodNote, closed: Method, schedule: Any) -> Method:
     """Return the method that replays `schedule`, the average of a closed-loop method's runs."""
-    return Method(note, closed.configure, Steering(kind="open-loop", settings={"schedule": schedule}))
+    return Method(note, closed.configure, SteeringSpec(kind="open-loop", settings={"schedule": schedule}))
 
 
 def rests_on_search(names: Sequence[str]) -> bool:

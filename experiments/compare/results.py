@@ -1,6 +1,6 @@
-"""The records of a comparison: what one run is, what came out of it, and which run stands for which method.
+"""Define the records of a comparison: specs and results of runs, cases, methods, tuned baselines, and the whole.
 
-What was compared: cases, methods, baselines found, and the run behind every number. One JSON file, the manifest.
+A run's file holds a `RunResult`; `comparison.json`, the manifest, holds a `Comparison`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Role = Literal["method", "sweep", "curve"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steering(JsonRecord):
+class SteeringSpec(JsonRecord):
     """Who sets the controls during a run."""
 
     kind: str = "keep"
@@ -41,7 +41,7 @@ class RunSpec(JsonRecord):
     """One run. Two specs with the same key are the same run, whatever case or method asked for them."""
 
     config: RunConfig
-    steering: Steering = field(default_factory=Steering)
+    steering: SteeringSpec = field(default_factory=SteeringSpec)
 
     def key(self, content: str) -> str:
         """Return the name of the run's file; `content` is the digest of its text and its model."""

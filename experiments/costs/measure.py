@@ -1,8 +1,6 @@
-"""Measure a cost table: what steps, passes and switches of one model cost on one device.
+"""Measure cost tables: what optimiser steps, forward passes, probes and switches of one model cost on one device.
 
-Offer one pass of everything that a cost table holds: steps, forward passes, probes and switches of a model.
-
-Measure the cost table of every model in a comparison once, and keep it beside the runs.
+`measure_cost_table` times one model; `cost_tables` measures every model of a comparison once and keeps the tables.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ FEW_SEQUENCES = 8
 Pass = Callable[[], object]
 
 
-class Setting(NamedTuple):
+class TimedSetting(NamedTuple):
     """What is timed."""
 
     kind: str
@@ -67,7 +65,7 @@ class CostBench:
         self.precisions = list(dict.fromkeys(precisions))
         shape = (2 * max(FEW_SEQUENCES, *batch_sizes), config.sequence_length + 1)
         self.tokens = np.random.default_rng(0).integers(0, 256, shape, dtype=np.int64)
-        self.plain_step = Setting("step", self.precisions[0], self.batch_sizes[0])
+        self.plain_step = TimedSetting("step", self.precisions[0], self.batch_sizes[0])
         """What the steps of other optimisers and of masks are compared with."""
         self.plain = self._trainer(self.config)
         self.narrowing_s: float | None = None
@@ -75,7 +73,7 @@ class CostBench:
 
     def passes(
         self, optimizers: Sequence[OptimizerName], prunings: Sequence[Pruning]
-    ) -> Iterator[tuple[Setting, Pass]]:
+    ) -> Iterator[tuple[TimedSetting, Pass]]:
         """Yield one pass of each setting; the plain steps first, as the probe and the switches need their buffers."""
         yield from self._rows(self.plain, 0.0)
         yield from self._probe_and_switches()
@@ -89,15 +87,15 @@ class CostBench:
     def _trainer(self, config: RunConfig) -> Trainer:
         return Trainer(load_model(config.model, config.seed).model, config, self.device)
 
-    def _rows(self, trainer: Trainer, removed: float) -> Iterator[tuple[Setting, Pass]]:
+    def _rows(self, trainer: Trainer, removed: float) -> Iterator[tuple[TimedSetting, Pass]]:
         for batch_size in self.batch_sizes:
             for precision in self.precisions:
-                setting = Setting("step", precision, batch_size, removed)
+                setting = TimedSetting("step", precision, batch_size, removed)
                 yield setting, self._step(trainer, setting)
             evaluate = partial(self._evaluate, trainer, batch_size)
-            yield Setting("forward", batch_size=batch_size, removed=removed), evaluate
+            yield TimedSetting("forward", batch_size=batch_size, removed=removed), evaluate
 
-    def _step(self, trainer: Trainer, setting: Setting) -> Pass:
+    def _step(self, trainer: Trainer, setting: TimedSetting) -> Pass:
         tokens = self.tokens[: setting.batch_size]
 
         def step() -> None:
@@ -111,11 +109,11 @@ class CostBench:
         trainer.batch_size = batch_size  # an evaluation goes through the model in batches of this size
         trainer.evaluate(self.tokens[: batch_size * forward_passes(batch_size)])
 
-    def _probe_and_switches(self) -> Iterator[tuple[Setting, Pass]]:
-        yield Setting("probe"), self._probe
-        yield Setting("switch", name="batch"), self._switch_batch
+    def _probe_and_switches(self) -> Iterator[tuple[TimedSetting, Pass]]:
+        yield TimedSetting("probe"), self._probe
+        yield TimedSetting("switch", name="batch"), self._switch_batch
         if len(self.precisions) > 1:
-            yield Setting("switch", name="precision"), self._switch_precision
+            yield TimedSetting("switch", name="precision"), self._switch_precision
 
     def _probe(self) -> None:
         self.plain.batch_size = self.batch_sizes[0]
@@ -132,13 +130,13 @@ class CostBench:
         for precision in self.precisions[1::-1]:
             self.plain.set_precision(precision)
 
-    def _masked(self, trainer: Trainer, pruning: Pruning) -> Iterator[tuple[Setting, Pass]]:
+    def _masked(self, trainer: Trainer, pruning: Pruning) -> Iterator[tuple[TimedSetting, Pass]]:
         assert trainer.masks is not None
         trainer.masks.prune_to(MASKED)
-        yield Setting("raise", name=pruning), partial(_raise, trainer, trainer.masks.state_dict())
+        yield TimedSetting("raise", name=pruning), partial(_raise, trainer, trainer.masks.state_dict())
         yield self.plain_step._replace(name=pruning), self._step(trainer, self.plain_step)
 
-    def _narrow_rows(self, trainer: Trainer) -> Iterator[tuple[Setting, Pass]]:
+    def _narrow_rows(self, trainer: Trainer) -> Iterator[tuple[TimedSetting, Pass]]:
         self._step(trainer, self.plain_step)()  # gives the optimiser its buffers: they must be cut too
         self.narrowing_s = min(self._narrow(trainer, share) for share in (REMOVED / 2, REMOVED))
         yield from self._rows(trainer, trainer.sparsity())
@@ -174,7 +172,7 @@ CPU_VISIT_S = 0.015
 GPU_VISIT_S: Mapping[EnergySource | None, float] = {None: 0.1, "measured_counter": 0.5, "measured_power": 1.0}
 """Seconds of a visit: a GPU's energy counter advances every 0.1 s, its power may be a mean over 1 s."""
 
-Timings = Mapping[Setting, Timing]
+Timings = Mapping[TimedSetting, Timing]
 
 
 def measure_cost_table(
@@ -270,7 +268,7 @@ def _table(bench: CostBench, timings: Timings) -> CostTable:
         sequence_length=bench.config.sequence_length,
         energy_source=source,
         rows=rows,
-        probe_overhead=_over(timings[Setting("probe")].cost, forward * PROBE_PASSES),
+        probe_overhead=_over(timings[TimedSetting("probe")].cost, forward * PROBE_PASSES),
         extras=extras,
         switches=_switches(bench, timings),
         rounds=timings[bench.plain_step].rounds,
@@ -278,11 +276,11 @@ def _table(bench: CostBench, timings: Timings) -> CostTable:
     )
 
 
-def _is_row(setting: Setting) -> bool:
+def _is_row(setting: TimedSetting) -> bool:
     return setting.kind in ("step", "forward") and not setting.name
 
 
-def _row(setting: Setting, cost: Cost) -> CostRow:
+def _row(setting: TimedSetting, cost: Cost) -> CostRow:
     passes = forward_passes(setting.batch_size) if setting.kind == "forward" else 1
     return CostRow(
         kind="forward" if setting.kind == "forward" else "step",
