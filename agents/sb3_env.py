@@ -18,8 +18,8 @@ from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.reward import OBJECTIVES, UTILITIES, Outcome
-from trainpilot.llm_runtime.simulator.records import Bools, Floats
+from trainpilot.envs.reward import OBJECTIVES, RewardInfo, Scalariser
+from trainpilot.llm_runtime.simulator.records import Bools
 
 
 class ScalarVecEnv(VecEnv):
@@ -32,24 +32,19 @@ class ScalarVecEnv(VecEnv):
 
     Args:
         env: What is steered.
-        utility: One of `UTILITIES`; all but `linear` take a Python call per run and step.
+        utility: One of `trainpilot.envs.reward.UTILITIES`.
     """
 
     def __init__(self, env: VectorSimulatedTraining, utility: str = "linear") -> None:
-        if utility not in UTILITIES:
-            raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {utility!r}")
         self.env = env
-        self.utility = utility
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
-        self._outcomes: Floats = np.zeros((self.num_envs, len(OBJECTIVES)))
-        self._values: Floats = np.zeros(self.num_envs)
+        self._scalariser = Scalariser(utility, self.num_envs)
         self._start_s = time.monotonic()
 
     def reset(self) -> np.ndarray:
         """Begin every run."""
         observation, _ = self.env.reset(seed=self._seeds[0])
-        self._outcomes[:] = 0.0
-        self._values[:] = 0.0
+        self._scalariser.begin()
         self._reset_seeds()
         self._reset_options()
         return observation
@@ -60,24 +55,16 @@ class ScalarVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Train every run for one interval."""
-        observation, reward, terminated, truncated, infos = self.env.step(self._actions)
-        self._outcomes = self._outcomes + reward
-        values = self._utilities(infos["preference"], infos["loss_increase"])
-        rewards = values - self._values
+        observation, vectors, terminated, truncated, infos = self.env.step(self._actions)
+        weighing = RewardInfo(preference=infos["preference"], loss_increase=infos["loss_increase"])
+        rewards = self._scalariser.rewards(vectors, weighing)
         dones = terminated | truncated
         each: list[dict[str, Any]] = [{}] * self.num_envs
-        for row in np.flatnonzero(dones):
-            each[row] = self._episode(int(row), infos, float(values[row]))
-        self._values = np.where(dones, 0.0, values)
-        self._outcomes[dones] = 0.0
+        ended = np.flatnonzero(dones)
+        for row in ended:
+            each[row] = self._episode(int(row), infos, float(self._scalariser.values[row]))
+        self._scalariser.begin(ended)
         return observation, rewards.astype(np.float32), dones, each
-
-    def _utilities(self, preference: Floats, loss_increase: Floats) -> Floats:
-        if self.utility == "linear":
-            return np.asarray((preference * self._outcomes).sum(axis=1))
-        utility = UTILITIES[self.utility]
-        outcomes = (Outcome(*map(float, numbers)) for numbers in np.column_stack([self._outcomes, loss_increase]))
-        return np.array([utility(outcome, weights) for outcome, weights in zip(outcomes, preference, strict=True)])
 
     def _episode(self, row: int, infos: dict[str, Any], value: float) -> dict[str, Any]:
         sums = infos["final_info"]

@@ -21,14 +21,13 @@ from trainpilot.agents.logging.tags import TAGS
 from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import PPOConfig, RememberedCallback, bundle_of, train
 from trainpilot.agents.sb3_env import ScalarVecEnv, hidden_from, seen_inputs, without_inputs
-from trainpilot.envs.action import N_CHOICES
 from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.environments import VectorSimulatedTraining
-from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.reward import UTILITIES
-from trainpilot.envs.runs import IntervalBatch, SteeredRuns, compute_equivalents
+from trainpilot.envs.reward import UTILITIES, compute_equivalent
+from trainpilot.envs.runs import IntervalBatch, SteeredRuns
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.files import load_checkpoint
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Widening
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
@@ -80,17 +79,6 @@ class SimulatorScores:
         return asdict(self)
 
 
-def act_of(bundle: PolicyBundle) -> Act:
-    """Return the most likely allowed choices of a policy, for many runs at once."""
-    borders = np.cumsum(N_CHOICES)[:-1]
-
-    def act(observations: np.ndarray, masks: Bools) -> Ints:
-        logits = np.where(masks, bundle.logits(observations), -np.inf)
-        return np.stack([part.argmax(axis=1) for part in np.split(logits, borders, axis=1)], axis=1)
-
-    return act
-
-
 def evaluate_in_simulator(
     policy: PolicyBundle | Act,
     pool: Pool,
@@ -116,7 +104,7 @@ def evaluate_in_simulator(
     if n_runs < 1:
         raise ValueError(f"n_runs must be at least 1, got {n_runs}")
     plants = SimulatedRuns(n_runs, seed, pool, start)
-    act = act_of(policy) if isinstance(policy, PolicyBundle) else policy
+    act = policy.choose if isinstance(policy, PolicyBundle) else policy
     runs = SteeredRuns(plants, np.tile(preference.weights(), (n_runs, 1)))
     outcomes = _Outcomes(plants)
     while not outcomes.ended.all():
@@ -161,7 +149,7 @@ class _Outcomes:
 
     def scores(self) -> SimulatorScores:
         loss = np.where(self.diverged, np.nan, self.loss)
-        multiplier = compute_equivalents(loss, BUDGET_SHARES, self.reference_losses)
+        multiplier = compute_equivalent(loss, BUDGET_SHARES, self.reference_losses)
         energy = float(np.median(self.energy_j / self.reference_energy_j))
         return SimulatorScores(
             n_runs=len(loss),
@@ -304,7 +292,7 @@ class SimulatorStage:
     least_quality: float = 0.5
     """Least weight of quality in a preference that is drawn."""
     utility: str = "linear"
-    """How the three objectives become one number; all but `linear` are several times slower."""
+    """How the three objectives become one number."""
     hide: tuple[str, ...] = ()
     """Observation fields that the agent must do without."""
     stack: int = N_STACK

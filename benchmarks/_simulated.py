@@ -16,15 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.heuristics import SchedulePoint, SteeredRun, average_schedule
-from trainpilot.agents.simulator_training import act_of
+from trainpilot.agents.heuristics import ControlledRun, SchedulePoint, average_schedule
 from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
 from trainpilot.envs.decision import DecisionStates, Preference
-from trainpilot.envs.reference import BUDGET_SHARES
-from trainpilot.envs.runs import ReferencedPlants, worths
+from trainpilot.envs.reward import budget_for_loss, worth
+from trainpilot.envs.runs import ReferencedPlants
 from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName, validation_due
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName, validation_due
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
@@ -61,7 +60,7 @@ class ByPolicy:
     """The most likely allowed actions of a policy, as its controller takes them."""
 
     def __init__(self, bundle: PolicyBundle, preference: Preference, limits: LimitBatch) -> None:
-        self.act = act_of(bundle)
+        self.act = bundle.choose
         self.states = DecisionStates(limits, np.tile(preference.weights(), (len(limits.decisions), 1)))
 
     def decide(self) -> ControlBatch:
@@ -167,7 +166,7 @@ class Outcome:
         """Return what the runs did on average."""
         start = limits.start.batch_size
         runs = [
-            SteeredRun(start_batch_size=int(start[row]), controls=[each.row(row) for each in self.controls[:length]])
+            ControlledRun(start_batch_size=int(start[row]), controls=[each.row(row) for each in self.controls[:length]])
             for row, length in enumerate(self.intervals)
         ]
         return average_schedule(runs, DECISIONS)
@@ -288,7 +287,7 @@ SHARES = (0.25, 0.5, 1.0, 2.0)
 """Budgets at which the best static schedule is sought, over the run's own."""
 WHOLE = SHARES.index(1.0)
 BEYOND = 2.0
-"""A curve is believed up to this factor outside its budgets; what lies further is told as that limit."""
+"""A curve is believed up to this factor outside its budgets; budgets that lie further are reported as that limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,19 +375,7 @@ def needed(loss: Floats, shares: Sequence[float], curve: Floats) -> Floats:
     Returns:
         Shares of the whole budget, within `BEYOND` of the first and the last of `shares`.
     """
-    with np.errstate(all="ignore"):
-        x, points, y = np.log(loss), np.log(curve), np.log(np.asarray(shares))
-        found = np.full(x.shape, np.nan)
-        for i in range(len(y) - 1):
-            fall = points[:, i] - points[:, i + 1]
-            piece = y[i] + (y[i + 1] - y[i]) / fall * (points[:, i] - x)
-            begins = (x < points[:, i] - 1e-12) | np.isnan(found)
-            found = np.where((fall > 1e-9) & begins, piece, found)
-        # A curve that never falls tells better from worse, and no more.
-        flat = np.where(x <= points[:, 0], y[0], -np.inf)
-        share = np.exp(np.where(np.isnan(found), flat, found))
-    low, high = shares[0] / BEYOND, shares[-1] * BEYOND
-    return np.where(np.isfinite(loss) & (loss > 0), np.clip(share, low, high), 0.0)
+    return budget_for_loss(loss, shares, curve, limits=(shares[0] / BEYOND, shares[-1] * BEYOND))
 
 
 POPULATION, GENERATIONS = 24, 12
@@ -487,9 +474,9 @@ def tuned_for_each(runs: RunsAndReferences, cost: str, weights: Sequence[float])
     for k, power in enumerate(POWERS):
         batch = runs.instances.start_batch * 2.0 ** nearest_power(runs.instances, np.full(len(runs), power))
         costs[:, :, k] = shares[:, None, None] * runs.cost(cost, batch, np.ones(len(runs)), 1.0)
-    worth, columns = worths(quality), np.arange(len(runs))
+    value, columns = worth(quality), np.arange(len(runs))
     flat_quality, flat_costs = quality.reshape(-1, len(runs)), costs.reshape(-1, len(runs))
-    best = [((1 - w) * worth - w * costs).reshape(-1, len(runs)).argmax(axis=0) for w in weights]
+    best = [((1 - w) * value - w * costs).reshape(-1, len(runs)).argmax(axis=0) for w in weights]
     return (
         np.stack([flat_quality[each, columns] for each in best]),
         np.stack([flat_costs[each, columns] for each in best]),

@@ -86,14 +86,24 @@ class Preference:
 
     @classmethod
     def draw(cls, random: np.random.Generator) -> Preference:
-        """Draw a preference for training: quality weighs at least half, the rest is shared at random."""
-        quality = float(random.uniform(0.5, 1.0))
-        energy = float(random.uniform(0.0, 1.0 - quality))
-        return cls(quality=quality, energy=energy, time=1.0 - quality - energy)
+        """Draw a preference for training, as `draw_weights` does."""
+        quality, energy, time = draw_weights(random, 1)[0].tolist()
+        return cls(quality=quality, energy=energy, time=time)
 
     def __str__(self) -> str:
         quality, energy, time = self.weights()
         return f"quality={quality:.3g},energy={energy:.3g},time={time:.3g}"
+
+
+def draw_weights(random: np.random.Generator, n_runs: int, least_quality: float = 0.5) -> Floats:
+    """Draw preferences for training: quality weighs at least `least_quality`, energy and time share the rest at random.
+
+    Returns:
+        Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
+    """
+    quality = random.uniform(least_quality, 1.0, n_runs)
+    energy = random.uniform(0.0, 1.0 - quality)
+    return np.stack([quality, energy, 1.0 - quality - energy], axis=1)
 
 
 N_STACK = 6

@@ -25,13 +25,22 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from trainpilot.envs.action import N_CHOICES
-from trainpilot.envs.decision import N_STACK, Decision, DecisionState, Preference
+from trainpilot.envs.decision import N_STACK, Decision, DecisionState, Preference, draw_weights
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.reference import BUDGET_SHARES, PlantFactory, live_plant, live_reference, run_reference
-from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY, Reference, RewardMeter, RewardTerms
+from trainpilot.envs.reference import PlantFactory, live_plant, live_reference, run_reference
+from trainpilot.envs.reward import (
+    DIVERGED_LOSS_INCREASE,
+    DIVERGED_QUALITY,
+    MAX_QUALITY,
+    Reference,
+    RewardInfo,
+    RewardMeter,
+    RewardTerms,
+)
 from trainpilot.envs.runs import IntervalBatch, ReferencedPlants, SteeredRuns
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import OnePlant
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry
@@ -109,18 +118,22 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             "sparsity": telemetry.sparsity,
             "finishing": telemetry.finishing,
         }
+        finite = math.isfinite(loss)
+        weighing = RewardInfo(
+            preference=self.state.preference.weights(),
+            loss_increase=loss - self.reference.losses[-1] if finite else DIVERGED_LOSS_INCREASE,
+        )
         return {
+            **weighing,
             "requested": asdict(decision.controls),
             "effective": effective,
             "refusals": decision.refusals,
             "reward_terms": asdict(terms),
-            "preference": self.state.preference.weights(),
             "loss": loss,
-            "loss_increase": loss - self.reference.losses[-1] if math.isfinite(loss) else 10.0,
             "time_s": telemetry.time_s,
             "energy_j": telemetry.energy_j,
             "energy_source": telemetry.energy_source,
-            "diverged": telemetry.diverged or not math.isfinite(loss),
+            "diverged": telemetry.diverged or not finite,
         }
 
 
@@ -399,9 +412,8 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
     @staticmethod
     def _infos(runs: SteeredRuns, interval: IntervalBatch) -> dict[str, Any]:
         return {
-            "preference": runs.states.preference,
+            **RewardInfo(preference=runs.states.preference, loss_increase=interval.loss_increase),
             "loss": interval.loss,
-            "loss_increase": interval.loss_increase,
             "time_s": interval.telemetry.time_s,
             "energy_j": interval.telemetry.energy_j,
             "diverged": interval.diverged,
@@ -417,10 +429,3 @@ def _final(runs: SteeredRuns, ended: Bools) -> dict[str, Any]:
     }
     observations = runs.states.observation()
     return {"final_obs": observations, "_final_obs": ended, "final_info": sums, "_final_info": ended}
-
-
-def draw_weights(random: np.random.Generator, n_runs: int, least_quality: float = 0.5) -> Floats:
-    """Draw preferences as `Preference.draw` does: quality weighs at least so much, the rest is shared at random."""
-    quality = random.uniform(least_quality, 1.0, n_runs)
-    energy = random.uniform(0.0, 1.0 - quality)
-    return np.stack([quality, energy, 1.0 - quality - energy], axis=1)

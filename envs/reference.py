@@ -17,10 +17,9 @@ from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.files import cache_dir, digest
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.telemetry import Plant
 
-BUDGET_SHARES = (0.25, 0.5, 1.0)
-"""Reference runs end here; their final losses make the curve that turns a loss into compute."""
 FORMAT = 2
 """Raised when what a cached reference means changes."""
 

@@ -1,6 +1,13 @@
-"""Turn what an interval brought into a reward vector: quality, energy and time, each in units of the reference run.
+"""Compute the reward: what an interval changed in quality, energy and time, in units of the case's reference run.
 
-Turn the three objectives of a run into one number: pure functions, and the wrapper that applies one of them.
+Everything here works on arrays with one row per run; a single run is one row. From the inside out:
+
+* `budget_for_loss`: the budget at which a curve of losses over budgets reaches a loss. Every figure of trainpilot that
+  turns a loss into compute goes through it.
+* `compute_equivalent` and `worth`: the quality that a loss is worth against a reference.
+* `ReferenceBatch.reward`: the reward vector of an interval, which `RewardMeter` gives for a single run.
+* `Scalariser`: one number per interval from the reward vector, by one of `UTILITIES`; `ScalarReward` is the Gymnasium
+  wrapper that applies it.
 """
 
 from __future__ import annotations
@@ -8,13 +15,141 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypedDict
 
 import gymnasium
 import numpy as np
+from numpy.typing import ArrayLike
 
 from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.telemetry import Telemetry
+
+OBJECTIVES = ("quality", "energy", "time")
+MAX_QUALITY = 3.0
+"""Largest compute-equivalent: above it, a loss lies too far beyond the reference runs to be extrapolated to."""
+DIVERGED_QUALITY = -1.0
+"""Quality of a diverged run: worse than a run that never started."""
+DIVERGED_LOSS_INCREASE = 10.0
+"""Loss increase reported for a run without a finite loss, in nats/token."""
+BELIEVED = (0.0, MAX_QUALITY)
+"""Limits on the compute-equivalent of a reward: a bad loss is worth as little as the curve says."""
+FLAT = 1e-9
+"""Two losses whose logarithms differ by less are the same loss."""
+
+
+def budget_for_loss(loss: ArrayLike, budgets: ArrayLike, losses: ArrayLike, *, limits: tuple[float, float]) -> Floats:
+    """Return the budget at which a curve reaches a loss.
+
+    Between the points of the curve, the logarithm of the budget is linear in the logarithm of the loss. Beyond them the
+    first and the last piece that fall go on, up to `limits`; limits equal to the ends of the curve hold the end values.
+    Pieces on which the loss does not fall are left out: such a curve jumps there. A curve that falls nowhere tells only
+    whether a loss is as good as its own: then its smallest budget is returned, and the lower limit for worse losses.
+
+    Args:
+        loss: Losses reached, in nats/token, of any shape.
+        budgets: Budgets of the curve, rising along the last axis, of shape (n_points,) or (..., n_points).
+        losses: Losses there, not rising along the last axis, of shape (..., n_points); the other axes are those of
+            `loss`, or broadcast with them.
+        limits: Smallest and largest budget returned.
+
+    Returns:
+        Budgets of the broadcast shape; 0 for a loss that is not finite or not above 0.
+    """
+    loss = np.asarray(loss, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        x, points, y = np.log(loss), np.log(losses), np.log(budgets)
+        found: Floats = np.full(np.broadcast_shapes(x.shape, points.shape[:-1]), np.nan)
+        for i in range(points.shape[-1] - 1):
+            fall = points[..., i] - points[..., i + 1]
+            piece = y[..., i] + (y[..., i + 1] - y[..., i]) / fall * (points[..., i] - x)
+            is_in_reach = (x < points[..., i] - 1e-12) | np.isnan(found)
+            found = np.where((fall > FLAT) & is_in_reach, piece, found)
+        flat = np.where(x <= points[..., 0], y[..., 0], -np.inf)
+        share = np.exp(np.where(np.isnan(found), flat, found))
+    budget: Floats = np.where(np.isfinite(loss) & (loss > 0), np.clip(share, *limits), 0.0)
+    return budget[()]
+
+
+def compute_equivalent(loss: ArrayLike, budgets: Sequence[float], losses: ArrayLike) -> Floats:
+    """Return the share of the full budget at which the reference reaches `loss`.
+
+    Reference runs of several budgets, each with its whole schedule, give the points (budget, final loss) of
+    `budget_for_loss`. A point that is no better than one of a smaller budget, or no worse than the full run's, is
+    chance and left out. The full run's point always stays: its own loss is worth 1.
+
+    Args:
+        loss: Losses reached, in nats/token, of any shape.
+        budgets: Shares of the full budget, rising to 1, at least two.
+        losses: Final losses of the reference at each budget, in nats/token, of shape (..., budgets).
+
+    Returns:
+        Shares in [0, MAX_QUALITY]; 0 for a loss that is not finite.
+    """
+    return budget_for_loss(loss, *_points_in_order(budgets, np.asarray(losses, dtype=np.float64)), limits=BELIEVED)
+
+
+def _points_in_order(budgets: Sequence[float], losses: Floats) -> tuple[Floats, Floats]:
+    """Replace every point that is out of order by the next one that is in order, so that no piece begins there."""
+    with np.errstate(all="ignore"):
+        points = np.log(losses)
+    kept = points > points[..., -1:] + FLAT
+    lowest = np.full(points.shape[:-1], np.inf)
+    for i in range(points.shape[-1] - 1):
+        kept[..., i] &= points[..., i] < lowest - FLAT
+        lowest = np.where(kept[..., i], points[..., i], lowest)
+    budgets_in_order: Floats = np.broadcast_to(np.asarray(budgets, dtype=np.float64), losses.shape).copy()
+    losses_in_order = losses.copy()
+    for values in (budgets_in_order, losses_in_order):
+        for i in reversed(range(points.shape[-1] - 1)):
+            values[..., i] = np.where(kept[..., i], values[..., i], values[..., i + 1])
+    return budgets_in_order, losses_in_order
+
+
+def worth(share: ArrayLike) -> Floats:
+    """Return the quality that compute-equivalents are worth: the share itself up to 1, and 1 + log(share) above.
+
+    Around 1 both pieces have slope 1, so that 1 % of quality still is the size of 1 % of energy. Above it, a base
+    schedule that was badly tuned would otherwise make any waste of time and energy look like a bargain.
+    """
+    share = np.asarray(share, dtype=np.float64)
+    quality: Floats = np.where(share <= 1, share, 1 + np.log(np.maximum(share, 1.0)))
+    return quality[()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceBatch:
+    """What many runs are measured against: `Reference`, as arrays with one row per run."""
+
+    budgets: tuple[float, ...]
+    """Shares of the full budget, rising to 1, the same for all runs."""
+    losses: Floats
+    """Final validation loss of the base schedule at each of these budgets, shape (n_runs, budgets), in nats/token."""
+    time_s: Floats
+    """Seconds of the full run, evaluation apart."""
+    energy_j: Floats
+    """Joules of the full run; NaN where unknown."""
+
+    def quality(self, loss: Floats, diverged: Bools) -> Floats:
+        """Return the quality of each run: the worth of its loss, in nats/token, or `DIVERGED_QUALITY`."""
+        shares = compute_equivalent(loss, self.budgets, self.losses)
+        return np.where(diverged, DIVERGED_QUALITY, worth(shares))
+
+    def reward(self, quality: Floats, before: Floats, *, time_s: Floats, energy_j: Floats) -> Floats:
+        """Return the reward vectors of one interval of each run: quality, energy and time, shape (n_runs, 3).
+
+        Quality is a potential: the reward is its change, so that an episode sums to the quality of its last loss,
+        whatever happened on the way.
+
+        Args:
+            quality: After the interval.
+            before: Quality before the interval; 0 before the first.
+            time_s: Seconds of the interval.
+            energy_j: Joules of the interval; NaN where unknown, which weighs nothing.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            energy = energy_j / self.energy_j
+        return np.stack([quality - before, np.where(np.isfinite(energy), -energy, 0.0), -time_s / self.time_s], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +173,20 @@ class Reference(JsonRecord):
 
     def quality(self, loss: float) -> float:
         """Return the compute-equivalent of `loss`: the share of the budget that the reference needs for it."""
-        return compute_equivalent(loss, self.budgets, self.losses)
+        return float(compute_equivalent(loss, self.budgets, self.losses))
+
+    def batch(self) -> ReferenceBatch:
+        """Return the same for arrays of one row."""
+        return ReferenceBatch(
+            budgets=self.budgets,
+            losses=np.array([self.losses]),
+            time_s=np.array([self.time_s]),
+            energy_j=np.array([_nan_if_unknown(self.energy_j)]),
+        )
 
 
-OBJECTIVES = ("quality", "energy", "time")
-MAX_QUALITY = 3.0
-"""Compute-equivalents above this are not believed: they extrapolate too far beyond the reference runs."""
-DIVERGED_QUALITY = -1.0
-"""Quality of a diverged run: worse than a run that never started."""
+def _nan_if_unknown(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 @dataclass(frozen=True)
@@ -64,129 +205,107 @@ class RewardTerms(JsonRecord):
         return np.array([self.quality, self.energy, self.time], dtype=np.float32)
 
 
-def compute_equivalent(loss: float, budgets: Sequence[float], losses: Sequence[float]) -> float:
-    """Return the share of the full budget at which the reference reaches `loss`.
-
-    Reference runs of several budgets, each with its whole schedule, give points (budget, final loss). Between them
-    the logarithm of the budget is linear in the logarithm of the loss; beyond them the end pieces go on. Points out of
-    order are chance and left out, never the full run's: its own loss is always worth 1.
-
-    Args:
-        loss: Loss reached, in nats/token.
-        budgets: Shares of the full budget, rising, at least two.
-        losses: Final loss of the reference at each budget, in nats/token.
-
-    Returns:
-        A share in [0, MAX_QUALITY]; 0 for a loss that is not finite.
-    """
-    if not math.isfinite(loss) or loss <= 0:
-        return 0.0
-    x, y = np.log(np.asarray(losses)), np.log(np.asarray(budgets))
-    points: list[int] = []
-    for i in range(len(x) - 1):
-        worse_than_the_full_run = x[i] > x[-1] + 1e-9
-        if worse_than_the_full_run and (not points or x[i] < x[points[-1]] - 1e-9):
-            points.append(i)
-    if not points:
-        return float(loss <= losses[-1])
-    x, y = x[[*points, -1]], y[[*points, -1]]
-    piece = int(np.clip(np.searchsorted(-x, -math.log(loss)) - 1, 0, len(x) - 2))
-    slope = (y[piece + 1] - y[piece]) / (x[piece + 1] - x[piece])
-    share = math.exp(min(y[piece] + slope * (math.log(loss) - x[piece]), 50.0))
-    return min(share, MAX_QUALITY)
-
-
-def worth(share: float) -> float:
-    """Return what a compute-equivalent is worth as quality: itself up to 1, and 1 + log(share) above.
-
-    Around 1 both pieces have slope 1, so that 1 % of quality still is the size of 1 % of energy. Above it, a base
-    schedule that was badly tuned would otherwise make any waste of time and energy look like a bargain.
-    """
-    return share if share <= 1 else 1 + math.log(share)
-
-
 class RewardMeter:
-    """Weigh interval after interval against a reference run.
-
-    Quality is a potential: each interval brings the change of what the loss's compute-equivalent is worth, so that an
-    episode sums to the worth of its last loss, whatever happened on the way.
-    """
+    """Computes the reward of a single run, interval after interval: `ReferenceBatch.reward` with one row."""
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
-        self._quality = 0.0
+        self._one_row = reference.batch()
+        self._quality: Floats = np.zeros(1)
 
     def weigh(self, telemetry: Telemetry, loss: float) -> RewardTerms:
         """Return the terms of an interval that reached `loss` (validation at the end of a run, training before)."""
-        diverged = telemetry.diverged or not math.isfinite(loss)
-        quality = DIVERGED_QUALITY if diverged else worth(self.reference.quality(loss))
-        before, self._quality = self._quality, quality
-        energy = 0.0
-        if telemetry.energy_j is not None and self.reference.energy_j:
-            energy = -telemetry.energy_j / self.reference.energy_j
-        return RewardTerms(quality - before, energy, -telemetry.time_s / self.reference.time_s)
+        diverged = np.array([telemetry.diverged or not math.isfinite(loss)])
+        before, self._quality = self._quality, self._one_row.quality(np.array([loss]), diverged)
+        energy_j = np.array([_nan_if_unknown(telemetry.energy_j)])
+        time_s = np.array([telemetry.time_s])
+        reward = self._one_row.reward(self._quality, before, time_s=time_s, energy_j=energy_j)
+        return RewardTerms(*reward[0].tolist())
 
 
-Weights = np.ndarray
-"""(quality, energy, time), float64 of shape (3,), which sum to 1."""
+Weights = Floats
+"""Weights of quality, energy and time, float64, which sum to 1; shape (3,), or (n_runs, 3) for many runs."""
+
+
+class RewardInfo(TypedDict):
+    """The part of an environment's `info` that its vector reward is made one number by.
+
+    Gymnasium passes nothing but `info` from an environment to its wrappers, so this is the border between them: the
+    environments of trainpilot write these two entries at every step, and `Scalariser` reads them.
+    """
+
+    preference: Weights
+    """Weights in force during the interval."""
+    loss_increase: float | Floats
+    """Loss over the reference's final loss, in nats/token; `DIVERGED_LOSS_INCREASE` for a run without a finite loss."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run so far, in units of its reference run."""
+    """A run so far, in units of its reference run; or many runs, as arrays of shape (n_runs,)."""
 
-    quality: float = 0.0
-    """Compute-equivalent of the loss: 1 is as good as the reference."""
-    energy: float = 0.0
+    quality: float | Floats = 0.0
+    """What the loss is worth: 1 is as good as the reference."""
+    energy: float | Floats = 0.0
     """Joules over the reference's, negative."""
-    time: float = 0.0
+    time: float | Floats = 0.0
     """Seconds over the reference's, negative."""
-    loss_increase: float = 0.0
+    loss_increase: float | Floats = 0.0
     """Loss above the reference's final loss, in nats/token."""
 
-    def vector(self) -> np.ndarray:
-        """Return (quality, energy, time)."""
-        return np.array([self.quality, self.energy, self.time])
+    def vector(self) -> Floats:
+        """Return (quality, energy, time) along the last axis."""
+        return np.stack([self.quality, self.energy, self.time], axis=-1)
 
 
 MAX_LOSS_INCREASE = 2.0
 """Nats/token; what is worse counts as this bad, so that a diverged run does not drown every other."""
 
-Utility = Callable[[Outcome, Weights], float]
+Utility = Callable[[Outcome, Weights], Floats]
+"""One number per run."""
 
 
-def linear(outcome: Outcome, weights: Weights) -> float:
+def linear(outcome: Outcome, weights: Weights) -> Floats:
     """Return the weighted sum, w'f."""
-    return float(weights @ outcome.vector())
+    return np.asarray((weights * outcome.vector()).sum(axis=-1))[()]
 
 
-def tchebycheff(outcome: Outcome, weights: Weights, rho: float = 0.05) -> float:
+def tchebycheff(outcome: Outcome, weights: Weights, rho: float = 0.05) -> Floats:
     """Return the augmented Tchebycheff utility, -(max_i w_i (z_i - f_i) + rho sum_i w_i (z_i - f_i)).
 
     The ideal point z is a run as good as the reference with half its joules and seconds. It reaches the parts of the
     Pareto front that a weighted sum cannot (Steuer and Choo 1983).
     """
     shortfall = weights * (np.array([1.0, -0.5, -0.5]) - outcome.vector())
-    return -float(shortfall.max() + rho * shortfall.sum())
+    utility: Floats = -(shortfall.max(axis=-1) + rho * shortfall.sum(axis=-1))
+    return utility
 
 
 def constrained(
     outcome: Outcome, weights: Weights, max_loss_increase: float = 0.01, max_slowdown: float = 0.05
-) -> float:
+) -> Floats:
     """Return the saving of energy and time, less ten times what breaks "at most x nats worse, y slower"."""
-    broken = max(outcome.loss_increase - max_loss_increase, 0.0) + max(-outcome.time - 1.0 - max_slowdown, 0.0)
-    cost_weights = weights[1:] / max(weights[1:].sum(), 1e-9)
-    return float(cost_weights @ outcome.vector()[1:]) - 10.0 * broken
+    worse = np.maximum(outcome.loss_increase - max_loss_increase, 0.0)
+    slower = np.maximum(-np.asarray(outcome.time) - 1.0 - max_slowdown, 0.0)
+    utility: Floats = _weighted_cost(outcome, weights) - 10.0 * (worse + slower)
+    return utility
 
 
-def product(outcome: Outcome, weights: Weights) -> float:
+def product(outcome: Outcome, weights: Weights) -> Floats:
     """Return -P^1.5 (a T + b E): perplexity, time and energy as ratios to the reference (Wallace et al. 2025).
 
     a and b are the weights of time and energy, scaled to sum to 1; the sign is turned so that more is better.
     """
-    cost_weights = weights[1:] / max(weights[1:].sum(), 1e-9)
-    cost = -float(cost_weights @ outcome.vector()[1:])
-    return -float(np.exp(1.5 * min(outcome.loss_increase, MAX_LOSS_INCREASE))) * cost
+    perplexity = np.exp(1.5 * np.minimum(outcome.loss_increase, MAX_LOSS_INCREASE))
+    utility: Floats = perplexity * _weighted_cost(outcome, weights)
+    return utility
+
+
+def _weighted_cost(outcome: Outcome, weights: Weights) -> Floats:
+    """Return the mean of energy and time, negative, by their weights alone."""
+    cost_weights = weights[..., 1:] / np.maximum(weights[..., 1:].sum(axis=-1, keepdims=True), 1e-9)
+    cost: Floats = (cost_weights * outcome.vector()[..., 1:]).sum(axis=-1)
+    return cost
 
 
 UTILITIES: dict[str, Utility] = {
@@ -197,39 +316,72 @@ UTILITIES: dict[str, Utility] = {
 }
 
 
-class ScalarReward(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
-    """Give an agent one number per interval: the change of a utility of the run so far.
+class Scalariser:
+    """Turns the reward vectors of many runs into one number per interval: the change of a utility of each run so far.
 
-    The rewards of an episode sum (gamma = 1) to the utility of its outcome, whichever utility is chosen. The vector
-    stays in `info["vector_reward"]`, the weights in `info["reward_weights"]`, as MO-Gymnasium has it.
+    The numbers of an episode sum (gamma = 1) to the utility of its outcome, whichever utility is chosen.
+
+    Args:
+        utility: One of `UTILITIES`.
+        n_runs: Runs side by side.
+
+    Raises:
+        ValueError: an unknown utility.
+    """
+
+    def __init__(self, utility: str, n_runs: int = 1) -> None:
+        if utility not in UTILITIES:
+            raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {utility!r}")
+        self._utility = UTILITIES[utility]
+        self._sums: Floats = np.zeros((n_runs, len(OBJECTIVES)))
+        self.values: Floats = np.zeros(n_runs)
+        """Utility of each run so far; 0 before its first interval."""
+
+    def begin(self, rows: Ints | slice = slice(None)) -> None:
+        """Begin new runs in these rows, in all by default."""
+        self._sums[rows] = 0.0
+        self.values[rows] = 0.0
+
+    def rewards(self, vectors: Floats, info: RewardInfo) -> Floats:
+        """Return one reward for each run from the reward vectors of an interval, shape (n_runs, 3)."""
+        self._sums = self._sums + vectors
+        quality, energy, time = self._sums.T
+        outcome = Outcome(quality, energy, time, np.asarray(info["loss_increase"]))
+        before, self.values = self.values, self._utility(outcome, info["preference"])
+        return self.values - before
+
+
+class ScalarReward(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
+    """Gives an agent one number per interval: `Scalariser` as a Gymnasium wrapper of a single run.
+
+    The vector stays in `info["vector_reward"]`, the weights in `info["reward_weights"]`, as MO-Gymnasium has it.
+
+    Args:
+        env: Its `info` must hold the entries of `RewardInfo`.
+        utility: One of `UTILITIES`.
     """
 
     def __init__(self, env: gymnasium.Env[np.ndarray, np.ndarray], utility: str = "linear") -> None:
         super().__init__(env)
-        if utility not in UTILITIES:
-            raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {utility!r}")
-        self._utility = UTILITIES[utility]
-        self._outcome = Outcome()
-        self._value = 0.0
+        self._scalariser = Scalariser(utility)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode with an empty outcome."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self._outcome = Outcome()
-        self._value = 0.0
+        self._scalariser.begin()
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Step the environment and weigh its reward vector."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        """Step the environment and turn its reward vector into one number."""
+        observation, vector, terminated, truncated, info = self.env.step(action)
         weights = np.asarray(info["preference"])
-        quality, energy, time = self._outcome.vector() + np.asarray(reward)
-        self._outcome = Outcome(quality, energy, time, info["loss_increase"])
-        before, self._value = self._value, self._utility(self._outcome, weights)
-        info |= {"vector_reward": reward, "reward_weights": weights}
-        return observation, self._value - before, terminated, truncated, info
+        reward = self._scalariser.rewards(
+            np.asarray(vector)[None], RewardInfo(preference=weights, loss_increase=info["loss_increase"])
+        )
+        info |= {"vector_reward": vector, "reward_weights": weights}
+        return observation, float(reward[0]), terminated, truncated, info
 
     def action_masks(self) -> np.ndarray:
         """Return which choices are allowed, for MaskablePPO."""

@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from trainpilot.llm_runtime.config import Controls
-from trainpilot.llm_runtime.schedules import EVALUATE_EVERY
+from trainpilot.llm_runtime.schedules import EVALUATE_EVERY, validation_due
+from trainpilot.llm_runtime.simulator.records import Bools, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 EVALUATE_EVERY_IN_CALIBRATION = 5
@@ -83,11 +86,19 @@ def drive(
         if controls is None:
             return
         telemetry = plant.advance(controls, 1 / decisions)
-        validation_loss = evaluate() if _evaluation_due(telemetry, evaluate_every) else None
+        validation_loss = evaluate() if evaluation_due(telemetry, evaluate_every) else None
         yield DrivenInterval(telemetry, validation_loss)
         at_once = validation_at_once and validation_loss is not None
         last = replace(telemetry, validation_loss=validation_loss) if at_once else telemetry
 
 
-def _evaluation_due(telemetry: Telemetry, every: int) -> bool:
-    return not telemetry.diverged and (telemetry.finished or (telemetry.decision + 1) % every == 0)
+def evaluation_due(telemetry: Telemetry | TelemetryBatch, every: int = EVALUATE_EVERY) -> Bools:
+    """Return whether the validation loss is measured after an interval: once in `every` decisions and at the run's end.
+
+    A diverged run is not evaluated. For a batch of runs the answer has one entry per run.
+    """
+    due: Bools = np.logical_and(
+        validation_due(np.asarray(telemetry.decision) + 1, every) | telemetry.finished,
+        np.logical_not(telemetry.diverged),
+    )
+    return due

@@ -26,6 +26,9 @@ SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
 Floats = NDArray[np.float64]
 
+BUDGET_SHARES = (0.25, 0.5, 1.0)
+"""Reference runs under the base schedule end at these shares of the budget; their final losses make the curve that
+turns a loss into compute."""
 COOLDOWN_SHARE = 0.2
 """A cool-down lasts this share of the tokens trained on before it (10-20 %: Haegele et al. 2024)."""
 
@@ -272,7 +275,7 @@ EVALUATE_EVERY = 10
 """The validation loss is measured once in this many decisions, and at the end of the run."""
 
 
-def validation_due(decisions: ArrayLike) -> NDArray[np.bool_]:
+def validation_due(decisions: ArrayLike, every: int = EVALUATE_EVERY) -> NDArray[np.bool_]:
     """Return whether the validation loss is to be measured now that `decisions` intervals have ended."""
-    due: NDArray[np.bool_] = np.asarray(decisions) % EVALUATE_EVERY == 0
+    due: NDArray[np.bool_] = np.asarray(decisions) % every == 0
     return due

@@ -18,7 +18,7 @@ import numpy as np
 from second_physics.law import LAW_NAMES, PUBLISHED_FITS, Floats, LawBatch, wsd_mean_factor
 
 from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
-from trainpilot.llm_runtime.schedules import COOLDOWN_SHARE, probe_due, sequences_probed
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, LimitBatch, TelemetryBatch
 
 WARMUP_SHARE = 0.1
@@ -316,8 +316,6 @@ def interval_telemetry(
 
 DrawCases = Callable[[np.random.Generator, int, int, float], CaseBatch]
 
-REFERENCE_SHARES = (0.25, 0.5, 1.0)
-"""Shares of the budget whose runs under the base schedule are the reference."""
 EVALUATION_TOKENS = 32_768
 LEAST_BF16_GAIN = 1.05
 """bf16 is offered where it is at least so much faster."""
@@ -409,8 +407,8 @@ class MultiPowerRuns:
         """Peak of the base schedule with the lowest final loss at the starting batch."""
         self.start_learning_rate: Floats = np.zeros(n_runs)
         """Peak of the base schedule as the run starts with it."""
-        self.reference_losses: Floats = np.zeros((n_runs, len(REFERENCE_SHARES)))
-        """Final loss of the base schedule at REFERENCE_SHARES of the budget, in nats/token."""
+        self.reference_losses: Floats = np.zeros((n_runs, len(BUDGET_SHARES)))
+        """Final loss of the base schedule at BUDGET_SHARES of the budget, in nats/token."""
         self.reference_time_s: Floats = np.zeros(n_runs)
         self.reference_energy_j: Floats = np.zeros(n_runs)
         self._prepare(np.arange(n_runs))
@@ -489,7 +487,7 @@ class MultiPowerRuns:
         peak = best * cases.start_ratio
         self.best_learning_rate[rows] = best * cases.unit
         self.start_learning_rate[rows] = peak * cases.unit
-        for i, share in enumerate(REFERENCE_SHARES):
+        for i, share in enumerate(BUDGET_SHARES):
             factors = cases.base_factors(share, self.decisions)
             self.reference_losses[rows, i] = cases.law.base_loss(peak, factors, share * cases.n_steps)
         interval = Interval.usual(cases, self.decisions)

@@ -14,9 +14,8 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from trainpilot.agents.heuristics import SteeredRun, average_schedule, schedule_to_json
+from trainpilot.agents.heuristics import ControlledRun, average_schedule, schedule_to_json
+from trainpilot.envs.reward import budget_for_loss
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
 from trainpilot.experiments.compare.cases import LEARNING_RATE_STEP, TUNED_SCHEDULES, StaticSetting, neighbours
 from trainpilot.experiments.compare.methods import CHECKS, PER_SCHEDULE, Method, open_loop_method
@@ -163,15 +162,22 @@ class ComparisonLedger:
 
 
 def share_needed(loss: float, curve: Sequence[tuple[float, float]]) -> float:
-    """Return the budget share at which a curve reaches `loss`: log-log interpolation, end values outside."""
-    points = [(math.log(loss_), math.log(share)) for share, loss_ in curve if math.isfinite(loss_)]
-    points.sort()
-    falling = [points[0]]
-    for point in points[1:]:
-        if point[1] < falling[-1][1]:
-            falling.append(point)
-    losses, shares = zip(*falling, strict=True)
-    return float(np.exp(np.interp(math.log(loss), losses, shares)))
+    """Return the budget share at which a curve reaches `loss`; the end values hold beyond the curve.
+
+    The multipliers of a report extrapolate a little instead (`analysis.multiplier`). Here settings are chosen, and a
+    cheap setting with a loss beyond the curve shall not be chosen for an extrapolation.
+
+    Args:
+        loss: In nats/token.
+        curve: (budget share, loss), rising in budget. A point that is not better than all smaller budgets, or whose
+            loss is not finite, is left out.
+    """
+    falling: list[tuple[float, float]] = []
+    for share, reached in curve:
+        if math.isfinite(reached) and (not falling or reached < falling[-1][1]):
+            falling.append((share, reached))
+    shares, losses = zip(*falling, strict=True)
+    return float(budget_for_loss(loss, shares, losses, limits=(shares[0], shares[-1])))
 
 
 CURVE_BUDGETS: Mapping[float, tuple[str, ...]] = {
@@ -352,7 +358,7 @@ def _average(results: Sequence[RunResult]) -> list[dict[str, Any]]:
     return schedule_to_json(average_schedule([_steered(result) for result in results], decisions))
 
 
-def _steered(result: RunResult) -> SteeredRun:
+def _steered(result: RunResult) -> ControlledRun:
     controls = [
         Controls(
             learning_rate_scale=interval.learning_rate_scale,
@@ -364,7 +370,7 @@ def _steered(result: RunResult) -> SteeredRun:
         for interval in result.intervals
         if not interval.rolled_back
     ]
-    return SteeredRun(start_batch_size=result.spec.config.batch_size, controls=controls)
+    return ControlledRun(start_batch_size=result.spec.config.batch_size, controls=controls)
 
 
 def search_program(ledger: ComparisonLedger, case: Case, name: str) -> Program:

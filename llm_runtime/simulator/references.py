@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from trainpilot.llm_runtime.schedules import COOLDOWN_SHARE, Schedule, ScheduleName
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
@@ -96,8 +96,6 @@ class Progress:
         return length, mean, last
 
 
-BUDGET_SHARES = (0.25, 0.5, 1.0)
-"""Shares of the budget at which the tuned static is known; those of a live run's reference."""
 DECISIONS = 50
 FIRST_RATES = np.geomspace(1e-4, 0.1, 13)
 """Learning rates that are tried first, at the instance's own batch: factors of 1.8."""

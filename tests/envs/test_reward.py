@@ -21,6 +21,7 @@ from trainpilot.envs.reward import (
     RewardMeter,
     RewardTerms,
     ScalarReward,
+    budget_for_loss,
     compute_equivalent,
     constrained,
     linear,
@@ -97,6 +98,37 @@ def test_without_a_curve_a_loss_is_as_good_or_not(losses: tuple[float, ...]) -> 
     assert compute_equivalent(2.0, BUDGETS, losses) == 1.0
     assert compute_equivalent(1.0, BUDGETS, losses) == 1.0
     assert compute_equivalent(2.01, BUDGETS, losses) == 0.0
+
+
+def test_the_limits_say_what_holds_beyond_the_ends_of_a_curve() -> None:
+    losses = [16.0, 1.0, 4.0, 2.0, math.nan]  # two beyond the ends, two points, none
+
+    def found(low: float, high: float) -> list[float]:
+        return list(budget_for_loss(losses, BUDGETS, HALVING, limits=(low, high)))
+
+    assert found(0.0, math.inf) == pytest.approx([0.125, 2.0, 0.5, 1.0, 0.0])  # the end pieces go on
+    assert found(0.2, 1.5) == pytest.approx([0.2, 1.5, 0.5, 1.0, 0.0])  # up to here
+    assert found(0.25, 1.0) == pytest.approx([0.25, 1.0, 0.5, 1.0, 0.0])  # the end values hold
+
+
+def test_a_flat_piece_is_a_jump_and_a_flat_curve_tells_better_from_worse() -> None:
+    limits = (0.125, 2.0)
+
+    assert budget_for_loss([4.0, 4.1, 3.9, 2.0], (0.25, 0.5, 1.0), (4.0, 4.0, 2.0), limits=limits) == pytest.approx(
+        [0.5, 0.5 * (4 / 4.1), 0.5 * (4 / 3.9), 1.0]
+    )
+    assert list(budget_for_loss([1.0, 2.0, 2.1], (0.5, 1.0), (2.0, 2.0), limits=limits)) == [0.5, 0.5, 0.125]
+
+
+def test_a_thousand_curves_at_once_are_each_interpolated_in_log_log() -> None:
+    random = np.random.default_rng(0)
+    losses = -np.sort(-np.exp(random.uniform(0.1, 2.3, (1_000, 3))), axis=1)
+    inside = losses[:, -1] + random.random(1_000) * (losses[:, 0] - losses[:, -1])
+    x, y = np.log(losses[:, ::-1]), np.log(BUDGETS)[::-1]
+    expected = [math.exp(np.interp(math.log(one), points, y)) for one, points in zip(inside, x, strict=True)]
+
+    assert budget_for_loss(inside, BUDGETS, losses, limits=(0.0, math.inf)) == pytest.approx(expected)
+    assert compute_equivalent(inside, BUDGETS, losses) == pytest.approx(expected)
 
 
 def test_lower_losses_are_never_worth_less() -> None:

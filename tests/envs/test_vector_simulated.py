@@ -14,11 +14,10 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from trainpilot.envs.action import KEEP, N_CHOICES
-from trainpilot.envs.decision import Preference
-from trainpilot.envs.environments import SimulatedTraining, VectorSimulatedTraining, draw_weights
-from trainpilot.envs.reference import BUDGET_SHARES
+from trainpilot.envs.decision import Preference, draw_weights
+from trainpilot.envs.environments import SimulatedTraining, VectorSimulatedTraining
 from trainpilot.envs.reward import ScalarReward, compute_equivalent, worth
-from trainpilot.envs.runs import compute_equivalents, worths
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.records import Ints
 from trainpilot.llm_runtime.simulator.runs import OnePlant
 
@@ -231,11 +230,11 @@ def test_compute_equivalents_are_those_of_one_run() -> None:
     loss = np.exp(random.uniform(0.2, 2.3, 400))
     loss[:40:4], loss[1:40:4], loss[2:40:4], loss[3:40:4] = math.nan, math.inf, 0.0, -1.0
     loss[40:80] = losses[40:80, 1]  # on a point
-    shares = compute_equivalents(loss, BUDGET_SHARES, losses)
+    shares = compute_equivalent(loss, BUDGET_SHARES, losses)
     alone = [compute_equivalent(float(one), BUDGET_SHARES, row.tolist()) for one, row in zip(loss, losses, strict=True)]
 
     assert shares == pytest.approx(alone, abs=1e-12)
-    assert worths(shares) == pytest.approx([worth(share) for share in alone], abs=1e-12)
+    assert worth(shares) == pytest.approx([worth(share) for share in alone], abs=1e-12)
     assert {0.0, 3.0} < set(alone)
 
 

@@ -280,7 +280,7 @@ def test_calibrations_are_loaded_from_files_folders_and_the_package(tool: Tool) 
     assert load_calibrations(file) == (by_file,)
 
 
-def test_the_calibrations_that_come_with_trainpilot_are_whole_and_name_no_folder_of_a_machine() -> None:
+def test_shipped_calibrations_are_whole_and_name_no_folder_of_a_machine() -> None:
     shipped = load_calibrations()
 
     assert {(each.config.model, each.config.text) for each in shipped} == {

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_runs import CASE, CONFIG, Bowl, drive, made_ledger, made_table, with_config
+from comparison_runs import CASE, CONFIG, Bowl, drive, made_ledger, made_table, with_config
 
 from trainpilot.experiments.compare.command import estimate_workload, runs_on_a_case, seconds_of_a_run
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS, OPTIONAL, OPTIONAL_RUNS
@@ -32,7 +32,7 @@ def test_runs_without_a_search_are_counted_exactly(names: list[str], runs: float
     assert runs_on_a_case(CASE, names, 3) == runs
 
 
-def test_a_policy_that_starts_at_the_tuned_rate_needs_the_search_and_its_own_runs() -> None:
+def test_policy_that_starts_at_the_tuned_rate_needs_the_search() -> None:
     search = runs_on_a_case(CASE, ["tuned"], 3)
 
     assert runs_on_a_case(CASE, ["policy:x@start=3"], 3) == search + 3
@@ -62,8 +62,8 @@ def test_every_optional_search_says_what_it_takes() -> None:
 
 def test_the_plan_of_the_search_is_about_what_it_takes() -> None:
     names = [name for name in DEFAULT_METHODS if name.startswith(("tuned", "check"))]
-    bench = made_ledger(made_table(per_step=0.0, per_row=1.0), seeds=(0, 1, 2))
-    _, waves = drive(TunedStatic(bench, CASE, names).program(), Bowl())
+    ledger = made_ledger(made_table(per_step=0.0, per_row=1.0), seeds=(0, 1, 2))
+    _, waves = drive(TunedStatic(ledger, CASE, names).program(), Bowl())
     took = sum({spec.key(""): spec.config.tokens for wave in waves for spec in wave}.values()) / CONFIG.tokens
 
     assert runs_on_a_case(CASE, names, 3) == pytest.approx(took, rel=0.25)

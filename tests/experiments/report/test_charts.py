@@ -5,7 +5,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 
 import pytest
-from made_report import Made, made
+from report_input import ReportInput, report_input
 
 from trainpilot.experiments.report.charts import (
     budget_panels,
@@ -35,13 +35,13 @@ from trainpilot.experiments.report.report_data import ReportData
 FEW = ("policy:agent", "tuned", "cosine", "seesaw", "check-budget")
 
 
-def material(made_up: Made) -> ReportData:
+def material(made_up: ReportInput) -> ReportData:
     return ReportData(*made_up.all())
 
 
 @pytest.fixture(scope="module")
 def two_cases() -> ReportData:
-    return material(made(2, FEW, seeds=(1, 2)))
+    return material(report_input(2, FEW, seeds=(1, 2)))
 
 
 Draw = Callable[[ReportData, MethodStyles], list[Panel]]
@@ -120,13 +120,15 @@ def test_the_controls_shown_are_those_that_a_policy_moved(two_cases: ReportData)
 
 
 def test_without_a_policy_the_heuristics_controls_are_shown() -> None:
-    moves = control_changes(found := material(made(1, ("tuned", "cosine", "seesaw"), seeds=(1,))), choose(found))
+    moves = control_changes(
+        found := material(report_input(1, ("tuned", "cosine", "seesaw"), seeds=(1,))), choose(found)
+    )
 
     assert [(one.look.method, [drawn.title for drawn in one.panels]) for one in moves] == [("seesaw", ["batch"])]
 
 
 def test_baselines_and_policies_come_before_the_best_of_what_was_not_tuned() -> None:
-    looks = choose(material(made(1, seeds=(1,))))
+    looks = choose(material(report_input(1, seeds=(1,))))
 
     methods = [look.method for look in looks.chosen]
     assert methods[:5] == ["tuned", "cosine", "policy:agent", "policy:agent@0,1,1", "prodigy"]
@@ -140,7 +142,7 @@ def test_baselines_and_policies_come_before_the_best_of_what_was_not_tuned() -> 
 
 
 def test_a_run_begins_before_its_first_step() -> None:
-    run = made(1, ("cosine",), seeds=(1,)).results["llama-0-cosine-1"]
+    run = report_input(1, ("cosine",), seeds=(1,)).results["llama-0-cosine-1"]
 
     points = course(run)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from made_report import made
+from report_input import report_input
 
 from trainpilot.experiments.analysis.figures import Estimate, SignTest
 from trainpilot.experiments.report.formatting import SPACE
@@ -49,10 +49,10 @@ def test_a_method_that_mostly_failed_claims_nothing() -> None:
 
 
 def material(*methods: str, n_cases: int = 8) -> ReportData:
-    return ReportData(*made(n_cases, methods, seeds=(1,)).all())
+    return ReportData(*report_input(n_cases, methods, seeds=(1,)).all())
 
 
-def test_the_headline_is_about_the_first_policy_even_if_another_method_is_better() -> None:
+def test_headline_is_about_the_first_policy_even_if_another_is_better() -> None:
     found = find_headline(material("tuned", "cosine", "policy:agent@0,1,1", "policy:agent", "tuned-tpe"))
 
     assert found.subject == "policy:agent", "the first in the comparison's order"
@@ -109,7 +109,7 @@ def test_a_gain_over_the_tuned_static_is_presumed_a_fault() -> None:
     assert any("presumed to be a fault" in caution for caution in cautions)
 
 
-def test_with_the_baselines_alone_it_is_about_the_tuned_one_against_the_untuned() -> None:
+def test_with_baselines_alone_it_is_about_tuned_against_untuned() -> None:
     found = find_headline(material("tuned", "cosine"))
 
     assert found.subject == "tuned"
