@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from safetensors.numpy import save as to_bytes
 from trainpilot.envs.action import ACTION_FIELDS, split_choices
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.llm_runtime.files import whole_file
+from trainpilot.llm_runtime.files import digest, whole_file
 from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
 
 POLICIES = Path(__file__).with_name("policies")
@@ -57,7 +56,7 @@ def shipped_policies() -> list[str]:
 
 def policy_digest(path: Path) -> str:
     """Return a digest of a policy's file, by which a changed file is recognised."""
-    return blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    return digest(path.read_bytes())
 
 
 def field_tables() -> dict[str, Any]:

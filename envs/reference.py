@@ -5,20 +5,18 @@ Also makes the live runs of environments and their references; torch is loaded w
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from hashlib import blake2b
 
 from trainpilot.envs.reward import Reference
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
-from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.files import cache_dir, digest
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.telemetry import Plant
 
@@ -44,15 +42,13 @@ def reference_for(
     Raises:
         ValueError: the base schedule itself diverges on this case.
     """
-    label = json.dumps([FORMAT, asdict(config), setting], sort_keys=True)
-    path = cache_dir() / "reference" / f"{blake2b(label.encode(), digest_size=10).hexdigest()}.json"
-    try:
-        return Reference.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # never run here, or a damaged file: run it
+    path = cache_dir() / "reference" / f"{digest([FORMAT, asdict(config), setting], 10)}.json"
+    kept = Reference.read(path)
+    if kept is not None:
+        return kept
     reference = run_reference(config, make_plant, progress)
     with suppress(OSError):  # a cache that cannot be written only costs time
-        write_json(path, reference.to_json())
+        reference.write(path)
     return reference
 
 

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def digest(content: Any, size: int = 8) -> str:
+    """Return a hexadecimal digest of `size` bytes: of bytes, of text, or of plain JSON values whatever their order."""
+    if not isinstance(content, bytes | memoryview | str):
+        content = json.dumps(content, sort_keys=True)
+    return blake2b(content.encode() if isinstance(content, str) else content, digest_size=size).hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -7,12 +7,11 @@ import statistics
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from hashlib import blake2b
 
 import torch
 
 from trainpilot.llm_runtime.config import PRECISIONS, Precision
-from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.files import cache_dir, digest, write_json
 from trainpilot.llm_runtime.timing import alternating_seconds
 
 PAYS_BELOW = 0.95
@@ -77,7 +76,7 @@ def cached_step_seconds(
 ) -> Mapping[Precision, float]:
     """Return seconds per step for each precision, measured once per device and model."""
     label = f"{device_name(device)}|{torch.__version__}|{torch.get_num_threads()}|{model_key}"
-    path = cache_dir() / "precision" / f"{blake2b(label.encode(), digest_size=10).hexdigest()}.json"
+    path = cache_dir() / "precision" / f"{digest(label, 10)}.json"
     try:
         seconds: dict[Precision, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
         if set(seconds) == set(precisions) and all(value > 0 for value in seconds.values()):

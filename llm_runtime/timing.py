@@ -89,7 +89,7 @@ def alternate(
         progress: Called after each round with the share of the work done, in [0, 1].
     """
     start = time.perf_counter()
-    bench = _Bench(meter, wait, clock)
+    bench = _Timer(meter, wait, clock)
     lengths = {key: bench.passes_in(visit_s, run) for key, run in passes.items()}
     visits: dict[Key, list[Visit]] = {key: [] for key in passes}
     for index in range(1, MAX_ROUNDS + 1):
@@ -174,7 +174,7 @@ def alternating_seconds(
     return seconds
 
 
-class _Bench:
+class _Timer:
     """Runs the passes of one setting at a time, with an eye on clock and meter."""
 
     def __init__(self, meter: EnergyMeter, wait: Callable[[], None], clock: Callable[[], float]) -> None:

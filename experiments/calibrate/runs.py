@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 
 from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
-from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, planned
+from trainpilot.experiments.calibrate.design import PRUNED_SHARE, CalibrationSetting, planned
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
-from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
@@ -41,27 +38,15 @@ class RunFile(JsonRecord):
     energy_source: EnergySource | None
     run: CalibrationRun
 
-    def write(self, path: Path) -> None:
-        """Write the file whole."""
-        write_json(path, self.to_json())
 
-    @classmethod
-    def read(cls, path: Path) -> RunFile | None:
-        """Return what `write` wrote; `None` where there is no such file or it is damaged."""
-        try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return None
-
-
-def run_key(setting: Setting, content: str) -> str:
+def run_key(setting: CalibrationSetting, content: str) -> str:
     """Return the digest of everything that determines a run's result; `content` is the digest of text and model."""
     steered = {name: getattr(setting, name) for name in ("walk", "plan", "prune")}
     decisive = {"config": asdict(setting.config), **steered, "content": content}
-    return blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return digest(decisive)
 
 
-def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter | None = None) -> RunFile:
+def carry_out(setting: CalibrationSetting, key: str, *, jobs: int = 1, meter: EnergyMeter | None = None) -> RunFile:
     """Train the run of a setting to its end, and return it with its cost.
 
     Args:
@@ -87,7 +72,7 @@ def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter |
     )
 
 
-def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
+def _measure(run: LiveRun, setting: CalibrationSetting) -> CalibrationRun:
     config, next_controls = setting.config, pilot(setting, run.base_limits())
     telemetry: list[Telemetry] = []
     wide: list[tuple[float, float] | None] = []
@@ -112,7 +97,7 @@ def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
     )
 
 
-def pilot(setting: Setting, limits: ControlLimits) -> Callable[[int], Controls]:
+def pilot(setting: CalibrationSetting, limits: ControlLimits) -> Callable[[int], Controls]:
     """Return a function from an interval's number, counted from 0 in order, to its controls."""
     generator = np.random.default_rng(WALK_SEED + (setting.walk or 0))
     controls = setting.config.start()

@@ -15,14 +15,14 @@ from trainpilot.agents.rollback import RollbackController, guarded_controller
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
-from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.drive import RunController, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 
-def make_controller(steering: Steering, run: LiveRun) -> RunController:
+def make_controller(steering: SteeringSpec, run: LiveRun) -> RunController:
     """Return the controller of `run`.
 
     Raises:

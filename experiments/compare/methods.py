@@ -17,8 +17,8 @@ from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.agents.heuristics import HEURISTIC_METHODS, HeuristicMethod
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
-from trainpilot.experiments.compare.cases import Setting, rounded
-from trainpilot.experiments.compare.results import TUNED, Case, MethodNote, RunSpec, Steering
+from trainpilot.experiments.compare.cases import StaticSetting, rounded
+from trainpilot.experiments.compare.results import TUNED, Case, MethodNote, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
@@ -134,7 +134,7 @@ def spoken(preference: Preference) -> str:
     return ",".join(part for part in str(preference).split(",") if not part.endswith("=0"))
 
 
-def from_tuned(config: RunConfig, tuned: Setting, factor: float) -> RunConfig:
+def from_tuned(config: RunConfig, tuned: StaticSetting, factor: float) -> RunConfig:
     """Return the run started at `factor` times the tuned learning rate, carried over to its own starting batch."""
     from trainpilot.llm_runtime.schedules import neutral_factor
 
@@ -160,7 +160,7 @@ PER_SCHEDULE: dict[str, ScheduleName] = {
 }
 
 
-CHECKS: dict[str, Callable[[Setting], tuple[Setting, float]]] = {
+CHECKS: dict[str, Callable[[StaticSetting], tuple[StaticSetting, float]]] = {
     "check-self": lambda setting: (setting, 1.0),
     "check-budget": lambda setting: (setting, 1.25),
     "check-rate": lambda setting: (replace(setting, learning_rate=setting.learning_rate / 4), 1.0),
@@ -173,7 +173,7 @@ SCHEDULE_FREE_LEARNING_RATE = 2.5e-3
 PRODIGY_FACTOR = 1.0
 """Prodigy finds its own learning rate; its authors say to leave the factor at 1."""
 
-KEEP = Steering()
+KEEP = SteeringSpec()
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,11 @@ class Method:
     note: MethodNote
     configure: Callable[[RunConfig], RunConfig]
     """Returns the run on a case's config, before the seed is set."""
-    steering: Steering = KEEP
+    steering: SteeringSpec = KEEP
     start: float | None = None
     """Starting learning rate over the tuned static's; `None` is the rate that `configure` sets."""
 
-    def placed(self, tuned: Setting) -> Method:
+    def placed(self, tuned: StaticSetting) -> Method:
         """Return the method with its start at the tuned static's learning rate times `start`."""
         assert self.start is not None, "it starts where the case starts"
         factor = self.start
@@ -213,7 +213,7 @@ def _heuristic(name: str, of: HeuristicMethod) -> Method:
         decisions = config.decisions if of.max_decisions is None else min(config.decisions, of.max_decisions)
         return replace(config, decisions=decisions, **of.run)
 
-    steering = Steering(kind=name, settings=of.settings, evaluate_every=of.evaluate_every)
+    steering = SteeringSpec(kind=name, settings=of.settings, evaluate_every=of.evaluate_every)
     return Method(_note(name, of.title, "heuristic", of.description), configure, steering)
 
 
@@ -320,7 +320,7 @@ def policy_method(name: str) -> Method:
     }
     if named.guarded:  # a run without this entry is unguarded, as all were before there was a choice
         settings["guardrails"] = asdict(GuardrailSettings())
-    return Method(note, policy.configure, Steering(kind="policy", settings=settings, probe=True), start=named.start)
+    return Method(note, policy.configure, SteeringSpec(kind="policy", settings=settings, probe=True), start=named.start)
 
 
 def open_loop_note(name: str) -> MethodNote:
@@ -335,7 +335,7 @@ def open_loop_note(name: str) -> MethodNote:
 
 def open_loop_method(note: MethodNote, closed: Method, schedule: Any) -> Method:
     """Return the method that replays `schedule`, the average of a closed-loop method's runs."""
-    return Method(note, closed.configure, Steering(kind="open-loop", settings={"schedule": schedule}))
+    return Method(note, closed.configure, SteeringSpec(kind="open-loop", settings={"schedule": schedule}))
 
 
 def rests_on_search(names: Sequence[str]) -> bool:

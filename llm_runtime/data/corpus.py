@@ -6,7 +6,6 @@ Where text comes from is in `text_sources`, how ids become batches in `batches`.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import re
@@ -106,7 +105,7 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int])
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(fast.to_str()) if fast is not None else {"vocabulary": vocabulary}
     rules.update(truncation=None, padding=None, kind=type(tokenizer).__name__, end=tokenizer.eos_token_id)
-    return _hash(json.dumps(rules, sort_keys=True).encode())
+    return files.digest(rules, 16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,8 +150,8 @@ def load_corpus(sources: Sequence[str], tokenizer: Tokenizer, *, cache: Path | N
     named = [sources] if isinstance(sources, str) else list(sources)
     blocks = _blocks(DOCUMENT_END.join(read_documents(named)))
     encoded = [block.encode("utf-8") for block in blocks]
-    digests = [_hash(block) for block in encoded]
-    key = _hash("\n".join([CACHE_FORMAT, tokenizer.fingerprint, *digests]).encode())
+    digests = [files.digest(block, 16) for block in encoded]
+    key = files.digest("\n".join([CACHE_FORMAT, tokenizer.fingerprint, *digests]), 16)
     folder = (cache or files.cache_dir() / "tokens") / key
     dtype = np.min_scalar_type(tokenizer.vocabulary - 1)
     tokens = _read_cache(folder, dtype) or _build(folder, dtype, blocks, split_blocks(digests), tokenizer)
@@ -209,7 +208,7 @@ def _build(
         with files.whole_folder(folder) as temporary:
             for split in SPLITS:
                 (temporary / f"{split}.ids").write_bytes(tokens[split].data)
-            files.write_json(temporary / "meta.json", {split: _hash(tokens[split].data) for split in SPLITS})
+            files.write_json(temporary / "meta.json", {split: files.digest(tokens[split].data, 16) for split in SPLITS})
     except OSError as error:
         # Two processes that write the same ids at the same time collide, which is harmless.
         if error.errno not in (None, errno.ENOENT, errno.ENOTEMPTY):
@@ -226,11 +225,7 @@ def _read_cache(folder: Path, dtype: np.dtype[Any]) -> dict[str, Tokens] | None:
     try:
         checksums = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokens: dict[str, Tokens] = {split: np.memmap(folder / f"{split}.ids", dtype, "r") for split in SPLITS}
-        intact = all(_hash(tokens[split].data) == checksums[split] for split in SPLITS)
+        intact = all(files.digest(tokens[split].data, 16) == checksums[split] for split in SPLITS)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
     return tokens if intact else None
-
-
-def _hash(content: bytes | memoryview) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
