@@ -26,7 +26,7 @@ from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName
 from trainpilot.llm_runtime.simulator.instances import Instances
-from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
+from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, Rows, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
@@ -389,15 +389,11 @@ _MEANS = np.stack([ScheduleTable.of(name, warmup, DECISIONS).mean for name, warm
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunsAndReferences:
+class RunsAndReferences(Rows):
     """Runs to try static settings on, with what they are measured with."""
 
     instances: Instances
     references: References
-
-    def take(self, rows: Ints) -> RunsAndReferences:
-        """Return some of them."""
-        return RunsAndReferences(instances=self.instances.take(rows), references=self.references.take(rows))
 
     def __len__(self) -> int:
         return len(self.instances)

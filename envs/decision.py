@@ -33,8 +33,6 @@ from trainpilot.llm_runtime.simulator.records import (
     Ints,
     LimitBatch,
     TelemetryBatch,
-    put,
-    take,
 )
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -133,11 +131,12 @@ class DecisionStates:
 
     def begin(self, rows: Ints, limits: LimitBatch, preference: Floats) -> None:
         """Begin new runs in these rows; `limits` is of all runs, `preference` of the new ones."""
-        fresh = DecisionStates(take(limits, rows), preference)
+        fresh = DecisionStates(limits.take(rows), preference)
         self.limits = limits
         self.preference = self.preference.copy()
         self.preference[rows] = preference
-        self.controls = put(self.controls, rows, fresh.controls)
+        self.controls = self.controls.copy()
+        self.controls.put(rows, fresh.controls)
         self.history.reset(rows)
         self.precision_switches[rows] = 0
         self.last_action[rows] = KEEP

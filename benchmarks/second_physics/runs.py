@@ -11,15 +11,14 @@ Give what one interval under the Multi-Power Law looks like from outside: plausi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from second_physics.law import LAW_NAMES, PUBLISHED_FITS, Floats, LawBatch, wsd_mean_factor
 
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, probe_due, sequences_probed
-from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, LimitBatch, TelemetryBatch
+from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, LimitBatch, Rows, TelemetryBatch
 
 WARMUP_SHARE = 0.1
 """The base schedule is WSD with this share of the budget as warm-up."""
@@ -33,7 +32,7 @@ _SPREADS = {
 
 
 @dataclass(kw_only=True)
-class CaseBatch:
+class CaseBatch(Rows):
     """All that decides what the runs are; every array has shape (n_runs,)."""
 
     law: LawBatch
@@ -76,15 +75,6 @@ class CaseBatch:
     base_memory_share: Floats
     batch_memory_share: Floats
     """Memory that the starting batch adds."""
-
-    def put(self, rows: Ints, cases: CaseBatch) -> None:
-        """Put other cases into these rows."""
-        _put(self, rows, cases)
-
-    def take(self, rows: Ints) -> CaseBatch:
-        """Return the cases of these rows."""
-        taken: CaseBatch = _take(self, rows)
-        return taken
 
     def base_factors(self, share: float, decisions: int) -> Floats:
         """Return the base schedule's factor in each interval of a run of that share of the budget."""
@@ -159,23 +149,6 @@ def _draw_law(random: np.random.Generator, n: int) -> LawBatch:
 def _between(random: np.random.Generator, n: int, low: float, high: float) -> Floats:
     drawn: Floats = np.exp(random.uniform(np.log(low), np.log(high), n))
     return drawn
-
-
-def _put(target: Any, rows: Ints, source: Any) -> None:
-    for each in fields(target):
-        mine, new = getattr(target, each.name), getattr(source, each.name)
-        if isinstance(mine, np.ndarray):
-            mine[rows] = new
-        else:
-            _put(mine, rows, new)
-
-
-def _take(source: Any, rows: Ints) -> Any:
-    taken = {}
-    for each in fields(source):
-        value = getattr(source, each.name)
-        taken[each.name] = value[rows] if isinstance(value, np.ndarray) else _take(value, rows)
-    return type(source)(**taken)
 
 
 SWITCH_S = 1e-3
@@ -324,7 +297,7 @@ LEAST_BF16_GAIN = 1.05
 
 
 @dataclass(kw_only=True)
-class _State:
+class _State(Rows):
     """How far the runs have come; arrays of shape (n_runs,), the three of the law of shape (n_runs, decisions)."""
 
     sequences: Floats
@@ -356,11 +329,6 @@ class _State:
             precision=np.zeros(n, dtype=np.int64), diverged=np.zeros(n, dtype=np.bool_),
             validation_loss=unknown.copy(), evaluation_s=flat.copy(),
         )  # fmt: skip
-
-    def renew(self, rows: Ints) -> None:
-        fresh = _State.fresh(len(rows), self.rates.shape[1])
-        for name, values in vars(fresh).items():
-            getattr(self, name)[rows] = values
 
 
 class MultiPowerRuns:
@@ -444,7 +412,7 @@ class MultiPowerRuns:
         """Start new runs in these rows; the others go on."""
         if len(rows):
             self.cases.put(rows, self._draw(self._case_random, len(rows), self.decisions, self.start_range))
-            self.state.renew(rows)
+            self.state.put(rows, _State.fresh(len(rows), self.decisions))
             self._prepare(rows)
 
     def advance(self, controls: ControlBatch) -> TelemetryBatch:

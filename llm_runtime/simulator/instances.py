@@ -8,7 +8,7 @@ Draw random numbers that belong to a run, not to its place in a batch: one run a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, Physics
-from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 from trainpilot.llm_runtime.simulator.sensors import Meters
 
 FORWARD_SHARE = 1 / 3
@@ -27,7 +27,7 @@ PROBE_COPIES = 0.6
 
 
 @dataclass(kw_only=True)
-class Hardware:
+class Hardware(Rows):
     """Machine and model as their costs show them; arrays of shape (n_runs,) unless said otherwise."""
 
     overhead_s: Floats
@@ -47,15 +47,6 @@ class Hardware:
     """Seconds of a change of batch or precision."""
     memory_share: Floats
     """Memory in use at the starting batch."""
-
-    def put(self, rows: Ints, other: Hardware) -> None:
-        """Replace some runs' machines by those of `other`."""
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(other, field.name)
-
-    def take(self, rows: Ints) -> Hardware:
-        """Return copies of some runs' machines."""
-        return Hardware(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def step_s(self, batch: Floats, precision: Ints, sparsity: Floats) -> Floats:
         """Return the seconds of a step: throughput is B / (B + B_half) of the most, B_half = overhead / sequence."""
@@ -91,7 +82,7 @@ UPDATE_SPREAD = 0.25
 
 
 @dataclass(kw_only=True)
-class Instances:
+class Instances(Rows):
     """Runs that can be trained: arrays of shape (n_instances,)."""
 
     physics: Physics
@@ -117,21 +108,6 @@ class Instances:
         low = np.maximum(1, self.start_batch // BATCH_SPAN)
         high = np.minimum(self.start_batch * BATCH_SPAN, per_interval // STEPS_PER_INTERVAL)
         return low, np.maximum(self.start_batch, high)
-
-    def take(self, rows: Ints) -> Instances:
-        """Return copies of some instances."""
-        parts = {name: getattr(self, name).take(rows) for name in ("physics", "meters", "hardware")}
-        plain = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name not in parts}
-        return Instances(**parts, **plain)
-
-    def put(self, rows: Ints, other: Instances) -> None:
-        """Replace some instances by those of `other`."""
-        for part in fields(self):
-            mine, theirs = getattr(self, part.name), getattr(other, part.name)
-            if isinstance(mine, np.ndarray):
-                mine[rows] = theirs
-            else:
-                mine.put(rows, theirs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from trainpilot.llm_runtime.schedules import sequences_probed
 from trainpilot.llm_runtime.simulator.physics import MOMENTUM_NOISE, RATE_UNIT, Moments, Physics, PhysicsState
-from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Rows
 
 CHANNELS = 12
 """Random numbers that an interval's readings take."""
@@ -17,7 +17,7 @@ TEXT_SPREAD = 1.5
 
 
 @dataclass(kw_only=True)
-class Meters:
+class Meters(Rows):
     """How one model's readings come out; arrays of shape (n_runs,). Typical values are means over live runs."""
 
     loss_spread: Floats
@@ -34,15 +34,6 @@ class Meters:
     """How much the curvature has adapted to past updates: 0 not at all, 2 fully (the edge of stability)."""
     probe_spread: Floats
     """Spread of the probe's logarithm on one sequence."""
-
-    def put(self, rows: Ints, other: Meters) -> None:
-        """Replace some runs' meters by those of `other`."""
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(other, field.name)
-
-    def take(self, rows: Ints) -> Meters:
-        """Return copies of some runs' meters."""
-        return Meters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
