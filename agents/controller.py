@@ -6,8 +6,7 @@ Record one decision of a steered run: what was seen, asked, allowed and measured
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,11 +15,12 @@ from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, Reasons
 from trainpilot.envs.decision import Decision, DecisionState, Preference
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecisionRecord:
+class DecisionRecord(JsonRecord):
     """One decision and the interval that followed it."""
 
     telemetry: Telemetry
@@ -62,23 +62,6 @@ class DecisionRecord:
             masked=masked,
             observation=dict(observation),
             reward=reward,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self) | {"telemetry": self.telemetry.to_json()}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> DecisionRecord:
-        """Rebuild from `to_json`. Raises `ValueError` where the telemetry's fields do not fit."""
-        return cls(
-            telemetry=Telemetry.from_json(record["telemetry"]),
-            requested=tuple(record["requested"]),
-            allowed=tuple(record["allowed"]),
-            refusals=tuple(record["refusals"]),
-            masked=record["masked"],
-            observation=record["observation"],
-            reward=RewardTerms(**record["reward"]) if record["reward"] is not None else None,
         )
 
 

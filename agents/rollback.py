@@ -22,20 +22,20 @@ class RollbackController:
     """A guarded controller that copies and restores its plant itself, so that its decisions are controls alone.
 
     Args:
-        controller: Decides, and asks for snapshots and rollbacks.
+        guarded: Decides, and asks for snapshots and rollbacks.
         plant: The run that it controls.
-        snapshot: A copy of the run that `controller` already counts on; by default none.
     """
 
-    def __init__(self, controller: GuardedController, plant: Plant, snapshot: Snapshot | None = None) -> None:
-        self.controller = controller
+    def __init__(self, guarded: GuardedController, plant: Plant) -> None:
+        self.guarded = guarded
         self.plant = plant
-        self._snapshot = snapshot
+        self.snapshot: Snapshot | None = None
+        """The copy of the run that a rollback restores."""
 
     @property
     def can_roll_back(self) -> bool:
         """Whether a run that diverged now can be restored."""
-        return self.controller.can_roll_back
+        return self.guarded.can_roll_back
 
     def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the controls of the next interval, after a rollback where one is due.
@@ -43,11 +43,11 @@ class RollbackController:
         Args:
             telemetry: The last interval's, `None` before the first.
         """
-        decision = self.controller.decide(telemetry)
-        if decision.roll_back and self._snapshot is not None:
-            self.plant.restore(self._snapshot)
-            return self.controller.rolled_back()
+        decision = self.guarded.decide(telemetry)
+        if decision.roll_back and self.snapshot is not None:
+            self.plant.restore(self.snapshot)
+            return self.guarded.rolled_back()
         if decision.snapshot:
-            self._snapshot = self.plant.snapshot()
-            self.controller.snapshotted()
+            self.snapshot = self.plant.snapshot()
+            self.guarded.snapshotted()
         return decision.controls

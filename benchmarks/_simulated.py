@@ -16,15 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.heuristics import SchedulePoint, SteeredRun, average_schedule
-from trainpilot.agents.simulator_training import act_of
+from trainpilot.agents.heuristics import ControlledRun, SchedulePoint, average_schedule
 from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
 from trainpilot.envs.decision import DecisionStates, Preference
-from trainpilot.envs.reward import EVALUATE_EVERY, budget_for_loss, worth
+from trainpilot.envs.reward import budget_for_loss, worth
 from trainpilot.envs.runs import ReferencedPlants
 from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName, validation_due
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, Rows, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
@@ -61,7 +60,7 @@ class ByPolicy:
     """The most likely allowed actions of a policy, as its controller takes them."""
 
     def __init__(self, bundle: PolicyBundle, preference: Preference, limits: LimitBatch) -> None:
-        self.act = act_of(bundle)
+        self.act = bundle.choose
         self.states = DecisionStates(limits, np.tile(preference.weights(), (len(limits.decisions), 1)))
 
     def decide(self) -> ControlBatch:
@@ -167,7 +166,7 @@ class Outcome:
         """Return what the runs did on average."""
         start = limits.start.batch_size
         runs = [
-            SteeredRun(start_batch_size=int(start[row]), controls=[each.row(row) for each in self.controls[:length]])
+            ControlledRun(start_batch_size=int(start[row]), controls=[each.row(row) for each in self.controls[:length]])
             for row, length in enumerate(self.intervals)
         ]
         return average_schedule(runs, DECISIONS)
@@ -189,7 +188,7 @@ def steer(plants: ReferencedPlants, make: Callable[[LimitBatch], Steerer]) -> Ou
         ended = np.flatnonzero(running & (telemetry.finished | telemetry.diverged))
         told.loss[ended] = np.where(telemetry.diverged[ended], np.inf, expected_loss(plants, ended))
         running[ended] = False
-        if (decision + 1) % EVALUATE_EVERY == 0 and running.any():
+        if validation_due(decision + 1) and running.any():
             plants.evaluate(np.flatnonzero(running & ~telemetry.diverged))
         steerer.observe(telemetry)
     assert not running.any()

@@ -11,6 +11,7 @@ calibrations' runs of a doubled budget show. About four minutes for each agent o
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.train_agent import train_agents
 from trainpilot.experiments.workers import Workers
+from trainpilot.llm_runtime.drive import drive
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.schedules import neutral_factor
@@ -124,15 +126,14 @@ def steer(job: Job) -> Result:
         )
     )
     controller = Controller.of_bundle(bundle, run.limits(), Preference.parse(PREFERENCES[job.axis].replace("+", ",")))
-    telemetry, time_s = None, 0.0
-    while telemetry is None or not (telemetry.finished or telemetry.diverged):
-        telemetry = run.advance(controller.decide(telemetry), 1 / config.decisions)
+    loss, time_s = math.inf, 0.0
+    for interval in drive(run, controller.decide, config.decisions):
+        telemetry = interval.telemetry
         time_s += table.step(telemetry.batch_size, telemetry.precision).time_s * telemetry.steps
         if run.sequences_probed:
             time_s += table.probe(run.sequences_probed, telemetry.batch_size).time_s
-        if (telemetry.decision + 1) % 10 == 0 and not telemetry.diverged:
-            run.evaluate()
-    return Result(job=job, loss=float("inf") if telemetry.diverged else run.evaluate(), time_s=time_s)
+        loss = math.inf if telemetry.diverged else interval.loss
+    return Result(job=job, loss=loss, time_s=time_s)
 
 
 def main() -> None:

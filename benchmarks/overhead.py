@@ -125,7 +125,7 @@ def compare(config: RunConfig) -> dict[str, object]:
         clock.switch_s += telemetry.switch_time_s
         ratios.append(seconds["plain"] / seconds["steered"])
     rest = clock.steered_s - clock.plain_s - clock.decide_s - clock.probe_s - clock.switch_s
-    assert run.sequences == plain.sequences
+    assert run.progress.sequences == plain.sequences
     return {
         "model": config.model,
         "n_parameters": run.loaded.n_parameters,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 from _common import write_result
@@ -17,6 +17,7 @@ from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.process import use_threads
+from trainpilot.llm_runtime.timing import alternating_seconds
 from trainpilot.llm_runtime.width import ffn_width
 
 
@@ -25,17 +26,9 @@ def compare(model: str, rounds: int) -> dict[str, object]:
     config = RunConfig(model=model, pruning="width")
     runs = {"dense": LiveRun(config, probe=False), "half": LiveRun(config, probe=False)}
     runs["half"].trainer.apply(replace(config.start(), sparsity=0.5))
-    seconds: dict[str, list[float]] = {"dense": [], "half": []}
-    for index in range(rounds + 2):
-        for name in ("dense", "half") if index % 2 else ("half", "dense"):
-            run = runs[name]
-            batch = run.stream.take(config.batch_size)
-            synchronise(run.device)
-            start = time.perf_counter()
-            run.trainer.step(batch, 1e-4)
-            synchronise(run.device)
-            if index >= 2:
-                seconds[name].append(time.perf_counter() - start)
+    passes = {name: partial(run.trainer.step, run.stream.take(config.batch_size), 1e-4) for name, run in runs.items()}
+    wait = partial(synchronise, runs["dense"].device)
+    seconds = alternating_seconds(passes, rounds=rounds, warm_up=2, turn_about=True, wait=wait)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "model": model,

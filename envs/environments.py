@@ -12,7 +12,7 @@ Thousands of simulated runs as one Gymnasium vector environment: every step is a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -36,10 +36,10 @@ from trainpilot.envs.reward import (
     RewardInfo,
     RewardMeter,
     RewardTerms,
-    evaluate_if_due,
 )
 from trainpilot.envs.runs import IntervalBatch, ReferencedPlants, SteeredRuns
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import OnePlant
@@ -76,13 +76,19 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.observation_space = observation_space()
         self.reward_space = reward_space()
         self.reward_dim = 3
+        self._drop_run()
+
+    def _drop_run(self) -> None:
+        """Give up the present run, so that its memory is free before the next one is made."""
         self.plant: Plant | None = None
+        self._intervals: Iterator[DrivenInterval] = iter(())
 
     def _begin(self, plant: Plant, reference: Reference, preference: Preference) -> np.ndarray:
         """Take up a new run, and return its first observation."""
         self.plant, self.reference = plant, reference
         self.state = DecisionState(plant.limits(), preference)
         self._meter = RewardMeter(reference)
+        self._intervals = drive(plant, lambda _: self.state.controls, self.state.limits.decisions)
         return self.state.observation()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
@@ -90,8 +96,9 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if self.plant is None:
             raise ValueError("step needs a run; call reset first")
         decision = self.state.decide(action)
-        telemetry = self.plant.advance(decision.controls, 1 / self.state.limits.decisions)
-        loss = evaluate_if_due(self.plant, telemetry)
+        if (interval := next(self._intervals, None)) is None:
+            raise ValueError("step needs a run that goes on; call reset first")
+        telemetry, loss = interval.telemetry, interval.loss
         self.state.observe(telemetry)
         terms = self._meter.weigh(telemetry, loss)
         info = self._info(decision, telemetry, terms, loss)
@@ -240,7 +247,7 @@ class LiveTraining(TrainingEnv):
         drawn = self.preference or Preference.draw(self.np_random)
         preference: Preference = options.get("preference", drawn)
         self.case = self.cases[index]
-        self.plant = None  # frees the last run's memory before the next is made
+        self._drop_run()
         self.reference = self._reference(index)
         observation = self._begin(self._make_plant(self.case), self.reference, preference)
         return observation, {"case": index, "preference": preference.weights()}

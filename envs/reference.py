@@ -13,13 +13,14 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from hashlib import blake2b
 
-from trainpilot.envs.reward import Reference, evaluate_if_due
-from trainpilot.llm_runtime.config import Controls, RunConfig
+from trainpilot.envs.reward import Reference
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.files import cache_dir, write_json
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
-from trainpilot.llm_runtime.telemetry import Plant, Telemetry
+from trainpilot.llm_runtime.telemetry import Plant
 
 FORMAT = 2
 """Raised when what a cached reference means changes."""
@@ -57,17 +58,16 @@ def reference_for(
 def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progress | None = None) -> Reference:
     """Run the base schedule at each of the budgets."""
     losses: list[float] = []
-    telemetry: list[Telemetry] = []
+    intervals: list[DrivenInterval] = []
     initial = 0.0
     for share in BUDGET_SHARES:
         if progress is not None:
             progress(f"reference {config.model}, {share:.0%} of {config.tokens:,} tokens")
         plant = make_plant(_shortened(config, share))
         initial = plant.evaluate()
-        telemetry, loss = _keep_going(plant, config.start(), config)
-        losses.append(loss)
-        if not math.isfinite(losses[-1]):
-            raise _diverged(config)
+        intervals = _base_run(plant, config)
+        losses.append(intervals[-1].loss)
+    telemetry = [interval.telemetry for interval in intervals]
     return Reference(
         budgets=BUDGET_SHARES,
         losses=tuple(losses),
@@ -87,24 +87,16 @@ def _shortened(config: RunConfig, share: float) -> RunConfig:
     return replace(config, tokens=tokens, decisions=decisions, warmup_tokens=warmup)
 
 
-def _keep_going(plant: Plant, controls: Controls, config: RunConfig) -> tuple[list[Telemetry], float]:
-    """Return the intervals of a run that is left alone, and its final validation loss."""
-    telemetry: list[Telemetry] = []
-    loss = math.nan
-    decisions = plant.limits().decisions
-    while not telemetry or not telemetry[-1].finished:
-        telemetry.append(plant.advance(controls, 1 / decisions))
-        if telemetry[-1].diverged:
-            raise _diverged(config)
-        loss = evaluate_if_due(plant, telemetry[-1])
-    return telemetry, loss
-
-
-def _diverged(config: RunConfig) -> ValueError:
-    return ValueError(
-        f"base_learning_rate: the base schedule itself diverged on {config.model} at "
-        f"{config.base_learning_rate}; lower it"
-    )
+def _base_run(plant: Plant, config: RunConfig) -> list[DrivenInterval]:
+    """Return the intervals of a whole run under the base schedule."""
+    controls = config.start()
+    intervals = list(drive(plant, lambda _: controls, plant.limits().decisions))
+    if intervals[-1].telemetry.diverged or not math.isfinite(intervals[-1].loss):
+        raise ValueError(
+            f"base_learning_rate: the base schedule itself diverged on {config.model} at "
+            f"{config.base_learning_rate}; lower it"
+        )
+    return intervals
 
 
 def live_plant() -> PlantFactory:

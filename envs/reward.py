@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
+from dataclasses import dataclass
+from typing import Any, SupportsFloat, TypedDict
 
 import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike
 
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from trainpilot.llm_runtime.simulator.records import TelemetryBatch
-    from trainpilot.llm_runtime.telemetry import Plant
 
 OBJECTIVES = ("quality", "energy", "time")
 MAX_QUALITY = 3.0
@@ -35,8 +32,6 @@ DIVERGED_QUALITY = -1.0
 """Quality of a diverged run: worse than a run that never started."""
 DIVERGED_LOSS_INCREASE = 10.0
 """Loss increase reported for a run without a finite loss, in nats/token."""
-EVALUATE_EVERY = 10
-"""Decisions between two evaluations of the validation loss; the last interval always has one."""
 BELIEVED = (0.0, MAX_QUALITY)
 """Limits on the compute-equivalent of a reward: a bad loss is worth as little as the curve says."""
 FLAT = 1e-9
@@ -158,7 +153,7 @@ class ReferenceBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class Reference(JsonRecord):
     """What the base schedule reaches on one case, and what it costs."""
 
     budgets: tuple[float, ...]
@@ -189,24 +184,13 @@ class Reference:
             energy_j=np.array([_nan_if_unknown(self.energy_j)]),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self) | {"telemetry": [t.to_json() for t in self.telemetry]}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Reference:
-        """Rebuild from `to_json`."""
-        telemetry = tuple(Telemetry.from_json(t) for t in record["telemetry"])
-        numbers = {"budgets": tuple(record["budgets"]), "losses": tuple(record["losses"])}
-        return cls(**{**record, **numbers, "telemetry": telemetry})
-
 
 def _nan_if_unknown(value: float | None) -> float:
     return math.nan if value is None else value
 
 
 @dataclass(frozen=True)
-class RewardTerms:
+class RewardTerms(JsonRecord):
     """Reward of one interval. Summed over an episode (gamma = 1) they give the outcome of the run."""
 
     quality: float
@@ -237,28 +221,6 @@ class RewardMeter:
         time_s = np.array([telemetry.time_s])
         reward = self._one_row.reward(self._quality, before, time_s=time_s, energy_j=energy_j)
         return RewardTerms(*reward[0].tolist())
-
-
-def evaluation_due(telemetry: Telemetry | TelemetryBatch) -> Bools:
-    """Return whether the validation loss is measured after an interval: at the end of a run, and now and then before.
-
-    A diverged run is not evaluated.
-    """
-    now_and_then = (np.asarray(telemetry.decision) + 1) % EVALUATE_EVERY == 0
-    due: Bools = np.logical_and(now_and_then | telemetry.finished, np.logical_not(telemetry.diverged))
-    return due
-
-
-def evaluate_if_due(plant: Plant, telemetry: Telemetry) -> float:
-    """Evaluate the plant where that is due, and return the loss that counts now, in nats/token.
-
-    At the end of a run that is the validation loss, before it the training loss. The evaluations on the way enter the
-    telemetry of later intervals, and with it the observation.
-    """
-    if not evaluation_due(telemetry):
-        return telemetry.train_loss
-    validation_loss = plant.evaluate()
-    return validation_loss if telemetry.finished else telemetry.train_loss
 
 
 Weights = Floats

@@ -11,7 +11,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from trainpilot.envs.decision import DecisionStates
-from trainpilot.envs.reward import DIVERGED_LOSS_INCREASE, ReferenceBatch, evaluation_due
+from trainpilot.envs.reward import DIVERGED_LOSS_INCREASE, ReferenceBatch
+from trainpilot.llm_runtime.drive import evaluation_due
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, PlantBatch, TelemetryBatch
 
@@ -131,7 +132,7 @@ class SteeredRuns:
         )
 
     def _evaluate_if_due(self, telemetry: TelemetryBatch) -> Floats:
-        """Evaluate the runs where that is due, and return the loss that counts now: see `reward.evaluate_if_due`."""
+        """Evaluate the runs where that is due, and return the loss that counts now, as `DrivenInterval.loss` does."""
         known = self.plants.expected_loss if isinstance(self.plants, KnowsItsLoss) else telemetry.train_loss
         loss = np.where(telemetry.diverged, np.nan, known)
         rows = np.flatnonzero(evaluation_due(telemetry))

@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.json_records import first_fault
 
 T = TypeVar("T")
 
@@ -59,8 +60,4 @@ def validated(kind: type[T], content: Mapping[str, Any], where: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        own = first["type"] == "value_error"  # a dataclass's own message, which says what it got
-        message = first["msg"].removeprefix("Value error, ") + ("" if own else f", got {first['input']!r}")
-        raise ValueError(f"{where}: {place + ': ' if place else ''}{message}") from error
+        raise ValueError(first_fault(error, where)) from error

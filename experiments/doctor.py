@@ -31,7 +31,8 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, Mete
 from trainpilot.llm_runtime.files import cache_dir
 from trainpilot.llm_runtime.live_run import Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model
-from trainpilot.llm_runtime.precision import lacking, synchronise
+from trainpilot.llm_runtime.precision import PAYS_BELOW, lacking, synchronise
+from trainpilot.llm_runtime.timing import alternating_seconds
 
 BUSY = 1.5
 """A machine is called busy where the same pass takes this much longer once than another time."""
@@ -114,8 +115,6 @@ def _measured(payoff: Mapping[str, Any]) -> str:
 
 __all__ = ["diagnose", "print_report"]
 
-PAYS_BELOW = 0.95
-"""A setting pays when it takes at most this share of the time without it."""
 OPTIONAL = {
     "datasets": ("--text hub:OWNER/NAME", "trainpilot[hub]"),
     "plotext": ("charts in `trainpilot inspect`", "trainpilot[report]"),
@@ -421,7 +420,9 @@ def measure_payoff(model: str = "llama-micro", batch_size: int = 4, limit_s: flo
     }
     passes["large"] = lambda: full.rehearse(large, "fp32")
     passes["narrow"] = lambda: narrow.rehearse(batch, "fp32")
-    times = _alternate(passes, device, limit_s)
+    times = alternating_seconds(
+        passes, rounds=MAX_ROUNDS, min_rounds=3, limit_s=limit_s, wait=partial(synchronise, device)
+    )
     over_fp32 = {name: min(values) / min(times["fp32"]) for name, values in times.items()}
     return Payoff(
         model=model,
@@ -441,22 +442,3 @@ def _trainer(config: RunConfig, device: torch.device) -> Trainer:
 def _random_tokens(config: RunConfig, factor: int) -> np.ndarray:
     shape = (factor * config.batch_size, config.sequence_length + 1)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.int64)
-
-
-def _alternate(
-    passes: Mapping[str, Callable[[], None]], device: torch.device, limit_s: float
-) -> dict[str, list[float]]:
-    """Return seconds of every timed pass, after one round of warm-up; what is timed side by side shares its noise."""
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    end = time.perf_counter() + limit_s
-    for index in range(1 + MAX_ROUNDS):
-        for name, run in passes.items():
-            synchronise(device)
-            start = time.perf_counter()
-            run()
-            synchronise(device)
-            if index:
-                times[name].append(time.perf_counter() - start)
-        if index >= 3 and time.perf_counter() > end:
-            break
-    return times

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +14,22 @@ from trainpilot.llm_runtime.config import Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 Effort = Literal["quick", "standard"]
+
+Model = Annotated[
+    str,
+    tyro.conf.arg(
+        help="Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro, phi-nano), config JSON, model folder "
+        "or Hub id."
+    ),
+]
+Text = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        help="Text: `stdlib`, `stdlib:asyncio,json`, `python-docs`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."
+    ),
+]
+SequenceLength = Annotated[int, tyro.conf.arg(help="Tokens per sequence.")]
+Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda.")]
 
 if TYPE_CHECKING:
     from trainpilot.agents.bundle import BaseSchedule
@@ -36,36 +52,31 @@ class ReplayOptions:
     """Folder for summary.json, telemetry.jsonl, tb/ and model/. An interrupted run in it is resumed."""
     policy: str = "none"
     """`none` for the plain base schedule, `default` for the policy that comes with trainpilot, or a bundle's file."""
-    model: str = "llama-nano"
-    """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro, phi-nano), config JSON, model folder or Hub
-    id."""
-    text: tuple[str, ...] = ("stdlib",)
-    """Text: `stdlib`, `stdlib:asyncio,json`, `python-docs`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
-    tokens: int = 1_000_000
+    model: Model = RunConfig.model
+    text: Text = RunConfig.text
+    tokens: int = RunConfig.tokens
     """Budget in tokens."""
-    batch_size: int = 16
+    batch_size: int = RunConfig.batch_size
     """Starting batch, in sequences."""
-    sequence_length: int = 128
-    """Tokens per sequence."""
-    base_learning_rate: float = 1e-3
+    sequence_length: SequenceLength = RunConfig.sequence_length
+    base_learning_rate: float = RunConfig.base_learning_rate
     """Peak learning rate of the base schedule."""
     schedule: ScheduleName | None = None
     """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero), constant; by default the one that
     the policy was trained on, linear without a policy."""
     warmup_tokens: int | None = None
     """Tokens of linear warm-up; by default the policy's share of the budget, 2 % without a policy."""
-    precision: Precision = "fp32"
+    precision: Precision = RunConfig.precision
     """Starting precision of the matrix products."""
-    pruning: Pruning = "none"
+    pruning: Pruning = RunConfig.pruning
     """What the policy may prune: nothing, weight masks (magnitude or evolution), or feed-forward channels (width)."""
     decisions: int | None = None
     """Decisions per run; by default as many as the policy was trained with, 50 without a policy."""
     preference: str = str(Preference())
     """Weights on quality, energy and time, such as quality=0.5,energy=0.4,time=0.1."""
-    seed: int = 0
+    seed: int = RunConfig.seed
     """Seeds the initial weights and the data order."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Device = RunConfig.device
     threads: int = 0
     """Torch threads; 0 takes all cores."""
     reference: bool = False
@@ -85,20 +96,11 @@ class ReplayOptions:
         if base is not None:
             schedule = base.schedule if schedule is None else schedule
             warmup_tokens = base.warmup_tokens(self.tokens) if warmup_tokens is None else warmup_tokens
-        return RunConfig(
-            model=self.model,
-            text=self.text,
-            tokens=self.tokens,
-            batch_size=self.batch_size,
-            sequence_length=self.sequence_length,
-            base_learning_rate=self.base_learning_rate,
-            schedule=schedule if schedule is not None else "linear",
+        return _run_config(
+            self,
+            schedule=RunConfig.schedule if schedule is None else schedule,
             warmup_tokens=warmup_tokens,
-            precision=self.precision,
-            pruning=self.pruning,
-            decisions=self.decisions if self.decisions is not None else decisions,
-            seed=self.seed,
-            device=self.device,
+            decisions=decisions if self.decisions is None else self.decisions,
         )
 
 
@@ -133,12 +135,12 @@ class CompareOptions:
     Every finished run is a file of its own: killed at any moment, the same command goes on; with another method or one
     more seed only what is missing is run. The number of processes changes no loss.
 
-    Methods: constant, cosine (the untuned default), linear, wsd, plateau, schedule-free, prodigy, noise-batch, seesaw,
+    Methods: constant, cosine (the untuned default), linear, wsd, schedule-free, prodigy, plateau, noise-batch, seesaw,
     gradual-pruning, random; tuned (the best static setting a search finds), tuned-linear, tuned-cosine, tuned-wsd,
     tuned-constant, check-self, check-budget, check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE for a bundle (or
     policy:default, which comes with trainpilot), policy:FILE@quality=0.5+energy=0.5 under that preference,
-    policy:FILE@start=0.1 from a tenth of the tuned learning rate, open-loop:FILE for its average schedule, without
-    feedback.
+    policy:FILE@start=0.1 from a tenth of the tuned learning rate, policy:FILE@unguarded without the guardrails of
+    `replay`, open-loop:FILE for its average schedule, without feedback.
 
     Try for instance:
 
@@ -223,41 +225,31 @@ class CalibrateOptions:
 
     out: Path
     """Folder for calibration.json, cost_table.json and runs/."""
-    model: str = "llama-nano"
-    """Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro, phi-nano), config JSON, model folder or Hub
-    id."""
-    text: tuple[str, ...] = ("stdlib",)
-    """Text: `stdlib`, `stdlib:asyncio,json`, `python-docs`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."""
+    model: Model = RunConfig.model
+    text: Text = RunConfig.text
     tokens: int = 131_072
     """Budget of each run in tokens; one run takes twice as many."""
     batch_size: int = 8
     """Starting batch, in sequences; 1/8, 1/2 and 2 times as many are tried."""
-    sequence_length: int = 64
-    """Tokens per sequence."""
+    sequence_length: SequenceLength = 64
     base_learning_rate: float = 3e-3
     """Peak learning rate that the tried ones are multiples of."""
     effort: Effort = "standard"
     """How many runs: quick (about 14) or standard (about 33)."""
-    decisions: int = 50
+    decisions: int = RunConfig.decisions
     """Intervals per run."""
     jobs: int = 0
     """Runs side by side, each in a process of one thread; 0 takes as many as there are cores."""
     seed: int = 0
     """Seeds the initial weights and the data order of every run."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Device = RunConfig.device
 
     def run_config(self) -> RunConfig:
         """Return the run that all others are variations of. Raises `ValueError` for a bad setting."""
-        return RunConfig(
-            model=self.model,
-            text=self.text,
-            tokens=self.tokens,
-            batch_size=self.batch_size,
-            sequence_length=self.sequence_length,
-            base_learning_rate=self.base_learning_rate,
-            schedule="wsd",
-            decisions=self.decisions,
-            seed=self.seed,
-            device=self.device,
-        )
+        return _run_config(self, schedule="wsd")
+
+
+def _run_config(options: ReplayOptions | CalibrateOptions, **settings: Any) -> RunConfig:
+    """Return the run with `settings`, and for the rest with the options that have the name of a setting."""
+    given = {each.name: getattr(options, each.name) for each in fields(RunConfig) if hasattr(options, each.name)}
+    return RunConfig(**given | settings)

@@ -17,11 +17,12 @@ from rich.table import Table
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.agents.controller import Controller, DecisionRecord, keep
 from trainpilot.agents.logging.run_log import RunWriter
+from trainpilot.agents.rollback import RollbackController
 from trainpilot.agents.steering.guarded_controller import GuardedController
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label, live_reference
-from trainpilot.envs.reward import Reference, RewardMeter, evaluate_if_due
+from trainpilot.envs.reward import Reference, RewardMeter
 from trainpilot.experiments.carbon import (
     DEFAULT_GRID_INTENSITY_G_PER_KWH,
     DEFAULT_GRID_INTENSITY_SOURCE,
@@ -31,13 +32,14 @@ from trainpilot.experiments.carbon import (
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_store import RunFolder, versions
-from trainpilot.llm_runtime.config import Controls, RunConfig
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
+from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.files import whole_folder
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.process import use_threads
-from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
+from trainpilot.llm_runtime.telemetry import Telemetry
 
 
 def summarise(
@@ -199,7 +201,8 @@ class SteeredRun:
         self.meter = RewardMeter(reference) if reference is not None else None
         self.records: list[DecisionRecord] = []
         self.telemetry: Telemetry | None = None
-        self._kept: Snapshot | None = None
+        """Telemetry of the last interval; `None` before the first."""
+        self._recovering = RollbackController(controller, run)
         self._resume()
         purge_step = self.telemetry.tokens if self.telemetry is not None else None
         self.writer = RunWriter(folder.path / "tb", purge_step=purge_step, earlier=self.records)
@@ -207,59 +210,47 @@ class SteeredRun:
             self.writer.write_reference(reference)
 
     def _resume(self) -> None:
-        kept = self.folder.resume()
-        if kept is None:
+        interrupted = self.folder.resume()
+        if interrupted is None:
             self.initial_loss = self.run.evaluate()
             return
-        checkpoint, self.records = kept
+        checkpoint, self.records = interrupted
         self.run.restore(checkpoint["snapshot"])
         self.initial_loss = float(checkpoint["initial_loss"])
         self.controller.load_state_dict(checkpoint["controller"])
         if self.controller.snapshotted_here():
-            self._kept = checkpoint["snapshot"]
+            self._recovering.snapshot = checkpoint["snapshot"]
         self.telemetry = self.records[-1].telemetry if self.records else None
         if self.meter is not None:
             for record in self.records:
                 self.meter.weigh(record.telemetry, record.telemetry.train_loss)
 
     def train(self, console: Console) -> None:
-        """Decide, train an interval, write it down; until the run has finished or diverged."""
+        """Train the run to its end, and write down every interval."""
+        intervals = drive(
+            self.run,
+            self._recovering.decide,
+            self.run.config.decisions,
+            last=self.telemetry,
+            can_roll_back=lambda: self.controller.can_roll_back,
+        )
         with progress_bar(console, self.run.config.model, 1.0) as advance:
-            while not self._over():
-                self.telemetry = self._interval(self.telemetry)
-                advance(self.telemetry.budget_used, _line(self.telemetry))
-                if not self.telemetry.diverged and self.folder.checkpoint_due():
+            for interval in intervals:
+                self._record(interval)
+                telemetry = interval.telemetry
+                advance(telemetry.budget_used, _line(telemetry))
+                if not telemetry.diverged and self.folder.checkpoint_due():
                     content = {"snapshot": self.run.snapshot(), "initial_loss": self.initial_loss}
                     content["controller"] = self.controller.state_dict()
                     self.folder.write_checkpoint(content, self.records)
 
-    def _over(self) -> bool:
-        """Return whether the run has ended: a run that diverged is taken back first, as often as may be."""
-        last = self.telemetry
-        if last is None:
-            return False
-        return not self.controller.can_roll_back if last.diverged else last.finished
-
-    def _controls(self, last: Telemetry | None) -> Controls:
-        """Return what holds next, after taking the run back where it must be."""
-        decision = self.controller.decide(last)
-        if decision.roll_back and self._kept is not None:
-            self.run.restore(self._kept)
-            return self.controller.rolled_back()
-        if decision.snapshot:
-            self._kept = self.run.snapshot()
-            self.controller.snapshotted()
-        return decision.controls
-
-    def _interval(self, last: Telemetry | None) -> Telemetry:
-        telemetry = self.run.advance(self._controls(last), 1 / self.run.config.decisions)
-        loss = evaluate_if_due(self.run, telemetry)
-        reward = self.meter.weigh(telemetry, loss) if self.meter is not None else None
-        record = self.controller.record(telemetry, reward)
+    def _record(self, interval: DrivenInterval) -> None:
+        self.telemetry = interval.telemetry
+        reward = self.meter.weigh(interval.telemetry, interval.loss) if self.meter is not None else None
+        record = self.controller.record(interval.telemetry, reward)
         self.records.append(record)
         self.folder.append(record)
         self.writer.write(record)
-        return telemetry
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write model and TensorBoard summary first and summary.json last: it says that the run is complete."""

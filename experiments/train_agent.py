@@ -24,7 +24,7 @@ from trainpilot.agents.simulator_training import SimulatorAgent, SimulatorStage,
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reference import live_plant, live_reference
-from trainpilot.envs.reward import Reference, RewardMeter, ScalarReward, evaluate_if_due
+from trainpilot.envs.reward import Reference, RewardMeter, ScalarReward
 from trainpilot.experiments.calibrate.calibration import SHIPPED, load_calibrations
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.progress import progress_bar
@@ -32,6 +32,7 @@ from trainpilot.experiments.recipe import Recipe, load_recipe
 from trainpilot.experiments.run_store import claim_folder, versions
 from trainpilot.experiments.workers import Workers, report
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.drive import drive
 from trainpilot.llm_runtime.process import available_cores, use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
@@ -238,12 +239,10 @@ def greedy_run(bundle: PolicyBundle, case: RunConfig, reference: Reference) -> l
     run = live_plant()(case)
     controller = Controller.of_bundle(bundle, run.limits(), Preference())
     meter = RewardMeter(reference)
-    records: list[DecisionRecord] = []
-    telemetry = None
-    while telemetry is None or not (telemetry.finished or telemetry.diverged):
-        telemetry = run.advance(controller.decide(telemetry), 1 / case.decisions)
-        records.append(controller.record(telemetry, meter.weigh(telemetry, evaluate_if_due(run, telemetry))))
-    return records
+    return [
+        controller.record(interval.telemetry, meter.weigh(interval.telemetry, interval.loss))
+        for interval in drive(run, controller.decide, case.decisions)
+    ]
 
 
 # Provenance -------------------------------------------------------------------------------------------------------

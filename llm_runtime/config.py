@@ -1,6 +1,7 @@
-"""Describe one run: model, corpus, budget and starting settings. Knows no torch, so that it can be read alone.
+"""The configuration of a run, the controls of an interval, and the limits of these controls.
 
-Name the controls that hold during one interval of a run, and their limits.
+`RunConfig` describes a run: model, corpus, budget and starting settings. `Controls` are what a controller chooses for
+one interval. `ControlLimits` and `batch_limits` say what it may choose from. Loads numpy, but not torch.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.schedules import SCHEDULES, Schedule, ScheduleName
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -21,7 +26,7 @@ PRUNINGS: tuple[Pruning, ...] = get_args(Pruning)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controls:
+class Controls(JsonRecord):
     """What holds during one interval. `RunConfig.start()` gives those of the untouched base schedule."""
 
     learning_rate_scale: float = 1.0
@@ -64,13 +69,41 @@ class ControlLimits:
     """Decisions in the whole run."""
 
 
+BATCH_RANGE = 16
+"""The batch size stays within this factor of the one at the start."""
+STEPS_PER_INTERVAL = 4
+"""A larger batch leaves at least this many optimizer steps in an interval."""
+
+Ints = NDArray[np.int64]
+
+
+@overload
+def batch_limits(start_batch_size: int, interval_sequences: int) -> tuple[int, int]: ...
+@overload
+def batch_limits(start_batch_size: Ints, interval_sequences: Ints) -> tuple[Ints, Ints]: ...
+def batch_limits(start_batch_size: Any, interval_sequences: Any) -> tuple[Any, Any]:
+    """Return the smallest and the largest batch size that are offered, in sequences; for numbers or arrays.
+
+    From a sixteenth of the starting batch to 16 times as much, but no more than a quarter of an interval. The starting
+    batch itself is always offered.
+
+    Args:
+        start_batch_size: Sequences per optimizer step at the beginning of the run.
+        interval_sequences: Sequences between two decisions.
+    """
+    smallest = np.maximum(1, start_batch_size // BATCH_RANGE)
+    most = np.minimum(start_batch_size * BATCH_RANGE, interval_sequences // STEPS_PER_INTERVAL)
+    largest = np.maximum(start_batch_size, most)
+    return (smallest, largest) if isinstance(start_batch_size, np.ndarray) else (int(smallest), int(largest))
+
+
 OptimizerName = Literal["adamw", "schedule-free", "prodigy"]
 
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(JsonRecord):
     """One run, also called a case: one training of one model on one corpus under one budget."""
 
     model: str = "llama-nano"

@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
 from trainpilot.llm_runtime import width as channels
-from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, RunConfig
+from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, RunConfig, batch_limits
 from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.data.corpus import Corpus, load_corpus
 from trainpilot.llm_runtime.energy import select_meter
@@ -38,7 +38,15 @@ from trainpilot.llm_runtime.optimizer import averaged_weights
 from trainpilot.llm_runtime.precision import lacking, masked_precisions, synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
 from trainpilot.llm_runtime.process import RandomState
-from trainpilot.llm_runtime.schedules import Cooldown, cubic_sparsity, neutral_factor, probe_due, sequences_probed
+from trainpilot.llm_runtime.schedules import (
+    MASK_UPDATES,
+    BudgetProgress,
+    cubic_sparsity,
+    learning_rate,
+    mask_updates_due,
+    probe_due,
+    sequences_probed,
+)
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 
@@ -255,10 +263,6 @@ TokenArray = NDArray[np.unsignedinteger[Any]]
 EVALUATION_SHARE = 0.02
 """An evaluation takes this share of the budget in tokens, within the two bounds below."""
 MIN_EVALUATION_TOKENS, MAX_EVALUATION_TOKENS = 8_192, 262_144
-MASK_UPDATES = 5
-"""Masks are raised this often along an interval."""
-BATCH_RANGE = 16
-"""The batch stays within this factor of the starting batch, and leaves at least four steps in an interval."""
 
 
 class LiveRun:
@@ -294,10 +298,12 @@ class LiveRun:
         self.stream = BatchStream(self.corpus.train, config.sequence_length, config.seed)
         self.trainer = Trainer(self.loaded.model, config, self.device)
         self.meter = meter if meter is not None else select_meter(str(self.device))
-        self.schedule = config.base_schedule()
-        self.cooldown: Cooldown | None = None
-        self.sequences = 0
-        self.decision = 0
+        self.progress = BudgetProgress(
+            schedule=config.base_schedule(),
+            budget=config.n_sequences(),
+            sequence_length=config.sequence_length,
+            decisions=config.decisions,
+        )
         self.target_share = 0.0
         self.sequences_probed = 0
         """Sequences that the curvature probe of the last interval looked at; 0 where there was none."""
@@ -305,21 +311,9 @@ class LiveRun:
         self._evaluation_s = 0.0
 
     @property
-    def tokens(self) -> int:
-        """Tokens trained on."""
-        return self.sequences * self.config.sequence_length
-
-    @property
-    def end_sequences(self) -> int:
-        """Sequences at which the run ends: the budget, or the end of the cool-down."""
-        if self.cooldown is None:
-            return self.config.n_sequences()
-        return -(-self.cooldown.end_tokens // self.config.sequence_length)
-
-    @property
     def finished(self) -> bool:
         """Whether the budget is used up or the cool-down complete."""
-        return self.sequences >= self.end_sequences
+        return self.progress.finished
 
     @property
     def evaluation_sequences(self) -> int:
@@ -334,12 +328,13 @@ class LiveRun:
     def base_limits(self) -> ControlLimits:
         """Return the same without measuring: no precision is masked but what the device lacks."""
         config = self.config
-        per_interval = config.n_sequences() // config.decisions
-        span = BATCH_RANGE if config.optimizer == "adamw" else 1  # only AdamW can take another batch
+        smallest, largest = batch_limits(config.batch_size, config.n_sequences() // config.decisions)
+        if config.optimizer != "adamw":  # only AdamW can take another batch
+            smallest = largest = config.batch_size
         return ControlLimits(
             start=config.start(),
-            min_batch_size=max(1, config.batch_size // span),
-            max_batch_size=max(config.batch_size, min(config.batch_size * span, per_interval // 4)),
+            min_batch_size=smallest,
+            max_batch_size=largest,
             masked_precisions=lacking(self.device),
             pruning=config.pruning,
             decisions=config.decisions,
@@ -355,11 +350,11 @@ class LiveRun:
             raise ValueError("advance needs a run that has not finished; make a new LiveRun or restore a snapshot")
         interval = self._begin(controls)
         self.target_share += share
-        target = min(round(self.target_share * self.config.n_sequences()), self.end_sequences)
-        span = max(target - self.sequences, 1)
+        target = self.progress.end_after(self.target_share)
+        span = max(target - self.progress.sequences, 1)
         with self.random_state.in_force():
-            while self.sequences < target or not interval.steps:
-                self._prune(interval, (self.sequences - interval.start_sequences) / span)
+            while self.progress.sequences < target or not interval.steps:
+                self._prune(interval, (self.progress.sequences - interval.start_sequences) / span)
                 self._step(interval)
         self._prune(interval, 1.0)
         self._probe(interval)
@@ -369,33 +364,27 @@ class LiveRun:
         synchronise(self.device)
         reading = self.meter.read()
         start = self.clock()
-        interval = Interval(controls, start, reading, self.sequences, self.trainer.sparsity())
+        interval = Interval(controls, start, reading, self.progress.sequences, self.trainer.sparsity())
         self.trainer.apply(controls)
-        if controls.finish and self.cooldown is None:
-            step_tokens = controls.batch_size * self.config.sequence_length
-            self.cooldown = Cooldown.begin(self.schedule, self.tokens, step_tokens)
+        if controls.finish:
+            self.progress.begin_cooldown(controls.batch_size)
         interval.switch_s = self.clock() - start
         return interval
 
     def _step(self, interval: Interval) -> None:
-        batch_size = min(self.trainer.batch_size, self.end_sequences - self.sequences)
+        batch_size = min(self.trainer.batch_size, self.progress.end - self.progress.sequences)
         learning_rate = self.learning_rate(interval.controls)
         interval.note_step(self.trainer.step(self.stream.take(batch_size), learning_rate), self.trainer.optimizer)
-        self.sequences += batch_size
+        self.progress.sequences += batch_size
 
     def learning_rate(self, controls: Controls) -> float:
         """Return the learning rate of the next step: base schedule x scale x the batch's neutral factor."""
-        step_tokens = controls.batch_size * self.config.sequence_length
-        if self.cooldown is not None:
-            factor = self.cooldown.factor(self.tokens)
-        else:
-            factor = self.schedule.factor(self.tokens, step_tokens)
-        neutral = neutral_factor(controls.batch_size, self.config.batch_size)
-        return self.config.base_learning_rate * controls.learning_rate_scale * factor * neutral
+        base, scale, factor = self.config.base_learning_rate, controls.learning_rate_scale, self.progress.factor
+        return learning_rate(base, scale, factor(controls.batch_size), controls.batch_size, self.config.batch_size)
 
     def _prune(self, interval: Interval, done: float) -> None:
         """Raise the masks when the next of the interval's mask updates is due; `done` is its progress in [0, 1]."""
-        due = min(int(done * MASK_UPDATES) + 1, MASK_UPDATES)
+        due = mask_updates_due(done)
         if due > interval.mask_updates:
             interval.mask_updates = due
             start, end = interval.start_sparsity, interval.controls.sparsity
@@ -404,9 +393,9 @@ class LiveRun:
     def _probe(self, interval: Interval) -> None:
         self.sequences_probed = 0
         begun_at = interval.start_sequences / self.config.n_sequences()
-        if not self.probing or not probe_due(self.decision, begun_at):
+        if not self.probing or not probe_due(self.progress.decision, begun_at):
             return
-        self.sequences_probed = int(sequences_probed(self.sequences - interval.start_sequences))
+        self.sequences_probed = int(sequences_probed(self.progress.sequences - interval.start_sequences))
         synchronise(self.device)  # or the steps still under way would count as the probe's time
         start = self.clock()
         interval.probe = self.trainer.probe(self.stream.peek(self.sequences_probed))
@@ -415,20 +404,20 @@ class LiveRun:
     def _end(self, interval: Interval) -> Telemetry:
         interval.note_moment(self.trainer.optimizer)
         config, trainer = self.config, self.trainer
-        taken = self.sequences - interval.start_sequences
+        taken = self.progress.sequences - interval.start_sequences
         batch_size = taken / len(interval.steps)
         learned = interval.losses_and_gradients(  # waits for the device, so the clock comes after
             batch_size, gradient_clip=config.gradient_clip, beta1=config.beta1
         )
         cost = interval.cost(self.clock(), self.meter.read())
-        self.decision += 1
+        self.progress.decision += 1
         evaluation_s, self._evaluation_s = self._evaluation_s, 0.0
         return Telemetry(
             **learned,
             **cost,
-            decision=self.decision - 1,
-            budget_used=self.sequences / config.n_sequences(),
-            tokens=self.tokens,
+            decision=self.progress.decision - 1,
+            budget_used=self.progress.used,
+            tokens=self.progress.tokens,
             interval_tokens=taken * config.sequence_length,
             steps=len(interval.steps),
             epochs_seen=self.stream.epochs_seen,
@@ -439,7 +428,7 @@ class LiveRun:
             micro_batch_size=min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size),
             precision=trainer.effective_precision(),
             sparsity=trainer.sparsity(),
-            finishing=self.cooldown is not None,
+            finishing=self.progress.cooldown is not None,
             finished=self.finished,
             evaluation_time_s=evaluation_s,
             memory_share=memory_share(self.device),
@@ -471,9 +460,7 @@ class LiveRun:
             "trainer": self.trainer.snapshot(),
             "stream": self.stream.state_dict(),
             "random_state": self.random_state.state_dict(),
-            "cooldown": asdict(self.cooldown) if self.cooldown is not None else None,
-            "sequences": self.sequences,
-            "decision": self.decision,
+            **self.progress.state_dict(),
             "target_share": self.target_share,
             "validation_loss": self.validation_loss,
         }
@@ -483,9 +470,7 @@ class LiveRun:
         self.trainer.restore(snapshot["trainer"])
         self.stream.load_state_dict(snapshot["stream"])
         self.random_state.load_state_dict(snapshot["random_state"])
-        self.cooldown = Cooldown(**snapshot["cooldown"]) if snapshot["cooldown"] is not None else None
-        self.sequences = snapshot["sequences"]
-        self.decision = snapshot["decision"]
+        self.progress.load_state_dict(snapshot)
         self.target_share = snapshot["target_share"]
         self.validation_loss = snapshot["validation_loss"]
 

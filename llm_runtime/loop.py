@@ -30,7 +30,7 @@ from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
 from trainpilot.llm_runtime.process_group import Ranks, Share
-from trainpilot.llm_runtime.schedules import Course, cubic_sparsity, probe_due, sequences_probed
+from trainpilot.llm_runtime.schedules import BudgetProgress, cubic_sparsity, probe_due, sequences_probed
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 from trainpilot.llm_runtime.timing import Stopwatch
 
@@ -580,12 +580,12 @@ class Snapshots:
 
     Args:
         levers: Model and optimiser.
-        course: Where the run stands.
+        progress: Where the run stands.
         data: The data's position; without it the data go on after a rollback.
     """
 
-    def __init__(self, levers: Levers, course: Course, data: Stateful | None) -> None:
-        self._levers, self._course, self._data = levers, course, data
+    def __init__(self, levers: Levers, progress: BudgetProgress, data: Stateful | None) -> None:
+        self._levers, self._progress, self._data = levers, progress, data
         self._kept: dict[str, Any] | None = None
         self.spoilt: list[int] = []
         """Intervals that were taken back."""
@@ -599,7 +599,7 @@ class Snapshots:
         """Copy the run."""
         self._kept = None  # or there would be two of them at once
         kept = {"levers": self._levers.snapshot(), "controls": self._levers.controls}
-        kept["course"] = self._course.state_dict()
+        kept["course"] = self._progress.state_dict()
         if self._data is not None:
             device = self._levers.device
             cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -612,15 +612,15 @@ class Snapshots:
         Where the same interval went wrong before, the data are to blame, and go on.
         """
         assert self._kept is not None, "guardrails only ask for it after a snapshot"
-        kept, here = self._kept, self._course.decision
+        kept, here = self._kept, self._progress.decision
         self._levers.restore(kept["levers"], kept["controls"])
-        course = kept["course"]
+        progress = kept["course"]
         if self._data is not None and here not in self.spoilt:
             self._data.load_state_dict(kept["data"])
             self._restore_random(*kept["random"])
         else:
-            course = {**self._course.state_dict(), "cooldown": course["cooldown"]}
-        self._course.load_state_dict(course)
+            progress = {**self._progress.state_dict(), "cooldown": progress["cooldown"]}
+        self._progress.load_state_dict(progress)
         self.spoilt.append(here)
 
     def _restore_random(self, cpu: torch.Tensor, cuda: torch.Tensor | None) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from hashlib import blake2b
 
 import torch
 
 from trainpilot.llm_runtime.config import PRECISIONS, Precision
 from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.timing import alternating_seconds
 
 PAYS_BELOW = 0.95
-"""A precision pays when its step takes at most this share of the fp32 step's time."""
+"""A setting pays when its step takes at most this share of the time without it, a precision of the fp32 step's."""
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,16 +94,9 @@ def measure_step_seconds(
     device: torch.device, step: Callable[[Precision], None], precisions: list[Precision], rounds: int = 5
 ) -> dict[Precision, float]:
     """Return the median seconds per step for each precision, measured in alternating order after one warm-up each."""
-    times: dict[Precision, list[float]] = {precision: [] for precision in precisions}
-    for index in range(rounds + 1):
-        for precision in precisions:
-            synchronise(device)
-            start = time.perf_counter()
-            step(precision)
-            synchronise(device)
-            if index:
-                times[precision].append(time.perf_counter() - start)
-    return {precision: statistics.median(values) for precision, values in times.items()}
+    passes = {precision: partial(step, precision) for precision in precisions}
+    seconds = alternating_seconds(passes, rounds=rounds, wait=partial(synchronise, device))
+    return {precision: statistics.median(values) for precision, values in seconds.items()}
 
 
 def synchronise(device: torch.device) -> None:

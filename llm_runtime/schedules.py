@@ -1,8 +1,14 @@
-"""Give the base schedules: the learning rate's factor as a function of the tokens trained on.
+"""Schedules of a training run as pure functions: learning rate, budget, cool-down, pruning, probes and validations.
 
-Where a steered run stands in its budget: the interval's end, the run's end, and the base schedule's factor.
+Live runs, steered loops and the simulator follow the same rules, and they are written here once:
 
-Say when the curvature is probed and on how much, for live and simulated runs alike. Knows no torch.
+* `learning_rate`: base rate x scale x schedule factor x neutral factor of the batch.
+* `Schedule`, `Cooldown`: the schedule factor as a function of the tokens trained on.
+* `BudgetProgress`: where a run stands in its budget, where its interval ends and where the run ends.
+* `mask_updates_due`, `cubic_sparsity`: in which steps pruning raises the sparsity along an interval.
+* `probe_due`, `sequences_probed`, `validation_due`: when a run is probed and validated, and on how much.
+
+Loads numpy, but not torch.
 """
 
 from __future__ import annotations
@@ -10,23 +16,59 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-PROBE_PASSES = 3
-"""Forward passes of a curvature probe."""
-
-
 ScheduleName = Literal["linear", "cosine", "wsd", "constant"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
+
+Floats = NDArray[np.float64]
 
 BUDGET_SHARES = (0.25, 0.5, 1.0)
 """Reference runs under the base schedule end at these shares of the budget; their final losses make the curve that
 turns a loss into compute."""
 COOLDOWN_SHARE = 0.2
 """A cool-down lasts this share of the tokens trained on before it (10-20 %: Haegele et al. 2024)."""
+
+
+@overload
+def neutral_factor(batch_size: float, start_batch_size: float) -> float: ...
+@overload
+def neutral_factor(batch_size: Floats, start_batch_size: ArrayLike) -> Floats: ...
+def neutral_factor(batch_size: Any, start_batch_size: Any) -> Any:
+    """Return the factor on the learning rate that makes a batch change neutral for Adam: sqrt(B / B_start).
+
+    Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms".
+
+    Args:
+        batch_size: Sequences per optimizer step; numbers or arrays.
+        start_batch_size: Sequences per optimizer step at the beginning of the run.
+    """
+    ratio = batch_size / start_batch_size
+    return math.sqrt(ratio) if isinstance(ratio, float) else np.sqrt(ratio)
+
+
+@overload
+def learning_rate(base: float, scale: float, factor: float, batch_size: float, start_batch_size: float) -> float: ...
+@overload
+def learning_rate(
+    base: ArrayLike, scale: ArrayLike, factor: ArrayLike, batch_size: Floats, start_batch_size: ArrayLike
+) -> Floats: ...
+def learning_rate(base: Any, scale: Any, factor: Any, batch_size: Any, start_batch_size: Any) -> Any:
+    """Return the learning rate of an optimizer step: base x scale x schedule factor x neutral factor of the batch.
+
+    Takes numbers or arrays; `batch_size` decides which of the two comes back.
+
+    Args:
+        base: Peak of the base schedule at the starting batch size.
+        scale: The learning-rate control, `Controls.learning_rate_scale`.
+        factor: Factor of the base schedule or of the cool-down, in [0, 1]; 1 for the peak itself.
+        batch_size: Sequences per optimizer step.
+        start_batch_size: Sequences per optimizer step at the beginning of the run.
+    """
+    return base * scale * factor * neutral_factor(batch_size, start_batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +117,6 @@ class Cooldown:
         return self.start_factor * min(max((self.end_tokens - tokens) / span, 0.0), 1.0)
 
 
-def neutral_factor(batch_size: int, start_batch_size: int) -> float:
-    """Return the factor on the learning rate that makes a batch change neutral for Adam: sqrt(B / B_start).
-
-    Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms".
-    """
-    return math.sqrt(batch_size / start_batch_size)
-
-
 def _linear(progress: float) -> float:
     return 1.0 - progress
 
@@ -118,25 +152,38 @@ def cubic_sparsity(start: float, end: float, progress: float) -> float:
     return end + (start - end) * left**3
 
 
+MASK_UPDATES = 5
+"""Pruning raises the masks this many times along an interval, at equal distances."""
+
+
+def mask_updates_due(progress: float) -> int:
+    """Return how many of an interval's mask updates are due at `progress`, a share of the interval in [0, 1].
+
+    The first is due before the first step; all are due at the end.
+    """
+    return min(int(progress * MASK_UPDATES) + 1, MASK_UPDATES)
+
+
 @dataclass(kw_only=True)
-class Course:
-    """A budget of sequences, cut into intervals, under a base schedule that a cool-down may replace."""
+class BudgetProgress:
+    """Where a run stands in its budget of sequences: intervals, cool-down, and the end."""
 
     schedule: Schedule
-    """The base schedule, in tokens."""
+    """The base schedule, in tokens. A cool-down replaces it."""
     budget: int
     """Sequences of the whole run."""
     sequence_length: int
     """Tokens of a sequence."""
     decisions: int
-    """Intervals."""
+    """Number of intervals in the run."""
     grain: int = 1
-    """Intervals and run end only after a multiple of so many sequences."""
+    """Intervals and the run end only after a multiple of this number of sequences."""
     sequences: int = 0
-    """Trained on so far."""
+    """Sequences trained on so far."""
     decision: int = 0
-    """Intervals that are over."""
+    """Number of intervals that have ended, which is also the index of the present one."""
     cooldown: Cooldown | None = None
+    """The cool-down, once it has begun."""
 
     @property
     def tokens(self) -> int:
@@ -144,11 +191,16 @@ class Course:
         return self.sequences * self.sequence_length
 
     @property
+    def used(self) -> float:
+        """Share of the budget that is used up, in [0, 1]."""
+        return self.sequences / self.budget
+
+    @property
     def end(self) -> int:
         """Sequences at which the run ends: the budget, or the end of the cool-down."""
         if self.cooldown is None:
-            return self._whole(self.budget)
-        return self._whole(-(-self.cooldown.end_tokens // self.sequence_length))
+            return self._rounded_up(self.budget)
+        return self._rounded_up(-(-self.cooldown.end_tokens // self.sequence_length))
 
     @property
     def finished(self) -> bool:
@@ -156,41 +208,50 @@ class Course:
         return self.sequences >= self.end
 
     @property
-    def target(self) -> int:
-        """Sequences at which the interval ends."""
-        return self._whole(min(round((self.decision + 1) * self.budget / self.decisions), self.end))
+    def interval_end(self) -> int:
+        """Sequences at which the present interval ends, if all intervals are equal shares of the budget."""
+        return self._end_of((self.decision + 1) * self.budget / self.decisions)
 
-    def _whole(self, sequences: int) -> int:
+    def end_after(self, share: float) -> int:
+        """Return the sequences at which an interval ends that reaches to a share of the budget, or to the end."""
+        return self._end_of(share * self.budget)
+
+    def _end_of(self, sequences: float) -> int:
+        return self._rounded_up(min(round(sequences), self.end))
+
+    def _rounded_up(self, sequences: int) -> int:
         return min(-(-sequences // self.grain) * self.grain, self.budget)
 
     def factor(self, batch_size: int) -> float:
-        """Return the schedule's factor on the learning rate, for a step of so many sequences."""
+        """Return the factor on the learning rate of a step of `batch_size` sequences, in [0, 1]."""
         if self.cooldown is not None:
             return self.cooldown.factor(self.tokens)
         return self.schedule.factor(self.tokens, batch_size * self.sequence_length)
 
-    def cool_down(self, batch_size: int) -> None:
-        """Begin the cool-down, unless it has begun."""
+    def begin_cooldown(self, batch_size: int) -> None:
+        """Begin the cool-down with steps of `batch_size` sequences, unless it has begun."""
         if self.cooldown is None:
             self.cooldown = Cooldown.begin(self.schedule, self.tokens, batch_size * self.sequence_length)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the run stands, as plain JSON values."""
+        """Return the position in the budget as plain JSON values."""
         cooldown = asdict(self.cooldown) if self.cooldown is not None else None
         return {"sequences": self.sequences, "decision": self.decision, "cooldown": cooldown}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state_dict` was called."""
+        """Go to the position that `state_dict` returned."""
         self.sequences, self.decision = state["sequences"], state["decision"]
         self.cooldown = Cooldown(**state["cooldown"]) if state["cooldown"] is not None else None
 
 
+PROBE_PASSES = 3
+"""Forward passes of a curvature probe."""
 PROBE_SHARE = 0.005
-"""A probe looks at this share of an interval's sequences, at least one."""
+"""A probe takes this share of an interval's sequences, at least one."""
 EVERY_INTERVAL_UNTIL = 0.2
 """Share of the budget up to which every interval ends with a probe: there the learning rate is found."""
 PROBE_EVERY = 4
-"""Later, one interval in so many. On short runs a probe costs as much as several steps."""
+"""Later, one interval in this many ends with a probe. On short runs a probe costs as much as several steps."""
 
 
 def probe_due(decision: ArrayLike, budget_used: ArrayLike) -> NDArray[np.bool_]:
@@ -206,5 +267,15 @@ def probe_due(decision: ArrayLike, budget_used: ArrayLike) -> NDArray[np.bool_]:
 
 
 def sequences_probed(taken: ArrayLike) -> NDArray[np.float64]:
-    """Return how many sequences a probe looks at after an interval of `taken` sequences."""
+    """Return how many sequences a probe takes after an interval of `taken` sequences."""
     return np.maximum(1.0, np.round(PROBE_SHARE * np.asarray(taken, dtype=np.float64)))
+
+
+EVALUATE_EVERY = 10
+"""The validation loss is measured once in this many decisions, and at the end of the run."""
+
+
+def validation_due(decisions: ArrayLike, every: int = EVALUATE_EVERY) -> NDArray[np.bool_]:
+    """Return whether the validation loss is to be measured now that `decisions` intervals have ended."""
+    due: NDArray[np.bool_] = np.asarray(decisions) % every == 0
+    return due

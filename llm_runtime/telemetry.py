@@ -5,22 +5,21 @@ Say what every plant offers: a live run, or a simulator that stands in for it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.energy.meter import EnergySource
+from trainpilot.llm_runtime.json_records import Float, JsonRecord, KnownFloat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Telemetry:
+class Telemetry(JsonRecord):
     """One interval of a run, between two decisions. `None` means not measured here."""
 
     decision: int
     """Which interval, from 0."""
-    budget_used: float
+    budget_used: Float
     """Share of the token budget used at the interval's end, in [0, 1]."""
     tokens: int
     """Tokens trained on since the run's start."""
@@ -28,42 +27,42 @@ class Telemetry:
     """Tokens trained on in this interval."""
     steps: int
     """Optimiser steps in this interval."""
-    epochs_seen: float
+    epochs_seen: Float
     """Passes over the training split since the start."""
 
-    train_loss: float
+    train_loss: Float
     """Mean training loss over the interval, in nats/token; NaN when the run diverged."""
-    train_loss_std: float
+    train_loss_std: Float
     """Standard deviation of the per-step training loss around its trend, in nats/token."""
-    train_loss_max: float
+    train_loss_max: Float
     """Largest per-step training loss, in nats/token."""
-    validation_loss: float | None
+    validation_loss: KnownFloat
     """Latest validation loss, in nats/token; may be from an earlier interval."""
 
-    gradient_norm: float
+    gradient_norm: Float
     """Mean Euclidean norm of the gradient before clipping."""
-    clipped_share: float
+    clipped_share: Float
     """Share of the steps whose gradient was clipped."""
-    noise_scale: float | None
+    noise_scale: KnownFloat
     """Gradient noise scale tr(Sigma)/|G|^2, in sequences (McCandlish et al. 2018)."""
-    relative_update: float | None
+    relative_update: KnownFloat
     """Norm of the last update over the norm of the weights."""
-    probe_linear: float | None
+    probe_linear: KnownFloat
     """Loss change along the last update predicted by the slope, in nats/token; negative is downhill."""
-    probe_quadratic: float | None
+    probe_quadratic: KnownFloat
     """What curvature adds to that change, in nats/token."""
 
     requested: Controls
     """Controls that were asked for."""
-    learning_rate: float
+    learning_rate: Float
     """Learning rate of the last step, read back from the optimiser."""
-    batch_size: float
+    batch_size: Float
     """Mean sequences per step, from the tokens really consumed."""
     micro_batch_size: int
     """Sequences that go through the model at once."""
     precision: str
     """Number format of a matrix product, read back from its output."""
-    sparsity: float
+    sparsity: Float
     """Share of zero weights or of removed channels, counted in the model."""
     finishing: bool
     """The cool-down has begun."""
@@ -72,21 +71,21 @@ class Telemetry:
     diverged: bool
     """The training loss was not finite."""
 
-    time_s: float
+    time_s: Float
     """Seconds of this interval, probe and switching included, evaluation apart."""
-    probe_time_s: float
+    probe_time_s: Float
     """Seconds of it spent on the curvature probe."""
-    switch_time_s: float
+    switch_time_s: Float
     """Seconds of it spent on changing controls."""
-    evaluation_time_s: float
+    evaluation_time_s: Float
     """Seconds spent on evaluation since the last interval, not part of `time_s`."""
-    energy_j: float | None
+    energy_j: KnownFloat
     """Joules of this interval."""
     energy_source: EnergySource | None
     """Where `energy_j` comes from."""
-    power_w: float | None
+    power_w: KnownFloat
     """Mean draw over the interval, in watts."""
-    memory_share: float | None
+    memory_share: KnownFloat
     """Peak memory over the device's memory, in [0, 1]."""
 
     @property
@@ -98,30 +97,6 @@ class Telemetry:
     def energy_per_token_j(self) -> float | None:
         """Joules per token of this interval."""
         return None if self.energy_j is None else self.energy_j / max(self.interval_tokens, 1)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; what is not finite becomes `None`."""
-        record = asdict(self)
-        return {key: None if _is_nonfinite(value) else value for key, value in record.items()}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Telemetry:
-        """Rebuild from `to_json`. Raises `ValueError` naming fields that are missing or unknown."""
-        names = {field.name for field in fields(cls)}
-        if odd := names ^ set(record):
-            raise ValueError(f"telemetry fields missing or unknown: {', '.join(sorted(odd))}")
-        values = dict(record, requested=Controls(**record["requested"]))
-        for name in _FLOAT_FIELDS:
-            if values[name] is None:
-                values[name] = math.nan
-        return cls(**values)
-
-
-_FLOAT_FIELDS = tuple(field.name for field in fields(Telemetry) if field.type == "float")
-
-
-def _is_nonfinite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 Snapshot = dict[str, Any]

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, EnergySource, energy_between, sum_known
-
-pass
+from trainpilot.llm_runtime.json_records import JsonRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class Cost(JsonRecord):
     """Seconds and joules of something."""
 
     time_s: float
@@ -136,6 +135,42 @@ def _power(visits: Sequence[Visit]) -> float | None:
     energy_j = sum_known(visit.energy_j for visit in visits)
     metered_s = sum(visit.metered_s for visit in visits)
     return None if energy_j is None or metered_s <= 0 else energy_j / metered_s
+
+
+def alternating_seconds(
+    passes: Mapping[Key, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    min_rounds: int = 0,
+    limit_s: float = math.inf,
+    turn_about: bool = False,
+    wait: Callable[[], None] = lambda: None,
+) -> dict[Key, list[float]]:
+    """Run every pass once a round and return the seconds of each, so that what is compared shares its noise.
+
+    Args:
+        passes: What is timed, by name.
+        rounds: Most rounds that are timed.
+        warm_up: Rounds before them, which are not.
+        min_rounds: Rounds that are timed whatever the limit.
+        limit_s: No further round begins after so many seconds.
+        turn_about: Whether every other round runs the passes in the opposite order.
+        wait: Waits until the device has done what it was asked.
+    """
+    seconds: dict[Key, list[float]] = {name: [] for name in passes}
+    end = time.perf_counter() + limit_s
+    for index in range(warm_up + rounds):
+        for name in reversed(passes) if turn_about and index % 2 == 0 else passes:
+            wait()
+            start = time.perf_counter()
+            passes[name]()
+            wait()
+            if index >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+        if index - warm_up + 1 >= max(min_rounds, 1) and time.perf_counter() > end:
+            break
+    return seconds
 
 
 class _Bench:

@@ -1,17 +1,18 @@
-"""Steer a model that several processes train together: DistributedDataParallel, `fully_shard` (FSDP2), Accelerate.
+"""Steer a model that several processes train together, and the parts that the adapters of all frameworks share.
+
+DistributedDataParallel, `fully_shard` (FSDP2) and Accelerate work with `ProcessGroupRanks`:
 
     dist.init_process_group("nccl")                  # under torchrun, one process for each device
     model = DistributedDataParallel(model)           # or fully_shard(model); then make the optimiser
     steering = Steering(model, optimizer, settings, ranks=ProcessGroupRanks())
 
-The batch in the settings is that of all processes together; `step.batch_size` is this process's share, and the data
-that it takes must be its own. The first process decides; the others are told. Each process saves its own
-`steering.state_dict()` and loads it again. Where every process holds all weights the first one's will do; saved within
-an interval it has only that process's losses and joules of it, so all measure the rest of the interval anew.
+The batch size in the settings counts the sequences of all processes together. `step.batch_size` is the share of this
+process, and each process must draw data of its own. Rank 0 decides and broadcasts. Each process saves its own
+`steering.state_dict()` and loads it again. Where every process holds all weights, the state of rank 0 will do for all;
+one that was saved within an interval holds only that process's losses and joules, so all processes then measure the
+rest of the interval anew.
 
-A step in which one process alone raises an exception cannot be tried again: the others wait for its gradients.
-
-Take the first sequences of a batch, whatever a framework's data loader has made of it.
+A step in which only one process raises an exception cannot be repeated: the others wait for its gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import copy
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -204,6 +206,11 @@ def present_ranks() -> Ranks:
     return ProcessGroupRanks() if dist.is_available() and dist.is_initialized() else OneProcess()
 
 
+def ranks_of(world_size: int) -> Ranks:
+    """Return the processes of a Trainer that counts `world_size` of them."""
+    return OneProcess() if world_size == 1 else ProcessGroupRanks()
+
+
 def accelerated(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, settings: SteeringSettings, **options: Any
 ) -> Steering:
@@ -242,13 +249,82 @@ def _check(accelerator: Accelerator) -> None:
         )
 
 
+GivenSettings = SteeringSettings | Mapping[str, Any] | None
+"""What the user of an adapter passes: settings, or some of their fields; the framework's arguments give the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulation:
+    """How many micro-batches make up an optimiser step when a run starts."""
+
+    micro_batch_size: int
+    """Sequences that a process puts through the model at once."""
+    world_size: int
+    """Processes."""
+    accumulate: int
+    """Micro-batches of an optimiser step."""
+
+    @property
+    def unit(self) -> int:
+        """Sequences of one micro-batch of every process."""
+        return self.micro_batch_size * self.world_size
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of an optimiser step."""
+        return self.unit * self.accumulate
+
+
+def settings_fields(given: GivenSettings) -> dict[str, Any]:
+    """Return the fields of `SteeringSettings` that are given.
+
+    Raises:
+        ValueError: one of them is unknown.
+    """
+    names = [field.name for field in fields(SteeringSettings)]
+    if isinstance(given, SteeringSettings):
+        return {name: getattr(given, name) for name in names}
+    wanted = dict(given or {})
+    if unknown := sorted(set(wanted) - set(names)):
+        raise ValueError(f"steering settings must be fields of SteeringSettings, got {', '.join(unknown)}")
+    return wanted
+
+
+def merge_settings(
+    given: GivenSettings, steps: Accumulation, *, batch_rule: str, clip: float | None, clip_rule: str
+) -> dict[str, Any]:
+    """Return the given fields with the batch size and the gradient clipping, which a framework's arguments set too.
+
+    Args:
+        given: Settings, or some of their fields.
+        steps: Micro-batches of a step, from the framework's arguments.
+        batch_rule: How the framework's arguments make up the batch size, for the error message.
+        clip: Largest gradient norm that the framework clips to; `None` where it does not.
+        clip_rule: Where the framework takes that norm from, for the error message.
+
+    Raises:
+        ValueError: what is given contradicts the framework's arguments.
+    """
+    wanted = settings_fields(given)
+    batch_size, gradient_clip = wanted.get("batch_size"), wanted.get("gradient_clip")
+    if batch_size is not None and batch_size != steps.batch_size and steps.accumulate != 1:
+        raise ValueError(
+            f"batch_size must be {batch_rule} = {steps.batch_size}, got {batch_size}; leave one of the two out"
+        )
+    if gradient_clip is not None and gradient_clip != clip:
+        raise ValueError(
+            f"gradient_clip must be {clip_rule}, {clip}, got {gradient_clip}; set it there, and leave gradient_clip out"
+        )
+    return wanted | {"batch_size": batch_size or steps.batch_size, "gradient_clip": clip}
+
+
 def first_sequences(batch: Any, count: int, of: int) -> Any:
-    """Return the first `count` of a batch's `of` sequences, or the batch itself where that cannot be told.
+    """Return the first `count` of a batch's `of` sequences, or the whole batch if its layout is unknown.
 
     Args:
         batch: A tensor with a row for each sequence, or dictionaries, tuples and lists of such tensors.
-        count: How many are wanted.
-        of: How many there are.
+        count: Sequences to return.
+        of: Sequences of the batch.
     """
     return _cut(batch, count) if 0 < count < of and _has_rows(batch, of) else batch
 

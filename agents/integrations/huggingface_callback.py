@@ -1,13 +1,12 @@
-"""Steer a Hugging Face Trainer from a callback, where its class cannot be replaced. `SteeredTrainer` can do more.
+"""Steer the Trainers of TRL, Axolotl and others whose class you cannot replace; `SteeredTrainer` can do more elsewhere.
 
     callback = SteeringCallback({"sequences": 100_000})
     trainer = Trainer(model, args, train_dataset=stream, callbacks=[callback])
     callback.trainer = trainer
     trainer.train()
 
-The callback must know the Trainer only to switch the precision and to log decisions.
-
-Decide only where the accumulation of a plain Hugging Face Trainer can change exactly, and refuse the rest.
+The callback needs the Trainer only to switch the precision and to log decisions. It changes the batch size only where
+the accumulation of a plain Trainer can change exactly, and refuses the rest.
 """
 
 from __future__ import annotations
@@ -32,169 +31,51 @@ except ImportError as error:
 
 from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.integrations.common import first_sequences
-from trainpilot.agents.integrations.huggingface import divides_by_items, log, tell
+from trainpilot.agents.integrations.common import GivenSettings, first_sequences, ranks_of, settings_fields
+from trainpilot.agents.integrations.huggingface import divides_by_items, log_decisions, log_off_screen
 from trainpilot.agents.integrations.huggingface_data import rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
-    Given,
-    Plan,
+    RequestedRun,
     check_args,
     check_model,
     epoch_sequences,
-    fields_of,
-    ranks_of,
     settings_for,
     steering_file,
 )
-from trainpilot.agents.steering.settings import BATCH_RANGE, DECISIONS, SteeringSettings
+from trainpilot.agents.steering.settings import DECISIONS, SteeringSettings
 from trainpilot.agents.steering.steering import Steering
+from trainpilot.llm_runtime.config import batch_limits
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
 
 
-def aligned_settings(given: Given, plan: Plan, args: TrainingArguments, loader: Any) -> tuple[SteeringSettings, int]:
-    """Return the settings of a run that a plain Trainer makes, and its grain.
-
-    Raises:
-        ValueError: what is given cannot be held exactly.
-    """
-    wanted = fields_of(given)
-    clip = wanted.pop("gradient_clip", SteeringSettings.gradient_clip)
-    if args.max_grad_norm:
-        raise ValueError(
-            f"max_grad_norm must be 0 with SteeringCallback, which clips by gradient_clip={clip} itself, "
-            f"got {args.max_grad_norm}"
-        )
-    if has_length(loader):
-        most = _drawn(plan, args, loader)
-        wanted["sequences"] = asked = wanted.get("sequences") or most
-        if asked > most:
-            raise ValueError(
-                f"sequences must be at most {most}, all that the Trainer draws in its steps, got {asked}; "
-                "raise max_steps or num_train_epochs"
-            )
-        settings = settings_for(wanted, replace(plan, max_steps=0), args, loader.dataset)
-        return _fixed(replace(settings, gradient_clip=clip), plan), 1
-    # there max_steps is no more than a bound
-    settings = settings_for(wanted, replace(plan, max_steps=0), args, None)
-    return _in_powers_of_two(replace(settings, gradient_clip=clip), plan)
-
-
-def _drawn(plan: Plan, args: TrainingArguments, loader: Any) -> int:
-    """Return the sequences that a Trainer draws in a run; the last step of an epoch may be short."""
-    steps = max(-(-len(loader) // plan.accumulate), 1)
-    epochs, rest = divmod(plan.max_steps if plan.max_steps > 0 else math.ceil(plan.epochs * steps), steps)
-    epoch = epoch_sequences(loader, args) or len(loader) * plan.unit
-    return epochs * epoch + rest * plan.unit * plan.accumulate
-
-
-def has_length(loader: Any) -> bool:
-    """Return whether a data loader knows its length."""
-    try:
-        len(loader)
-    except TypeError:
-        return False
-    return True
-
-
-def _fixed(settings: SteeringSettings, plan: Plan) -> SteeringSettings:
-    """Return settings under which the batch stays."""
-    batch_size = plan.unit * plan.accumulate
-    if settings.batch_size != batch_size:
-        raise ValueError(
-            f"batch_size must be per_device_train_batch_size x gradient_accumulation_steps x processes = {batch_size} "
-            f"with SteeringCallback, got {settings.batch_size}"
-        )
-    if {settings.min_batch_size, settings.max_batch_size} - {None, batch_size}:
-        warnings.warn("the batch stays as it is: SteeringCallback changes it for an endless stream only", stacklevel=4)
-    return replace(settings, min_batch_size=batch_size, max_batch_size=batch_size)
-
-
-def _in_powers_of_two(settings: SteeringSettings, plan: Plan) -> tuple[SteeringSettings, int]:
-    """Return settings whose batches are powers of two of micro-batches, and the largest of them."""
-    start, accumulate = plan.unit * plan.accumulate, plan.accumulate
-    if settings.batch_size != start or accumulate & (accumulate - 1):
-        raise ValueError(
-            "gradient_accumulation_steps must be a power of two and agree with batch_size for SteeringCallback, got "
-            f"{accumulate} micro-batches of {plan.unit} and batch_size {settings.batch_size}"
-        )
-    share = settings.sequences // _decisions(settings)
-    most = min(settings.max_batch_size or min(start * BATCH_RANGE, share // 4), share)
-    least = settings.min_batch_size or start // BATCH_RANGE
-    grain = smallest = start
-    while 2 * grain <= most:
-        grain *= 2
-    while smallest % (2 * plan.unit) == 0 and smallest // 2 >= least:
-        smallest //= 2
-    sequences = settings.sequences // grain * grain
-    return replace(settings, sequences=sequences, min_batch_size=smallest, max_batch_size=grain), grain
-
-
-def _decisions(settings: SteeringSettings) -> int:
-    if settings.decisions or not isinstance(settings.policy, str) or settings.policy == "none":
-        return settings.decisions or DECISIONS
-    return PolicyBundle.load(policy_path(settings.policy)).decisions
-
-
-def check_plain(
-    trainer: Trainer | None,
-    scheduler: Any,
-    args: TrainingArguments,
-    plan: Plan,
-    settings: SteeringSettings,
-    *,
-    streams: bool,
-) -> None:
-    """Raise `ValueError` for a Trainer that a callback cannot steer exactly; it need not be known."""
-    check_args(args)
-    if not isinstance(scheduler, LambdaLR):
-        raise ValueError(
-            f"lr_scheduler_type must be one of linear, cosine, constant, constant_with_warmup and "
-            f"warmup_stable_decay with SteeringCallback, got a {type(scheduler).__name__}"
-        )
-    if trainer is not None and not trainer._created_lr_scheduler:
-        raise ValueError("optimizers must come without a scheduler, got a LambdaLR; pass (optimizer, None)")
-    if len(settings.precisions) > 1 and trainer is None:
-        raise ValueError(
-            "precisions must be one, unless the callback knows the Trainer; set callback.trainer = trainer, got "
-            + ", ".join(settings.precisions)
-        )
-    needed = settings.sequences // plan.unit
-    if streams and args.max_steps < needed:
-        raise ValueError(
-            f"max_steps must be at least {needed}, the budget in micro-batches, for data without a length, got "
-            f"{args.max_steps}; steering ends the run"
-        )
-
-
 class SteeringCallback(TrainerCallback):
-    """Steers learning rate, masks and, where that is exact, batch and precision of a plain Trainer.
+    """For Trainers whose class you cannot replace: steers learning rate, masks and, where exact, batch and precision.
 
-    * Learning rate: in force for every step, and the Trainer logs what was used. The callback puts its own function
+    * Learning rate: it holds in every step, and the Trainer logs the rate in use. The callback puts its own function
       into the `lr_lambdas` of the Trainer's scheduler; a scheduler without them is refused.
-    * Batch: only for data without a length (an endless `IterableDataset`), as a Trainer fixes the steps of an epoch at
-      its beginning; else it stays. It takes powers of two of micro-batches, `gradient_accumulation_steps` at the start,
-      and changes where the micro-batches done are a multiple of the largest. The budget is rounded down to that.
-    * Precision: only if `trainer` is set before `train`.
-    * Clipping: the Trainer tells no callback the gradient's norm, so `max_grad_norm` must be 0 and the callback clips
-      by `gradient_clip`, 1 unless steering says otherwise. The Trainer then measures the norm once more for itself,
-      unless `trainer` is set.
-    * The loss is what the model returns; where several micro-batches make a step, it must use `num_items_in_batch` or
-      not accept it. For GPT-2 and others without a `loss_type` the Trainer divides it by one token too many in each
-      sequence; `SteeredTrainer` puts that right.
-    * An exception leaves the Trainer as it is then; the next `train` begins with what was there before.
-    * Resuming is refused after a change of batch, as the Trainer would begin at the wrong data.
+    * Batch: it changes only for data without a length (an endless `IterableDataset`), because a Trainer fixes the steps
+      of an epoch at its beginning. A batch is a power of two of micro-batches, `gradient_accumulation_steps` at the
+      start, and changes where the micro-batches done are a multiple of the largest. The budget is rounded down to that.
+    * Precision: it changes only if `trainer` is set before `train`.
+    * Clipping: a Trainer passes the gradient's norm to no callback, so `max_grad_norm` must be 0, and the callback
+      clips to `gradient_clip`, by default 1. The Trainer then measures the norm once more, unless `trainer` is set.
+    * Loss: it is the one that the model returns. Where several micro-batches make a step, the model must use
+      `num_items_in_batch` or not accept it. For GPT-2 and others without a `loss_type` the Trainer divides the loss by
+      one token too many in each sequence; `SteeredTrainer` corrects that.
+    * Exceptions: the Trainer stays as it is then; the next `train` begins with the Trainer's original settings.
+    * Resuming: it is refused after a change of batch, because the Trainer would resume at the wrong data.
 
     Args:
         steering: `SteeringSettings`, or some of its fields.
         meter: Energy meter; by default the best one that the device has.
     """
 
-    def __init__(self, steering: Given = None, *, meter: EnergyMeter | None = None) -> None:
+    def __init__(self, steering: GivenSettings = None, *, meter: EnergyMeter | None = None) -> None:
         self.trainer: Trainer | None = None
         self.steering: Steering | None = None
         self._given, self._meter = steering, meter
-        self._told: list[DecisionRecord] = []
+        self._unlogged: list[DecisionRecord] = []
         self._undo = contextlib.ExitStack()
         self._rows = 0
         self._losses: list[tuple[torch.Tensor, bool]] = []
@@ -204,44 +85,44 @@ class SteeringCallback(TrainerCallback):
     # The beginning and the end ---------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Put steering into the run, or say why that cannot be exact."""
+        """Take control of the run, or raise if that cannot be exact."""
         self._undo.close()
-        plan, data = Plan.of(args), kw["train_dataloader"]
-        self._unit, self._streams, self._rows = plan.unit, not has_length(data), 0
-        self._told.clear()
-        settings, grain = aligned_settings(self._given, plan, args, data)
+        requested, data = RequestedRun.of(args), kw["train_dataloader"]
+        self._unit, self._streams, self._rows = requested.unit, not has_length(data), 0
+        self._unlogged.clear()
+        settings, grain = aligned_settings(self._given, requested, args, data)
         check_model(kw["model"], settings)
-        check_plain(self.trainer, kw["lr_scheduler"], args, plan, settings, streams=self._streams)
+        check_plain(self.trainer, kw["lr_scheduler"], args, requested, settings, streams=self._streams)
         self.steering = Steering(
             kw["model"],
             getattr(kw["optimizer"], "optimizer", kw["optimizer"]),
             settings,
             grain=grain,
             meter=self._meter,
-            ranks=ranks_of(args),
-            on_decision=self._told.append,
+            ranks=ranks_of(args.world_size),
+            on_decision=self._unlogged.append,
         )
-        self.steering.levers.alone = False
+        self.steering.expect_external_scheduler()
         self._undo.callback(self.steering.close)
-        self._undo.callback(setattr, args, "gradient_accumulation_steps", plan.accumulate)
+        self._undo.callback(setattr, args, "gradient_accumulation_steps", requested.accumulate)
         if state.global_step:
-            self._resume(args, state, plan)
+            self._resume(args, state)
         args.gradient_accumulation_steps = self.steering.controls.batch_size // self._unit
         self._schedule(kw["lr_scheduler"])
         self._watch(kw["model"], args)
 
     def _schedule(self, scheduler: LambdaLR) -> None:
-        """Have the Trainer's scheduler ask steering, for every parameter group."""
+        """Make the Trainer's scheduler take the learning rate of every parameter group from steering."""
         steering = self._steered()
 
         def factor(_step: int) -> float:
-            return steering.learning_rate / steering.levers.peak
+            return steering.learning_rate / steering.peak_learning_rate
 
         self._undo.callback(setattr, scheduler, "lr_lambdas", scheduler.lr_lambdas)
         scheduler.lr_lambdas = [factor for _ in scheduler.lr_lambdas]
 
     def _watch(self, model: nn.Module, args: TrainingArguments) -> None:
-        """See every forward pass in training, for its loss; probe before it where that is wanted."""
+        """Hook into the forward passes of training, to read their losses and to probe before them where that is due."""
 
         def before(module: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
             if module.training:
@@ -258,17 +139,18 @@ class SteeringCallback(TrainerCallback):
         if self.trainer is not None:
             self._undo.callback(self.trainer.__dict__.pop, "compute_loss_context_manager", None)
             self.trainer.compute_loss_context_manager = partial(  # type: ignore[method-assign]
-                self._context, self.trainer.compute_loss_context_manager
+                self._context, model, self.trainer.compute_loss_context_manager
             )
             if getattr(type(self.trainer), "_get_grad_norm", None) is Trainer._get_grad_norm:
                 self._undo.callback(self.trainer.__dict__.pop, "_get_grad_norm", None)
                 self.trainer._get_grad_norm = self._clip  # type: ignore[method-assign]
 
-    def _context(self, own: Callable[[], Any]) -> contextlib.ExitStack:
-        levers, stack = self._steered().levers, contextlib.ExitStack()
-        stack.enter_context(own())
-        if levers.model.training:
-            stack.enter_context(levers.autocast())
+    def _context(self, model: nn.Module, original: Callable[[], Any]) -> contextlib.ExitStack:
+        """Return the Trainer's own context of a forward pass, with the controls' precision in training."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(original())
+        if model.training:
+            stack.enter_context(self._steered().autocast())
         return stack
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -278,7 +160,7 @@ class SteeringCallback(TrainerCallback):
     # A step ----------------------------------------------------------------------------------------------------------
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Refuse a stream that has come to its end."""
+        """Raise if a stream has ended before the budget."""
         steering = self._steered()
         if self._streams and self._rows and not steering.finished:
             raise ValueError(
@@ -289,13 +171,13 @@ class SteeringCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Set the learning rate of the step."""
         steering = self._steered()
-        steering.readings.go_on()
+        steering.resume()
         self._rows, self._losses, self._norm = 0, [], None
         steering.begin_step()
-        kw["lr_scheduler"]._last_lr = [group["lr"] for group in steering.levers.optimizer.param_groups]
+        kw["lr_scheduler"]._last_lr = [group["lr"] for group in kw["optimizer"].param_groups]
 
     def _check_loss(self, model: nn.Module, inputs: Mapping[str, Any], args: TrainingArguments) -> None:
-        """Refuse a model whose micro-batches a Trainer would add up where it means their mean."""
+        """Raise for a model whose losses the Trainer would add up over the micro-batches instead of averaging."""
         several, items = self._streams or args.gradient_accumulation_steps > 1, inputs.get("num_items_in_batch")
         if self._divides is not None or items is None or not (several or args.world_size > 1):
             return
@@ -318,27 +200,25 @@ class SteeringCallback(TrainerCallback):
     def _probe(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         steering, alone = self._steered(), {name: v for name, v in inputs.items() if name != "num_items_in_batch"}
         few = first_sequences(alone, steering.probe_sequences, _rows_of(alone))
-        with torch.autocast(steering.levers.device.type, enabled=False):
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
             steering.probe(lambda: _loss_of(model(**few)))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
-        """Clip the gradient, unless the Trainer has asked for its norm before."""
+        """Clip the gradient, unless the Trainer's own call has done so before."""
         if self._norm is None:
             self._clip()
 
     def _clip(self, _model: nn.Module | None = None, grad_norm: Any = None) -> torch.Tensor:
         """Clip the gradient; keep and return its norm before."""
-        steering = self._steered()
-        clip = steering.settings.gradient_clip
-        self._norm = nn.utils.clip_grad_norm_(steering.levers.parameters(), float("inf") if clip is None else clip)
+        self._norm = self._steered().clip_gradients()
         return self._norm
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
-        """Take the step in; at an interval's end, bring what is decided into force."""
+        """Record the step; at an interval's end, apply the decision."""
         steering, sequences = self._steered(), self._rows * args.world_size
         if self._streams and sequences != self._unit * args.gradient_accumulation_steps:
             raise ValueError(
@@ -357,42 +237,42 @@ class SteeringCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> TrainerControl:
-        """Tell of decisions, and end the run where its budget does."""
+        """Log decisions, and end the run at the end of its budget."""
 
         def write(values: dict[str, float]) -> None:
             if self.trainer is not None:
-                log(self.trainer, values)
+                log_off_screen(self.trainer, values)
             else:
                 state.log_history.append({**values, "step": state.global_step})
 
-        tell(self._told, write, control)
+        log_decisions(self._unlogged, write, control)
         if self._steered().finished:
             control.should_training_stop = True
         self._pause(control)
         return control
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Leave what is done at an epoch's end out of the interval."""
+        """Stop the clock for evaluating and saving at the end of an epoch."""
         self._pause(control)
 
     def _pause(self, control: TrainerControl) -> None:
-        """Stop the clock for evaluating and saving; the next step lets it go on."""
+        """Stop the clock for evaluating and saving; the next step starts it again."""
         if control.should_evaluate or control.should_save:
-            self._steered().readings.pause()
+            self._steered().pause()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Take the Trainer's own validation loss."""
+        """Record the Trainer's own validation loss."""
         loss = (kw.get("metrics") or {}).get("eval_loss")
         if self.steering is not None and loss is not None:
             self.steering.validation_loss = float(loss)
 
-    # Saving and going on ---------------------------------------------------------------------------------------------
+    # Saving and resuming ---------------------------------------------------------------------------------------------
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Write the state of steering into the checkpoint."""
+        """Write the steering state into the checkpoint."""
         save_checkpoint(_file(args, state), {"steering": self._steered().state_dict()})
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, plan: Plan) -> None:
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         steering, path = self._steered(), _file(args, state)
         content = load_checkpoint(path)
         if content is None:
@@ -411,8 +291,128 @@ class SteeringCallback(TrainerCallback):
             )
 
     def _steered(self) -> Steering:
-        assert self.steering is not None, "made when training begins"
+        assert self.steering is not None, "on_train_begin makes it"
         return self.steering
+
+
+def aligned_settings(
+    given: GivenSettings, requested: RequestedRun, args: TrainingArguments, loader: Any
+) -> tuple[SteeringSettings, int]:
+    """Return the settings of a run of a plain Trainer, and its grain: decisions and the end fall on its multiples.
+
+    Raises:
+        ValueError: the given settings cannot be followed exactly.
+    """
+    wanted = settings_fields(given)
+    clip = wanted.pop("gradient_clip", SteeringSettings.gradient_clip)
+    if args.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm must be 0 with SteeringCallback, which clips by gradient_clip={clip} itself, "
+            f"got {args.max_grad_norm}"
+        )
+    if has_length(loader):
+        most = _drawn(requested, args, loader)
+        wanted["sequences"] = asked = wanted.get("sequences") or most
+        if asked > most:
+            raise ValueError(
+                f"sequences must be at most {most}, all that the Trainer draws in its steps, got {asked}; "
+                "raise max_steps or num_train_epochs"
+            )
+        settings = settings_for(wanted, replace(requested, max_steps=0), args, loader.dataset)
+        return _fixed(replace(settings, gradient_clip=clip), requested), 1
+    # for data without a length max_steps is only an upper bound
+    settings = settings_for(wanted, replace(requested, max_steps=0), args, None)
+    return _in_powers_of_two(replace(settings, gradient_clip=clip), requested)
+
+
+def _drawn(requested: RequestedRun, args: TrainingArguments, loader: Any) -> int:
+    """Return the sequences that a Trainer trains on; the last step of an epoch may be short."""
+    steps = max(-(-len(loader) // requested.accumulate), 1)
+    epochs, rest = divmod(
+        requested.max_steps if requested.max_steps > 0 else math.ceil(requested.epochs * steps), steps
+    )
+    epoch = epoch_sequences(loader, args) or len(loader) * requested.unit
+    return epochs * epoch + rest * requested.batch_size
+
+
+def has_length(loader: Any) -> bool:
+    """Return whether a data loader knows its length."""
+    try:
+        len(loader)
+    except TypeError:
+        return False
+    return True
+
+
+def _fixed(settings: SteeringSettings, requested: RequestedRun) -> SteeringSettings:
+    """Return settings under which the batch size stays."""
+    batch_size = requested.batch_size
+    if settings.batch_size != batch_size:
+        raise ValueError(
+            f"batch_size must be per_device_train_batch_size x gradient_accumulation_steps x processes = {batch_size} "
+            f"with SteeringCallback, got {settings.batch_size}"
+        )
+    if {settings.min_batch_size, settings.max_batch_size} - {None, batch_size}:
+        warnings.warn("the batch stays as it is: SteeringCallback changes it for an endless stream only", stacklevel=4)
+    return replace(settings, min_batch_size=batch_size, max_batch_size=batch_size)
+
+
+def _in_powers_of_two(settings: SteeringSettings, requested: RequestedRun) -> tuple[SteeringSettings, int]:
+    """Return settings whose batches are powers of two of micro-batches, and the largest of them."""
+    start, accumulate = requested.batch_size, requested.accumulate
+    if settings.batch_size != start or accumulate & (accumulate - 1):
+        raise ValueError(
+            "gradient_accumulation_steps must be a power of two and agree with batch_size for SteeringCallback, got "
+            f"{accumulate} micro-batches of {requested.unit} and batch_size {settings.batch_size}"
+        )
+    share = settings.sequences // _decisions(settings)
+    smallest_offered, largest_offered = batch_limits(start, share)
+    most = min(settings.max_batch_size or largest_offered, share)
+    least = settings.min_batch_size or smallest_offered
+    grain = smallest = start
+    while 2 * grain <= most:
+        grain *= 2
+    while smallest % (2 * requested.unit) == 0 and smallest // 2 >= least:
+        smallest //= 2
+    sequences = settings.sequences // grain * grain
+    return replace(settings, sequences=sequences, min_batch_size=smallest, max_batch_size=grain), grain
+
+
+def _decisions(settings: SteeringSettings) -> int:
+    if settings.decisions or not isinstance(settings.policy, str) or settings.policy == "none":
+        return settings.decisions or DECISIONS
+    return PolicyBundle.load(policy_path(settings.policy)).decisions
+
+
+def check_plain(
+    trainer: Trainer | None,
+    scheduler: Any,
+    args: TrainingArguments,
+    requested: RequestedRun,
+    settings: SteeringSettings,
+    *,
+    streams: bool,
+) -> None:
+    """Raise `ValueError` for a Trainer that a callback cannot steer exactly; `trainer` is None if unknown."""
+    check_args(args)
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"lr_scheduler_type must be one of linear, cosine, constant, constant_with_warmup and "
+            f"warmup_stable_decay with SteeringCallback, got a {type(scheduler).__name__}"
+        )
+    if trainer is not None and not trainer._created_lr_scheduler:
+        raise ValueError("optimizers must come without a scheduler, got a LambdaLR; pass (optimizer, None)")
+    if len(settings.precisions) > 1 and trainer is None:
+        raise ValueError(
+            "precisions must be one, unless the callback knows the Trainer; set callback.trainer = trainer, got "
+            + ", ".join(settings.precisions)
+        )
+    needed = settings.sequences // requested.unit
+    if streams and args.max_steps < needed:
+        raise ValueError(
+            f"max_steps must be at least {needed}, the budget in micro-batches, for data without a length, got "
+            f"{args.max_steps}; steering ends the run"
+        )
 
 
 def _file(args: TrainingArguments, state: TrainerState) -> Path:

@@ -1,4 +1,4 @@
-"""Take any number of sequences from a data loader, epoch after epoch, and come back to the same place after a pause."""
+"""Draw any number of sequences from a data loader, epoch after epoch, and resume at the same sequence."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.utils.data import DataLoader
 MicroBatch = dict[str, Any]
 
 
-class Parts(list[MicroBatch]):
+class MicroBatches(list[MicroBatch]):
     """The micro-batches of one optimiser step."""
 
     @property
     def rows(self) -> int:
         """Sequences of all of them."""
-        return sum(rows_of(part) for part in self)
+        return sum(rows_of(batch) for batch in self)
 
 
 class SampleStream:
-    """The sequences of a data loader without end, in its order, epoch after epoch.
+    """An endless stream of a data loader's sequences, in the loader's order, epoch after epoch.
 
-    The position is counted in sequences: the batches drawn in this epoch, and what is left of the last of them. A
-    micro-batch is what the data loader makes, or the part of it that a step still needs.
+    The position is counted in sequences: the batches drawn in this epoch, and the rest of the last of them. A
+    micro-batch is a batch of the data loader, or the part of it that a step still needs.
 
     Args:
         loader: Makes the micro-batches, as `accelerator.prepare` returned it.
@@ -40,20 +40,20 @@ class SampleStream:
         self._batches: Iterator[Any] | None = None
         self._random: torch.Tensor | None = None
 
-    def take(self, sequences: int) -> Parts:
-        """Return the next `sequences` in micro-batches, and move on.
+    def take(self, sequences: int) -> MicroBatches:
+        """Return the next `sequences` in micro-batches, and advance the position.
 
         Raises:
             ValueError: there are no data, or they cannot be divided into sequences.
         """
-        parts, wanted = Parts(), sequences
+        taken, wanted = MicroBatches(), sequences
         while wanted > 0:
             batch = self._rest if self._rest is not None else self._draw()
             rows = rows_of(batch)
-            parts.append(batch if rows <= wanted else cut(batch, 0, wanted))
+            taken.append(batch if rows <= wanted else cut(batch, 0, wanted))
             self._rest = None if rows <= wanted else cut(batch, wanted, rows)
             wanted -= rows
-        return parts
+        return taken
 
     def _draw(self) -> MicroBatch:
         """Return the next batch of the data loader, of this epoch or of the next."""
@@ -62,7 +62,9 @@ class SampleStream:
         batch = self._pull()
         if batch is None:
             if not self._drawn:
-                raise ValueError("train_dataset must not be empty, and a stream must begin anew when it is asked again")
+                raise ValueError(
+                    "train_dataset must not be empty, and an iterable one must begin anew with every iterator"
+                )
             self._epoch, self._drawn = self._epoch + 1, 0
             self._begin(0)
             return self._draw()
@@ -88,7 +90,7 @@ class SampleStream:
         return dict(batch)
 
     def _begin(self, skip: int) -> None:
-        """Begin the epoch after so many batches of it."""
+        """Begin the epoch, and skip its first `skip` batches."""
         self.close()
         self._random = torch.get_rng_state()  # some samplers shuffle by it
         shared = getattr(getattr(self._loader, "batch_sampler", None), "batch_sampler", None)
@@ -100,13 +102,13 @@ class SampleStream:
         self._batches = iter(loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and what is left of the micro-batch that was divided last."""
+        """Return the position, and the rest of the micro-batch that was divided last."""
         rest = None if self._rest is None else {name: _kept(value) for name, value in self._rest.items()}
         state = {"epoch": self._epoch, "drawn": self._drawn, "rest": rest, "random": self._random}
         return state | {"micro_batch_size": self._micro_batch_size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was called.
+        """Move to the position at which `state_dict` was called.
 
         Raises:
             ValueError: the position was counted in other micro-batches.
@@ -114,8 +116,8 @@ class SampleStream:
         if state["drawn"] and state["micro_batch_size"] != self._micro_batch_size:
             raise ValueError(
                 f"per_device_train_batch_size must be {state['micro_batch_size']}, as when the state was saved, got "
-                f"{self._micro_batch_size}: the place in the data is counted in it; or set ignore_data_skip, and the "
-                "epoch begins anew"
+                f"{self._micro_batch_size}: the position in the data is counted in it; with ignore_data_skip the epoch "
+                "begins anew"
             )
         self._epoch, self._drawn = state["epoch"], state["drawn"]
         self._rest = None if state["rest"] is None else dict(state["rest"])
@@ -129,7 +131,7 @@ class SampleStream:
             self._next = self._pull()  # here, not later: beginning an epoch draws random numbers
 
     def close(self) -> None:
-        """Let go of the data loader's workers."""
+        """Stop the data loader's workers."""
         close = getattr(self._batches, "close", None)
         if close is not None:
             close()

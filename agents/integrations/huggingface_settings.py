@@ -1,4 +1,4 @@
-"""Read from the arguments of a Hugging Face Trainer what steering needs, and refuse what it cannot steer exactly."""
+"""Derive steering settings from the arguments of a Hugging Face Trainer, and refuse what cannot be steered exactly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
 
 from trainpilot.agents.bundle import BaseSchedule
+from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.process_group import OneProcess, Ranks
 from trainpilot.llm_runtime.schedules import ScheduleName
-
-Given = SteeringSettings | Mapping[str, Any] | None
 
 _SCHEDULES: dict[str, ScheduleName] = {
     "linear": "linear",
@@ -33,22 +31,16 @@ _SCHEDULES: dict[str, ScheduleName] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What the arguments ask of a run, as the user wrote them."""
+class RequestedRun(Accumulation):
+    """Batches and length of a run, as the user wrote them into the Trainer's arguments."""
 
-    micro_batch_size: int
-    """Sequences that a process puts through the model at once."""
-    world_size: int
-    """Processes."""
-    accumulate: int
-    """Micro-batches in an optimiser step."""
     max_steps: int
     """Optimiser steps; 0 or less where the epochs count."""
     epochs: float
     """Passes over the data."""
 
     @classmethod
-    def of(cls, args: TrainingArguments) -> Plan:
+    def of(cls, args: TrainingArguments) -> RequestedRun:
         """Read it from the arguments."""
         return cls(
             micro_batch_size=args.per_device_train_batch_size,
@@ -58,14 +50,9 @@ class Plan:
             epochs=args.num_train_epochs,
         )
 
-    @property
-    def unit(self) -> int:
-        """Sequences of a micro-batch of every process."""
-        return self.micro_batch_size * self.world_size
-
 
 def check_args(args: TrainingArguments) -> None:
-    """Raise `ValueError` for arguments that steering would silently break, or that would break steering."""
+    """Raise `ValueError` for arguments that steering would silently ignore, or that make exact steering impossible."""
     for name in ("bf16", "fp16"):
         if getattr(args, name):
             raise ValueError(
@@ -86,7 +73,7 @@ def check_args(args: TrainingArguments) -> None:
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raise `ValueError` where the Trainer came out as something that cannot be steered."""
+    """Raise `ValueError` for a Trainer that was set up in a way that cannot be steered."""
     check_args(trainer.args)
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -100,12 +87,12 @@ def check_trainer(trainer: Trainer) -> None:
     if trainer.lr_scheduler is not None:
         raise ValueError(
             f"optimizers must come without a scheduler, got {type(trainer.lr_scheduler).__name__}; pass "
-            "(optimizer, None) and say the schedule by lr_scheduler_type or steering's base_schedule"
+            "(optimizer, None) and name the schedule by lr_scheduler_type or steering's base_schedule"
         )
 
 
 def check_model(model: nn.Module, settings: SteeringSettings) -> None:
-    """Raise `ValueError` for a model that the controls cannot be brought into force on."""
+    """Raise `ValueError` for a model to which the controls cannot be applied."""
     odd = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point()} - {torch.float32}
     if odd:
         raise ValueError(
@@ -118,16 +105,23 @@ def check_model(model: nn.Module, settings: SteeringSettings) -> None:
         )
 
 
-def settings_for(given: Given, plan: Plan, args: TrainingArguments, dataset: Any) -> SteeringSettings:
-    """Return the settings of a run: what is given, and the rest from the arguments and the data.
+def settings_for(
+    given: GivenSettings, requested: RequestedRun, args: TrainingArguments, dataset: Any
+) -> SteeringSettings:
+    """Return the settings of a run: the given ones, and the rest from the arguments and the data.
 
     Raises:
         ValueError: what is given contradicts the arguments, or the end of the run is not known.
     """
-    wanted = fields_of(given)
-    wanted["batch_size"] = batch_size = _batch_size(wanted.get("batch_size"), plan)
-    wanted["sequences"] = _sequences(wanted.get("sequences"), batch_size, plan, args, dataset)
-    wanted["gradient_clip"] = _clip(wanted.get("gradient_clip"), args)
+    wanted = merge_settings(
+        given,
+        requested,
+        batch_rule="per_device_train_batch_size x gradient_accumulation_steps x processes",
+        clip=float(args.max_grad_norm) if args.max_grad_norm else None,
+        clip_rule="the Trainer's max_grad_norm",
+    )
+    batch_size = wanted["batch_size"]
+    wanted["sequences"] = _sequences(wanted.get("sequences"), batch_size, requested, args, dataset)
     if wanted.get("base_schedule") is None:
         wanted["base_schedule"] = _base_schedule(args, math.ceil(wanted["sequences"] / batch_size))
     if "sequence_length" not in wanted:
@@ -135,30 +129,11 @@ def settings_for(given: Given, plan: Plan, args: TrainingArguments, dataset: Any
     return SteeringSettings(**wanted)
 
 
-def fields_of(given: Given) -> dict[str, Any]:
-    """Return the fields of the settings that are given."""
-    names = [field.name for field in fields(SteeringSettings)]
-    if isinstance(given, SteeringSettings):
-        return {name: getattr(given, name) for name in names}
-    wanted = dict(given or {})
-    if unknown := sorted(set(wanted) - set(names)):
-        raise ValueError(f"steering must have fields of SteeringSettings, got {', '.join(unknown)}")
-    return wanted
-
-
-def _batch_size(given: int | None, plan: Plan) -> int:
-    asked = plan.unit * plan.accumulate
-    if given is not None and given != asked and plan.accumulate != 1:
-        raise ValueError(
-            f"batch_size of steering must be per_device_train_batch_size x gradient_accumulation_steps x processes = "
-            f"{asked}, got {given}; leave one of the two out"
-        )
-    return given or asked
-
-
-def _sequences(given: int | None, batch_size: int, plan: Plan, args: TrainingArguments, dataset: Any) -> int:
-    if plan.max_steps > 0:
-        asked = plan.max_steps * batch_size
+def _sequences(
+    given: int | None, batch_size: int, requested: RequestedRun, args: TrainingArguments, dataset: Any
+) -> int:
+    if requested.max_steps > 0:
+        asked = requested.max_steps * batch_size
         if given not in (None, asked):
             raise ValueError(
                 f"sequences of steering must be max_steps x batch = {asked}, got {given}; leave one of the two out"
@@ -171,22 +146,12 @@ def _sequences(given: int | None, batch_size: int, plan: Plan, args: TrainingArg
             "sequences, the budget, must be given for a train_dataset without a length, got None; "
             "set steering={'sequences': ...}, or max_steps"
         )
-    whole = len(dataset) // plan.unit * plan.unit
-    return round(plan.epochs * (whole if args.dataloader_drop_last else len(dataset)))
-
-
-def _clip(given: float | None, args: TrainingArguments) -> float | None:
-    actual = float(args.max_grad_norm) if args.max_grad_norm else None
-    if given is not None and given != actual:
-        raise ValueError(
-            f"gradient_clip of steering must be the Trainer's max_grad_norm, {args.max_grad_norm}, got {given}; "
-            "set max_grad_norm, and leave gradient_clip to it"
-        )
-    return actual
+    whole = len(dataset) // requested.unit * requested.unit
+    return round(requested.epochs * (whole if args.dataloader_drop_last else len(dataset)))
 
 
 def _base_schedule(args: TrainingArguments, steps: int) -> BaseSchedule | None:
-    """Return the schedule that the arguments ask for; `None`, the policy's own, where they say nothing."""
+    """Return the schedule that the arguments name; `None`, the policy's own, with the Trainer's defaults."""
     if args.lr_scheduler_kwargs:
         raise ValueError(
             f"lr_scheduler_kwargs must be empty under steering, whose schedules have no options, got "
@@ -204,7 +169,7 @@ def _base_schedule(args: TrainingArguments, steps: int) -> BaseSchedule | None:
 
 
 def _length(dataset: Any) -> int:
-    """Return the tokens of the first sequence, as an estimate for all; 1 where it would cost data to look."""
+    """Return the tokens of the first sequence, as an estimate for all; 1 where reading it would use up data."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
         return 1
     row = dataset[0]
@@ -212,7 +177,7 @@ def _length(dataset: Any) -> int:
 
 
 def without_end(args: TrainingArguments) -> TrainingArguments:
-    """Return the arguments of a loop that steering ends, with one bundle of micro-batches in every step."""
+    """Return the arguments of a loop that steering ends, and that gets all micro-batches of a step as one item."""
     args = copy.copy(args)
     args.gradient_accumulation_steps = 1
     args.max_steps = args.max_steps if args.max_steps > 0 else sys.maxsize  # data without a length need one
@@ -230,17 +195,8 @@ def epoch_sequences(loader: Any, args: TrainingArguments) -> int | None:
     return sequences if short else batches * unit  # several processes fill the last batch up
 
 
-def ranks_of(args: TrainingArguments) -> Ranks:
-    """Return the processes that train together."""
-    if args.world_size == 1:
-        return OneProcess()
-    from trainpilot.agents.integrations.common import present_ranks
-
-    return present_ranks()
-
-
 class SteeredSchedule(LRScheduler):
-    """The learning-rate scheduler of a steered run: it asks steering, so that what is logged is what is used."""
+    """Learning-rate scheduler that takes its rates from `Steering`, so that the Trainer logs the rates in use."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, steering: Steering) -> None:
         self.steering = steering
@@ -248,14 +204,14 @@ class SteeredSchedule(LRScheduler):
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """Return the learning rates of the next step, group by group, in the ratios that they had at the start."""
-        rate, peak = self.steering.learning_rate, self.steering.levers.peak
+        rate, peak = self.steering.learning_rate, self.steering.peak_learning_rate
         return [rate * (float(base) / peak) for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values; what decides the learning rate is in the state of steering."""
+        """Return plain values only; the learning rate itself is part of the state of `Steering`."""
         return {name: value for name, value in super().state_dict().items() if name != "steering"}
 
 
 def steering_file(args: TrainingArguments, folder: str | Path) -> Path:
-    """Return where the state of this process's steering lies in a checkpoint."""
+    """Return the file in a checkpoint that holds the steering state of this process."""
     return Path(folder) / ("steering.pt" if args.world_size == 1 else f"steering_{args.process_index}.pt")

@@ -1,20 +1,21 @@
-"""Read what a Lightning Trainer was told: budget, batch, clipping and precision of a fit that is to be steered."""
+"""Derive steering settings from a Lightning Trainer: budget, batch size, clipping and precision of a fit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from trainpilot.agents.steering.settings import BATCH_RANGE, SteeringSettings
-from trainpilot.llm_runtime.process_group import OneProcess, Ranks
+from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings, settings_fields
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.llm_runtime.config import batch_limits
 
-TRIED_OUT: dict[str, Any] = {
+FAST_DEV_RUN: dict[str, Any] = {
     "policy": "none",
     "decisions": 1,
     "sequences": None,
@@ -23,19 +24,13 @@ TRIED_OUT: dict[str, Any] = {
     "max_batch_size": None,
     "contract": None,
 }
-"""What `fast_dev_run` sets: too few batches for decisions."""
+"""Settings under `fast_dev_run`, which has too few batches for decisions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feed:
-    """What the Trainer is fed with, and for how long."""
+class LoaderInfo(Accumulation):
+    """Micro-batches of the data loader, and the Trainer's limits on epochs and steps."""
 
-    micro_batch_size: int
-    """Sequences of one batch of the data loader in one process."""
-    world_size: int
-    """Processes."""
-    accumulate: int
-    """Micro-batches of an optimiser step at the start."""
     epoch_sequences: int | None
     """Sequences of an epoch in all processes; unknown where the loader has no length."""
     max_epochs: int
@@ -51,11 +46,11 @@ class Feed:
         max_steps: int,
         accumulate: int,
         began_at: tuple[int, int] = (0, 0),
-    ) -> Feed:
-        """Read it from a Trainer whose data are set up; of its limits, what is left after `began_at` steps and epochs.
+    ) -> LoaderInfo:
+        """Read it from a Trainer whose data are set up; its limits count from `began_at`, steps and epochs.
 
         Raises:
-            ValueError: the loader does not say how many sequences its batches have.
+            ValueError: the size of the loader's batches is unknown.
         """
         loader = trainer.train_dataloader
         micro = micro_batch_size or _batch_size(loader)
@@ -73,13 +68,8 @@ class Feed:
             max_steps=-1 if max_steps == -1 else max_steps - began_at[0],
         )
 
-    @property
-    def unit(self) -> int:
-        """Sequences of one micro-batch in every process."""
-        return self.micro_batch_size * self.world_size
-
     def limits(self, batch_size: int) -> dict[str, int]:
-        """Return how many sequences the Trainer's own limits leave to a run, each by its name."""
+        """Return the largest budget in sequences under each of the Trainer's own limits, by the limit's name."""
         limits: dict[str, int] = {}
         if self.max_epochs != -1 and self.epoch_sequences is not None:
             limits["max_epochs passes over the data"] = self.max_epochs * self.epoch_sequences
@@ -104,8 +94,8 @@ def _epoch_sequences(trainer: pl.Trainer, loader: Any, micro: int) -> int | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Own:
-    """What the Trainer was given, to be given back."""
+class OriginalSettings:
+    """Settings of the Trainer that steering replaces during a fit and restores afterwards."""
 
     max_steps: int
     accumulate: int
@@ -139,17 +129,8 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     starting_precision(trainer.precision_plugin)
 
 
-def ranks_of(trainer: pl.Trainer) -> Ranks:
-    """Return the Trainer's processes."""
-    if trainer.world_size == 1:
-        return OneProcess()
-    from trainpilot.agents.integrations.common import ProcessGroupRanks
-
-    return ProcessGroupRanks()
-
-
 def starting_precision(plugin: Precision) -> str:
-    """Return the precision that the Trainer was given. Raises `ValueError` for one that cannot be changed in a run."""
+    """Return the Trainer's precision. Raises `ValueError` for one that cannot be changed during a run."""
     if type(plugin) is Precision:
         return "fp32"
     if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
@@ -160,54 +141,38 @@ def starting_precision(plugin: Precision) -> str:
     )
 
 
-def settings_for(
-    trainer: pl.Trainer, given: SteeringSettings | Mapping[str, Any] | None, feed: Feed, plugin: Precision
-) -> SteeringSettings:
-    """Return the settings of a fit: what is given, and the rest from the Trainer.
+def settings_for(trainer: pl.Trainer, given: GivenSettings, info: LoaderInfo, plugin: Precision) -> SteeringSettings:
+    """Return the settings of a fit: the given ones, and the rest from the Trainer.
 
     Raises:
         ValueError: what is given contradicts the Trainer.
     """
-    wanted = _given(given)
     if getattr(trainer, "fast_dev_run", False):
-        wanted, feed = wanted | TRIED_OUT, replace(feed, accumulate=1)
-    wanted["batch_size"] = batch_size = _start_batch(wanted.get("batch_size"), feed)
-    wanted["min_batch_size"] = _least_batch(wanted.get("min_batch_size"), batch_size, feed)
-    wanted["sequences"] = _budget(wanted.get("sequences"), feed.limits(batch_size))
-    wanted["gradient_clip"] = _clip(wanted.get("gradient_clip"), trainer)
+        given, info = settings_fields(given) | FAST_DEV_RUN, replace(info, accumulate=1)
+    by_norm = trainer.gradient_clip_algorithm != "value"
+    wanted = merge_settings(
+        given,
+        info,
+        batch_rule="micro-batch x processes x accumulate_grad_batches",
+        clip=float(trainer.gradient_clip_val) if trainer.gradient_clip_val and by_norm else None,
+        clip_rule="what Trainer(gradient_clip_val=...) clips the norm to",
+    )
+    batch_size = wanted["batch_size"]
+    if batch_size % info.unit:
+        raise ValueError(
+            f"batch_size must be a multiple of the {info.micro_batch_size} sequences that the data loader gives to "
+            f"each of {info.world_size} processes, got {batch_size}"
+        )
+    wanted["min_batch_size"] = _least_batch(wanted.get("min_batch_size"), batch_size, info)
+    wanted["sequences"] = _budget(wanted.get("sequences"), info.limits(batch_size))
     wanted["precisions"] = _precisions(wanted.get("precisions"), starting_precision(plugin))
     return SteeringSettings(**wanted)
 
 
-def _given(given: SteeringSettings | Mapping[str, Any] | None) -> dict[str, Any]:
-    names = [field.name for field in fields(SteeringSettings)]
-    if isinstance(given, SteeringSettings):
-        return {name: getattr(given, name) for name in names}
-    wanted = dict(given or {})
-    if unknown := sorted(set(wanted) - set(names)):
-        raise ValueError(f"settings must be fields of SteeringSettings, got {', '.join(unknown)}")
-    return wanted
-
-
-def _start_batch(given: int | None, feed: Feed) -> int:
-    batch_size = given or feed.unit * feed.accumulate
-    if batch_size % feed.unit:
-        raise ValueError(
-            f"batch_size must be a multiple of the {feed.micro_batch_size} sequences that the data loader gives to "
-            f"each of {feed.world_size} processes, got {batch_size}"
-        )
-    if feed.accumulate != 1 and batch_size != feed.unit * feed.accumulate:
-        raise ValueError(
-            f"batch_size must be micro-batch x processes x accumulate_grad_batches = {feed.unit * feed.accumulate}, "
-            f"got {batch_size}; leave one of the two out"
-        )
-    return batch_size
-
-
-def _least_batch(given: int | None, batch_size: int, feed: Feed) -> int:
+def _least_batch(given: int | None, batch_size: int, info: LoaderInfo) -> int:
     """Return the smallest batch that halving reaches in whole micro-batches."""
-    least = batch_size
-    while least % (2 * feed.unit) == 0 and least * BATCH_RANGE > batch_size:
+    least, (smallest, _) = batch_size, batch_limits(batch_size, batch_size)
+    while least % (2 * info.unit) == 0 and least // 2 >= smallest:
         least //= 2
     if given is None or given >= least:
         return given or least
@@ -230,17 +195,6 @@ def _budget(given: int | None, limits: Mapping[str, int]) -> int:
             "sequences out"
         )
     return given or most or 0
-
-
-def _clip(given: float | None, trainer: pl.Trainer) -> float | None:
-    by_norm = trainer.gradient_clip_algorithm != "value"
-    actual = float(trainer.gradient_clip_val) if trainer.gradient_clip_val and by_norm else None
-    if given is not None and given != actual:
-        raise ValueError(
-            f"gradient_clip must be what Trainer(gradient_clip_val=...) clips the norm to, {actual}, got {given}; "
-            "set the Trainer's, and gradient_clip=None here"
-        )
-    return actual
 
 
 def _precisions(given: tuple[str, ...] | None, start: str) -> tuple[str, ...]:

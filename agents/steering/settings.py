@@ -14,9 +14,9 @@ from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
 from trainpilot.agents.controller import Policy, keep
 from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.agents.steering.guardrails import GuardrailSettings
-from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Precision
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Precision, batch_limits
 from trainpilot.llm_runtime.loop import Levers, MaskPruning, offered
-from trainpilot.llm_runtime.schedules import Course, Schedule
+from trainpilot.llm_runtime.schedules import BudgetProgress, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +120,12 @@ class Plan:
         base = settings.base_schedule or (bundle and bundle.base_schedule) or WITHOUT_POLICY
         return cls(bundle, policy, base, decisions)
 
-    def course(self, settings: SteeringSettings, grain: int) -> Course:
-        """Return the course of a run at its beginning."""
+    def progress(self, settings: SteeringSettings, grain: int) -> BudgetProgress:
+        """Return the budget of a run of which nothing is used."""
         length, tokens = settings.sequence_length, settings.sequences * settings.sequence_length
         warmup_tokens = self.base.warmup_tokens(tokens)
         schedule = Schedule(name=self.base.schedule, budget_tokens=tokens, warmup_tokens=warmup_tokens)
-        return Course(
+        return BudgetProgress(
             schedule=schedule,
             budget=settings.sequences,
             sequence_length=length,
@@ -146,10 +146,6 @@ def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
 def name_of(policy: str | Policy) -> str:
     """Return a policy's name, for logs."""
     return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
-
-
-BATCH_RANGE = 16
-"""The batch stays within this factor of the first, and leaves at least four steps in an interval."""
 
 
 def control_limits(settings: SteeringSettings, levers: Levers, decisions: int, processes: int) -> ControlLimits:
@@ -174,10 +170,9 @@ def control_limits(settings: SteeringSettings, levers: Levers, decisions: int, p
 
 def _batches(settings: SteeringSettings, decisions: int, processes: int) -> tuple[int, int]:
     """Return the smallest and the largest batch."""
-    batch_size = settings.batch_size
-    least = settings.min_batch_size or max(processes, batch_size // BATCH_RANGE)
-    most = settings.max_batch_size or min(batch_size * BATCH_RANGE, settings.sequences // decisions // 4)
-    return max(least, _least_shared(batch_size, processes)), max(batch_size, most)
+    smallest, largest = batch_limits(settings.batch_size, settings.sequences // decisions)
+    smallest = max(settings.min_batch_size or smallest, _least_shared(settings.batch_size, processes))
+    return smallest, settings.max_batch_size or largest
 
 
 def _least_shared(batch_size: int, processes: int) -> int:

@@ -23,6 +23,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
@@ -38,12 +39,12 @@ from trainpilot.agents.steering.guarded_controller import GuardedController, Gua
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.settings import Plan, SteeringSettings, control_limits, name_of
 from trainpilot.envs.decision import Preference
-from trainpilot.llm_runtime.config import Controls
+from trainpilot.llm_runtime.config import Controls, Precision
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.loop import Levers, Readings, Snapshots, Stateful, looking
 from trainpilot.llm_runtime.process_group import Content, OneProcess, Ranks
-from trainpilot.llm_runtime.schedules import neutral_factor
+from trainpilot.llm_runtime.schedules import MASK_UPDATES, learning_rate, mask_updates_due, validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 
@@ -149,7 +150,7 @@ def state_of(steering: Steering) -> dict[str, Any]:
     return {
         "settings": _compared(steering),
         "process": [steering.ranks.rank, steering.ranks.world_size],
-        "course": steering.course.state_dict(),
+        "course": steering.progress.state_dict(),
         "fine_tuning": steering.fine_tuning,
         "spoilt": list(steering.snapshots.spoilt),
         "validation_loss": steering.validation_loss,
@@ -170,7 +171,7 @@ def go_on(steering: Steering, state: Mapping[str, Any]) -> None:
     here = [steering.ranks.rank, steering.ranks.world_size]
     if steering.levers.sharded:
         _check_process(state["process"], here)
-    steering.course.load_state_dict(state["course"])
+    steering.progress.load_state_dict(state["course"])
     steering.validation_loss = state["validation_loss"]
     steering.levers.load_state_dict(state["levers"], Controls(**state["controls"]))
     steering.fine_tuning = state["fine_tuning"]  # a model from scratch has been trained too by now
@@ -178,7 +179,7 @@ def go_on(steering: Steering, state: Mapping[str, Any]) -> None:
     guardrails.settings, guardrails.base_learning_rate = steering.bounds(), steering.levers.peak
     steering.controller.load_state_dict(state["controller"])
     if any(steering.ranks.gathered(state["process"] != here)):
-        steering.readings.begin_anew(steering.sequences, steering.course.decision)  # each process has its own losses
+        steering.readings.begin_anew(steering.sequences, steering.progress.decision)  # each process has its own losses
     else:
         steering.readings.load_state_dict(state["readings"])
     steering.snapshots.spoilt = list(state["spoilt"])
@@ -191,7 +192,7 @@ def _compared(steering: Steering) -> dict[str, Any]:
     """Return what must not have changed where a run goes on, as plain JSON values."""
     settings = steering.settings
     same = {name: getattr(settings, name) for name in _SAME}
-    return same | {"policy": name_of(settings.policy), "base_schedule": asdict(steering.course.schedule)}
+    return same | {"policy": name_of(settings.policy), "base_schedule": asdict(steering.progress.schedule)}
 
 
 def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -210,15 +211,15 @@ def _check_process(saved: list[int], here: list[int]) -> None:
 
 def facts_of(steering: Steering, base: BaseSchedule) -> RunFacts:
     """Return what a policy's training is compared with."""
-    settings, levers, course = steering.settings, steering.levers, steering.course
+    settings, levers, progress = steering.settings, steering.levers, steering.progress
     return RunFacts(
         n_parameters=sum(p.numel() for p in levers.model.parameters()),
-        budget_tokens=course.schedule.budget_tokens,
+        budget_tokens=progress.schedule.budget_tokens,
         sequences=settings.sequences,
         batch_size=settings.batch_size,
         sequence_length=settings.sequence_length,
         optimizer=type(levers.optimizer).__name__,
-        decisions=course.decisions,
+        decisions=progress.decisions,
         device_type=levers.device.type,
         base_schedule=base,
         fine_tuning=steering.fine_tuning,
@@ -280,12 +281,6 @@ def within_reach(bounds: GuardrailSettings, learning_rate: float) -> GuardrailSe
     return replace(bounds, learning_rate_range=(FALL * learning_rate, RISE * learning_rate))
 
 
-MASK_UPDATES = 5
-"""Masks are raised this often along an interval."""
-VALIDATE_EVERY = 10
-"""Decisions from one validation to the next."""
-
-
 class Steering:
     """A policy, its guardrails and its meters in somebody else's training loop.
 
@@ -324,10 +319,10 @@ class Steering:
         self.settings = settings
         self.ranks = ranks if ranks is not None else OneProcess()
         plan = Plan.of(settings)
-        self.course = plan.course(settings, grain)
+        self.progress = plan.progress(settings, grain)
         start = Controls(batch_size=settings.batch_size, precision=settings.precisions[0])
         self.levers = Levers(model, optimizer, start, settings.pruning)
-        self.snapshots = Snapshots(self.levers, self.course, data)
+        self.snapshots = Snapshots(self.levers, self.progress, data)
         self.validate, self.on_decision = validate, on_decision
         self.levers.switches_matmul = "tf32" in settings.precisions
         meter = meter if meter is not None else select_meter(str(self.levers.device))
@@ -381,29 +376,29 @@ class Steering:
     @property
     def sequences(self) -> int:
         """Sequences trained on."""
-        return self.course.sequences
+        return self.progress.sequences
 
     @property
     def tokens(self) -> int:
         """Tokens trained on, by the nominal length of a sequence."""
-        return self.course.tokens
+        return self.progress.tokens
 
     @property
     def end_sequences(self) -> int:
         """Sequences at which the run ends: the budget, or the end of the cool-down."""
-        return self.course.end
+        return self.progress.end
 
     @property
     def finished(self) -> bool:
         """Whether the budget is used up or the cool-down complete."""
-        return self.course.finished
+        return self.progress.finished
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step: base schedule x scale x the batch's neutral factor."""
         controls = self.controls
-        neutral = neutral_factor(controls.batch_size, self.settings.batch_size)
-        return self.levers.peak * controls.learning_rate_scale * self.course.factor(controls.batch_size) * neutral
+        factor, start = self.progress.factor(controls.batch_size), self.settings.batch_size
+        return learning_rate(self.levers.peak, controls.learning_rate_scale, factor, controls.batch_size, start)
 
     # A step ----------------------------------------------------------------------------------------------------------
 
@@ -423,8 +418,8 @@ class Steering:
             raise ValueError("step needs the step before to be over; one `with steering.step()` at a time")
         self.ranks.settle(self.levers.model)
         batch_size = min(self.controls.batch_size, self.end_sequences - self.sequences)
-        self.readings.begin_step(batch_size, last=self.sequences + batch_size >= self.course.target)
-        self.readings.keep_weights(next_is_last=self.sequences + 2 * batch_size >= self.course.target)
+        self.readings.begin_step(batch_size, last=self.sequences + batch_size >= self.progress.interval_end)
+        self.readings.keep_weights(next_is_last=self.sequences + 2 * batch_size >= self.progress.interval_end)
         self.levers.set_learning_rate(self.learning_rate)
         self._prune()
         self._step_open = True
@@ -457,9 +452,9 @@ class Steering:
         """
         self._step_open = False
         self.levers.after_step()
-        self.course.sequences += sequences
+        self.progress.sequences += sequences
         self.readings.end_step(gradient_norm, sequences)
-        if self.sequences >= self.course.target:
+        if self.sequences >= self.progress.interval_end:
             self._prune(done=1.0)
             self._end_interval()
 
@@ -469,10 +464,10 @@ class Steering:
         self.readings.drop_step()
 
     def _prune(self, done: float | None = None) -> None:
-        began, until = self.readings.start_sequences, self.course.target
+        began, until = self.readings.start_sequences, self.progress.interval_end
         if done is None:
             done = (self.sequences - began) / max(until - began, 1)
-        due = min(int(done * MASK_UPDATES) + 1, MASK_UPDATES)
+        due = mask_updates_due(done)
         if due > self.readings.mask_updates:
             self.readings.mask_updates = due
             self.levers.prune_towards(self.readings.start_sparsity, self.controls.sparsity, due / MASK_UPDATES)
@@ -481,15 +476,15 @@ class Steering:
 
     def _end_interval(self) -> None:
         telemetry = self.readings.telemetry(
-            decision=self.course.decision,
-            budget_used=self.sequences / self.settings.sequences,
+            decision=self.progress.decision,
+            budget_used=self.progress.used,
             tokens=self.tokens,
             validation_loss=self.validation_loss,
-            finishing=self.course.cooldown is not None,
+            finishing=self.progress.cooldown is not None,
             finished=self.finished,
         )
         telemetry = self.ranks.of_first(telemetry)
-        self.course.decision += 1
+        self.progress.decision += 1
         record = self.controller.record(telemetry)
         try:
             self._go_on_from(telemetry)
@@ -507,7 +502,7 @@ class Steering:
             self._roll_back()
             return
         try:
-            if self.course.decision % VALIDATE_EVERY == 0 and not is_lost(telemetry):
+            if validation_due(self.progress.decision) and not is_lost(telemetry):
                 self._validate()
         finally:
             if not telemetry.finished:
@@ -545,13 +540,74 @@ class Steering:
         start = self.readings.clock()
         self.levers.apply(controls)
         if controls.finish:
-            self.course.cool_down(controls.batch_size)
+            self.progress.begin_cooldown(controls.batch_size)
         self.readings.switch_s = self.readings.clock() - start
 
     def _roll_back(self) -> None:
         self.snapshots.go_back()
         self.readings.begin_interval(self.sequences)
         self._apply(self._agreed(self.controller.rolled_back))
+
+    # For adapters of frameworks --------------------------------------------------------------------------------------
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Peak of the base schedule: the highest learning rate among the optimizer's groups at the start."""
+        return self.levers.peak
+
+    def expect_external_scheduler(self) -> None:
+        """Accept that a scheduler writes the learning rate too: one that takes it from `learning_rate`."""
+        self.levers.alone = False
+
+    def apply_learning_rate(self) -> None:
+        """Write the next step's learning rate into the optimizer now, before `begin_step` does, so that it is logged.
+
+        Raises:
+            ValueError: something else has written the learning rate.
+        """
+        self.levers.set_learning_rate(self.learning_rate)
+
+    def autocast(self, precision: Precision | None = None) -> AbstractContextManager[object]:
+        """Return the context of a forward pass in `precision`; by default in the precision of the present controls."""
+        return self.levers.autocast(precision)
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Clip the gradients to `settings.gradient_clip` in place, and return their total norm before."""
+        clip = self.settings.gradient_clip
+        return nn.utils.clip_grad_norm_(self.levers.parameters(), float("inf") if clip is None else clip)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients of all parameters that the optimizer steps by `factor`, in place."""
+        for parameter in self.levers.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Return the total norm of the gradients of all parameters that the optimizer steps."""
+        return nn.utils.get_total_norm([p.grad for p in self.levers.parameters() if p.grad is not None])
+
+    def pause(self) -> None:
+        """Stop the clock and the energy meter: evaluating and saving are no cost of the interval."""
+        self.readings.pause()
+
+    def resume(self) -> None:
+        """Start the clock and the energy meter again after `pause`; does nothing where they run."""
+        self.readings.go_on()
+
+    @staticmethod
+    def saved_peaks(state: Mapping[str, Any]) -> list[float]:
+        """Return the peak learning rate of each parameter group, from a state that `state_dict` returned."""
+        return [state["levers"]["peak"] * ratio for ratio in state["levers"]["ratios"]]
+
+    @staticmethod
+    def saved_learning_rates(state: Mapping[str, Any]) -> list[float]:
+        """Return the learning rate that was set last in each parameter group, from a state of `state_dict`."""
+        return list(state["levers"]["set"])
+
+    @staticmethod
+    def saved_batch_factor(state: Mapping[str, Any]) -> float:
+        """Return the batch size over the one at the start, from a state of `state_dict`."""
+        return float(state["controls"]["batch_size"] / state["settings"]["batch_size"])
 
     # Saving and going on ---------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from second_physics.law import LAW_NAMES, PUBLISHED_FITS, Floats, LawBatch, wsd_mean_factor
 
-from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, LimitBatch, Rows, TelemetryBatch
 
@@ -289,8 +289,6 @@ def interval_telemetry(
 
 DrawCases = Callable[[np.random.Generator, int, int, float], CaseBatch]
 
-BATCH_RANGE = 16
-"""The batch stays within this factor of the starting batch, and leaves at least four steps in an interval."""
 EVALUATION_TOKENS = 32_768
 LEAST_BF16_GAIN = 1.05
 """bf16 is offered where it is at least so much faster."""
@@ -395,14 +393,14 @@ class MultiPowerRuns:
         masked = np.ones((n, len(PRECISIONS)), dtype=np.bool_)
         masked[:, PRECISIONS.index("fp32")] = False
         masked[:, PRECISIONS.index("bf16")] = self.cases.bf16_speed < LEAST_BF16_GAIN
-        per_interval = self.cases.n_sequences // self.decisions
+        smallest, largest = batch_limits(start, self.cases.n_sequences // self.decisions)
         return LimitBatch(
             start=ControlBatch(
                 learning_rate_scale=np.ones(n), batch_size=start.copy(), precision=np.zeros(n, dtype=np.int64),
                 sparsity=np.zeros(n), finish=np.zeros(n, dtype=np.bool_),
             ),
-            min_batch_size=np.maximum(1, start // BATCH_RANGE),
-            max_batch_size=np.maximum(start, np.minimum(start * BATCH_RANGE, per_interval // 4)),
+            min_batch_size=smallest,
+            max_batch_size=largest,
             masked_precisions=masked,
             prunes=np.zeros(n, dtype=np.bool_),
             decisions=np.full(n, self.decisions),

@@ -8,8 +8,8 @@ from trainpilot.envs import action as safety
 from trainpilot.envs.action import ACTION_FIELDS, SPARSITY_STEP
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.envs.reward import DIVERGED_QUALITY, EVALUATE_EVERY, MAX_QUALITY
-from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE
+from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, EVALUATE_EVERY
 
 N_FIELDS = len(OBSERVATION_FIELDS)
 N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trainpilot.llm_runtime.json_records import JsonRecord
 
 AXES = ("tokens", "time_s", "energy_j")
 """What a budget is counted in: tokens, modelled seconds, modelled joules."""
@@ -160,7 +162,7 @@ class SanityCheck:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class Figures(JsonRecord):
     """Everything that the report shows as a number."""
 
     cases: tuple[CaseFigures, ...]
@@ -177,7 +179,3 @@ class Figures:
     """Which time and energy the conclusions rest on, and why, in one or two sentences."""
     notes: tuple[str, ...] = field(default_factory=tuple)
     """What a reader must know: extrapolated curves, optima on an edge, shared meters."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from trainpilot.experiments.costs.table import CostTable
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergySource
 from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 
 
@@ -48,7 +49,7 @@ class Physics(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitError:
+class FitError(JsonRecord):
     """How far predictions are from measurements, in nats/token. Runs that diverged are counted and left out."""
 
     n_runs: int
@@ -66,7 +67,7 @@ class FitError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestRate:
+class BestRate(JsonRecord):
     """The best learning rate of the grid at one batch."""
 
     batch_size: int
@@ -153,8 +154,14 @@ FILE_NAME = "calibration.json"
 SHIPPED = "shipped"
 
 
+def _physics(content: Mapping[str, Any]) -> Physics:
+    from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
+
+    return FittedPhysics.from_json(content)
+
+
 @dataclass(frozen=True, kw_only=True)
-class CalibrationCost:
+class CalibrationCost(JsonRecord):
     """What a calibration took."""
 
     n_runs: int
@@ -167,14 +174,14 @@ class CalibrationCost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(JsonRecord):
     """Physics and costs of one model on one text and one device, ready for a simulator."""
 
     config: RunConfig
     """The run that all settings are variations of."""
     effort: str
     n_parameters: int
-    physics: Physics
+    physics: Annotated[Physics, JsonForm(write=lambda physics: physics.to_json(), read=_physics, checked=False)]
     """A `FittedPhysics`."""
     cost_table: CostTable
     held_out: FitError
@@ -193,31 +200,6 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Write the file whole."""
         write_json(path, self.to_json())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        parts = ("config", "held_out", "fitted", "cost")
-        record: dict[str, Any] = {name: asdict(getattr(self, name)) for name in parts}
-        record["best_rates"] = [asdict(each) for each in self.best_rates]
-        record |= {name: getattr(self, name).to_json() for name in ("physics", "cost_table")}
-        plain = ("effort", "n_parameters", "grid_rank_correlation", "device", "command", "date")
-        return {**record, **{name: getattr(self, name) for name in plain}, "versions": dict(self.versions)}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Calibration:
-        """Rebuild from `to_json`. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
-        from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
-
-        changed: dict[str, Any] = {
-            "config": RunConfig(**{**record["config"], "text": tuple(record["config"]["text"])}),
-            "physics": FittedPhysics.from_json(record["physics"]),
-            "cost_table": CostTable.from_json(record["cost_table"]),
-            "held_out": FitError(**record["held_out"]),
-            "fitted": FitError(**record["fitted"]),
-            "best_rates": tuple(BestRate(**each) for each in record["best_rates"]),
-            "cost": CalibrationCost(**record["cost"]),
-        }
-        return cls(**{**record, **changed})
 
 
 def fit(runs: Sequence[CalibrationRun]) -> Physics:

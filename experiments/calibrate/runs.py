@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
 from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, planned
 from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
 from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 WIDE_PROBE_SEQUENCES = 16
 """Sequences of the second curvature probe: the telemetry's own, on one or two, is mostly noise."""
-EVALUATE_EVERY = 5
-"""Decisions between two looks at the validation loss."""
 RATE_CHANGES, BATCH_CHANGES = 0.35, 0.12
 """How often a random walk changes its learning rate and its batch."""
 WALK_SEED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFile:
+class RunFile(JsonRecord):
     """A run with what it cost."""
 
     key: str
@@ -44,16 +43,14 @@ class RunFile:
 
     def write(self, path: Path) -> None:
         """Write the file whole."""
-        record = {name: getattr(self, name) for name in ("key", "time_s", "energy_j", "energy_source")}
-        write_json(path, {**record, "run": self.run.to_json()})
+        write_json(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> RunFile | None:
         """Return what `write` wrote; `None` where there is no such file or it is damaged."""
         try:
-            record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**record, "run": CalibrationRun.from_json(record["run"])})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
             return None
 
 
@@ -91,17 +88,20 @@ def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter |
 
 
 def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
-    config, next_controls = setting.config, pilot(setting, run.base_limits())
+    config, controls_of = setting.config, pilot(setting, run.base_limits())
     telemetry: list[Telemetry] = []
     wide: list[tuple[float, float] | None] = []
     validation = [(0, run.evaluate())]
-    while not (run.finished or (telemetry and telemetry[-1].diverged)):
-        telemetry.append(run.advance(next_controls(len(telemetry)), 1 / config.decisions))
+
+    def decide(_: Telemetry | None) -> Controls:
+        return controls_of(len(telemetry))
+
+    for interval in drive(run, decide, config.decisions, evaluate_every=EVALUATE_EVERY_IN_CALIBRATION):
+        telemetry.append(interval.telemetry)
         probe = run.trainer.probe(run.stream.peek(WIDE_PROBE_SEQUENCES))
         wide.append(None if probe is None else (probe.linear, probe.quadratic))
-        due = run.finished or len(telemetry) % EVALUATE_EVERY == 0
-        if due and not telemetry[-1].diverged:
-            validation.append((len(telemetry), run.evaluate()))
+        if interval.validation_loss is not None:
+            validation.append((len(telemetry), interval.validation_loss))
     return CalibrationRun(
         config=config,
         telemetry=tuple(telemetry),

@@ -1,54 +1,42 @@
-"""Carry out one run: a live run under its steering, with everything that it uses counted.
-
-Turn the steering that a run's spec names into the thing that decides during the run.
-"""
+"""Carry out one run of a comparison: train it under the controller that its spec names, and count what it uses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
-from trainpilot.agents.heuristics import (
-    GradualPruning,
-    KeepBase,
-    NoiseScaleBatch,
-    OpenLoop,
-    RandomPolicy,
-    ReduceOnPlateau,
-    Seesaw,
-    Steerer,
-)
+from trainpilot.agents.heuristics import HEURISTICS
 from trainpilot.agents.rollback import RollbackController, guarded_controller
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
 from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, Steering
+from trainpilot.llm_runtime.drive import RunController, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
-Settings = Mapping[str, Any]
-Maker = Callable[[Settings, "LiveRun"], Steerer]
 
-
-def make_steerer(steering: Steering, run: LiveRun) -> Steerer:
-    """Return what sets the controls of `run`.
+def make_controller(steering: Steering, run: LiveRun) -> RunController:
+    """Return the controller of `run`.
 
     Raises:
-        ValueError: the kind is unknown, or its policy file cannot be used.
+        ValueError: the kind is unknown, a setting cannot be used, or the policy's file cannot be read.
     """
-    if steering.kind not in MAKERS:
-        raise ValueError(f"steering must be one of {', '.join(MAKERS)}, got {steering.kind!r}")
-    return MAKERS[steering.kind](steering.settings, run)
+    if steering.kind == "policy":
+        return _policy(steering.settings, run)
+    if steering.kind not in HEURISTICS:
+        raise ValueError(f"steering must be one of {', '.join([*HEURISTICS, 'policy'])}, got {steering.kind!r}")
+    return HEURISTICS[steering.kind].of_run(run, **steering.settings)
 
 
-def _policy(settings: Settings, run: LiveRun) -> Steerer:
-    """Return a bundle's policy within guardrails, as in `replay`; a bare one where the settings name none."""
+def _policy(settings: Mapping[str, Any], run: LiveRun) -> RunController:
+    """Return a bundle's policy within guardrails, as in `replay`; without them where the settings name none."""
     bundle = PolicyBundle.load(Path(settings["path"]))
     limits, preference = run.limits(), Preference.parse(settings["preference"])
     if "guardrails" not in settings:
@@ -57,21 +45,9 @@ def _policy(settings: Settings, run: LiveRun) -> Steerer:
     return RollbackController(guarded_controller(bundle, limits, preference, bounds), run)
 
 
-MAKERS: Mapping[str, Maker] = {
-    "keep": lambda settings, run: KeepBase(run.base_limits()),
-    "plateau": lambda settings, run: ReduceOnPlateau(run.base_limits(), **settings),
-    "noise-batch": lambda settings, run: NoiseScaleBatch(run.base_limits(), **settings),
-    "seesaw": lambda settings, run: Seesaw(run.base_limits(), run.config, **settings),
-    "gradual-pruning": lambda settings, run: GradualPruning(run.base_limits(), **settings),
-    "random": lambda settings, run: RandomPolicy(run.limits(), run.config.seed),
-    "policy": _policy,
-    "open-loop": lambda settings, run: OpenLoop.from_json(settings["schedule"], run.base_limits()),
-}
-
-
 @dataclass(frozen=True)
-class Reading:
-    """One look at the validation loss, and what it cost."""
+class Evaluation:
+    """A measured validation loss, and what measuring it cost."""
 
     loss: float
     """In nats/token."""
@@ -120,18 +96,22 @@ class _Execution:
     def __init__(self, spec: RunSpec, key: str, energy_shared: bool, meter: EnergyMeter | None) -> None:
         self.spec, self.key, self.energy_shared = spec, key, energy_shared
         self.run = LiveRun(spec.config, meter=meter, probe=spec.steering.probe)
-        self.steerer: Steerer = make_steerer(spec.steering, self.run)
-        self.intervals: list[IntervalResult] = []
+        self.controller = make_controller(spec.steering, self.run)
+        self.evaluation: Evaluation | None = None
+        """The last one."""
+        self.last: Telemetry | None = None
         self.tokens = 0
+        self.intervals: list[IntervalResult] = []
         self.standing: list[int] = []
         """Places in `intervals` of those that were not rolled back: one for each decision of the run as it stands."""
-        self.last: Telemetry | None = None
-        self.stopped_early = False
 
     def result(self) -> RunResult:
         run = self.run
         initial = run.evaluate()
         self._train()
+        stopped_early = self.last is None or not (self.last.finished or self.last.diverged)
+        if stopped_early:
+            self._evaluate_the_end()
         diverged = self.last is None or self.last.diverged or not _finite(run.validation_loss)
         test = None if diverged else run.test()
         return RunResult(
@@ -142,36 +122,33 @@ class _Execution:
             final_validation_loss=None if diverged else run.validation_loss,
             final_test_loss=test if _finite(test) else None,
             diverged=diverged,
-            stopped_early=self.stopped_early,
+            stopped_early=stopped_early,
             failure=None,
             energy_source=self.last.energy_source if self.last is not None else None,
             energy_shared=self.energy_shared,
             device=device_label(self.spec.config),
             intervals=tuple(self.intervals),
-            guardrails=self.steerer.controller.summary() if isinstance(self.steerer, RollbackController) else None,
+            guardrails=self.controller.guarded.summary() if isinstance(self.controller, RollbackController) else None,
         )
 
     def _train(self) -> None:
-        share = 1 / self.spec.config.decisions
-        while not self._over():
-            controls = self.steerer.decide(self.last)
-            if controls is None:
-                self.stopped_early = True
-                self._look_once_more()
-                return
-            telemetry = self.run.advance(controls, share)
-            self._mark_rolled_back(telemetry.decision)
-            self.tokens += telemetry.interval_tokens
+        controller, steering = self.controller, self.spec.steering
+        intervals = drive(
+            self.run,
+            controller.decide,
+            self.spec.config.decisions,
+            can_roll_back=lambda: isinstance(controller, RollbackController) and controller.can_roll_back,
+            evaluate=self._evaluate,
+            evaluate_every=steering.evaluate_every,
+            validation_at_once=steering.kind != "policy",  # a policy was trained to get it one interval later
+        )
+        for interval in intervals:
+            self.last = interval.telemetry
+            self.tokens += self.last.interval_tokens
+            self._mark_rolled_back(self.last.decision)
             self.standing.append(len(self.intervals))
-            self.intervals.append(self._keep(telemetry, self._look(telemetry)))
-            self.last = self._as_seen(telemetry)
-
-    def _over(self) -> bool:
-        if self.last is None:
-            return False
-        if self.last.diverged and isinstance(self.steerer, RollbackController):
-            return not self.steerer.can_roll_back
-        return self.last.finished or self.last.diverged
+            evaluation = self.evaluation if interval.validation_loss is not None else None
+            self.intervals.append(self._interval_result(self.last, evaluation))
 
     def _mark_rolled_back(self, decision: int) -> None:
         """Mark the intervals from `decision` on, which the run has just trained anew."""
@@ -179,36 +156,29 @@ class _Execution:
             self.intervals[place] = replace(self.intervals[place], rolled_back=True)
         del self.standing[decision:]
 
-    def _as_seen(self, telemetry: Telemetry) -> Telemetry:
-        """Give a heuristic its reading at once; a policy gets it one interval later, as when it was trained."""
-        if self.spec.steering.kind == "policy":
-            return telemetry
-        return replace(telemetry, validation_loss=self.run.validation_loss)
-
-    def _look(self, telemetry: Telemetry) -> Reading | None:
-        due = telemetry.finished or (telemetry.decision + 1) % self.spec.steering.evaluate_every == 0
-        return self._read() if due and not telemetry.diverged else None
-
-    def _read(self) -> Reading:
+    def _evaluate(self) -> float:
+        """Return the validation loss, and note what measuring it cost."""
         run = self.run
         before, start = run.meter.read(), run.clock()
         loss = run.evaluate()
         time_s, after = run.clock() - start, run.meter.read()
         known = before.energy_j is not None and after.energy_j is not None
         energy_j = after.energy_j - before.energy_j if known else None  # type: ignore[operator]
-        return Reading(loss, time_s, energy_j, run.evaluation_sequences)
+        self.evaluation = Evaluation(loss, time_s, energy_j, run.evaluation_sequences)
+        return loss
 
-    def _look_once_more(self) -> None:
-        """Measure the loss that a run stopped early ends with, unless its last interval has been looked at."""
+    def _evaluate_the_end(self) -> None:
+        """Measure the loss that a run ended with when its controller stopped it, unless that is known."""
         if self.last is not None and self.intervals[-1].validation_loss is None:
-            self.intervals[-1] = self._keep(self.last, self._read())
+            self._evaluate()
+            self.intervals[-1] = self._interval_result(self.last, self.evaluation)
 
-    def _keep(self, telemetry: Telemetry, reading: Reading | None) -> IntervalResult:
+    def _interval_result(self, telemetry: Telemetry, evaluation: Evaluation | None) -> IntervalResult:
         return IntervalResult(
             tokens=self.tokens,
             steps=telemetry.steps,
             train_loss=telemetry.train_loss if math.isfinite(telemetry.train_loss) else None,
-            validation_loss=reading.loss if reading is not None and math.isfinite(reading.loss) else None,
+            validation_loss=evaluation.loss if evaluation is not None and math.isfinite(evaluation.loss) else None,
             learning_rate=telemetry.learning_rate,
             learning_rate_scale=telemetry.requested.learning_rate_scale,
             finishing=telemetry.finishing,
@@ -216,13 +186,13 @@ class _Execution:
             precision=telemetry.precision,
             sparsity=telemetry.sparsity,
             probe_sequences=self.run.sequences_probed,
-            evaluation_sequences=reading.sequences if reading is not None else 0,
+            evaluation_sequences=evaluation.sequences if evaluation is not None else 0,
             time_s=telemetry.time_s,
             probe_time_s=telemetry.probe_time_s,
             switch_time_s=telemetry.switch_time_s,
-            evaluation_time_s=reading.time_s if reading is not None else 0.0,
+            evaluation_time_s=evaluation.time_s if evaluation is not None else 0.0,
             energy_j=telemetry.energy_j,
-            evaluation_energy_j=reading.energy_j if reading is not None else 0.0,
+            evaluation_energy_j=evaluation.energy_j if evaluation is not None else 0.0,
         )
 
 

@@ -6,13 +6,13 @@ What was compared: cases, methods, baselines found, and the run behind every num
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord, null_if_not_finite
 
 FORMAT = 1
 """Raised when what a kept run means changes; older runs are then run again."""
@@ -21,7 +21,7 @@ Role = Literal["method", "sweep", "curve"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steering:
+class Steering(JsonRecord):
     """Who sets the controls during a run."""
 
     kind: str = "keep"
@@ -38,7 +38,7 @@ class Steering:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSpec:
+class RunSpec(JsonRecord):
     """One run. Two specs with the same key are the same run, whatever case or method asked for them."""
 
     config: RunConfig
@@ -53,7 +53,7 @@ class RunSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntervalResult:
+class IntervalResult(JsonRecord):
     """What is kept of one interval."""
 
     tokens: int
@@ -92,8 +92,21 @@ class IntervalResult:
     """The run was later restored to a snapshot from before this interval."""
 
 
+def _columns(intervals: Sequence[IntervalResult]) -> dict[str, list[Any]]:
+    """Return the intervals column by column, which is a fifth of the size; what is not finite becomes `None`."""
+    columns = {each.name: [getattr(interval, each.name) for interval in intervals] for each in fields(IntervalResult)}
+    return {
+        name: [null_if_not_finite(value) if isinstance(value, float) else value for value in column]
+        for name, column in columns.items()
+    }
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunResult:
+class RunResult(JsonRecord):
     """What came out of one run. One JSON file."""
 
     key: str
@@ -117,7 +130,7 @@ class RunResult:
     """Other runs ran beside this one, so that the measured joules (and seconds) hold a part of theirs."""
     device: str
     """Device, cores and threads."""
-    intervals: tuple[IntervalResult, ...]
+    intervals: Annotated[tuple[IntervalResult, ...], JsonForm(write=_columns, read=_rows)]
     """In the order in which they were trained, those that were rolled back included."""
     guardrails: Mapping[str, Any] | None = None
     """What the guardrails did, from `GuardedController.summary`; `None` for a run without them."""
@@ -133,27 +146,22 @@ class RunResult:
         return self.final_validation_loss is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; the intervals column by column, which is a fifth of the size."""
-        names = [f.name for f in fields(IntervalResult)]
-        columns = {name: [_finite(getattr(interval, name)) for interval in self.intervals] for name in names}
-        return asdict(self) | {"intervals": columns, "format": FORMAT}
+        """Return plain JSON values."""
+        return super().to_json() | {"format": FORMAT}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> RunResult:
-        """Rebuild from `to_json`. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
-        values = dict(record)
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the result that `to_json` gave. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
+        values = dict(content)
         if values.pop("format") != FORMAT:
             raise ValueError("written by another version")
-        columns = values.pop("intervals")
-        rows = zip(*columns.values(), strict=True)
-        intervals = tuple(IntervalResult(**dict(zip(columns, row, strict=True))) for row in rows)
-        config, steering = values["spec"]["config"], values["spec"]["steering"]
-        spec = RunSpec(config=RunConfig(**config | {"text": tuple(config["text"])}), steering=Steering(**steering))
-        return cls(**values | {"spec": spec, "intervals": intervals})
+        if not values["spec"]["config"]["text"]:
+            raise ValueError("a run has a text")
+        return super().from_json(values)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(JsonRecord):
     """One run's place in a comparison."""
 
     case: str
@@ -175,10 +183,6 @@ def cost_key(config: RunConfig) -> str:
     return f"{config.model}, {config.sequence_length} tokens"
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 UNTUNED = "cosine"
 """The method that is called the untuned default: AdamW, cosine to 10 %, at the case's own settings."""
 TUNED = "tuned"
@@ -186,7 +190,7 @@ TUNED = "tuned"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(JsonRecord):
     """A model, a corpus, a budget and where a run starts."""
 
     name: str
@@ -199,7 +203,7 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodNote:
+class MethodNote(JsonRecord):
     """What the report says about a method."""
 
     name: str
@@ -216,7 +220,7 @@ class MethodNote:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TunedBaseline:
+class TunedBaseline(JsonRecord):
     """The setting that a search found best on one case for one axis."""
 
     method: str
@@ -234,7 +238,7 @@ class TunedBaseline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(JsonRecord):
     """Everything that was run for one report."""
 
     cases: tuple[Case, ...]
@@ -245,27 +249,3 @@ class Comparison:
     """Tuned settings by case."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Command, versions, machine, wall-clock seconds, jobs, threads."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Comparison:
-        """Rebuild from `to_json`."""
-        return cls(
-            cases=tuple(Case(**case | {"config": _config(case["config"])}) for case in record["cases"]),
-            methods=tuple(MethodNote(**note) for note in record["methods"]),
-            seeds=tuple(record["seeds"]),
-            rows=tuple(Row(**row) for row in record["rows"]),
-            baselines={case: tuple(map(_baseline, found)) for case, found in record["baselines"].items()},
-            provenance=record["provenance"],
-        )
-
-
-def _baseline(record: Mapping[str, Any]) -> TunedBaseline:
-    return TunedBaseline(**{**record, "config": _config(record["config"]), "on_edge": tuple(record["on_edge"])})
-
-
-def _config(record: Mapping[str, Any]) -> RunConfig:
-    return RunConfig(**{**record, "text": tuple(record["text"])})

@@ -27,11 +27,11 @@ from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.live_run import MASK_UPDATES, LiveRun, Trainer, resolve_device
+from trainpilot.llm_runtime.live_run import LiveRun, Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.precision import device_name, lacking, synchronise
 from trainpilot.llm_runtime.process import threads_in_use
-from trainpilot.llm_runtime.schedules import PROBE_PASSES
+from trainpilot.llm_runtime.schedules import MASK_UPDATES, PROBE_PASSES
 from trainpilot.llm_runtime.timing import Cost, Timing, alternate, median_spread
 
 LEARNING_RATE = 1e-6

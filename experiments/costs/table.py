@@ -7,11 +7,12 @@ what the run did (steps, passes, switches) times this table, which `cost_measuri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from trainpilot.llm_runtime.energy.meter import EnergySource
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.timing import Cost
 
@@ -23,7 +24,7 @@ NOTHING = Cost(time_s=0.0, energy_j=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostRow:
+class CostRow(JsonRecord):
     """One setting that was measured."""
 
     kind: Literal["step", "forward"]
@@ -38,7 +39,7 @@ class CostRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostTable:
+class CostTable(JsonRecord):
     """What the parts of a run cost on one device, for one model and one sequence length.
 
     Between the measured batch sizes a cost is piecewise linear in the batch, and it is linear in the share of removed
@@ -104,20 +105,6 @@ class CostTable:
     def switch(self, name: str) -> Cost:
         """Return what a switch costs: `batch`, `precision`, or a kind of pruning; nothing if it was not measured."""
         return self.switches.get(name, NOTHING)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> CostTable:
-        """Rebuild from `to_json`. Raises `KeyError` or `TypeError` for anything else."""
-        values = dict(record)
-        values["rows"] = tuple(CostRow(**{**row, "cost": Cost(**row["cost"])}) for row in record["rows"])
-        values["probe_overhead"] = Cost(**record["probe_overhead"])
-        for name in ("extras", "switches"):
-            values[name] = {key: Cost(**cost) for key, cost in record[name].items()}
-        return cls(**values)
 
     @cached_property
     def _levels(self) -> Mapping[tuple[str, str], Mapping[float, list[tuple[float, Cost]]]]:

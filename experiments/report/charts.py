@@ -1,6 +1,6 @@
-"""Draw losses, one panel per case: against cost with the Pareto front, against tokens, and against the budget.
+"""Draw the losses and the worth of the methods: Pareto front, loss curves, budget curves, multipliers, cost shares.
 
-Draw what a method is worth against the tuned static, case by case, and where its time and energy went.
+Each function returns one panel per case, or per unit of cost.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from trainpilot.experiments.report.drawing import (
     BOTTOM,
     TEXT,
     TOP,
-    Look,
-    Looks,
+    MethodStyle,
+    MethodStyles,
     Panel,
     counted,
     ink,
@@ -29,8 +29,8 @@ from trainpilot.experiments.report.drawing import (
     plain_axis,
     window,
 )
-from trainpilot.experiments.report.formatting import multiplier, nats, percent, ratio, si
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.formatting import percent, ratio
+from trainpilot.experiments.report.report_data import ReportData
 
 Style = dict[str, Any]
 LOSS = "validation loss, nats/token"
@@ -38,21 +38,21 @@ EARLY = 0.3
 """The curves over tokens show the losses from this share of the budget on; what lies before would flatten the rest."""
 
 
-def front_panels(material: Material, looks: Looks) -> list[Panel]:
+def front_panels(data: ReportData, looks: MethodStyles) -> list[Panel]:
     """Return final loss against modelled joules, or seconds where joules are unknown."""
-    drawn = (_front(material, looks, case) for case in material.case_names)
+    drawn = (_front(data, looks, case) for case in data.case_names)
     return [one for one in drawn if one is not None]
 
 
-def counts_joules(material: Material, case: str) -> bool:
+def counts_joules(data: ReportData, case: str) -> bool:
     """Return whether the joules of everything on a case are known; the front is then one of joules, else of seconds."""
-    here = [point for point in material.figures.points if point.case == case]
+    here = [point for point in data.figures.points if point.case == case]
     return bool(here) and all(point.energy_j is not None for point in here)
 
 
-def _front(material: Material, looks: Looks, case: str) -> Panel | None:
-    joules = counts_joules(material, case)
-    points = [point for point in material.figures.points if point.case == case]
+def _front(data: ReportData, looks: MethodStyles, case: str) -> Panel | None:
+    joules = counts_joules(data, case)
+    points = [point for point in data.figures.points if point.case == case]
     judged = [point for point in points if point.role == "method"]
     if not judged:
         return None
@@ -64,9 +64,9 @@ def _front(material: Material, looks: Looks, case: str) -> Panel | None:
     name_x(drawn.axes, "modelled energy" if joules else "modelled time (energy unknown)")
     _dots(drawn, [point for point in points if point.role != "method"], joules)
     _staircase(drawn, points, joules)
-    _families(drawn, material, looks, judged, joules)
+    _families(drawn, data, looks, judged, joules)
     for point in judged:
-        _method_dot(drawn, material, looks.of(point.method), point, joules)
+        _method_dot(drawn, data, looks.of(point.method), point, joules)
     return drawn
 
 
@@ -84,11 +84,11 @@ def _staircase(drawn: Panel, points: Sequence[FrontPoint], joules: bool) -> None
         drawn.axes.plot(x, y, drawstyle="steps-post", color=ink("soft"), linewidth=0.9, alpha=0.8)
 
 
-def _families(drawn: Panel, material: Material, looks: Looks, judged: Sequence[FrontPoint], joules: bool) -> None:
+def _families(drawn: Panel, data: ReportData, looks: MethodStyles, judged: Sequence[FrontPoint], joules: bool) -> None:
     """Join the points of one policy under several preferences."""
     members: dict[str, list[FrontPoint]] = {}
     for point in judged:
-        if _kind(material, point.method) == "policy":
+        if _kind(data, point.method) == "policy":
             members.setdefault(point.family, []).append(point)
     for family in members.values():
         look = looks.of(family[0].method)
@@ -97,11 +97,10 @@ def _families(drawn: Panel, material: Material, looks: Looks, judged: Sequence[F
         drawn.axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=0.8, alpha=0.5)
 
 
-def _method_dot(drawn: Panel, material: Material, look: Look | None, point: FrontPoint, joules: bool) -> None:
+def _method_dot(drawn: Panel, data: ReportData, look: MethodStyle | None, point: FrontPoint, joules: bool) -> None:
     """Draw a method; one whose loss lies beyond the axis becomes a hollow mark at its upper edge."""
     cost, top = _cost(point, joules), drawn.axes.get_ylim()[1]
     beyond = point.validation_loss > top
-    text = f"{material.title(point.method)}: {nats(point.validation_loss)} at {si(cost, 'J' if joules else 's')}"
     color = ink(look.color) if look else ink("soft")
     drawn.axes.plot(
         [cost],
@@ -115,18 +114,17 @@ def _method_dot(drawn: Panel, material: Material, look: Look | None, point: Fron
         linestyle="",
         clip_on=False,
         zorder=4 if look else 3,
-        gid=drawn.mark(text),
     )
 
 
-def course_panels(material: Material, looks: Looks) -> list[Panel]:
+def loss_panels(data: ReportData, looks: MethodStyles) -> list[Panel]:
     """Return validation loss over the tokens: the chosen few over the two baselines, with a thin line per seed."""
-    drawn = (_courses(material, (*looks.baselines, *looks.subjects), case) for case in material.case_names)
+    drawn = (_courses(data, (*looks.baselines, *looks.subjects), case) for case in data.case_names)
     return [one for one in drawn if one is not None]
 
 
-def _courses(material: Material, shown: Sequence[Look], case: str) -> Panel | None:
-    courses = {look: [c for run in material.runs(case, look.method) if len(c := course(run)) > 1] for look in shown}
+def _courses(data: ReportData, shown: Sequence[MethodStyle], case: str) -> Panel | None:
+    courses = {look: [c for run in data.runs(case, look.method) if len(c := course(run)) > 1] for look in shown}
     everything = [point for runs in courses.values() for run in runs for point in run]
     if not everything:
         return None
@@ -142,8 +140,7 @@ def _courses(material: Material, shown: Sequence[Look], case: str) -> Panel | No
             drawn.axes.plot(*zip(*run, strict=True), **style | {"linewidth": 0.7, "alpha": 0.35})
         if runs:
             line = middle(runs)
-            gid = drawn.mark(f"{look.title}, median of {len(runs)} runs")
-            drawn.axes.plot(*zip(*line, strict=True), **style, linewidth=1.7, gid=gid, zorder=3)
+            drawn.axes.plot(*zip(*line, strict=True), **style, linewidth=1.7, zorder=3)
             end_mark: Style = {"marker": look.marker, "markersize": 4.5, "clip_on": False, "zorder": 4}
             drawn.axes.plot(*line[-1], **style | end_mark)
     return drawn
@@ -163,18 +160,18 @@ def middle(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, f
     return [(median(x for x, _ in c), median(y for _, y in c)) for c in columns if 2 * len(c) >= len(runs)]
 
 
-def budget_panels(material: Material, looks: Looks) -> list[Panel]:
+def budget_panels(data: ReportData, looks: MethodStyles) -> list[Panel]:
     """Return final loss against the budget in tokens, both on logarithmic axes: what multipliers are read from."""
-    drawn = (_budgets(material, looks, case) for case in material.case_names)
+    drawn = (_budgets(data, looks, case) for case in data.case_names)
     return [one for one in drawn if one is not None]
 
 
-def _budgets(material: Material, looks: Looks, case: str) -> Panel | None:
-    curves = [c for c in material.figures.curves if c.case == case and c.axis == "tokens" and len(c.budgets) > 1]
+def _budgets(data: ReportData, looks: MethodStyles, case: str) -> Panel | None:
+    curves = [c for c in data.figures.curves if c.case == case and c.axis == "tokens" and len(c.budgets) > 1]
     if not curves:
         return None
     drawn = panel(case, LOSS, about=f"final loss of the baselines at several budgets on {case}")
-    marks = _marks(material, looks, case)
+    marks = _marks(data, looks, case)
     budgets = [x for curve in curves for x in curve.budgets] + [x for x, _ in marks.values()]
     losses = [y for curve in curves for y in curve.losses] + [y for _, y in marks.values()]
     log_axis(drawn.axes, "x", log_window(budgets), counted)
@@ -184,31 +181,30 @@ def _budgets(material: Material, looks: Looks, case: str) -> Panel | None:
         _curve(drawn, curve, looks)
     edge: Style = {"markeredgecolor": ink("paper"), "markeredgewidth": 0.8, "markersize": 6.5, "zorder": 4}
     for look, (tokens, loss) in marks.items():
-        gid = drawn.mark(f"{look.title}: {nats(loss)} after {si(tokens)} tokens")
-        drawn.axes.plot([tokens], [loss], look.marker, color=ink(look.color), gid=gid, **edge)
+        drawn.axes.plot([tokens], [loss], look.marker, color=ink(look.color), **edge)
     return drawn
 
 
-def _marks(material: Material, looks: Looks, case: str) -> dict[Look, tuple[float, float]]:
+def _marks(data: ReportData, looks: MethodStyles, case: str) -> dict[MethodStyle, tuple[float, float]]:
     """Return tokens and final loss of the methods that are followed."""
-    found = {look: material.by_case.get((case, look.method)) for look in looks.subjects}
+    found = {look: data.by_case.get((case, look.method)) for look in looks.subjects}
     known = {look: (f.tokens.value, f.validation_loss.value) for look, f in found.items() if f is not None}
     return {look: (x, y) for look, (x, y) in known.items() if x and y is not None}
 
 
-def _curve(drawn: Panel, curve: BaselineCurve, looks: Looks) -> None:
+def _curve(drawn: Panel, curve: BaselineCurve, looks: MethodStyles) -> None:
     look = looks.of(UNTUNED if curve.baseline == "untuned" else TUNED)
     color, marker, dash = (look.color, look.marker, look.linestyle) if look else ("soft", ".", (0.0, None))
     style: Style = {"color": ink(color), "marker": marker, "markersize": 3.4, "linewidth": 1.2, "linestyle": dash}
-    drawn.axes.plot(curve.budgets, curve.losses, **style, gid=drawn.mark(f"{curve.baseline} baseline"))
+    drawn.axes.plot(curve.budgets, curve.losses, **style)
 
 
 def _cost(point: FrontPoint, joules: bool) -> float:
     return point.energy_j if joules and point.energy_j is not None else point.time_s
 
 
-def _kind(material: Material, method: str) -> str:
-    return material.notes[method].kind if method in material.notes else ""
+def _kind(data: ReportData, method: str) -> str:
+    return data.notes[method].kind if method in data.notes else ""
 
 
 ROW = 0.235
@@ -225,28 +221,28 @@ Of = Callable[[str, str], Estimate]
 """Returns a multiplier by method and axis."""
 
 
-def multiplier_panels(material: Material, looks: Looks, second: str | None) -> list[Panel]:
+def multiplier_panels(data: ReportData, looks: MethodStyles, second: str | None) -> list[Panel]:
     """Return compute multipliers against the tuned static: over all cases, then on each of them.
 
     Args:
-        material: What is drawn.
+        data: What is drawn.
         looks: The methods that are shown.
         second: `energy_j` or `time_s`, drawn hollow below the figure in tokens.
     """
     shown = [look for look in looks.chosen if look.method != TUNED]
-    everywhere: list[tuple[str, Of]] = [("all cases", lambda name, axis: material.multiplier(name, "tuned", axis))]
-    cases = [(case, _on(material, case)) for case in material.case_names]
+    everywhere: list[tuple[str, Of]] = [("all cases", lambda name, axis: data.multiplier(name, "tuned", axis))]
+    cases = [(case, _on(data, case)) for case in data.case_names]
     groups = [group for group in (everywhere if len(cases) > 1 else []) + cases if _any(group[1], shown)]
     axes = ("tokens", second or "tokens")
     limits = _limits([of(look.method, axis) for _, of in groups for look in shown for axis in axes])
     return [_forest(shown, title, of, second, limits) for title, of in groups]
 
 
-def _on(material: Material, case: str) -> Of:
-    return lambda name, axis: material.case_multiplier(case, name, "tuned", axis)
+def _on(data: ReportData, case: str) -> Of:
+    return lambda name, axis: data.case_multiplier(case, name, "tuned", axis)
 
 
-def _any(of: Of, shown: Sequence[Look]) -> bool:
+def _any(of: Of, shown: Sequence[MethodStyle]) -> bool:
     return any(of(look.method, "tokens").value is not None for look in shown)
 
 
@@ -259,18 +255,15 @@ def _limits(estimates: Sequence[Estimate]) -> tuple[float, float]:
     return max(low, 1 / reach), min(high, reach)
 
 
-def _forest(shown: Sequence[Look], title: str, of: Of, second: str | None, limits: tuple[float, float]) -> Panel:
+def _forest(shown: Sequence[MethodStyle], title: str, of: Of, second: str | None, limits: tuple[float, float]) -> Panel:
     drawn = _rows(title, [look.title for look in shown], f"compute multipliers, {title}")
     log_axis(drawn.axes, "x", limits, ratio, _ticks(limits))
     name_x(drawn.axes, "compute multiplier")
     drawn.axes.axvline(1, color=ink("ink"), linewidth=0.9, zorder=1)
-    unit = {"energy_j": "joules", "time_s": "seconds"}.get(second or "")
     for row, look in enumerate(shown):
-        text = f"{look.title}, tokens: {multiplier(of(look.method, 'tokens'))}"
-        _estimate(drawn, of(look.method, "tokens"), row - (0.16 if second else 0), look.color, text)
+        _estimate(drawn, of(look.method, "tokens"), row - (0.16 if second else 0), look.color)
         if second:
-            text = f"{look.title}, modelled {unit}: {multiplier(of(look.method, second))}"
-            _hollow(drawn, of(look.method, second), row + 0.2, look.color, text)
+            _hollow(drawn, of(look.method, second), row + 0.2, look.color)
     return drawn
 
 
@@ -280,7 +273,7 @@ def _ticks(limits: tuple[float, float]) -> list[float]:
     return next((ticks for ticks in inside if len(ticks) >= 3), log_ticks(*limits))
 
 
-def _estimate(drawn: Panel, estimate: Estimate, row: float, color: str, text: str) -> None:
+def _estimate(drawn: Panel, estimate: Estimate, row: float, color: str) -> None:
     """Draw a dot with its interval; an arrow where only a bound is known, or where it lies off the axis."""
     if estimate.value is None:
         return
@@ -296,12 +289,12 @@ def _estimate(drawn: Panel, estimate: Estimate, row: float, color: str, text: st
         ends = [min(max(end, low), high) for end in (estimate.low, estimate.high or high)]
         drawn.axes.plot(ends, [row, row], color=ink(color), linewidth=1.3, alpha=0.55, solid_capstyle="butt", zorder=2)
     place, mark = min(max(estimate.value, low), high), _mark(estimate, low, high)
-    drawn.axes.plot([place], [row], marker=mark, markersize=5.2, gid=drawn.mark(text), **style)
+    drawn.axes.plot([place], [row], marker=mark, markersize=5.2, **style)
 
 
-def _hollow(drawn: Panel, estimate: Estimate, row: float, color: str, text: str) -> None:
+def _hollow(drawn: Panel, estimate: Estimate, row: float, color: str) -> None:
     """Draw the same with an empty dot."""
-    _estimate(drawn, estimate, row, color, text)
+    _estimate(drawn, estimate, row, color)
     if estimate.value is not None:
         drawn.axes.lines[-1].set_markerfacecolor(ink("paper"))
 
@@ -313,48 +306,47 @@ def _mark(estimate: Estimate, low: float, high: float) -> str:
     return ">" if estimate.censored == ">" or value > high else "o"
 
 
-def part_panels(material: Material, looks: Looks) -> list[Panel]:
+def part_panels(data: ReportData, looks: MethodStyles) -> list[Panel]:
     """Return stacked bars of modelled joules and seconds by part, as a share of the untuned default's."""
-    unit = next((name for name in (UNTUNED, TUNED) if name in material.notes), None)
+    unit = next((name for name in (UNTUNED, TUNED) if name in data.notes), None)
     if unit is None:
         return []
     shown = [look.method for look in looks.chosen]
-    names = shown + [n for n in material.ranked if n not in shown][: max(N_BARS - len(shown), 0)]
+    names = shown + [n for n in data.ranked if n not in shown][: max(N_BARS - len(shown), 0)]
     kinds: tuple[tuple[str, Callable[[CaseFigures], Mapping[str, float] | None]], ...] = (
         ("modelled energy", lambda found: found.energy_parts_j),
         ("modelled time", lambda found: found.time_parts_s or None),
     )
     drawn = []
     for title, parts in kinds:
-        shares = {name: found for name in names if (found := _shares(material, name, unit, parts))}
+        shares = {name: found for name in names if (found := _shares(data, name, unit, parts))}
         if shares:
-            drawn.append(_bars(material, title, material.title(unit), shares))
+            drawn.append(_bars(data, title, data.title(unit), shares))
     return drawn
 
 
 def _shares(
-    material: Material, name: str, unit: str, parts: Callable[[CaseFigures], Mapping[str, float] | None]
+    data: ReportData, name: str, unit: str, parts: Callable[[CaseFigures], Mapping[str, float] | None]
 ) -> dict[str, float]:
     """Return a method's parts over the unit's total, mean over the cases where both are known."""
     rows = []
-    for case in material.case_names:
-        own, whole = material.by_case.get((case, name)), material.by_case.get((case, unit))
+    for case in data.case_names:
+        own, whole = data.by_case.get((case, name)), data.by_case.get((case, unit))
         ours, theirs = (parts(found) if found else None for found in (own, whole))
         if ours and theirs and (total := sum(theirs.values())) > 0:
             rows.append({part: ours.get(part, 0.0) / total for part in PARTS})
     return {part: fmean(row[part] for row in rows) for part in PARTS} if rows else {}
 
 
-def _bars(material: Material, title: str, unit: str, shares: Mapping[str, Mapping[str, float]]) -> Panel:
-    drawn = _rows(title, [material.title(name) for name in shares], f"{title} by part and method")
+def _bars(data: ReportData, title: str, unit: str, shares: Mapping[str, Mapping[str, float]]) -> Panel:
+    drawn = _rows(title, [data.title(name) for name in shares], f"{title} by part and method")
     longest = max(sum(parts.values()) for parts in shares.values())
     plain_axis(drawn.axes, "x", (0, longest * 1.16), percent)
     name_x(drawn.axes, f"share of {unit}")
-    for row, (name, parts) in enumerate(shares.items()):
+    for row, parts in enumerate(shares.values()):
         start = 0.0
         for index, part in enumerate(PARTS):
-            text = drawn.mark(f"{material.title(name)}, {part}: {percent(parts[part], 1)}")
-            drawn.axes.barh(row, parts[part], left=start, height=0.62, color=ink(f"part{index + 1}"), gid=text)
+            drawn.axes.barh(row, parts[part], left=start, height=0.62, color=ink(f"part{index + 1}"))
             start += parts[part]
         drawn.axes.text(start + longest * 0.015, row, percent(start), va="center", fontsize=TEXT, color=ink("ink"))
     return drawn

@@ -1,7 +1,4 @@
-"""Draw what the methods that steer did to the controls over the run.
-
-Draw what policies do on average, beside the tuned static schedule: one line for each learning rate at the start.
-"""
+"""Draw the controls of steered runs over the budget, and a policy's average schedule beside the tuned static's."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from trainpilot.experiments.report.drawing import (
     DASHES,
     MARKERS,
     N_COLOURED,
-    Look,
-    Looks,
+    MethodStyle,
+    MethodStyles,
     Panel,
     ink,
     log_axis,
@@ -29,7 +26,7 @@ from trainpilot.experiments.report.drawing import (
     plain_axis,
 )
 from trainpilot.experiments.report.formatting import percent
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.llm_runtime.config import PRECISIONS, RunConfig
 
 N_METHODS = 3
@@ -57,10 +54,10 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moves:
+class ControlChanges:
     """What one method did to the controls."""
 
-    look: Look
+    look: MethodStyle
     panels: tuple[Panel, ...]
     unmoved: tuple[str, ...]
     """Controls that it never changed in any run."""
@@ -102,42 +99,42 @@ CONTROLS = (
 )
 
 
-def control_moves(material: Material, looks: Looks) -> list[Moves]:
+def control_changes(data: ReportData, looks: MethodStyles) -> list[ControlChanges]:
     """Return the controls over the budget for methods that change them: policies first, else the heuristics."""
-    steering = [name for name in material.notes if _steers(material, name)]
-    policies = [name for name in steering if material.notes[name].kind == "policy"]
+    steering = [name for name in data.notes if _steers(data, name)]
+    policies = [name for name in steering if data.notes[name].kind == "policy"]
     chosen = policies or sorted(steering, key=lambda name: name == "random")
-    return [_moves(material, looks.of(name) or _plain(material, name)) for name in chosen[:N_METHODS]]
+    return [_moves(data, looks.of(name) or _plain(data, name)) for name in chosen[:N_METHODS]]
 
 
-def _plain(material: Material, name: str) -> Look:
+def _plain(data: ReportData, name: str) -> MethodStyle:
     """Return the look of a method that has none: it stands alone here."""
-    return Look(method=name, title=material.title(name), color="s1", marker="o")
+    return MethodStyle(method=name, title=data.title(name), color="s1", marker="o")
 
 
-def _steers(material: Material, method: str) -> bool:
-    return any(run.spec.steering.kind != "keep" for run in _all_runs(material, method))
+def _steers(data: ReportData, method: str) -> bool:
+    return any(run.spec.steering.kind != "keep" for run in _all_runs(data, method))
 
 
-def _all_runs(material: Material, method: str) -> list[RunResult]:
-    return [run for case in material.case_names for run in material.runs(case, method) if run.intervals]
+def _all_runs(data: ReportData, method: str) -> list[RunResult]:
+    return [run for case in data.case_names for run in data.runs(case, method) if run.intervals]
 
 
 def _finishes(run: RunResult) -> bool:
     return any(interval.finishing for interval in run.intervals)
 
 
-def _moves(material: Material, look: Look) -> Moves:
-    runs = _all_runs(material, look.method)
+def _moves(data: ReportData, look: MethodStyle) -> ControlChanges:
+    runs = _all_runs(data, look.method)
     moved = [control for control in CONTROLS if not all(control.keeps(run) for run in runs)]
-    return Moves(
+    return ControlChanges(
         look=look,
         panels=tuple(_panel(control, look, runs) for control in moved),
         unmoved=tuple(control.name for control in CONTROLS if control not in moved),
     )
 
 
-def _panel(control: Control, look: Look, runs: Sequence[RunResult]) -> Panel:
+def _panel(control: Control, look: MethodStyle, runs: Sequence[RunResult]) -> Panel:
     drawn = panel(control.name, control.y, about=f"{control.name} over the budget, {look.title}")
     courses = [_course(control, run) for run in runs]
     if control.name == "precision":
@@ -150,9 +147,8 @@ def _panel(control: Control, look: Look, runs: Sequence[RunResult]) -> Panel:
         _base(drawn, runs)
     for shares, values in courses:
         drawn.axes.plot(shares, values, color=ink(look.color), linewidth=0.7, alpha=0.35, drawstyle="steps-post")
-    gid = drawn.mark(f"{look.title}, median of {len(courses)} runs")
     style: dict[str, Any] = {"color": ink(look.color), "linewidth": 1.8, "drawstyle": "steps-post", "zorder": 3}
-    drawn.axes.plot(*zip(*_typical(courses), strict=True), gid=gid, **style)
+    drawn.axes.plot(*zip(*_typical(courses), strict=True), **style)
     return drawn
 
 
@@ -183,7 +179,7 @@ def _base(drawn: Panel, runs: Sequence[RunResult]) -> None:
         tokens = [round(share * schedule.budget_tokens) for share in GRID]
         factors = [max(schedule.factor(t, 1), FLOOR / 10) for t in tokens]
         style: dict[str, Any] = {"color": ink("soft"), "linewidth": 1.1, "linestyle": (0, (3, 1.6))}
-        drawn.axes.plot(GRID, factors, **style, gid=drawn.mark(f"base schedule: {schedule.name}"))
+        drawn.axes.plot(GRID, factors, **style)
 
 
 def _ranked(drawn: Panel, courses: Sequence[Course]) -> list[Course]:
@@ -217,18 +213,18 @@ def times(value: float) -> str:
 
 LOWEST = FLOOR / 10
 """Ratios below it are drawn there: a schedule ends at zero."""
-STATIC = Look(method=TUNED, title="tuned static", color="soft", marker="s", dash=(3.0, 1.6))
+STATIC = MethodStyle(method=TUNED, title="tuned static", color="soft", marker="s", dash=(3.0, 1.6))
 
 Ratio = Callable[[IntervalResult, RunConfig, RunConfig], float]
 """Returns a control over what it is compared with, from the interval, its run and the tuned run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learnt:
+class AverageSchedule:
     """What one policy does on average under one preference."""
 
     heading: str
-    looks: tuple[Look, ...]
+    looks: tuple[MethodStyle, ...]
     """A line for each start, then the tuned static's."""
     panels: tuple[Panel, ...]
     note: str = ""
@@ -236,10 +232,10 @@ class Learnt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regime:
+class StartGroup:
     """The runs of a policy that began at one factor of the tuned learning rate."""
 
-    look: Look
+    look: MethodStyle
     runs: tuple[tuple[RunResult, RunConfig], ...]
     """Each with the tuned static's run on its case."""
 
@@ -255,38 +251,38 @@ def batch_ratio(interval: IntervalResult, run: RunConfig, tuned: RunConfig) -> f
     return interval.batch_size / run.batch_size
 
 
-def learnt(material: Material) -> list[Learnt]:
+def learnt(data: ReportData) -> list[AverageSchedule]:
     """Return the average schedules of every policy and preference, by start; none without a tuned static."""
-    tuned = _tuned(material)
+    tuned = _tuned(data)
     groups: dict[tuple[str, str, bool], list[str]] = {}
-    for name, note in material.notes.items():
-        if note.kind == "policy" and any(run.spec.steering.kind == "policy" for run, _ in _runs(material, name, tuned)):
+    for name, note in data.notes.items():
+        if note.kind == "policy" and any(run.spec.steering.kind == "policy" for run, _ in _runs(data, name, tuned)):
             parsed = PolicyName.parse(name)
             groups.setdefault((parsed.file, parsed.preference, parsed.guarded), []).append(name)
-    return [_learnt(material, names, tuned) for names in groups.values()]
+    return [_learnt(data, names, tuned) for names in groups.values()]
 
 
-def _tuned(material: Material) -> dict[str, RunConfig]:
+def _tuned(data: ReportData) -> dict[str, RunConfig]:
     """Return the tuned static's run by case."""
-    found = material.comparison.baselines.items()
+    found = data.comparison.baselines.items()
     return {case: one.config for case, all_ in found for one in all_ if one.axis == "tokens"}
 
 
-def _runs(material: Material, method: str, tuned: Mapping[str, RunConfig]) -> list[tuple[RunResult, RunConfig]]:
-    return [(run, tuned[case]) for case in tuned for run in material.runs(case, method) if run.intervals]
+def _runs(data: ReportData, method: str, tuned: Mapping[str, RunConfig]) -> list[tuple[RunResult, RunConfig]]:
+    return [(run, tuned[case]) for case in tuned for run in data.runs(case, method) if run.intervals]
 
 
-def _learnt(material: Material, names: Sequence[str], tuned: Mapping[str, RunConfig]) -> Learnt:
+def _learnt(data: ReportData, names: Sequence[str], tuned: Mapping[str, RunConfig]) -> AverageSchedule:
     ordered = sorted(names, key=lambda name: PolicyName.parse(name).start or 0.0)
     regimes = [
-        Regime(look=_look(name, index), runs=tuple(_runs(material, name, tuned)))
+        StartGroup(look=_look(name, index), runs=tuple(_runs(data, name, tuned)))
         for index, name in enumerate(ordered[:N_COLOURED])
     ]
     named = PolicyName.parse(names[0])
     parts = [named.short, named.preference, "" if named.guarded else "unguarded"]
     heading = ", ".join(part for part in parts if part)
     left_out = ", ".join(_begins(name) for name in ordered[N_COLOURED:])
-    return Learnt(
+    return AverageSchedule(
         heading=heading,
         looks=(*(regime.look for regime in regimes), STATIC),
         panels=(_rate_panel(regimes, heading), _batch_panel(regimes, heading)),
@@ -294,8 +290,10 @@ def _learnt(material: Material, names: Sequence[str], tuned: Mapping[str, RunCon
     )
 
 
-def _look(name: str, index: int) -> Look:
-    return Look(method=name, title=_begins(name), color=f"s{index + 1}", marker=MARKERS[index], dash=DASHES[index])
+def _look(name: str, index: int) -> MethodStyle:
+    return MethodStyle(
+        method=name, title=_begins(name), color=f"s{index + 1}", marker=MARKERS[index], dash=DASHES[index]
+    )
 
 
 def _begins(name: str) -> str:
@@ -303,7 +301,7 @@ def _begins(name: str) -> str:
     return "start at the case's own rate" if start is None else f"start at {times(start)}"
 
 
-def _rate_panel(regimes: Sequence[Regime], heading: str) -> Panel:
+def _rate_panel(regimes: Sequence[StartGroup], heading: str) -> Panel:
     drawn = panel("learning rate", "over the tuned peak, at equal batch", about=f"average learning rate, {heading}")
     bands = [_band(regime, rate_ratio) for regime in regimes]
     limits = (FLOOR, max([1.0, *(float(band[:, 3].max()) for band in bands)]) * 1.3)
@@ -312,7 +310,7 @@ def _rate_panel(regimes: Sequence[Regime], heading: str) -> Panel:
     return drawn
 
 
-def _batch_panel(regimes: Sequence[Regime], heading: str) -> Panel:
+def _batch_panel(regimes: Sequence[StartGroup], heading: str) -> Panel:
     drawn = panel("batch", "over the starting batch", about=f"average batch, {heading}")
     bands = [_band(regime, batch_ratio) for regime in regimes]
     static = [[tuned.batch_size / start] * len(GRID) for start, tuned in _starts(regimes)]
@@ -326,23 +324,21 @@ def _batch_panel(regimes: Sequence[Regime], heading: str) -> Panel:
 
 
 def _draw(
-    drawn: Panel, regimes: Sequence[Regime], bands: Sequence[np.ndarray], static: Sequence[Sequence[float]]
+    drawn: Panel, regimes: Sequence[StartGroup], bands: Sequence[np.ndarray], static: Sequence[Sequence[float]]
 ) -> None:
     plain_axis(drawn.axes, "x", (0, 1), percent)
     name_x(drawn.axes, "share of the budget")
-    gid = drawn.mark(f"{STATIC.title}, median of {len(static)} cases")
     usual: dict[str, Any] = {"linestyle": STATIC.linestyle, "linewidth": 1.3}
-    drawn.axes.plot(GRID, np.median(static, axis=0), color=ink(STATIC.color), gid=gid, **usual)
+    drawn.axes.plot(GRID, np.median(static, axis=0), color=ink(STATIC.color), **usual)
     for regime, band in zip(regimes, bands, strict=True):
         share, low, middle, high = band.T
         color = ink(regime.look.color)
         drawn.axes.fill_between(share, low, high, step="post", color=color, alpha=0.13, linewidth=0)
         style: dict[str, Any] = {"linestyle": regime.look.linestyle, "drawstyle": "steps-post", "zorder": 3}
-        gid = drawn.mark(f"{regime.look.title}, median of {len(regime.runs)} runs")
-        drawn.axes.plot(share, middle, color=color, linewidth=1.6, gid=gid, **style)
+        drawn.axes.plot(share, middle, color=color, linewidth=1.6, **style)
 
 
-def _band(regime: Regime, ratio: Ratio) -> np.ndarray:
+def _band(regime: StartGroup, ratio: Ratio) -> np.ndarray:
     """Return share, lower quartile, median and upper quartile, as far as at least half of the runs go."""
     courses = [_ratio_course(run, tuned, ratio) for run, tuned in regime.runs]
     rows = []
@@ -359,12 +355,12 @@ def _ratio_course(run: RunResult, tuned: RunConfig, ratio: Ratio) -> Course:
     return [0.0, *(interval.tokens / config.tokens for interval in run.intervals)], [*values, values[-1]]
 
 
-def _starts(regimes: Sequence[Regime]) -> list[tuple[int, RunConfig]]:
+def _starts(regimes: Sequence[StartGroup]) -> list[tuple[int, RunConfig]]:
     """Return starting batch and tuned run of every case, once."""
     return list({(run.spec.config.batch_size, tuned): None for regime in regimes for run, tuned in regime.runs})
 
 
-def _compared(regimes: Sequence[Regime]) -> list[RunConfig]:
+def _compared(regimes: Sequence[StartGroup]) -> list[RunConfig]:
     return list({tuned: None for regime in regimes for _, tuned in regime.runs})
 
 

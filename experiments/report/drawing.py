@@ -1,8 +1,7 @@
-"""Draw small charts as SVG that lives inside the page: its colours are the page's, in light, dark and print.
+"""Draw small matplotlib charts as SVG that takes its colours from the page, in light, dark and print.
 
-Give the methods that charts show their colours, marks and dashes: the same in every chart.
-
-Choose what part of an axis is shown and where its ticks stand.
+Here are an empty panel and its conversion to SVG, the colour, mark and dash of each method (the same in every chart),
+and the choice of axis ranges and ticks.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from xml.etree import ElementTree
 
@@ -22,7 +21,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from trainpilot.experiments.compare.results import TUNED, UNTUNED
 from trainpilot.experiments.report.formatting import SPACE, si
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.report_data import ReportData
 
 INKS = (
     *("ink", "soft", "faint", "paper"),
@@ -54,14 +53,6 @@ class Panel:
     axes: Axes
     about: str = ""
     """What a screen reader says."""
-    hover: dict[str, str] = field(default_factory=dict)
-    """What a pointer is told over the artist with that gid."""
-
-    def mark(self, text: str) -> str:
-        """Return a gid under which an artist says `text` to a pointer."""
-        name = f"hover{len(self.hover)}"
-        self.hover[name] = text
-        return name
 
 
 def ink(name: str) -> str:
@@ -96,7 +87,7 @@ def to_svg(drawn: Panel, name: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trainpilot"}):
         drawn.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(stream.getvalue())
-    _tidy(root, name, drawn.hover)
+    _tidy(root, name)
     view = root.attrib["viewBox"]
     about = drawn.about or f"{drawn.y}, {drawn.title}"
     root.attrib.clear()
@@ -104,7 +95,7 @@ def to_svg(drawn: Panel, name: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _tidy(root: ElementTree.Element, name: str, hover: Mapping[str, str]) -> None:
+def _tidy(root: ElementTree.Element, name: str) -> None:
     """Take out what a page has no use for, name colours by variables, and keep ids unique."""
     for parent in list(root.iter()):
         for child in list(parent):
@@ -119,10 +110,6 @@ def _tidy(root: ElementTree.Element, name: str, hover: Mapping[str, str]) -> Non
         identity = element.attrib.pop("id", "")
         if identity in wanted:
             element.set("id", f"{name}-{identity}")
-        if identity in hover:
-            title = ElementTree.Element("title")
-            title.text = hover[identity]
-            element.insert(0, title)
 
 
 def _value(key: str, value: str, name: str) -> str:
@@ -162,7 +149,7 @@ MARKS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class MethodStyle:
     """How a method is drawn."""
 
     method: str
@@ -185,22 +172,22 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looks:
+class MethodStyles:
     """Which methods the charts show."""
 
-    chosen: tuple[Look, ...]
+    chosen: tuple[MethodStyle, ...]
     """The two baselines, as far as they were compared, then those with a colour."""
-    subjects: tuple[Look, ...]
+    subjects: tuple[MethodStyle, ...]
     """Those of the chosen that are followed through a run: policies, or else what came out best."""
     n_methods: int
     """How many there are in all, planted checks apart."""
 
-    def of(self, method: str) -> Look | None:
+    def of(self, method: str) -> MethodStyle | None:
         """Return a method's look; `None` for one that the charts leave grey."""
         return next((look for look in self.chosen if look.method == method), None)
 
     @property
-    def baselines(self) -> tuple[Look, ...]:
+    def baselines(self) -> tuple[MethodStyle, ...]:
         """The two baselines."""
         return tuple(look for look in self.chosen if look.method in (TUNED, UNTUNED))
 
@@ -215,27 +202,27 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.5, 1.2), (6, 1.5, 1.5,
 _BASELINES = {TUNED: ("ink", "s", ()), UNTUNED: ("soft", "D", (3.0, 1.6))}
 
 
-def choose(material: Material) -> Looks:
+def choose(data: ReportData) -> MethodStyles:
     """Return the methods that charts show: the two baselines, the policies, then the best of what was not tuned."""
     coloured = [
-        Look(
+        MethodStyle(
             method=name,
-            title=material.title(name),
+            title=data.title(name),
             color=f"s{index + 1}",
             marker=MARKERS[index],
             dash=DASHES[index],
         )
-        for index, name in enumerate([name for name in material.ranked if material.was_run(name)][:N_COLOURED])
+        for index, name in enumerate([name for name in data.ranked if data.was_run(name)][:N_COLOURED])
     ]
     baselines = [
-        Look(method=name, title=material.title(name), color=color, marker=marker, dash=dash)
+        MethodStyle(method=name, title=data.title(name), color=color, marker=marker, dash=dash)
         for name, (color, marker, dash) in _BASELINES.items()
-        if material.was_run(name)
+        if data.was_run(name)
     ]
-    policies = [look for look in coloured if material.notes[look.method].kind == "policy"]
-    n_methods = sum(note.kind != "check" and material.was_run(name) for name, note in material.notes.items())
+    policies = [look for look in coloured if data.notes[look.method].kind == "policy"]
+    n_methods = sum(note.kind != "check" and data.was_run(name) for name, note in data.notes.items())
     subjects = (policies or coloured[:2])[:N_SUBJECTS]
-    return Looks(chosen=(*baselines, *coloured), subjects=tuple(subjects), n_methods=n_methods)
+    return MethodStyles(chosen=(*baselines, *coloured), subjects=tuple(subjects), n_methods=n_methods)
 
 
 STEPS = (1, 1.5, 2, 3, 5, 7)

@@ -1,4 +1,4 @@
-"""Turn figures into text, each kind in one way. What is unknown becomes an en dash that says why."""
+"""Format figures as text, each kind in one way. An unknown figure becomes an en dash with the reason as its title."""
 
 from __future__ import annotations
 

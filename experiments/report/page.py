@@ -1,8 +1,7 @@
-"""Put the report's sections together and render them as one HTML page that needs nothing but itself.
+"""Write the report of a comparison: one self-contained HTML page, its figures as JSON and CSV, and TensorBoard runs.
 
-Write the report of a comparison: the page, its figures as JSON and CSV, and every run for TensorBoard.
-
-Say in plain words what a comparison found: no more than its figures carry.
+`write_report` is the entry point. `find_headline` puts the result into one sentence that claims no more than the
+figures carry; `build` collects all sections; the template `report.html.j2` draws them.
 """
 
 from __future__ import annotations
@@ -19,19 +18,18 @@ from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.report.charts import (
     budget_panels,
     counts_joules,
-    course_panels,
     front_panels,
+    loss_panels,
     multiplier_panels,
     part_panels,
 )
-from trainpilot.experiments.report.charts_controls import Learnt, Moves, control_moves, learnt
-from trainpilot.experiments.report.drawing import Look, Looks, Panel, choose, to_svg
+from trainpilot.experiments.report.charts_controls import AverageSchedule, ControlChanges, control_changes, learnt
+from trainpilot.experiments.report.drawing import MethodStyle, MethodStyles, Panel, choose, to_svg
 from trainpilot.experiments.report.formatting import count, listed, percent, ratio
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.experiments.report.tables import (
     Fold,
     Table,
-    all_multipliers,
     break_even,
     case_tables,
     cases_table,
@@ -40,7 +38,7 @@ from trainpilot.experiments.report.tables import (
     failures_table,
     front_table,
     glance,
-    headline_table,
+    methods_table,
     provenance_table,
     run_files,
     settings_table,
@@ -72,14 +70,14 @@ def write_report(
     """
     from trainpilot.experiments.report.tables import write_sheets
 
-    material = Material(comparison, results, tables, figures)
+    data = ReportData(comparison, results, tables, figures)
     write_json(folder / "figures.json", figures.to_json())
-    write_sheets(folder, material)
+    write_sheets(folder, data)
     if tensorboard:
         from trainpilot.experiments.report.tensorboard import write_events
 
-        write_events(folder / "tensorboard", material)
-    page = render(material)
+        write_events(folder / "tensorboard", data)
+    page = render(data)
     with whole_file(folder / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / PAGE
@@ -93,7 +91,7 @@ NAMES = {"untuned": "the untuned default", "tuned": "a tuned static schedule"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Headline:
     """The top of the report."""
 
     subject: str | None
@@ -106,26 +104,26 @@ class Finding:
     """What keeps a reader from believing too much."""
 
 
-def finding(material: Material) -> Finding:
+def find_headline(data: ReportData) -> Headline:
     """Return what was found about the first policy, or else about what came out best."""
-    tuned = TUNED if TUNED in material.notes else None
-    subject = next(iter(material.of_kind("policy")), next(iter(material.ranked), tuned))
-    return Finding(
+    tuned = TUNED if TUNED in data.notes else None
+    subject = next(iter(data.of_kind("policy")), next(iter(data.ranked), tuned))
+    return Headline(
         subject=subject,
-        title=_title(material, subject),
-        lead=tuple(part for part in (_compared(material), _subject_line(material, subject)) if part),
-        cautions=tuple(_cautions(material, subject)),
+        title=_title(data, subject),
+        lead=tuple(part for part in (_compared(data), _subject_line(data, subject)) if part),
+        cautions=tuple(_cautions(data, subject)),
     )
 
 
-def _title(material: Material, subject: str | None) -> str:
+def _title(data: ReportData, subject: str | None) -> str:
     others = [b for b in NAMES if subject and (b, subject) not in (("tuned", TUNED), ("untuned", UNTUNED))]
-    known = [b for b in others if subject and material.multiplier(subject, b).value is not None]
+    known = [b for b in others if subject and data.multiplier(subject, b).value is not None]
     if subject is None or not known:
-        n_methods = count(len(material.notes), "method")
-        return f"{n_methods} on {count(len(material.case_names), 'case')}: no compute multiplier could be worked out"
-    title = material.title(subject)
-    parts = [claim(title, material.multiplier(subject, b), _test(material, subject, b), NAMES[b]) for b in known[::-1]]
+        n_methods = count(len(data.notes), "method")
+        return f"{n_methods} on {count(len(data.case_names), 'case')}: no compute multiplier could be worked out"
+    title = data.title(subject)
+    parts = [claim(title, data.multiplier(subject, b), _test(data, subject, b), NAMES[b]) for b in known[::-1]]
     return "; ".join([parts[0], *(f"it{part.removeprefix(title)}" for part in parts[1:])])
 
 
@@ -155,13 +153,13 @@ def _tokens(worth: float) -> str:
     return f"{percent(1 / worth - 1)} more tokens than" if worth > 1 / 2 else f"{ratio(1 / worth)} times the tokens of"
 
 
-def _compared(material: Material) -> str:
+def _compared(data: ReportData) -> str:
     """Return how much was compared, and how to read a multiplier."""
-    cases = [case for case in material.case_names if material.judged_on(case)]
-    waiting = len(material.case_names) - len(cases)
-    n_methods = sum(material.was_run(name) for name in material.notes)
-    n_runs = len({row.key for row in material.comparison.rows if row.key in material.results})
-    seeds = f"{count(len(material.comparison.seeds), 'paired seed')}{' each' if len(cases) > 1 else ''}"
+    cases = [case for case in data.case_names if data.judged_on(case)]
+    waiting = len(data.case_names) - len(cases)
+    n_methods = sum(data.was_run(name) for name in data.notes)
+    n_runs = len({row.key for row in data.comparison.rows if row.key in data.results})
+    seeds = f"{count(len(data.comparison.seeds), 'paired seed')}{' each' if len(cases) > 1 else ''}"
     unfinished = f" The comparison is not finished: {count(waiting, 'case')} have no runs yet." if waiting else ""
     return (
         f"{count(n_methods, 'method')} on {count(len(cases), 'case')} with {seeds}, {count(n_runs, 'run')} in all."
@@ -171,34 +169,34 @@ def _compared(material: Material) -> str:
     )
 
 
-def _subject_line(material: Material, subject: str | None) -> str:
+def _subject_line(data: ReportData, subject: str | None) -> str:
     """Return which method the headline is about, against which baselines, and on what grounds it was chosen."""
     if subject is None:
         return ""
-    policies, title = material.of_kind("policy"), material.title
+    policies, title = data.of_kind("policy"), data.title
     why = "which came out best; no policy was compared"
     if policies:
         others = listed([title(name) for name in policies[1:]])
         why = f"the first policy that was named ({others}: see the table)" if others else "the policy"
     return (
         f"The headline is about {title(subject)}, {why}. The tuned static baseline is the best setting of a search"
-        f"{_searched(material)}; the untuned default is {title(UNTUNED)} at the case's own settings."
+        f"{_searched(data)}; the untuned default is {title(UNTUNED)} at the case's own settings."
     )
 
 
-def _searched(material: Material) -> str:
-    trials = [found.n_trials for b in material.comparison.baselines.values() for found in b if found.method == TUNED]
+def _searched(data: ReportData) -> str:
+    trials = [found.n_trials for b in data.comparison.baselines.values() for found in b if found.method == TUNED]
     if not trials:
         return ""
     runs = f"{min(trials)}" if min(trials) == max(trials) else f"{min(trials)} to {max(trials)}"
     return f" over {runs} runs on each case"
 
 
-def _cautions(material: Material, subject: str | None) -> list[str]:
-    figures, found = material.figures, []
-    if len(material.case_names) == 1:
+def _cautions(data: ReportData, subject: str | None) -> list[str]:
+    figures, found = data.figures, []
+    if len(data.case_names) == 1:
         found.append("One case says nothing about other models: the intervals hold the spread over seeds alone.")
-    worth = material.multiplier(subject).value if subject else None
+    worth = data.multiplier(subject).value if subject else None
     if worth is not None and worth > TOO_GOOD:
         found.append(
             "A gain above 5 % over a tuned static schedule is presumed to be a fault in the baseline "
@@ -209,8 +207,8 @@ def _cautions(material: Material, subject: str | None) -> list[str]:
     return [*found, *([figures.rests_on] if figures.rests_on else []), *figures.notes]
 
 
-def _test(material: Material, method: str, baseline: str) -> SignTest | None:
-    found = material.by_method.get(method)
+def _test(data: ReportData, method: str, baseline: str) -> SignTest | None:
+    found = data.by_method.get(method)
     return found.sign_tests.get(baseline, {}).get("tokens") if found else None
 
 
@@ -231,7 +229,7 @@ class Charts:
     """A figure of one or several panels with its legend."""
 
     drawings: tuple[Drawing, ...]
-    legend: tuple[Look, ...] = ()
+    legend: tuple[MethodStyle, ...] = ()
     heading: str = ""
     note: str = ""
 
@@ -240,13 +238,12 @@ class Charts:
 class Page:
     """What the template shows, in the order of the page."""
 
-    finding: Finding
+    headline: Headline
     about: str
     """The line above the title: where it was run."""
     glance: Table | None
     """The figures behind the title."""
-    headline: Table
-    multipliers: Table
+    methods: Table
     break_even: list[str]
     front: Charts
     front_joules: bool
@@ -278,7 +275,7 @@ class Page:
     """Which methods the charts show, where that is not all of them."""
 
 
-def render(material: Material) -> str:
+def render(data: ReportData) -> str:
     """Return the whole page."""
     from jinja2 import Environment, StrictUndefined
 
@@ -286,75 +283,76 @@ def render(material: Material) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(folder.joinpath("report.html.j2").read_text(encoding="utf-8"))
     css = folder.joinpath("report.css").read_text(encoding="utf-8")
-    return template.render(page=build(material), css=css) + "\n"
+    return template.render(page=build(data), css=css) + "\n"
 
 
-def build(material: Material) -> Page:
+def build(data: ReportData) -> Page:
     """Return everything that the page shows."""
-    looks = choose(material)
-    second = second_axis(material)
-    provenance = dict(material.comparison.provenance)
-    found = finding(material)
+    looks = choose(data)
+    second = second_axis(data)
+    provenance = dict(data.comparison.provenance)
+    found = find_headline(data)
     return Page(
-        finding=found,
-        glance=glance(material, found.subject) if found.subject else None,
-        about=_devices(material),
-        headline=headline_table(material),
-        multipliers=all_multipliers(material),
-        break_even=break_even(material),
-        front=_charts("front", front_panels(material, looks), looks.chosen),
-        front_joules=all(counts_joules(material, point.case) for point in material.figures.points),
-        fronts=front_table(material),
-        courses=_charts("course", course_panels(material, looks), (*looks.baselines, *looks.subjects)),
-        controls=tuple(_control_charts(moves) for moves in control_moves(material, looks)),
-        learnt=tuple(_learnt_charts(index, found) for index, found in enumerate(learnt(material))),
-        forest=_charts("forest", multiplier_panels(material, looks, second), ()),
+        headline=found,
+        glance=glance(data, found.subject) if found.subject else None,
+        about=_devices(data),
+        methods=methods_table(data),
+        break_even=break_even(data),
+        front=_charts("front", front_panels(data, looks), looks.chosen),
+        front_joules=all(counts_joules(data, point.case) for point in data.figures.points),
+        fronts=front_table(data),
+        courses=_charts("course", loss_panels(data, looks), (*looks.baselines, *looks.subjects)),
+        controls=tuple(_control_charts(moves) for moves in control_changes(data, looks)),
+        learnt=tuple(_learnt_charts(index, found) for index, found in enumerate(learnt(data))),
+        forest=_charts("forest", multiplier_panels(data, looks, second), ()),
         second_axis={"energy_j": "modelled joules", "time_s": "modelled seconds"}.get(second or ""),
-        cases=case_tables(material),
-        budgets=_charts("budget", budget_panels(material, looks), (*looks.baselines, *looks.subjects)),
-        sweep=sweep_table(material),
-        parts=_charts("part", part_panels(material, looks), ()),
+        cases=case_tables(data),
+        budgets=_charts("budget", budget_panels(data, looks), (*looks.baselines, *looks.subjects)),
+        sweep=sweep_table(data),
+        parts=_charts("part", part_panels(data, looks), ()),
         part_names=PART_NAMES,
-        checks=check_table(material),
-        failures=failures_table(material, "method"),
-        early=failures_table(material, "method", early=True),
-        other_failures=failures_table(material, "sweep", "curve"),
-        edges=edges(material),
+        checks=check_table(data),
+        failures=failures_table(data, "method"),
+        early=failures_table(data, "method", early=True),
+        other_failures=failures_table(data, "sweep", "curve"),
+        edges=edges(data),
         command=str(provenance.get("command", "")),
         provenance=provenance_table(provenance),
-        case_list=cases_table(material),
-        settings=settings_table(material),
-        run_files=run_files(material),
+        case_list=cases_table(data),
+        settings=settings_table(data),
+        run_files=run_files(data),
         chosen=_chosen(looks),
     )
 
 
-def second_axis(material: Material) -> str | None:
+def second_axis(data: ReportData) -> str | None:
     """Return in what else multipliers are drawn: joules where they are known, else seconds, else nothing."""
     for axis in ("energy_j", "time_s"):
-        if any(material.multiplier(name, "tuned", axis).value is not None for name in material.notes):
+        if any(data.multiplier(name, "tuned", axis).value is not None for name in data.notes):
             return axis
     return None
 
 
-def _charts(name: str, panels: Sequence[Panel], legend: Sequence[Look], heading: str = "", note: str = "") -> Charts:
+def _charts(
+    name: str, panels: Sequence[Panel], legend: Sequence[MethodStyle], heading: str = "", note: str = ""
+) -> Charts:
     drawings = tuple(
         Drawing(title=drawn.title, y=drawn.y, svg=to_svg(drawn, f"{name}{index}")) for index, drawn in enumerate(panels)
     )
     return Charts(drawings=drawings, legend=tuple(legend), heading=heading, note=note)
 
 
-def _control_charts(moves: Moves) -> Charts:
+def _control_charts(moves: ControlChanges) -> Charts:
     note = f"It never changed {listed(list(moves.unmoved))}." if moves.unmoved else ""
     name = "control" + re.sub(r"\W+", "", moves.look.color)
     return _charts(name, moves.panels, (moves.look,), moves.look.title, note)
 
 
-def _learnt_charts(index: int, found: Learnt) -> Charts:
+def _learnt_charts(index: int, found: AverageSchedule) -> Charts:
     return _charts(f"learnt{index}x", found.panels, found.looks, found.heading, found.note)
 
 
-def _chosen(looks: Looks) -> str:
+def _chosen(looks: MethodStyles) -> str:
     if looks.n_grey <= 0:
         return ""
     rest = count(looks.n_grey, "other method")
@@ -365,5 +363,5 @@ def _chosen(looks: Looks) -> str:
     )
 
 
-def _devices(material: Material) -> str:
-    return "; ".join(dict.fromkeys(run.device for run in material.results.values()))
+def _devices(data: ReportData) -> str:
+    return "; ".join(dict.fromkeys(run.device for run in data.results.values()))

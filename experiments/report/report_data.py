@@ -23,7 +23,7 @@ NOTHING = Estimate(value=None)
 
 
 @dataclass(frozen=True)
-class Material:
+class ReportData:
     """A comparison with its runs and figures."""
 
     comparison: Comparison
@@ -113,11 +113,11 @@ class Material:
         return next((value for value in values if value is not None), 0.0)
 
 
-def by_kind(material: Material, names: Iterable[str] | None = None) -> list[tuple[str, list[str]]]:
+def by_kind(data: ReportData, names: Iterable[str] | None = None) -> list[tuple[str, list[str]]]:
     """Return the methods in groups, each with its heading; kinds unknown to this file come last."""
-    chosen = list(material.notes if names is None else names)
-    kinds = [*KINDS, *dict.fromkeys(material.notes[n].kind for n in chosen if material.notes[n].kind not in KINDS)]
-    groups = ((KINDS.get(kind, kind), [n for n in chosen if material.notes[n].kind == kind]) for kind in kinds)
+    chosen = list(data.notes if names is None else names)
+    kinds = [*KINDS, *dict.fromkeys(data.notes[n].kind for n in chosen if data.notes[n].kind not in KINDS)]
+    groups = ((KINDS.get(kind, kind), [n for n in chosen if data.notes[n].kind == kind]) for kind in kinds)
     return [(heading, members) for heading, members in groups if members]
 
 

@@ -1,10 +1,7 @@
-"""Put the figures into tables: the headline, every case, targets, fronts and checks.
+"""Build the report's tables: headline, cases, fronts, checks, settings and failures, and the CSV files.
 
-The tables of the report, as the template draws them.
-
-Put settings and runs into tables: what the search chose, what failed, and which file holds which run.
-
-Write the figures and the runs as CSV, for spreadsheets and notebooks: unrounded, empty where unknown.
+A `Table` holds columns and groups of lines; the template draws it. The CSV files hold the same figures unrounded, with
+empty cells where a figure is unknown.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from trainpilot.experiments.report.formatting import (
     si,
     sign_test,
 )
-from trainpilot.experiments.report.report_data import NOTHING, Material, by_kind
+from trainpilot.experiments.report.report_data import NOTHING, ReportData, by_kind
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.files import whole_file
 
@@ -113,7 +110,7 @@ AGAINST = {
 }
 
 
-def headline_table(material: Material) -> Table:
+def methods_table(data: ReportData) -> Table:
     """Return one row per method: what it is worth, how surely, and how often it failed."""
     tokens = [Column(name=BASELINE_NAMES[b], over="in tokens, against the") for b in BASELINES]
     against = "against the tuned static, in"
@@ -126,17 +123,16 @@ def headline_table(material: Material) -> Table:
     )
     wanted = [(baseline, "tokens") for baseline in BASELINES] + [("tuned", axis) for axis in AXES[1:]]
     groups = tuple(
-        (heading, tuple(_headline_line(material, name, wanted) for name in names))
-        for heading, names in by_kind(material)
+        (heading, tuple(_method_line(data, name, wanted) for name in names)) for heading, names in by_kind(data)
     )
     return Table(corner="method", columns=columns, groups=groups)
 
 
-def _headline_line(material: Material, name: str, wanted: Sequence[tuple[str, str]]) -> Line:
-    found, note = material.by_method.get(name), material.notes[name]
-    n_cases = len(material.case_names)
+def _method_line(data: ReportData, name: str, wanted: Sequence[tuple[str, str]]) -> Line:
+    found, note = data.by_method.get(name), data.notes[name]
+    n_cases = len(data.case_names)
     of = "cases" if n_cases > 1 else "seeds"
-    worth = [multiplier(material.multiplier(name, b, a), _why_no_multiplier(material, b, a), of) for b, a in wanted]
+    worth = [multiplier(data.multiplier(name, b, a), _why_no_multiplier(data, b, a), of) for b, a in wanted]
     test = found.sign_tests.get("tuned", {}).get("tokens") if found else None
     tail = (
         sign_test(test),
@@ -146,50 +142,27 @@ def _headline_line(material: Material, name: str, wanted: Sequence[tuple[str, st
     return Line(name=note.title, cells=(*worth, *tail), title=note.description, strong=note.kind == "policy")
 
 
-def _why_no_multiplier(material: Material, baseline: str, axis: str) -> str:
-    if not any(material.multiplier(name, baseline).value is not None for name in material.notes):
+def _why_no_multiplier(data: ReportData, baseline: str, axis: str) -> str:
+    if not any(data.multiplier(name, baseline).value is not None for name in data.notes):
         return f"no curve of the {BASELINE_NAMES[baseline]} was measured"
     return "it has no loss to compare" if axis == "tokens" else f"{AXIS_NAMES[axis]} are unknown, or it has no loss"
 
 
-def glance(material: Material, subject: str) -> Table:
+def glance(data: ReportData, subject: str) -> Table:
     """Return one method's multipliers: a row per baseline, a column per unit."""
-    found, of = material.by_method.get(subject), "cases" if len(material.case_names) > 1 else "seeds"
+    found, of = data.by_method.get(subject), "cases" if len(data.case_names) > 1 else "seeds"
     columns = (*(Column(name=AXIS_NAMES[axis]) for axis in AXES), Column(name="better on, in tokens"))
     lines = tuple(
         Line(
             name=name,
             cells=(
-                *(multiplier(material.multiplier(subject, b, a), _why_no_multiplier(material, b, a), of) for a in AXES),
+                *(multiplier(data.multiplier(subject, b, a), _why_no_multiplier(data, b, a), of) for a in AXES),
                 sign_test(found.sign_tests.get(b, {}).get("tokens") if found else None),
             ),
         )
         for b, name in AGAINST.items()
     )
-    return Table(corner=f"multiplier of {material.title(subject)}", columns=columns, groups=(("", lines),))
-
-
-def all_multipliers(material: Material) -> Table:
-    """Return every multiplier over all cases: three baselines in three units."""
-    pairs = [(baseline, axis) for baseline in BASELINES for axis in AXES]
-    columns = tuple(Column(name=AXIS_NAMES[a], over=f"against the {BASELINE_NAMES[b]}") for b, a in pairs)
-    groups = tuple(
-        (
-            heading,
-            tuple(
-                Line(
-                    name=material.title(name),
-                    cells=tuple(
-                        multiplier(material.multiplier(name, b, a), _why_no_multiplier(material, b, a))
-                        for b, a in pairs
-                    ),
-                )
-                for name in names
-            ),
-        )
-        for heading, names in by_kind(material)
-    )
-    return Table(corner="method", columns=columns, groups=groups)
+    return Table(corner=f"multiplier of {data.title(subject)}", columns=columns, groups=(("", lines),))
 
 
 CASE_COLUMNS = (
@@ -206,36 +179,36 @@ CASE_COLUMNS = (
 )
 
 
-def case_tables(material: Material) -> list[Fold]:
+def case_tables(data: ReportData) -> list[Fold]:
     """Return one folded table per case, a row per method."""
     return [
         Fold(
             summary=case,
-            about=_target_text(material, case),
+            about=_target_text(data, case),
             table=Table(
                 corner="method",
                 columns=CASE_COLUMNS,
                 groups=tuple(
-                    (heading, tuple(_case_line(material, case, name) for name in names))
-                    for heading, names in by_kind(material, material.judged_on(case))
+                    (heading, tuple(_case_line(data, case, name) for name in names))
+                    for heading, names in by_kind(data, data.judged_on(case))
                 ),
             ),
         )
-        for case in material.case_names
-        if material.judged_on(case)
+        for case in data.case_names
+        if data.judged_on(case)
     ]
 
 
-def _target_text(material: Material, case: str) -> str:
-    target = material.figures.targets.get(case)
+def _target_text(data: ReportData, case: str) -> str:
+    target = data.figures.targets.get(case)
     return "No target loss." if target is None else f"Target loss: {target:.4f} nats/token."
 
 
-def _case_line(material: Material, case: str, name: str) -> Line:
-    found = material.by_case[case, name]
+def _case_line(data: ReportData, case: str, name: str) -> Line:
+    found = data.by_case[case, name]
     return Line(
-        name=material.title(name),
-        title=material.notes[name].description,
+        name=data.title(name),
+        title=data.notes[name].description,
         cells=(
             loss(found.validation_loss),
             loss(found.test_loss),
@@ -256,9 +229,9 @@ def _to_target(found: CaseFigures, estimate: Estimate, unit: str) -> Cell:
     return Cell(text=quantity(estimate, unit, reached).text, title=reached)
 
 
-def front_table(material: Material) -> Table | None:
+def front_table(data: ReportData) -> Table | None:
     """Return how good each family's set of points is; `None` where nobody worked it out."""
-    if not material.figures.fronts:
+    if not data.figures.fronts:
         return None
     columns = (
         Column(name="hypervolume", title="How much of the plane of loss and cost it dominates; more is better."),
@@ -268,19 +241,19 @@ def front_table(material: Material) -> Table | None:
     )
     lines = tuple(
         Line(
-            name=_family(material, front.family),
+            name=_family(data, front.family),
             cells=(
                 *(_plain(e) for e in (front.hypervolume, front.igd_plus, front.expected_utility)),
                 Cell(text=str(front.n_points)),
             ),
         )
-        for front in material.figures.fronts
+        for front in data.figures.fronts
     )
     return Table(corner="family", columns=columns, groups=(("", lines),))
 
 
-def _family(material: Material, family: str) -> str:
-    members = [note for note in material.notes.values() if note.family == family]
+def _family(data: ReportData, family: str) -> str:
+    members = [note for note in data.notes.values() if note.family == family]
     return members[0].title if len(members) == 1 else family
 
 
@@ -290,9 +263,9 @@ def _plain(estimate: Estimate) -> Cell:
     return Cell(text=f"{estimate.value:.3f}", interval=interval(estimate, lambda value: f"{value:.3f}"))
 
 
-def check_table(material: Material) -> Table | None:
+def check_table(data: ReportData) -> Table | None:
     """Return what was expected, what was found and whether that passes; `None` without any check."""
-    if not material.figures.checks:
+    if not data.figures.checks:
         return None
     verdicts = {
         True: Cell(text="passed"),
@@ -301,22 +274,22 @@ def check_table(material: Material) -> Table | None:
     }
     lines = tuple(
         Line(name=check.name, cells=(Cell(text=check.expected), Cell(text=check.found), verdicts[check.passed]))
-        for check in material.figures.checks
+        for check in data.figures.checks
     )
     columns = (Column(name="expected", wraps=True), Column(name="found", wraps=True), Column(name="verdict"))
     return Table(corner="check", columns=columns, groups=(("", lines),))
 
 
-def break_even(material: Material) -> list[str]:
+def break_even(data: ReportData) -> list[str]:
     """Return, for each policy whose training was measured, after how many steered runs its energy is earned back."""
     sentences = []
-    for name, found in material.by_method.items():
+    for name, found in data.by_method.items():
         runs = found.break_even_runs
         if runs is None or (runs.value is None and not runs.censored):
             continue
         sign = {"<": "at most ", ">": "more than ", "": ""}[runs.censored]
         number = "never" if runs.value is None else f"{sign}{ratio(runs.value)} {interval(runs, ratio)} runs"
-        sentences.append(f"{material.title(name)}: {' '.join(number.split())}")
+        sentences.append(f"{data.title(name)}: {' '.join(number.split())}")
     return sentences
 
 
@@ -324,7 +297,7 @@ EQUAL = {"tokens": "tokens", "time_s": "seconds", "energy_j": "joules"}
 _WORDS = Column(name="", wraps=True)
 
 
-def settings_table(material: Material) -> Table:
+def settings_table(data: ReportData) -> Table:
     """Return each case's own settings and those that the search found for equal tokens, seconds and joules."""
     columns = (
         *(Column(name=name) for name in ("learning rate", "batch", "schedule", "warm-up", "precision")),
@@ -333,14 +306,14 @@ def settings_table(material: Material) -> Table:
         Column(name="on the edge", title="Settings whose best value lies on the edge of what was tried.", wraps=True),
     )
     groups = tuple(
-        (case.name, (_own_line(case), *(_tuned_line(alike) for alike in _alike(_baselines(material, case.name)))))
-        for case in material.comparison.cases
+        (case.name, (_own_line(case), *(_tuned_line(alike) for alike in _alike(_baselines(data, case.name)))))
+        for case in data.comparison.cases
     )
     return Table(corner="settings", columns=columns, groups=groups)
 
 
-def _baselines(material: Material, case: str) -> tuple[TunedBaseline, ...]:
-    return tuple(material.comparison.baselines.get(case, ()))
+def _baselines(data: ReportData, case: str) -> tuple[TunedBaseline, ...]:
+    return tuple(data.comparison.baselines.get(case, ()))
 
 
 def _own_line(case: Case) -> Line:
@@ -376,20 +349,20 @@ def _setting(config: RunConfig) -> tuple[Cell, ...]:
     )
 
 
-def cases_table(material: Material) -> Table:
+def cases_table(data: ReportData) -> Table:
     """Return what each case is."""
     columns = (
         *(Column(name=n) for n in ("architecture", "parameters", "budget", "batch", "sequence", "learning rate")),
         Column(name="target loss", title="In nats/token."),
         Column(name="text", wraps=True),
     )
-    lines = tuple(_described_case(material, case) for case in material.comparison.cases)
+    lines = tuple(_described_case(data, case) for case in data.comparison.cases)
     return Table(corner="case", columns=columns, groups=(("", lines),))
 
 
-def _described_case(material: Material, case: Case) -> Line:
-    config, target = case.config, material.figures.targets.get(case.name)
-    sizes = [run.n_parameters for name in material.notes for run in material.runs(case.name, name)]
+def _described_case(data: ReportData, case: Case) -> Line:
+    config, target = case.config, data.figures.targets.get(case.name)
+    sizes = [run.n_parameters for name in data.notes for run in data.runs(case.name, name)]
     return Line(
         name=case.name,
         title=Path(config.model).name,
@@ -406,15 +379,15 @@ def _described_case(material: Material, case: Case) -> Line:
     )
 
 
-def sweep_table(material: Material) -> Table | None:
+def sweep_table(data: ReportData) -> Table | None:
     """Return what the tuned static's search used on each case, over the budget of one run."""
-    costs = material.figures.sweep_costs
+    costs = data.figures.sweep_costs
     if not costs:
         return None
     columns = tuple(Column(name=AXIS_NAMES[axis]) for axis in AXES)
     lines = tuple(
         Line(name=case, cells=tuple(_sweep_cell(costs[case].get(axis), AXIS_UNITS[axis]) for axis in AXES))
-        for case in material.case_names
+        for case in data.case_names
         if case in costs
     )
     return Table(corner="the search on", columns=columns, groups=(("", lines),))
@@ -439,12 +412,12 @@ def ended_early(run: RunResult | None) -> str:
     return f"stopped early by the method, after {si(run.tokens)} of {si(run.spec.config.tokens)} tokens"
 
 
-def failures_table(material: Material, *roles: Role, early: bool = False) -> Table | None:
+def failures_table(data: ReportData, *roles: Role, early: bool = False) -> Table | None:
     """Return the runs of these roles that diverged, failed or are missing, one line each; or those that ended early."""
     say = ended_early if early else went_wrong
-    found = [(row, material.results.get(row.key)) for row in material.comparison.rows if row.role in roles]
+    found = [(row, data.results.get(row.key)) for row in data.comparison.rows if row.role in roles]
     lines = tuple(
-        Line(name=row.case, cells=(Cell(text=material.title(row.method)), *_place(row, run), Cell(text=said)))
+        Line(name=row.case, cells=(Cell(text=data.title(row.method)), *_place(row, run), Cell(text=said)))
         for row, run in found
         if (said := say(run))
     )
@@ -466,30 +439,30 @@ def _place(row: Row, run: RunResult | None) -> tuple[Cell, Cell]:
     return Cell(text=str(row.seed)), Cell(text=setting, title=config.precision)
 
 
-def edges(material: Material) -> list[str]:
+def edges(data: ReportData) -> list[str]:
     """Return a sentence for every tuned optimum on the edge of what was tried."""
     return [
         f"{case.name}: {listed([name.replace('_', ' ') for name in found.on_edge])}, tuned for equal "
         f"{EQUAL.get(found.axis, found.axis)} ({count(found.n_trials, 'run')}): the grid was too small there"
-        for case in material.comparison.cases
-        for found in _baselines(material, case.name)
+        for case in data.comparison.cases
+        for found in _baselines(data, case.name)
         if found.on_edge
     ]
 
 
-def run_files(material: Material) -> Table:
+def run_files(data: ReportData) -> Table:
     """Return which file holds which judged run."""
     groups = tuple(
-        (case, tuple(_files_line(material, case, name) for name in material.judged_on(case)))
-        for case in material.case_names
-        if material.judged_on(case)
+        (case, tuple(_files_line(data, case, name) for name in data.judged_on(case)))
+        for case in data.case_names
+        if data.judged_on(case)
     )
     return Table(corner="method", columns=(Column(name="files in runs/, by seed", wraps=True),), groups=groups)
 
 
-def _files_line(material: Material, case: str, name: str) -> Line:
-    keys = ", ".join(f"{row.seed}: {row.key}" for row in material.rows(case, name))
-    return Line(name=material.title(name), cells=(Cell(text=keys) if keys else dash("it was not run here"),))
+def _files_line(data: ReportData, case: str, name: str) -> Line:
+    keys = ", ".join(f"{row.seed}: {row.key}" for row in data.rows(case, name))
+    return Line(name=data.title(name), cells=(Cell(text=keys) if keys else dash("it was not run here"),))
 
 
 def provenance_table(provenance: Mapping[str, Any]) -> Table:
@@ -502,11 +475,11 @@ def provenance_table(provenance: Mapping[str, Any]) -> Table:
 Sheet = list[dict[str, Any]]
 
 
-def write_sheets(folder: Path, material: Material) -> None:
+def write_sheets(folder: Path, data: ReportData) -> None:
     """Write `per_case.csv`, `methods.csv` and `runs.csv`."""
-    write_csv(folder / "per_case.csv", [flat(found) for found in material.figures.cases])
-    write_csv(folder / "methods.csv", [flat(found) for found in material.figures.methods])
-    write_csv(folder / "runs.csv", [_run(material, row) for row in material.comparison.rows])
+    write_csv(folder / "per_case.csv", [flat(found) for found in data.figures.cases])
+    write_csv(folder / "methods.csv", [flat(found) for found in data.figures.methods])
+    write_csv(folder / "runs.csv", [_run(data, row) for row in data.comparison.rows])
 
 
 def write_csv(path: Path, sheet: Sheet) -> None:
@@ -539,12 +512,12 @@ def _items(record: Any) -> Iterable[tuple[str, Any]]:
     return ((field.name, getattr(record, field.name)) for field in fields(record))
 
 
-def _run(material: Material, row: Row) -> dict[str, Any]:
+def _run(data: ReportData, row: Row) -> dict[str, Any]:
     place = flat(row)
-    result = material.results.get(row.key)
+    result = data.results.get(row.key)
     if result is None:
         return place | {"failure": "its file is missing"}
-    return place | _settings(result) | _outcome(result) | _measured(result) | _modelled(material, result)
+    return place | _settings(result) | _outcome(result) | _measured(result) | _modelled(data, result)
 
 
 def _settings(result: RunResult) -> dict[str, Any]:
@@ -578,8 +551,8 @@ def _joules(result: RunResult) -> float | None:
     return sum(known) if len(known) == len(parts) and parts else None
 
 
-def _modelled(material: Material, result: RunResult) -> dict[str, Any]:
-    table = material.tables.get(cost_key(result.spec.config))
+def _modelled(data: ReportData, result: RunResult) -> dict[str, Any]:
+    table = data.tables.get(cost_key(result.spec.config))
     try:
         cost = modelled_cost(result, table) if table is not None else None
     except ValueError:

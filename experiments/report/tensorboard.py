@@ -1,6 +1,6 @@
-"""Write every judged run to TensorBoard: one folder per case, method and seed, the x-axis counts tokens.
+"""Write every judged run of a comparison to TensorBoard: one folder per case, method and seed; the x-axis is tokens.
 
-Written record by record without torch: its writer starts a thread for each run, and there are hundreds.
+The records are written directly, without torch: its writer starts a thread for each run, and there are hundreds.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from trainpilot.agents.logging.run_log import hparams
 from trainpilot.agents.logging.tags import TAGS
 from trainpilot.experiments.compare.results import IntervalResult, Row, RunResult
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.files import whole_folder
 
 SETTINGS = ("tokens", "batch_size", "base_learning_rate", "schedule", "precision", "optimizer", "seed")
 
 
-def write_events(folder: Path, material: Material) -> None:
+def write_events(folder: Path, data: ReportData) -> None:
     """Write the runs of all methods; what stood in `folder` before goes."""
     with whole_folder(folder) as temporary:
-        for row in material.comparison.rows:
-            result = material.results.get(row.key)
+        for row in data.comparison.rows:
+            result = data.results.get(row.key)
             if row.role == "method" and result is not None and result.intervals:
                 _write_run(temporary / slug(row.case) / slug(row.method) / f"seed-{row.seed}", row, result)
 

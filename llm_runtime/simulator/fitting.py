@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 from scipy.optimize import OptimizeResult, least_squares
 
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.json_records import Float, JsonForm, JsonRecord
 from trainpilot.llm_runtime.schedules import Cooldown, Schedule, neutral_factor
 from trainpilot.llm_runtime.simulator.physics import (
     NAMES,
@@ -31,17 +32,25 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 Role = Literal["fit", "held-out"]
 
 
+def _finite_pair(pair: tuple[float, float]) -> list[float] | None:
+    return list(pair) if all(map(math.isfinite, pair)) else None
+
+
+Probe = Annotated[tuple[float, float], JsonForm(write=_finite_pair)]
+"""Linear and quadratic part of a curvature probe, in nats/token; JSON holds null where one of them is not finite."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class CalibrationRun:
+class CalibrationRun(JsonRecord):
     """Everything that was measured on one run, interval by interval."""
 
     config: RunConfig
     """What was trained, and how it started."""
     telemetry: tuple[Telemetry, ...]
     """One for each interval; the last one says `diverged` if the run ended so. Holds the controls too."""
-    validation: tuple[tuple[int, float], ...]
+    validation: tuple[tuple[int, Float], ...]
     """Decisions taken so far, from 0, with the validation loss in nats/token; NaN where it was not finite."""
-    wide_probe: tuple[tuple[float, float] | None, ...]
+    wide_probe: tuple[Probe | None, ...]
     """Linear and quadratic part of a curvature probe on more sequences than the telemetry's, after each interval."""
     n_parameters: int
     """Weights of the model at the start."""
@@ -67,39 +76,6 @@ class CalibrationRun:
         """Validation loss at the end, in nats/token; NaN for a run that diverged."""
         return math.nan if self.diverged or not self.validation else self.validation[-1][1]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; what is not finite becomes `None`."""
-        return {
-            "config": asdict(self.config),
-            "telemetry": [each.to_json() for each in self.telemetry],
-            "validation": [[decision, _or_none(loss)] for decision, loss in self.validation],
-            "wide_probe": [_pair_or_none(each) for each in self.wide_probe],
-            "n_parameters": self.n_parameters,
-            "role": self.role,
-        }
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> CalibrationRun:
-        """Rebuild from `to_json`. Raises `ValueError` naming fields that are missing or unknown."""
-        if odd := {field.name for field in fields(cls)} ^ set(record):
-            raise ValueError(f"calibration run fields missing or unknown: {', '.join(sorted(odd))}")
-        return cls(
-            config=RunConfig(**{**record["config"], "text": tuple(record["config"]["text"])}),
-            telemetry=tuple(Telemetry.from_json(each) for each in record["telemetry"]),
-            validation=tuple((int(at), math.nan if loss is None else float(loss)) for at, loss in record["validation"]),
-            wide_probe=tuple(None if each is None else (each[0], each[1]) for each in record["wide_probe"]),
-            n_parameters=record["n_parameters"],
-            role=record["role"],
-        )
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _pair_or_none(pair: tuple[float, float] | None) -> list[float] | None:
-    return list(pair) if pair is not None and all(math.isfinite(each) for each in pair) else None
-
 
 LOSS_SCALE = 0.03
 """Nats/token by which a validation loss may be off before the fit minds: about the spread of seeds."""
@@ -115,7 +91,7 @@ PRIOR_SCALE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class FittedPhysics:
+class FittedPhysics(JsonRecord):
     """Physics of one model on one text."""
 
     values: Mapping[str, float]
@@ -145,16 +121,12 @@ class FittedPhysics:
         losses, _ = _simulate(self.physics(1), _Runs.of([run]))
         return float(losses[0, len(run.telemetry)])
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> FittedPhysics:
-        """Rebuild from `to_json`. Raises `ValueError` for another set of parameters."""
-        if odd := set(record["values"]) ^ set(NAMES):
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the physics that `to_json` gave. Raises `ValueError` for another set of parameters."""
+        if odd := set(content["values"]) ^ set(NAMES):
             raise ValueError(f"physics parameters missing or unknown: {', '.join(sorted(odd))}; calibrate anew")
-        return cls(**{**record, "correlation": tuple(tuple(row) for row in record["correlation"])})
+        return super().from_json(content)
 
 
 def fit_physics(runs: Sequence[CalibrationRun], *, starts: int = 2, seed: int = 0) -> FittedPhysics:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, Physics
@@ -67,10 +67,6 @@ class Hardware(Rows):
         return watts
 
 
-BATCH_SPAN = 16
-"""The batch stays within this factor of the starting batch, as in live runs."""
-STEPS_PER_INTERVAL = 4
-"""The largest batch leaves so many steps in an interval, as in live runs."""
 LEAST_SPREAD = 0.15
 """Standard deviation by which each parameter's logarithm is moved from where it was drawn between calibrations."""
 SCARS = (1e-3, 0.3)
@@ -104,10 +100,7 @@ class Instances(Rows):
 
     def batch_limits(self, decisions: int) -> tuple[Ints, Ints]:
         """Return the smallest and the largest batch, by the rules of live runs."""
-        per_interval = self.sequences.astype(np.int64) // decisions
-        low = np.maximum(1, self.start_batch // BATCH_SPAN)
-        high = np.minimum(self.start_batch * BATCH_SPAN, per_interval // STEPS_PER_INTERVAL)
-        return low, np.maximum(self.start_batch, high)
+        return batch_limits(self.start_batch, self.sequences.astype(np.int64) // decisions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
-from trainpilot.llm_runtime.schedules import ScheduleName, probe_due, sequences_probed
+from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator import sensors as readings
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
@@ -191,7 +191,8 @@ class SimulatedRuns:
         self.progress.begin_cooldown(controls.finish, self.table)
         length, mean, last = self.progress.next_interval(self.table)
         batch = controls.batch_size.astype(np.float64)
-        rate = self.start_rate * controls.learning_rate_scale * np.sqrt(batch / self.instances.start_batch)
+        scale, start_batch = controls.learning_rate_scale, self.instances.start_batch
+        rate = learning_rate(self.start_rate, scale, 1.0, batch, start_batch)  # at the schedule's peak
         sequences = length * self.instances.sequences / self.start.decisions
         steps = sequences / batch
         switches = self._switch(controls)

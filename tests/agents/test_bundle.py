@@ -7,26 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from policies import N_CHOICES, N_INPUTS, random_weights
 from safetensors.numpy import save_file
 
 from trainpilot.agents import bundle as bundle_module
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, field_tables, policy_digest, policy_path
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
-from trainpilot.envs.decision import N_STACK
-from trainpilot.envs.observation import OBSERVATION_FIELDS
-
-N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)
-N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
-
-
-def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    return {
-        "hidden.0.weight": random.normal(size=(8, N_INPUTS)).astype(np.float32),
-        "hidden.0.bias": random.normal(size=8).astype(np.float32),
-        "action.weight": random.normal(size=(N_CHOICES, 8)).astype(np.float32),
-        "action.bias": random.normal(size=N_CHOICES).astype(np.float32),
-    }
 
 
 def write_raw(path: Path, weights: dict[str, np.ndarray], content: object) -> None:

@@ -33,7 +33,7 @@ def test_keep_is_the_base_schedule() -> None:
     assert all(record.telemetry.requested == TOY_CASE.start() for record in records)
 
 
-def test_decisions_repeated_from_records_lead_on_as_if_they_had_just_been_made() -> None:
+def test_decisions_repeated_from_records_lead_on_as_fresh_ones_do() -> None:
     whole = steer(Controller(zigzag, ToyPlant().limits(), Preference()), ToyPlant(), 12)
     plant = ToyPlant()
     first = steer(Controller(zigzag, plant.limits(), Preference()), plant, 7)

@@ -6,57 +6,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hand_made_runs import hand_made_record
+from explained_runs import (
+    CURVATURE,
+    DOUBLE,
+    DOUBLE_RATE,
+    HALF,
+    KEEP_RATE,
+    KEPT,
+    NOISE,
+    NOISE_BY_DECISION,
+    planted,
+    seen,
+    steered,
+)
 
-from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.explain import BORDERS, CONTROLS, FIELDS, explain, input_shares
+from trainpilot.agents.explain import CONTROLS, explain, input_shares
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
-from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 
-N_FIELDS = len(FIELDS)
 N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
-KEEP_RATE, DOUBLE_RATE = 3, 6
-KEEP_BATCH = BORDERS[0] + 1
-HALF, KEPT, DOUBLE = 0, 1, 2
-NOISE, CURVATURE = FIELDS.index("noise_scale"), FIELDS.index("curvature")
-
-
-def planted() -> PolicyBundle:
-    """Return a policy without hidden layers: logits are sums of inputs that can be added up by hand.
-
-    The newest noise scale and the one before it speak for a doubled batch, three times and once; the newest curvature
-    speaks for a doubled learning rate, five times.
-    """
-    weight = np.zeros((N_CHOICES, N_STACK * N_FIELDS), np.float32)
-    newest, before = (N_STACK - 1) * N_FIELDS, (N_STACK - 2) * N_FIELDS
-    weight[BORDERS[0] + DOUBLE, newest + NOISE] = 3
-    weight[BORDERS[0] + DOUBLE, before + NOISE] = 1
-    weight[DOUBLE_RATE, newest + CURVATURE] = 5
-    bias = np.zeros(N_CHOICES, np.float32)
-    bias[[KEEP_RATE, KEEP_BATCH, BORDERS[1], BORDERS[2], BORDERS[3]]] = 1
-    return PolicyBundle({"action.weight": weight, "action.bias": bias})
-
-
-def seen(decision: int, *, masked: dict[str, str] | None = None, **fields: float) -> DecisionRecord:
-    record = hand_made_record(decision, masked=masked or {})
-    return replace(record, observation={name: fields.get(name, 0.5) for name in FIELDS})
-
-
-def steered(records: list[DecisionRecord], bundle: PolicyBundle) -> list[DecisionRecord]:
-    """Return the records with what the policy asks for, worked out with a stack of its own."""
-    newest = [np.array([record.observation[name] for name in FIELDS]) for record in records]
-    taken = []
-    for index, record in enumerate(records):
-        stack = np.concatenate([newest[max(index - back, 0)] for back in range(N_STACK - 1, -1, -1)])
-        allowed = [f"{field.name} {choice}" not in record.masked for field in ACTION_FIELDS for choice in field.choices]
-        action = bundle.act(stack, np.array(allowed))
-        taken.append(replace(record, requested=action, allowed=action))
-    return taken
-
-
-NOISE_BY_DECISION = (0.0, 0.0, 0.9, 0.3)
 
 
 @pytest.fixture
@@ -90,7 +59,7 @@ def test_a_push_tells_the_value_in_its_own_unit(run: list[DecisionRecord]) -> No
     assert push.effect == pytest.approx(1.5, abs=1e-5)
 
 
-def test_what_never_changes_has_no_effect_and_what_speaks_against_is_negative() -> None:
+def test_constant_field_has_no_effect_and_opposing_one_is_negative() -> None:
     records = [seen(decision, curvature=value) for decision, value in enumerate((0.5, 0.5, 0.3, 0.1))]
     explanation = explain(planted(), steered(records, planted()))
     rate = CONTROLS.index("learning_rate")

@@ -13,10 +13,11 @@ import live_runs
 import numpy as np
 import pytest
 from fakes import START, make_limits, make_telemetry
-from steering import CONSTANT, batches, scales, steer
+from heuristic_runs import CONSTANT, batches, scales, steer
 
 from trainpilot.agents.heuristics import (
     GradualPruning,
+    Heuristic,
     KeepBase,
     NoiseScaleBatch,
     OpenLoop,
@@ -24,7 +25,6 @@ from trainpilot.agents.heuristics import (
     ReduceOnPlateau,
     SchedulePoint,
     Seesaw,
-    Steerer,
     uniform_policy,
 )
 from trainpilot.envs.action import ACTION_FIELDS
@@ -238,7 +238,7 @@ def test_random_policy_is_never_refused(seed: int) -> None:
     assert refusals == []
 
 
-def test_random_policy_takes_allowed_choices_equally_often_and_others_never() -> None:
+def test_random_policy_takes_all_allowed_choices_equally_often() -> None:
     masks = np.ones(sum(len(field.choices) for field in ACTION_FIELDS), dtype=bool)
     masks[[0, 1, 8]] = False  # two learning-rate factors, and keeping the batch
     policy = uniform_policy(0)
@@ -254,7 +254,7 @@ def test_random_policy_takes_allowed_choices_equally_often_and_others_never() ->
 # All of them, and the replay of a schedule
 
 
-def rules(limits: ControlLimits) -> dict[str, Steerer]:
+def rules(limits: ControlLimits) -> dict[str, Heuristic]:
     schedule = [
         SchedulePoint(share=i / 10, learning_rate_scale=2**i, batch_factor=2**i, sparsity=i / 10) for i in range(9)
     ]

@@ -119,7 +119,7 @@ def test_a_validation_loss_enters_the_telemetry_one_interval_later() -> None:
     assert runs.evaluate() == pytest.approx(runs.evaluate()), "nothing is used up by looking"
 
 
-def test_the_learning_rate_is_start_times_schedule_times_scale_times_neutral_factor() -> None:
+def test_learning_rate_is_start_x_schedule_x_scale_x_neutral_factor() -> None:
     runs = many(3)
     controls = runs.limits().start
     for _ in range(20):
@@ -448,7 +448,7 @@ def test_its_limits_say_why_a_precision_is_masked() -> None:
     assert len({tuple(each) for each in masked}) > 1
 
 
-def test_a_controller_that_keeps_and_an_open_loop_that_never_changes_are_the_base_schedule() -> None:
+def test_keeping_controller_and_constant_open_loop_are_the_base_schedule() -> None:
     losses: list[list[float]] = []
     for decider in ("controller", "open loop", "none"):
         run = SimulatedRun(1, 2, POOL)

@@ -95,7 +95,7 @@ def test_the_learning_rate_falls_linearly_to_its_end(tmp_path: Path) -> None:
     assert PPOConfig(learning_rate=1e-3).learning_rate_at(0.1) == pytest.approx(1e-3), "constant unless told otherwise"
 
 
-def test_training_begins_with_given_weights_and_ends_at_once_without_decisions(tmp_path: Path) -> None:
+def test_training_begins_with_given_weights_and_may_have_no_decisions(tmp_path: Path) -> None:
     other = make_ppo(toy_env(1), PPOConfig(seed=5)).policy.state_dict()
     model, cost = train(toy_env(1), PPOConfig(total_decisions=0), tmp_path, start=other)
     for name, value in model.policy.state_dict().items():

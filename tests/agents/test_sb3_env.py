@@ -82,7 +82,7 @@ def test_only_what_has_ended_has_an_info() -> None:
     assert (info["diverged"], info["loss_increase"]) == (True, 10.0)
 
 
-def test_the_budget_s_end_is_a_true_end_and_the_next_return_starts_at_nothing() -> None:
+def test_end_of_the_budget_is_terminal_and_the_next_return_starts_at_zero() -> None:
     env = vec_env(2, PREFERENCE)
     env.reset()
     returns = np.zeros(2)

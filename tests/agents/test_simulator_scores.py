@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from fake_plant_batch import some_actions
-from test_bundle import random_weights
+from policies import random_weights
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.simulator_training import START_GROUPS, act_of, evaluate_in_simulator
+from trainpilot.agents.simulator_training import START_GROUPS, evaluate_in_simulator
 from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.llm_runtime.simulator.records import Bools, Ints
 from trainpilot.llm_runtime.simulator.runs import Pool, Start, default_pool
@@ -39,7 +39,7 @@ def first_then_keep(**choices: int) -> Callable[[np.ndarray, Bools], Ints]:
     return act
 
 
-def test_keeping_at_the_best_learning_rate_holds_it_and_comes_near_the_tuned_static(pool: Pool) -> None:
+def test_keeping_the_best_learning_rate_comes_near_the_tuned_static(pool: Pool) -> None:
     scores = evaluate_in_simulator(keep, pool, n_runs=48, start=Start(rates=(1.0, 1.0)))
 
     assert scores.learning_rate_over_best == pytest.approx([1.0] * 50)
@@ -89,7 +89,7 @@ def test_many_rows_are_decided_as_one_is() -> None:
     masks = random.random((20, sum(N_CHOICES))) < 0.6
     masks[:, np.cumsum([0, *N_CHOICES[:-1]]) + np.array(KEEP)] = True
 
-    actions = act_of(bundle)(observations, masks)
+    actions = bundle.choose(observations, masks)
 
     assert [tuple(row) for row in actions] == [bundle.act(o, m) for o, m in zip(observations, masks, strict=True)]
     assert some_actions(random, masks, N_CHOICES).shape == actions.shape

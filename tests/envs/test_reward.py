@@ -14,7 +14,6 @@ from trainpilot.envs.decision import Preference
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reward import (
     DIVERGED_QUALITY,
-    EVALUATE_EVERY,
     MAX_QUALITY,
     UTILITIES,
     Outcome,
@@ -25,14 +24,12 @@ from trainpilot.envs.reward import (
     budget_for_loss,
     compute_equivalent,
     constrained,
-    evaluate_if_due,
     linear,
     product,
     tchebycheff,
     worth,
 )
 from trainpilot.llm_runtime.config import Controls
-from trainpilot.llm_runtime.telemetry import Telemetry
 
 BUDGETS = (0.25, 0.5, 1.0)
 HALVING = (8.0, 4.0, 2.0)
@@ -183,33 +180,6 @@ def test_a_diverged_run_sums_to_a_quality_of_minus_one(diverged: bool, loss: flo
     terms = [meter.weigh(make_telemetry(), 4.0), meter.weigh(make_telemetry(diverged=diverged), loss)]
 
     assert sum(term.quality for term in terms) == DIVERGED_QUALITY == -1.0
-
-
-class CountedToy(ToyPlant):
-    """Counts the looks at the validation loss."""
-
-    looks = 0
-
-    def evaluate(self) -> float:
-        self.looks += 1
-        return 1.25
-
-
-@pytest.mark.parametrize(
-    ("telemetry", "loss", "looks"),
-    [
-        (make_telemetry(decision=3), 2.0, 0),
-        (make_telemetry(decision=EVALUATE_EVERY - 1), 2.0, 1),
-        (make_telemetry(decision=4, finished=True), 1.25, 1),
-        (make_telemetry(decision=EVALUATE_EVERY - 1, diverged=True), 2.0, 0),
-        (make_telemetry(decision=4, finished=True, diverged=True), 2.0, 0),
-    ],
-)
-def test_the_validation_loss_counts_at_the_end(telemetry: Telemetry, loss: float, looks: int) -> None:
-    plant = CountedToy()
-
-    assert evaluate_if_due(plant, telemetry) == loss
-    assert plant.looks == looks
 
 
 OUTCOME = Outcome(quality=0.8, energy=-0.6, time=-0.7)

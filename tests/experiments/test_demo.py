@@ -105,7 +105,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[ReplayOptions]:
 def test_all_runs_differ_only_in_what_they_compare(
     runs: list[ReplayOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_bundle import random_weights
+    from policies import random_weights
 
     bundle.PolicyBundle(random_weights(), {"training_cases": [{"model": "llama-nano"}]}).save(
         tmp_path / "default.safetensors"

@@ -14,7 +14,7 @@ from trainpilot.experiments import doctor as machine
 from trainpilot.experiments.doctor import diagnose, print_report
 from trainpilot.llm_runtime.energy.host import RaplMeter
 from trainpilot.llm_runtime.energy.meter import EnergyReading
-from trainpilot.llm_runtime.live_run import resolve_device
+from trainpilot.llm_runtime.timing import alternating_seconds
 
 PAYOFF = {
     "model": "llama-micro",
@@ -184,8 +184,8 @@ def test_a_missing_package_comes_with_what_to_install() -> None:
 
 def test_passes_are_timed_in_alternating_order_after_a_warm_up() -> None:
     order: list[str] = []
-    times = machine._alternate(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, resolve_device("cpu"), limit_s=0.0
+    times = alternating_seconds(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=7, min_rounds=3, limit_s=0.0
     )
 
     assert order == ["a", "b"] * 4, "one round of warm-up and three that count"

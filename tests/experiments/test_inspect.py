@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hand_made_runs import hand_made_record, write_run
+from decision_records import decision_record, write_run
+from explained_runs import NOISE_BY_DECISION, planted, seen, steered
+from policies import random_weights
 from rich.console import Console
-from test_bundle import random_weights
-from test_explain import NOISE_BY_DECISION, planted, seen, steered
 
 from trainpilot.agents import bundle as bundle_module
 from trainpilot.agents.bundle import PolicyBundle, policy_digest
@@ -83,7 +83,7 @@ def test_a_run_whose_policy_is_gone_is_shown_without_reasons(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("config", ['{"policy": "none"}', "{", "[]"])
 def test_a_run_without_a_policy_needs_no_reasons(tmp_path: Path, config: str) -> None:
-    write_run(tmp_path, [hand_made_record(0)])
+    write_run(tmp_path, [decision_record(0)])
     (tmp_path / "config.json").write_text(config, encoding="utf-8")
 
     assert "Why" not in shown(tmp_path)
@@ -92,7 +92,7 @@ def test_a_run_without_a_policy_needs_no_reasons(tmp_path: Path, config: str) ->
 def test_the_largest_moves_of_the_rate_and_all_other_changes_are_explained() -> None:
     rates = (4, 6, 0, 5, 6, 3, 2)  # x1.19, x2, x0.5, x1.41, x2, x1, x0.84
     records = [
-        hand_made_record(decision, requested=(rate, *KEEP[1:]), allowed=(rate, *KEEP[1:]))
+        decision_record(decision, requested=(rate, *KEEP[1:]), allowed=(rate, *KEEP[1:]))
         for decision, rate in enumerate(rates)
     ]
     double = (3, 2, 0, 0, 0)
@@ -155,7 +155,7 @@ def test_a_name_is_a_policy_that_comes_with_trainpilot(tmp_path: Path, monkeypat
     assert str(policies / "default.safetensors") in shown(Path("default"), width=200)
     with pytest.raises(ValueError, match="got nowhere; policies that come with trainpilot: default"):
         inspect_path(Path("nowhere"), Console(quiet=True))
-    write_run(place / "default", [hand_made_record(0)])
+    write_run(place / "default", [decision_record(0)])
     assert "not finished at 25%" in shown(Path("default")), "what exists comes first"
 
 

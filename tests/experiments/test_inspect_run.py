@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hand_made_runs import hand_made_record, hand_made_run, write_run
+from decision_records import decision_record, decision_records, write_run
 from rich.console import Console
 
 from trainpilot.envs.action import KEEP
@@ -42,7 +42,7 @@ def row(text: str, label: str) -> list[str]:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    write_run(tmp_path, hand_made_run())
+    write_run(tmp_path, decision_records())
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY), encoding="utf-8")
     return tmp_path
 
@@ -71,10 +71,10 @@ def test_decisions_and_refusals_are_counted(tmp_path: Path) -> None:
     double, faster = (3, 2, 0, 0, 0), (6, 1, 0, 0, 0)
     refusals = [(f"batch_size double: {size} sequences outside [4, 8]",) for size in (16, 32)]
     records = [
-        hand_made_record(0, requested=double, allowed=double),
-        hand_made_record(1, requested=double, allowed=KEEP, refusals=refusals[0]),
-        hand_made_record(2, requested=double, allowed=KEEP, refusals=refusals[1]),
-        hand_made_record(3, requested=faster, allowed=faster),
+        decision_record(0, requested=double, allowed=double),
+        decision_record(1, requested=double, allowed=KEEP, refusals=refusals[0]),
+        decision_record(2, requested=double, allowed=KEEP, refusals=refusals[1]),
+        decision_record(3, requested=faster, allowed=faster),
     ]
     write_run(tmp_path, records)
 
@@ -91,7 +91,7 @@ def test_it_says_how_to_open_tensorboard_on_one_line(finished: Path) -> None:
 
 
 def test_an_unfinished_run_is_shown_without_summary(tmp_path: Path) -> None:
-    write_run(tmp_path, hand_made_run()[:1])
+    write_run(tmp_path, decision_records()[:1])
     (tmp_path / "summary.json").write_text("{", encoding="utf-8")
 
     text = shown(tmp_path)
@@ -102,7 +102,7 @@ def test_an_unfinished_run_is_shown_without_summary(tmp_path: Path) -> None:
 
 def test_a_diverged_run_without_energy_is_shown(tmp_path: Path) -> None:
     nothing: dict[str, Any] = {"energy_j": None, "power_w": None, "energy_source": None, "validation_loss": None}
-    records = [hand_made_record(0, **nothing), hand_made_record(1, train_loss=float("nan"), diverged=True, **nothing)]
+    records = [decision_record(0, **nothing), decision_record(1, train_loss=float("nan"), diverged=True, **nothing)]
     write_run(tmp_path, records)
 
     text = shown(tmp_path)

@@ -41,7 +41,7 @@ def test_the_default_recipe_is_a_simulator_stage_alone() -> None:
     assert recipe.live_cases() == ()
 
 
-def test_a_live_stage_of_the_default_recipe_has_its_cases_and_its_base_schedule() -> None:
+def test_live_stage_of_the_default_recipe_has_its_cases_and_schedule() -> None:
     recipe = load_recipe("default", ["ppo.total_decisions=2000"])
     cases = recipe.live_cases()
     assert [case.base_learning_rate for case in cases] == [c.config.base_learning_rate for c in load_cases("train")]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_runs import CONFIG, made_result
+from comparison_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.cases import model_file
 from trainpilot.experiments.compare.execute import failed

@@ -138,7 +138,7 @@ def test_both_stages_end_in_a_bundle_that_says_what_they_were(both: Path) -> Non
     inspect_path(both, Console(file=StringIO()))
 
 
-def test_the_live_stage_moves_the_simulators_weights_and_still_sees_nothing_hidden(both: Path) -> None:
+def test_live_stage_moves_the_simulators_weights_and_sees_nothing_hidden(both: Path) -> None:
     before = PolicyBundle.load(both / "simulator" / "policy.safetensors").weights
     after = PolicyBundle.load(both / "policy.safetensors").weights
     seen = seen_inputs(("curvature",))

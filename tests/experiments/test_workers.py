@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comparison_runs import CONFIG, made_result
 from live_runs import case
 from loky import BrokenProcessPool, ProcessPoolExecutor
-from made_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.execute import execute
 from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
@@ -297,7 +297,7 @@ def test_an_interrupt_ends_the_runs_under_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_costs_its_own_run_alone_and_losses_do_not_depend_on_the_processes(tmp_path: Path) -> None:
+def test_killed_process_costs_its_own_run_and_jobs_change_no_loss(tmp_path: Path) -> None:
     good = [RunSpec(config=case(tmp_path, seed=seed)) for seed in (0, 1)]
     bad = RunSpec(config=case(tmp_path), steering=Steering(kind="flying"))
     before = children()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from live_runs import live_run
-from test_steering import Script
+from steering_loops import Script
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -240,3 +242,18 @@ def work(rank: int, config: RunConfig, folder: Path, jobs: list[str], name: str)
         torch.save(JOBS[what](kind, config, rank, folder), folder / f"{what}-{kind}-{rank}.pt")
     dist.barrier()
     os._exit(0)
+
+
+TIMEOUT_S = 240
+"""On a machine that is busy with other things."""
+
+
+def in_two_processes(*arguments: Any) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    context = spawn(work, arguments, nprocs=PROCESSES, join=False)  # type: ignore[no-untyped-call]
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"two processes took more than {TIMEOUT_S} s"
+    finally:
+        for process in context.processes:
+            process.kill()

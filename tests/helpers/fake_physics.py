@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainpilot.llm_runtime.simulator import fitting
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 
 
@@ -50,6 +51,8 @@ class FakeFitting(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("fitting")
+        real = {name: value for name, value in vars(fitting).items() if name != "fit_physics"}
+        self.__dict__.update(real)  # pydantic looks up the types of a record in its module
         self.FittedPhysics = FittedPhysics
         self.given: list[CalibrationRun] = []
 

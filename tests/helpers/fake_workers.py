@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from made_runs import Run
+from comparison_runs import Run
 
 from trainpilot.experiments.compare.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import run_key

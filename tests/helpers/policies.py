@@ -12,19 +12,32 @@ from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 
+N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)
+N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
+
 
 def zigzag_bundle(path: Path, **provenance: Any) -> None:
     """Write a policy that moves all it can, from inputs that repeat exactly: no seconds, joules or memory."""
     random = np.random.default_rng(5)
     noisy = {"throughput", "energy_per_token", "power", "memory"}
-    weight = random.normal(0, 2, (16, N_STACK * len(OBSERVATION_FIELDS))).astype(np.float32)
+    weight = random.normal(0, 2, (16, N_INPUTS)).astype(np.float32)
     for stack in range(N_STACK):
         for index, field in enumerate(OBSERVATION_FIELDS):
             if field.name in noisy:
                 weight[:, stack * len(OBSERVATION_FIELDS) + index] = 0
-    n_choices = sum(len(field.choices) for field in ACTION_FIELDS)
-    action = random.normal(0, 1, (n_choices, 16)).astype(np.float32)
-    bias = np.zeros(n_choices, np.float32)
+    action = random.normal(0, 1, (N_CHOICES, 16)).astype(np.float32)
+    bias = np.zeros(N_CHOICES, np.float32)
     bias[-1] = -100  # never finish early
     weights = {"hidden.0.weight": weight, "hidden.0.bias": np.zeros(16, np.float32)}
     PolicyBundle({**weights, "action.weight": action, "action.bias": bias}, {"decisions": 20, **provenance}).save(path)
+
+
+def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    """Return a network of eight hidden units; no action is likelier than another by design."""
+    random = np.random.default_rng(seed)
+    return {
+        "hidden.0.weight": random.normal(size=(8, N_INPUTS)).astype(np.float32),
+        "hidden.0.bias": random.normal(size=8).astype(np.float32),
+        "action.weight": random.normal(size=(N_CHOICES, 8)).astype(np.float32),
+        "action.bias": random.normal(size=N_CHOICES).astype(np.float32),
+    }

@@ -10,13 +10,13 @@ from live_runs import case, live_run
 from trainpilot.llm_runtime.schedules import probe_due, sequences_probed
 
 
-def test_every_interval_of_the_first_fifth_ends_with_a_probe_and_one_in_four_later() -> None:
+def test_probe_ends_each_interval_of_the_first_fifth_then_one_in_four() -> None:
     decisions = np.arange(50)
     due = np.flatnonzero(probe_due(decisions, decisions / 50))
     assert due.tolist() == [*range(10), 12, 16, 20, 24, 28, 32, 36, 40, 44, 48]
 
 
-def test_a_probe_looks_at_a_two_hundredth_of_an_interval_and_at_least_at_one_sequence() -> None:
+def test_probe_sees_a_two_hundredth_of_an_interval_at_least_one_sequence() -> None:
     assert sequences_probed([0, 1, 100, 300, 1_000]).tolist() == [1, 1, 1, 2, 5]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +9,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from distributed_worker import CHANGES, INTERVAL, PROCESSES, SharedLoop, work
+from distributed_worker import CHANGES, INTERVAL, PROCESSES, SharedLoop, in_two_processes
 from fake_nvml import UUIDS, FakeNvml
 from live_runs import LLAMA, case
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 
 from trainpilot.agents.integrations.common import ProcessGroupRanks, accelerated, counted, sum_once
 from trainpilot.agents.steering.settings import SteeringSettings
@@ -24,8 +22,6 @@ from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 from trainpilot.llm_runtime.masks import Criterion
 
 Outcome = dict[str, Any]
-TIMEOUT_S = 240
-"""On a machine that is busy with other things."""
 JOBS = (
     [
         "whole ddp",
@@ -41,17 +37,6 @@ JOBS = (
     ["second ddp", "second fsdp"],
 )
 """What a first pair of processes does, and a second pair after the first is gone."""
-
-
-def in_two_processes(*arguments: Any) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    context = spawn(work, arguments, nprocs=PROCESSES, join=False)  # type: ignore[no-untyped-call]
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"two processes took more than {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +201,7 @@ def test_counters_of_the_host_count_once_per_node(tmp_path: Path) -> None:
     meter.close()
 
 
-def test_the_estimate_counts_the_work_of_each_process_and_the_idle_draw_once() -> None:
+def test_estimate_counts_each_process_and_the_idle_draw_once() -> None:
     meter = CpuEstimateMeter(idle_w=3.0, watts_per_busy_core=4.0)
     assert of_both([meter, meter], [3.0 * 2 + 8.0, 3.0 * 2 + 4.0]) == pytest.approx(6.0 + 8.0 + 4.0)
 

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_runs import (
+    IN_FP32,
+    Stream,
+    WholeLoop,
+    arguments,
+    asked,
+    decided,
+    logged,
+    plain,
+    records,
+    rows,
+    rows_looked_at,
+    steered_trainer,
+)
 from live_runs import GPT2, LLAMA, case
-from test_steering import SCRIPT, Loop, Script, far
-from torch.nn import functional as F
-from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from steering_loops import Script, far
+from transformers import Trainer
 
-from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
-from trainpilot.agents.integrations.huggingface_data import Parts, SampleStream, cut
-from trainpilot.envs.action import KEEP, Action
+from trainpilot.agents.integrations.huggingface_data import MicroBatches, SampleStream, cut
+from trainpilot.envs.action import KEEP
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
-
-IN_FP32: list[Action] = [(rate, batch, 0, pruning, finish) for rate, batch, _, pruning, finish in SCRIPT]
-Rows = list[dict[str, torch.Tensor]]
-
-
-class WholeLoop(Loop):
-    """A plain loop that feeds a sequence's last token too, as Trainers do; its output is not used."""
-
-    def loss(self, batch: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=batch, use_cache=False).logits[:, :-1]
-        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-
-
-class Stream(IterableDataset):  # type: ignore[type-arg]
-    """Data without a length."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return iter(self.rows)
 
 
 @pytest.fixture
@@ -49,60 +39,10 @@ def config(tmp_path: Path) -> RunConfig:
     return case(tmp_path, LLAMA, tokens=3_200, batch_size=4, decisions=10, pruning="magnitude")
 
 
-def plain(config: RunConfig, script: list[Action] = SCRIPT, **settings: Any) -> WholeLoop:
-    options = {"pruning": config.pruning, "precisions": ("fp32", "bf16"), "micro": 4, "max_batch_size": 8} | settings
-    return WholeLoop(config, Script(script), **options)
-
-
-def rows(loop: Loop, n: int = 200) -> Rows:
-    """Return the sequences that a plain loop would train on, in its order."""
-    return [{"input_ids": row, "labels": row} for row in torch.from_numpy(loop.stream.take(n))]
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    usual: dict[str, Any] = {
-        "output_dir": str(folder / "out"), "per_device_train_batch_size": 4, "num_train_epochs": 1, "logging_steps": 1,
-        "train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": [], "use_cpu": True,
-        "learning_rate": 1e-2, "disable_tqdm": True, "seed": 1, "optim": "adamw_torch", "weight_decay": 0.1,
-    }  # fmt: skip
-    return TrainingArguments(**usual | options)
-
-
-def same(loop: WholeLoop, folder: Path, trainer: type = SteeredTrainer, **options: Any) -> Any:
-    """Return a steered Trainer of the same run as a plain loop that has not begun; options begin with `args_`."""
-    loop.steering.close()
-    given = {name.removeprefix("args_"): options.pop(name) for name in list(options) if name.startswith("args_")}
-    policy = loop.steering.settings.policy
-    assert isinstance(policy, Script)
-    usual = {
-        "args": arguments(folder, **given),
-        "train_dataset": rows(loop),
-        "steering": replace(loop.steering.settings, policy=Script(policy.actions)),
-        "optimizers": (loop.optimizer, None),
-        "meter": NoMeter("a test"),
-    }
-    return trainer(loop.model, **usual | options)
-
-
-def records(trainer: Any) -> list[DecisionRecord]:
-    found: list[DecisionRecord] = trainer.steering.records
-    return found
-
-
-def asked(steered: Any) -> list[Any]:
-    return [record.telemetry.requested for record in steered.steering.records]
-
-
-def logged(trainer: Trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def test_a_steered_trainer_ends_where_a_plain_loop_does_under_the_same_changes_of_all_four_controls(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_steered_trainer_ends_where_a_plain_loop_does_under_all_controls(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config)
     loop.train()
-    trainer = same(plain(config), tmp_path)
+    trainer = steered_trainer(plain(config), tmp_path)
     trainer.train()
     assert far(loop.model, trainer.model) < 1e-5
     assert asked(trainer) == asked(loop)
@@ -111,21 +51,19 @@ def test_a_steered_trainer_ends_where_a_plain_loop_does_under_the_same_changes_o
     assert trainer.state.epoch == pytest.approx(1.0)
 
 
-def test_micro_batches_that_do_not_divide_the_batch_are_divided_and_weighed(config: RunConfig, tmp_path: Path) -> None:
+def test_micro_batches_that_do_not_divide_the_batch_are_cut_and_weighed(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config, IN_FP32)
     loop.train()
-    trainer = same(plain(config, IN_FP32), tmp_path, args_per_device_train_batch_size=3)
+    trainer = steered_trainer(plain(config, IN_FP32), tmp_path, args_per_device_train_batch_size=3)
     trainer.train()
     assert far(loop.model, trainer.model) < 1e-4  # sums in another order
     assert asked(trainer) == asked(loop)
 
 
-def test_what_is_asked_for_is_in_force_and_the_rate_that_is_logged_is_the_rate_used(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_requested_controls_are_in_force_and_logged_rates_are_used_ones(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config)
     loop.train()
-    trainer = same(plain(config), tmp_path)
+    trainer = steered_trainer(plain(config), tmp_path)
     trainer.train()
     assert logged(trainer, "learning_rate") == loop.rates
     for record in records(trainer):
@@ -142,27 +80,10 @@ def test_gpt2_tells_its_true_loss_though_it_names_no_loss_type(tmp_path: Path) -
     config = case(tmp_path, GPT2, tokens=1_280, batch_size=4, decisions=4)
     loop = plain(config, [KEEP])
     loop.train()
-    trainer = same(plain(config, [KEEP]), tmp_path)
+    trainer = steered_trainer(plain(config, [KEEP]), tmp_path)
     trainer.train()
     pairs = zip(records(trainer), loop.steering.records, strict=True)
     assert all(a.telemetry.train_loss == pytest.approx(b.telemetry.train_loss, rel=1e-4) for a, b in pairs)
-
-
-def decided(checkpoint: Path) -> int:
-    """Return how many decisions a script had made before the one that a new run asks it for at its beginning."""
-    return len(torch.load(checkpoint / "steering.pt")["steering"]["controller"]["records"])
-
-
-def rows_looked_at(model: torch.nn.Module) -> list[int]:
-    """Return a list that gets the number of sequences of each forward pass that is no training."""
-    looked: list[int] = []
-
-    def see(module: torch.nn.Module, _: Any, inputs: dict[str, Any]) -> None:
-        if not module.training:
-            looked.append(len(inputs["input_ids"]))
-
-    model.register_forward_pre_hook(see, with_kwargs=True)
-    return looked
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2 | {"resid_pdrop": 0.1}], ids=["llama", "gpt2 with dropout"])
@@ -175,7 +96,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any])
 
     def trainer() -> Any:
         loop = plain(config, probe=True)
-        return same(loop, tmp_path, train_dataset=rows(loop, 70), **options)
+        return steered_trainer(loop, tmp_path, train_dataset=rows(loop, 70), **options)
 
     whole, second = trainer(), trainer()
     looked = rows_looked_at(whole.model)
@@ -195,7 +116,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any])
 def test_epochs_save_evaluate_and_log_though_steps_go_on_across_them(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config, [KEEP])
     data = rows(loop, 30)
-    trainer = same(
+    trainer = steered_trainer(
         loop, tmp_path, train_dataset=data, eval_dataset=data, steering={"policy": "none", "decisions": 10},
         args_num_train_epochs=3, args_eval_strategy="epoch", args_save_strategy="epoch", args_logging_strategy="epoch",
     )  # fmt: skip
@@ -220,7 +141,7 @@ def test_settings_come_from_the_arguments(config: RunConfig, tmp_path: Path) -> 
         "args_gradient_accumulation_steps": 2, "args_max_grad_norm": 0.5, "args_lr_scheduler_type": "cosine",
         "args_warmup_steps": 5, "args_num_train_epochs": 2, "optimizers": (None, None),
     }  # fmt: skip
-    trainer = same(loop, tmp_path, steering={"policy": "none", "decisions": 10}, **options)
+    trainer = steered_trainer(loop, tmp_path, steering={"policy": "none", "decisions": 10}, **options)
     settings = trainer.settings
     assert (settings.batch_size, settings.sequences, settings.sequence_length) == (8, 400, 17)
     assert settings.gradient_clip == 0.5
@@ -234,16 +155,18 @@ def test_a_stream_without_length_is_begun_anew_until_the_budget_is_used_up(confi
     loop = plain(config, IN_FP32)
     loop.train()
     other = plain(config, IN_FP32)
-    trainer = same(other, tmp_path, train_dataset=Stream(rows(other)), args_num_train_epochs=9)
+    trainer = steered_trainer(other, tmp_path, train_dataset=Stream(rows(other)), args_num_train_epochs=9)
     trainer.train()
     assert far(loop.model, trainer.model) < 1e-5
-    again = same(plain(config, [KEEP]), tmp_path, train_dataset=Stream(rows(plain(config), 90)))
+    again = steered_trainer(plain(config, [KEEP]), tmp_path, train_dataset=Stream(rows(plain(config), 90)))
     again.train()
     assert again.steering.sequences == 200
 
 
 def test_a_second_training_begins_anew(config: RunConfig, tmp_path: Path) -> None:
-    trainer = same(plain(config, [KEEP]), tmp_path, steering={"policy": "none", "sequences": 80, "decisions": 5})
+    trainer = steered_trainer(
+        plain(config, [KEEP]), tmp_path, steering={"policy": "none", "sequences": 80, "decisions": 5}
+    )
     for _ in range(2):
         trainer.train()
         assert (trainer.steering.sequences, len(records(trainer))) == (80, 5)
@@ -326,7 +249,7 @@ class Numbers(torch.utils.data.DataLoader[Any]):
         super().__init__(data, batch_size, **options)
 
 
-def numbers(parts: Parts) -> list[int]:
+def numbers(parts: MicroBatches) -> list[int]:
     return [int(i) for part in parts for i in part["input_ids"]]
 
 
@@ -372,51 +295,53 @@ def test_a_batch_whose_rows_are_not_its_sequences_is_not_divided() -> None:
 
 
 def a_scheduler(loop: WholeLoop, folder: Path) -> None:
-    same(loop, folder, optimizers=(loop.optimizer, torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda _: 1.0)))
+    steered_trainer(
+        loop, folder, optimizers=(loop.optimizer, torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda _: 1.0))
+    )
 
 
 def with_argument(name: str, value: Any) -> Callable[[WholeLoop, Path], None]:
     def use(loop: WholeLoop, folder: Path) -> None:
         args = arguments(folder)
         setattr(args, name, value)  # as if its library were installed
-        same(loop, folder, args=args)
+        steered_trainer(loop, folder, args=args)
 
     use.__name__ = name
     return use
 
 
 def no_length(loop: WholeLoop, folder: Path) -> None:
-    same(loop, folder, train_dataset=Stream(rows(loop)), steering={"policy": "none"})
+    steered_trainer(loop, folder, train_dataset=Stream(rows(loop)), steering={"policy": "none"})
 
 
 def half_a_model(loop: WholeLoop, folder: Path) -> None:
     loop.model.to(torch.bfloat16)
-    same(loop, folder)
+    steered_trainer(loop, folder)
 
 
 def two_batches(loop: WholeLoop, folder: Path) -> None:
-    same(loop, folder, args_gradient_accumulation_steps=3)
+    steered_trainer(loop, folder, args_gradient_accumulation_steps=3)
 
 
 def two_ends(loop: WholeLoop, folder: Path) -> None:
-    same(loop, folder, args_max_steps=3)
+    steered_trainer(loop, folder, args_max_steps=3)
 
 
 def strange_schedule(loop: WholeLoop, folder: Path) -> None:
-    same(loop, folder, args_lr_scheduler_type="polynomial", steering={"policy": "none"})
+    steered_trainer(loop, folder, args_lr_scheduler_type="polynomial", steering={"policy": "none"})
 
 
 def schedule_with_options(loop: WholeLoop, folder: Path) -> None:
     kind: dict[str, Any] = {"args_lr_scheduler_type": "cosine", "args_lr_scheduler_kwargs": {"num_cycles": 1}}
-    same(loop, folder, steering={"policy": "none"}, **kind)
+    steered_trainer(loop, folder, steering={"policy": "none"}, **kind)
 
 
 def strange_field(loop: WholeLoop, folder: Path) -> None:
-    same(loop, folder, steering={"polcy": "none"})
+    steered_trainer(loop, folder, steering={"polcy": "none"})
 
 
 def foreign_checkpoint(loop: WholeLoop, folder: Path) -> None:
-    steered = same(loop, folder, args_save_strategy="steps", args_save_steps=5)
+    steered = steered_trainer(loop, folder, args_save_strategy="steps", args_save_steps=5)
     Trainer(
         steered.model, arguments(folder, save_strategy="steps", max_steps=5), train_dataset=steered.train_dataset
     ).train()

@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from live_runs import LLAMA, case
-from test_huggingface import (
+from huggingface_runs import (
     IN_FP32,
+    WATCHED,
+    Seen,
     Stream,
     WholeLoop,
     arguments,
     asked,
     decided,
     logged,
+    pairs,
     plain,
     rows,
     rows_looked_at,
+    t5,
 )
-from test_huggingface_same import WATCHED, Seen, pairs, t5
-from test_steering import SCRIPT, Script, far
+from live_runs import LLAMA, case
+from steering_loops import SCRIPT, Script, far
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
@@ -60,9 +63,7 @@ def with_callback(loop: WholeLoop, folder: Path, data: Any, given: Any = None, *
     return trainer
 
 
-def test_a_callback_changes_all_four_controls_of_a_stream_exactly_where_that_is_aligned(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_callback_changes_all_controls_of_a_stream_where_steps_align(config: RunConfig, tmp_path: Path) -> None:
     aligned = plain(config)
     aligned.micro = 2
     aligned.steering.close()
@@ -133,9 +134,7 @@ def test_the_gradient_is_measured_once_where_the_trainer_is_known(
     assert logged(trainer, "grad_norm") == pytest.approx(measured)
 
 
-def test_evaluating_and_saving_at_the_end_of_an_epoch_cost_the_interval_nothing(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_evaluating_and_saving_after_an_epoch_cost_the_interval_nothing(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config, [KEEP])
     data = rows(loop, 32)
     trainer = with_callback(

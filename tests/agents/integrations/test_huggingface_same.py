@@ -10,18 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_runs import (
+    IN_FP32,
+    WATCHED,
+    Seen,
+    WholeLoop,
+    arguments,
+    logged,
+    pairs,
+    plain,
+    records,
+    rows,
+    steered_trainer,
+    t5,
+)
 from live_runs import GPT2, LLAMA, case
-from test_huggingface import IN_FP32, WholeLoop, arguments, logged, plain, records, rows, same
-from test_steering import far
+from steering_loops import far
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     ProgressCallback,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
-    TrainerCallback,
 )
 
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
@@ -29,24 +39,10 @@ from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
 
-WATCHED: dict[str, Any] = {"policy": "none", "decisions": 5}
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     return case(tmp_path, LLAMA, tokens=3_200, batch_size=4, decisions=10, pruning="none")
-
-
-class Seen(TrainerCallback):
-    """Calls a function at an event of the Trainer's loop, and counts."""
-
-    def __init__(self, event: str, then: Callable[[int, Any], None] = lambda _, state: None) -> None:
-        self.n, self.then = 0, then
-        setattr(self, event, self.call)
-
-    def call(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.n += 1
-        self.then(self.n, state)
 
 
 # The same as the Trainer ------------------------------------------------------------------------------------------
@@ -91,13 +87,6 @@ def test_without_a_policy_the_weights_are_those_of_the_plain_trainer(
     assert logged(ends[0], "loss") == logged(ends[1], "loss")
 
 
-def t5() -> Any:
-    torch.manual_seed(1)
-    kind: Any = T5Config
-    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    return T5ForConditionalGeneration(kind(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
-
-
 def bert(kind: type = BertForMaskedLM) -> Any:
     torch.manual_seed(1)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -105,17 +94,12 @@ def bert(kind: type = BertForMaskedLM) -> Any:
     return kind(BertConfig(vocab_size=32, num_attention_heads=2, **sizes, **none))
 
 
-def pairs(n: int = 64) -> list[dict[str, torch.Tensor]]:
-    tokens = torch.randint(1, 32, (n, 6), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row} for row in tokens]
-
-
 def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     return F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
 
 
 @pytest.mark.parametrize(("model", "own"), [(t5, None), (bert, mean_loss)], ids=["of the model", "of a function"])
-def test_a_loss_that_takes_the_number_of_items_and_leaves_it_unused_is_not_added_up(
+def test_loss_that_ignores_the_number_of_items_is_averaged_not_summed(
     tmp_path: Path, model: Callable[[], Any], own: Any
 ) -> None:
     losses, norms = [], []
@@ -134,7 +118,7 @@ def test_a_loss_that_takes_the_number_of_items_and_leaves_it_unused_is_not_added
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
-def test_only_losses_that_leave_out_the_first_label_have_it_left_out_of_the_count(tmp_path: Path) -> None:
+def test_first_label_is_not_counted_only_where_the_loss_leaves_it_out(tmp_path: Path) -> None:
     class Own(BertForMaskedLM):  # type: ignore[no-untyped-call]
         loss_type = None  # type: ignore[assignment]
 
@@ -152,12 +136,10 @@ def test_only_losses_that_leave_out_the_first_label_have_it_left_out_of_the_coun
 # What the interval does not pay for -------------------------------------------------------------------------------
 
 
-def test_evaluating_and_saving_at_the_end_of_an_epoch_cost_the_interval_nothing(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_evaluating_and_saving_after_an_epoch_cost_the_interval_nothing(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config, [KEEP])
     data = rows(loop, 32)
-    trainer = same(
+    trainer = steered_trainer(
         loop, tmp_path, train_dataset=data, eval_dataset=data, steering={"policy": "none", "decisions": 6},
         args_num_train_epochs=3, args_eval_strategy="epoch", args_save_strategy="epoch",
     )  # fmt: skip
@@ -176,7 +158,7 @@ def test_other_callbacks_see_the_epoch_and_each_end_of_one_once(config: RunConfi
     loop = plain(config, [KEEP])
     seen: list[float] = []
     ends = Seen("on_epoch_end")
-    trainer = same(
+    trainer = steered_trainer(
         loop, tmp_path, train_dataset=rows(loop, 20), steering=WATCHED, args_num_train_epochs=2,
         callbacks=[Seen("on_step_end", lambda _, state: seen.append(state.epoch)), ends],
     )  # fmt: skip
@@ -187,7 +169,7 @@ def test_other_callbacks_see_the_epoch_and_each_end_of_one_once(config: RunConfi
 
 def test_speed_is_told_of_what_was_trained_on_though_the_run_ends_early(config: RunConfig, tmp_path: Path) -> None:
     finish: list[Action] = [KEEP] * 6 + [(*KEEP[:4], 1), KEEP]
-    trainer = same(plain(config, finish), tmp_path)
+    trainer = steered_trainer(plain(config, finish), tmp_path)
     told = trainer.train().metrics
     assert trainer.steering.sequences < 200
     assert told["train_samples_per_second"] * told["train_runtime"] == pytest.approx(
@@ -207,7 +189,9 @@ def test_the_progress_bar_ends_where_the_run_does_and_shows_no_decisions(
         totals.extend(bar.total for bar in bars if bar is not None)
 
     sees = [Seen("on_step_end", look)]
-    trainer = same(plain(config, halved), tmp_path, args_disable_tqdm=False, callbacks=sees, args_logging_steps=1_000)
+    trainer = steered_trainer(
+        plain(config, halved), tmp_path, args_disable_tqdm=False, callbacks=sees, args_logging_steps=1_000
+    )
     trainer.train()
     assert totals[0] == 50
     assert totals[-1] == trainer.state.global_step > 50
@@ -222,7 +206,7 @@ def test_a_trainer_gives_optimiser_model_and_workers_back(config: RunConfig, tmp
     doubled: list[Action] = [KEEP, (KEEP[0], 2, *KEEP[2:]), KEEP]
     loop = plain(config, doubled)
     hooks = len(loop.model.model.layers[0].self_attn.q_proj._forward_hooks)
-    trainer = same(loop, tmp_path, args_dataloader_num_workers=1)
+    trainer = steered_trainer(loop, tmp_path, args_dataloader_num_workers=1)
     for _ in range(2):
         trainer.settings.policy.at = 0
         trainer.train()
@@ -240,7 +224,7 @@ def test_an_error_in_a_run_leaves_nothing_of_it_behind(config: RunConfig, tmp_pa
             raise KeyboardInterrupt
 
     loop = plain(config, IN_FP32)
-    trainer = same(loop, tmp_path, callbacks=[Seen("on_step_end", stop)])
+    trainer = steered_trainer(loop, tmp_path, callbacks=[Seen("on_step_end", stop)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert loop.optimizer.param_groups[0]["betas"] == pytest.approx((0.9, 0.95), abs=1e-12)
@@ -256,7 +240,7 @@ def test_a_rollback_takes_model_and_data_back_to_the_beginning(config: RunConfig
     def run(fault: int) -> tuple[Any, Seen]:
         loop, ends, passes = plain(config, [KEEP]), Seen("on_epoch_end"), 0
         data = [{name: value[: 8 + i % 5] for name, value in row.items()} for i, row in enumerate(rows(loop, 8))]
-        trainer = same(
+        trainer = steered_trainer(
             loop, tmp_path, train_dataset=data, callbacks=[ends], args_train_sampling_strategy=order,
             args_max_steps=50, args_per_device_train_batch_size=2, data_collator=padded,
         )  # fmt: skip
@@ -290,7 +274,7 @@ def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def saved(loop: WholeLoop, folder: Path, **options: Any) -> Any:
-    return same(loop, folder, args_save_strategy="steps", args_save_steps=25, steering=WATCHED, **options)
+    return steered_trainer(loop, folder, args_save_strategy="steps", args_save_steps=25, steering=WATCHED, **options)
 
 
 def test_a_run_that_has_finished_is_resumed_without_a_step(config: RunConfig, tmp_path: Path) -> None:
@@ -301,7 +285,7 @@ def test_a_run_that_has_finished_is_resumed_without_a_step(config: RunConfig, tm
     assert far(whole.model, again.model) == 0.0
 
 
-def test_a_run_is_resumed_in_the_micro_batches_that_its_data_were_counted_in(config: RunConfig, tmp_path: Path) -> None:
+def test_run_is_resumed_in_the_micro_batches_it_was_counted_in(config: RunConfig, tmp_path: Path) -> None:
     saved(plain(config, [KEEP]), tmp_path).train()
     checkpoint = str(tmp_path / "out" / "checkpoint-25")
     halved = {"args_per_device_train_batch_size": 2, "args_gradient_accumulation_steps": 2}
@@ -319,7 +303,7 @@ def test_a_run_is_resumed_in_the_micro_batches_that_its_data_were_counted_in(con
 def test_only_labelled_data_are_validated_on_and_others_are_read_anew(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config, [KEEP])
     bare = [{"input_ids": row["input_ids"]} for row in rows(loop, 8)]
-    trainer = same(loop, tmp_path, eval_dataset=bare, steering=WATCHED)
+    trainer = steered_trainer(loop, tmp_path, eval_dataset=bare, steering=WATCHED)
     trainer.train()
     assert trainer.steering.validation_loss is None
     assert math.isnan(trainer._validate())
@@ -333,7 +317,7 @@ def test_only_labelled_data_are_validated_on_and_others_are_read_anew(config: Ru
 def test_a_budget_in_epochs_leaves_out_what_the_loader_drops(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config, [KEEP])
     options: dict[str, Any] = {"args_dataloader_drop_last": True, "args_num_train_epochs": 2, "steering": WATCHED}
-    trainer = same(loop, tmp_path, train_dataset=rows(loop, 30), **options)
+    trainer = steered_trainer(loop, tmp_path, train_dataset=rows(loop, 30), **options)
     trainer.train()
     assert trainer.settings.sequences == 2 * 28
     assert trainer.state.epoch == pytest.approx(2.0)
@@ -351,5 +335,5 @@ def test_the_context_of_a_class_of_ones_own_is_entered(config: RunConfig, tmp_pa
     class Steered(SteeringMixin, Own):
         pass
 
-    same(plain(config, [KEEP]), tmp_path, trainer=Steered).train()
+    steered_trainer(plain(config, [KEEP]), tmp_path, trainer=Steered).train()
     assert entered == 50

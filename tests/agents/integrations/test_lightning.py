@@ -14,20 +14,18 @@ import numpy as np
 import pytest
 import torch
 from live_runs import LLAMA, case
-from test_steering import SCRIPT, Loop, Script, far
+from steering_loops import SCRIPT, Loop, Script, far
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.batches import BatchStream
-from trainpilot.llm_runtime.energy.meter import NoMeter
 from trainpilot.llm_runtime.optimizer import make_optimizer
-from trainpilot.llm_runtime.telemetry import Telemetry
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
-from lightning.pytorch.loggers.logger import Logger  # noqa: E402
+from lightning_runs import ByDecision, Kept, steer, told, trainer  # noqa: E402
 
 from trainpilot.agents.integrations.lightning import LightningSteering, Window  # noqa: E402
 
@@ -86,37 +84,6 @@ class Stream:
         self.stream.load_state_dict(state)
 
 
-class Kept(Logger):
-    """Keeps what is logged, by step."""
-
-    name, version = "kept", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows.append((step or 0, dict(metrics)))
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def of(self, name: str) -> list[float]:
-        """Return the last value of every step."""
-        return list({step: metrics[name] for step, metrics in self.rows if name in metrics}.values())
-
-
-class ByDecision:
-    """Plays the script by the number of intervals recorded, so that it needs no memory of its own."""
-
-    def __init__(self) -> None:
-        self.callback: LightningSteering | None = None
-
-    def __call__(self, observation: np.ndarray, masks: np.ndarray) -> Action:
-        steering = self.callback.steering if self.callback else None
-        return SCRIPT[min(len(steering.records) if steering else 0, len(SCRIPT) - 1)]
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     return case(tmp_path, LLAMA, tokens=3_200, batch_size=4, decisions=10, pruning="magnitude")
@@ -130,16 +97,6 @@ def plain(config: RunConfig, policy: Any = None, **settings: Any) -> Loop:
         "max_batch_size": 16,
     }
     return Loop(config, policy or Script(SCRIPT), micro=MICRO, **usual | settings)
-
-
-def steer(settings: Any, **options: Any) -> LightningSteering:
-    return LightningSteering(settings, meter=NoMeter("a test"), **options)
-
-
-def trainer(*callbacks: Any, **options: Any) -> Any:
-    usual = {"accelerator": "cpu", "devices": 1, "max_epochs": -1, "gradient_clip_val": 1.0, "logger": False}
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(callbacks=list(callbacks), **usual | quiet | options)
 
 
 def fit(
@@ -158,14 +115,10 @@ def fit(
     return module, callback, own
 
 
-def told(callback: Any) -> list[Telemetry]:
-    return [record.telemetry for record in callback.steering.records]
-
-
 # The same as a plain loop -----------------------------------------------------------------------------------------
 
 
-def test_a_fit_ends_where_a_plain_loop_does_under_the_same_changes_of_all_four_controls(config: RunConfig) -> None:
+def test_fit_ends_where_a_plain_loop_does_under_all_controls(config: RunConfig) -> None:
     mine = plain(config, gradient_clip=None)
     mine.train()
     logger, options = Kept(), {"gradient_clip_val": None, "log_every_n_steps": 1}
@@ -259,7 +212,7 @@ class Endless(IterableDataset[Tensor]):
 @pytest.mark.parametrize(
     ("n", "means"), [(23, [2.5, 8.5, 14.5, 20.0, 5.5, 17.0]), (19, [2.5, 8.5, 14.5, 18.0, 5.5, 15.0])]
 )
-def test_every_step_is_the_mean_over_its_sequences_whatever_the_end_of_an_epoch_leaves(
+def test_step_is_the_mean_over_its_sequences_at_the_end_of_an_epoch_too(
     n: int, means: list[float], sized: bool
 ) -> None:
     numbers = torch.arange(n, dtype=torch.float32)
@@ -435,11 +388,15 @@ def test_bad_uses_get_one_clear_line(config: RunConfig, name: str) -> None:
 
 def test_without_lightning_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "trainpilot.agents.integrations.lightning"
-    for part in (name, f"{name}_fit"):
+    for part in (name, f"{name}_settings"):
         monkeypatch.delitem(sys.modules, part)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ImportError, match="pip install lightning"):
         importlib.import_module(name)
+
+
+def test_checkpoints_of_version_0_1_find_the_callback() -> None:
+    assert LightningSteering().state_key == "SteeringCallback"
 
 
 def test_two_optimisers_are_lightnings_own_to_refuse(config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import in_two_processes
+from distributed_worker import in_two_processes
 
 pytest.importorskip("lightning.pytorch")
 from lightning_worker import BATCHES, JOULES, SIZES, STEP, Numbers

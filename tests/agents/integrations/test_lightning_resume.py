@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_steering import SCRIPT, far
+from steering_loops import SCRIPT, far
 from torch import Tensor, nn
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import OnExceptionCheckpoint  # noqa: E402
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy  # noqa: E402
-from test_lightning import ByDecision, Kept, steer, told, trainer  # noqa: E402
+from lightning_runs import ByDecision, Kept, steer, told, trainer  # noqa: E402
 
 from trainpilot.agents.integrations.lightning import LightningSteering  # noqa: E402
 from trainpilot.agents.integrations.lightning_settings import check_fit  # noqa: E402

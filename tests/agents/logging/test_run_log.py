@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hand_made_runs import hand_made_record, hand_made_reference, hand_made_run
+from decision_records import decision_record, decision_records, reference_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -32,7 +32,7 @@ def texts(events: EventAccumulator, tag: str) -> list[tuple[int, str]]:
 
 def test_values_stand_at_the_tokens_trained_on(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    for record in hand_made_run(3):
+    for record in decision_records(3):
         writer.write(record)
     writer.close()
 
@@ -53,7 +53,7 @@ def test_values_stand_at_the_tokens_trained_on(tmp_path: Path) -> None:
 
 def test_decisions_count_from_keep(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.write(hand_made_record(0, requested=(1, 2, 0, 1, 0), allowed=(1, 1, 0, 0, 0)))
+    writer.write(decision_record(0, requested=(1, 2, 0, 1, 0), allowed=(1, 1, 0, 0, 0)))
     writer.close()
 
     events = read(tmp_path / "steered")
@@ -65,8 +65,8 @@ def test_decisions_count_from_keep(tmp_path: Path) -> None:
 
 def test_what_is_unknown_or_not_finite_is_left_out(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.write(hand_made_record(0, energy_j=None, power_w=None, energy_source=None))
-    writer.write(hand_made_record(1, train_loss=math.nan, diverged=True))
+    writer.write(decision_record(0, energy_j=None, power_w=None, energy_source=None))
+    writer.write(decision_record(1, train_loss=math.nan, diverged=True))
     writer.close()
 
     events = read(tmp_path / "steered")
@@ -79,10 +79,10 @@ def test_what_is_unknown_or_not_finite_is_left_out(tmp_path: Path) -> None:
 
 def test_reasons_are_written_as_text_when_they_change(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.write(hand_made_record(0))
-    writer.write(hand_made_record(1, refusals=("precision tf32: an NVIDIA GPU format",)))
-    writer.write(hand_made_record(2, masked={"finish cool down": "not before 20% of the budget"}))
-    writer.write(hand_made_record(3, masked={}))
+    writer.write(decision_record(0))
+    writer.write(decision_record(1, refusals=("precision tf32: an NVIDIA GPU format",)))
+    writer.write(decision_record(2, masked={"finish cool down": "not before 20% of the budget"}))
+    writer.write(decision_record(3, masked={}))
     writer.close()
 
     events = read(tmp_path / "steered")
@@ -98,9 +98,9 @@ def test_reasons_are_written_as_text_when_they_change(tmp_path: Path) -> None:
 
 def test_the_reference_stands_beside_the_run_under_the_same_tags(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.write(hand_made_record(0))
-    writer.write_reference(hand_made_reference(2))
-    writer.write_reference(hand_made_reference(3))
+    writer.write(decision_record(0))
+    writer.write_reference(reference_run(2))
+    writer.write_reference(reference_run(3))
     writer.close()
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "steered"]
@@ -112,7 +112,7 @@ def test_the_reference_stands_beside_the_run_under_the_same_tags(tmp_path: Path)
 
 
 def test_going_on_hides_what_was_written_beyond_and_keeps_the_sums(tmp_path: Path) -> None:
-    records = hand_made_run(4)
+    records = decision_records(4)
     interrupted = RunWriter(tmp_path)
     for record in records[:3]:
         interrupted.write(record)
@@ -120,7 +120,7 @@ def test_going_on_hides_what_was_written_beyond_and_keeps_the_sums(tmp_path: Pat
     time.sleep(1.1)  # TensorBoard reads a folder's files in the order of the seconds in their names
 
     writer = RunWriter(tmp_path, purge_step=2000, earlier=records[:2])
-    for record in (hand_made_record(2, train_loss=2.5), records[3]):
+    for record in (decision_record(2, train_loss=2.5), records[3]):
         writer.write(record)
     writer.close()
 
@@ -131,7 +131,7 @@ def test_going_on_hides_what_was_written_beyond_and_keeps_the_sums(tmp_path: Pat
 
 
 def test_the_summary_is_a_table_at_the_end_of_the_run(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path, earlier=hand_made_run(4))
+    writer = RunWriter(tmp_path, earlier=decision_records(4))
     writer.write_summary({"model": "llama-nano", "energy_j": None, "versions": {"python": "3.11"}})
     writer.close()
 
@@ -142,7 +142,7 @@ def test_the_summary_is_a_table_at_the_end_of_the_run(tmp_path: Path) -> None:
 
 def test_hparams_carry_settings_and_final_metrics_in_the_same_run(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.write(hand_made_record(0))
+    writer.write(decision_record(0))
     config = {"seed": 3, "text": ("stdlib", "a.txt"), "warmup_tokens": None, "ppo": {"clip_range": 0.2}}
     writer.write_hparams(config, {"final_validation_loss": 2.5, "time_s": 8.0, "energy_j": None})
     writer.close()
@@ -191,16 +191,16 @@ def test_a_full_disk_costs_the_charts_and_not_the_run(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(writer._writer, "add_scalar", full)
     with pytest.warns(UserWarning, match="no more TensorBoard events"):
-        writer.write(hand_made_record(0))
+        writer.write(decision_record(0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        writer.write(hand_made_record(1))
+        writer.write(decision_record(1))
         writer.close()
 
 
 def test_an_unknown_precision_leaves_no_value(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.write(hand_made_record(0, precision="fp8"))
+    writer.write(decision_record(0, precision="fp8"))
     writer.close()
 
     events = read(tmp_path / "steered")

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hand_made_runs import hand_made_record, hand_made_reference
+from decision_records import decision_record, reference_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainpilot.agents.logging.run_log import RunWriter
@@ -28,8 +28,8 @@ def written_tags(folder: Path) -> set[str]:
 
 def test_a_steered_run_writes_every_tag_of_the_table_and_no_other(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.write(hand_made_record(0))
-    writer.write(hand_made_record(1, refusals=("batch_size double: 32 sequences outside [4, 16]",)))
+    writer.write(decision_record(0))
+    writer.write(decision_record(1, refusals=("batch_size double: 32 sequences outside [4, 16]",)))
     writer.write_summary({"tokens": 2000})
     writer.write_hparams({"seed": 0}, FINAL)
     writer.close()
@@ -39,7 +39,7 @@ def test_a_steered_run_writes_every_tag_of_the_table_and_no_other(tmp_path: Path
 
 def test_the_reference_writes_tags_of_the_steered_run(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.write_reference(hand_made_reference())
+    writer.write_reference(reference_run())
     writer.close()
 
     written = written_tags(tmp_path / "reference")

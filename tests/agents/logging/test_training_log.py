@@ -7,9 +7,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from decision_records import decision_record, decision_records, reference_run
 from fake_plant_batch import ToyPlants
 from gymnasium import spaces
-from hand_made_runs import hand_made_record, hand_made_reference, hand_made_run
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
@@ -66,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
     model.set_logger(configure(str(folder), ["tensorboard"]))
     log = TrainingLog({"ppo": {"n_steps": 10}, "recipe": "demo"})
     model.learn(40, callback=log)
-    log.log_greedy_run(hand_made_run(), hand_made_reference())
+    log.log_greedy_run(decision_records(), reference_run())
     model.logger.close()
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -221,11 +221,11 @@ def test_no_finished_episode_no_means() -> None:
 
 
 def test_a_log_that_never_trained_writes_nothing() -> None:
-    TrainingLog().log_greedy_run(hand_made_run())
+    TrainingLog().log_greedy_run(decision_records())
 
 
 def test_the_picture_says_what_was_reached_and_paid() -> None:
-    figure = run_figure(hand_made_run(), hand_made_reference())
+    figure = run_figure(decision_records(), reference_run())
 
     assert figure.get_suptitle().strip() == (
         "loss 2.100 nats/token (reference 3.000), 50% of the reference's energy, 100% of its time"
@@ -242,7 +242,7 @@ def test_the_picture_says_what_was_reached_and_paid() -> None:
 
 
 def test_the_picture_does_without_reference_energy_or_progress(tmp_path: Path) -> None:
-    run = [hand_made_record(0, energy_j=None, energy_source=None, train_loss=float("nan"), diverged=True)]
+    run = [decision_record(0, energy_j=None, energy_source=None, train_loss=float("nan"), diverged=True)]
 
     figure = run_figure(run)
     figure.savefig(tmp_path / "run.png")

@@ -64,7 +64,7 @@ def test_strictly_all_of_them_are_raised_in_one_line() -> None:
     assert check_domain(STATED, RunFacts(**INSIDE), require=True) == []
 
 
-def test_a_bundle_that_states_none_has_its_domain_derived_from_its_simulator() -> None:
+def test_bundle_without_a_domain_has_it_derived_from_its_simulator() -> None:
     provenance = {
         "decisions": 50,
         "base_schedule": {"schedule": "wsd", "warmup_share": 0.1},

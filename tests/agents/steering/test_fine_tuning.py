@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from live_runs import GPT2, LLAMA, case
-from test_steering import Loop
+from steering_loops import Loop
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

@@ -244,7 +244,7 @@ def reference(plant: ToyPlant) -> list[tuple[float, float]]:
     return [(record.telemetry.budget_used, record.telemetry.train_loss) for record in base.guarded.records]
 
 
-def test_a_broken_contract_takes_the_run_back_and_leaves_it_to_the_base_schedule() -> None:
+def test_broken_contract_rolls_back_and_falls_back_to_the_base_schedule() -> None:
     known = reference(ToyPlant())
     lower = iter([0, 0, 0, *[3] * 100])
     run = owner(lambda o, m: (next(lower), *KEEP[1:]), contract=QualityContract(reference=known)).train()
@@ -380,9 +380,7 @@ def simulate(pool: Pool, row: int, policy: Policy, contract: QualityContract | N
 
 @pytest.mark.parametrize("row", range(2))
 @pytest.mark.parametrize("policy", [RAISE, always(4, *KEEP[1:])], ids=["x2", "x1.19"])
-def test_a_policy_that_always_raises_ends_within_two_percent_under_a_contract(
-    pool: Pool, row: int, policy: Policy
-) -> None:
+def test_policy_that_always_raises_ends_within_2_percent_under_a_contract(pool: Pool, row: int, policy: Policy) -> None:
     base = simulate(pool, row, keep)
     losses = [(record.telemetry.budget_used, record.telemetry.train_loss) for record in base.guarded.records]
     bare = SimulatedLoop(simulated(pool, row)).train(policy)

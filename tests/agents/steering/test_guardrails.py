@@ -49,7 +49,7 @@ def test_a_rise_is_paid_for_by_a_new_low_of_the_loss() -> None:
     assert not refused(guardrails, DOUBLE_RATE, scale=2.0)
 
 
-def test_a_policy_that_always_raises_stands_still_twice_above_the_last_new_low() -> None:
+def test_policy_that_always_raises_stops_at_twice_the_last_new_low() -> None:
     guardrails, scale = Guardrails(), 1.0
     for loss in [3.0] * 20:
         allowed, _ = guardrails.review(DOUBLE_RATE, situation(scale))
@@ -151,7 +151,7 @@ def test_noise_alone_is_hardly_ever_a_spike(fall: float) -> None:
     assert alarms <= 4
 
 
-def test_without_a_snapshot_or_beyond_the_budget_of_rollbacks_it_falls_back() -> None:
+def test_without_snapshot_or_rollbacks_left_it_falls_back() -> None:
     nan = make_telemetry(train_loss=math.nan)
     guardrails = Guardrails(GuardrailSettings(max_rollbacks=2))
     assert guardrails.judge(nan).kind == "fall_back"

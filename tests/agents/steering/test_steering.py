@@ -4,90 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from live_runs import LLAMA, case, live_run
-from torch.nn import functional as F
+from steering_loops import SCRIPT, Loop, Script, asked, far
 
-from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Controller, Policy
-from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.decision import Preference
-from trainpilot.llm_runtime.config import Controls, RunConfig
-from trainpilot.llm_runtime.data.batches import BatchStream
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.optimizer import make_optimizer
 from trainpilot.llm_runtime.telemetry import Telemetry
-
-SCRIPT: list[Action] = [
-    (4, 1, 0, 0, 0), (3, 2, 0, 0, 0), (3, 1, 3, 1, 0), (2, 2, 0, 1, 0), (3, 1, 0, 1, 0), (3, 0, 1, 0, 0),
-    (4, 1, 0, 0, 0), (3, 0, 0, 1, 0), KEEP, KEEP,
-]  # fmt: skip
-"""Changes every control several times: rate, batch, precision and pruning."""
-
-
-class Script:
-    """Plays a list of actions, one for each decision."""
-
-    def __init__(self, actions: list[Action]) -> None:
-        self.actions, self.at = actions, 0
-
-    def __call__(self, observation: np.ndarray, masks: np.ndarray) -> Action:
-        self.at += 1
-        return self.actions[min(self.at, len(self.actions)) - 1]
-
-
-class Loop:
-    """A plain PyTorch loop over the model, optimiser and data of a live run that is never advanced itself."""
-
-    def __init__(
-        self, config: RunConfig, policy: str | Policy, micro: int = 64, rewinds: bool = False, **settings: Any
-    ) -> None:
-        run = live_run(config)
-        self.config, self.micro = config, micro
-        self.model = run.loaded.model.train()
-        self.optimizer = make_optimizer(self.model, config)
-        self.stream = BatchStream(run.corpus.train, config.sequence_length, config.seed)
-        options: dict[str, Any] = {
-            "sequences": config.n_sequences(),
-            "batch_size": config.batch_size,
-            "sequence_length": config.sequence_length,
-            "policy": policy,
-            "decisions": config.decisions,
-            "base_schedule": BaseSchedule(schedule=config.schedule, warmup_share=0.02),
-            "gradient_clip": config.gradient_clip,
-            "probe": False,
-        }
-        meter = NoMeter("a test")
-        wanted = SteeringSettings(**options | settings)
-        data = self.stream if rewinds else None
-        self.steering = Steering(self.model, self.optimizer, wanted, meter=meter, data=data)
-        self.rates: list[float] = []
-
-    def loss(self, batch: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-
-    def one_step(self) -> None:
-        with self.steering.step() as step:
-            batch = torch.from_numpy(self.stream.take(step.batch_size))
-            self.rates.append(self.optimizer.param_groups[0]["lr"])
-            for part in batch.split(self.micro):
-                few = partial(lambda part, count: self.loss(part[:count]), part)
-                step.backward(partial(self.loss, part), sequences=len(part), probe_loss=few)
-
-    def train(self, steps: int = 10**9) -> None:
-        while not self.steering.finished and steps:
-            self.one_step()
-            steps -= 1
 
 
 def steered(config: RunConfig, policy: Policy) -> tuple[LiveRun, list[Telemetry]]:
@@ -101,16 +33,6 @@ def steered(config: RunConfig, policy: Policy) -> tuple[LiveRun, list[Telemetry]
     return run, told
 
 
-def far(one: torch.nn.Module, other: torch.nn.Module) -> float:
-    """Return the largest difference between the weights of two models."""
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
-
-
-def asked(loop: Loop) -> list[Controls]:
-    return [record.telemetry.requested for record in loop.steering.records]
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     return case(tmp_path, LLAMA, tokens=6_400, batch_size=4, decisions=10, pruning="magnitude")
@@ -120,7 +42,7 @@ def loop(config: RunConfig, policy: str | Policy, **settings: Any) -> Loop:
     return Loop(config, policy, pruning=config.pruning, precisions=("fp32", "bf16"), **settings)
 
 
-def test_a_plain_loop_ends_where_a_live_run_does_under_the_same_changes_of_all_four_controls(config: RunConfig) -> None:
+def test_plain_loop_ends_where_a_live_run_does_under_all_controls(config: RunConfig) -> None:
     run, told = steered(config, Script(SCRIPT))
     mine = loop(config, Script(SCRIPT))
     mine.train()

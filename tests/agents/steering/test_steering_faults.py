@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from live_runs import LLAMA, case
-from test_steering import Loop, asked
+from steering_loops import Loop, asked
 
 from trainpilot.agents.controller import Policy
 from trainpilot.agents.steering.contract import QualityContract

@@ -147,7 +147,7 @@ def test_starts_lie_within_the_range_of_the_best() -> None:
     assert ratio.max() > 2
 
 
-def test_a_larger_batch_is_neutral_far_below_the_critical_and_a_waste_above() -> None:
+def test_larger_batch_is_neutral_below_the_critical_one_and_waste_above() -> None:
     ends = {}
     for critical in (1e-3, 1e6):
         for batch in (1, 2):
@@ -161,7 +161,7 @@ def test_a_larger_batch_is_neutral_far_below_the_critical_and_a_waste_above() ->
     assert (ends[1e-3, 2] > ends[1e-3, 1] + 0.005).all()
 
 
-def test_a_larger_batch_takes_the_square_root_in_learning_rate_fewer_steps_and_less_time() -> None:
+def test_larger_batch_takes_the_root_in_learning_rate_and_fewer_steps() -> None:
     small, large = (train(runs(), 8, batch=batch)[-1] for batch in (1, 2))
 
     np.testing.assert_allclose(large.learning_rate / small.learning_rate, math.sqrt(2))
@@ -198,7 +198,7 @@ def test_loss_rises_at_once_when_the_learning_rate_jumps_over_its_best() -> None
     assert (after > before + 0.05).all()
 
 
-def test_far_beyond_the_edge_a_run_diverges_and_waits_until_it_is_begun_anew() -> None:
+def test_far_beyond_the_edge_a_run_diverges_and_waits_for_a_reset() -> None:
     plants = runs()
     for _ in range(6):
         telemetry = plants.advance(controls(plants, scale=200 / plants.cases.start_ratio))
@@ -249,7 +249,7 @@ def test_a_cool_down_lowers_the_loss() -> None:
     assert (cooled.evaluate() < going.evaluate()).all()
 
 
-def test_limits_keep_the_batch_within_sixteen_and_four_steps_in_an_interval() -> None:
+def test_limits_keep_the_batch_within_16_and_4_steps_in_an_interval() -> None:
     limits, cases = runs().limits(), runs().cases
 
     assert (limits.min_batch_size == np.maximum(cases.batch_size // 16, 1)).all()

@@ -147,7 +147,7 @@ def test_other_optimisers_pay_their_extra_at_every_step() -> None:
     assert parts(result(interval(), optimizer="prodigy")) == {"training": 45.0}
 
 
-def test_masks_cost_their_extra_once_they_hold_weights_and_something_each_time_they_rise() -> None:
+def test_masks_cost_extra_once_they_hold_weights_and_at_each_rise() -> None:
     run = result(interval(), interval(sparsity=0.05), interval(sparsity=0.05), pruning="magnitude")
 
     assert parts(run) == pytest.approx({"training": 3 * 40.0 + 2 * 10 * 0.125, "switching": 0.03})

@@ -78,7 +78,7 @@ def test_the_baseline_against_itself_is_exactly_one_for_every_seed() -> None:
     assert worths == [exactly(1.0)] * 4
 
 
-def test_the_planted_quarter_lies_within_its_interval_as_often_as_five_seeds_can() -> None:
+def test_planted_quarter_lies_in_its_interval_as_often_as_5_seeds_can() -> None:
     # The range of five numbers holds their true median with probability 1 - 2/32 = 94 %.
     rng, hits, seeds = np.random.default_rng(1), 0, 5
     for _ in range(60):
@@ -170,7 +170,7 @@ def test_further_out_only_a_bound_is_known() -> None:
     assert (worse.low, worse.high) == pytest.approx((-math.inf, BUDGET / 16))
 
 
-def test_where_more_budget_brought_nothing_a_better_loss_needs_more_than_the_line_says() -> None:
+def test_where_budget_brought_nothing_a_better_loss_needs_more() -> None:
     # Twice the budget overfits: what the pieces before it promise is a lower bound.
     curve = curve_of({0.5: 3.2, 1.0: 3.0, 2.0: 3.1})
 
@@ -216,7 +216,7 @@ def test_a_budget_at_which_most_runs_fail_is_no_point() -> None:
     assert curve.budgets == pytest.approx((BUDGET / 2, BUDGET))
 
 
-def test_one_failed_run_of_three_makes_the_level_that_of_the_worse_of_the_others() -> None:
+def test_one_failed_run_of_three_gives_the_level_of_the_worse_other() -> None:
     runs = [CurveRun(seed=s, share=1.0, used=BUDGET, loss=loss) for s, loss in enumerate((3.0, 3.2, None))]
     curve = fit_curve(runs)
 

@@ -50,7 +50,7 @@ def test_nothing_is_known_where_every_run_diverged() -> None:
     assert error.final_loss is error.final_loss_worst is error.trajectory is error.final_loss_range is None
 
 
-def test_a_rank_correlation_of_one_is_the_same_order_and_to_diverge_is_the_worst() -> None:
+def test_rank_correlation_of_one_is_the_same_order_and_divergence_is_worst() -> None:
     same = [run(1e-2, 2.0), run(1e-1, 2.5), run(1.0, math.nan)]
 
     assert rank_correlation(BOWL, same) == pytest.approx(1.0)

@@ -19,7 +19,7 @@ def settings(effort: Effort = "standard") -> tuple[Setting, ...]:
     return design(BASE, effort, precisions=("fp32", "bf16"))
 
 
-def test_the_standard_grid_is_six_rates_from_a_thirtieth_to_ten_times_by_three_batches() -> None:
+def test_standard_grid_is_six_rates_by_three_batches() -> None:
     grid = [setting.config for setting in settings() if setting.grid]
 
     rates = sorted({config.base_learning_rate for config in grid})
@@ -151,7 +151,7 @@ def test_planned_batches_stay_within_their_limits() -> None:
     assert {decide(decision).batch_size for decision in range(50)} == {8, 4, 2}
 
 
-def test_a_walk_changes_both_controls_within_their_limits_and_the_same_way_every_time() -> None:
+def test_walk_changes_both_controls_within_limits_and_repeats() -> None:
     walks = [setting for setting in settings() if setting.walk is not None]
     limits = make_limits(min_batch_size=4, max_batch_size=16)
     paths = []

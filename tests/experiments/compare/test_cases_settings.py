@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from made_runs import CONFIG
+from comparison_runs import CONFIG
 
 from trainpilot.experiments.compare.cases import (
     LEARNING_RATE_STEP,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import CONFIG
+from comparison_runs import CONFIG
 
 from trainpilot.experiments.compare.cases import DEPTHS, WIDTHS, all_sizes, can_vary, load_cases, model_file, with_size
 from trainpilot.llm_runtime.config import RunConfig

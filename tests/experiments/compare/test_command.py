@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from comparison_runs import Bowl, Run, made_table
 from fake_workers import FakeWorkers
 from live_runs import GPT2, LLAMA, text_by_rule
-from made_runs import Bowl, Run, made_table
 from rich.console import Console
 
 from trainpilot.agents import bundle as bundles

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_runs import CASE, CONFIG, Bowl, drive, made_bench, made_table, with_config
+from comparison_runs import CASE, CONFIG, Bowl, drive, made_bench, made_table, with_config
 
 from trainpilot.experiments.compare.command import make_plan, runs_on_a_case, seconds_of_a_run
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS, OPTIONAL, OPTIONAL_RUNS
@@ -32,7 +32,7 @@ def test_runs_without_a_search_are_counted_exactly(names: list[str], runs: float
     assert runs_on_a_case(CASE, names, 3) == runs
 
 
-def test_a_policy_that_starts_at_the_tuned_rate_needs_the_search_and_its_own_runs() -> None:
+def test_policy_that_starts_at_the_tuned_rate_needs_the_search() -> None:
     search = runs_on_a_case(CASE, ["tuned"], 3)
 
     assert runs_on_a_case(CASE, ["policy:x@start=3"], 3) == search + 3

@@ -24,16 +24,23 @@ from trainpilot.llm_runtime.energy.meter import NoMeter
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
-DECISIONS = 10
+DECISIONS = 5
+SHORT: dict[str, Any] = {"tokens": 6_400, "batch_size": 4, "sequence_length": 64, "decisions": DECISIONS}
 
 
-def policy_run(folder: Path, *, guarded: bool, **changes: Any) -> RunResult:
+@pytest.fixture(autouse=True)
+def one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the tests the measurement of which number formats pay."""
+    monkeypatch.setattr(LiveRun, "_masked_precisions", lambda run: dict.fromkeys(("tf32", "bf16", "fp16"), "a test"))
+
+
+def policy_run(folder: Path, *, guarded: bool) -> RunResult:
     zigzag_bundle(folder / "policy.safetensors")
     settings: dict[str, Any] = {"path": str(folder / "policy.safetensors"), "preference": "quality=1"}
     if guarded:
         settings["guardrails"] = asdict(GuardrailSettings())
     steering = Steering(kind="policy", settings=settings, probe=True)
-    return execute(RunSpec(config=case(folder, **changes), steering=steering), "ab", meter=NoMeter("a test"))
+    return execute(RunSpec(config=case(folder, **SHORT), steering=steering), "ab", meter=NoMeter("a test"))
 
 
 def test_a_policy_does_in_a_comparison_what_it_does_in_a_replay(tmp_path: Path) -> None:
@@ -71,7 +78,7 @@ def broken_once(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
 
 def test_what_was_rolled_back_is_marked_and_paid_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken_once(monkeypatch, call=5)
+    broken_once(monkeypatch, call=3)
     result = policy_run(tmp_path, guarded=True)
     undone = [interval for interval in result.intervals if interval.rolled_back]
 
@@ -89,11 +96,11 @@ def test_what_was_rolled_back_is_marked_and_paid_for(tmp_path: Path, monkeypatch
 
 
 def test_without_guardrails_a_run_that_diverges_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken_once(monkeypatch, call=5)
+    broken_once(monkeypatch, call=3)
     result = policy_run(tmp_path, guarded=False)
 
     assert result.diverged
     assert not result.usable
     assert result.guardrails is None
-    assert len(result.intervals) == 5
+    assert len(result.intervals) == 3
     assert not any(interval.rolled_back for interval in result.intervals)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_runs import CASE, CONFIG, made_bench, made_interval, made_result, with_config
+from comparison_runs import CASE, CONFIG, made_bench, made_interval, made_result, with_config
 
 from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle, policy_digest
@@ -158,9 +158,9 @@ def test_methods_that_appear_by_themselves_get_their_notes() -> None:
         ("cosine", {"schedule": "cosine"}),
         ("linear", {"schedule": "linear"}),
         ("wsd", {"schedule": "wsd"}),
-        ("plateau", {"schedule": "constant"}),
         ("schedule-free", {"schedule": "constant", "optimizer": "schedule-free", "base_learning_rate": 2.5e-3}),
         ("prodigy", {"schedule": "cosine", "optimizer": "prodigy", "base_learning_rate": 1.0}),
+        ("plateau", {"schedule": "constant"}),
         ("noise-batch", {"schedule": "linear", "decisions": 20}),
         ("seesaw", {"schedule": "constant", "decisions": 20}),
         ("gradual-pruning", {"schedule": "linear", "pruning": "magnitude"}),
@@ -329,7 +329,7 @@ def test_a_start_is_told_in_the_tuned_rate_carried_over_to_the_cases_batch(tmp_p
     assert first.placed(tuned).steering == policy_method(f"policy:{path}@time=1").steering
 
 
-def test_what_starts_at_the_tuned_rate_is_kept_apart_from_what_needs_no_search(tmp_path: Path) -> None:
+def test_methods_at_the_tuned_rate_are_kept_apart_from_those_without(tmp_path: Path) -> None:
     path = bundle(tmp_path / "policy.safetensors")
     names = ["cosine", f"policy:{path}@start=3", f"policy:{path}"]
     chosen = choose_methods(",".join(names))
@@ -362,7 +362,7 @@ def closed_run(spec: RunSpec) -> RunResult:
     return made_result(spec, intervals=intervals)
 
 
-def test_the_open_loop_replays_the_average_of_the_closed_loops_on_every_case(tmp_path: Path) -> None:
+def test_open_loop_replays_the_average_of_the_closed_loops_on_every_case(tmp_path: Path) -> None:
     path = bundle(tmp_path / "policy.safetensors", decisions=2)
     cases = (CASE, replace(CASE, name="other", config=replace(CONFIG, base_learning_rate=5e-3)))
     [(closed, note)] = choose_methods(f"open-loop:{path}").open_loop
@@ -425,9 +425,9 @@ def test_without_any_closed_loop_run_there_is_a_warning_and_no_rows(tmp_path: Pa
 
 
 def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
-    from trainpilot.experiments.compare.execute import make_steerer
+    from trainpilot.experiments.compare.execute import make_controller
 
     with pytest.raises(ValueError, match=r"steering must be one of keep, plateau, .*, got 'flying'"):
-        make_steerer(Steering(kind="flying"), None)  # type: ignore[arg-type]
+        make_controller(Steering(kind="flying"), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         run_workers(0, 1)

@@ -8,7 +8,18 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
-from made_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_bench, made_result, made_table, with_config
+from comparison_runs import (
+    CASE,
+    CONFIG,
+    TUNING_SEEDS,
+    Bowl,
+    Run,
+    drive,
+    made_bench,
+    made_result,
+    made_table,
+    with_config,
+)
 
 from trainpilot.experiments.compare.cases import Setting
 from trainpilot.experiments.compare.programs import (
@@ -159,14 +170,14 @@ def test_judged_seeds_are_never_searched_with() -> None:
 # Other axes
 
 
-def test_where_every_setting_costs_the_same_per_token_all_axes_have_one_baseline() -> None:
+def test_equal_cost_per_token_gives_all_axes_one_baseline() -> None:
     tuned = Tuned(Bowl(), ALL)
 
     assert [tuned.baseline(axis).method for axis in ("tokens", "time_s", "energy_j")] == ["tuned"] * 3
     assert not {"tuned-time", "tuned-energy"} & {row.method for row in tuned.bench.rows}
 
 
-def test_where_large_batches_are_cheap_time_and_energy_share_a_baseline_of_their_own() -> None:
+def test_cheap_large_batches_give_time_and_energy_their_own_baseline() -> None:
     """Loss is 1 + n^-1/4 at a share n of the budget, and 0.1 higher at twice the batch, for half of the cost.
 
     So twice the batch reaches what the tuned static does at a share of (1.1)^-4 = 0.68, and costs 0.5 / 0.68 = 0.73 of
@@ -277,7 +288,7 @@ def test_an_edge_is_noted_with_the_baseline() -> None:
 # The untuned curve
 
 
-def test_the_untuned_curve_is_the_default_at_other_budgets_with_the_first_seed() -> None:
+def test_untuned_curve_is_the_default_at_other_budgets_with_the_first_seed() -> None:
     case = with_config(schedule="linear", warmup_tokens=256, batch_size=4)
     bench = made_bench(case=case, seeds=(3, 4))
     _, waves = drive(untuned_curve(bench, case), Bowl())

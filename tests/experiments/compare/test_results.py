@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from made_runs import CASE, CONFIG, made_interval, made_result
+from comparison_runs import CASE, CONFIG, made_interval, made_result
 
 from trainpilot.experiments.compare.results import (
     FORMAT,

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from comparison_runs import CONFIG, made_result
 from fake_workers import FakeWorkers
-from made_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.execute import failed
 from trainpilot.experiments.compare.results import RunResult, RunSpec

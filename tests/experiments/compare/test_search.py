@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from made_runs import CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_result
+from comparison_runs import CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_result
 
 from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, Setting
 from trainpilot.experiments.compare.execute import failed
@@ -203,7 +203,7 @@ def test_a_rate_beyond_the_last_move_is_an_edge(rate: float) -> None:
 # Other budgets
 
 
-def test_tuning_again_starts_from_the_best_setting_and_runs_on_its_own_budget() -> None:
+def test_tuning_again_starts_from_the_best_setting_on_its_own_budget() -> None:
     trials = Trials(CONFIG, TUNING_SEEDS, 0.25)
     best, waves = drive(
         retune(trials, SETTING, ["learning_rate", "batch_size"]), Bowl(learning_rate=3e-2, batch_size=4)

@@ -11,7 +11,7 @@ from statistics import fmean, median
 
 import optuna
 import pytest
-from made_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, drive, made_bench, made_result, made_table, with_config
+from comparison_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, drive, made_bench, made_result, made_table, with_config
 
 from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, WARMUP_SHARES, all_sizes
 from trainpilot.experiments.compare.programs import search_program
@@ -47,7 +47,7 @@ def diverges(spec: RunSpec) -> RunResult:
 # What may be suggested
 
 
-def test_suggestions_stay_within_the_grid_and_are_the_same_when_asked_twice() -> None:
+def test_suggestions_stay_within_the_grid_and_repeat() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for trial in (study.ask() for _ in range(200)):
         setting = suggest(trial, CONFIG, ["fp32", "bf16"])

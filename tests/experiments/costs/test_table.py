@@ -59,7 +59,7 @@ def test_a_step_lies_on_the_line_between_the_batches_measured(batch_size: float,
     assert table().step(batch_size, "fp32") == cost(seconds)
 
 
-def test_a_small_batch_costs_no_less_per_sequence_than_the_smallest_measured() -> None:
+def test_small_batch_costs_per_sequence_at_least_as_the_smallest_measured() -> None:
     steep = table(rows=tuple(rows("step", {4: 4.0, 8: 12.0})))
 
     assert steep.step(1, "fp32").time_s == 1.0  # the line would say -2

@@ -6,22 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_report import made
-from made_runs import CONFIG, made_interval
+from comparison_runs import CONFIG, made_interval
+from report_input import report_input
 
 from trainpilot.experiments.analysis.figures import Figures, MethodFigures
 from trainpilot.experiments.compare.results import Comparison, MethodNote, Row, RunResult
 from trainpilot.experiments.report.charts_controls import batch_ratio, learnt, rate_ratio
 from trainpilot.experiments.report.page import render
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.report_data import ReportData
 
 TUNED_RATE = 1.5e-3
 """Of the made-up tuned static, at batch 8."""
 
 
-def steered(*starts: float | None, tuned: bool = True, preference: str = "") -> Material:
+def steered(*starts: float | None, tuned: bool = True, preference: str = "") -> ReportData:
     """Return a made-up comparison with a policy that begins at `starts` and halves what is left to the tuned rate."""
-    base = made(2, ("policy:agent", "tuned", "cosine"), seeds=(1, 2))
+    base = report_input(2, ("policy:agent", "tuned", "cosine"), seeds=(1, 2))
     names = {start: "policy:agent" + preference + ("" if start is None else f"@start={start:g}") for start in starts}
     notes: list[MethodNote] = []
     figures: list[MethodFigures] = []
@@ -41,7 +41,7 @@ def steered(*starts: float | None, tuned: bool = True, preference: str = "") -> 
         baselines=base.comparison.baselines if tuned else {},
     )
     shown: Figures = replace(base.figures, methods=(*figures, *base.figures.methods[1:]))
-    return Material(comparison, base.results | results, base.tables, shown)
+    return ReportData(comparison, base.results | results, base.tables, shown)
 
 
 def _begun_at(run: RunResult, start: float) -> RunResult:
@@ -62,7 +62,7 @@ def test_a_learning_rate_is_told_at_the_tuned_batch() -> None:
     assert batch_ratio(interval, CONFIG, tuned) == 18 / 8
 
 
-def test_there_is_a_line_for_each_start_in_order_and_one_for_the_tuned_static() -> None:
+def test_each_start_has_a_line_in_order_and_the_tuned_static_one() -> None:
     [found] = learnt(steered(10, None, 0.1))
 
     titles = [look.title for look in found.looks]
@@ -102,7 +102,7 @@ def test_preferences_are_told_apart() -> None:
         rows=(*first.comparison.rows, *second.comparison.rows[:4]),
     )
     figures = replace(first.figures, methods=(*first.figures.methods, second.figures.methods[0]))
-    material = Material(both, first.results, first.tables, figures)
+    material = ReportData(both, first.results, first.tables, figures)
 
     assert [found.heading for found in learnt(material)] == ["agent, quality=1", "agent, time=1"]
 
@@ -116,12 +116,12 @@ def test_more_starts_than_colours_are_named() -> None:
 
 def test_nothing_is_drawn_without_a_tuned_static_or_a_policy() -> None:
     assert learnt(steered(1, tuned=False)) == []
-    assert learnt(Material(*made(1, ("tuned", "cosine", "seesaw"), seeds=(1,)).all())) == []
+    assert learnt(ReportData(*report_input(1, ("tuned", "cosine", "seesaw"), seeds=(1,)).all())) == []
 
 
 def test_the_page_has_the_section_where_there_is_something_to_show() -> None:
     shown = render(steered(0.1, 10))
-    without = render(Material(*made(1, ("tuned", "cosine"), seeds=(1,)).all()))
+    without = render(ReportData(*report_input(1, ("tuned", "cosine"), seeds=(1,)).all()))
 
     assert 'href="#learnt"' in shown
     assert 'id="learnt"' in shown

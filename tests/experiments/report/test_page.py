@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_report import NOTES, WORTH, made
 from planted_comparison import Planted
+from report_input import NOTES, WORTH, report_input
 
 from trainpilot.experiments.analysis.figures import Estimate, Figures
 from trainpilot.experiments.report.formatting import DASH, SPACE
 from trainpilot.experiments.report.page import render, write_report
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.report_data import ReportData
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 TITLES = {name: title for name, title, _, _ in NOTES}
@@ -75,7 +75,7 @@ METHODS = ("policy:agent", "tuned", "cosine", "plateau", "prodigy", "random", "c
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return render(Material(*made(2, METHODS).all()))
+    return render(ReportData(*report_input(2, METHODS).all()))
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_every_figure_has_a_caption_and_every_chart_a_name(html: str, page: Seen
 
 
 def test_twenty_methods_are_all_in_the_tables_and_few_in_the_charts() -> None:
-    found = seen(render(Material(*made(1, tuple(WORTH), seeds=(1,)).all())))
+    found = seen(render(ReportData(*report_input(1, tuple(WORTH), seeds=(1,)).all())))
 
     for title in TITLES.values():
         assert title in found.words
@@ -185,24 +185,24 @@ def test_twenty_methods_are_all_in_the_tables_and_few_in_the_charts() -> None:
 
 @pytest.mark.parametrize("methods", [("cosine",), ("tuned",), ("policy:agent",), ("check-self",)])
 def test_one_case_and_one_method_make_a_page(methods: tuple[str, ...]) -> None:
-    found = seen(render(Material(*made(1, methods, seeds=(1,)).all())))
+    found = seen(render(ReportData(*report_input(1, methods, seeds=(1,)).all())))
 
     assert TITLES[methods[0]] in found.words
     assert "llama-0" in found.words
 
 
 def test_names_are_escaped() -> None:
-    small = made(1, ("cosine", "tuned"), seeds=(1,))
+    small = report_input(1, ("cosine", "tuned"), seeds=(1,))
     notes = tuple(replace(note, title=f"<b>{note.title}</b> & so") for note in small.comparison.methods)
 
-    html = render(Material(replace(small.comparison, methods=notes), *small.all()[1:]))
+    html = render(ReportData(replace(small.comparison, methods=notes), *small.all()[1:]))
 
     assert "<b>cosine" not in html
     assert "<b>cosine to 10 %</b> & so" in seen(html).words
 
 
 def test_a_comparison_without_any_run_makes_a_page() -> None:
-    small = made(2, ("cosine", "tuned"), seeds=(1,))
+    small = report_input(2, ("cosine", "tuned"), seeds=(1,))
     empty = Figures(
         cases=(),
         methods=(),
@@ -215,20 +215,20 @@ def test_a_comparison_without_any_run_makes_a_page() -> None:
         rests_on="",
     )
 
-    found = seen(render(Material(replace(small.comparison, rows=(), baselines={}), {}, {}, empty)))
+    found = seen(render(ReportData(replace(small.comparison, rows=(), baselines={}), {}, {}, empty)))
 
     assert "no compute multiplier could be worked out" in found.text
     assert "Every judged run ended with a finite loss." in found.text
 
 
 def test_seconds_take_the_place_of_unknown_joules() -> None:
-    small = made(1, ("cosine", "tuned"), seeds=(1,))
+    small = report_input(1, ("cosine", "tuned"), seeds=(1,))
     points = tuple(replace(point, energy_j=None) for point in small.figures.points)
     nothing = Estimate(value=None)
     cases = tuple(replace(case, energy_j=nothing, energy_parts_j=None) for case in small.figures.cases)
     figures = replace(small.figures, points=points, cases=cases)
 
-    found = seen(render(Material(*small.all()[:3], figures)))
+    found = seen(render(ReportData(*small.all()[:3], figures)))
 
     assert "Loss against cost" in found.words
     assert "modelled time (energy unknown)" in found.words

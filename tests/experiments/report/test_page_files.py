@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_report import Made, made
+from report_input import ReportInput, report_input
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainpilot.experiments.analysis.figures import Estimate
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
 from trainpilot.experiments.report.page import write_report
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.experiments.report.tables import flat, write_sheets
 from trainpilot.experiments.report.tensorboard import slug, write_events
 
@@ -20,14 +20,14 @@ METHODS = ("policy:agent", "tuned", "cosine", "prodigy", "random")
 
 
 @pytest.fixture(scope="module")
-def two_cases() -> Made:
-    return made(2, METHODS, seeds=(1, 2, 3))
+def two_cases() -> ReportInput:
+    return report_input(2, METHODS, seeds=(1, 2, 3))
 
 
 @pytest.fixture(scope="module")
-def sheets(two_cases: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sheets(two_cases: ReportInput, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sheets")
-    write_sheets(folder, Material(*two_cases.all()))
+    write_sheets(folder, ReportData(*two_cases.all()))
     return folder
 
 
@@ -36,7 +36,7 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
         yield from csv.DictReader(stream)
 
 
-def test_per_case_csv_holds_the_figures_unrounded(two_cases: Made, sheets: Path) -> None:
+def test_per_case_csv_holds_the_figures_unrounded(two_cases: ReportInput, sheets: Path) -> None:
     found = {(row["case"], row["method"]): row for row in rows(sheets / "per_case.csv")}
 
     assert len(found) == 2 * len(METHODS)
@@ -58,7 +58,7 @@ def test_what_is_unknown_is_empty_in_a_sheet(sheets: Path) -> None:
     assert float(prodigy["time_s"]) > 0
 
 
-def test_methods_csv_has_a_row_for_each_method(two_cases: Made, sheets: Path) -> None:
+def test_methods_csv_has_a_row_for_each_method(two_cases: ReportInput, sheets: Path) -> None:
     found = {row["method"]: row for row in rows(sheets / "methods.csv")}
 
     assert list(found) == [figures.method for figures in two_cases.figures.methods]
@@ -66,7 +66,7 @@ def test_methods_csv_has_a_row_for_each_method(two_cases: Made, sheets: Path) ->
     assert found["cosine"]["sign_tests_tuned_tokens_wins"] == "0"
 
 
-def test_runs_csv_has_every_run_with_measured_and_modelled_cost(two_cases: Made, sheets: Path) -> None:
+def test_runs_csv_has_every_run_with_measured_and_modelled_cost(two_cases: ReportInput, sheets: Path) -> None:
     found = {row["key"]: row for row in rows(sheets / "runs.csv")}
 
     assert list(found) == [row.key for row in two_cases.comparison.rows]
@@ -83,9 +83,9 @@ def test_runs_csv_has_every_run_with_measured_and_modelled_cost(two_cases: Made,
     assert found["gpt2-1-prodigy-3"]["failure"] == "killed by signal 9"
 
 
-def test_a_run_without_a_cost_table_or_a_file_is_told_of(two_cases: Made, tmp_path: Path) -> None:
+def test_a_run_without_a_cost_table_or_a_file_is_told_of(two_cases: ReportInput, tmp_path: Path) -> None:
     missing = {key: run for key, run in two_cases.results.items() if key != "llama-0-tuned-1"}
-    write_sheets(tmp_path, Material(two_cases.comparison, missing, {}, two_cases.figures))
+    write_sheets(tmp_path, ReportData(two_cases.comparison, missing, {}, two_cases.figures))
 
     found = {row["key"]: row for row in rows(tmp_path / "runs.csv")}
 
@@ -106,8 +106,8 @@ def events(folder: Path) -> EventAccumulator:
     return accumulator
 
 
-def test_tensorboard_holds_the_run_under_the_usual_tags(two_cases: Made, tmp_path: Path) -> None:
-    write_events(tmp_path / "tensorboard", Material(*two_cases.all()))
+def test_tensorboard_holds_the_run_under_the_usual_tags(two_cases: ReportInput, tmp_path: Path) -> None:
+    write_events(tmp_path / "tensorboard", ReportData(*two_cases.all()))
 
     run = two_cases.results["llama-0-policy:agent-1"]
     found = events(tmp_path / "tensorboard" / "llama-0" / "policy-agent" / "seed-1")
@@ -122,9 +122,9 @@ def test_tensorboard_holds_the_run_under_the_usual_tags(two_cases: Made, tmp_pat
     assert "_hparams_/session_start_info" in found.summary_metadata
 
 
-def test_tensorboard_holds_judged_runs_alone_and_each_in_its_folder(two_cases: Made, tmp_path: Path) -> None:
+def test_tensorboard_holds_judged_runs_alone_and_each_in_its_folder(two_cases: ReportInput, tmp_path: Path) -> None:
     (tmp_path / "tensorboard" / "old").mkdir(parents=True)
-    write_events(tmp_path / "tensorboard", Material(*two_cases.all()))
+    write_events(tmp_path / "tensorboard", ReportData(*two_cases.all()))
 
     files = list((tmp_path / "tensorboard").rglob("events*"))
 
@@ -132,8 +132,8 @@ def test_tensorboard_holds_judged_runs_alone_and_each_in_its_folder(two_cases: M
     assert not (tmp_path / "tensorboard" / "old").exists()
 
 
-def test_a_diverged_run_has_no_final_loss_in_tensorboard(two_cases: Made, tmp_path: Path) -> None:
-    write_events(tmp_path / "tensorboard", Material(*two_cases.all()))
+def test_a_diverged_run_has_no_final_loss_in_tensorboard(two_cases: ReportInput, tmp_path: Path) -> None:
+    write_events(tmp_path / "tensorboard", ReportData(*two_cases.all()))
 
     tags = events(tmp_path / "tensorboard" / "llama-0" / "random" / "seed-2").Tags()["scalars"]
 
@@ -147,7 +147,7 @@ def test_folder_names_are_plain() -> None:
 
 
 def test_a_report_without_tensorboard_leaves_no_folder_for_it(tmp_path: Path) -> None:
-    small = made(1, ("tuned", "cosine"), seeds=(1,))
+    small = report_input(1, ("tuned", "cosine"), seeds=(1,))
 
     page = write_report(tmp_path / "out", *small.all(), tensorboard=False)
 

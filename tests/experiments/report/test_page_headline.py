@@ -3,12 +3,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from made_report import made
+from report_input import report_input
 
 from trainpilot.experiments.analysis.figures import Estimate, SignTest
 from trainpilot.experiments.report.formatting import SPACE
-from trainpilot.experiments.report.page import claim, finding
-from trainpilot.experiments.report.report_data import Material
+from trainpilot.experiments.report.page import claim, find_headline
+from trainpilot.experiments.report.report_data import ReportData
 
 SURE = SignTest(wins=8, losses=0, ties=0, p_value=0.008)
 UNSURE = SignTest(wins=5, losses=3, ties=0, p_value=0.73)
@@ -48,12 +48,12 @@ def test_a_method_that_mostly_failed_claims_nothing() -> None:
     assert "could not be compared" in claim("it", Estimate(value=None), None, "that")
 
 
-def material(*methods: str, n_cases: int = 8) -> Material:
-    return Material(*made(n_cases, methods, seeds=(1,)).all())
+def material(*methods: str, n_cases: int = 8) -> ReportData:
+    return ReportData(*report_input(n_cases, methods, seeds=(1,)).all())
 
 
-def test_the_headline_is_about_the_first_policy_even_if_another_method_is_better() -> None:
-    found = finding(material("tuned", "cosine", "policy:agent@0,1,1", "policy:agent", "tuned-tpe"))
+def test_headline_is_about_the_first_policy_even_if_another_is_better() -> None:
+    found = find_headline(material("tuned", "cosine", "policy:agent@0,1,1", "policy:agent", "tuned-tpe"))
 
     assert found.subject == "policy:agent", "the first in the comparison's order"
     assert found.title.startswith("agent ")
@@ -61,7 +61,7 @@ def test_the_headline_is_about_the_first_policy_even_if_another_method_is_better
 
 
 def test_without_a_policy_it_is_about_the_best_and_says_so() -> None:
-    found = finding(material("tuned", "cosine", "seesaw", "schedule-free"))
+    found = find_headline(material("tuned", "cosine", "seesaw", "schedule-free"))
 
     assert found.subject == "schedule-free"
     assert found.title.startswith("schedule-free AdamW needs 25"), "worth 0.8 is a quarter more tokens"
@@ -70,7 +70,7 @@ def test_without_a_policy_it_is_about_the_best_and_says_so() -> None:
 
 
 def test_cases_seeds_methods_and_runs_are_counted() -> None:
-    text = finding(material("tuned", "cosine", "policy:agent", n_cases=3)).lead[0]
+    text = find_headline(material("tuned", "cosine", "policy:agent", n_cases=3)).lead[0]
 
     assert text.startswith("3 methods on 3 cases with 1 paired seed each, 12 runs in all.")
     assert "not finished" not in text
@@ -80,14 +80,14 @@ def test_cases_without_runs_are_not_counted_as_compared() -> None:
     whole = material("tuned", "cosine", n_cases=2)
     half = replace(whole.figures, cases=tuple(c for c in whole.figures.cases if c.case == "llama-0"))
 
-    text = finding(Material(whole.comparison, whole.results, whole.tables, half)).lead[0]
+    text = find_headline(ReportData(whole.comparison, whole.results, whole.tables, half)).lead[0]
 
     assert "on 1 case with" in text
     assert "not finished: 1 case" in text
 
 
 def test_cautions_name_failed_checks_and_the_notes() -> None:
-    cautions = finding(material("tuned", "policy:agent", n_cases=1)).cautions
+    cautions = find_headline(material("tuned", "policy:agent", n_cases=1)).cautions
 
     assert any("One case" in caution for caution in cautions)
     assert any("planted budget" in caution for caution in cautions)
@@ -102,15 +102,15 @@ def test_a_gain_over_the_tuned_static_is_presumed_a_fault() -> None:
         for m in good.figures.methods
     )
 
-    cautions = finding(
-        Material(good.comparison, good.results, good.tables, replace(good.figures, methods=methods))
+    cautions = find_headline(
+        ReportData(good.comparison, good.results, good.tables, replace(good.figures, methods=methods))
     ).cautions
 
     assert any("presumed to be a fault" in caution for caution in cautions)
 
 
-def test_with_the_baselines_alone_it_is_about_the_tuned_one_against_the_untuned() -> None:
-    found = finding(material("tuned", "cosine"))
+def test_with_baselines_alone_it_is_about_tuned_against_untuned() -> None:
+    found = find_headline(material("tuned", "cosine"))
 
     assert found.subject == "tuned"
     assert found.title.endswith("fewer tokens than the untuned default")
@@ -118,7 +118,7 @@ def test_with_the_baselines_alone_it_is_about_the_tuned_one_against_the_untuned(
 
 
 def test_nothing_to_compare_is_said() -> None:
-    found = finding(material("cosine", n_cases=1))
+    found = find_headline(material("cosine", n_cases=1))
 
     assert found.subject is None
     assert "no compute multiplier" in found.title

@@ -87,7 +87,7 @@ def test_gradient_noise_slows_every_step_down() -> None:
     assert state.signal[0, 0] == pytest.approx(np.exp(-0.2), abs=1e-9)
 
 
-def test_at_the_stalling_rate_the_fastest_mode_goes_at_half_its_speed_and_slow_ones_slower() -> None:
+def test_at_the_stalling_rate_the_fastest_mode_has_half_its_speed() -> None:
     physics = made(rate=0.01, **{**PLAIN, "stall_rate": 2.0, "stall_slow": 0.5})
     left = stepped(physics, steps=10, rate=2e-3).signal[0]
 
@@ -131,7 +131,7 @@ def test_a_scar_stalls_later_steps_as_a_large_rate_does() -> None:
     assert state.signal[0] == pytest.approx(np.exp(-0.1 * RELATIVE_RATES), abs=1e-9)  # a quarter of 0.4
 
 
-def test_without_weight_decay_the_squared_weights_grow_by_the_same_at_every_step() -> None:
+def test_without_weight_decay_squared_weights_grow_equally_at_every_step() -> None:
     physics = made(**{**PLAIN, "growth": 0.01})
 
     # 0.01 x 2^2 x 10 steps on top of 1
@@ -208,7 +208,7 @@ def test_putting_and_taking_rows_move_everything_of_a_run() -> None:
 # Properties -------------------------------------------------------------------------------------------------
 
 
-def test_halving_an_interval_changes_nothing_while_gradients_and_weights_stay() -> None:
+def test_halving_an_interval_changes_nothing_at_fixed_gradients() -> None:
     physics = made(gradient_noise=5.0, gradient_power=0.0, scar=0.0, growth=0.0, slow_noise=1.0)
     whole = stepped(physics, steps=40, rate=3e-3, batch=8)
     halves = stepped(physics, steps=20, rate=3e-3, batch=8)
@@ -220,7 +220,7 @@ def test_halving_an_interval_changes_nothing_while_gradients_and_weights_stay() 
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_halving_all_intervals_of_a_run_moves_its_end_by_less_than_0_02_nats(model: Callable[[int], Physics]) -> None:
+def test_halving_all_intervals_moves_the_end_by_less_than_0_02_nats(model: Callable[[int], Physics]) -> None:
     rates = RATES[:7]  # 1e-4 to 3e-3
     once, twice = trained(model(7), rates)[-1], trained(model(7), rates, np.repeat(WSD, 2))[-1]
 
@@ -282,7 +282,7 @@ def test_typical_physics_lose_much_without_warm_up() -> None:
     assert trained(MODELS[0](1), 7e-3, at_once)[-1] > trained(MODELS[0](1), 7e-3)[-1] + 0.05
 
 
-def test_where_noise_dominates_only_the_neutral_rate_counts_whatever_the_batch() -> None:
+def test_where_noise_dominates_only_the_neutral_rate_counts() -> None:
     physics = made(gradient_noise=1e6, rate=0.6, stall_rate=1e9, noise=1e-9)
     finals = [trained(physics, 3e-3 * np.sqrt(batch / 16), batch=batch)[-1, 0] for batch in (4, 8, 16, 32)]
 

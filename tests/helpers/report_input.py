@@ -65,7 +65,7 @@ WORTH = {name: worth for name, _, _, worth in NOTES}
 
 
 @dataclass(frozen=True)
-class Made:
+class ReportInput:
     """What `write_report` takes."""
 
     comparison: Comparison
@@ -77,7 +77,9 @@ class Made:
         return self.comparison, self.results, self.tables, self.figures
 
 
-def made(n_cases: int = 3, methods: Sequence[str] = tuple(WORTH), seeds: Sequence[int] = (1, 2, 3)) -> Made:
+def report_input(
+    n_cases: int = 3, methods: Sequence[str] = tuple(WORTH), seeds: Sequence[int] = (1, 2, 3)
+) -> ReportInput:
     """Return a comparison of `methods` on `n_cases` cases."""
     cases = tuple(_case(index) for index in range(n_cases))
     results: dict[str, RunResult] = {}
@@ -107,7 +109,7 @@ def made(n_cases: int = 3, methods: Sequence[str] = tuple(WORTH), seeds: Sequenc
         provenance={"command": "trainpilot compare --cases test --seeds 3", "versions": {"torch": "2.13"}, "jobs": 2},
     )
     tables = {cost_key(case.config): cost_table(case.config) for case in cases}
-    return Made(comparison, results, tables, _figures(comparison, results))
+    return ReportInput(comparison, results, tables, _figures(comparison, results))
 
 
 def estimate(value: float | None, spread: float = 0.05, n: int = 3, **more: Any) -> Estimate:

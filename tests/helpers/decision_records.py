@@ -16,7 +16,7 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 INTERVAL_TOKENS = 1000
 
 
-def hand_made_telemetry(decision: int, n_decisions: int = 4, **changes: Any) -> Telemetry:
+def interval_telemetry(decision: int, n_decisions: int = 4, **changes: Any) -> Telemetry:
     tokens = (decision + 1) * INTERVAL_TOKENS
     values: dict[str, Any] = {
         "decision": decision,
@@ -56,7 +56,7 @@ def hand_made_telemetry(decision: int, n_decisions: int = 4, **changes: Any) -> 
     return Telemetry(**(values | changes))
 
 
-def hand_made_record(
+def decision_record(
     decision: int,
     *,
     requested: Action = KEEP,
@@ -66,7 +66,7 @@ def hand_made_record(
     **changes: Any,
 ) -> DecisionRecord:
     return DecisionRecord(
-        telemetry=hand_made_telemetry(decision, **changes),
+        telemetry=interval_telemetry(decision, **changes),
         requested=requested,
         allowed=allowed,
         refusals=refusals,
@@ -76,13 +76,13 @@ def hand_made_record(
     )
 
 
-def hand_made_run(n_decisions: int = 4) -> list[DecisionRecord]:
-    return [hand_made_record(decision, n_decisions=n_decisions) for decision in range(n_decisions)]
+def decision_records(n_decisions: int = 4) -> list[DecisionRecord]:
+    return [decision_record(decision, n_decisions=n_decisions) for decision in range(n_decisions)]
 
 
-def hand_made_reference(n_decisions: int = 4) -> Reference:
+def reference_run(n_decisions: int = 4) -> Reference:
     telemetry = tuple(
-        hand_made_telemetry(
+        interval_telemetry(
             decision,
             n_decisions,
             train_loss=6.0 - decision,

@@ -1,0 +1,104 @@
+"""Convert dataclasses to plain JSON values and back, checked by pydantic, which is loaded when it is first needed.
+
+`class Run(JsonRecord)` gives a dataclass `to_json` and `from_json`. A field whose JSON form differs from its value says
+how in its type: `Annotated[..., JsonForm(...)]`, as `Float` does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
+
+class JsonRecord:
+    """Base of dataclasses that are written as JSON. Nested dataclasses, tuples and mappings are converted too."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, the fields in their order."""
+        values: dict[str, Any] = _adapter(type(self)).dump_python(self, mode="json", warnings=False)
+        return values
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the record that `to_json` gave; fields with a default may be missing.
+
+        Raises:
+            ValueError: fields are missing or unknown, or a value has another type or breaks a rule of the record.
+        """
+        from pydantic import ValidationError
+
+        try:
+            record: Self = _adapter(cls).validate_python(content)
+        except ValidationError as error:
+            name = re.sub(r"(?<!^)(?=[A-Z])", " ", cls.__name__).lower()
+            raise ValueError(_odd_fields(error, name) or first_fault(error, name)) from error
+        return record
+
+
+@dataclass(frozen=True)
+class JsonForm:
+    """How JSON holds a field, as metadata of its type."""
+
+    write: Callable[[Any], Any]
+    """Turns the value into plain JSON values."""
+    read: Callable[[Any], Any] | None = None
+    """Turns these into what the field's type accepts; by default they are that already."""
+    checked: bool = True
+    """Whether the field's type is checked; not for types that pydantic does not know."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        """Return pydantic's schema of the field."""
+        from pydantic_core import core_schema
+
+        schema = handler(source) if self.checked else core_schema.any_schema()
+        if self.read is not None:
+            schema = core_schema.no_info_before_validator_function(self.read, schema)
+        schema["serialization"] = core_schema.plain_serializer_function_ser_schema(self.write)
+        return schema
+
+
+def null_if_not_finite(value: float | None) -> float | None:
+    """Return the number; `None` for NaN and infinity, which JSON does not have."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _nan_if_null(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+Float = Annotated[float, JsonForm(write=null_if_not_finite, read=_nan_if_null)]
+"""A number that JSON holds as null where it is not finite; read back as NaN."""
+KnownFloat = Annotated[float | None, JsonForm(write=null_if_not_finite)]
+"""A number that is `None` where it is unknown, and after JSON also where it was not finite."""
+
+
+def first_fault(error: ValidationError, where: str) -> str:
+    """Return the first fault that pydantic found as one line: place, field, rule and value."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    own = first["type"] == "value_error"  # a dataclass's own message, which says what it got
+    message = first["msg"].removeprefix("Value error, ") + ("" if own else f", got {first['input']!r}")
+    return f"{where}: {place + ': ' if place else ''}{message}"
+
+
+def _odd_fields(error: ValidationError, name: str) -> str | None:
+    """Return a line that names all fields that are missing or unknown, or `None`."""
+    kinds = ("missing", "unexpected_keyword_argument")
+    odd = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] in kinds]
+    return f"{name} fields missing or unknown: {', '.join(sorted(odd))}" if odd else None
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
