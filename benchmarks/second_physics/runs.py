@@ -156,7 +156,7 @@ SWITCH_S = 1e-3
 
 
 @dataclass(kw_only=True)
-class Interval:
+class LawInterval:
     """What one interval takes and comes to; arrays of shape (n_runs,)."""
 
     taken: Floats
@@ -176,7 +176,7 @@ class Interval:
     """Loss in its middle, in nats/token."""
 
     @classmethod
-    def usual(cls, cases: CaseBatch, decisions: int) -> Interval:
+    def usual(cls, cases: CaseBatch, decisions: int) -> LawInterval:
         """Return an interval at the starting controls; its learning rates are left open."""
         nothing = np.zeros(len(cases.batch_size))
         return cls(
@@ -215,7 +215,7 @@ def throughput(cases: CaseBatch, batch: Floats | Ints, precision: Floats | Ints)
 
 def interval_telemetry(
     cases: CaseBatch,
-    interval: Interval,
+    interval: LawInterval,
     controls: ControlBatch,
     best_learning_rate: Floats,
     *,
@@ -458,7 +458,7 @@ class MultiPowerRuns:
         for i, share in enumerate(BUDGET_SHARES):
             factors = cases.base_factors(share, self.decisions)
             self.reference_losses[rows, i] = cases.law.base_loss(peak, factors, share * cases.n_steps)
-        interval = Interval.usual(cases, self.decisions)
+        interval = LawInterval.usual(cases, self.decisions)
         self.reference_time_s[rows] = self.decisions * interval.time_s(cases)
         self.reference_energy_j[rows] = self.reference_time_s[rows] * interval.power_w(cases)
 
@@ -492,7 +492,7 @@ class MultiPowerRuns:
         cooling = np.isfinite(state.cooldown_end)
         return np.where(cooling, state.cooldown_factor * left, self._schedule(start, end, step))
 
-    def _interval(self, controls: ControlBatch, active: Bools) -> Interval:
+    def _interval(self, controls: ControlBatch, active: Bools) -> LawInterval:
         """Return what this interval takes: sequences up to its border or the run's end, and the learning rates."""
         state, cases = self.state, self.cases
         start = state.sequences
@@ -501,7 +501,7 @@ class MultiPowerRuns:
         batch = np.minimum(controls.batch_size, np.maximum(taken, 1.0))
         end = start + taken
         peak = self.start_learning_rate / cases.unit * controls.learning_rate_scale
-        return Interval(
+        return LawInterval(
             taken=taken,
             batch=batch,
             precision=controls.precision,
@@ -512,7 +512,7 @@ class MultiPowerRuns:
             probed=probe_due(state.decision, state.sequences / cases.n_sequences),
         )
 
-    def _enter(self, interval: Interval, active: Bools) -> Floats:
+    def _enter(self, interval: LawInterval, active: Bools) -> Floats:
         """Note the change of the learning rate, and return the path that the interval adds."""
         state, cases = self.state, self.cases
         rows = np.flatnonzero(active)

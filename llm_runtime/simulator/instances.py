@@ -18,7 +18,7 @@ from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, Physics
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
-from trainpilot.llm_runtime.simulator.sensors import Meters
+from trainpilot.llm_runtime.simulator.sensors import Sensors
 
 FORWARD_SHARE = 1 / 3
 """A forward pass over a whole step's time: backward costs twice as much."""
@@ -82,7 +82,7 @@ class Instances(Rows):
     """Runs that can be trained: arrays of shape (n_instances,)."""
 
     physics: Physics
-    meters: Meters
+    sensors: Sensors
     hardware: Hardware
     sequences: Floats
     """Budget in sequences."""
@@ -127,7 +127,7 @@ def draw_instances(
     data = np.where(repeats, sequences * np.exp(random.uniform(np.log(0.15), 0, n_instances)), 100 * sequences)
     return Instances(
         physics=_physics(random, n_instances, calibrations, widening.spread),
-        meters=_meters(random, n_instances, widening.spread),
+        sensors=_sensors(random, n_instances, widening.spread),
         hardware=_hardware(random, n_instances),
         sequences=sequences,
         data=data,
@@ -173,11 +173,11 @@ def _rescale(values: dict[str, Floats], factor: Floats) -> None:
     values["shrinking"] *= factor
 
 
-def _meters(random: np.random.Generator, n: int, spread: float) -> Meters:
+def _sensors(random: np.random.Generator, n: int, spread: float) -> Sensors:
     def around(typical: float, width: float) -> Floats:
         return typical * np.exp(width * spread * random.normal(size=n))
 
-    return Meters(
+    return Sensors(
         loss_spread=around(0.48, 0.3),
         validation_gap=0.04 * spread * random.normal(size=n),
         noise_scale=around(2.0, 0.5),

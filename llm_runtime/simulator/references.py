@@ -133,7 +133,7 @@ def static_losses(
         for factor in table.mean:
             advance(instances.physics, state, steps, rate * factor, batch)
         final = loss(instances.physics, state)
-    final = final + instances.meters.validation_gap + overfit(instances, sequences)
+    final = final + instances.sensors.validation_gap + overfit(instances, sequences)
     return np.where(np.isfinite(final) & (final < 1.3 * instances.physics.initial_loss), final, np.inf)
 
 
