@@ -25,7 +25,7 @@ from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName, validation_due
 from trainpilot.llm_runtime.simulator.instances import Instances
-from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
+from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, Rows, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
@@ -46,7 +46,7 @@ def unseen_pool(n_instances: int = TEST_INSTANCES) -> Pool:
     return Pool.draw(n_instances, TEST_SEED, shipped_physics())
 
 
-class Steerer(Protocol):
+class BatchSteerer(Protocol):
     """What sets the controls of many runs."""
 
     def decide(self) -> ControlBatch:
@@ -88,15 +88,15 @@ class Blind:
         self.decision += 1
 
 
-def by_policy(bundle: PolicyBundle, preference: Preference) -> Callable[[LimitBatch], Steerer]:
+def by_policy(bundle: PolicyBundle, preference: Preference) -> Callable[[LimitBatch], BatchSteerer]:
     """Return what makes a policy steer runs of any limits."""
     return lambda limits: ByPolicy(bundle, preference, limits)
 
 
-def held(scale: Floats | float = 1.0, batch_factor: float = 1.0) -> Callable[[LimitBatch], Steerer]:
+def held(scale: Floats | float = 1.0, batch_factor: float = 1.0) -> Callable[[LimitBatch], BatchSteerer]:
     """Return what holds a factor on the base schedule and a batch from start to end, and all else as it began."""
 
-    def make(limits: LimitBatch) -> Steerer:
+    def make(limits: LimitBatch) -> BatchSteerer:
         start = limits.start
         scales = np.broadcast_to(scale, len(start.batch_size)).astype(np.float64)
         batch = _nearest_batch(limits, batch_factor)
@@ -105,10 +105,10 @@ def held(scale: Floats | float = 1.0, batch_factor: float = 1.0) -> Callable[[Li
     return make
 
 
-def blindly(schedule: Sequence[SchedulePoint]) -> Callable[[LimitBatch], Steerer]:
+def blindly(schedule: Sequence[SchedulePoint]) -> Callable[[LimitBatch], BatchSteerer]:
     """Return what replays one schedule on all runs, as `OpenLoop` does on one with as many decisions."""
 
-    def make(limits: LimitBatch) -> Steerer:
+    def make(limits: LimitBatch) -> BatchSteerer:
         begun = (schedule[: i + 1] for i in range(len(schedule)))
         return Blind([_replayed(points, limits) for points in begun])
 
@@ -141,7 +141,7 @@ def _nearest_batch(limits: LimitBatch, factor: float) -> Ints:
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class BatchOutcome:
     """How runs ended; arrays of shape (n_runs,)."""
 
     loss: Floats
@@ -172,11 +172,13 @@ class Outcome:
         return average_schedule(runs, DECISIONS)
 
 
-def steer(plants: ReferencedPlants, make: Callable[[LimitBatch], Steerer]) -> Outcome:
+def steer(plants: ReferencedPlants, make: Callable[[LimitBatch], BatchSteerer]) -> BatchOutcome:
     """Steer fresh plants to their end; they are looked at now and then, as the environment does."""
     n, steerer = plants.n_runs, make(plants.limits())
     zeros = np.zeros(n)
-    told = Outcome(loss=np.full(n, np.inf), used=zeros, energy=zeros, time=zeros, intervals=np.zeros(n, dtype=np.int64))
+    told = BatchOutcome(
+        loss=np.full(n, np.inf), used=zeros, energy=zeros, time=zeros, intervals=np.zeros(n, dtype=np.int64)
+    )
     running = np.ones(n, dtype=np.bool_)
     for decision in range(DECISIONS):
         told.controls.append(steerer.decide())
@@ -200,7 +202,7 @@ def expected_loss(plants: ReferencedPlants, rows: Ints) -> Floats:
     if not isinstance(plants, SimulatedRuns):
         return plants.evaluate(rows)
     loss: Floats = (
-        plants.expected_loss + plants.instances.meters.validation_gap + overfit(plants.instances, plants.used)
+        plants.expected_loss + plants.instances.sensors.validation_gap + overfit(plants.instances, plants.used)
     )
     return loss[rows]
 
@@ -388,15 +390,11 @@ _MEANS = np.stack([ScheduleTable.of(name, warmup, DECISIONS).mean for name, warm
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunsAndReferences:
+class RunsAndReferences(Rows):
     """Runs to try static settings on, with what they are measured with."""
 
     instances: Instances
     references: References
-
-    def take(self, rows: Ints) -> RunsAndReferences:
-        """Return some of them."""
-        return RunsAndReferences(instances=self.instances.take(rows), references=self.references.take(rows))
 
     def __len__(self) -> int:
         return len(self.instances)

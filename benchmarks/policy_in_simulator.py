@@ -28,7 +28,7 @@ from _simulated import (
     SHARES,
     TEST_INSTANCES,
     TEST_SEED,
-    Outcome,
+    BatchOutcome,
     StaticGrid,
     blindly,
     by_policy,
@@ -282,14 +282,14 @@ def best_held(bed: Bed) -> Floats:
     return lowest
 
 
-def _closed_and_open(bed: Bed, bundle: PolicyBundle) -> tuple[Floats, Floats, Outcome]:
+def _closed_and_open(bed: Bed, bundle: PolicyBundle) -> tuple[Floats, Floats, BatchOutcome]:
     """Return the multipliers of the policy and of its own average schedule, and how the policy's runs went."""
     closed = steered(bed, bundle)
     blind = steer(bed.fresh(), blindly(closed.average(bed.fresh().limits())))
     return bed.multiplier(closed.loss, closed.used), bed.multiplier(blind.loss, blind.used), closed
 
 
-def steered(bed: Bed, bundle: PolicyBundle) -> Outcome:
+def steered(bed: Bed, bundle: PolicyBundle) -> BatchOutcome:
     """Return how a policy's runs went, asked for quality alone."""
     return steer(bed.fresh(), by_policy(bundle, QUALITY))
 
@@ -313,7 +313,7 @@ def _closed_against_open(bed: Bed, policy: Floats, blind: Floats) -> dict[str, A
     return {"closed_against_open": told}
 
 
-def _describe(bed: Bed, outcome: Outcome) -> dict[str, Any]:
+def _describe(bed: Bed, outcome: BatchOutcome) -> dict[str, Any]:
     """Return how the policy's runs went: medians over the runs, learning rate and batch at every fifth decision."""
     limits = bed.fresh().limits()
     shown = range(0, DECISIONS, 5)

@@ -213,7 +213,7 @@ class GuardedController:
     def _carry_out(self, decision: Decision, held: Controls | None = None) -> None:
         """Bring what is allowed into force, or `held` instead."""
         state = self.controller.state
-        state.decide(decision.allowed)
+        state.apply(decision.allowed)
         if self.fallen_back is not None:
             held = self.base_controls()
         if held is not None:
