@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.action import ACTION_FIELDS, split_choices
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.llm_runtime.files import whole_file
@@ -117,11 +117,19 @@ class PolicyBundle:
             x = np.tanh(x @ self.weights[f"hidden.{index}.weight"].T + self.weights[f"hidden.{index}.bias"])
         return np.asarray(x @ self.weights["action.weight"].T + self.weights["action.bias"])
 
+    def choose(self, observations: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """Return the most likely allowed choice of every action field, shape (..., action fields).
+
+        Args:
+            observations: Shape (..., inputs).
+            masks: Whether a choice is allowed, shape (..., sum of choices).
+        """
+        logits = np.where(masks, self.logits(observations), -np.inf)
+        return np.stack([part.argmax(axis=-1) for part in split_choices(logits)], axis=-1)
+
     def act(self, observation: np.ndarray, masks: np.ndarray) -> tuple[int, ...]:
-        """Return the most likely allowed choice of every action field."""
-        logits = np.where(masks, self.logits(observation), -np.inf)
-        borders = np.cumsum([len(f.choices) for f in ACTION_FIELDS])[:-1]
-        return tuple(int(part.argmax()) for part in np.split(logits, borders))
+        """Return `choose` for the one observation of a run, as an action."""
+        return tuple(self.choose(observation, masks).tolist())
 
     def _n_hidden(self) -> int:
         return sum(name.startswith("hidden.") and name.endswith(".weight") for name in self.weights)

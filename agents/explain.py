@@ -14,14 +14,12 @@ import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.action import ACTION_FIELDS, FIRST_CHOICES, split_choices
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 
 FIELDS = tuple(field.name for field in OBSERVATION_FIELDS)
 CONTROLS = tuple(field.name for field in ACTION_FIELDS)
-BORDERS = tuple(np.cumsum([len(field.choices) for field in ACTION_FIELDS])[:-1].tolist())
-"""Where the logits of one control end and those of the next begin."""
 ROUNDING = 1e-3
 """Log-odds that come from the order of float32 sums, at most."""
 
@@ -150,7 +148,7 @@ def _rivals(logits: np.ndarray, choices: np.ndarray, allowed: np.ndarray) -> np.
     """Return the likeliest allowed choice beside the one taken, of shape (D, A); -1 where there is none."""
     rows = np.arange(len(logits))
     best = []
-    for index, part in enumerate(np.split(np.where(allowed, logits, -np.inf), BORDERS, axis=1)):
+    for index, part in enumerate(split_choices(np.where(allowed, logits, -np.inf))):
         others = part.copy()
         others[rows, choices[:, index]] = -np.inf
         best.append(np.where(np.isfinite(others.max(axis=1)), others.argmax(axis=1), -1))
@@ -159,8 +157,7 @@ def _rivals(logits: np.ndarray, choices: np.ndarray, allowed: np.ndarray) -> np.
 
 def _log_odds(logits: np.ndarray, choices: np.ndarray, rivals: np.ndarray) -> np.ndarray:
     """Return the log-odds of the choices against their rivals, of shape (..., A); nan where there is no rival."""
-    starts = np.array([0, *BORDERS])
     shape = (*logits.shape[:-1], len(CONTROLS))
-    taken = np.take_along_axis(logits, np.broadcast_to(starts + choices, shape), axis=-1)
-    other = np.take_along_axis(logits, np.broadcast_to(starts + np.maximum(rivals, 0), shape), axis=-1)
+    taken = np.take_along_axis(logits, np.broadcast_to(FIRST_CHOICES + choices, shape), axis=-1)
+    other = np.take_along_axis(logits, np.broadcast_to(FIRST_CHOICES + np.maximum(rivals, 0), shape), axis=-1)
     return np.where(rivals >= 0, taken.astype(np.float64) - other, np.nan)

@@ -1,32 +1,88 @@
-"""Steer a run by a known rule instead of a policy: the baselines that a policy is compared with.
+"""Control a run by a fixed rule: the heuristics that a policy is compared with, and the replay of a schedule.
 
-Each rule has the one method of a `Controller`. The replay of a fixed schedule stands in `open_loop`.
-
-Replay the average controls of several steered runs on another run, blind: does feedback matter?
+The decorator `heuristic` gives a class the name that a run's spec holds; with a `HeuristicMethod` it is a method of
+`trainpilot compare` too. A new heuristic is a class in this file, and its test.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean, geometric_mean
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
 from trainpilot.agents.controller import Controller, Policy
-from trainpilot.envs.action import ACTION_FIELDS, FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY, Action
+from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY, Action, split_choices
 from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, Precision, RunConfig
+from trainpilot.llm_runtime.drive import EVALUATE_EVERY
+from trainpilot.llm_runtime.schedules import cubic_sparsity
 from trainpilot.llm_runtime.telemetry import Telemetry
 
-_BORDERS = np.cumsum([len(field.choices) for field in ACTION_FIELDS])[:-1]
+if TYPE_CHECKING:
+    from trainpilot.llm_runtime.live_run import LiveRun  # loads torch
 
 
-class Steerer(Protocol):
-    """Whatever sets the controls of a run: a `Controller`, or one of the rules."""
+@dataclass(frozen=True, kw_only=True)
+class HeuristicMethod:
+    """How `trainpilot compare` runs a heuristic."""
+
+    title: str
+    """Two or three words for tables and legends."""
+    description: str
+    """One sentence."""
+    run: Mapping[str, Any]
+    """What the heuristic needs of the run, as fields of `RunConfig`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the heuristic, as JSON values; its defaults where they are left out."""
+    evaluate_every: int = EVALUATE_EVERY
+    """Decisions between two evaluations."""
+    max_decisions: int | None = None
+    """Most decisions in a run; `None` is the case's own number."""
+
+
+HEURISTICS: dict[str, type[Heuristic]] = {}
+"""Every heuristic by name, in the order of this file."""
+HEURISTIC_METHODS: dict[str, HeuristicMethod] = {}
+"""Those that are methods of `trainpilot compare`."""
+
+H = TypeVar("H", bound="type[Heuristic]")
+
+
+def heuristic(name: str, method: HeuristicMethod | None = None) -> Callable[[H], H]:
+    """Register a class under `name`, and as a method of `trainpilot compare` where `method` says how it is run."""
+
+    def register(cls: H) -> H:
+        HEURISTICS[name] = cls
+        if method is not None:
+            HEURISTIC_METHODS[name] = method
+        return cls
+
+    return register
+
+
+class Heuristic:
+    """A rule that sets the controls of a run.
+
+    Args:
+        limits: What the run can do.
+    """
+
+    def __init__(self, limits: ControlLimits) -> None:
+        self.limits = limits
+
+    @classmethod
+    def of_run(cls, run: LiveRun, **settings: Any) -> Self:
+        """Return the heuristic for a run, with its settings as JSON values.
+
+        Raises:
+            ValueError: a setting cannot be used, or the run lacks what the heuristic needs.
+        """
+        return cls(run.base_limits(), **settings)
 
     def decide(self, telemetry: Telemetry | None) -> Controls | None:
         """Return the controls of the next interval, or `None` to end the run now.
@@ -34,37 +90,43 @@ class Steerer(Protocol):
         Args:
             telemetry: The last interval's, `None` before the first.
         """
+        raise NotImplementedError
 
 
-class KeepBase:
-    """Leave the base schedule alone.
+@heuristic("keep")
+class KeepBase(Heuristic):
+    """Leave the base schedule as it is."""
 
-    Args:
-        limits: What the run can do.
-    """
-
-    def __init__(self, limits: ControlLimits) -> None:
-        self.start = limits.start
-
-    def decide(self, telemetry: Telemetry | None) -> Controls | None:
+    def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the starting controls."""
-        return self.start
+        return self.limits.start
 
 
-class ReduceOnPlateau:
+@heuristic(
+    "plateau",
+    HeuristicMethod(
+        title="reduce on plateau",
+        description="Halves the rate when the validation loss stalls; stops early.",
+        run={"schedule": "constant"},
+        # Half of the rate after one reading without a gain, the end after five; the threshold is torch's own.
+        settings={"factor": 0.5, "patience": 0, "stop_patience": 5, "threshold": 1e-4},
+        evaluate_every=2,
+    ),
+)
+class ReduceOnPlateau(Heuristic):
     """Cut the learning rate where the validation loss stops falling; end the run where cuts no longer help.
 
     Meant for a constant base schedule, which it multiplies. Cuts come as in torch's `ReduceLROnPlateau`: after more
     than `patience` readings in a row that are not below `best * (1 - threshold)`. The threshold is torch's; its
     patience of 10 epochs would outlast a run of some 25 readings, so that here every failure counts.
 
-    A reading is new when it differs from the last one: the telemetry repeats it until somebody looks again, and two
-    looks with training between them do not agree to the last digit.
+    A reading is new when it differs from the last one: the telemetry repeats it until the next evaluation, and two
+    evaluations with training between them do not agree to the last digit.
 
     Args:
         limits: What the run can do.
         factor: What a cut multiplies the learning-rate scale by.
-        patience: Readings without improvement that are let pass before a cut.
+        patience: Readings in a row without improvement that do not yet lead to a cut.
         stop_patience: Readings in a row without improvement, cuts or not, after which the run ends.
         threshold: Smallest improvement that counts, relative to the best loss.
         smallest_scale: The run ends when the learning-rate scale has fallen below this.
@@ -84,7 +146,7 @@ class ReduceOnPlateau:
             raise ValueError(f"factor must be in (0, 1), or no cut would lower the learning rate; got {factor}")
         if not 0 <= patience < stop_patience:
             raise ValueError(f"patience must be in [0, stop_patience {stop_patience}), got {patience}")
-        self.start = limits.start
+        super().__init__(limits)
         self.factor, self.threshold, self.smallest_scale = factor, threshold, smallest_scale
         self.patience, self.stop_patience = patience, stop_patience
         self.scale = limits.start.learning_rate_scale
@@ -97,12 +159,12 @@ class ReduceOnPlateau:
         """Return the starting controls at the present scale, or `None` when the run has stopped improving."""
         loss = telemetry.validation_loss if telemetry is not None else None
         if loss is not None and loss != self._last:
-            self._take_in(loss)
+            self._count(loss)
         if self.scale < self.smallest_scale or self._since_best >= self.stop_patience:
             return None
-        return replace(self.start, learning_rate_scale=self.scale)
+        return replace(self.limits.start, learning_rate_scale=self.scale)
 
-    def _take_in(self, loss: float) -> None:
+    def _count(self, loss: float) -> None:
         self._last = loss
         if loss < self._best * (1 - self.threshold):
             self._best = loss
@@ -115,7 +177,20 @@ class ReduceOnPlateau:
             self._since_best_or_cut = 0
 
 
-class NoiseScaleBatch:
+MAX_DECISIONS_OF_BATCH_RULES = 20
+"""An interval bounds the batch, as it must hold four steps: a rule that doubles the batch needs long intervals."""
+
+
+@heuristic(
+    "noise-batch",
+    HeuristicMethod(
+        title="noise-scale batch",
+        description="Batch follows the gradient noise scale upwards.",
+        run={"schedule": "linear"},
+        max_decisions=MAX_DECISIONS_OF_BATCH_RULES,
+    ),
+)
+class NoiseScaleBatch(Heuristic):
     """Let the batch follow the gradient noise scale tr(Sigma)/|G|^2, where steps and tokens are traded evenly.
 
     Rule: McCandlish et al. 2018, "An empirical model of large-batch training", arXiv 1812.06162. The batch doubles,
@@ -126,17 +201,17 @@ class NoiseScaleBatch:
 
     Args:
         limits: What the run can do.
-        window: Intervals that the mean is taken over; the batch keeps until so many have been read.
+        window: Intervals that the mean is taken over; the batch stays as it is until there are as many readings.
     """
 
     def __init__(self, limits: ControlLimits, *, window: int = 5) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1 interval, got {window}")
-        self.limits = limits
+        super().__init__(limits)
         self.batch_size = limits.start.batch_size
         self._readings: deque[float] = deque(maxlen=window)
 
-    def decide(self, telemetry: Telemetry | None) -> Controls | None:
+    def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the starting controls with the present batch."""
         if telemetry is not None and telemetry.noise_scale is not None:
             self._readings.append(max(telemetry.noise_scale, 1.0))  # no batch is below one sequence
@@ -151,7 +226,16 @@ class NoiseScaleBatch:
         return geometric_mean(self._readings) if full else 0.0
 
 
-class Seesaw:
+@heuristic(
+    "seesaw",
+    HeuristicMethod(
+        title="Seesaw",
+        description="Doubles the batch where the cosine schedule would halve the rate.",
+        run={"schedule": "constant"},
+        max_decisions=MAX_DECISIONS_OF_BATCH_RULES,
+    ),
+)
+class Seesaw(Heuristic):
     """Grow the batch where a cosine would cut the learning rate: fewer steps for the same tokens.
 
     Rule: Meterez et al. 2025, "Seesaw: Accelerating training by balancing learning rate and batch size scheduling",
@@ -177,11 +261,16 @@ class Seesaw:
             raise ValueError(f"schedule must be constant for Seesaw, which brings its own cuts, got {config.schedule}")
         if alpha < 2 or alpha != int(alpha):
             raise ValueError(f"alpha must be a whole number of at least 2, as it multiplies the batch; got {alpha}")
-        self.limits = limits
+        super().__init__(limits)
         self.alpha = int(alpha)
         self.cosine = replace(config.base_schedule(), name="cosine")
 
-    def decide(self, telemetry: Telemetry | None) -> Controls | None:
+    @classmethod
+    def of_run(cls, run: LiveRun, **settings: Any) -> Self:
+        """Return the heuristic for a run, whose schedule must be constant."""
+        return cls(run.base_limits(), run.config, **settings)
+
+    def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the controls after as many cuts as the cosine has made by now."""
         cuts = self.cuts(telemetry.tokens if telemetry is not None else 0)
         start = self.limits.start
@@ -191,12 +280,20 @@ class Seesaw:
         return replace(start, learning_rate_scale=scale, batch_size=batch_size)
 
     def cuts(self, tokens: int) -> int:
-        """Return how often the cosine has fallen by a further factor alpha after `tokens`; warm-up is no fall."""
+        """Return how often the cosine has fallen by a further factor alpha after `tokens`; warm-up does not count."""
         factor = self.cosine.factor(max(tokens, self.cosine.warmup_tokens), step_tokens=0)
         return math.floor(-math.log(factor, self.alpha) + 1e-9)
 
 
-class GradualPruning:
+@heuristic(
+    "gradual-pruning",
+    HeuristicMethod(
+        title="gradual pruning",
+        description="Half of the weights go between 25 % and 75 % of it.",
+        run={"schedule": "linear", "pruning": "magnitude"},
+    ),
+)
+class GradualPruning(Heuristic):
     """Prune along the cubic schedule of Zhu and Gupta 2017 between a quarter and three quarters of the budget.
 
     These two points were near the best of 80 schedules in Jin et al. 2025, "The journey matters: average parameter
@@ -218,21 +315,27 @@ class GradualPruning:
             raise ValueError(f"final_sparsity must be in [0, 1), got {final_sparsity}")
         if not 0 <= start < end <= 1:
             raise ValueError(f"start and end must satisfy 0 <= start < end <= 1, got {start} and {end}")
-        self.limits = limits
+        super().__init__(limits)
         self.final_sparsity, self.begin_share, self.end_share = final_sparsity, start, end
 
-    def decide(self, telemetry: Telemetry | None) -> Controls | None:
+    def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the starting controls with the sparsity to be reached at the next interval's end."""
-        from trainpilot.llm_runtime.schedules import cubic_sparsity  # loads torch
-
         interval = telemetry.decision + 1 if telemetry is not None else 0
         share = (interval + 1) / self.limits.decisions
         progress = (share - self.begin_share) / (self.end_share - self.begin_share)
         return replace(self.limits.start, sparsity=cubic_sparsity(0.0, self.final_sparsity, progress))
 
 
-class RandomPolicy:
-    """Take a random allowed choice of every action, under the same limits as a policy that knows nothing.
+@heuristic(
+    "random",
+    HeuristicMethod(
+        title="random policy",
+        description="Random allowed actions under the safety layer.",
+        run={"schedule": "linear"},
+    ),
+)
+class RandomPolicy(Heuristic):
+    """Take a random allowed choice of every action, under the same limits as a policy.
 
     From a fifth of the budget on, when it is allowed, the cool-down begins with probability 1/2 at every decision.
 
@@ -242,9 +345,15 @@ class RandomPolicy:
     """
 
     def __init__(self, limits: ControlLimits, seed: int) -> None:
+        super().__init__(limits)
         self.controller = Controller(uniform_policy(seed), limits, Preference())
 
-    def decide(self, telemetry: Telemetry | None) -> Controls | None:
+    @classmethod
+    def of_run(cls, run: LiveRun, **settings: Any) -> Self:
+        """Return the heuristic for a run, with the run's own seed."""
+        return cls(run.limits(), run.config.seed, **settings)
+
+    def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the controls that follow from a random action."""
         return self.controller.decide(telemetry)
 
@@ -254,7 +363,7 @@ def uniform_policy(seed: int) -> Policy:
     random = np.random.default_rng(seed)
 
     def choose(observation: np.ndarray, masks: np.ndarray) -> Action:
-        return tuple(int(random.choice(np.flatnonzero(allowed))) for allowed in np.split(masks, _BORDERS))
+        return tuple(int(random.choice(np.flatnonzero(allowed))) for allowed in split_choices(masks))
 
     return choose
 
@@ -290,8 +399,8 @@ class SchedulePoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeredRun:
-    """What a closed loop asked for along one run that ended by itself."""
+class ControlledRun:
+    """The controls that a closed loop set along one run that ended by itself."""
 
     start_batch_size: int
     """Starting batch, in sequences."""
@@ -299,7 +408,7 @@ class SteeredRun:
     """Controls of every interval, as requested; fewer than the run's decisions where it finished early."""
 
 
-def average_schedule(runs: Sequence[SteeredRun], decisions: int) -> tuple[SchedulePoint, ...]:
+def average_schedule(runs: Sequence[ControlledRun], decisions: int) -> tuple[SchedulePoint, ...]:
     """Return what the runs did on average, decision by decision.
 
     Geometric means of the learning-rate scale and of the batch over its start, the mean sparsity, and the most
@@ -307,7 +416,7 @@ def average_schedule(runs: Sequence[SteeredRun], decisions: int) -> tuple[Schedu
     runs have begun theirs. A run that has ended goes on counting with its last controls.
 
     Args:
-        runs: Steered runs.
+        runs: Runs of the closed loop.
         decisions: Decisions in the whole of each run.
 
     Raises:
@@ -319,7 +428,7 @@ def average_schedule(runs: Sequence[SteeredRun], decisions: int) -> tuple[Schedu
     return tuple(_average(runs, index, index / decisions) for index in range(max(lengths)))
 
 
-def _average(runs: Sequence[SteeredRun], index: int, share: float) -> SchedulePoint:
+def _average(runs: Sequence[ControlledRun], index: int, share: float) -> SchedulePoint:
     present = [run.controls[min(index, len(run.controls) - 1)] for run in runs]
     batches = [controls.batch_size / run.start_batch_size for controls, run in zip(present, runs, strict=True)]
     precisions = [controls.precision for controls in present]
@@ -348,8 +457,9 @@ def schedule_from_json(record: Sequence[Mapping[str, Any]]) -> tuple[SchedulePoi
     return tuple(SchedulePoint(**point) for point in record)
 
 
-class OpenLoop:
-    """Replay a schedule without looking at the run, within the limits of a policy.
+@heuristic("open-loop")
+class OpenLoop(Heuristic):
+    """Replay a schedule without feedback from the run, within the limits of a policy.
 
     An interval gets the last point that begins before its middle, so that a schedule fits a run with another number
     of decisions. The learning-rate scale is clipped, the batch becomes the nearest power-of-two multiple of the
@@ -365,11 +475,16 @@ class OpenLoop:
         shares = [point.share for point in schedule]
         if not shares or shares[0] != 0 or shares != sorted(set(shares)):
             raise ValueError(f"schedule must begin at share 0 and rise, got shares {shares[:5]}")
+        super().__init__(limits)
         self.schedule = tuple(schedule)
-        self.limits = limits
 
     @classmethod
-    def from_json(cls, record: Sequence[Mapping[str, Any]], limits: ControlLimits) -> OpenLoop:
+    def of_run(cls, run: LiveRun, **settings: Any) -> Self:
+        """Return the replay of `settings["schedule"]`, a schedule in JSON, on a run."""
+        return cls.from_json(settings["schedule"], run.base_limits())
+
+    @classmethod
+    def from_json(cls, record: Sequence[Mapping[str, Any]], limits: ControlLimits) -> Self:
         """Return the replay of a schedule in JSON. Raises `ValueError` where it is none."""
         return cls(schedule_from_json(record), limits)
 
@@ -377,7 +492,7 @@ class OpenLoop:
         """Return the schedule, before any limits, as plain JSON values."""
         return schedule_to_json(self.schedule)
 
-    def decide(self, telemetry: Telemetry | None) -> Controls | None:
+    def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the schedule's controls for the next interval; of `telemetry` only the number of decisions counts."""
         interval = telemetry.decision + 1 if telemetry is not None else 0
         middle = (interval + 0.5) / self.limits.decisions

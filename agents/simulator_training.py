@@ -21,7 +21,6 @@ from trainpilot.agents.logging.tags import TAGS
 from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import PPOConfig, RememberedCallback, bundle_of, train
 from trainpilot.agents.sb3_env import ScalarVecEnv, hidden_from, seen_inputs, without_inputs
-from trainpilot.envs.action import N_CHOICES
 from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.reward import UTILITIES, compute_equivalent
@@ -80,17 +79,6 @@ class SimulatorScores:
         return asdict(self)
 
 
-def act_of(bundle: PolicyBundle) -> Act:
-    """Return the most likely allowed choices of a policy, for many runs at once."""
-    borders = np.cumsum(N_CHOICES)[:-1]
-
-    def act(observations: np.ndarray, masks: Bools) -> Ints:
-        logits = np.where(masks, bundle.logits(observations), -np.inf)
-        return np.stack([part.argmax(axis=1) for part in np.split(logits, borders, axis=1)], axis=1)
-
-    return act
-
-
 def evaluate_in_simulator(
     policy: PolicyBundle | Act,
     pool: Pool,
@@ -116,7 +104,7 @@ def evaluate_in_simulator(
     if n_runs < 1:
         raise ValueError(f"n_runs must be at least 1, got {n_runs}")
     plants = SimulatedRuns(n_runs, seed, pool, start)
-    act = act_of(policy) if isinstance(policy, PolicyBundle) else policy
+    act = policy.choose if isinstance(policy, PolicyBundle) else policy
     runs = SteeredRuns(plants, np.tile(preference.weights(), (n_runs, 1)))
     outcomes = _Outcomes(plants)
     while not outcomes.ended.all():

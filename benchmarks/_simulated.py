@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.heuristics import SchedulePoint, SteeredRun, average_schedule
-from trainpilot.agents.simulator_training import act_of
+from trainpilot.agents.heuristics import ControlledRun, SchedulePoint, average_schedule
 from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
 from trainpilot.envs.decision import DecisionStates, Preference
 from trainpilot.envs.reward import budget_for_loss, worth
@@ -61,7 +60,7 @@ class ByPolicy:
     """The most likely allowed actions of a policy, as its controller takes them."""
 
     def __init__(self, bundle: PolicyBundle, preference: Preference, limits: LimitBatch) -> None:
-        self.act = act_of(bundle)
+        self.act = bundle.choose
         self.states = DecisionStates(limits, np.tile(preference.weights(), (len(limits.decisions), 1)))
 
     def decide(self) -> ControlBatch:
@@ -167,7 +166,7 @@ class Outcome:
         """Return what the runs did on average."""
         start = limits.start.batch_size
         runs = [
-            SteeredRun(start_batch_size=int(start[row]), controls=[each.row(row) for each in self.controls[:length]])
+            ControlledRun(start_batch_size=int(start[row]), controls=[each.row(row) for each in self.controls[:length]])
             for row, length in enumerate(self.intervals)
         ]
         return average_schedule(runs, DECISIONS)

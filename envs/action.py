@@ -170,7 +170,7 @@ def action_masks(situation: SituationBatch) -> Bools:
     masks = np.ones((len(situation.budget_used), sum(N_CHOICES)), dtype=np.bool_)
     for rule in RULES:
         masks[:, _COLUMNS[rule.field]] &= ~rule.masked(situation)
-    masks[:, _FIRST + np.array(KEEP)] = True
+    masks[:, FIRST_CHOICES + np.array(KEEP)] = True
     return masks
 
 
@@ -181,7 +181,7 @@ def allow_batch(actions: Ints, masks: Bools) -> Ints:
         ValueError: an action has not one valid choice per field.
     """
     check_actions(actions)
-    return np.where(np.take_along_axis(masks, _FIRST + actions, axis=1), actions, np.array(KEEP))
+    return np.where(np.take_along_axis(masks, FIRST_CHOICES + actions, axis=1), actions, np.array(KEEP))
 
 
 def mask_reasons(situation: Situation) -> Reasons:
@@ -294,6 +294,11 @@ RULES: tuple[Rule, ...] = (
 """Every limit, once; where several mask a choice, the first says why."""
 
 _NAMES = tuple(field.name for field in ACTION_FIELDS)
-_FIRST = np.concatenate([[0], np.cumsum(N_CHOICES)[:-1]])
-"""Column of each field's first choice in the flat mask."""
-_COLUMNS = {name: slice(first, first + n) for name, first, n in zip(_NAMES, _FIRST, N_CHOICES, strict=True)}
+FIRST_CHOICES = np.cumsum([0, *N_CHOICES[:-1]])
+"""Column of each field's first choice in arrays over all choices, such as the masks."""
+_COLUMNS = {name: slice(first, first + n) for name, first, n in zip(_NAMES, FIRST_CHOICES, N_CHOICES, strict=True)}
+
+
+def split_choices(values: np.ndarray) -> list[np.ndarray]:
+    """Split values of all choices, shape (..., sum of choices), into one array per action field."""
+    return np.split(values, FIRST_CHOICES[1:], axis=-1)

@@ -1,27 +1,16 @@
-"""Carry out one run: a live run under its steering, with everything that it uses counted.
-
-Turn the steering that a run's spec names into the thing that decides during the run.
-"""
+"""Carry out one run of a comparison: train it under the controller that its spec names, and count what it uses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
-from trainpilot.agents.heuristics import (
-    GradualPruning,
-    KeepBase,
-    NoiseScaleBatch,
-    OpenLoop,
-    RandomPolicy,
-    ReduceOnPlateau,
-    Seesaw,
-)
+from trainpilot.agents.heuristics import HEURISTICS
 from trainpilot.agents.rollback import RollbackController, guarded_controller
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
@@ -32,41 +21,28 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
-Settings = Mapping[str, Any]
-Maker = Callable[[Settings, LiveRun], RunController]
-
 
 def make_controller(steering: Steering, run: LiveRun) -> RunController:
     """Return the controller of `run`.
 
     Raises:
-        ValueError: the kind is unknown, or its policy file cannot be used.
+        ValueError: the kind is unknown, a setting cannot be used, or the policy's file cannot be read.
     """
-    if steering.kind not in MAKERS:
-        raise ValueError(f"steering must be one of {', '.join(MAKERS)}, got {steering.kind!r}")
-    return MAKERS[steering.kind](steering.settings, run)
+    if steering.kind == "policy":
+        return _policy(steering.settings, run)
+    if steering.kind not in HEURISTICS:
+        raise ValueError(f"steering must be one of {', '.join([*HEURISTICS, 'policy'])}, got {steering.kind!r}")
+    return HEURISTICS[steering.kind].of_run(run, **steering.settings)
 
 
-def _policy(settings: Settings, run: LiveRun) -> RunController:
-    """Return a bundle's policy within guardrails, as in `replay`; a bare one where the settings name none."""
+def _policy(settings: Mapping[str, Any], run: LiveRun) -> RunController:
+    """Return a bundle's policy within guardrails, as in `replay`; without them where the settings name none."""
     bundle = PolicyBundle.load(Path(settings["path"]))
     limits, preference = run.limits(), Preference.parse(settings["preference"])
     if "guardrails" not in settings:
         return Controller.of_bundle(bundle, limits, preference)
     bounds = GuardrailSettings(**settings["guardrails"])
     return RollbackController(guarded_controller(bundle, limits, preference, bounds), run)
-
-
-MAKERS: Mapping[str, Maker] = {
-    "keep": lambda settings, run: KeepBase(run.base_limits()),
-    "plateau": lambda settings, run: ReduceOnPlateau(run.base_limits(), **settings),
-    "noise-batch": lambda settings, run: NoiseScaleBatch(run.base_limits(), **settings),
-    "seesaw": lambda settings, run: Seesaw(run.base_limits(), run.config, **settings),
-    "gradual-pruning": lambda settings, run: GradualPruning(run.base_limits(), **settings),
-    "random": lambda settings, run: RandomPolicy(run.limits(), run.config.seed),
-    "policy": _policy,
-    "open-loop": lambda settings, run: OpenLoop.from_json(settings["schedule"], run.base_limits()),
-}
 
 
 @dataclass(frozen=True)

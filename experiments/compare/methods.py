@@ -1,6 +1,7 @@
-"""The methods that can be compared, by name: what each one runs on a case with a seed.
+"""Name the methods that can be compared (schedules, heuristics, policies, searches), and what each runs on a case.
 
-Policies by name: which bundle, under which preference, and where their runs start.
+The heuristics are those that `agents/heuristics.py` registers. A policy's name holds its bundle, and may hold a
+preference, where its runs start, and that it acts without guardrails.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
+from trainpilot.agents.heuristics import HEURISTIC_METHODS, HeuristicMethod
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.compare.cases import Setting, rounded
@@ -150,8 +152,6 @@ def _factor(name: str, text: str) -> float:
     return factor
 
 
-pass
-
 PER_SCHEDULE: dict[str, ScheduleName] = {
     "tuned-linear": "linear",
     "tuned-cosine": "cosine",
@@ -173,12 +173,7 @@ SCHEDULE_FREE_LEARNING_RATE = 2.5e-3
 PRODIGY_FACTOR = 1.0
 """Prodigy finds its own learning rate; its authors say to leave the factor at 1."""
 
-BATCH_RULE_DECISIONS = 20
-
-
 KEEP = Steering()
-PLATEAU = {"factor": 0.5, "patience": 0, "stop_patience": 5, "threshold": 1e-4}
-"""Half of the rate after one reading without a gain; the end after five. Torch's own threshold."""
 
 
 @dataclass(frozen=True)
@@ -207,13 +202,19 @@ def _set(**fields: Any) -> Callable[[RunConfig], RunConfig]:
     return lambda config: replace(config, **fields)
 
 
-def _coarse(**fields: Any) -> Callable[[RunConfig], RunConfig]:
-    """Give a rule that doubles the batch longer intervals: an interval bounds the batch, as it holds four steps."""
-    return lambda config: replace(config, decisions=min(config.decisions, BATCH_RULE_DECISIONS), **fields)
-
-
 def _note(name: str, title: str, kind: str, description: str, **more: Any) -> MethodNote:
     return MethodNote(name=name, title=title, kind=kind, description=description, **{"family": name} | more)
+
+
+def _heuristic(name: str, of: HeuristicMethod) -> Method:
+    """Return the method that runs a heuristic."""
+
+    def configure(config: RunConfig) -> RunConfig:
+        decisions = config.decisions if of.max_decisions is None else min(config.decisions, of.max_decisions)
+        return replace(config, decisions=decisions, **of.run)
+
+    steering = Steering(kind=name, settings=of.settings, evaluate_every=of.evaluate_every)
+    return Method(_note(name, of.title, "heuristic", of.description), configure, steering)
 
 
 _SIMPLE = (
@@ -234,13 +235,6 @@ _SIMPLE = (
         _set(schedule="wsd"),
     ),
     Method(
-        _note(
-            "plateau", "reduce on plateau", "heuristic", "Halves the rate when the validation loss stalls; stops early."
-        ),
-        _set(schedule="constant"),
-        Steering(kind="plateau", settings=PLATEAU, evaluate_every=2),
-    ),
-    Method(
         _note("schedule-free", "schedule-free AdamW", "tuning-free", "schedulefree's AdamW with its default rate."),
         _set(optimizer="schedule-free", schedule="constant", base_learning_rate=SCHEDULE_FREE_LEARNING_RATE),
     ),
@@ -248,26 +242,7 @@ _SIMPLE = (
         _note("prodigy", "Prodigy", "tuning-free", "prodigyopt's Prodigy, factor 1, cosine to 10 %."),
         _set(optimizer="prodigy", schedule="cosine", base_learning_rate=PRODIGY_FACTOR),
     ),
-    Method(
-        _note("noise-batch", "noise-scale batch", "heuristic", "Batch follows the gradient noise scale upwards."),
-        _coarse(schedule="linear"),
-        Steering(kind="noise-batch"),
-    ),
-    Method(
-        _note("seesaw", "Seesaw", "heuristic", "Doubles the batch where the cosine schedule would halve the rate."),
-        _coarse(schedule="constant"),
-        Steering(kind="seesaw"),
-    ),
-    Method(
-        _note("gradual-pruning", "gradual pruning", "heuristic", "Half of the weights go between 25 % and 75 % of it."),
-        _set(schedule="linear", pruning="magnitude"),
-        Steering(kind="gradual-pruning"),
-    ),
-    Method(
-        _note("random", "random policy", "heuristic", "Random allowed actions under the safety layer."),
-        _set(schedule="linear"),
-        Steering(kind="random"),
-    ),
+    *(_heuristic(name, of) for name, of in HEURISTIC_METHODS.items()),
 )
 SIMPLE: Mapping[str, Method] = {method.note.name: method for method in _SIMPLE}
 

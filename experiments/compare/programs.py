@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainpilot.agents.heuristics import SteeredRun, average_schedule, schedule_to_json
+from trainpilot.agents.heuristics import ControlledRun, average_schedule, schedule_to_json
 from trainpilot.envs.reward import budget_for_loss
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
 from trainpilot.experiments.compare.cases import LEARNING_RATE_STEP, TUNED_SCHEDULES, Setting, neighbours
@@ -358,7 +358,7 @@ def _average(results: Sequence[RunResult]) -> list[dict[str, Any]]:
     return schedule_to_json(average_schedule([_steered(result) for result in results], decisions))
 
 
-def _steered(result: RunResult) -> SteeredRun:
+def _steered(result: RunResult) -> ControlledRun:
     controls = [
         Controls(
             learning_rate_scale=interval.learning_rate_scale,
@@ -370,7 +370,7 @@ def _steered(result: RunResult) -> SteeredRun:
         for interval in result.intervals
         if not interval.rolled_back
     ]
-    return SteeredRun(start_batch_size=result.spec.config.batch_size, controls=controls)
+    return ControlledRun(start_batch_size=result.spec.config.batch_size, controls=controls)
 
 
 def search_program(bench: Bench, case: Case, name: str) -> Program:

@@ -17,6 +17,7 @@ from heuristic_runs import CONSTANT, batches, scales, steer
 
 from trainpilot.agents.heuristics import (
     GradualPruning,
+    Heuristic,
     KeepBase,
     NoiseScaleBatch,
     OpenLoop,
@@ -24,7 +25,6 @@ from trainpilot.agents.heuristics import (
     ReduceOnPlateau,
     SchedulePoint,
     Seesaw,
-    Steerer,
     uniform_policy,
 )
 from trainpilot.envs.action import ACTION_FIELDS
@@ -254,7 +254,7 @@ def test_random_policy_takes_all_allowed_choices_equally_often() -> None:
 # All of them, and the replay of a schedule
 
 
-def rules(limits: ControlLimits) -> dict[str, Steerer]:
+def rules(limits: ControlLimits) -> dict[str, Heuristic]:
     schedule = [
         SchedulePoint(share=i / 10, learning_rate_scale=2**i, batch_factor=2**i, sparsity=i / 10) for i in range(9)
     ]

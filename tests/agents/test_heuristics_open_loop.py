@@ -11,10 +11,10 @@ from fakes import START, make_limits
 from heuristic_runs import batches, scales, steer
 
 from trainpilot.agents.heuristics import (
+    ControlledRun,
     OpenLoop,
     RandomPolicy,
     SchedulePoint,
-    SteeredRun,
     average_schedule,
     schedule_from_json,
     schedule_to_json,
@@ -34,7 +34,7 @@ def test_average_of_two_runs_worked_out_by_hand() -> None:
         Controls(batch_size=2, learning_rate_scale=0.25, precision="bf16", sparsity=0.2),
         Controls(batch_size=1, learning_rate_scale=0.25, precision="bf16", sparsity=0.3),
     ]
-    runs = [SteeredRun(start_batch_size=8, controls=first), SteeredRun(start_batch_size=2, controls=second)]
+    runs = [ControlledRun(start_batch_size=8, controls=first), ControlledRun(start_batch_size=2, controls=second)]
 
     schedule = average_schedule(runs, decisions=4)
 
@@ -50,9 +50,9 @@ def test_average_of_two_runs_worked_out_by_hand() -> None:
 
 
 def test_cool_down_begins_when_half_of_the_runs_have_begun_theirs() -> None:
-    def run(finish_at: int) -> SteeredRun:
+    def run(finish_at: int) -> ControlledRun:
         controls = [Controls(batch_size=8, finish=index >= finish_at) for index in range(min(finish_at + 2, 10))]
-        return SteeredRun(start_batch_size=8, controls=controls)
+        return ControlledRun(start_batch_size=8, controls=controls)
 
     for finish_at, expected in (((2, 4, 7), 4), ((2, 4, 7, 9), 4), ((2, 99, 99), None)):
         finishes = [point.finish for point in average_schedule([run(at) for at in finish_at], decisions=10)]
@@ -64,7 +64,7 @@ def test_the_average_of_one_run_replays_that_run() -> None:
     limits = make_limits(decisions=30, masked_precisions={})
     for seed in range(5):
         decided = steer(RandomPolicy(limits, seed), 30)
-        schedule = average_schedule([SteeredRun(start_batch_size=8, controls=decided)], decisions=30)
+        schedule = average_schedule([ControlledRun(start_batch_size=8, controls=decided)], decisions=30)
         again = steer(OpenLoop.from_json(json.loads(json.dumps(schedule_to_json(schedule))), limits), 30)
         assert batches(again) == batches(decided)
         assert scales(again) == pytest.approx(scales(decided))
@@ -130,7 +130,7 @@ def test_open_loop_never_unprunes_and_never_takes_a_cool_down_back() -> None:
         (lambda: schedule_from_json([{"share": 1.0}]), "share must be in"),
         (lambda: schedule_from_json([{"share": 0.0, "finish": 1}]), "finish must be true or false"),
         (lambda: average_schedule([], 10), "runs must be at least one"),
-        (lambda: average_schedule([SteeredRun(start_batch_size=8, controls=[START] * 3)], 2), "got intervals"),
+        (lambda: average_schedule([ControlledRun(start_batch_size=8, controls=[START] * 3)], 2), "got intervals"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make: Callable[[], object], message: str) -> None:

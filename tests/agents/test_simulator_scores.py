@@ -9,7 +9,7 @@ from fake_plant_batch import some_actions
 from policies import random_weights
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.agents.simulator_training import START_GROUPS, act_of, evaluate_in_simulator
+from trainpilot.agents.simulator_training import START_GROUPS, evaluate_in_simulator
 from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.llm_runtime.simulator.records import Bools, Ints
 from trainpilot.llm_runtime.simulator.runs import Pool, Start, default_pool
@@ -89,7 +89,7 @@ def test_many_rows_are_decided_as_one_is() -> None:
     masks = random.random((20, sum(N_CHOICES))) < 0.6
     masks[:, np.cumsum([0, *N_CHOICES[:-1]]) + np.array(KEEP)] = True
 
-    actions = act_of(bundle)(observations, masks)
+    actions = bundle.choose(observations, masks)
 
     assert [tuple(row) for row in actions] == [bundle.act(o, m) for o, m in zip(observations, masks, strict=True)]
     assert some_actions(random, masks, N_CHOICES).shape == actions.shape

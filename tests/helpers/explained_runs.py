@@ -10,13 +10,13 @@ from policies import N_CHOICES
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.explain import BORDERS, FIELDS
-from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.agents.explain import FIELDS
+from trainpilot.envs.action import ACTION_FIELDS, FIRST_CHOICES
 from trainpilot.envs.decision import N_STACK
 
 N_FIELDS = len(FIELDS)
 KEEP_RATE, DOUBLE_RATE = 3, 6
-KEEP_BATCH = BORDERS[0] + 1
+KEEP_BATCH = FIRST_CHOICES[1] + 1
 HALF, KEPT, DOUBLE = 0, 1, 2
 NOISE, CURVATURE = FIELDS.index("noise_scale"), FIELDS.index("curvature")
 
@@ -29,11 +29,11 @@ def planted() -> PolicyBundle:
     """
     weight = np.zeros((N_CHOICES, N_STACK * N_FIELDS), np.float32)
     newest, before = (N_STACK - 1) * N_FIELDS, (N_STACK - 2) * N_FIELDS
-    weight[BORDERS[0] + DOUBLE, newest + NOISE] = 3
-    weight[BORDERS[0] + DOUBLE, before + NOISE] = 1
+    weight[FIRST_CHOICES[1] + DOUBLE, newest + NOISE] = 3
+    weight[FIRST_CHOICES[1] + DOUBLE, before + NOISE] = 1
     weight[DOUBLE_RATE, newest + CURVATURE] = 5
     bias = np.zeros(N_CHOICES, np.float32)
-    bias[[KEEP_RATE, KEEP_BATCH, BORDERS[1], BORDERS[2], BORDERS[3]]] = 1
+    bias[[KEEP_RATE, KEEP_BATCH, FIRST_CHOICES[2], FIRST_CHOICES[3], FIRST_CHOICES[4]]] = 1
     return PolicyBundle({"action.weight": weight, "action.bias": bias})
 
 

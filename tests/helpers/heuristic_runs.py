@@ -7,20 +7,20 @@ from typing import Any
 
 from fakes import make_telemetry
 
-from trainpilot.agents.heuristics import Steerer
 from trainpilot.llm_runtime.config import Controls, RunConfig
+from trainpilot.llm_runtime.drive import RunController
 
 CONSTANT = RunConfig(
     tokens=100_000, batch_size=8, sequence_length=10, decisions=100, schedule="constant", warmup_tokens=0
 )
 
 
-def steer(steerer: Steerer, n: int, **series: Sequence[Any]) -> list[Controls]:
+def steer(controller: RunController, n: int, **series: Sequence[Any]) -> list[Controls]:
     """Return the controls of `n` decisions of a run of `n`; `series` gives telemetry fields, interval by interval."""
     decided: list[Controls] = []
     telemetry = None
     for decision in range(n):
-        controls = steerer.decide(telemetry)
+        controls = controller.decide(telemetry)
         if controls is None:
             break
         decided.append(controls)

@@ -28,6 +28,12 @@ DECISIONS = 5
 SHORT: dict[str, Any] = {"tokens": 6_400, "batch_size": 4, "sequence_length": 64, "decisions": DECISIONS}
 
 
+@pytest.fixture(autouse=True)
+def one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the tests the measurement of which number formats pay."""
+    monkeypatch.setattr(LiveRun, "_masked_precisions", lambda run: dict.fromkeys(("tf32", "bf16", "fp16"), "a test"))
+
+
 def policy_run(folder: Path, *, guarded: bool) -> RunResult:
     zigzag_bundle(folder / "policy.safetensors")
     settings: dict[str, Any] = {"path": str(folder / "policy.safetensors"), "preference": "quality=1"}
