@@ -1,8 +1,8 @@
-"""Measure what steering costs: tokens/s of a steered run over a plain loop on the same model and batches.
+"""Measure the overhead of steering: tokens/s of a steered run over a plain loop on the same model and batches.
 
-The two alternate interval by interval inside one process, so that a change of the machine's speed hits both. The
-steered run has a policy network that always keeps, observations, masks, the curvature probe, the energy meter and the
-telemetry; evaluation is in neither. The target is 0.97.
+The two alternate interval by interval inside one process, so that a change of the machine's speed affects both. The
+steered run includes a policy network that always keeps, observations, masks, the curvature probe, the energy meter and
+the telemetry; evaluation is not timed. The target is 0.97.
 
     python benchmarks/overhead.py [--models llama-micro llama-mini] [--threads 0]
 """
@@ -54,7 +54,7 @@ def keeping_bundle() -> PolicyBundle:
 
 
 class PlainLoop:
-    """The training loop that everybody writes: no records, no controls."""
+    """An ordinary training loop without records and controls."""
 
     def __init__(self, config: RunConfig, tokens: np.ndarray, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -72,7 +72,7 @@ class PlainLoop:
         self.sequences = 0
 
     def train_until(self, sequences: int) -> None:
-        """Train on batches until so many sequences are done."""
+        """Train until the given number of sequences is done."""
         config = self.config
         while self.sequences < sequences:
             batch_size = min(config.batch_size, config.n_sequences() - self.sequences)
@@ -92,7 +92,7 @@ class PlainLoop:
 
 @dataclass
 class Clock:
-    """Seconds per part."""
+    """Measures seconds per part."""
 
     plain_s: float = 0.0
     steered_s: float = 0.0
