@@ -1,8 +1,9 @@
-"""Steer simulated runs by a policy, or blindly, and say what they were worth, with intervals.
+"""What the simulator's benchmarks share: steering many runs, the best static schedules, and figures with intervals.
 
-Find the best static schedule of every simulated instance on a fine grid, at several budgets.
-
-Find what static settings reach on the plane of loss against cost: one for all by NSGA-II, or one for each.
+* `steer` steers simulated runs by a policy (`by_policy`), by fixed controls (`held`) or by a schedule (`blindly`).
+* `StaticGrid` finds the best static schedule of every instance on a fine grid, at several budgets.
+* `nsga2_settings` and `tuned_for_each` find static settings on the plane of loss against cost: one for all instances,
+  or one for each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from trainpilot.envs.reward import budget_for_loss, worth
 from trainpilot.envs.runs import ReferencedPlants
 from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName, validation_due
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName, neutral_factor, validation_due
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, Rows, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
@@ -53,7 +54,7 @@ class BatchSteerer(Protocol):
         """Return the controls of the next interval."""
 
     def observe(self, telemetry: TelemetryBatch) -> None:
-        """Take in the interval that has just ended."""
+        """Add the interval that has just ended to the history."""
 
 
 class ByPolicy:
@@ -68,7 +69,7 @@ class ByPolicy:
         return self.states.decide(self.act(self.states.observation(), self.states.action_masks()))
 
     def observe(self, telemetry: TelemetryBatch) -> None:
-        """Take in the interval that has just ended."""
+        """Add the interval that has just ended to the history."""
         self.states.observe(telemetry)
 
 
@@ -173,28 +174,28 @@ class BatchOutcome:
 
 
 def steer(plants: ReferencedPlants, make: Callable[[LimitBatch], BatchSteerer]) -> BatchOutcome:
-    """Steer fresh plants to their end; they are looked at now and then, as the environment does."""
+    """Steer fresh plants to their end, with the evaluations that the environments make."""
     n, steerer = plants.n_runs, make(plants.limits())
     zeros = np.zeros(n)
-    told = BatchOutcome(
+    outcome = BatchOutcome(
         loss=np.full(n, np.inf), used=zeros, energy=zeros, time=zeros, intervals=np.zeros(n, dtype=np.int64)
     )
     running = np.ones(n, dtype=np.bool_)
     for decision in range(DECISIONS):
-        told.controls.append(steerer.decide())
-        telemetry = plants.advance(told.controls[-1])
-        told.used = np.where(running, telemetry.budget_used, told.used)
-        told.energy = told.energy + np.where(running, telemetry.energy_j / plants.reference_energy_j, 0.0)
-        told.time = told.time + np.where(running, telemetry.time_s / plants.reference_time_s, 0.0)
-        told.intervals = told.intervals + running
+        outcome.controls.append(steerer.decide())
+        telemetry = plants.advance(outcome.controls[-1])
+        outcome.used = np.where(running, telemetry.budget_used, outcome.used)
+        outcome.energy = outcome.energy + np.where(running, telemetry.energy_j / plants.reference_energy_j, 0.0)
+        outcome.time = outcome.time + np.where(running, telemetry.time_s / plants.reference_time_s, 0.0)
+        outcome.intervals = outcome.intervals + running
         ended = np.flatnonzero(running & (telemetry.finished | telemetry.diverged))
-        told.loss[ended] = np.where(telemetry.diverged[ended], np.inf, expected_loss(plants, ended))
+        outcome.loss[ended] = np.where(telemetry.diverged[ended], np.inf, expected_loss(plants, ended))
         running[ended] = False
         if validation_due(decision + 1) and running.any():
             plants.evaluate(np.flatnonzero(running & ~telemetry.diverged))
         steerer.observe(telemetry)
     assert not running.any()
-    return told
+    return outcome
 
 
 def expected_loss(plants: ReferencedPlants, rows: Ints) -> Floats:
@@ -226,7 +227,7 @@ def estimate(values: Floats, group: Ints, statistic: Statistic = middle) -> dict
 
 
 def interval(statistic: Callable[[Ints], float], group: Ints) -> dict[str, Any]:
-    """Return what a statistic gives for all rows, with an interval: groups of rows are drawn with replacement."""
+    """Return a statistic of all rows with its bootstrap interval: groups of rows are drawn with replacement."""
     found = [statistic(rows) for rows in resamples(group)]
     ends = np.quantile(found, ((1 - COVERED) / 2, (1 + COVERED) / 2))
     value = statistic(np.arange(len(group)))
@@ -270,12 +271,12 @@ def rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def line(name: str, told: Mapping[str, Any]) -> str:
+def line(name: str, figures: Mapping[str, Any]) -> str:
     """Return a method's figures in one line of text."""
-    one = told["median"]
-    starts = "  ".join(f"{found['median']['value']:.2f}" for found in told["starts"].values())
+    one = figures["median"]
+    starts = "  ".join(f"{found['median']['value']:.2f}" for found in figures["starts"].values())
     interval = f"[{one['low']:.3f}, {one['high']:.3f}]"
-    return f"{name:28} {one['value']:.3f} {interval}  p10 {told['p10']['value']:.3f}  | {starts}"
+    return f"{name:28} {one['value']:.3f} {interval}  p10 {figures['p10']['value']:.3f}  | {starts}"
 
 
 RATES: Floats = 1e-3 * 2.0 ** (np.arange(-8, 16) / 2)
@@ -352,7 +353,7 @@ def sweep(instances: Instances, share: float, bases: Sequence[tuple[ScheduleName
     for i, (name, warmup) in enumerate(bases):
         table = ScheduleTable.of(name, warmup, DECISIONS)
         for j, at_start in enumerate(RATES):
-            rate = at_start * np.sqrt(batch / each.start_batch)
+            rate = at_start * neutral_factor(batch, each.start_batch)
             losses[i, j, rows, columns] = static_losses(each, rate, batch, table, share)
     taken = np.searchsorted(POWERS, powers)
     return losses[:, :, taken, np.arange(len(instances))]
@@ -421,12 +422,12 @@ def try_settings(settings: Floats, runs: RunsAndReferences, cost: str) -> tuple[
     each = runs.take(np.tile(np.arange(n), len(settings)))
     rate, power, base, share, fast = (np.repeat(column, n) for column in settings.T)
     batch = each.instances.start_batch * 2.0 ** nearest_power(each.instances, np.round(power).astype(np.int64))
-    at_batch = 2.0**rate * np.sqrt(batch / each.instances.start_batch)
+    at_batch = 2.0**rate * neutral_factor(batch, each.instances.start_batch)
     mean = _MEANS[base.astype(np.int64)].T  # (decisions, rows): every row has a schedule of its own
     table = ScheduleTable(mean=mean, last=mean, start=mean)
     loss = static_losses(each.instances, at_batch, batch, table, 2.0**share)  # type: ignore[arg-type]
-    told = each.quality(loss), each.cost(cost, batch, np.floor(fast), 2.0**share)
-    return told[0].reshape(-1, n), told[1].reshape(-1, n)
+    quality, costs = each.quality(loss), each.cost(cost, batch, np.floor(fast), 2.0**share)
+    return quality.reshape(-1, n), costs.reshape(-1, n)
 
 
 def nsga2_settings(runs: RunsAndReferences, cost: str, n_simulated: int, seed: int = 0) -> Floats:

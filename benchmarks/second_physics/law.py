@@ -1,4 +1,4 @@
-"""Predict a loss by the Multi-Power Law, with what a policy needs and the law leaves out: too large steps and batches.
+"""Predict a loss by the Multi-Power Law, extended by the effects of too large steps and batches.
 
 The law and its fits are those of Luo et al., ICLR 2025, "A Multi-Power Law for Loss Curve Prediction Across Learning
 Rate Schedules" (code: github.com/thu-yao-01-luo/MultiPowerLaw). With l_k the learning rate after the k-th change (the
@@ -7,12 +7,12 @@ change,
 
     L = L0 + A S^-alpha + B sum_k (l_k - l_(k-1)) G(l_k^-gamma S_k),    G(x) = 1 - (1 + C x)^-beta
 
-Fit the power-law noisy quadratic to published loss curves, and predict the loss under schedules it has not seen.
-
-Six numbers, each positive, reproduce the loss of one model on one corpus at one batch size under any schedule of
-moderate learning rates. The modes are those of `modes`; a step at learning rate l brings noise (l / l_ref)^2 and a path
-of top_rate l / l_ref. Letting the rates depend on a free power of the learning rate fits the seen curves of the 25M
-and 100M models better and the unseen ones no better, so there is no seventh number.
+The second half of the file fits the power-law noisy quadratic to published loss curves, and predicts the loss under
+schedules that it was not fitted to. Six numbers, each positive, reproduce the loss of one model on one corpus at one
+batch size under any schedule of moderate learning rates. The modes are those of `simulator.physics`; a step at learning
+rate l brings noise (l / l_ref)^2 and a path of top_rate l / l_ref. Letting the rates depend on a free power of the
+learning rate fits the seen curves of the 25M and 100M models better and the unseen ones no better, so there is no
+seventh number.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""Run the Multi-Power Law under any controls: a second physics, kept for testing policies. Never train on it.
+"""Training runs under the Multi-Power Law: a second physics, kept for testing policies. Never train on it.
 
 A policy trained in the power-law noisy quadratic may have learnt that model's habits. Here the loss comes from another
-law, fitted by others (`multi_power_law`), so that a policy that does well on both has learnt something about training.
-
-Draw what the runs of the Multi-Power Law are: their law, their budget, their noise and their machine.
-
-Give what one interval under the Multi-Power Law looks like from outside: plausible signs, time and energy.
+law, fitted by others (`law`), so that a policy that does well on both has learnt something about training. `draw_cases`
+draws law, budget, noise and machine of each run; `interval_telemetry` gives the telemetry of an interval.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import numpy as np
 from second_physics.law import LAW_NAMES, PUBLISHED_FITS, Floats, LawBatch, wsd_mean_factor
 
 from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
-from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, probe_due, sequences_probed
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, neutral_factor, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, LimitBatch, Rows, TelemetryBatch
 
 WARMUP_SHARE = 0.1
@@ -33,7 +30,7 @@ _SPREADS = {
 
 @dataclass(kw_only=True)
 class CaseBatch(Rows):
-    """All that decides what the runs are; every array has shape (n_runs,)."""
+    """Law, budget, noise and machine of each run; every array has shape (n_runs,)."""
 
     law: LawBatch
     n_steps: Floats
@@ -244,7 +241,7 @@ def interval_telemetry(
     std = cases.loss_spread / np.sqrt(batch)
     train_loss = interval.loss + std / np.sqrt(np.maximum(steps, 1.0)) * chance(1.0)
     seen_std = np.where(steps > 2, std * np.exp(chance(1.0) / np.sqrt(2 * np.maximum(steps, 1.0))), 0.0)
-    learning_rate = interval.last_rate * cases.unit * np.sqrt(controls.batch_size / cases.batch_size)
+    learning_rate = interval.last_rate * cases.unit * neutral_factor(controls.batch_size, cases.batch_size)
     height = interval.last_rate / cases.law.edge
     small = 1e-2 * np.minimum(height, 1.0) * np.exp(chance(0.1))  # slope along an update without curvature
     gradient_norm = cases.gradient_norm * np.sqrt(1.0 + interval.critical_batch / batch) * np.exp(chance(0.05))
@@ -388,7 +385,7 @@ class MultiPowerRuns:
         return done
 
     def limits(self) -> LimitBatch:
-        """Return what may be asked of each run."""
+        """Return the control limits of each run."""
         n, start = self.n_runs, self.cases.batch_size
         masked = np.ones((n, len(PRECISIONS)), dtype=np.bool_)
         masked[:, PRECISIONS.index("fp32")] = False
@@ -407,7 +404,7 @@ class MultiPowerRuns:
         )  # fmt: skip
 
     def begin(self, rows: Ints) -> None:
-        """Start new runs in these rows; the others go on."""
+        """Begin new runs in these rows; the others continue."""
         if len(rows):
             self.cases.put(rows, self._draw(self._case_random, len(rows), self.decisions, self.start_range))
             self.state.put(rows, _State.fresh(len(rows), self.decisions))
