@@ -1,8 +1,7 @@
-"""Turn the runs of a comparison into its figures. Pure: the same runs always give the same figures.
+"""Turn the runs of a comparison into its figures, sanity checks and remarks.
 
-Hold what was found against what was planted, and against what the literature leads to expect.
-
-Say in words what the figures rest on, and what a reader must know about them.
+The same runs always give the same figures. The checks compare the figures with planted effects and with known results
+from the literature. The remarks say in words what the figures rest on.
 """
 
 from __future__ import annotations
@@ -10,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from trainpilot.experiments.analysis.figures import CaseFigures, Estimate, Figures, MethodFigures, SanityCheck
+from trainpilot.experiments.analysis.figures import (
+    PRESUMED_BUG,
+    CaseFigures,
+    Estimate,
+    Figures,
+    MethodFigures,
+    SanityCheck,
+)
 from trainpilot.experiments.analysis.method_figures import case_figures, method_figures, method_on_case, target_loss
 from trainpilot.experiments.analysis.modelled_cost import Run, Runs
 from trainpilot.experiments.analysis.multiplier import Baseline, CaseBaselines, case_baselines
@@ -26,10 +32,8 @@ INTERPOLATION = 0.01
 PUBLISHED_QUARTER_RATE = 0.33
 """A quarter of the best peak costs 2.9 to 3.1 times the steps, for WSD on models of 25 to 400 M parameters."""
 WIDE_MARGIN = 1.1
-"""So many times the tokens at least must a tuned constant rate need; at equal peaks it needs 1.56 to 2.2 times."""
+"""A tuned constant rate must need at least this many times the tokens; at equal peaks it needs 1.56 to 2.2 times."""
 ABOUT_EQUAL = 0.95
-PRESUMED_BUG = 1.05
-"""A gain above this over the tuned static is presumed to be a bug in the baseline."""
 DECAYS = ("tuned-linear", "tuned-cosine", "tuned-wsd")
 SOME_DECAY = "decay, the best of three schedules, beats a constant rate"
 LINEAR_DECAY = "linear to zero beats a constant rate"
@@ -332,8 +336,8 @@ def analyse(comparison: Comparison, results: Mapping[str, RunResult], tables: Ma
     Diverged and failed runs count as worst. What rests on runs that are not there is an estimate without a value.
 
     Args:
-        comparison: Which run stands for what.
-        results: Runs by key; rows without one are left out and told of.
+        comparison: Which run belongs to which case and method.
+        results: Runs by key; rows without one are skipped and reported in `caveats`.
         tables: Cost tables by `cost_key`.
     """
     runs = Runs(comparison, results, tables)

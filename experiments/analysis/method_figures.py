@@ -1,6 +1,6 @@
-"""Work out the figures of each method: on each case, and over all of them.
+"""Compute the figures of each method: on each case, and over all of them.
 
-Find out what a run had used when its validation loss first reached a target.
+They include what a run had used when its validation loss first reached a target.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trainpilot.llm_runtime.energy.meter import sum_known
 
 @dataclass(frozen=True)
 class EvaluatedLoss:
-    """A look at the validation loss."""
+    """A validation loss of a run."""
 
     loss: float
     """In nats/token."""
@@ -65,7 +65,7 @@ def target_figures(runs: Sequence[Run], target: float | None) -> TargetFigures:
 def used_to_reach(run: Run, target: float) -> dict[str, Bounded | None]:
     """Return what the run had used when it first reached `target`, by axis; more than all it used if it never did.
 
-    Between two looks at the validation loss everything is taken to change linearly.
+    Between two evaluations everything is assumed to change linearly.
     """
     losses = _evaluated_losses(run)
     index = next((index for index, each in enumerate(losses) if each.loss <= target), None)
@@ -81,7 +81,7 @@ def _between(before: float | None, after: float | None, share: float) -> Bounded
 
 
 def _evaluated_losses(run: Run) -> list[EvaluatedLoss]:
-    """Return the looks at the validation loss, the one before the first step included."""
+    """Return the validation losses of a run, the one before the first step included."""
     result = run.result
     costs = cumulative(result, run.table) if run.cost is not None and run.table is not None else None
     losses = []
@@ -201,8 +201,8 @@ def _measured_time_s(run: Run) -> float:
 def _measured_energy_j(run: Run) -> float | None:
     """Return joules, evaluation included; `None` where one interval has none, or where there is no interval."""
     intervals = run.result.intervals
-    looks = [interval.evaluation_energy_j for interval in intervals if interval.evaluation_sequences]
-    return sum_known([*(interval.energy_j for interval in intervals), *looks]) if intervals else None
+    evaluations = [interval.evaluation_energy_j for interval in intervals if interval.evaluation_sequences]
+    return sum_known([*(interval.energy_j for interval in intervals), *evaluations]) if intervals else None
 
 
 def _sources(runs: Sequence[Run]) -> str | None:

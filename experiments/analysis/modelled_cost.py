@@ -1,6 +1,6 @@
-"""Work out what a run would have cost on a quiet machine: what it did, times the cost table.
+"""Model the cost of a run on a quiet machine: the work it did, times the cost table.
 
-Look up the runs behind a comparison's rows, each with its modelled cost.
+`Runs` holds the runs behind a comparison's rows, each with its modelled cost.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Runs:
     """Every run of a comparison, by case, method and role. A row without a result yet is left out and counted.
 
     Args:
-        comparison: Which run stands for what.
+        comparison: Which run belongs to which case and method.
         results: Runs by key.
         tables: Cost tables by `cost_key`.
     """

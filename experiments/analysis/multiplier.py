@@ -1,8 +1,7 @@
-"""Turn a loss into the budget at which a baseline reaches it, and that into a compute multiplier.
+"""Compute multipliers: the budget at which a baseline reaches a method's loss, over the budget that the method used.
 
-Score a run against a base run by one number: P^1.5 (a T + b E), as Wallace et al. 2025 do for inference.
-
-Gather the baselines of a case, and measure methods against them.
+`Curve` is the loss of a baseline over its budget on one case, `CaseBaselines` all baselines of a case. `product_score`
+compares a run with a base run by one number: P^1.5 (a T + b E), as Wallace et al. 2025 do for inference.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Curve:
     flat_end: bool
     """The largest budget got no better than those before it."""
     whole_beaten: bool
-    """A smaller budget got at least as good as the whole one: what is compared with that looks too good."""
+    """A smaller budget got at least as good as the whole one: methods look too good against that curve."""
     whole: tuple[float, float]
     """Budget and loss of the whole run, medians over seeds."""
     by_seed: Mapping[int, tuple[float, float]]
@@ -200,7 +199,7 @@ def _place(block: Sequence[Point]) -> Point:
 TIME_WEIGHT, ENERGY_WEIGHT = 0.5, 0.5
 """a and b."""
 WORST = math.exp(1.5 * MAX_LOSS_INCREASE)
-"""A failed run is worth more (worse) than this: a loss as bad as any that is told apart, at the base run's cost."""
+"""A failed run is worth more (worse) than this: a loss as bad as any that counts, at the base run's cost."""
 
 
 def product_score(

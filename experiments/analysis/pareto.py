@@ -1,10 +1,8 @@
-"""Compare sets of points on the plane of loss against cost: who is dominated, and how good a set is as a whole.
+"""Compare methods on the plane of loss against cost: which points are dominated, and how good a set of points is.
 
 Both objectives are ratios to the tuned static of the same case, and less is better: the compute that the loss is worth
 (the tuned static's whole budget over the budget at which it reaches the loss), and the cost. So one percent of either
 is the same size on every case, and (1, 1) is the tuned static itself.
-
-Place methods and trials on each case's plane of loss against cost, and compare families of methods there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Take medians with bootstrap intervals, over seeds and over cases, and count wins: also of numbers known as bounds."""
+"""Medians with bootstrap intervals over seeds and cases, and sign tests; also for numbers known only as bounds."""
 
 from __future__ import annotations
 

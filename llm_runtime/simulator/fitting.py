@@ -1,6 +1,6 @@
 """Fit the physics of simulated runs to live ones, by nonlinear least squares in the logarithms, with uncertainty.
 
-Hold one live run that the physics of a simulated run is fitted to, or tested on. Knows no torch.
+`CalibrationRun` is one live run that the physics is fitted to or tested on, `FittedPhysics` the result of a fit.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class _Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class _RunInputs:
-    """What was done to runs, interval by interval; shorter runs are filled up with nothing."""
+    """Steps, learning rates and batches of runs by interval; shorter runs are padded with intervals of no step."""
 
     steps: Floats
     """Shape (n_runs, n_intervals), as all others."""
@@ -280,7 +280,7 @@ def _relative_updates(runs: Sequence[CalibrationRun], arrays: _RunInputs) -> Flo
 
 
 def _importance(validation: Floats, seen: np.ndarray) -> Floats:
-    """Return weights of shape (n_runs, 1): good settings count more, as a policy has to tell them apart."""
+    """Return weights of shape (n_runs, 1): good settings count more, as a policy must distinguish them."""
     final = np.array([row[known][-1] if known.any() else np.inf for row, known in zip(validation, seen, strict=True)])
     weights: Floats = 1.0 + GOOD_WEIGHT * np.exp(-(final - final.min()) / GOOD_WITHIN)
     return weights[:, None]

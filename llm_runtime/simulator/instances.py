@@ -1,8 +1,7 @@
-"""Draw the things that simulated runs are made of: physics around the calibrations at hand, machines, budgets.
+"""Draw the instances that simulated runs are made of: physics around the calibrations, a machine, a budget.
 
-Say what a step costs on a machine: seconds, watts, joules; arrays over many runs.
-
-Draw random numbers that belong to a run, not to its place in a batch: one run alone meets the same ones.
+`Hardware` gives the seconds and watts of a step. `uniforms` and `normals` are random numbers that belong to a run and
+not to its place in a batch, so that one run alone draws the same numbers as among thousands.
 """
 
 from __future__ import annotations
@@ -72,9 +71,9 @@ LEAST_SPREAD = 0.15
 SCARS = (1e-3, 0.3)
 """Range of the lasting damage of too large first steps, which calibrations do not determine."""
 RATE_SPAN = 5.0
-"""Best learning rates differ by up to this factor either way beyond what the calibrations say."""
+"""Best learning rates differ from those of the calibrations by up to this factor either way."""
 UPDATE_SPREAD = 0.25
-"""The same for the relative size of an update: how well it tells the best learning rate on a model never met."""
+"""The same for the relative size of an update: how well it predicts the best learning rate on an unknown model."""
 
 
 @dataclass(kw_only=True)
@@ -139,7 +138,7 @@ def draw_instances(
 
 
 def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedPhysics], spread: float) -> Physics:
-    """Draw between pairs of calibrations, as their parameters hang together, and move each parameter a little."""
+    """Draw between pairs of calibrations, as their parameters are correlated, and move each parameter a little."""
     table = np.log([[each.values[name] for name in NAMES] for each in calibrations])
     initial = np.log([each.initial_loss for each in calibrations])
     one, other = random.integers(len(calibrations), size=(2, n))

@@ -1,6 +1,6 @@
-"""Step the loss of many training runs at once: a power-law noisy quadratic under AdamW, with what it lacks added.
+"""The loss of many training runs, step by step: a power-law noisy quadratic under AdamW, with terms it lacks added.
 
-The loss of a run is a floor, a signal that fades in modes of all speeds, and noise (modes: `modes`):
+The loss of a run is a floor, a signal that fades in modes of all speeds, and noise:
 
     L = floor + (L_initial - floor) sum_i c_i a_i + L_noise + (slow noise in modes)
 
@@ -23,9 +23,8 @@ What an AdamW step of learning rate l on B sequences does to it, and where each 
 The first two and the slow noise are science's (Zhang et al. 2019, Li et al. 2025); growth is that of scale-invariant
 weights (van Laarhoven 2017); the stalling term and all exponents are fitted to live runs of small transformers.
 
-Step the modes of a power-law noisy quadratic exactly: how signal fades and noise builds up over many steps.
-
-A loss is written as a sum over modes i, each with a relaxation rate u_i in units of the fastest one:
+`step_modes` steps the modes of the quadratic exactly, over any number of steps. A loss is a sum over modes i, each with
+a relaxation rate u_i in units of the fastest one:
 
     L = L0 + A sum_i c_i a_i + N sum_i k_i 2 u_i q_i,    c_i ~ u_i^s,  k_i ~ u_i^kappa,  each summing to 1
 
@@ -74,7 +73,7 @@ def mode_weights(rates: Floats, exponent: ArrayLike) -> Floats:
 
 
 def step_modes(signal: Floats, noise: Floats, rates: Floats, path: ArrayLike, injected: ArrayLike) -> None:
-    """Let signal and noise go on over a stretch of constant learning rate, exactly and in place.
+    """Advance signal and noise over a stretch of constant learning rate, exactly and in place.
 
     With r = 2 u x path the stretch's n single steps, in the limit of small steps, come to
 
@@ -143,15 +142,17 @@ PARAMETERS: Mapping[str, Parameter] = {
 }
 """Everything that differs between one model on one text and another."""
 
+DIVERGED_FACTOR = 1.3
+"""A run whose loss reaches this many times the initial one has diverged."""
 NAMES = tuple(PARAMETERS)
 NOT_FITTED = ("scar", "youth")
-"""What the designed runs of a calibration do not tell."""
+"""Parameters that the designed runs of a calibration do not determine."""
 RELATIVE_RATES = mode_rates()
 
 
 @dataclass(kw_only=True)
 class Physics(Rows):
-    """Parameters of many runs, and what follows from them; arrays of shape (n_runs,) or (n_runs, n_modes)."""
+    """Parameters of many runs, and arrays derived from them, of shape (n_runs,) or (n_runs, n_modes)."""
 
     values: dict[str, Floats]
     """By the names in `PARAMETERS`; `floor` already in nats/token."""
@@ -171,7 +172,7 @@ class Physics(Rows):
 
 @dataclass(kw_only=True)
 class PhysicsState(Rows):
-    """How far many runs have come."""
+    """State of many runs."""
 
     signal: Floats
     """a_i, what is left of the signal, 1 at the start; shape (n_runs, n_modes)."""

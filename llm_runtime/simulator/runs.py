@@ -1,6 +1,6 @@
-"""Train thousands of simulated runs at once: what `LiveRun` is for one real run.
+"""Simulated training runs: `SimulatedRuns` trains thousands side by side, as `LiveRun` does one real run.
 
-Steer one simulated run as if it were a live one.
+`OnePlant` presents a single run as a `Plant`, so that it can be steered as if it were a live one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
-from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import (
     Bools,
     ControlBatch,
@@ -30,8 +30,6 @@ from trainpilot.llm_runtime.simulator.references import Progress, References, Sc
 from trainpilot.llm_runtime.simulator.sensors import CHANNELS, SimulatedInterval, read_sensors
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
-DIVERGED_FACTOR = 1.3
-"""A run whose loss is so many times the initial one has diverged."""
 VALIDATION_NOISE = 0.004
 """Standard deviation of a validation loss around what was expected, in nats/token."""
 PRUNING_BUMP = 40.0
@@ -43,7 +41,7 @@ SEQUENCE_LENGTH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Instances to draw runs from, and what the tuned static reaches on each."""
+    """Instances to draw runs from, and the references of each."""
 
     instances: Instances
     references: References
@@ -78,10 +76,10 @@ class Start:
 
 
 class SimulatedRuns:
-    """Simulated training runs: a `PlantBatch` that knows its references.
+    """Simulated training runs: a `PlantBatch` with references.
 
     Every run draws its instance, its starting learning rate and all its noise from `seed`, its row and how many runs
-    the row has had; so a row alone meets exactly what it meets among thousands.
+    the row has had; so a row alone is exactly what it is among thousands.
 
     Args:
         n_runs: Runs side by side.
@@ -147,7 +145,7 @@ class SimulatedRuns:
         return self.start_rate
 
     def begin(self, rows: Ints) -> None:
-        """Start new runs in these rows."""
+        """Begin new runs in these rows."""
         self.episodes[rows] += 1
         self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
         drawn = uniforms(self.keys[rows], 0, 2)
@@ -167,7 +165,7 @@ class SimulatedRuns:
         self.validation_loss[rows] = np.nan
 
     def limits(self) -> LimitBatch:
-        """Return what may be asked of each run."""
+        """Return the control limits of each run."""
         low, high = self.instances.batch_limits(self.start.decisions)
         n = self.n_runs
         begin = ControlBatch(
@@ -222,7 +220,7 @@ class SimulatedRuns:
         return self._telemetry(controls, interval, sequences, fields, costs)
 
     def _switch(self, controls: ControlBatch) -> Floats:
-        """Bring batch, precision and sparsity into force; return how many changes of the first two there were."""
+        """Apply batch, precision and sparsity; return the number of changes of the first two."""
         removed = np.where(self.instances.prunes, np.maximum(controls.sparsity - self.sparsity, 0.0), 0.0)
         self.bump += PRUNING_BUMP * removed**3
         self.sparsity = np.where(removed > 0, controls.sparsity, self.sparsity)
@@ -307,7 +305,7 @@ MASKED = "does not pay on this machine"
 
 
 class OnePlant:
-    """The only run of a `PlantBatch`, as a `Plant`. It is begun anew."""
+    """The only run of a `PlantBatch`, as a `Plant`. Making it begins a new run."""
 
     def __init__(self, plants: PlantBatch) -> None:
         if plants.n_runs != 1:
@@ -317,7 +315,7 @@ class OnePlant:
         plants.begin(np.arange(1))
 
     def limits(self) -> ControlLimits:
-        """Return what may be asked of it."""
+        """Return the control limits of the run."""
         limits = self.plants.limits()
         masked = zip(PRECISIONS, limits.masked_precisions[0], strict=True)
         return ControlLimits(
