@@ -26,7 +26,7 @@ from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName, validation_due
 from trainpilot.llm_runtime.simulator.instances import Instances
-from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
+from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, Rows, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
@@ -47,7 +47,7 @@ def unseen_pool(n_instances: int = TEST_INSTANCES) -> Pool:
     return Pool.draw(n_instances, TEST_SEED, shipped_physics())
 
 
-class Steerer(Protocol):
+class BatchSteerer(Protocol):
     """Sets the controls of many runs."""
 
     def decide(self) -> ControlBatch:
@@ -89,15 +89,15 @@ class Blind:
         self.decision += 1
 
 
-def by_policy(bundle: PolicyBundle, preference: Preference) -> Callable[[LimitBatch], Steerer]:
+def by_policy(bundle: PolicyBundle, preference: Preference) -> Callable[[LimitBatch], BatchSteerer]:
     """Return a factory of steerers that follow a policy."""
     return lambda limits: ByPolicy(bundle, preference, limits)
 
 
-def held(scale: Floats | float = 1.0, batch_factor: float = 1.0) -> Callable[[LimitBatch], Steerer]:
+def held(scale: Floats | float = 1.0, batch_factor: float = 1.0) -> Callable[[LimitBatch], BatchSteerer]:
     """Return a factory of steerers that hold a constant learning-rate scale and batch, and change nothing else."""
 
-    def make(limits: LimitBatch) -> Steerer:
+    def make(limits: LimitBatch) -> BatchSteerer:
         start = limits.start
         scales = np.broadcast_to(scale, len(start.batch_size)).astype(np.float64)
         batch = _nearest_batch(limits, batch_factor)
@@ -106,10 +106,10 @@ def held(scale: Floats | float = 1.0, batch_factor: float = 1.0) -> Callable[[Li
     return make
 
 
-def blindly(schedule: Sequence[SchedulePoint]) -> Callable[[LimitBatch], Steerer]:
+def blindly(schedule: Sequence[SchedulePoint]) -> Callable[[LimitBatch], BatchSteerer]:
     """Return a factory of steerers that replay one schedule on all runs, like `OpenLoop` on a single run."""
 
-    def make(limits: LimitBatch) -> Steerer:
+    def make(limits: LimitBatch) -> BatchSteerer:
         begun = (schedule[: i + 1] for i in range(len(schedule)))
         return Blind([_replayed(points, limits) for points in begun])
 
@@ -142,7 +142,7 @@ def _nearest_batch(limits: LimitBatch, factor: float) -> Ints:
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class BatchOutcome:
     """Final loss and costs of many runs; arrays of shape (n_runs,)."""
 
     loss: Floats
@@ -173,11 +173,11 @@ class Outcome:
         return average_schedule(runs, DECISIONS)
 
 
-def steer(plants: ReferencedPlants, make: Callable[[LimitBatch], Steerer]) -> Outcome:
+def steer(plants: ReferencedPlants, make: Callable[[LimitBatch], BatchSteerer]) -> BatchOutcome:
     """Run fresh plants to their end under a steerer, and evaluate them as often as the environment does."""
     n, steerer = plants.n_runs, make(plants.limits())
     zeros = np.zeros(n)
-    outcome = Outcome(
+    outcome = BatchOutcome(
         loss=np.full(n, np.inf), used=zeros, energy=zeros, time=zeros, intervals=np.zeros(n, dtype=np.int64)
     )
     running = np.ones(n, dtype=np.bool_)
@@ -203,7 +203,7 @@ def expected_loss(plants: ReferencedPlants, rows: Ints) -> Floats:
     if not isinstance(plants, SimulatedRuns):
         return plants.evaluate(rows)
     loss: Floats = (
-        plants.expected_loss + plants.instances.meters.validation_gap + overfit(plants.instances, plants.used)
+        plants.expected_loss + plants.instances.sensors.validation_gap + overfit(plants.instances, plants.used)
     )
     return loss[rows]
 
@@ -391,15 +391,11 @@ _MEANS = np.stack([ScheduleTable.of(name, warmup, DECISIONS).mean for name, warm
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunsAndReferences:
+class RunsAndReferences(Rows):
     """Runs to try static settings on, with the references for quality and cost."""
 
     instances: Instances
     references: References
-
-    def take(self, rows: Ints) -> RunsAndReferences:
-        """Return a subset of the runs."""
-        return RunsAndReferences(instances=self.instances.take(rows), references=self.references.take(rows))
 
     def __len__(self) -> int:
         return len(self.instances)

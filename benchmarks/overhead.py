@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -31,6 +32,8 @@ from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.process import use_threads
+from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.timing import alternating_seconds
 
 DECISIONS = 50
 TARGET = 0.97
@@ -103,27 +106,28 @@ def compare(config: RunConfig) -> dict[str, object]:
     run = LiveRun(config)
     controller = Controller.of_bundle(keeping_bundle(), run.limits(), Preference())
     plain = PlainLoop(config, run.corpus.train, run.device)
-    clock, ratios, telemetry = Clock(), [], None
-    for decision in range(config.decisions):
-        target = round((decision + 1) / config.decisions * config.n_sequences())
-        seconds = {}
-        for name in ("plain", "steered") if decision % 2 else ("steered", "plain"):
-            synchronise(run.device)
-            start = time.perf_counter()
-            if name == "plain":
-                plain.train_until(target)
-            else:
-                controls = controller.decide(telemetry)
-                clock.decide_s += time.perf_counter() - start
-                telemetry = run.advance(controls, 1 / config.decisions)
-            synchronise(run.device)
-            seconds[name] = time.perf_counter() - start
-        assert telemetry is not None
-        clock.plain_s += seconds["plain"]
-        clock.steered_s += seconds["steered"]
+    clock = Clock()
+    telemetry: Telemetry | None = None
+    targets = (round((n + 1) / config.decisions * config.n_sequences()) for n in range(config.decisions))
+
+    def steered_interval() -> None:
+        nonlocal telemetry
+        start = time.perf_counter()
+        controls = controller.decide(telemetry)
+        clock.decide_s += time.perf_counter() - start
+        telemetry = run.advance(controls, 1 / config.decisions)
         clock.probe_s += telemetry.probe_time_s
         clock.switch_s += telemetry.switch_time_s
-        ratios.append(seconds["plain"] / seconds["steered"])
+
+    seconds = alternating_seconds(
+        {"plain": lambda: plain.train_until(next(targets)), "steered": steered_interval},
+        rounds=config.decisions,
+        warm_up=0,
+        turn_about=True,
+        wait=partial(synchronise, run.device),
+    )
+    clock.plain_s, clock.steered_s = sum(seconds["plain"]), sum(seconds["steered"])
+    ratios = [one / other for one, other in zip(seconds["plain"], seconds["steered"], strict=True)]
     rest = clock.steered_s - clock.plain_s - clock.decide_s - clock.probe_s - clock.switch_s
     assert run.progress.sequences == plain.sequences
     return {

@@ -27,7 +27,7 @@ from _simulated import (
     SHARES,
     TEST_INSTANCES,
     TEST_SEED,
-    Outcome,
+    BatchOutcome,
     StaticGrid,
     blindly,
     by_policy,
@@ -281,14 +281,14 @@ def best_held(run_set: RunSet) -> Floats:
     return lowest
 
 
-def _closed_and_open(run_set: RunSet, bundle: PolicyBundle) -> tuple[Floats, Floats, Outcome]:
+def _closed_and_open(run_set: RunSet, bundle: PolicyBundle) -> tuple[Floats, Floats, BatchOutcome]:
     """Return the multipliers of the policy and of its own average schedule, and the outcome of the policy's runs."""
     closed = steered(run_set, bundle)
     blind = steer(run_set.fresh(), blindly(closed.average(run_set.fresh().limits())))
     return run_set.multiplier(closed.loss, closed.used), run_set.multiplier(blind.loss, blind.used), closed
 
 
-def steered(run_set: RunSet, bundle: PolicyBundle) -> Outcome:
+def steered(run_set: RunSet, bundle: PolicyBundle) -> BatchOutcome:
     """Return the outcome of a policy's runs with all preference on quality."""
     return steer(run_set.fresh(), by_policy(bundle, QUALITY))
 
@@ -312,7 +312,7 @@ def _closed_against_open(run_set: RunSet, policy: Floats, blind: Floats) -> dict
     return {"closed_against_open": comparison}
 
 
-def _describe(run_set: RunSet, outcome: Outcome) -> dict[str, Any]:
+def _describe(run_set: RunSet, outcome: BatchOutcome) -> dict[str, Any]:
     """Return medians over the policy's runs, with learning rate and batch at every fifth decision."""
     limits = run_set.fresh().limits()
     shown = range(0, DECISIONS, 5)

@@ -1,6 +1,8 @@
-"""Turn an action (one choice per control) into the controls of the next interval. One table holds every choice.
+"""Actions: the table of choices, what each does to the controls, and the rules that mask choices.
 
-Say which choices are forbidden now, and why. The limits stand here, outside the policy.
+An action is one choice per field of `ACTION_FIELDS`. `RULES` holds every limit on the choices, outside the policy:
+`action_masks` evaluates them for many runs, `mask_reasons` says in words why a choice of one run is masked.
+`allow_batch` checks actions and replaces masked choices, and `decode_batch` turns the result into controls.
 """
 
 from __future__ import annotations
@@ -62,23 +64,13 @@ Choices = Sequence[int] | np.ndarray
 """One number per field, as a policy or a space gives them."""
 
 
-def decode(action: Choices, present: Controls) -> Controls:
-    """Return the controls that follow from `action` while `present` holds.
-
-    Raises:
-        ValueError: `action` has not one valid choice per field.
-    """
-    check_action(action)
-    return decode_batch(np.array([action], dtype=np.int64), ControlBatch.of([present])).row(0)
-
-
 def decode_batch(actions: Ints, present: ControlBatch) -> ControlBatch:
-    """Return the same for many runs; `actions` has shape (n_runs, number of fields).
+    """Return the controls that follow from valid actions while `present` holds.
 
-    Raises:
-        ValueError: an action has not one valid choice per field.
+    Args:
+        actions: One valid choice per field, as `allow_batch` returns them, shape (n_runs, number of fields).
+        present: Controls in force.
     """
-    check_actions(actions)
     learning_rate, batch, precision, pruning, finish = actions.T
     batch_size = (present.batch_size * np.array(BATCH_FACTORS)[batch]).astype(np.int64)
     return ControlBatch(
@@ -91,21 +83,23 @@ def decode_batch(actions: Ints, present: ControlBatch) -> ControlBatch:
 
 
 def check_actions(actions: Ints) -> None:
-    """Raise `ValueError` unless every row of `actions` has one valid choice per field."""
-    shape_fits = actions.ndim == 2 and actions.shape[1] == len(ACTION_FIELDS)
-    if shape_fits and ((actions >= 0) & (actions < N_CHOICES)).all():
-        return
-    for action in np.atleast_2d(actions):
-        check_action(action)
+    """Raise `ValueError` unless every row of `actions` has one valid choice per field.
+
+    `allow` and `allow_batch` check; what they return is valid and not checked again.
+    """
+    if actions.ndim != 2 or actions.shape[1] != len(ACTION_FIELDS):
+        got = actions.shape[1] if actions.ndim == 2 else f"an array of shape {actions.shape}"
+        raise ValueError(f"action must have {len(ACTION_FIELDS)} components, got {got}")
+    valid = (actions >= 0) & (actions < N_CHOICES)
+    if not valid.all():
+        row, index = np.argwhere(~valid)[0]
+        field = ACTION_FIELDS[index]
+        raise ValueError(f"action {field.name} must be in [0, {len(field.choices)}), got {actions[row, index]}")
 
 
 def check_action(action: Choices) -> None:
     """Raise `ValueError` unless `action` has one valid choice per field."""
-    if len(action) != len(ACTION_FIELDS):
-        raise ValueError(f"action must have {len(ACTION_FIELDS)} components, got {len(action)}")
-    for field, choice in zip(ACTION_FIELDS, action, strict=True):
-        if not 0 <= int(choice) < len(field.choices):
-            raise ValueError(f"action {field.name} must be in [0, {len(field.choices)}), got {choice}")
+    check_actions(np.asarray(action)[None])
 
 
 LEARNING_RATE_SCALE_RANGE = (2.0**-6, 2.0**6)
@@ -123,7 +117,7 @@ Reasons = tuple[tuple[str | None, ...], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What the safety layer looks at."""
+    """What the rules depend on."""
 
     limits: ControlLimits
     controls: Controls
@@ -136,7 +130,7 @@ class Situation:
 
 @dataclass(frozen=True, kw_only=True)
 class SituationBatch:
-    """The same of many runs, as arrays."""
+    """The same for many runs: arrays with one row per run."""
 
     limits: LimitBatch
     controls: ControlBatch
@@ -198,19 +192,19 @@ def mask_reasons(situation: Situation) -> Reasons:
 
 
 def allow(action: Choices, reasons: Reasons) -> tuple[Action, list[str]]:
-    """Replace every masked choice by the one that changes nothing; return the action and the reasons by name.
+    """Return `allow_batch` of one run, and for every choice that was replaced its name and why.
 
     Raises:
         ValueError: `action` has not one valid choice per field.
     """
-    check_action(action)
-    allowed, refusals = [], []
-    for field, choice, why in zip(ACTION_FIELDS, action, reasons, strict=True):
-        reason = why[int(choice)]
-        allowed.append(field.keep if reason else int(choice))
-        if reason:
-            refusals.append(f"{field.name} {field.choices[int(choice)]}: {reason}")
-    return tuple(allowed), refusals
+    masks = np.array([[reason is None for why in reasons for reason in why]])
+    (allowed,) = allow_batch(np.asarray(action)[None], masks)
+    refusals = [
+        f"{field.name} {field.choices[int(choice)]}: {why[int(choice)]}"
+        for field, choice, why in zip(ACTION_FIELDS, action, reasons, strict=True)
+        if why[int(choice)]
+    ]
+    return tuple(allowed.tolist()), refusals
 
 
 def _scales(situation: SituationBatch) -> Floats:

@@ -1,6 +1,7 @@
-"""Keep what a decision needs: telemetry so far, controls in force, what is masked. Shared by envs and controller.
+"""The state of a run's decisions: preference, telemetry so far, controls in force, observation and action masks.
 
-Weigh quality, energy and time against each other: one number per objective, part of the observation.
+`DecisionStates` holds many runs as arrays; `DecisionState` is one of them, with reasons in words. The environments and
+the controllers of live runs use the same two classes, so that a policy sees in a run what it was trained on.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ from trainpilot.llm_runtime.simulator.records import (
     Ints,
     LimitBatch,
     TelemetryBatch,
-    put,
-    take,
 )
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -68,7 +67,7 @@ class Preference:
 
     @classmethod
     def parse(cls, text: str) -> Preference:
-        """Read `quality=0.7,energy=0.2,time=0.1`; what is not named weighs nothing.
+        """Read `quality=0.7,energy=0.2,time=0.1`; an objective that is not named weighs nothing.
 
         Raises:
             ValueError: an unknown name, or a weight that is not a number.
@@ -111,7 +110,7 @@ N_STACK = 6
 
 
 class DecisionStates:
-    """Many runs as their controller sees them, as arrays with one row per run.
+    """What the controller of many runs knows of them: arrays with one row per run.
 
     Args:
         limits: What the runs can do.
@@ -133,21 +132,22 @@ class DecisionStates:
 
     def begin(self, rows: Ints, limits: LimitBatch, preference: Floats) -> None:
         """Begin new runs in these rows; `limits` is of all runs, `preference` of the new ones."""
-        fresh = DecisionStates(take(limits, rows), preference)
+        fresh = DecisionStates(limits.take(rows), preference)
         self.limits = limits
         self.preference = self.preference.copy()
         self.preference[rows] = preference
-        self.controls = put(self.controls, rows, fresh.controls)
+        self.controls = self.controls.copy()
+        self.controls.put(rows, fresh.controls)
         self.history.reset(rows)
         self.precision_switches[rows] = 0
         self.last_action[rows] = KEEP
         self.newest[rows] = fresh.newest
-        self._stack = self._stack.copy()  # what was handed out stays as it was
+        self._stack = self._stack.copy()  # observations that were returned must not change
         self._stack[rows] = fresh._stack
         self._masks = None
 
     def observe(self, telemetry: TelemetryBatch) -> None:
-        """Take in the interval that has just ended, of every run."""
+        """Add the interval that has just ended, of every run, to the history."""
         self.history.observe(telemetry)
         self.newest = encode(self._view())
         width, before = len(OBSERVATION_FIELDS), self._stack
@@ -176,18 +176,21 @@ class DecisionStates:
         return action_masks(situation)
 
     def decide(self, actions: Ints) -> ControlBatch:
-        """Bring the allowed part of `actions`, shape (n_runs, number of fields), into force.
+        """Apply the allowed part of `actions`, shape (n_runs, number of fields), and return the controls.
 
         Raises:
-            ValueError: a choice does not exist.
+            ValueError: a choice does not exist; nothing has changed then.
         """
-        self.last_action = allow_batch(actions, self.action_masks())
-        controls = decode_batch(self.last_action, self.controls)
-        self.hold(controls)
-        return controls
+        return self.apply(allow_batch(actions, self.action_masks()))
+
+    def apply(self, allowed: Ints) -> ControlBatch:
+        """Apply actions that `allow` or `allow_batch` has let through, and return the controls."""
+        self.last_action = allowed
+        self.hold(decode_batch(allowed, self.controls))
+        return self.controls
 
     def hold(self, controls: ControlBatch) -> None:
-        """Bring `controls` into force, whatever was decided."""
+        """Put `controls` in force, whatever the last action was."""
         self.precision_switches = self.precision_switches + (controls.precision != self.controls.precision)
         self.controls = controls
         self._masks = None
@@ -210,17 +213,17 @@ def _first_stack(first: Floats) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was asked for, and what the safety layer let through."""
+    """The requested action, and the allowed part of it."""
 
     requested: Action
     allowed: Action
     controls: Controls
     refusals: list[str]
-    """Reasons for the choices that were not let through."""
+    """Why the other choices were masked."""
 
 
 class DecisionState:
-    """One run as its controller sees it, with reasons in words. Holds no torch and no policy."""
+    """What the controller of one run knows of it: a row of `DecisionStates`, with reasons in words."""
 
     def __init__(self, limits: ControlLimits, preference: Preference) -> None:
         self.limits = limits
@@ -240,11 +243,11 @@ class DecisionState:
 
     @property
     def last_action(self) -> Action:
-        """What was let through last."""
+        """The allowed part of the last action."""
         return tuple(self._states.last_action[0].tolist())
 
     def observe(self, telemetry: Telemetry) -> None:
-        """Take in the interval that has just ended."""
+        """Add the interval that has just ended to the history."""
         self.telemetry.append(telemetry)
         self._states.observe(TelemetryBatch.of([telemetry]))
 
@@ -262,7 +265,7 @@ class DecisionState:
         return mask_reasons(self.situation())
 
     def situation(self) -> Situation:
-        """Return what the safety layer looks at."""
+        """Return what the rules of `action` depend on."""
         return Situation(
             limits=self.limits,
             controls=self.controls,
@@ -276,13 +279,17 @@ class DecisionState:
         return masks
 
     def decide(self, action: Choices) -> Decision:
-        """Bring the allowed part of `action` into force. Raises `ValueError` for a choice that does not exist."""
+        """Apply the allowed part of `action`. Raises `ValueError` for a choice that does not exist."""
         requested = tuple(int(choice) for choice in action)
         allowed, refusals = allow(requested, self.mask_reasons())
-        self._states.decide(np.array([allowed]))
+        self.apply(allowed)
         return Decision(requested, allowed, self.controls, refusals)
 
+    def apply(self, allowed: Action) -> None:
+        """Apply an action that `allow` has let through."""
+        self._states.apply(np.array([allowed]))
+
     def hold(self, controls: Controls) -> None:
-        """Bring controls into force that no action leads to: those of a rollback, or of the base schedule."""
+        """Put controls in force that no action leads to: those of a rollback, or of the base schedule."""
         if controls != self.controls:
             self._states.hold(ControlBatch.of([controls]))

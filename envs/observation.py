@@ -1,9 +1,9 @@
-"""Turn the telemetry so far into observations. One table of fields: name, unit, range, meaning, how to compute it.
+"""Observations: the table of fields, and the history of telemetry that they are computed from.
 
-Ratios and logarithms only, so that a value means the same on every model: no raw loss, norm or parameter count, and
-nothing that needs a reference run. Every value is an array with one number per run, be it one run or thousands.
-
-Keep of many runs' telemetry what their observations need, as arrays with one number per run.
+`OBSERVATION_FIELDS` holds name, unit, range, meaning and formula of each field. There are ratios and logarithms only,
+so that a value means the same on every model: no raw loss, norm or parameter count, and nothing that needs a reference
+run. `RunHistory` keeps the statistics of the telemetry that the formulas use. Every value is an array with one number
+per run, for one run as for thousands.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
 
 WINDOW = 7
-"""Intervals kept of what has a slow slope: the newest, and the six before."""
+"""Intervals kept of the fields in `SLOW`: the newest, and the six before."""
 SLOW = ("train_loss", "tokens")
-"""Kept that long; of everything else, the newest interval and the one before."""
+"""Fields kept that long. Of all others, the newest interval and the one before are kept."""
 PROBED = ("relative_update", "probe_linear", "probe_quadratic")
-"""Not measured in every interval: the latest that is known counts."""
+"""Fields not measured in every interval: the latest known value counts."""
 BEST = {
     "learning_rate": np.fmax,
     "tokens_per_s": np.fmax,
     "energy_per_token_j": np.fmin,
     "power_w": np.fmax,
 }
-"""Kept at their best so far: the largest or the smallest; what is unknown or not above 0 does not count."""
+"""Fields kept at their best so far, and what is best. Values that are unknown or not above 0 do not count."""
 
 _COLUMNS = tuple(field.name for field in fields(TelemetryBatch) if field.type == "Floats")
 _NAMES = (*_COLUMNS, "tokens_per_s", "energy_per_token_j")
@@ -38,7 +38,10 @@ _INDEX = {name: index for index, name in enumerate(_NAMES)}
 
 
 class RunHistory:
-    """The intervals so far of `n_runs` runs. Runs need not be at the same decision; unknown is NaN."""
+    """Rolling per-run statistics of telemetry: newest, previous, oldest in the window, best so far.
+
+    Runs need not be at the same decision. Unknown is NaN.
+    """
 
     def __init__(self, n_runs: int) -> None:
         self.intervals: Ints = np.zeros(n_runs, dtype=np.int64)
@@ -58,7 +61,7 @@ class RunHistory:
         return self.intervals > 0
 
     def newest(self, name: str) -> Floats:
-        """Return what the newest interval brought: any number of `TelemetryBatch`, or one of `BEST`."""
+        """Return a value of the newest interval: any number of `TelemetryBatch`, or one of `BEST`."""
         values: Floats = self._newest[_INDEX[name]]
         return values
 
@@ -77,7 +80,7 @@ class RunHistory:
         return self._best[name]
 
     def observe(self, telemetry: TelemetryBatch) -> None:
-        """Take in the interval that has just ended, of every run."""
+        """Add the interval that has just ended, of every run."""
         self._note_validation(telemetry.validation_loss)
         self._before, self._newest = self._newest, _numbers(telemetry)
         for name in PROBED:
@@ -121,12 +124,12 @@ def _numbers(telemetry: TelemetryBatch) -> Floats:
 
 
 UPHILL = 5.0
-"""Curvature that is told where the loss rises along the last update."""
+"""Value reported for the curvature when the loss rises along the last update: none can be fitted then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """All that the observations of some runs may depend on."""
+    """Everything that observations may depend on."""
 
     history: RunHistory
     limits: LimitBatch
@@ -159,7 +162,7 @@ class ObservationField:
 def encode(view: RunView) -> Floats:
     """Return the observations, float64 of shape (n_runs, n_fields), in [-1, 1]."""
     raw = np.empty((len(OBSERVATION_FIELDS), len(view.precision_switches)))
-    with np.errstate(all="ignore"):  # what comes out infinite is clipped, what is not a number is unknown
+    with np.errstate(all="ignore"):  # infinite values are clipped, NaN is unknown
         for row, field in zip(raw, OBSERVATION_FIELDS, strict=True):
             row[:] = field.value(view)
         return _scale(raw, _LOW, _HIGH).T

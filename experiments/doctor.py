@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainpilot.experiments.run_store import versions
+from trainpilot.llm_runtime import energy
 from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, MeterUnavailableError
@@ -187,10 +188,7 @@ def _energy(device: str) -> Report:
 
 
 def _meters() -> dict[str, Callable[[], EnergyMeter]]:
-    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
-    from trainpilot.llm_runtime.energy.nvml import NvmlMeter
-
-    return {"nvml": NvmlMeter, "rapl": RaplMeter, "cpu_estimate": CpuEstimateMeter}
+    return {candidate.name: candidate.open for candidate in energy.CANDIDATES}
 
 
 def _open(make: Callable[[], EnergyMeter]) -> EnergyMeter | str:

@@ -42,7 +42,7 @@ class GuardedDecision:
 
 
 @dataclass(frozen=True)
-class Kept:
+class RollbackPoint:
     """Where a guarded controller stood when the run's owner took a snapshot."""
 
     seen: tuple[int, ...]
@@ -54,7 +54,7 @@ MAX_FAILURES = 5
 """So many failures running, and a policy is not asked again."""
 
 
-class AskedPolicy:
+class FaultTolerantPolicy:
     """Counts how often running a policy could not be asked."""
 
     def __init__(self) -> None:
@@ -70,12 +70,12 @@ class AskedPolicy:
         try:
             if not np.isfinite(controller.state.observation()).all():
                 raise ValueError("the observation is not finite")
-            wish = _checked(controller.wish())
+            requested = _checked(controller.requested_action())
         except Exception as error:  # anything that a stranger's policy may do
             self.failures += 1
             return KEEP, f"policy failed: {type(error).__name__}: {error}"
         self.failures = 0
-        return wish, None
+        return requested, None
 
 
 def _checked(action: Any) -> Action:
@@ -115,11 +115,11 @@ class GuardedController:
         self._seen: list[int] = []
         """Places in `records` of the intervals that the controller knows: those that still stand."""
         self._recorded = True
-        self._policy = AskedPolicy()
+        self._policy = FaultTolerantPolicy()
         self._refusals: Counter[str] = Counter()
         self._rollbacks: list[dict[str, Any]] = []
-        self._before: Kept | None = None
-        self._kept: Kept | None = None
+        self._before: RollbackPoint | None = None
+        self._point: RollbackPoint | None = None
         self._since: list[Action] = []
         """Decisions since the snapshot, the one it was taken before included."""
 
@@ -138,7 +138,7 @@ class GuardedController:
             roll_back, reasons = self._judge(telemetry)
         if roll_back:
             return GuardedDecision(self.controls, True, False, self.fallen_back is not None, tuple(reasons))
-        self.controller.see(telemetry)
+        self.controller.observe(telemetry)
         return self._decide(reasons)
 
     def _judge(self, telemetry: Telemetry) -> tuple[bool, list[str]]:
@@ -154,7 +154,7 @@ class GuardedController:
         if (reason := verdict.reason or broken) is None:
             return False, []
         harmed = verdict.kind != "go_on" or (self.watch is not None and self.watch.harmed)
-        if roll_back := harmed and self._kept is not None:
+        if roll_back := harmed and self._point is not None:
             self._rollbacks.append({"after_decision": telemetry.decision, "reason": reason})
         return roll_back, [reason]
 
@@ -165,7 +165,7 @@ class GuardedController:
     @property
     def can_roll_back(self) -> bool:
         """Whether there is a snapshot, and the budget of rollbacks not more than used up."""
-        return self._kept is not None and self.guardrails.scars.rollbacks <= self.guardrails.settings.max_rollbacks
+        return self._point is not None and self.guardrails.history.rollbacks <= self.guardrails.settings.max_rollbacks
 
     def _decide(self, reasons: list[str]) -> GuardedDecision:
         guardrails, watch = self.guardrails, self.watch
@@ -173,34 +173,34 @@ class GuardedController:
         before = guardrails.past_state()
         decision = self._bounded()
         self._refusals.update(decision.refusals)
-        self._before = Kept(tuple(self._seen), before, past)
+        self._before = RollbackPoint(tuple(self._seen), before, past)
         snapshot = self._wants_snapshot(decision.allowed)
         self._carry_out(decision)
         reasons = [*reasons, *decision.refusals]
         return GuardedDecision(self.controls, False, snapshot, self.fallen_back is not None, tuple(reasons))
 
     def _wants_snapshot(self, action: Action) -> bool:
-        if not self.guardrails.note_risky(action):
+        if not self.guardrails.needs_snapshot(action):
             return False
-        if self._kept is None or self.watch is None:
+        if self._point is None or self.watch is None:
             return True
         if self.watch.contract.from_start:
             return False
-        old = len(self._seen) - len(self._kept.seen) >= self.guardrails.settings.snapshot_every
+        old = len(self._seen) - len(self._point.seen) >= self.guardrails.settings.snapshot_every
         return old and not self.guardrails.rising and not self.watch.endangered
 
     def _bounded(self) -> Decision:
         """Return what the policy wants, and what of it may be done."""
         if self.fallen_back is not None:
             return Decision(KEEP, KEEP, self.base_controls(), [])
-        wish, failure = self._policy.ask(self.controller)
+        requested, failure = self._policy.ask(self.controller)
         if failure is not None:
             if self._policy.failed_for_good:
                 self._fall_back(f"{failure} ({MAX_FAILURES} times running)", len(self._seen))
             return Decision(KEEP, KEEP, self.controls, [failure])
-        allowed, refusals = allow(wish, self.controller.state.mask_reasons())
+        allowed, refusals = allow(requested, self.controller.state.mask_reasons())
         allowed, more = self._reviewed(allowed)
-        return Decision(wish, allowed, self.controls, [*refusals, *more])
+        return Decision(requested, allowed, self.controls, [*refusals, *more])
 
     def _reviewed(self, action: Action) -> tuple[Action, list[str]]:
         if self.watch is not None and self.watch.observing and action != KEEP:
@@ -213,7 +213,7 @@ class GuardedController:
     def _carry_out(self, decision: Decision, held: Controls | None = None) -> None:
         """Bring what is allowed into force, or `held` instead."""
         state = self.controller.state
-        state.decide(decision.allowed)
+        state.apply(decision.allowed)
         if self.fallen_back is not None:
             held = self.base_controls()
         if held is not None:
@@ -230,7 +230,7 @@ class GuardedController:
 
     def snapshotted(self) -> None:
         """Take in that the owner has copied the run, after `decide` and before the controls came into force."""
-        self._kept = self._before
+        self._point = self._before
         self._since = self._since[-1:]
         self.guardrails.snapshot_taken()
 
@@ -240,10 +240,10 @@ class GuardedController:
         For a run that goes on from a file: what it could be taken back to was lost with its process.
         """
         decision = self.controller.decision
-        if decision is None or not self.guardrails.note_risky(KEEP):
+        if decision is None or not self.guardrails.needs_snapshot(KEEP):
             return False
         past = self.watch.past_state() if self.watch is not None else None
-        self._before = Kept(tuple(self._seen), self.guardrails.past_state(), past)
+        self._before = RollbackPoint(tuple(self._seen), self.guardrails.past_state(), past)
         self._since = [decision.allowed]
         self.snapshotted()
         return True
@@ -254,13 +254,13 @@ class GuardedController:
         Raises:
             ValueError: there was no snapshot.
         """
-        kept = self._kept
-        if kept is None:
+        point = self._point
+        if point is None:
             raise ValueError("rolled_back needs a snapshot; call snapshotted where decide asked for one")
-        self._go_back(kept)
+        self._go_back(point)
         self.guardrails.rolled_back(self._since)
         unchanged = all(action == KEEP for action in self._since)
-        chance = unchanged and self.guardrails.scars.rollbacks == 1  # once more so
+        chance = unchanged and self.guardrails.history.rollbacks == 1  # once more so
         self._since = []
         factor = 1.0 if chance else GENTLER
         least = max(LEARNING_RATE_SCALE_RANGE[0], self.guardrails.least_scale(self.controller.state.situation()))
@@ -270,11 +270,11 @@ class GuardedController:
         self._carry_out(decision, replace(self.controls, learning_rate_scale=gentler))
         return self.controls
 
-    def _go_back(self, kept: Kept) -> None:
-        self._replay(list(kept.seen))
-        self.guardrails.load_past_state(kept.guardrails)
-        if self.watch is not None and kept.contract is not None:
-            self.watch.load_past_state(kept.contract)
+    def _go_back(self, point: RollbackPoint) -> None:
+        self._replay(list(point.seen))
+        self.guardrails.load_past_state(point.guardrails)
+        if self.watch is not None and point.contract is not None:
+            self.watch.load_past_state(point.contract)
 
     def _replay(self, seen: list[int]) -> None:
         """Give the controller a new state that has decided and seen these records."""
@@ -284,7 +284,7 @@ class GuardedController:
         for place in seen:
             self.controller.repeat(self.records[place])
             state.observe(self.records[place].telemetry)
-        self.controller.see(None)
+        self.controller.observe(None)
 
     def record(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> DecisionRecord:
         """Return the record of the last decision and the interval that followed it; call it once per interval."""
@@ -297,22 +297,22 @@ class GuardedController:
         """Return where this controller stands, as plain JSON values. The snapshot is the owner's, and not in it."""
         return {"records": [record.to_json() for record in self.records], **self._standing()}
 
-    def news(self) -> dict[str, Any]:
+    def broadcast_state(self) -> dict[str, Any]:
         """Return what changed with the last answer, for `hear`: no more than the last of the records."""
         last = self.records[-1].to_json() if self.records else None
         return {"n_records": len(self.records), "last": last, **self._standing()}
 
-    def hear(self, news: Mapping[str, Any]) -> None:
+    def load_broadcast(self, state: Mapping[str, Any]) -> None:
         """Go where another controller stands, of which all `news` so far were heard; nothing is asked here."""
-        if news["last"] is not None:
-            self.records[news["n_records"] - 1 :] = [DecisionRecord.from_json(news["last"])]
-        seen = list(news["seen"])
+        if state["last"] is not None:
+            self.records[state["n_records"] - 1 :] = [DecisionRecord.from_json(state["last"])]
+        seen = list(state["seen"])
         if seen and seen[:-1] == self._seen:
             self._seen = seen
-            self.controller.see(self.records[seen[-1]].telemetry)
+            self.controller.observe(self.records[seen[-1]].telemetry)
         else:
             self._replay(seen)
-        self._stand(news)
+        self._load_standing(state)
 
     def _standing(self) -> dict[str, Any]:
         """Return all of the state but the records."""
@@ -333,9 +333,9 @@ class GuardedController:
         """Go on where `state_dict` was called. Without a snapshot, the next decision asks for one."""
         self.records = [DecisionRecord.from_json(record) for record in state["records"]]
         self._replay(list(state["seen"]))
-        self._stand(state)
+        self._load_standing(state)
 
-    def _stand(self, state: Mapping[str, Any]) -> None:
+    def _load_standing(self, state: Mapping[str, Any]) -> None:
         """Take in what `_standing` returned, where the controller knows its records."""
         self._load_decision(state["decision"])
         self._recorded = state["recorded"]
@@ -347,18 +347,18 @@ class GuardedController:
         self._policy.failures = state["failures"]
         self._refusals = Counter(state["refusals"])
         self._rollbacks = list(state["rollbacks"])
-        self._before = self._kept = None
+        self._before = self._point = None
         self._since = []
 
     def _load_decision(self, stored: Mapping[str, Any] | None) -> None:
         self.controller.decision = None
         if stored is None:
             return
-        wish, allowed = tuple(stored["requested"]), tuple(stored["allowed"])
+        requested, allowed = tuple(stored["requested"]), tuple(stored["allowed"])
         controls = Controls(**stored["controls"])
         self.controller.state.decide(allowed)
         self.controller.state.hold(controls)
-        self.controller.decision = Decision(wish, allowed, controls, list(stored["refusals"]))
+        self.controller.decision = Decision(requested, allowed, controls, list(stored["refusals"]))
 
     def summary(self) -> dict[str, Any]:
         """Return what the guardrails did, as plain JSON values."""

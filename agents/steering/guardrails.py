@@ -171,7 +171,7 @@ class Past:
 
 
 @dataclass(kw_only=True)
-class Scars:
+class RollbackHistory:
     """What a rollback must not undo, or the same would happen again."""
 
     rollbacks: int = 0
@@ -199,7 +199,7 @@ class Guardrails:
                     f"got {rates[0]:g} to {rates[1]:g}; raise its upper bound, or lower the rate"
                 )
         self.past = Past()
-        self.scars = Scars()
+        self.history = RollbackHistory()
 
     def review(self, action: Action, situation: Situation) -> tuple[Action, list[str]]:
         """Return the action with every choice that breaks a rule kept instead, and why, choice by choice."""
@@ -211,7 +211,10 @@ class Guardrails:
             to_scale = scale * LEARNING_RATE_FACTORS[choice] if each.name == "learning_rate" else scale
             to_batch = int(batch_size * BATCH_FACTORS[choice]) if each.name == "batch_size" else batch_size
             reason = self._held(each.name, choice) or self._leaves(situation, to_scale, to_batch)
-            if reason := reason or self._breaks(each.name, choice, situation, to_scale):
+            reason = reason or self._too_early_or_high(each.name, situation, to_scale)
+            if reason is None and (reason := self._oscillates(each.name, choice)):
+                self.past.held[each.name] = self.settings.oscillation_window + 1  # this decision counts down too
+            if reason:
                 refusals.append(f"{each.name} {each.choices[choice]} refused: {reason}")
             else:
                 allowed[index], scale, batch_size = choice, to_scale, to_batch
@@ -220,7 +223,7 @@ class Guardrails:
     def _held(self, name: str, choice: int) -> str | None:
         if self.past.held.get(name, 0):
             return f"held after {self.settings.max_reversals} changes of direction"
-        if self.scars.held.get(change_of(name, choice), 0):
+        if self.history.held.get(change_of(name, choice), 0):
             return "held after a rollback"
         return None
 
@@ -237,15 +240,18 @@ class Guardrails:
         outside |= self.base_learning_rate * after < rates[0] * (1 - 1e-9) and after < before
         return f"learning rate would leave [{rates[0]:g}, {rates[1]:g}]" if outside else None
 
-    def _breaks(self, name: str, choice: int, situation: Situation, scale: float) -> str | None:
+    def _too_early_or_high(self, name: str, situation: Situation, scale: float) -> str | None:
         settings, past = self.settings, self.past
         if name == "finish" and situation.budget_used < settings.finish_from:
             return f"not before {settings.finish_from:.0%} of the budget"
         most = max(past.losses.paid_scale * settings.max_rise * ROUNDED, situation.controls.learning_rate_scale)
         if name == "learning_rate" and scale > most:
             return f"more than x{settings.max_rise:g} above where the loss last reached a new low"
+        return None
+
+    def _oscillates(self, name: str, choice: int) -> str | None:
+        settings = self.settings
         if name in MOVED and self._reversals(name, _direction(name, choice)) >= settings.max_reversals:
-            past.held[name] = settings.oscillation_window + 1  # this decision counts down too
             return f"{settings.max_reversals} changes of direction in {settings.oscillation_window} decisions"
         return None
 
@@ -269,16 +275,16 @@ class Guardrails:
                 moves = [*self.past.moves[each.name], _direction(each.name, choice)]
                 self.past.moves[each.name] = moves[-self.settings.oscillation_window :]
         self.past.held = _counted_down(self.past.held)
-        self.scars.held = _counted_down(self.scars.held)
+        self.history.held = _counted_down(self.history.held)
         if self.past.since_snapshot is not None:
             self.past.since_snapshot += 1
 
-    def note_risky(self, action: Action) -> bool:
+    def needs_snapshot(self, action: Action) -> bool:
         """Return whether a snapshot should be taken before this action: it changes something, or the last is old.
 
         A loss that is on its way up is nothing to go back to; then the snapshot before serves.
         """
-        if self.scars.rollbacks > self.settings.max_rollbacks or not self.settings.max_rollbacks:
+        if self.history.rollbacks > self.settings.max_rollbacks or not self.settings.max_rollbacks:
             return False
         since = self.past.since_snapshot
         if since is None:
@@ -300,7 +306,7 @@ class Guardrails:
         reason = self._fault(telemetry)
         if reason is None:
             return Verdict("go_on")
-        can = self.past.since_snapshot is not None and self.scars.rollbacks < self.settings.max_rollbacks
+        can = self.past.since_snapshot is not None and self.history.rollbacks < self.settings.max_rollbacks
         return Verdict("roll_back" if can else "fall_back", reason)
 
     def _fault(self, telemetry: Telemetry) -> str | None:
@@ -323,19 +329,19 @@ class Guardrails:
 
     def rolled_back(self, actions: Iterable[Action]) -> None:
         """Take in that the run was taken back to before `actions`: what they changed is refused for a while."""
-        self.scars.rollbacks += 1
+        self.history.rollbacks += 1
         for change in {"learning_rate up"}.union(*map(changes_of, actions)):
-            self.scars.held[change] = self.settings.hold + 1  # the decision after the rollback counts down too
+            self.history.held[change] = self.settings.hold + 1  # the decision after the rollback counts down too
         self.past.since_snapshot = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was taken in, as plain JSON values: `past` goes back with the run, `scars` stay."""
-        return {"past": self.past_state(), "scars": asdict(self.scars)}
+        return {"past": self.past_state(), "scars": asdict(self.history)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.load_past_state(state["past"])
-        self.scars = Scars(**deepcopy(dict(state["scars"])))
+        self.history = RollbackHistory(**deepcopy(dict(state["scars"])))
 
     def past_state(self) -> dict[str, Any]:
         """Return what belongs to the run's past, as plain JSON values."""

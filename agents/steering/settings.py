@@ -1,8 +1,7 @@
-"""Say what a loop asks of its steering: the budget, the start, the policy, and how far it may go.
+"""Settings of a steered training loop, and what follows from them: policy, base schedule and control limits.
 
-What settings and policy together make of a run: who decides, how often, and along which base schedule.
-
-What a policy may choose from in somebody else's run.
+`SteeringSettings` is what the user sets. `Plan` resolves settings and policy bundle into the run's policy, number of
+decisions and base schedule. `control_limits` says what the policy may choose from.
 """
 
 from __future__ import annotations
@@ -10,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
 from trainpilot.agents.controller import Policy, keep
 from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Precision, batch_limits
-from trainpilot.llm_runtime.loop import Levers, MaskPruning, offered
+from trainpilot.llm_runtime.loop import ControlledLoop, MaskPruning
+from trainpilot.llm_runtime.precision import lacking
 from trainpilot.llm_runtime.schedules import BudgetProgress, Schedule
 
 
@@ -148,24 +150,34 @@ def name_of(policy: str | Policy) -> str:
     return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
 
 
-def control_limits(settings: SteeringSettings, levers: Levers, decisions: int, processes: int) -> ControlLimits:
-    """Return the limits of a run that `processes` share.
+def control_limits(settings: SteeringSettings, loop: ControlledLoop, decisions: int) -> ControlLimits:
+    """Return the limits of a run's controls: batch sizes, precisions and pruning.
 
     Raises:
         ValueError: the processes cannot share the batch evenly.
     """
-    start = levers.controls
+    start, processes = loop.controls, loop.ranks.world_size
     if start.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {start.batch_size}")
-    smallest, largest = _batches(settings, decisions, processes) if levers.changes_batch else (start.batch_size,) * 2
+    smallest, largest = _batches(settings, decisions, processes) if loop.changes_batch else (start.batch_size,) * 2
     return ControlLimits(
         start=start,
         min_batch_size=smallest,
         max_batch_size=largest,
-        masked_precisions=offered(settings.precisions, levers.device),
+        masked_precisions=_masked_precisions(settings.precisions, loop.device),
         pruning=settings.pruning,
         decisions=decisions,
     )
+
+
+def _masked_precisions(offered: tuple[Precision, ...], device: torch.device) -> dict[Precision, str]:
+    """Return the precisions that a policy may not choose, each with the reason."""
+    reasons = lacking(device)
+    reasons.setdefault("fp16", "needs a loss scaler, which is the loop's")
+    for name in PRECISIONS:
+        if name not in offered:
+            reasons.setdefault(name, "not among the precisions that were offered")
+    return reasons
 
 
 def _batches(settings: SteeringSettings, decisions: int, processes: int) -> tuple[int, int]:

@@ -176,7 +176,7 @@ class TimeIsUpError(Exception):
     """Raised when the time limit has passed; finished runs are kept."""
 
 
-class KeptMeter:
+class KeptMeter(EnergyMeter):
     """An energy meter that records its readings."""
 
     def __init__(self, meter: EnergyMeter) -> None:
@@ -187,6 +187,11 @@ class KeptMeter:
     def description(self) -> str:
         """One line that describes what is measured, and how."""
         return self.meter.description
+
+    @property
+    def resolution_s(self) -> float:
+        """Seconds of a meaningful window, as of the meter."""
+        return self.meter.resolution_s
 
     def read(self) -> EnergyReading:
         """Return the meter's reading and record it."""

@@ -26,7 +26,7 @@ from trainpilot.envs.reward import ScalarReward
 from trainpilot.experiments.analysis.figures import AXES
 from trainpilot.experiments.analysis.multiplier import Curve, CurveRun, compute_multiplier, fit_curve
 from trainpilot.experiments.analysis.statistics import over_seeds
-from trainpilot.experiments.compare.cases import Setting, rounded
+from trainpilot.experiments.compare.cases import StaticSetting, rounded
 from trainpilot.experiments.compare.methods import SIMPLE, policy_method
 from trainpilot.experiments.compare.results import UNTUNED, Case, RunResult, RunSpec
 from trainpilot.experiments.recipe import load_recipe
@@ -56,7 +56,7 @@ class Ask:
 
     def static(self, what: str, rate: float, *, seed: int, budget: float = 1.0) -> RunResult:
         """Return an unsteered run under WSD, the policy's own base schedule, at a learning rate."""
-        setting = Setting(
+        setting = StaticSetting(
             learning_rate=rate,
             batch_size=self.config.batch_size,
             schedule="wsd",

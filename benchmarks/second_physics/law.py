@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import OptimizeResult, least_squares
 
 from trainpilot.llm_runtime.simulator.physics import mode_rates, mode_weights, step_modes
+from trainpilot.llm_runtime.simulator.records import Rows
 
 Floats = NDArray[np.float64]
 
@@ -39,7 +40,7 @@ LEAST_EXCESS = 1e-3
 
 
 @dataclass(kw_only=True)
-class LawBatch:
+class LawBatch(Rows):
     """The law's constants for many runs, each of shape (n_runs,); the learning rates are the published ones."""
 
     floor: Floats

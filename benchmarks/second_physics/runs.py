@@ -9,15 +9,14 @@ energy of an interval.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from second_physics.law import LAW_NAMES, PUBLISHED_FITS, Floats, LawBatch, wsd_mean_factor
 
 from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, probe_due, sequences_probed
-from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, LimitBatch, TelemetryBatch
+from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Ints, LimitBatch, Rows, TelemetryBatch
 
 WARMUP_SHARE = 0.1
 """The base schedule is WSD with this share of the budget as warm-up."""
@@ -31,7 +30,7 @@ _SPREADS = {
 
 
 @dataclass(kw_only=True)
-class CaseBatch:
+class CaseBatch(Rows):
     """Constants of the runs; every array has shape (n_runs,)."""
 
     law: LawBatch
@@ -74,15 +73,6 @@ class CaseBatch:
     base_memory_share: Floats
     batch_memory_share: Floats
     """Share of memory that the starting batch needs."""
-
-    def put(self, rows: Ints, cases: CaseBatch) -> None:
-        """Replace the cases in these rows."""
-        _put(self, rows, cases)
-
-    def take(self, rows: Ints) -> CaseBatch:
-        """Return the cases of these rows."""
-        taken: CaseBatch = _take(self, rows)
-        return taken
 
     def base_factors(self, share: float, decisions: int) -> Floats:
         """Return the base schedule's factor in each interval of a run of `share` of the budget."""
@@ -159,29 +149,12 @@ def _between(random: np.random.Generator, n: int, low: float, high: float) -> Fl
     return drawn
 
 
-def _put(target: Any, rows: Ints, source: Any) -> None:
-    for each in fields(target):
-        mine, new = getattr(target, each.name), getattr(source, each.name)
-        if isinstance(mine, np.ndarray):
-            mine[rows] = new
-        else:
-            _put(mine, rows, new)
-
-
-def _take(source: Any, rows: Ints) -> Any:
-    taken = {}
-    for each in fields(source):
-        value = getattr(source, each.name)
-        taken[each.name] = value[rows] if isinstance(value, np.ndarray) else _take(value, rows)
-    return type(source)(**taken)
-
-
 SWITCH_S = 1e-3
 """Seconds that a change of precision takes."""
 
 
 @dataclass(kw_only=True)
-class Interval:
+class LawInterval:
     """One interval of many runs; arrays of shape (n_runs,)."""
 
     taken: Floats
@@ -201,7 +174,7 @@ class Interval:
     """Loss in the middle of the interval, in nats/token."""
 
     @classmethod
-    def usual(cls, cases: CaseBatch, decisions: int) -> Interval:
+    def usual(cls, cases: CaseBatch, decisions: int) -> LawInterval:
         """Return an interval at the starting controls; its learning rates are not set."""
         nothing = np.zeros(len(cases.batch_size))
         return cls(
@@ -240,7 +213,7 @@ def throughput(cases: CaseBatch, batch: Floats | Ints, precision: Floats | Ints)
 
 def interval_telemetry(
     cases: CaseBatch,
-    interval: Interval,
+    interval: LawInterval,
     controls: ControlBatch,
     best_learning_rate: Floats,
     *,
@@ -320,7 +293,7 @@ LEAST_BF16_GAIN = 1.05
 
 
 @dataclass(kw_only=True)
-class _State:
+class _State(Rows):
     """State of the runs; arrays of shape (n_runs,), those of the law's changes of shape (n_runs, decisions)."""
 
     sequences: Floats
@@ -352,11 +325,6 @@ class _State:
             precision=np.zeros(n, dtype=np.int64), diverged=np.zeros(n, dtype=np.bool_),
             validation_loss=unknown.copy(), evaluation_s=flat.copy(),
         )  # fmt: skip
-
-    def renew(self, rows: Ints) -> None:
-        fresh = _State.fresh(len(rows), self.rates.shape[1])
-        for name, values in vars(fresh).items():
-            getattr(self, name)[rows] = values
 
 
 class MultiPowerRuns:
@@ -440,7 +408,7 @@ class MultiPowerRuns:
         """Start new runs in these rows; the others continue."""
         if len(rows):
             self.cases.put(rows, self._draw(self._case_random, len(rows), self.decisions, self.start_range))
-            self.state.renew(rows)
+            self.state.put(rows, _State.fresh(len(rows), self.decisions))
             self._prepare(rows)
 
     def advance(self, controls: ControlBatch) -> TelemetryBatch:
@@ -488,7 +456,7 @@ class MultiPowerRuns:
         for i, share in enumerate(BUDGET_SHARES):
             factors = cases.base_factors(share, self.decisions)
             self.reference_losses[rows, i] = cases.law.base_loss(peak, factors, share * cases.n_steps)
-        interval = Interval.usual(cases, self.decisions)
+        interval = LawInterval.usual(cases, self.decisions)
         self.reference_time_s[rows] = self.decisions * interval.time_s(cases)
         self.reference_energy_j[rows] = self.reference_time_s[rows] * interval.power_w(cases)
 
@@ -522,7 +490,7 @@ class MultiPowerRuns:
         cooling = np.isfinite(state.cooldown_end)
         return np.where(cooling, state.cooldown_factor * left, self._schedule(start, end, step))
 
-    def _interval(self, controls: ControlBatch, active: Bools) -> Interval:
+    def _interval(self, controls: ControlBatch, active: Bools) -> LawInterval:
         """Return the next interval: its sequences up to the next decision or the run's end, and its learning rates."""
         state, cases = self.state, self.cases
         start = state.sequences
@@ -531,7 +499,7 @@ class MultiPowerRuns:
         batch = np.minimum(controls.batch_size, np.maximum(taken, 1.0))
         end = start + taken
         peak = self.start_learning_rate / cases.unit * controls.learning_rate_scale
-        return Interval(
+        return LawInterval(
             taken=taken,
             batch=batch,
             precision=controls.precision,
@@ -542,7 +510,7 @@ class MultiPowerRuns:
             probed=probe_due(state.decision, state.sequences / cases.n_sequences),
         )
 
-    def _enter(self, interval: Interval, active: Bools) -> Floats:
+    def _enter(self, interval: LawInterval, active: Bools) -> Floats:
         """Record the change of the learning rate, and return the path that the interval adds."""
         state, cases = self.state, self.cases
         rows = np.flatnonzero(active)

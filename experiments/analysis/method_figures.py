@@ -33,7 +33,7 @@ from trainpilot.llm_runtime.energy.meter import sum_known
 
 
 @dataclass(frozen=True)
-class Reading:
+class EvaluatedLoss:
     """A look at the validation loss."""
 
     loss: float
@@ -67,11 +67,11 @@ def used_to_reach(run: Run, target: float) -> dict[str, Bounded | None]:
 
     Between two looks at the validation loss everything is taken to change linearly.
     """
-    readings = _readings(run)
-    index = next((index for index, reading in enumerate(readings) if reading.loss <= target), None)
+    losses = _evaluated_losses(run)
+    index = next((index for index, each in enumerate(losses) if each.loss <= target), None)
     if index is None:
         return {axis: None if (spent := run.spent[axis]) is None else above(spent) for axis in AXES}
-    before, after = readings[max(index - 1, 0)], readings[index]
+    before, after = losses[max(index - 1, 0)], losses[index]
     share = (before.loss - target) / (before.loss - after.loss) if index else 0.0
     return {axis: _between(before.used[axis], after.used[axis], share) for axis in AXES}
 
@@ -80,14 +80,14 @@ def _between(before: float | None, after: float | None, share: float) -> Bounded
     return None if before is None or after is None else exactly(before + (after - before) * share)
 
 
-def _readings(run: Run) -> list[Reading]:
+def _evaluated_losses(run: Run) -> list[EvaluatedLoss]:
     """Return the looks at the validation loss, the one before the first step included."""
     result = run.result
     costs = cumulative(result, run.table) if run.cost is not None and run.table is not None else None
-    readings = []
+    losses = []
     if result.initial_validation_loss is not None:
         start = {axis: None if spent is None else 0.0 for axis, spent in run.spent.items()}
-        readings.append(Reading(result.initial_validation_loss, start))
+        losses.append(EvaluatedLoss(result.initial_validation_loss, start))
     for index, interval in enumerate(result.intervals):
         if interval.validation_loss is not None:
             used = {
@@ -95,8 +95,8 @@ def _readings(run: Run) -> list[Reading]:
                 "time_s": costs[index].time_s if costs else None,
                 "energy_j": costs[index].energy_j if costs else None,
             }
-            readings.append(Reading(interval.validation_loss, used))
-    return readings
+            losses.append(EvaluatedLoss(interval.validation_loss, used))
+    return losses
 
 
 @dataclass(frozen=True, kw_only=True)

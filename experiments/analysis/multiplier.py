@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trainpilot.envs.reward import MAX_LOSS_INCREASE, Outcome, product
+from trainpilot.envs.reward import MAX_LOSS_INCREASE, Outcome, budget_for_loss, product
 from trainpilot.experiments.analysis.figures import AXES, BaselineCurve
 from trainpilot.experiments.analysis.modelled_cost import Amounts, Run, Runs
 from trainpilot.experiments.analysis.statistics import NEVER, Bounded, above, below, exactly
@@ -96,7 +96,7 @@ class Curve:
             return above(1.0) if y < 0 else below(1.0)
         if self.points[-1][1] <= y <= self.points[0][1]:
             return exactly(math.exp(float(self._between(-y))))
-        return self._worse_than_all(y) if y > 0 else self._better_than_all(y)
+        return self._beyond_the_points(y)
 
     @cached_property
     def _between(self) -> Any:
@@ -109,17 +109,16 @@ class Curve:
 
         return PchipInterpolator([-y for _, y in self.points], [x for x, _ in self.points])
 
-    def _worse_than_all(self, y: float) -> Bounded:
-        limit = self.measured[0] - math.log(BEYOND)
-        x = _along(self.points[0], self.points[1], y)
-        return exactly(math.exp(x)) if x >= limit else below(math.exp(limit))
-
-    def _better_than_all(self, y: float) -> Bounded:
-        limit = self.measured[1] + math.log(BEYOND)
-        x = _along(self.points[-2], self.points[-1], y)
-        if x > limit or self.flat_end:  # where more budget brought nothing, the line on is too kind to the baseline
-            return above(math.exp(min(x, limit)))
-        return exactly(math.exp(x))
+    def _beyond_the_points(self, y: float) -> Bounded:
+        """Return where the end pieces, as straight lines, reach `y`; a bound where that is not to be believed."""
+        low, high = math.exp(self.measured[0]) / BEYOND, math.exp(self.measured[1]) * BEYOND
+        budgets, losses = np.exp(self.points).T
+        share = float(budget_for_loss(math.exp(y), budgets, losses, limits=(low, high)))
+        if y > 0:
+            return exactly(share) if share > low else below(low)
+        if share >= high or self.flat_end:  # where more budget brought nothing, the line is too kind to the baseline
+            return above(share)
+        return exactly(share)
 
 
 def fit_curve(runs: Sequence[CurveRun]) -> Curve | None:
@@ -178,7 +177,10 @@ def _other_points(runs: Iterable[CurveRun], ended: Mapping[int, tuple[float, flo
 
 
 def _in_order(points: Sequence[Point]) -> list[list[Point]]:
-    """Pool neighbours, points rising in budget, until each block's loss lies below that of the block before."""
+    """Pool neighbours, points rising in budget, until each block's loss lies below that of the block before.
+
+    Isotonic regression with the whole run as a fixed point, which scipy's has not.
+    """
     blocks: list[list[Point]] = []
     for point in points:
         blocks.append([point])
@@ -193,12 +195,6 @@ def _place(block: Sequence[Point]) -> Point:
     if WHOLE in block:
         return WHOLE
     return (fmean(x for x, _ in block), fmean(y for _, y in block))
-
-
-def _along(before: Point, after: Point, y: float) -> float:
-    """Return the logarithm of the budget at which the line through two points reaches `y`."""
-    (x0, y0), (x1, y1) = before, after
-    return x0 + (x1 - x0) / (y1 - y0) * (y - y0)
 
 
 TIME_WEIGHT, ENERGY_WEIGHT = 0.5, 0.5
@@ -232,7 +228,7 @@ def product_score(
         return above(WORST)
     weights = np.array([0.0, energy_weight if energy is not None else 0.0, time_weight])
     outcome = Outcome(energy=-(energy or 0.0), time=-time, loss_increase=loss - base_loss)
-    return exactly(-product(outcome, weights))
+    return exactly(-float(product(outcome, weights)))
 
 
 Multipliers = Mapping[str, Mapping[str, Sequence[Bounded]]]

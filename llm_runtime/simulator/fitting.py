@@ -112,13 +112,13 @@ class FittedPhysics(JsonRecord):
 
     def predict(self, run: CalibrationRun) -> Floats:
         """Return the expected training loss of each interval, in nats/token, of shape (n_intervals,)."""
-        losses, _ = _simulate(self.physics(1), _Runs.of([run]))
+        losses, _ = _simulate(self.physics(1), _RunInputs.of([run]))
         mean: Floats = (losses[0, :-1] + losses[0, 1:]) / 2
         return mean[: len(run.telemetry)]
 
     def predict_final(self, run: CalibrationRun) -> float:
         """Return the expected loss after the last interval, in nats/token."""
-        losses, _ = _simulate(self.physics(1), _Runs.of([run]))
+        losses, _ = _simulate(self.physics(1), _RunInputs.of([run]))
         return float(losses[0, len(run.telemetry)])
 
     @classmethod
@@ -160,7 +160,7 @@ class _Problem:
     """The residuals of a fit."""
 
     def __init__(self, runs: Sequence[CalibrationRun]) -> None:
-        self.runs = _Runs.of(runs)
+        self.runs = _RunInputs.of(runs)
         self.validation = _validation(runs, self.runs.steps.shape[1])
         self.seen = np.isfinite(self.validation)
         self.initial_loss = float(np.nanmean(self.validation[:, 0]))
@@ -205,7 +205,7 @@ class _Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Runs:
+class _RunInputs:
     """What was done to runs, interval by interval; shorter runs are filled up with nothing."""
 
     steps: Floats
@@ -217,7 +217,7 @@ class _Runs:
     batch: Floats
 
     @classmethod
-    def of(cls, runs: Sequence[CalibrationRun]) -> _Runs:
+    def of(cls, runs: Sequence[CalibrationRun]) -> _RunInputs:
         shape = (len(runs), max(len(run.telemetry) for run in runs))
         steps, rate, last, batch = np.zeros(shape), np.zeros(shape), np.ones(shape), np.ones(shape)
         for row, run in enumerate(runs):
@@ -248,7 +248,7 @@ def _factor(schedule: Schedule, cooldown: Cooldown | None, tokens: int, step_tok
     return schedule.factor(tokens, step_tokens) if cooldown is None else cooldown.factor(tokens)
 
 
-def _simulate(physics: Physics, runs: _Runs) -> tuple[Floats, Floats]:
+def _simulate(physics: Physics, runs: _RunInputs) -> tuple[Floats, Floats]:
     """Return losses before and after each interval, (n_runs, n_intervals + 1), and logarithms of relative updates."""
     n_runs, n_intervals = runs.steps.shape
     state = PhysicsState.fresh(n_runs)
@@ -271,7 +271,7 @@ def _validation(runs: Sequence[CalibrationRun], n_intervals: int) -> Floats:
     return table
 
 
-def _relative_updates(runs: Sequence[CalibrationRun], arrays: _Runs) -> Floats:
+def _relative_updates(runs: Sequence[CalibrationRun], arrays: _RunInputs) -> Floats:
     table = np.full(arrays.steps.shape, np.nan)
     for row, run in enumerate(runs):
         known = [each.relative_update if each.relative_update else np.nan for each in run.telemetry]

@@ -8,7 +8,7 @@ Draw random numbers that belong to a run, not to its place in a batch: one run a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,8 @@ from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, Physics
-from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
-from trainpilot.llm_runtime.simulator.sensors import Meters
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
+from trainpilot.llm_runtime.simulator.sensors import Sensors
 
 FORWARD_SHARE = 1 / 3
 """A forward pass over a whole step's time: backward costs twice as much."""
@@ -27,7 +27,7 @@ PROBE_COPIES = 0.6
 
 
 @dataclass(kw_only=True)
-class Hardware:
+class Hardware(Rows):
     """Machine and model as their costs show them; arrays of shape (n_runs,) unless said otherwise."""
 
     overhead_s: Floats
@@ -47,15 +47,6 @@ class Hardware:
     """Seconds of a change of batch or precision."""
     memory_share: Floats
     """Memory in use at the starting batch."""
-
-    def put(self, rows: Ints, other: Hardware) -> None:
-        """Replace some runs' machines by those of `other`."""
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(other, field.name)
-
-    def take(self, rows: Ints) -> Hardware:
-        """Return copies of some runs' machines."""
-        return Hardware(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def step_s(self, batch: Floats, precision: Ints, sparsity: Floats) -> Floats:
         """Return the seconds of a step: throughput is B / (B + B_half) of the most, B_half = overhead / sequence."""
@@ -87,11 +78,11 @@ UPDATE_SPREAD = 0.25
 
 
 @dataclass(kw_only=True)
-class Instances:
+class Instances(Rows):
     """Runs that can be trained: arrays of shape (n_instances,)."""
 
     physics: Physics
-    meters: Meters
+    sensors: Sensors
     hardware: Hardware
     sequences: Floats
     """Budget in sequences."""
@@ -110,21 +101,6 @@ class Instances:
     def batch_limits(self, decisions: int) -> tuple[Ints, Ints]:
         """Return the smallest and the largest batch, by the rules of live runs."""
         return batch_limits(self.start_batch, self.sequences.astype(np.int64) // decisions)
-
-    def take(self, rows: Ints) -> Instances:
-        """Return copies of some instances."""
-        parts = {name: getattr(self, name).take(rows) for name in ("physics", "meters", "hardware")}
-        plain = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name not in parts}
-        return Instances(**parts, **plain)
-
-    def put(self, rows: Ints, other: Instances) -> None:
-        """Replace some instances by those of `other`."""
-        for part in fields(self):
-            mine, theirs = getattr(self, part.name), getattr(other, part.name)
-            if isinstance(mine, np.ndarray):
-                mine[rows] = theirs
-            else:
-                mine.put(rows, theirs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +127,7 @@ def draw_instances(
     data = np.where(repeats, sequences * np.exp(random.uniform(np.log(0.15), 0, n_instances)), 100 * sequences)
     return Instances(
         physics=_physics(random, n_instances, calibrations, widening.spread),
-        meters=_meters(random, n_instances, widening.spread),
+        sensors=_sensors(random, n_instances, widening.spread),
         hardware=_hardware(random, n_instances),
         sequences=sequences,
         data=data,
@@ -197,11 +173,11 @@ def _rescale(values: dict[str, Floats], factor: Floats) -> None:
     values["shrinking"] *= factor
 
 
-def _meters(random: np.random.Generator, n: int, spread: float) -> Meters:
+def _sensors(random: np.random.Generator, n: int, spread: float) -> Sensors:
     def around(typical: float, width: float) -> Floats:
         return typical * np.exp(width * spread * random.normal(size=n))
 
-    return Meters(
+    return Sensors(
         loss_spread=around(0.48, 0.3),
         validation_gap=0.04 * spread * random.normal(size=n),
         noise_scale=around(2.0, 0.5),

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from trainpilot.llm_runtime.simulator.records import Floats, Ints
+from trainpilot.llm_runtime.simulator.records import Floats, Ints, Rows
 
 N_MODES = 48
 """Modes: about seven in each decade, enough for smooth power laws."""
@@ -150,7 +150,7 @@ RELATIVE_RATES = mode_rates()
 
 
 @dataclass(kw_only=True)
-class Physics:
+class Physics(Rows):
     """Parameters of many runs, and what follows from them; arrays of shape (n_runs,) or (n_runs, n_modes)."""
 
     values: dict[str, Floats]
@@ -168,26 +168,9 @@ class Physics:
         self.gradient_shares = power / power.sum(axis=1, keepdims=True)
         self.amplitude = self.initial_loss - v["floor"]
 
-    def put(self, rows: Ints, other: Physics) -> None:
-        """Replace the parameters of some runs by those of `other`, which has one for each of them."""
-        for name, value in self.values.items():
-            value[rows] = other.values[name]
-        for name in _DERIVED:
-            getattr(self, name)[rows] = getattr(other, name)
-
-    def take(self, rows: Ints) -> Physics:
-        """Return copies of some runs' parameters."""
-        values = {name: value[rows] for name, value in self.values.items()}
-        return Physics(values=values, initial_loss=self.initial_loss[rows], weight_decay=self.weight_decay[rows])
-
-
-_DERIVED = (
-    "initial_loss", "weight_decay", "shares", "slow_shares", "stall", "gradient_shares", "amplitude",
-)  # fmt: skip
-
 
 @dataclass(kw_only=True)
-class PhysicsState:
+class PhysicsState(Rows):
     """How far many runs have come."""
 
     signal: Floats
@@ -212,12 +195,7 @@ class PhysicsState:
 
     def restart(self, rows: Ints) -> None:
         """Put some runs back before their first step."""
-        self.signal[rows] = 1.0
-        self.noise[rows] = 0.0
-        self.growth[rows] = 1.0
-        self.scar[rows] = 0.0
-        self.excess[rows] = 0.0
-        self.steps[rows] = 0.0
+        self.put(rows, PhysicsState.fresh(len(rows)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,15 @@
-"""Hold the controls, limits and telemetry of many runs at once: the records of `plant` and `telemetry`, as arrays.
+"""Controls, limits and telemetry of many runs at once: the records of `config` and `telemetry`, as arrays.
 
-Every array has shape (n_runs,) unless said otherwise. What was not measured is NaN.
-
-Take rows out of a record of arrays, and put rows into a copy of it.
+Every array has one row per run, and shape (n_runs,) unless said otherwise. What was not measured is NaN. `Rows` is the
+base class of all records of arrays, here and in the rest of the simulator: it takes rows out of them and puts rows in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,46 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
+class Rows:
+    """Base class of records whose attributes are arrays with one row per run, dictionaries of such, or such records."""
+
+    def take(self, rows: Ints) -> Self:
+        """Return copies of some runs' rows."""
+        return self._each(lambda values: values[rows])
+
+    def put(self, rows: Ints, other: Self) -> None:
+        """Replace some runs' rows, in place, by those of `other`, which has one for each of them."""
+        for name, values in vars(self).items():
+            _put(values, rows, getattr(other, name))
+
+    def copy(self) -> Self:
+        """Return a record of copied arrays."""
+        return self._each(np.copy)
+
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        changed = copy(self)
+        vars(changed).update({name: _changed(values, change) for name, values in vars(self).items()})
+        return changed
+
+
+def _changed(values: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(values, Rows):
+        return values._each(change)
+    return {name: change(each) for name, each in values.items()} if isinstance(values, dict) else change(values)
+
+
+def _put(values: Any, rows: Ints, others: Any) -> None:
+    if isinstance(values, Rows):
+        values.put(rows, others)
+    elif isinstance(values, dict):
+        for name, each in values.items():
+            each[rows] = others[name]
+    else:
+        values[rows] = others
+
+
 @dataclass(kw_only=True)
-class ControlBatch:
+class ControlBatch(Rows):
     """What holds during one interval of each run; as `Controls`."""
 
     learning_rate_scale: Floats
@@ -57,7 +95,7 @@ class ControlBatch:
 
 
 @dataclass(kw_only=True)
-class LimitBatch:
+class LimitBatch(Rows):
     """What each run can do; as `ControlLimits`, without the reasons."""
 
     start: ControlBatch
@@ -85,7 +123,7 @@ class LimitBatch:
 
 
 @dataclass(kw_only=True)
-class TelemetryBatch:
+class TelemetryBatch(Rows):
     """One interval of each run; names, units and meanings as in `Telemetry`. Unknown is NaN."""
 
     decision: Ints
@@ -176,24 +214,3 @@ class PlantBatch(Protocol):
 
         It enters the telemetry of these runs from the next interval on.
         """
-
-
-Record = TypeVar("Record")
-
-
-def take(record: Record, rows: Ints) -> Record:
-    """Return these rows of every array of a record, and of the records in it."""
-    return _each(record, lambda values: take(values, rows) if is_dataclass(values) else values[rows])
-
-
-def put(record: Record, rows: Ints, part: Record) -> Record:
-    """Return a copy of a record of arrays whose `rows` are those of `part`."""
-    changed = _each(record, lambda values: values.copy())
-    for field in fields(part):  # type: ignore[arg-type]
-        getattr(changed, field.name)[rows] = getattr(part, field.name)
-    return changed
-
-
-def _each(record: Record, change: Any) -> Record:
-    values = {field.name: change(getattr(record, field.name)) for field in fields(record)}  # type: ignore[arg-type]
-    return replace(record, **values)  # type: ignore[type-var]

@@ -5,14 +5,14 @@ Tabulate a base schedule by decision: mean and last factor of each interval, coo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
-from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 
 _TOKENS = 1_000_000  # of a nominal budget: factors depend on shares only
 _POINTS = 16
@@ -38,7 +38,7 @@ class ScheduleTable:
 
 
 @dataclass(kw_only=True)
-class Progress:
+class Progress(Rows):
     """Where many runs stand in their schedules; positions are counted in intervals. Arrays of shape (n_runs,)."""
 
     position: Floats
@@ -66,10 +66,7 @@ class Progress:
 
     def restart(self, rows: Ints, decisions: int) -> None:
         """Put some runs back to the beginning."""
-        self.position[rows] = 0.0
-        self.end[rows] = float(decisions)
-        self.cooldown_start[rows] = np.nan
-        self.cooldown_factor[rows] = np.nan
+        self.put(rows, Progress.fresh(len(rows), decisions))
 
     def begin_cooldown(self, wanted: Bools, table: ScheduleTable) -> None:
         """Begin the cool-down where it is wanted and has not begun: a fall to zero over a fifth of what was trained."""
@@ -103,7 +100,7 @@ FINE_FACTORS = (0.75, 1.33)
 
 
 @dataclass(kw_only=True)
-class References:
+class References(Rows):
     """The tuned static of each instance; arrays of shape (n_instances,) unless said otherwise."""
 
     rate: Floats
@@ -115,15 +112,6 @@ class References:
     """Seconds of the tuned static's run: the unit of a policy's time, as its losses are the unit of quality."""
     energy_j: Floats
     """Joules of the same."""
-
-    def take(self, rows: Ints) -> References:
-        """Return copies of some instances' references."""
-        return References(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
-
-    def put(self, rows: Ints, other: References) -> None:
-        """Replace some by those of `other`."""
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(other, field.name)
 
 
 def static_losses(
@@ -145,7 +133,7 @@ def static_losses(
         for factor in table.mean:
             advance(instances.physics, state, steps, rate * factor, batch)
         final = loss(instances.physics, state)
-    final = final + instances.meters.validation_gap + overfit(instances, sequences)
+    final = final + instances.sensors.validation_gap + overfit(instances, sequences)
     return np.where(np.isfinite(final) & (final < 1.3 * instances.physics.initial_loss), final, np.inf)
 
 

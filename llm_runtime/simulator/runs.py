@@ -14,7 +14,6 @@ import numpy as np
 
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, probe_due, sequences_probed
-from trainpilot.llm_runtime.simulator import sensors as readings
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
 from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
@@ -28,6 +27,7 @@ from trainpilot.llm_runtime.simulator.records import (
     TelemetryBatch,
 )
 from trainpilot.llm_runtime.simulator.references import Progress, References, ScheduleTable, find_references, overfit
+from trainpilot.llm_runtime.simulator.sensors import CHANNELS, SimulatedInterval, read_sensors
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 DIVERGED_FACTOR = 1.3
@@ -202,7 +202,7 @@ class SimulatedRuns:
             self.bump *= np.exp(-steps / HEALING_STEPS)
             self.used += sequences
             after = self._expected()
-            interval = readings.Interval(
+            interval = SimulatedInterval(
                 steps=steps,
                 batch=batch,
                 last_rate=rate * last,
@@ -210,9 +210,9 @@ class SimulatedRuns:
                 loss_fall=before - after,
                 probed=probe_due(self.decision, self.progress.position / self.start.decisions),
             )
-            random = normals(self.keys, 1 + self.decision, readings.CHANNELS)
-            fields = readings.read(
-                self.instances.meters, self.instances.physics, self.state, moments, interval,
+            random = normals(self.keys, 1 + self.decision, CHANNELS)
+            fields = read_sensors(
+                self.instances.sensors, self.instances.physics, self.state, moments, interval,
                 memory=self.memory, random=random,
             )  # fmt: skip
         self.expected_loss = after
@@ -241,14 +241,14 @@ class SimulatedRuns:
     def evaluate(self, rows: Ints | None = None) -> Floats:
         """Measure the validation loss of these rows (of all by default) and return it, in nats/token."""
         rows = np.arange(self.n_runs) if rows is None else rows
-        exact = self._expected() + self.instances.meters.validation_gap + overfit(self.instances, self.used)
+        exact = self._expected() + self.instances.sensors.validation_gap + overfit(self.instances, self.used)
         noise = VALIDATION_NOISE * normals(self.keys[rows], 1000 + self.decision[rows], 1)[:, 0]
         measured = np.where(self.diverged[rows], np.nan, exact[rows] + noise)
         self.validation_loss[rows] = measured
         return measured
 
     def _costs(
-        self, interval: readings.Interval, sequences: Floats, switches: Floats, random: Floats
+        self, interval: SimulatedInterval, sequences: Floats, switches: Floats, random: Floats
     ) -> dict[str, Floats]:
         hardware = self.instances.hardware
         jitter = np.exp(0.03 * random[:, 9])
@@ -268,7 +268,7 @@ class SimulatedRuns:
         }
 
     def _telemetry(
-        self, controls: ControlBatch, interval: readings.Interval, sequences: Floats, fields: dict[str, Floats],
+        self, controls: ControlBatch, interval: SimulatedInterval, sequences: Floats, fields: dict[str, Floats],
         costs: dict[str, Floats],
     ) -> TelemetryBatch:  # fmt: skip
         self.decision = self.decision + 1

@@ -1,24 +1,24 @@
-"""Turn the state of simulated runs into what their meters would show, noise included."""
+"""Sensors of simulated runs: what would be measured on them, noise included, as arrays with one row per run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from trainpilot.llm_runtime.schedules import sequences_probed
 from trainpilot.llm_runtime.simulator.physics import MOMENTUM_NOISE, RATE_UNIT, Moments, Physics, PhysicsState
-from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Rows
 
 CHANNELS = 12
-"""Random numbers that an interval's readings take."""
+"""Random numbers per run and interval."""
 TEXT_SPREAD = 1.5
 """Neighbouring sequences come from the same documents, so that an interval's loss varies this much more."""
 
 
 @dataclass(kw_only=True)
-class Meters:
-    """How one model's readings come out; arrays of shape (n_runs,). Typical values are means over live runs."""
+class Sensors(Rows):
+    """What the sensors of each run show; arrays of shape (n_runs,). Typical values are means over live runs."""
 
     loss_spread: Floats
     """Standard deviation of one sequence's loss, in nats/token."""
@@ -35,22 +35,15 @@ class Meters:
     probe_spread: Floats
     """Spread of the probe's logarithm on one sequence."""
 
-    def put(self, rows: Ints, other: Meters) -> None:
-        """Replace some runs' meters by those of `other`."""
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(other, field.name)
-
-    def take(self, rows: Ints) -> Meters:
-        """Return copies of some runs' meters."""
-        return Meters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
-
 
 @dataclass(frozen=True, kw_only=True)
-class Interval:
-    """What has just happened."""
+class SimulatedInterval:
+    """What each run did in one interval; arrays of shape (n_runs,)."""
 
     steps: Floats
+    """Optimiser steps."""
     batch: Floats
+    """Sequences per step."""
     last_rate: Floats
     """Learning rate of the last step."""
     mean_loss: Floats
@@ -61,14 +54,20 @@ class Interval:
     """Whether it ends with a curvature probe."""
 
 
-def read(
-    meters: Meters, physics: Physics, state: PhysicsState, moments: Moments, interval: Interval, *, memory: Floats,
+def read_sensors(
+    sensors: Sensors,
+    physics: Physics,
+    state: PhysicsState,
+    moments: Moments,
+    interval: SimulatedInterval,
+    *,
+    memory: Floats,
     random: Floats,
-) -> dict[str, Floats]:  # fmt: skip
+) -> dict[str, Floats]:
     """Return the telemetry's fields of loss, gradient and probe.
 
     Args:
-        meters: How readings come out.
+        sensors: What the sensors show of the runs.
         physics: Parameters of the runs.
         state: Where the runs are.
         moments: Gradients of the interval.
@@ -77,16 +76,16 @@ def read(
         random: Standard normal numbers of shape (n_runs, CHANNELS).
     """
     steps, batch = np.maximum(interval.steps, 1.0), interval.batch
-    spread = meters.loss_spread / np.sqrt(batch)
+    spread = sensors.loss_spread / np.sqrt(batch)
     mean = interval.mean_loss + TEXT_SPREAD * spread / np.sqrt(steps) * random[:, 0]
     measured = spread * np.exp(0.7 / np.sqrt(2 * steps) * random[:, 1])
     update = _relative_update(physics, state, moments, interval, random[:, 2])
-    linear, quadratic = _probe(meters, interval, update, memory, random)
+    linear, quadratic = _probe(sensors, interval, update, memory, random)
     return {
         "train_loss": mean,
         "train_loss_std": np.where(steps > 2, measured, 0.0),
         "train_loss_max": mean + measured * np.sqrt(2 * np.log(np.maximum(steps, 1.5))) * np.exp(0.2 * random[:, 3]),
-        **_gradients(meters, state, moments, interval, random),
+        **_gradients(sensors, state, moments, interval, random),
         "relative_update": np.where(interval.probed, update, np.nan),
         "probe_linear": linear,
         "probe_quadratic": quadratic,
@@ -94,7 +93,7 @@ def read(
 
 
 def _relative_update(
-    physics: Physics, state: PhysicsState, moments: Moments, interval: Interval, random: Floats
+    physics: Physics, state: PhysicsState, moments: Moments, interval: SimulatedInterval, random: Floats
 ) -> Floats:
     size = physics.values["update"] * np.sqrt(moments.momentum_power / state.growth)
     update: Floats = size * interval.last_rate / RATE_UNIT * np.exp(0.12 * random)
@@ -102,13 +101,13 @@ def _relative_update(
 
 
 def _gradients(
-    meters: Meters, state: PhysicsState, moments: Moments, interval: Interval, random: Floats
+    sensors: Sensors, state: PhysicsState, moments: Moments, interval: SimulatedInterval, random: Floats
 ) -> dict[str, Floats]:
-    ratio = meters.noise_scale / (interval.batch * moments.signal_power)  # noise over signal power of one gradient
+    ratio = sensors.noise_scale / (interval.batch * moments.signal_power)  # noise over signal power of one gradient
     seen, averaged = 1.0 + ratio, (1.0 + MOMENTUM_NOISE * ratio) * np.exp(0.15 * random[:, 4] - 0.12)
     noise = np.maximum(seen - averaged, 0.0) / (1.0 - MOMENTUM_NOISE)
     signal = averaged - MOMENTUM_NOISE * noise
-    norm = meters.gradient_norm * np.sqrt(moments.signal_power * seen / state.growth) * np.exp(0.2 * random[:, 5])
+    norm = sensors.gradient_norm * np.sqrt(moments.signal_power * seen / state.growth) * np.exp(0.2 * random[:, 5])
     return {
         "noise_scale": noise / np.maximum(signal, 1e-2 * averaged) * interval.batch,
         "gradient_norm": norm,
@@ -116,13 +115,15 @@ def _gradients(
     }
 
 
-def _probe(meters: Meters, interval: Interval, update: Floats, memory: Floats, random: Floats) -> tuple[Floats, Floats]:
+def _probe(
+    sensors: Sensors, interval: SimulatedInterval, update: Floats, memory: Floats, random: Floats
+) -> tuple[Floats, Floats]:
     log_update = np.log(np.maximum(update, 1e-9) / 0.01)
     memory += (log_update - memory) / 8.0
     sequences = sequences_probed(interval.steps * interval.batch)
-    luck = meters.probe_spread * random[:, 6] / sequences**0.5
-    size = np.exp(2.0 * log_update - meters.curvature_memory * memory + luck)
-    quadratic = meters.curvature * interval.mean_loss * size
+    luck = sensors.probe_spread * random[:, 6] / sequences**0.5
+    size = np.exp(2.0 * log_update - sensors.curvature_memory * memory + luck)
+    quadratic = sensors.curvature * interval.mean_loss * size
     quadratic = np.where(random[:, 7] < -1.9, -0.3 * quadratic, quadratic)
     blur = np.exp(0.87 * np.log(np.maximum(update, 1e-9)) - 0.7) / np.sqrt(sequences)
     linear = -interval.loss_fall / np.maximum(interval.steps, 1.0) + quadratic + blur * random[:, 8]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import make_limits
 
 from trainpilot.envs.action import (
     ACTION_FIELDS,
@@ -16,9 +17,9 @@ from trainpilot.envs.action import (
     N_CHOICES,
     check_action,
     check_actions,
-    decode,
     decode_batch,
 )
+from trainpilot.envs.decision import DecisionState, Preference
 from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.simulator.records import ControlBatch
 
@@ -29,6 +30,11 @@ def action(**choices: int) -> tuple[int, ...]:
     """Return the action that keeps all but what is named."""
     assert set(choices) <= {field.name for field in ACTION_FIELDS}
     return tuple(choices.get(field.name, field.keep) for field in ACTION_FIELDS)
+
+
+def decode(action: Sequence[int] | np.ndarray, present: Controls) -> Controls:
+    """Return what one action does to the controls of one run."""
+    return decode_batch(np.array([action]), ControlBatch.of([present])).row(0)
 
 
 def test_keep_changes_nothing() -> None:
@@ -116,7 +122,7 @@ def test_what_is_no_action_is_refused_by_name(bad: Sequence[int], message: str) 
     with pytest.raises(ValueError, match=message):
         check_action(bad)
     with pytest.raises(ValueError, match=message):
-        decode(bad, PRESENT)
+        DecisionState(make_limits(), Preference()).decide(bad)
     with pytest.raises(ValueError, match=message):
         check_actions(np.array([bad, bad]))
 

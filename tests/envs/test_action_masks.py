@@ -19,11 +19,12 @@ from trainpilot.envs.action import (
     action_masks,
     allow,
     allow_batch,
-    decode,
+    decode_batch,
     mask_reasons,
 )
 from trainpilot.envs.decision import DecisionState, Preference
 from trainpilot.llm_runtime.config import PRECISIONS, PRUNINGS, ControlLimits, Controls
+from trainpilot.llm_runtime.simulator.records import ControlBatch
 
 NAMES = [field.name for field in ACTION_FIELDS]
 
@@ -140,9 +141,9 @@ def test_a_run_that_does_not_prune_says_so() -> None:
 
 
 def test_pruning_goes_in_eighteen_steps_to_90_percent_and_no_further() -> None:
-    controls, steps = Controls(batch_size=8), 0
+    controls, steps, pruned = Controls(batch_size=8), 0, np.array([[3, 1, 0, 1, 0]])
     while reasons(sparsity=controls.sparsity)["pruning"][1] is None:
-        controls, steps = decode((3, 1, 0, 1, 0), controls), steps + 1
+        controls, steps = decode_batch(pruned, ControlBatch.of([controls])).row(0), steps + 1
 
     assert steps == 18
     assert controls.sparsity == pytest.approx(0.9)

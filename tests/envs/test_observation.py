@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -217,7 +217,7 @@ def test_before_the_first_interval_only_settings_are_known() -> None:
 
 
 def test_what_was_not_measured_is_unknown() -> None:
-    optional = [field.name for field in fields(Telemetry) if "None" in str(field.type)]
+    optional = [name for name, kind in TYPES.items() if type(None) in get_args(kind)]
     bare = make_telemetry(**dict.fromkeys(optional))
     unknown = {name for name in FIELDS if raw(name, bare, replace(bare, tokens=2_000)) is None}
 
@@ -228,11 +228,9 @@ def test_what_was_not_measured_is_unknown() -> None:
 
 
 COUNTED = {"budget_used", "epochs_seen", "batch_size"}
-MEASURED = [
-    field.name
-    for field in fields(Telemetry)
-    if str(field.type) in ("float", "float | None") and field.name not in COUNTED
-]
+TYPES = get_type_hints(Telemetry)
+FLOATS = [name for name in TYPES if float in (TYPES[name], *get_args(TYPES[name]))]
+MEASURED = [name for name in FLOATS if name not in COUNTED]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0], ids=str)
@@ -247,8 +245,7 @@ def test_no_measured_number_breaks_the_observation(name: str, bad: float) -> Non
 
 
 def test_a_diverged_interval_is_all_nan_and_still_observed() -> None:
-    floats = [field.name for field in fields(Telemetry) if str(field.type) in ("float", "float | None")]
-    diverged = make_telemetry(**dict.fromkeys(floats, math.nan), diverged=True)
+    diverged = make_telemetry(**dict.fromkeys(FLOATS, math.nan), diverged=True)
 
     assert np.isfinite(encode(view(make_telemetry(), diverged))).all()
 
