@@ -162,7 +162,7 @@ def alternating_seconds(
     seconds: dict[Key, list[float]] = {name: [] for name in passes}
     end = time.perf_counter() + limit_s
     for index in range(warm_up + rounds):
-        for name in reversed(passes) if turn_about and index % 2 == 0 else passes:
+        for name in reversed(list(passes)) if turn_about and index % 2 == 0 else passes:
             wait()
             start = time.perf_counter()
             passes[name]()

@@ -31,7 +31,7 @@ from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
-from trainpilot.agents.steering.settings import Plan, SteeringSettings, control_limits, name_of
+from trainpilot.agents.steering.settings import ResolvedSettings, SteeringSettings, control_limits, name_of
 from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import Controls, Precision
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
@@ -87,11 +87,11 @@ class Steering:
         self.settings = settings
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
         self.validate, self.on_decision = validate, on_decision
-        plan = Plan.of(settings)
+        resolved = ResolvedSettings.of(settings)
         self.loop = ControlledLoop(
             model,
             optimizer,
-            plan.progress(settings, grain),
+            resolved.progress(settings, grain),
             Controls(batch_size=settings.batch_size, precision=settings.precisions[0]),
             pruning=settings.pruning,
             meter=meter,
@@ -104,7 +104,7 @@ class Steering:
         self.progress = self.loop.progress
         self.rollback_copy = RollbackCopy(self.loop, data)
         preference = Preference.parse(settings.preference)
-        controller = Controller(plan.policy, control_limits(settings, self.loop, plan.decisions), preference)
+        controller = Controller(resolved.policy, control_limits(settings, self.loop, resolved.decisions), preference)
         self.fine_tuning = is_pretrained(model) if settings.fine_tuning is None else settings.fine_tuning
         guardrails = Guardrails(self._bounds(), base_learning_rate=self.loop.peak)
         self.controller = GuardedController(controller, guardrails, settings.contract)
@@ -113,9 +113,9 @@ class Steering:
         self._step_open = False
         self.domain_warnings: list[str] = []
         """How the run differs from those that the policy was trained on."""
-        if plan.bundle is not None:
-            facts = self._facts(plan.base)
-            self.domain_warnings = check_domain(plan.bundle, facts, require=settings.strict_domain)
+        if resolved.bundle is not None:
+            facts = self._facts(resolved.base)
+            self.domain_warnings = check_domain(resolved.bundle, facts, require=settings.strict_domain)
         if self.domain_warnings and self.ranks.is_first:
             message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
             warnings.warn(message, stacklevel=2)
