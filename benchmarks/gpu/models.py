@@ -177,7 +177,7 @@ class TimeIsUpError(Exception):
 
 
 class KeptMeter(EnergyMeter):
-    """A meter that remembers what it said."""
+    """An energy meter that records its readings."""
 
     def __init__(self, meter: EnergyMeter) -> None:
         self.meter = meter

@@ -55,7 +55,7 @@ class Ask:
     get: Get
 
     def static(self, what: str, rate: float, *, seed: int, budget: float = 1.0) -> RunResult:
-        """Return the run of a learning rate under WSD, the policy's own base schedule, which nobody steers."""
+        """Return an unsteered run under WSD, the policy's own base schedule, at a learning rate."""
         setting = StaticSetting(
             learning_rate=rate,
             batch_size=self.config.batch_size,

@@ -1,4 +1,4 @@
-"""Name the methods that can be compared (schedules, heuristics, policies, searches), and what each runs on a case.
+"""Define the methods that can be compared (schedules, heuristics, policies, searches) and the runs of each on a case.
 
 The heuristics are those that `agents/heuristics.py` registers. A policy's name holds its bundle, and may hold a
 preference, where its runs start, and that it acts without guardrails.
@@ -31,7 +31,7 @@ from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 USUAL_SCHEDULE: ScheduleName = "linear"
-"""Base schedule of a policy whose bundle brings none."""
+"""Base schedule of a policy whose bundle has none."""
 
 
 def starts_from_tuned(name: str) -> bool:
@@ -102,20 +102,20 @@ CHECKS: dict[str, Callable[[StaticSetting], tuple[StaticSetting, float]]] = {
     "check-budget": lambda setting: (setting, 1.25),
     "check-rate": lambda setting: (replace(setting, learning_rate=setting.learning_rate / 4), 1.0),
 }
-"""Planted methods whose compute multiplier is known: what is run, and with what share of the budget."""
+"""Planted methods with a known compute multiplier: the setting, and the share of the budget to run."""
 
 
 SCHEDULE_FREE_LEARNING_RATE = 2.5e-3
-"""The default of the package schedulefree, which is what somebody who tunes nothing gets."""
+"""Default of the package schedulefree, as used without tuning."""
 PRODIGY_FACTOR = 1.0
-"""Prodigy finds its own learning rate; its authors say to leave the factor at 1."""
+"""Prodigy adapts its own learning rate; its authors recommend a factor of 1."""
 
 KEEP = SteeringSpec()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method whose runs follow from case and seed, and from the tuned static where they start at its rate."""
+    """A method whose runs are determined by case and seed (and the tuned static, for runs that start at its rate)."""
 
     note: MethodNote
     configure: Callable[[RunConfig], RunConfig]
@@ -200,7 +200,7 @@ COST_NOTES: Mapping[str, MethodNote] = {
     "tuned-time": _note("tuned-time", "tuned for time", "tuned", "Best for equal seconds.", family="tuned static"),
     "tuned-energy": _note("tuned-energy", "tuned for energy", "tuned", "Best for equal joules.", family="tuned static"),
 }
-"""Methods that are added where the best setting for a cost differs from that for tokens."""
+"""Methods that are added if the best setting for a cost differs from that for tokens."""
 
 OPTIONAL: Mapping[str, MethodNote] = {
     "tuned-tpe": _note("tuned-tpe", "tuned by TPE", "tuned", "Best of Optuna's TPE with as many runs as the grid."),
@@ -255,7 +255,7 @@ def policy_method(name: str) -> Method:
         "digest": policy_digest(policy.path),
         "preference": str(policy.preference),
     }
-    if named.guarded:  # a run without this entry is unguarded, as all were before there was a choice
+    if named.guarded:  # a run without this entry is unguarded, as all were before this option existed
         settings["guardrails"] = asdict(GuardrailSettings())
     return Method(note, policy.configure, SteeringSpec(kind="policy", settings=settings, probe=True), start=named.start)
 
