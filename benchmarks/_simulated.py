@@ -24,7 +24,7 @@ from trainpilot.envs.reward import budget_for_loss, worth
 from trainpilot.envs.runs import ReferencedPlants
 from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName, validation_due
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName, neutral_factor, validation_due
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, Rows, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
@@ -54,7 +54,7 @@ class BatchSteerer(Protocol):
         """Return the controls of the next interval."""
 
     def observe(self, telemetry: TelemetryBatch) -> None:
-        """Take in the interval that has just ended."""
+        """Add the interval that has just ended to the history."""
 
 
 class ByPolicy:
@@ -69,7 +69,7 @@ class ByPolicy:
         return self.states.decide(self.act(self.states.observation(), self.states.action_masks()))
 
     def observe(self, telemetry: TelemetryBatch) -> None:
-        """Take in the interval that has just ended."""
+        """Add the interval that has just ended to the history."""
         self.states.observe(telemetry)
 
 
@@ -353,7 +353,7 @@ def sweep(instances: Instances, share: float, bases: Sequence[tuple[ScheduleName
     for i, (name, warmup) in enumerate(bases):
         table = ScheduleTable.of(name, warmup, DECISIONS)
         for j, at_start in enumerate(RATES):
-            rate = at_start * np.sqrt(batch / each.start_batch)
+            rate = at_start * neutral_factor(batch, each.start_batch)
             losses[i, j, rows, columns] = static_losses(each, rate, batch, table, share)
     taken = np.searchsorted(POWERS, powers)
     return losses[:, :, taken, np.arange(len(instances))]
@@ -422,12 +422,12 @@ def try_settings(settings: Floats, runs: RunsAndReferences, cost: str) -> tuple[
     each = runs.take(np.tile(np.arange(n), len(settings)))
     rate, power, base, share, fast = (np.repeat(column, n) for column in settings.T)
     batch = each.instances.start_batch * 2.0 ** nearest_power(each.instances, np.round(power).astype(np.int64))
-    at_batch = 2.0**rate * np.sqrt(batch / each.instances.start_batch)
-    mean = _MEANS[base.astype(np.int64)].T  # (decisions, rows): each row has its own schedule
+    at_batch = 2.0**rate * neutral_factor(batch, each.instances.start_batch)
+    mean = _MEANS[base.astype(np.int64)].T  # (decisions, rows): every row has a schedule of its own
     table = ScheduleTable(mean=mean, last=mean, start=mean)
     loss = static_losses(each.instances, at_batch, batch, table, 2.0**share)  # type: ignore[arg-type]
-    values = each.quality(loss), each.cost(cost, batch, np.floor(fast), 2.0**share)
-    return values[0].reshape(-1, n), values[1].reshape(-1, n)
+    quality, costs = each.quality(loss), each.cost(cost, batch, np.floor(fast), 2.0**share)
+    return quality.reshape(-1, n), costs.reshape(-1, n)
 
 
 def nsga2_settings(runs: RunsAndReferences, cost: str, n_simulated: int, seed: int = 0) -> Floats:

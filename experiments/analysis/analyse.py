@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from trainpilot.experiments.analysis.figures import CaseFigures, Estimate, Figures, MethodFigures, SanityCheck
+from trainpilot.experiments.analysis.figures import (
+    PRESUMED_BUG,
+    CaseFigures,
+    Estimate,
+    Figures,
+    MethodFigures,
+    SanityCheck,
+)
 from trainpilot.experiments.analysis.method_figures import case_figures, method_figures, method_on_case, target_loss
 from trainpilot.experiments.analysis.modelled_cost import Run, Runs
 from trainpilot.experiments.analysis.multiplier import Baseline, CaseBaselines, case_baselines
@@ -27,8 +34,6 @@ PUBLISHED_QUARTER_RATE = 0.33
 WIDE_MARGIN = 1.1
 """Least expected ratio of the tokens that a tuned constant rate needs; at equal peaks it is 1.56 to 2.2."""
 ABOUT_EQUAL = 0.95
-PRESUMED_BUG = 1.05
-"""A gain above this over the tuned static is presumed to be a bug in the baseline."""
 DECAYS = ("tuned-linear", "tuned-cosine", "tuned-wsd")
 SOME_DECAY = "decay, the best of three schedules, beats a constant rate"
 LINEAR_DECAY = "linear to zero beats a constant rate"

@@ -8,6 +8,8 @@ from typing import Literal
 
 from trainpilot.llm_runtime.json_records import JsonRecord
 
+PRESUMED_BUG = 1.05
+"""A gain over the tuned static above this factor is presumed to be a bug in the baseline."""
 AXES = ("tokens", "time_s", "energy_j")
 """Units of a budget: tokens, modelled seconds, modelled joules."""
 BASELINES = ("untuned", "tuned", "tuned_with_sweep")

@@ -198,8 +198,8 @@ def _measured_time_s(run: Run) -> float:
 def _measured_energy_j(run: Run) -> float | None:
     """Return the measured joules including evaluation; `None` without intervals, or if those of one are unknown."""
     intervals = run.result.intervals
-    looks = [interval.evaluation_energy_j for interval in intervals if interval.evaluation_sequences]
-    return sum_known([*(interval.energy_j for interval in intervals), *looks]) if intervals else None
+    evaluations = [interval.evaluation_energy_j for interval in intervals if interval.evaluation_sequences]
+    return sum_known([*(interval.energy_j for interval in intervals), *evaluations]) if intervals else None
 
 
 def _sources(runs: Sequence[Run]) -> str | None:

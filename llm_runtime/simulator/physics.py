@@ -142,6 +142,8 @@ PARAMETERS: Mapping[str, Parameter] = {
 }
 """Parameters of the physics of one model on one text."""
 
+DIVERGED_FACTOR = 1.3
+"""A run whose loss reaches this many times the initial one has diverged."""
 NAMES = tuple(PARAMETERS)
 NOT_FITTED = ("scar", "youth")
 """Parameters that the runs of a calibration do not determine."""

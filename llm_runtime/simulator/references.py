@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName, neutral_factor
 from trainpilot.llm_runtime.simulator.instances import Instances
-from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 
 _TOKENS = 1_000_000  # of a nominal budget: factors depend on shares only
@@ -69,9 +69,9 @@ class Progress(Rows):
         """Reset some runs to the beginning."""
         self.put(rows, Progress.fresh(len(rows), decisions))
 
-    def begin_cooldown(self, wanted: Bools, table: ScheduleTable) -> None:
-        """Begin the cool-down of the `wanted` runs: a linear fall to zero over a fifth of the intervals so far."""
-        rows = np.flatnonzero(wanted & ~self.finishing)
+    def begin_cooldown(self, requested: Bools, table: ScheduleTable) -> None:
+        """Begin the requested cool-downs that have not begun: a fall to zero over a fifth of the tokens so far."""
+        rows = np.flatnonzero(requested & ~self.finishing)
         if not rows.size:
             return
         at = self.position[rows]
@@ -135,7 +135,7 @@ def static_losses(
             advance(instances.physics, state, steps, rate * factor, batch)
         final = loss(instances.physics, state)
     final = final + instances.sensors.validation_gap + overfit(instances, sequences)
-    return np.where(np.isfinite(final) & (final < 1.3 * instances.physics.initial_loss), final, np.inf)
+    return np.where(np.isfinite(final) & (final < DIVERGED_FACTOR * instances.physics.initial_loss), final, np.inf)
 
 
 def overfit(instances: Instances, sequences: Floats) -> Floats:
@@ -177,7 +177,7 @@ class _Best:
 
 
 def _try(best: _Best, instances: Instances, at_start: Floats | float, batch: Floats, table: ScheduleTable) -> None:
-    rate = at_start * np.sqrt(batch / instances.start_batch)
+    rate = at_start * neutral_factor(batch, instances.start_batch)
     losses = static_losses(instances, rate, batch, table)
     better = losses < best.loss
     best.rate = np.where(better, at_start, best.rate)
@@ -186,7 +186,7 @@ def _try(best: _Best, instances: Instances, at_start: Floats | float, batch: Flo
 
 
 def _shorter(best: _Best, instances: Instances, table: ScheduleTable, share: float) -> Floats:
-    rate = best.rate * np.sqrt(best.batch / instances.start_batch)
+    rate = best.rate * neutral_factor(best.batch, instances.start_batch)
     found = [static_losses(instances, rate * factor, best.batch, table, share) for factor in (0.56, 1.0, 1.8, 3.2)]
     least: Floats = np.minimum.reduce(found)
     return least

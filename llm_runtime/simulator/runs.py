@@ -16,7 +16,7 @@ from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
-from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import (
     Bools,
     ControlBatch,
@@ -30,8 +30,6 @@ from trainpilot.llm_runtime.simulator.references import Progress, References, Sc
 from trainpilot.llm_runtime.simulator.sensors import CHANNELS, SimulatedInterval, read_sensors
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
-DIVERGED_FACTOR = 1.3
-"""A run diverges if its loss exceeds the initial loss by this factor."""
 VALIDATION_NOISE = 0.004
 """Standard deviation of a measured validation loss around the expected one, in nats/token."""
 PRUNING_BUMP = 40.0
@@ -147,7 +145,7 @@ class SimulatedRuns:
         return self.start_rate
 
     def begin(self, rows: Ints) -> None:
-        """Start new runs in these rows."""
+        """Begin new runs in these rows."""
         self.episodes[rows] += 1
         self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
         drawn = uniforms(self.keys[rows], 0, 2)
