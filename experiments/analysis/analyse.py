@@ -22,9 +22,8 @@ from trainpilot.experiments.analysis.modelled_cost import Run, Runs
 from trainpilot.experiments.analysis.multiplier import Baseline, CaseBaselines, case_baselines
 from trainpilot.experiments.analysis.pareto import case_points, family_fronts
 from trainpilot.experiments.analysis.statistics import TIE
-from trainpilot.experiments.compare.methods import PolicyName, is_policy
-from trainpilot.experiments.compare.results import TUNED, UNTUNED, Comparison, MethodNote, RunResult
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, MethodNote, PolicyName, RunResult, is_policy
 
 PLANTED_BUDGET = 1.25
 INTERPOLATION = 0.01

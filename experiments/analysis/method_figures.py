@@ -25,7 +25,7 @@ from trainpilot.experiments.analysis.multiplier import (
     product_scores,
 )
 from trainpilot.experiments.analysis.statistics import NEVER, Bounded, above, exactly, over_cases, over_seeds, sign_test
-from trainpilot.experiments.compare.results import UNTUNED, Case
+from trainpilot.experiments.results import UNTUNED, Case
 from trainpilot.llm_runtime.energy.meter import sum_known
 
 

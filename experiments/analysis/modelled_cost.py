@@ -13,7 +13,8 @@ from functools import cached_property
 from itertools import accumulate
 
 from trainpilot.experiments.analysis.figures import AXES, PARTS
-from trainpilot.experiments.compare.results import (
+from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import (
     TUNED,
     Comparison,
     IntervalResult,
@@ -23,7 +24,6 @@ from trainpilot.experiments.compare.results import (
     RunResult,
     cost_key,
 )
-from trainpilot.experiments.costs.table import CostTable
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.timing import Cost

@@ -20,7 +20,7 @@ from trainpilot.envs.reward import MAX_LOSS_INCREASE, Outcome, budget_for_loss, 
 from trainpilot.experiments.analysis.figures import AXES, BaselineCurve
 from trainpilot.experiments.analysis.modelled_cost import Amounts, Run, Runs
 from trainpilot.experiments.analysis.statistics import NEVER, Bounded, above, below, exactly
-from trainpilot.experiments.compare.results import UNTUNED, Case
+from trainpilot.experiments.results import UNTUNED, Case
 
 BEYOND = 2.0
 """A curve is extrapolated up to this factor outside the measured budgets."""

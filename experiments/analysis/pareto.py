@@ -18,7 +18,7 @@ from trainpilot.experiments.analysis.figures import FamilyFront, FrontPoint
 from trainpilot.experiments.analysis.modelled_cost import Run, Runs
 from trainpilot.experiments.analysis.multiplier import CaseBaselines
 from trainpilot.experiments.analysis.statistics import exactly, over_cases
-from trainpilot.experiments.compare.results import TUNED
+from trainpilot.experiments.results import TUNED
 
 REFERENCE_POINT = (4.0, 4.0)
 """Worst point that counts: a loss that needs a quarter of the compute, at four times the cost. (1, 1) dominates 9."""

@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from trainpilot.experiments.compare.results import Case
 from trainpilot.experiments.config_files import read_mapping, run_config, validated
+from trainpilot.experiments.results import Case
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.data.text_sources import read_documents
 from trainpilot.llm_runtime.files import cache_dir, digest, write_json

@@ -33,12 +33,12 @@ from trainpilot.experiments.compare.programs import (
     search_program,
     untuned_curve,
 )
-from trainpilot.experiments.compare.results import UNTUNED, Case, Comparison, RunResult, cost_key
 from trainpilot.experiments.compare.scheduler import Program, Scheduler, run_workers
 from trainpilot.experiments.costs.measure import cost_tables, precisions_that_pay
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CompareOptions
 from trainpilot.experiments.progress import progress_bar
+from trainpilot.experiments.results import UNTUNED, Case, Comparison, RunResult, cost_key
 from trainpilot.experiments.run_store import RunStore, run_key, versions
 from trainpilot.llm_runtime.process import available_cores, use_threads
 

@@ -15,7 +15,7 @@ from trainpilot.agents.rollback import RollbackController, guarded_controller
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
-from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, SteeringSpec
+from trainpilot.experiments.results import IntervalResult, RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.drive import RunController, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.live_run import LiveRun

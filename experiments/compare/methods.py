@@ -6,7 +6,6 @@ preference, where its runs start, and that it acts without guardrails.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,73 +17,21 @@ from trainpilot.agents.heuristics import HEURISTIC_METHODS, HeuristicMethod
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.compare.cases import StaticSetting, rounded
-from trainpilot.experiments.compare.results import TUNED, Case, MethodNote, RunSpec, SteeringSpec
+from trainpilot.experiments.results import (
+    TUNED,
+    WITHOUT_GUARDRAILS,
+    Case,
+    MethodNote,
+    PolicyName,
+    RunSpec,
+    SteeringSpec,
+    is_policy,
+)
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
-POLICY, OPEN_LOOP = "policy", "open-loop"
-START = "start="
-WITHOUT_GUARDRAILS = "unguarded"
 USUAL_SCHEDULE: ScheduleName = "linear"
 """Base schedule of a policy whose bundle has none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyName:
-    """The parts of `policy:FILE`; `@PREFERENCE`, `@start=F` and `@unguarded` may follow in any order."""
-
-    kind: str
-    """`policy` or `open-loop`."""
-    file: str
-    """Path of a bundle, or the name of a shipped one."""
-    preference: str = ""
-    """The preference as written; empty means the default one."""
-    start: float | None = None
-    """Starting learning rate relative to the tuned static's; `None` for the case's own rate."""
-    guarded: bool = True
-    """Whether the policy acts within guardrails, as it does in `replay` and in `Steering`."""
-
-    @classmethod
-    def parse(cls, name: str) -> PolicyName:
-        """Read a method's name.
-
-        Raises:
-            ValueError: no bundle is named, an option is given twice, or a start is no factor above 0.
-        """
-        kind, _, rest = name.partition(":")
-        file, *options = (part.strip() for part in rest.split("@"))
-        if not file:
-            raise ValueError(f"methods: {name!r} must name a bundle, as in {kind}:runs/agent/policy.safetensors")
-        starts = [option for option in options if option.startswith(START)]
-        unguarded = [option for option in options if option == WITHOUT_GUARDRAILS]
-        preferences = [option for option in options if option and option not in (*starts, *unguarded)]
-        if max(len(starts), len(preferences), len(unguarded)) > 1:
-            raise ValueError(
-                f"methods: {name!r} may hold one preference and one start, as in policy:FILE@time=1, "
-                f"and @{WITHOUT_GUARDRAILS} once"
-            )
-        start = _factor(name, starts[0].removeprefix(START)) if starts else None
-        if start is not None and kind == OPEN_LOOP:
-            raise ValueError(f"methods: an open loop has no start of its own, got {name!r}; leave out @{starts[0]}")
-        return cls(kind=kind, file=file, preference="".join(preferences), start=start, guarded=not unguarded)
-
-    @property
-    def short(self) -> str:
-        """A short name of the bundle: that of its folder, as most files are called policy.safetensors."""
-        return Path(self.file).parent.name or Path(self.file).stem
-
-    @property
-    def family(self) -> str:
-        """Name of the Pareto front: one bundle from one start, under any preference."""
-        parts = [f"policy {self.file}"]
-        parts += [] if self.start is None else [f"from {self.start:g}"]
-        parts += [] if self.guarded else [WITHOUT_GUARDRAILS]
-        return " ".join(parts)
-
-
-def is_policy(name: str) -> bool:
-    """Return whether a method's name is one of a policy, or of its open loop."""
-    return name.startswith((f"{POLICY}:", f"{OPEN_LOOP}:"))
 
 
 def starts_from_tuned(name: str) -> bool:
@@ -140,16 +87,6 @@ def from_tuned(config: RunConfig, tuned: StaticSetting, factor: float) -> RunCon
 
     rate = factor * tuned.learning_rate * neutral_factor(config.batch_size, tuned.batch_size)
     return replace(config, base_learning_rate=rounded(rate))
-
-
-def _factor(name: str, text: str) -> float:
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = math.nan
-    if not 0 < factor < math.inf:
-        raise ValueError(f"methods: start must be a factor above 0, as in @start=0.1, got {text!r} in {name!r}")
-    return factor
 
 
 PER_SCHEDULE: dict[str, ScheduleName] = {

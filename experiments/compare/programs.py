@@ -20,18 +20,6 @@ from trainpilot.envs.reward import budget_for_loss
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
 from trainpilot.experiments.compare.cases import LEARNING_RATE_STEP, TUNED_SCHEDULES, StaticSetting, neighbours
 from trainpilot.experiments.compare.methods import CHECKS, PER_SCHEDULE, Method, open_loop_method
-from trainpilot.experiments.compare.results import (
-    TUNED,
-    UNTUNED,
-    Case,
-    MethodNote,
-    Role,
-    Row,
-    RunResult,
-    RunSpec,
-    TunedBaseline,
-    cost_key,
-)
 from trainpilot.experiments.compare.scheduler import Program
 from trainpilot.experiments.compare.search import (
     MAX_MOVES,
@@ -47,6 +35,18 @@ from trainpilot.experiments.compare.search import (
     tune,
 )
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import (
+    TUNED,
+    UNTUNED,
+    Case,
+    MethodNote,
+    Role,
+    Row,
+    RunResult,
+    RunSpec,
+    TunedBaseline,
+    cost_key,
+)
 from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.config import Controls, Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from trainpilot.experiments.compare.execute import execute, failed
-from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import RunStore, run_key
 from trainpilot.experiments.workers import Workers
 

@@ -31,7 +31,7 @@ from trainpilot.experiments.compare.cases import (
     rounded,
     with_size,
 )
-from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec
+from trainpilot.experiments.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 

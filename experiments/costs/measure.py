@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trainpilot.experiments.compare.results import Case, cost_key
 from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.experiments.results import Case, cost_key
 from trainpilot.llm_runtime.config import PRECISIONS, OptimizerName, Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
