@@ -336,7 +336,7 @@ def analyse(comparison: Comparison, results: Mapping[str, RunResult], tables: Ma
 
     Args:
         comparison: Rows that assign runs to cases and methods.
-        results: Runs by key; rows without a run are skipped and reported in the remarks.
+        results: Runs by key; rows without a run are skipped and reported in `notes`.
         tables: Cost tables by `cost_key`.
     """
     runs = Runs(comparison, results, tables)

@@ -1,4 +1,4 @@
-"""Compute compute multipliers and product scores of runs against the baselines of a case.
+"""Measure runs against the baselines of a case, by compute multipliers and product scores.
 
 A compute multiplier is the budget at which a baseline reaches a run's loss, over the budget that the run used; the
 budget is read from a `Curve` through the baseline's runs. A product score is P^1.5 (a T + b E), which Wallace et al.
