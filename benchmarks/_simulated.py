@@ -174,7 +174,7 @@ class BatchOutcome:
 
 
 def steer(plants: ReferencedPlants, make: Callable[[LimitBatch], BatchSteerer]) -> BatchOutcome:
-    """Steer fresh plants to their end, with the evaluations that the environments make."""
+    """Run fresh plants to their end under a steerer, and evaluate them as often as the environment does."""
     n, steerer = plants.n_runs, make(plants.limits())
     zeros = np.zeros(n)
     outcome = BatchOutcome(

@@ -31,7 +31,7 @@ _SPREADS = {
 
 @dataclass(kw_only=True)
 class CaseBatch(Rows):
-    """Law, budget, noise and machine of each run; every array has shape (n_runs,)."""
+    """Constants of the runs; every array has shape (n_runs,)."""
 
     law: LawBatch
     n_steps: Floats

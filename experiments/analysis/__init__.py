@@ -1,1 +1,1 @@
-"""Compute figures from finished runs: compute multipliers, intervals and fronts (explained in docs/measuring.md)."""
+"""Turn finished runs into figures: compute multipliers, intervals and fronts, as docs/measuring.md explains them."""

@@ -1,7 +1,7 @@
-"""Turn the runs of a comparison into its figures, sanity checks and remarks.
+"""Compute all figures of a comparison from its runs, with sanity checks and remarks for the reader.
 
-The same runs always give the same figures. The checks compare the figures with planted effects and with known results
-from the literature. The remarks say in words what the figures rest on.
+`analyse` is a pure function: the same runs always give the same figures. `sanity_checks` tests whether planted effects
+and known results from the literature come out. `remarks` lists caveats, such as extrapolated curves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INTERPOLATION = 0.01
 PUBLISHED_QUARTER_RATE = 0.33
 """A quarter of the best peak costs 2.9 to 3.1 times the steps, for WSD on models of 25 to 400 M parameters."""
 WIDE_MARGIN = 1.1
-"""A tuned constant rate must need at least this many times the tokens; at equal peaks it needs 1.56 to 2.2 times."""
+"""Least expected ratio of the tokens that a tuned constant rate needs; at equal peaks it is 1.56 to 2.2."""
 ABOUT_EQUAL = 0.95
 DECAYS = ("tuned-linear", "tuned-cosine", "tuned-wsd")
 SOME_DECAY = "decay, the best of three schedules, beats a constant rate"
@@ -335,8 +335,8 @@ def analyse(comparison: Comparison, results: Mapping[str, RunResult], tables: Ma
     Diverged and failed runs count as worst. Estimates that depend on missing runs have no value.
 
     Args:
-        comparison: Which run belongs to which case and method.
-        results: Runs by key; rows without one are skipped and reported in `caveats`.
+        comparison: Rows that assign runs to cases and methods.
+        results: Runs by key; rows without a run are skipped and reported in `notes`.
         tables: Cost tables by `cost_key`.
     """
     runs = Runs(comparison, results, tables)

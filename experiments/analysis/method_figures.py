@@ -1,7 +1,4 @@
-"""Compute the figures of each method: on each case, and over all of them.
-
-They include what a run had used when its validation loss first reached a target.
-"""
+"""Compute the figures of each method on each case and over all cases, including the cost of reaching a target loss."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ from trainpilot.llm_runtime.energy.meter import sum_known
 
 @dataclass(frozen=True)
 class EvaluatedLoss:
-    """A validation loss of a run."""
+    """A measured validation loss with the costs up to that point."""
 
     loss: float
     """In nats/token."""
@@ -65,7 +62,7 @@ def target_figures(runs: Sequence[Run], target: float | None) -> TargetFigures:
 def used_to_reach(run: Run, target: float) -> dict[str, Bounded | None]:
     """Return the costs, by axis, at which the run first reached `target`; a lower bound if it never did.
 
-    Between two evaluations everything is assumed to change linearly.
+    Costs and loss are interpolated linearly between two evaluations.
     """
     losses = _evaluated_losses(run)
     index = next((index for index, each in enumerate(losses) if each.loss <= target), None)
@@ -81,7 +78,7 @@ def _between(before: float | None, after: float | None, share: float) -> Bounded
 
 
 def _evaluated_losses(run: Run) -> list[EvaluatedLoss]:
-    """Return the validation losses of a run, the one before the first step included."""
+    """Return all evaluations of the validation loss, including the one before the first step."""
     result = run.result
     costs = cumulative(result, run.table) if run.cost is not None and run.table is not None else None
     losses = []

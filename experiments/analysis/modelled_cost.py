@@ -1,6 +1,7 @@
-"""Model the cost of a run on a quiet machine: the work it did, times the cost table.
+"""Compute the modelled cost of runs (time and energy on an idle machine) from a cost table.
 
-`Runs` holds the runs behind a comparison's rows, each with its modelled cost.
+The modelled cost is the number of steps, forward passes and switches of a run times their costs in the table. `Runs`
+looks up the runs of a comparison's rows, each with its modelled cost.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class Runs:
     """All runs of a comparison, by case, method and role. Rows without a result are skipped and counted.
 
     Args:
-        comparison: Which run belongs to which case and method.
+        comparison: Rows that assign runs to cases and methods.
         results: Runs by key.
         tables: Cost tables by `cost_key`.
     """

@@ -1,7 +1,8 @@
-"""Compute multipliers: the budget at which a baseline reaches a method's loss, over the budget that the method used.
+"""Measure runs against the baselines of a case, by compute multipliers and product scores.
 
-`Curve` is the loss of a baseline over its budget on one case, `CaseBaselines` all baselines of a case. `product_score`
-compares a run with a base run by one number: P^1.5 (a T + b E), as Wallace et al. 2025 do for inference.
+A compute multiplier is the budget at which a baseline reaches a run's loss, over the budget that the run used; the
+budget is read from a `Curve` through the baseline's runs. A product score is P^1.5 (a T + b E), which Wallace et al.
+2025 use for inference.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Curve:
     flat_end: bool
     """Whether the largest budget reached no lower loss than those before it."""
     whole_beaten: bool
-    """A smaller budget got at least as good as the whole one: methods look too good against that curve."""
+    """Whether a smaller budget reached a loss as low as the whole one, so that multipliers are too favourable."""
     whole: tuple[float, float]
     """Budget and loss of the whole run, medians over seeds."""
     by_seed: Mapping[int, tuple[float, float]]
@@ -199,7 +200,7 @@ def _place(block: Sequence[Point]) -> Point:
 TIME_WEIGHT, ENERGY_WEIGHT = 0.5, 0.5
 """a and b."""
 WORST = math.exp(1.5 * MAX_LOSS_INCREASE)
-"""A failed run is worth more (worse) than this: a loss as bad as any that counts, at the base run's cost."""
+"""Lower bound of a failed run's score: the largest loss increase that is distinguished, at the base run's cost."""
 
 
 def product_score(

@@ -1,8 +1,8 @@
-"""Compare methods on the plane of loss against cost: which points are dominated, and how good a set of points is.
+"""Compute Pareto fronts of loss against cost, and quality measures of families of methods on them.
 
-Both objectives are ratios to the tuned static of the same case, and less is better: the compute that the loss is worth
-(the tuned static's whole budget over the budget at which it reaches the loss), and the cost. So one percent of either
-is the same size on every case, and (1, 1) is the tuned static itself.
+Both objectives are relative to the tuned static of the same case, and lower is better: its whole budget over the budget
+at which it reaches the loss, and the cost. So one percent of either means the same on every case, and (1, 1) is the
+tuned static itself.
 """
 
 from __future__ import annotations

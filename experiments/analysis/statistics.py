@@ -1,4 +1,4 @@
-"""Medians with bootstrap intervals over seeds and cases, and sign tests; also for numbers known only as bounds."""
+"""Compute medians with bootstrap intervals over seeds and cases, and sign tests, also of censored numbers."""
 
 from __future__ import annotations
 

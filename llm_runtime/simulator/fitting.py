@@ -1,6 +1,6 @@
 """Fit the simulator's physics to live runs, by nonlinear least squares in the logarithms, with standard errors.
 
-`CalibrationRun` is one live run that the physics is fitted to or tested on, `FittedPhysics` the result of a fit.
+`CalibrationRun` is the record of a live run for fitting or testing. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class _Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class _RunInputs:
-    """Steps, learning rates and batches of runs by interval; shorter runs are padded with intervals of no step."""
+    """Controls of runs by interval; shorter runs are padded with empty intervals."""
 
     steps: Floats
     """Optimiser steps; all arrays have shape (n_runs, n_intervals)."""
@@ -280,7 +280,7 @@ def _relative_updates(runs: Sequence[CalibrationRun], arrays: _RunInputs) -> Flo
 
 
 def _importance(validation: Floats, seen: np.ndarray) -> Floats:
-    """Return weights of shape (n_runs, 1): good settings count more, as a policy must distinguish them."""
+    """Return weights of shape (n_runs, 1); good settings have more weight, since a policy must distinguish them."""
     final = np.array([row[known][-1] if known.any() else np.inf for row, known in zip(validation, seen, strict=True)])
     weights: Floats = 1.0 + GOOD_WEIGHT * np.exp(-(final - final.min()) / GOOD_WITHIN)
     return weights[:, None]

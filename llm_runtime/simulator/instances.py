@@ -1,7 +1,8 @@
-"""Draw the instances that simulated runs are made of: physics around the calibrations, a machine, a budget.
+"""Draw instances of simulated runs: physics around the available calibrations, hardware costs, and budgets.
 
-`Hardware` gives the seconds and watts of a step. `uniforms` and `normals` are random numbers that belong to a run and
-not to its place in a batch, so that one run alone draws the same numbers as among thousands.
+`Hardware` gives seconds, watts and joules of a step, as arrays over many runs. `uniforms` and `normals` are
+counter-based random numbers: they depend on a run's key and not on its place in the batch, so that a run has the same
+ones alone and among others.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ LEAST_SPREAD = 0.15
 SCARS = (1e-3, 0.3)
 """Range of the lasting damage of too large first steps, which calibrations do not determine."""
 RATE_SPAN = 5.0
-"""Best learning rates differ from those of the calibrations by up to this factor either way."""
+"""Best learning rates are varied by up to this factor in both directions around the calibrations."""
 UPDATE_SPREAD = 0.25
-"""The same for the relative size of an update: how well it predicts the best learning rate on an unknown model."""
+"""Spread of the relative update size, which limits how well it predicts the best learning rate of a new model."""
 
 
 @dataclass(kw_only=True)
@@ -138,7 +139,7 @@ def draw_instances(
 
 
 def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedPhysics], spread: float) -> Physics:
-    """Draw between pairs of calibrations, as their parameters are correlated, and move each parameter a little."""
+    """Interpolate between pairs of calibrations (their parameters are correlated), and perturb each parameter."""
     table = np.log([[each.values[name] for name in NAMES] for each in calibrations])
     initial = np.log([each.initial_loss for each in calibrations])
     one, other = random.integers(len(calibrations), size=(2, n))

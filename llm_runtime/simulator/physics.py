@@ -1,6 +1,6 @@
-"""The loss of many training runs, step by step: a power-law noisy quadratic under AdamW, with terms it lacks added.
+"""Simulate the loss of many training runs at once: a power-law noisy quadratic under AdamW, with extensions.
 
-The loss of a run is a floor, a signal that fades in modes of all speeds, and noise:
+The loss of a run is the sum of a floor, a signal that decays in modes of all speeds, and noise:
 
     L = floor + (L_initial - floor) sum_i c_i a_i + L_noise + (slow noise in modes)
 
@@ -24,8 +24,7 @@ Normalisation, growth and slow noise are taken from the literature (Zhang et al.
 scale-invariant weights, van Laarhoven 2017); the stalling term and all exponents are fitted to live runs of small
 transformers.
 
-`step_modes` steps the modes of the quadratic exactly, over any number of steps. A loss is a sum over modes i, each with
-a relaxation rate u_i in units of the fastest one:
+The modes are stepped exactly. The loss is a sum over modes i, each with a relaxation rate u_i in units of the fastest:
 
     L = L0 + A sum_i c_i a_i + N sum_i k_i 2 u_i q_i,    c_i ~ u_i^s,  k_i ~ u_i^kappa,  each summing to 1
 
@@ -147,13 +146,13 @@ DIVERGED_FACTOR = 1.3
 """A run whose loss reaches this many times the initial one has diverged."""
 NAMES = tuple(PARAMETERS)
 NOT_FITTED = ("scar", "youth")
-"""Parameters that the designed runs of a calibration do not determine."""
+"""Parameters that the runs of a calibration do not determine."""
 RELATIVE_RATES = mode_rates()
 
 
 @dataclass(kw_only=True)
 class Physics(Rows):
-    """Parameters of many runs, and arrays derived from them, of shape (n_runs,) or (n_runs, n_modes)."""
+    """Parameters of many runs, with derived quantities; arrays of shape (n_runs,) or (n_runs, n_modes)."""
 
     values: dict[str, Floats]
     """Values by the names in `PARAMETERS`; `floor` is in nats/token."""

@@ -63,7 +63,7 @@ def _put(values: Any, rows: Ints, others: Any) -> None:
 
 @dataclass(kw_only=True)
 class ControlBatch(Rows):
-    """Controls of one interval of each run; as `Controls`."""
+    """Controls of one interval of each run; the fields are those of `Controls`."""
 
     learning_rate_scale: Floats
     batch_size: Ints
@@ -96,7 +96,7 @@ class ControlBatch(Rows):
 
 @dataclass(kw_only=True)
 class LimitBatch(Rows):
-    """Control limits of each run; as `ControlLimits`, without the reasons."""
+    """Control limits of each run; the fields are those of `ControlLimits`, without the reasons."""
 
     start: ControlBatch
     """Controls of the untouched base schedule."""
@@ -194,7 +194,7 @@ def _number(value: float | None) -> float:
 
 
 class PlantBatch(Protocol):
-    """Many plants side by side. A run that has finished or diverged waits until `begin` starts a new one in its row."""
+    """Many plants as one batch. A run that has finished or diverged is idle until `begin` replaces it."""
 
     @property
     def n_runs(self) -> int:
@@ -204,7 +204,7 @@ class PlantBatch(Protocol):
         """Return the control limits of each run; after `begin`, of the new ones."""
 
     def begin(self, rows: Ints) -> None:
-        """Begin new runs in these rows; the others continue."""
+        """Start new runs in these rows; the others continue."""
 
     def advance(self, controls: ControlBatch) -> TelemetryBatch:
         """Train every run for one interval."""

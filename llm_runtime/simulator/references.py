@@ -1,6 +1,7 @@
-"""Tune a static setting on each simulated instance: the opponent of a policy, and the unit of its reward.
+"""Find the tuned static setting of each simulated instance: the baseline of a policy, and the unit of its reward.
 
-`ScheduleTable` and `Progress` are the base schedule and the cool-down by decision, as arrays over many runs.
+`ScheduleTable` and `Progress` tabulate a base schedule by decision, as arrays: mean and last factor of each interval,
+including cool-downs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class ScheduleTable:
 
 @dataclass(kw_only=True)
 class Progress(Rows):
-    """Positions of many runs in their schedules, counted in intervals; arrays of shape (n_runs,)."""
+    """Positions of many runs in their schedules, in units of intervals; arrays of shape (n_runs,)."""
 
     position: Floats
     end: Floats
@@ -138,7 +139,7 @@ def static_losses(
 
 
 def overfit(instances: Instances, sequences: Floats) -> Floats:
-    """Return the rise of the validation loss by overfitting after `sequences`, in nats/token; 0 in the first epoch."""
+    """Return validation loss minus training loss through overfitting, in nats/token: 0 in the first epoch."""
     repeated: Floats = np.maximum(sequences / instances.data - 1.0, 0.0)
     return instances.overfitting * repeated**1.3
 

@@ -1,6 +1,6 @@
-"""Simulated training runs: `SimulatedRuns` trains thousands side by side, as `LiveRun` does one real run.
+"""Run simulated trainings: thousands at once as a `PlantBatch`, or a single one as a `Plant`.
 
-`OnePlant` presents a single run as a `Plant`, so that it can be steered as if it were a live one.
+`SimulatedRuns` is the simulated counterpart of `LiveRun` for a whole batch; `SimulatedRun` is one row of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SEQUENCE_LENGTH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Instances to draw runs from, and the references of each."""
+    """Instances to draw runs from, with the tuned static of each."""
 
     instances: Instances
     references: References
@@ -76,10 +76,10 @@ class Start:
 
 
 class SimulatedRuns:
-    """Simulated training runs: a `PlantBatch` with references.
+    """Simulates training runs, as a `PlantBatch` with references.
 
-    Every run draws its instance, its starting learning rate and all its noise from `seed`, its row and how many runs
-    the row has had; so a row alone is exactly what it is among thousands.
+    Instance, starting learning rate and noise of a run depend only on `seed`, its row, and the number of earlier runs
+    in the row. So the results of a row are the same alone and in a batch of thousands.
 
     Args:
         n_runs: Number of runs in the batch.
@@ -220,7 +220,7 @@ class SimulatedRuns:
         return self._telemetry(controls, interval, sequences, fields, costs)
 
     def _switch(self, controls: ControlBatch) -> Floats:
-        """Apply batch, precision and sparsity; return the number of changes of the first two."""
+        """Apply batch, precision and sparsity; return the number of changes of batch and precision."""
         removed = np.where(self.instances.prunes, np.maximum(controls.sparsity - self.sparsity, 0.0), 0.0)
         self.bump += PRUNING_BUMP * removed**3
         self.sparsity = np.where(removed > 0, controls.sparsity, self.sparsity)
@@ -305,7 +305,7 @@ MASKED = "does not pay on this machine"
 
 
 class OnePlant:
-    """The only run of a `PlantBatch`, as a `Plant`. Making it begins a new run."""
+    """Adapts a `PlantBatch` of one run to the `Plant` interface. The run is restarted."""
 
     def __init__(self, plants: PlantBatch) -> None:
         if plants.n_runs != 1:
