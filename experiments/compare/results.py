@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord, null_if_not_finite
+from trainpilot.llm_runtime.schedules import EVALUATE_EVERY
 
 FORMAT = 1
 """Raised when what a kept run means changes; older runs are then run again."""
@@ -31,9 +32,9 @@ class SteeringSpec(JsonRecord):
     A policy whose settings have no `guardrails` ran without them.
     """
     probe: bool = False
-    """Whether the curvature probe runs (and is paid for): only policies look at it."""
-    evaluate_every: int = 10
-    """Decisions between two looks at the validation loss; the last interval always has one."""
+    """Whether the curvature probe runs and is paid for; only policies use it."""
+    evaluate_every: int = EVALUATE_EVERY
+    """Decisions between two evaluations on validation text; the last interval always has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
