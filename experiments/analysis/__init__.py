@@ -1,1 +1,1 @@
-"""Turn finished runs into figures: compute multipliers, intervals, fronts. docs/measuring.md says what each means."""
+"""Turn finished runs into figures: compute multipliers, intervals and fronts, as docs/measuring.md explains them."""

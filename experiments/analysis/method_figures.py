@@ -1,7 +1,4 @@
-"""Work out the figures of each method: on each case, and over all of them.
-
-Find out what a run had used when its validation loss first reached a target.
-"""
+"""Compute the figures of each method on each case and over all cases, including the cost of reaching a target loss."""
 
 from __future__ import annotations
 
@@ -28,18 +25,18 @@ from trainpilot.experiments.analysis.multiplier import (
     product_scores,
 )
 from trainpilot.experiments.analysis.statistics import NEVER, Bounded, above, exactly, over_cases, over_seeds, sign_test
-from trainpilot.experiments.compare.results import UNTUNED, Case
+from trainpilot.experiments.results import UNTUNED, Case
 from trainpilot.llm_runtime.energy.meter import sum_known
 
 
 @dataclass(frozen=True)
 class EvaluatedLoss:
-    """A look at the validation loss."""
+    """A measured validation loss with the costs up to that point."""
 
     loss: float
     """In nats/token."""
     used: Amounts
-    """By then, modelled."""
+    """Modelled costs up to then."""
 
 
 def target_loss(case: Case, runs: Runs) -> float | None:
@@ -51,7 +48,7 @@ def target_loss(case: Case, runs: Runs) -> float | None:
 
 
 def target_figures(runs: Sequence[Run], target: float | None) -> TargetFigures:
-    """Return what a method needed to reach `target`, over its seeds."""
+    """Return the costs of reaching `target`, over a method's seeds."""
     needed = [used_to_reach(run, target) for run in runs] if target is not None else []
     return TargetFigures(
         n_reached=sum(found["tokens"] is not None and math.isfinite(found["tokens"].high) for found in needed),
@@ -63,9 +60,9 @@ def target_figures(runs: Sequence[Run], target: float | None) -> TargetFigures:
 
 
 def used_to_reach(run: Run, target: float) -> dict[str, Bounded | None]:
-    """Return what the run had used when it first reached `target`, by axis; more than all it used if it never did.
+    """Return the costs, by axis, at which the run first reached `target`; a lower bound if it never did.
 
-    Between two looks at the validation loss everything is taken to change linearly.
+    Costs and loss are interpolated linearly between two evaluations.
     """
     losses = _evaluated_losses(run)
     index = next((index for index, each in enumerate(losses) if each.loss <= target), None)
@@ -81,7 +78,7 @@ def _between(before: float | None, after: float | None, share: float) -> Bounded
 
 
 def _evaluated_losses(run: Run) -> list[EvaluatedLoss]:
-    """Return the looks at the validation loss, the one before the first step included."""
+    """Return all evaluations of the validation loss, including the one before the first step."""
     result = run.result
     costs = cumulative(result, run.table) if run.cost is not None and run.table is not None else None
     losses = []
@@ -101,7 +98,7 @@ def _evaluated_losses(run: Run) -> list[EvaluatedLoss]:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOnCase:
-    """One method on one case, seed by seed."""
+    """Results of one method on one case, by seed."""
 
     case: str
     method: str
@@ -181,7 +178,7 @@ def _n_failed(runs: Sequence[Run]) -> int:
 
 
 def _losses(runs: Sequence[Run], loss: Callable[[Run], float | None]) -> list[Bounded]:
-    """Return the losses; a run without one counts as worse than before its first step."""
+    """Return the final losses; for a run without one, the loss before its first step is a lower bound."""
     found = []
     for run in runs:
         value, initial = loss(run), run.result.initial_validation_loss
@@ -199,10 +196,10 @@ def _measured_time_s(run: Run) -> float:
 
 
 def _measured_energy_j(run: Run) -> float | None:
-    """Return joules, evaluation included; `None` where one interval has none, or where there is no interval."""
+    """Return the measured joules including evaluation; `None` without intervals, or if those of one are unknown."""
     intervals = run.result.intervals
-    looks = [interval.evaluation_energy_j for interval in intervals if interval.evaluation_sequences]
-    return sum_known([*(interval.energy_j for interval in intervals), *looks]) if intervals else None
+    evaluations = [interval.evaluation_energy_j for interval in intervals if interval.evaluation_sequences]
+    return sum_known([*(interval.energy_j for interval in intervals), *evaluations]) if intervals else None
 
 
 def _sources(runs: Sequence[Run]) -> str | None:

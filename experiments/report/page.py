@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from trainpilot.experiments.analysis.figures import Estimate, Figures, SignTest
-from trainpilot.experiments.compare.results import TUNED, UNTUNED, Comparison, RunResult
+from trainpilot.experiments.analysis.figures import PRESUMED_BUG, Estimate, Figures, SignTest
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.report.charts import (
     budget_panels,
@@ -44,6 +43,7 @@ from trainpilot.experiments.report.tables import (
     settings_table,
     sweep_table,
 )
+from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, RunResult
 from trainpilot.llm_runtime.files import whole_file, write_json
 
 PAGE = "report.html"
@@ -84,8 +84,6 @@ def write_report(
 
 
 LEVEL = 0.05
-TOO_GOOD = 1.05
-"""A gain over a tuned static schedule beyond this is presumed to be a fault in the baseline."""
 SAME = 0.005
 NAMES = {"untuned": "the untuned default", "tuned": "a tuned static schedule"}
 
@@ -197,7 +195,7 @@ def _cautions(data: ReportData, subject: str | None) -> list[str]:
     if len(data.case_names) == 1:
         found.append("One case says nothing about other models: the intervals hold the spread over seeds alone.")
     worth = data.multiplier(subject).value if subject else None
-    if worth is not None and worth > TOO_GOOD:
+    if worth is not None and worth > PRESUMED_BUG:
         found.append(
             "A gain above 5 % over a tuned static schedule is presumed to be a fault in the baseline "
             "until a second look confirms it."

@@ -63,7 +63,7 @@ def _put(values: Any, rows: Ints, others: Any) -> None:
 
 @dataclass(kw_only=True)
 class ControlBatch(Rows):
-    """What holds during one interval of each run; as `Controls`."""
+    """Controls of one interval of each run; the fields are those of `Controls`."""
 
     learning_rate_scale: Floats
     batch_size: Ints
@@ -96,14 +96,14 @@ class ControlBatch(Rows):
 
 @dataclass(kw_only=True)
 class LimitBatch(Rows):
-    """What each run can do; as `ControlLimits`, without the reasons."""
+    """Control limits of each run; the fields are those of `ControlLimits`, without the reasons."""
 
     start: ControlBatch
     """Controls of the untouched base schedule."""
     min_batch_size: Ints
     max_batch_size: Ints
     masked_precisions: Bools
-    """Shape (n_runs, number of precisions): True where a precision is not offered."""
+    """True for precisions that are not available, shape (n_runs, number of precisions)."""
     prunes: Bools
     """Whether the pruning control does anything."""
     decisions: Ints
@@ -194,17 +194,17 @@ def _number(value: float | None) -> float:
 
 
 class PlantBatch(Protocol):
-    """Many things being steered at once. A run that has finished or diverged waits until `begin` starts it anew."""
+    """Many plants as one batch. A run that has finished or diverged is idle until `begin` replaces it."""
 
     @property
     def n_runs(self) -> int:
-        """Runs side by side."""
+        """Number of runs in the batch."""
 
     def limits(self) -> LimitBatch:
-        """Return what may be asked of each run; after `begin`, of the new ones."""
+        """Return the control limits of each run; after `begin`, of the new ones."""
 
     def begin(self, rows: Ints) -> None:
-        """Start new runs in these rows; the others go on."""
+        """Start new runs in these rows; the others continue."""
 
     def advance(self, controls: ControlBatch) -> TelemetryBatch:
         """Train every run for one interval."""

@@ -1,6 +1,7 @@
-"""Find what static settings reach on simulated instances: the opponent of a policy, and the unit of its reward.
+"""Find the tuned static setting of each simulated instance: the baseline of a policy, and the unit of its reward.
 
-Tabulate a base schedule by decision: mean and last factor of each interval, cool-downs included, as arrays.
+`ScheduleTable` and `Progress` tabulate a base schedule by decision, as arrays: mean and last factor of each interval,
+including cool-downs.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName, neutral_factor
 from trainpilot.llm_runtime.simulator.instances import Instances
-from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 
 _TOKENS = 1_000_000  # of a nominal budget: factors depend on shares only
@@ -25,7 +26,7 @@ class ScheduleTable:
     mean: Floats
     last: Floats
     start: Floats
-    """At the interval's beginning."""
+    """Factor at the beginning of the interval."""
 
     @classmethod
     def of(cls, name: ScheduleName, warmup_share: float, decisions: int) -> ScheduleTable:
@@ -39,13 +40,13 @@ class ScheduleTable:
 
 @dataclass(kw_only=True)
 class Progress(Rows):
-    """Where many runs stand in their schedules; positions are counted in intervals. Arrays of shape (n_runs,)."""
+    """Positions of many runs in their schedules, in units of intervals; arrays of shape (n_runs,)."""
 
     position: Floats
     end: Floats
-    """Where the run ends: the number of decisions, or the end of its cool-down."""
+    """End of the run: the number of decisions, or the end of its cool-down."""
     cooldown_start: Floats
-    """NaN while the base schedule holds."""
+    """Begin of the cool-down; NaN before it."""
     cooldown_factor: Floats
 
     @classmethod
@@ -65,12 +66,12 @@ class Progress(Rows):
         return ~np.isnan(self.cooldown_start)
 
     def restart(self, rows: Ints, decisions: int) -> None:
-        """Put some runs back to the beginning."""
+        """Reset some runs to the beginning."""
         self.put(rows, Progress.fresh(len(rows), decisions))
 
-    def begin_cooldown(self, wanted: Bools, table: ScheduleTable) -> None:
-        """Begin the cool-down where it is wanted and has not begun: a fall to zero over a fifth of what was trained."""
-        rows = np.flatnonzero(wanted & ~self.finishing)
+    def begin_cooldown(self, requested: Bools, table: ScheduleTable) -> None:
+        """Begin the requested cool-downs that have not begun: a fall to zero over a fifth of the tokens so far."""
+        rows = np.flatnonzero(requested & ~self.finishing)
         if not rows.size:
             return
         at = self.position[rows]
@@ -95,7 +96,7 @@ class Progress(Rows):
 
 DECISIONS = 50
 FIRST_RATES = np.geomspace(1e-4, 0.1, 13)
-"""Learning rates that are tried first, at the instance's own batch: factors of 1.8."""
+"""Learning rates of the coarse search, at the instance's own batch, in factors of 1.8."""
 FINE_FACTORS = (0.75, 1.33)
 
 
@@ -104,27 +105,27 @@ class References(Rows):
     """The tuned static of each instance; arrays of shape (n_instances,) unless said otherwise."""
 
     rate: Floats
-    """Its learning rate, by the neutral rule at the instance's starting batch."""
+    """Tuned learning rate, converted to the instance's starting batch by the neutral rule."""
     batch: Ints
     losses: Floats
-    """Its loss at each of `BUDGET_SHARES`, tuned again at each, shape (n_instances, 3), in nats/token."""
+    """Loss at each of `BUDGET_SHARES`, tuned at each budget, shape (n_instances, 3), in nats/token."""
     time_s: Floats
-    """Seconds of the tuned static's run: the unit of a policy's time, as its losses are the unit of quality."""
+    """Seconds of the tuned static's run, the unit of a policy's time."""
     energy_j: Floats
-    """Joules of the same."""
+    """Joules of the tuned static's run, the unit of a policy's energy."""
 
 
 def static_losses(
     instances: Instances, rate: Floats, batch: Floats, table: ScheduleTable, share: float = 1.0
 ) -> Floats:
-    """Return the validation losses that static settings end with, in nats/token; infinite where they diverge.
+    """Return the final validation losses of static settings, in nats/token; infinite for diverging ones.
 
     Args:
-        instances: What is trained.
+        instances: Instances to train.
         rate: Peak learning rate at `batch`.
         batch: Sequences per step.
-        table: The schedule, over the whole of the run.
-        share: Share of the budget that the run has.
+        table: Schedule of the whole run.
+        share: Budget of the run as a share of the instance's.
     """
     state = PhysicsState.fresh(len(instances))
     sequences = instances.sequences * share
@@ -134,17 +135,17 @@ def static_losses(
             advance(instances.physics, state, steps, rate * factor, batch)
         final = loss(instances.physics, state)
     final = final + instances.sensors.validation_gap + overfit(instances, sequences)
-    return np.where(np.isfinite(final) & (final < 1.3 * instances.physics.initial_loss), final, np.inf)
+    return np.where(np.isfinite(final) & (final < DIVERGED_FACTOR * instances.physics.initial_loss), final, np.inf)
 
 
 def overfit(instances: Instances, sequences: Floats) -> Floats:
-    """Return what validation loses to training after `sequences`, in nats/token: nothing in the first epoch."""
+    """Return validation loss minus training loss through overfitting, in nats/token: 0 in the first epoch."""
     repeated: Floats = np.maximum(sequences / instances.data - 1.0, 0.0)
     return instances.overfitting * repeated**1.3
 
 
 def find_references(instances: Instances, schedule: ScheduleName = "wsd", warmup_share: float = 0.1) -> References:
-    """Tune learning rate and batch of each instance on a grid, the learning rate again at a quarter and a half."""
+    """Tune learning rate and batch of each instance on a grid, and the learning rate at the smaller budgets."""
     table = ScheduleTable.of(schedule, warmup_share, DECISIONS)
     best = _Best(len(instances))
     low, high = instances.batch_limits(DECISIONS)
@@ -167,7 +168,7 @@ def find_references(instances: Instances, schedule: ScheduleName = "wsd", warmup
 
 
 class _Best:
-    """The best setting so far."""
+    """Best setting so far, by instance."""
 
     def __init__(self, n: int) -> None:
         self.rate = np.full(n, 1e-3)
@@ -176,7 +177,7 @@ class _Best:
 
 
 def _try(best: _Best, instances: Instances, at_start: Floats | float, batch: Floats, table: ScheduleTable) -> None:
-    rate = at_start * np.sqrt(batch / instances.start_batch)
+    rate = at_start * neutral_factor(batch, instances.start_batch)
     losses = static_losses(instances, rate, batch, table)
     better = losses < best.loss
     best.rate = np.where(better, at_start, best.rate)
@@ -185,7 +186,7 @@ def _try(best: _Best, instances: Instances, at_start: Floats | float, batch: Flo
 
 
 def _shorter(best: _Best, instances: Instances, table: ScheduleTable, share: float) -> Floats:
-    rate = best.rate * np.sqrt(best.batch / instances.start_batch)
+    rate = best.rate * neutral_factor(best.batch, instances.start_batch)
     found = [static_losses(instances, rate * factor, best.batch, table, share) for factor in (0.56, 1.0, 1.8, 3.2)]
     least: Floats = np.minimum.reduce(found)
     return least

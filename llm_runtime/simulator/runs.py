@@ -1,6 +1,6 @@
-"""Train thousands of simulated runs at once: what `LiveRun` is for one real run.
+"""Run simulated trainings: thousands at once as a `PlantBatch`, or a single one as a `Plant`.
 
-Steer one simulated run as if it were a live one.
+`SimulatedRuns` is the simulated counterpart of `LiveRun` for a whole batch; `SimulatedRun` is one row of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
-from trainpilot.llm_runtime.simulator.physics import PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import (
     Bools,
     ControlBatch,
@@ -30,20 +30,18 @@ from trainpilot.llm_runtime.simulator.references import Progress, References, Sc
 from trainpilot.llm_runtime.simulator.sensors import CHANNELS, SimulatedInterval, read_sensors
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
-DIVERGED_FACTOR = 1.3
-"""A run whose loss is so many times the initial one has diverged."""
 VALIDATION_NOISE = 0.004
-"""Standard deviation of a validation loss around what was expected, in nats/token."""
+"""Standard deviation of a measured validation loss around the expected one, in nats/token."""
 PRUNING_BUMP = 40.0
-"""Loss that a pruning step costs at first, in nats/token per cubed share; it heals with further steps."""
+"""Temporary increase of the loss by a pruning step, in nats/token per cubed share; it decays with further steps."""
 HEALING_STEPS = 60.0
 SEQUENCE_LENGTH = 64
-"""Nominal: only ratios of tokens matter."""
+"""Nominal tokens per sequence; only ratios of tokens matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Instances to draw runs from, and what the tuned static reaches on each."""
+    """Instances to draw runs from, with the tuned static of each."""
 
     instances: Instances
     references: References
@@ -53,7 +51,7 @@ class Pool:
         cls, n_instances: int, seed: int, calibrations: Sequence[FittedPhysics], widening: Widening | None = None,
         *, schedule: ScheduleName = "wsd", warmup_share: float = 0.1,
     ) -> Pool:  # fmt: skip
-        """Draw instances around calibrations and tune a static setting on each: about 2 s for a thousand."""
+        """Draw instances around calibrations and tune a static setting on each; about 2 s per thousand."""
         instances = draw_instances(n_instances, seed, calibrations, widening)
         return cls(instances=instances, references=find_references(instances, schedule, warmup_share))
 
@@ -61,33 +59,33 @@ class Pool:
         return len(self.instances)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
-        """Return itself: nothing in a pool ever changes, and copies of runs may share it."""
+        """Return the pool itself: it is immutable, so copies of runs can share it."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How runs begin."""
+    """Base schedule and starting learning rates of runs."""
 
     decisions: int = 50
     schedule: ScheduleName = "wsd"
     """Base schedule."""
     warmup_share: float = 0.1
     rates: tuple[float, float] = (1 / 30, 10.0)
-    """Starting learning rates over the tuned one, drawn evenly in the logarithm."""
+    """Range of starting learning rates relative to the tuned one, drawn log-uniformly."""
 
 
 class SimulatedRuns:
-    """Simulated training runs: a `PlantBatch` that knows its references.
+    """Simulates training runs, as a `PlantBatch` with references.
 
-    Every run draws its instance, its starting learning rate and all its noise from `seed`, its row and how many runs
-    the row has had; so a row alone meets exactly what it meets among thousands.
+    Instance, starting learning rate and noise of a run depend only on `seed`, its row, and the number of earlier runs
+    in the row. So the results of a row are the same alone and in a batch of thousands.
 
     Args:
-        n_runs: Runs side by side.
-        seed: Decides everything that is drawn.
-        pool: What runs are drawn from; by default around the calibrations that come with trainpilot.
-        start: How runs begin.
+        n_runs: Number of runs in the batch.
+        seed: Seed of everything that is drawn.
+        pool: Instances to draw from; by default drawn around the shipped calibrations.
+        start: Base schedule and starting learning rates.
         first_row: Number of the first row.
     """
 
@@ -138,16 +136,16 @@ class SimulatedRuns:
 
     @property
     def best_learning_rate(self) -> Floats:
-        """The tuned static's learning rate, by the neutral rule at the starting batch."""
+        """The tuned static's learning rate, converted to the starting batch by the neutral rule."""
         return self.references.rate
 
     @property
     def start_learning_rate(self) -> Floats:
-        """Peak of the base schedule that each run was started with."""
+        """Peak of the base schedule at the start of each run."""
         return self.start_rate
 
     def begin(self, rows: Ints) -> None:
-        """Start new runs in these rows."""
+        """Begin new runs in these rows."""
         self.episodes[rows] += 1
         self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
         drawn = uniforms(self.keys[rows], 0, 2)
@@ -167,7 +165,7 @@ class SimulatedRuns:
         self.validation_loss[rows] = np.nan
 
     def limits(self) -> LimitBatch:
-        """Return what may be asked of each run."""
+        """Return the control limits of each run."""
         low, high = self.instances.batch_limits(self.start.decisions)
         n = self.n_runs
         begin = ControlBatch(
@@ -222,7 +220,7 @@ class SimulatedRuns:
         return self._telemetry(controls, interval, sequences, fields, costs)
 
     def _switch(self, controls: ControlBatch) -> Floats:
-        """Bring batch, precision and sparsity into force; return how many changes of the first two there were."""
+        """Apply batch, precision and sparsity; return the number of changes of batch and precision."""
         removed = np.where(self.instances.prunes, np.maximum(controls.sparsity - self.sparsity, 0.0), 0.0)
         self.bump += PRUNING_BUMP * removed**3
         self.sparsity = np.where(removed > 0, controls.sparsity, self.sparsity)
@@ -233,7 +231,7 @@ class SimulatedRuns:
         return changes
 
     def _expected(self) -> Floats:
-        """Return the expected training loss now, in nats/token."""
+        """Return the current expected training loss, in nats/token."""
         pruned = self.instances.pruning_cost * ((1.0 - self.sparsity) ** -2.0 - 1.0) / 0.235
         expected: Floats = loss(self.instances.physics, self.state) + pruned + self.bump
         return expected
@@ -296,18 +294,18 @@ class SimulatedRuns:
 
 
 def default_pool(n_instances: int = 256, seed: int = 0) -> Pool:
-    """Return a pool around the calibrations that come with trainpilot."""
+    """Return a pool of instances around the shipped calibrations."""
     from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
     return Pool.draw(n_instances, seed, shipped_physics())
 
 
 MASKED = "does not pay on this machine"
-"""Why a simulated run does not offer a precision."""
+"""Reason for a masked precision of a simulated run."""
 
 
 class OnePlant:
-    """The only run of a `PlantBatch`, as a `Plant`. It is begun anew."""
+    """Adapts a `PlantBatch` of one run to the `Plant` interface. The run is restarted."""
 
     def __init__(self, plants: PlantBatch) -> None:
         if plants.n_runs != 1:
@@ -317,7 +315,7 @@ class OnePlant:
         plants.begin(np.arange(1))
 
     def limits(self) -> ControlLimits:
-        """Return what may be asked of it."""
+        """Return the control limits of the run."""
         limits = self.plants.limits()
         masked = zip(PRECISIONS, limits.masked_precisions[0], strict=True)
         return ControlLimits(
@@ -330,7 +328,7 @@ class OnePlant:
         )
 
     def advance(self, controls: Controls, share: float) -> Telemetry:
-        """Train for one interval, whatever `share` says: it is one over the decisions.
+        """Train for one interval. `share` is ignored; an interval is always one over the number of decisions.
 
         Raises:
             ValueError: the run has finished.
@@ -350,19 +348,19 @@ class OnePlant:
         return {"plants": deepcopy(self.plants), "finished": self.finished}
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a state that `snapshot` returned."""
+        """Restore a state that `snapshot` returned."""
         self.plants = deepcopy(snapshot["plants"])
         self.finished = snapshot["finished"]
 
 
 class SimulatedRun(OnePlant):
-    """One simulated run: what row `row` of `SimulatedRuns` trains first in an environment, under the same seed.
+    """One simulated run as a `Plant`: the first run of row `row` of `SimulatedRuns` with the same seed.
 
     Args:
-        seed: Decides everything that is drawn.
-        row: Which of the runs under this seed.
-        pool: What it is drawn from; by default around the calibrations that come with trainpilot.
-        start: How it begins.
+        seed: Seed of everything that is drawn.
+        row: Row of `SimulatedRuns`.
+        pool: Instances to draw from; by default drawn around the shipped calibrations.
+        start: Base schedule and range of starting learning rates.
     """
 
     def __init__(self, seed: int = 0, row: int = 0, pool: Pool | None = None, start: Start | None = None) -> None:
@@ -371,5 +369,5 @@ class SimulatedRun(OnePlant):
 
     @property
     def runs(self) -> SimulatedRuns:
-        """The run among its kind: its instance, its references, its state."""
+        """The batch of one run that holds the instance, references and state."""
         return cast("SimulatedRuns", self.plants)

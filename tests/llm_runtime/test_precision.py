@@ -14,6 +14,7 @@ from live_runs import case, live_run, same_bits, weights
 from torch import nn
 
 from trainpilot.llm_runtime import precision as number_format
+from trainpilot.llm_runtime import timing
 from trainpilot.llm_runtime.config import PRECISIONS, Precision
 from trainpilot.llm_runtime.precision import (
     autocast,
@@ -57,7 +58,7 @@ class Step:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure by the clock of the steps: on a busy machine a sleep takes any time."""
-    monkeypatch.setattr(number_format, "time", SimpleNamespace(perf_counter=lambda: Step.now_s))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: Step.now_s))
 
 
 # Devices ----------------------------------------------------------------------------------------------------
