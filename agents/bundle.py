@@ -1,7 +1,7 @@
 """Save a trained policy as one small file, and load it without running any code from it.
 
-A bundle is a safetensors file: the weights of the policy network, and one JSON text in the header with everything that
-must fit before a decision makes sense (action and observation tables) and where the policy comes from.
+A bundle is a safetensors file: the weights of the policy network, and a JSON text in the header. The JSON holds the
+tables of actions and observations, which must match this version, and the policy's provenance.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,21 @@ from safetensors.numpy import save as to_bytes
 from trainpilot.envs.action import ACTION_FIELDS, split_choices
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.llm_runtime.files import whole_file
+from trainpilot.llm_runtime.files import digest, whole_file
 from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
 
 POLICIES = Path(__file__).with_name("policies")
-"""Policies that come with trainpilot."""
+"""Folder of the policies that are shipped with trainpilot."""
 FORMAT = 1
 MAX_BYTES = 16 * 2**20
-"""No policy network is larger than this; a file that is holds something else."""
+"""Largest file that is read as a bundle; policy networks are much smaller."""
 
 
 def policy_path(name: str) -> Path:
-    """Return the file of a policy: a bare name is one that comes with trainpilot, anything else is a path.
+    """Return the file of a policy: a bare name is one that is shipped with trainpilot, anything else is a path.
 
     Raises:
-        ValueError: no policy of that name comes with trainpilot. A path is checked when it is loaded.
+        ValueError: no policy of that name is shipped. A path is checked when it is loaded.
     """
     path = Path(name)
     if path.suffix or path.name != name:
@@ -51,17 +50,17 @@ def policy_path(name: str) -> Path:
 
 
 def shipped_policies() -> list[str]:
-    """Return the names of the policies that come with trainpilot."""
+    """Return the names of the policies that are shipped with trainpilot."""
     return sorted(file.stem for file in POLICIES.glob("*.safetensors"))
 
 
 def policy_digest(path: Path) -> str:
-    """Return a digest of a policy's file, to tell later whether it is still the same."""
-    return blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    """Return a digest of a policy's file, by which a changed file is recognised."""
+    return digest(path.read_bytes())
 
 
 def field_tables() -> dict[str, Any]:
-    """Return what a policy's inputs and outputs mean: the part of a bundle that must match this version."""
+    """Return the tables of a policy's inputs and outputs, which must match between a bundle and this version."""
     return {
         "actions": [{"name": f.name, "choices": list(f.choices)} for f in ACTION_FIELDS],
         "observations": [{"name": f.name, "low": f.low, "high": f.high} for f in OBSERVATION_FIELDS],
@@ -74,9 +73,9 @@ class BaseSchedule:
     """The base schedule that a policy was trained to multiply."""
 
     schedule: ScheduleName
-    """Which decay."""
+    """Name of the decay."""
     warmup_share: float
-    """Share of the budget that is linear warm-up."""
+    """Share of the budget that is linear warm-up, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -97,7 +96,7 @@ class PolicyBundle:
     weights: Mapping[str, np.ndarray]
     """`hidden.I.weight`, `hidden.I.bias`, `action.weight`, `action.bias`, float32."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Training cases, preference range, decisions per run, versions, what training cost: plain JSON values."""
+    """Training cases, preference range, decisions per run, versions and training cost, as plain JSON values."""
 
     @property
     def decisions(self) -> int:
@@ -106,7 +105,7 @@ class PolicyBundle:
 
     @property
     def base_schedule(self) -> BaseSchedule | None:
-        """The base schedule that the policy brings; `None` where it brings none."""
+        """The base schedule that the policy was trained with; `None` if the bundle names none."""
         stored = self.provenance.get("base_schedule")
         return None if stored is None else BaseSchedule(**stored)
 
@@ -135,7 +134,7 @@ class PolicyBundle:
         return sum(name.startswith("hidden.") and name.endswith(".weight") for name in self.weights)
 
     def save(self, path: Path) -> None:
-        """Write the bundle, whole."""
+        """Write the bundle; an interrupted write leaves no damaged file."""
         content = {"format": FORMAT, "fields": field_tables(), "provenance": dict(self.provenance)}
         metadata = {"trainpilot": json.dumps(content, allow_nan=False)}
         weights = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in self.weights.items()}
@@ -147,7 +146,8 @@ class PolicyBundle:
         """Read a bundle.
 
         Raises:
-            ValueError: no such file, not a bundle, or one whose fields, shapes or values do not fit this version.
+            ValueError: there is no such file, it is not a bundle, or its fields, shapes or values do not fit this
+                version.
         """
         content, weights = _read(path)
         _check_fields(path, content)

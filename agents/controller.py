@@ -1,6 +1,6 @@
-"""Decide the controls of the next interval from the telemetry so far. Needs numpy, never SB3.
+"""Decide the controls of the next interval with a policy, and record each decision with the interval that followed.
 
-Record one decision of a steered run: what was seen, asked, allowed and measured. One line of `telemetry.jsonl`.
+A `Controller` needs numpy alone: no torch, no Stable-Baselines3. A `DecisionRecord` is one line of `telemetry.jsonl`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class DecisionRecord(JsonRecord):
     """One decision and the interval that followed it."""
 
     telemetry: Telemetry
-    """What was measured."""
+    """Measurements of the interval."""
     requested: Action
-    """What the policy asked for."""
+    """The policy's action."""
     allowed: Action
-    """What the safety layer let through."""
+    """The action after masks and guardrails; every refused choice is "keep"."""
     refusals: tuple[str, ...]
-    """Why the rest was not."""
+    """Why choices were refused."""
     masked: Mapping[str, str]
-    """Choices that were masked, `field choice`, each with its reason."""
+    """The reason of each masked choice, by `field choice`."""
     observation: Mapping[str, float]
-    """The newest observation that the policy saw, by field name, scaled to [-1, 1]."""
+    """The policy's newest observation, by field name, scaled to [-1, 1]."""
     reward: RewardTerms | None
-    """Reward terms, where a reference run is known."""
+    """Reward of the interval; `None` without a reference run."""
 
     @classmethod
     def of(
@@ -47,7 +47,7 @@ class DecisionRecord(JsonRecord):
         observation: Mapping[str, float],
         reward: RewardTerms | None,
     ) -> DecisionRecord:
-        """Put the record together."""
+        """Return the record of a decision, with the reasons of the masks and the observation that it was made on."""
         masked = {
             f"{field.name} {choice}": reason
             for field, why in zip(ACTION_FIELDS, reasons, strict=True)
@@ -70,16 +70,16 @@ Policy = Callable[[np.ndarray, np.ndarray], Action]
 
 
 def keep(observation: np.ndarray, masks: np.ndarray) -> Action:
-    """Never change anything: the base schedule."""
+    """Return the action that changes nothing, so that the run follows its base schedule."""
     return KEEP
 
 
 class Controller:
-    """A policy, and what it knows about the run that it steers.
+    """A policy, and the state of the run that its observations and masks are computed from.
 
     Args:
         policy: `keep`, `PolicyBundle.act`, or any function of observation and masks.
-        limits: What the run can do.
+        limits: Range of each control in this run.
         preference: Weights on quality, energy and time.
     """
 
@@ -95,28 +95,32 @@ class Controller:
 
     def decide(self, telemetry: Telemetry | None) -> Controls:
         """Return the controls of the next interval; `telemetry` is the last interval's, `None` before the first."""
-        self.see(telemetry)
-        self.decision = self.state.decide(self.wish())
+        self.observe(telemetry)
+        self.decision = self.state.decide(self.requested_action())
         return self.decision.controls
 
-    def see(self, telemetry: Telemetry | None) -> None:
-        """Take in the last interval, and keep for the record what the next decision sees."""
+    def observe(self, telemetry: Telemetry | None) -> None:
+        """Add the last interval to the state, and note observation and masks of the next decision for its record."""
         if telemetry is not None:
             self.state.observe(telemetry)
         self._observation = self.state.fields()
         self._reasons = self.state.mask_reasons()
 
-    def wish(self) -> Action:
-        """Return what the policy asks for now."""
+    def requested_action(self) -> Action:
+        """Return the policy's action for the present observation, which may hold choices that are not allowed."""
         return self.policy(self.state.observation().copy(), self.state.action_masks().copy())
 
     def record(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> DecisionRecord:
-        """Return the record of the last decision and the interval that followed it."""
+        """Return the record of the last decision and the interval that followed it.
+
+        Raises:
+            ValueError: nothing has been decided yet.
+        """
         if self.decision is None:
             raise ValueError("record needs a decision; call decide first")
         return DecisionRecord.of(telemetry, self.decision, self._reasons, self._observation, reward)
 
     def repeat(self, record: DecisionRecord) -> None:
-        """Decide what was decided then, held controls included."""
+        """Bring the decision of a record into force again, without asking the policy."""
         self.state.decide(record.allowed)
         self.state.hold(record.telemetry.requested)

@@ -1,8 +1,8 @@
-"""Explain decisions: what the policy would have preferred, had it not known one field of the observation.
+"""Explain a policy's decisions by ablating one observation field at a time.
 
-Ablation, without gradients: a field is replaced by its mean over the run, in all stacked observations at once. How far
-the log-odds of the choice against its best rival fall, is what the field's value did for the choice. A field that never
-changed did nothing that this can see.
+A field is replaced by its mean over the run, in all stacked observations at once. Its effect on a decision is how far
+the log-odds of the chosen action against the best alternative fall. No gradients are used. A field that is constant
+over the run has no effect by this measure.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from trainpilot.envs.observation import OBSERVATION_FIELDS
 FIELDS = tuple(field.name for field in OBSERVATION_FIELDS)
 CONTROLS = tuple(field.name for field in ACTION_FIELDS)
 ROUNDING = 1e-3
-"""Log-odds that come from the order of float32 sums, at most."""
+"""Effects below this log-odds difference may come from the summation order in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """What one field's value did for one choice."""
+    """Effect of one field's value on one choice."""
 
     field: str
     value: float
-    """In the field's own unit, clipped to its range; the middle of the range where it was unknown."""
+    """Value in the field's own unit, clipped to its range; the middle of the range if it was unknown."""
     mean: float
-    """Over the run, in the same unit."""
+    """Mean over the run, in the same unit."""
     effect: float
-    """Log-odds of the choice against its best rival, less those with the field at its mean; positive: for it."""
+    """Log-odds of the choice against its best rival minus the same with the field at its mean; positive favours it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What moved each decision of a run. Rows are decisions; D decisions, A controls, F fields."""
+    """Effects of all fields on all decisions of a run, as arrays over D decisions, A controls and F fields."""
 
     observations: np.ndarray
     """Newest observation at each decision, scaled, float64 of shape (D, F)."""
     choices: np.ndarray
-    """What was asked for, int of shape (D, A)."""
+    """Requested choices, int of shape (D, A)."""
     rivals: np.ndarray
-    """The best other allowed choice, int of shape (D, A); -1 where there was no other."""
+    """The likeliest other allowed choice, int of shape (D, A); -1 if no other choice was allowed."""
     log_odds: np.ndarray
-    """Of the choice against its rival, float64 of shape (D, A); nan where there was none."""
+    """Log-odds of the choice against its rival, float64 of shape (D, A); nan without a rival."""
     effects: np.ndarray
-    """What each field did, float64 of shape (D, A, F); nan where there was no rival."""
+    """Effect of each field, float64 of shape (D, A, F); nan without a rival."""
 
     @property
     def n_repeated(self) -> int:
-        """Decisions that the policy would take again; fewer than all mean that another policy took them."""
+        """Number of decisions that this policy reproduces; if some differ, another policy took them."""
         return int((~(self.log_odds < -ROUNDING)).all(axis=1).sum())
 
     def pushes(self, decision: int, control: str, n: int) -> list[Push]:
-        """Return the `n` fields that did most for or against a choice, the strongest first; none without a rival."""
+        """Return the `n` fields with the largest effect on a choice, the strongest first; none without a rival."""
         effects = self.effects[decision, CONTROLS.index(control)]
         if np.isnan(effects).any():
             return []
@@ -75,7 +75,7 @@ class Explanation:
         return Push(field=field.name, value=float(value), mean=float(mean), effect=effect)
 
     def importance(self) -> dict[str, dict[str, float]]:
-        """Return each field's mean absolute effect by control, over the decisions in which the control was free."""
+        """Return each field's mean absolute effect by control, over the decisions with more than one allowed choice."""
         table = {}
         for index, control in enumerate(CONTROLS):
             free = self.effects[self.rivals[:, index] >= 0, index]
@@ -85,10 +85,10 @@ class Explanation:
 
 
 def explain(bundle: PolicyBundle, records: Sequence[DecisionRecord]) -> Explanation:
-    """Return what moved the decisions of one whole run, from its first on.
+    """Compute the effects of all observation fields on the decisions of one complete run.
 
     Raises:
-        ValueError: there are no decisions, or their observations have other fields than this version's.
+        ValueError: `records` is empty, or the observations do not have the fields of this version.
     """
     newest = _newest(records)
     stacks = _stacks(newest)
@@ -107,7 +107,7 @@ def explain(bundle: PolicyBundle, records: Sequence[DecisionRecord]) -> Explanat
 
 
 def input_shares(bundle: PolicyBundle) -> dict[str, float]:
-    """Return each field's share of the first layer: the norm of its weights over the sum of all, largest first."""
+    """Return the norm of each field's weights in the first layer over the sum of all norms, largest first."""
     first = bundle.weights["hidden.0.weight" if "hidden.0.weight" in bundle.weights else "action.weight"]
     norms = np.sqrt(np.square(first.reshape(len(first), N_STACK, len(FIELDS)), dtype=np.float64).sum(axis=(0, 1)))
     shares = dict(zip(FIELDS, (norms / max(norms.sum(), 1e-30)).tolist(), strict=True))
@@ -125,13 +125,13 @@ def _newest(records: Sequence[DecisionRecord]) -> np.ndarray:
 
 
 def _stacks(newest: np.ndarray) -> np.ndarray:
-    """Return what the policy saw, of shape (D, N_STACK, F): the first observation stands for those before it."""
+    """Return the stacked observations, of shape (D, N_STACK, F), padded at the start with the first observation."""
     before = np.arange(len(newest))[:, None] + np.arange(1 - N_STACK, 1)
     return np.asarray(newest[np.maximum(before, 0)])
 
 
 def _ablated(stacks: np.ndarray) -> np.ndarray:
-    """Return the stacks with each field in turn at its mean over the run, of shape (D, F, N_STACK * F)."""
+    """Return the stacks with each field in turn replaced by its mean over the run, of shape (D, F, N_STACK * F)."""
     n, n_fields = len(stacks), stacks.shape[-1]
     means = stacks[:, -1].mean(axis=0)
     ablated = np.repeat(stacks[:, None], n_fields, axis=1)
@@ -145,7 +145,7 @@ def _allowed(record: DecisionRecord) -> list[bool]:
 
 
 def _rivals(logits: np.ndarray, choices: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Return the likeliest allowed choice beside the one taken, of shape (D, A); -1 where there is none."""
+    """Return the likeliest allowed choice other than the one taken, of shape (D, A); -1 if there is none."""
     rows = np.arange(len(logits))
     best = []
     for index, part in enumerate(split_choices(np.where(allowed, logits, -np.inf))):
@@ -156,7 +156,7 @@ def _rivals(logits: np.ndarray, choices: np.ndarray, allowed: np.ndarray) -> np.
 
 
 def _log_odds(logits: np.ndarray, choices: np.ndarray, rivals: np.ndarray) -> np.ndarray:
-    """Return the log-odds of the choices against their rivals, of shape (..., A); nan where there is no rival."""
+    """Return the log-odds of the choices against their rivals, of shape (..., A); nan without a rival."""
     shape = (*logits.shape[:-1], len(CONTROLS))
     taken = np.take_along_axis(logits, np.broadcast_to(FIRST_CHOICES + choices, shape), axis=-1)
     other = np.take_along_axis(logits, np.broadcast_to(FIRST_CHOICES + np.maximum(rivals, 0), shape), axis=-1)

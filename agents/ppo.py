@@ -1,4 +1,4 @@
-"""Train a policy with PPO (MaskablePPO) on an environment that it is given, resumably, and hand it over as a bundle."""
+"""Train a policy with sb3-contrib's MaskablePPO on any vectorised environment, resumably, and export it as a bundle."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """How the policy learns. Names and meanings are Stable-Baselines3's."""
+    """Settings of PPO. Names and meanings are those of Stable-Baselines3."""
 
     total_decisions: int = 20_000
-    """Environment steps to learn from; 0 leaves the policy as it starts."""
+    """Environment steps to learn from; with 0 the policy is not trained."""
     n_steps: int = 100
     """Decisions per environment between two updates."""
     batch_size: int = 100
@@ -58,7 +58,7 @@ class PPOConfig:
     finish_probability: float = 0.003
     """Chance per decision that the untrained policy begins the cool-down."""
     time_limit_s: float | None = None
-    """Stop early after so many seconds, for machines slower than expected."""
+    """Seconds after which training stops early; `None` is no limit."""
     seed: int = 0
     """Seeds the policy's initial weights and its sampling."""
 
@@ -86,24 +86,24 @@ class PPOConfig:
 
 
 class RememberedCallback(BaseCallback):
-    """A callback whose state is part of the checkpoint."""
+    """An SB3 callback whose state is part of the checkpoint."""
 
     def state(self) -> dict[str, Any]:
-        """Return tensors, numbers, text and containers of these."""
+        """Return the state as tensors, numbers, text and containers of these."""
         raise NotImplementedError
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state` returned."""
+        """Restore what `state` returned."""
         raise NotImplementedError
 
 
 def side_by_side(make_env: Callable[[], Env[np.ndarray, np.ndarray]], n_envs: int) -> VecEnv:
-    """Return `n_envs` environments, each in a process of its own. `make_env` is pickled to get there."""
+    """Return `n_envs` environments, each in a process of its own, for which `make_env` is pickled."""
     return VecMonitor(SubprocVecEnv([make_env] * n_envs, start_method="spawn"))
 
 
 def make_ppo(env: VecEnv, config: PPOConfig) -> MaskablePPO:
-    """Return a fresh agent whose untrained policy mostly keeps everything as it is."""
+    """Return a new agent, whose untrained policy mostly chooses "keep"."""
     model = MaskablePPO(
         "MlpPolicy",
         env,
@@ -133,7 +133,7 @@ def _action_layer(model: MaskablePPO) -> torch.nn.Linear:
 
 
 def initial_bias(config: PPOConfig) -> np.ndarray:
-    """Return the logits, float32 of shape (sum of choices,), of a policy that mostly keeps."""
+    """Return the bias of the action layer, float32 of shape (sum of choices,), that mostly chooses "keep"."""
     parts = []
     for field in ACTION_FIELDS:
         keep = 1 - config.finish_probability if field.name == "finish" else config.keep_probability
@@ -153,36 +153,40 @@ def train(
     start: Mapping[str, torch.Tensor] | None = None,
     meter: EnergyMeter | None = None,
 ) -> tuple[MaskablePPO, dict[str, float]]:
-    """Train to `config.total_decisions`; go on from `folder`/checkpoint.pt if there is one.
+    """Train up to `config.total_decisions`, from the checkpoint in `folder` if there is one.
 
     Args:
         env: Vectorised environment with scalar rewards and `action_masks`.
-        config: How to learn.
-        folder: Takes the checkpoint and the TensorBoard events (`tb/`).
+        config: Settings of PPO.
+        folder: Folder of the checkpoint and the TensorBoard events (`tb/`).
         callbacks: Further SB3 callbacks, such as `TrainingLog`.
         progress: Called with the number of decisions made so far.
-        start: Weights of policy and value network to begin with where there is no checkpoint.
-        meter: Counts joules and seconds of this process, where those of the runs are not real ones.
+        start: Initial weights of policy and value network where there is no checkpoint.
+        meter: Measures joules and seconds of this process; needed where the runs are simulated. By default the joules
+            and seconds of the runs themselves are added up.
 
     Returns:
-        The agent, and what training cost: decisions, episodes, joules (NaN where unknown), seconds.
+        The agent, and the cost of its training: decisions, episodes, joules (NaN where unknown), seconds.
     """
     model = make_ppo(env, config)
     if start is not None:
         model.policy.load_state_dict(start)
-    keeper = _Keeper(folder / "checkpoint.pt", progress, config.time_limit_s, callbacks, meter)
-    keeper.load(model)
+    bookkeeping = _CheckpointAndCost(folder / "checkpoint.pt", progress, config.time_limit_s, callbacks, meter)
+    bookkeeping.load(model)
     model.set_logger(configure(str(folder / "tb"), ["tensorboard"]))
-    everyone = CallbackList([*callbacks, keeper])
+    everyone = CallbackList([*callbacks, bookkeeping])
     everyone.init_callback(model)
     left = config.total_decisions - model.num_timesteps
     if left > 0:
         model.learn(left, callback=everyone, reset_num_timesteps=False)
-    return model, keeper.cost
+    return model, bookkeeping.cost
 
 
-class _Keeper(BaseCallback):
-    """Writes a checkpoint after every update, counts what training costs, reports progress."""
+class _CheckpointAndCost(BaseCallback):
+    """Writes a checkpoint after every update, adds up the cost of training, and reports progress.
+
+    One callback, not three: the cost is part of the checkpoint, and is completed just before it is written.
+    """
 
     def __init__(
         self,

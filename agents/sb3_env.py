@@ -1,6 +1,6 @@
-"""Give Stable-Baselines3 thousands of simulated runs as one environment with scalar rewards.
+"""Adapt thousands of simulated runs to Stable-Baselines3's `VecEnv` interface, with scalar rewards.
 
-Keep observation fields and older observations from an agent, in training and in its bundle alike.
+Also hide observation fields and older observations from an agent, both in training and in its bundle.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trainpilot.llm_runtime.simulator.records import Bools
 class ScalarVecEnv(VecEnv):
     """A `VectorSimulatedTraining` whose reward is the change of a utility of each run so far.
 
-    To stay fast, the infos of runs that go on are one shared, empty dictionary. That of a run that has ended has
-    `terminal_observation`, `episode` (as SB3's `VecMonitor`: return, length, seconds), the sums over the episode
+    For speed, all runs that have not ended share one empty `info` dictionary. The `info` of a run that has ended holds
+    `terminal_observation`, `episode` (as in SB3's `VecMonitor`: return, length, seconds), the sums over the episode
     `reward_terms`, `energy_j` (`None` where unknown) and `time_s`, the `preference`, and of its last interval `loss`,
-    `loss_increase` and `diverged`. The end of the budget is a true end: nothing is bootstrapped there.
+    `loss_increase` and `diverged`. The end of the budget is terminal: nothing is bootstrapped there.
 
     Args:
-        env: What is steered.
+        env: The simulated runs.
         utility: One of `trainpilot.envs.reward.UTILITIES`.
     """
 
@@ -42,7 +42,7 @@ class ScalarVecEnv(VecEnv):
         self._start_s = time.monotonic()
 
     def reset(self) -> np.ndarray:
-        """Begin every run."""
+        """Start new runs, and return their observations."""
         observation, _ = self.env.reset(seed=self._seeds[0])
         self._scalariser.begin()
         self._reset_seeds()
@@ -50,11 +50,11 @@ class ScalarVecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Take the actions of the next step."""
+        """Store the actions of the next step."""
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Train every run for one interval."""
+        """Train every run for one interval, and return observations, rewards, dones and infos."""
         observation, vectors, terminated, truncated, infos = self.env.step(self._actions)
         weighing = RewardInfo(preference=infos["preference"], loss_increase=infos["loss_increase"])
         rewards = self._scalariser.rewards(vectors, weighing)
@@ -91,17 +91,21 @@ class ScalarVecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """Return an attribute, which all runs share, once for each of them."""
+        """Return an attribute of the shared environment once for each run."""
         return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of all runs."""
+        """Set an attribute of the shared environment."""
         setattr(self.env, attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Return the masks of each run; there is no other method that runs have for themselves."""
+        """Return the action masks of each run.
+
+        Raises:
+            AttributeError: another method than `action_masks` is called.
+        """
         if method_name != "action_masks":
             raise AttributeError(f"method_name must be action_masks, got {method_name!r}")
         masks = self.action_masks()
@@ -110,11 +114,11 @@ class ScalarVecEnv(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """Return that no run is wrapped."""
+        """Return `False` for each run: none is wrapped."""
         return [False] * len(list(self._get_indices(indices)))
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """Return nothing: there is nothing to see."""
+        """Return `None` for each run: nothing is rendered."""
         return [None] * self.num_envs
 
 
@@ -122,14 +126,14 @@ FIRST_LAYER = "hidden.0.weight"
 
 
 def seen_inputs(hide: Sequence[str] = (), stack: int = N_STACK) -> Bools:
-    """Return which inputs are left, bool of shape (N_STACK * n_fields,).
+    """Return which inputs an agent sees, bool of shape (N_STACK * n_fields,).
 
     Args:
-        hide: Names of observation fields that are not seen at all.
-        stack: How many of the newest observations are seen.
+        hide: Names of observation fields to hide.
+        stack: Number of the newest observations to show.
 
     Raises:
-        ValueError: an unknown field, or a number of observations that there is not.
+        ValueError: a field is unknown, or `stack` is out of range.
     """
     known = [field.name for field in OBSERVATION_FIELDS]
     if unknown := sorted(set(hide) - set(known)):
@@ -142,18 +146,18 @@ def seen_inputs(hide: Sequence[str] = (), stack: int = N_STACK) -> Bools:
 
 
 class HiddenInputs(VecEnvWrapper):
-    """An environment whose observations are 0 wherever `seen` is not."""
+    """An environment whose observations are 0 wherever `seen` is false."""
 
     def __init__(self, venv: VecEnv, seen: Bools) -> None:
         super().__init__(venv)
         self.seen = seen.astype(np.float32)
 
     def reset(self) -> np.ndarray:
-        """Begin every run."""
+        """Start new runs, and return their observations."""
         return self._hidden(self.venv.reset())
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Train every run for one interval."""
+        """Train every run for one interval, and return observations, rewards, dones and infos."""
         observation, rewards, dones, infos = self.venv.step_wait()
         return self._hidden(observation), rewards, dones, infos
 
@@ -163,12 +167,12 @@ class HiddenInputs(VecEnvWrapper):
 
 
 def hidden_from(env: VecEnv, seen: Bools) -> VecEnv:
-    """Return the environment, wrapped where anything is hidden."""
+    """Return the environment, wrapped if any input is hidden."""
     return env if seen.all() else HiddenInputs(env, seen)
 
 
 def without_inputs(bundle: PolicyBundle, seen: Bools) -> PolicyBundle:
-    """Return the same policy with no weight on what it was not to see: its inputs were 0, so nothing else changes."""
+    """Return the policy with zero weights on hidden inputs; they were 0 in training, so it acts as it did there."""
     name = FIRST_LAYER if FIRST_LAYER in bundle.weights else "action.weight"
     weights = {**bundle.weights, name: np.where(seen, bundle.weights[name], np.float32(0))}
     return PolicyBundle(weights, bundle.provenance)

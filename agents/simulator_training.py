@@ -1,8 +1,7 @@
-"""Train an agent on thousands of simulated runs, and keep the weights that are best on runs it has not met.
+"""Train an agent on thousands of simulated runs, score it on runs held out from training, and keep its best weights.
 
-Score a policy on simulated runs that it has not met: how much of the tuned static's budget its losses are worth.
-
-Validate an agent now and then while it learns in the simulator, and remember its best weights.
+`SimulatorStage` holds the settings, `train_in_simulator` trains one agent, `Validation` scores it every few rollouts,
+and `evaluate_in_simulator` gives the scores: the share of the tuned static's budget that the losses reached are worth.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ Act = Callable[[np.ndarray, Bools], Ints]
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatorScores:
-    """What a policy reached on simulated runs. Medians over the runs unless said otherwise."""
+    """Scores of a policy on simulated runs; medians over the runs unless stated otherwise."""
 
     n_runs: int
     multiplier: float
@@ -57,7 +56,7 @@ class SimulatorScores:
     multiplier_p10: float
     """10th percentile over the runs."""
     by_start: Mapping[str, float | None]
-    """`multiplier` of the runs of each of `START_GROUPS`; `None` where there is none."""
+    """`multiplier` of the runs in each of `START_GROUPS`; `None` for a group without runs."""
     time_over_reference: float
     """Seconds over the tuned static's."""
     energy_over_reference: float | None
@@ -71,7 +70,7 @@ class SimulatorScores:
 
     @property
     def score(self) -> float:
-        """One number to choose by: the mean of median and 10th percentile of the multiplier."""
+        """The number that agents are chosen by: the mean of median and 10th percentile of the multiplier."""
         return (self.multiplier + self.multiplier_p10) / 2
 
     def to_json(self) -> dict[str, Any]:
@@ -88,15 +87,15 @@ def evaluate_in_simulator(
     n_runs: int = 512,
     start: Start | None = None,
 ) -> SimulatorScores:
-    """Steer simulated runs to their ends, and score them.
+    """Control simulated runs to their ends with a policy, and score it.
 
     Args:
-        policy: A bundle, or anything that chooses for many runs at once.
-        pool: What the runs are drawn from; for a fair score, one that no training has drawn from.
-        preference: What the policy is told to care for.
-        seed: Decides which runs are drawn, their starting learning rates and all their noise.
-        n_runs: How many.
-        start: How runs begin.
+        policy: A bundle, or a function that chooses for many runs at once.
+        pool: Instances that the runs are drawn from; for a fair score, none of them used in training.
+        preference: Weights of quality, energy and time in the policy's observations.
+        seed: Seeds the draw of the runs, their starting learning rates and all their noise.
+        n_runs: Number of runs.
+        start: Schedule, decisions and range of starting learning rates.
 
     Raises:
         ValueError: `n_runs` is not at least 1.
@@ -109,13 +108,13 @@ def evaluate_in_simulator(
     outcomes = _Outcomes(plants)
     while not outcomes.ended.all():
         interval = runs.advance(act(runs.states.observation(), runs.states.action_masks()))
-        done = outcomes.take_in(runs, interval)
-        runs.begin(done, runs.states.preference[done])  # keeps stepping; a second run is not looked at
+        done = outcomes.add(runs, interval)
+        runs.begin(done, runs.states.preference[done])  # all rows are stepped; only a row's first run is scored
     return outcomes.scores()
 
 
 class _Outcomes:
-    """What came out of the first run of each row."""
+    """Loss, seconds and joules of the first run in each row."""
 
     def __init__(self, plants: SimulatedRuns) -> None:
         n_runs = plants.n_runs
@@ -132,8 +131,8 @@ class _Outcomes:
         self.rates: list[float] = []
         self.batches: list[float] = []
 
-    def take_in(self, runs: SteeredRuns, interval: IntervalBatch) -> Ints:
-        """Take in an interval, and return the rows whose run is over, be it the first or a later one."""
+    def add(self, runs: SteeredRuns, interval: IntervalBatch) -> Ints:
+        """Add an interval, and return the rows whose present run has ended, whether it is scored or not."""
         going, controls = ~self.ended, runs.states.controls
         rate = controls.learning_rate_scale * self.start_over_best
         self.rates.append(float(np.median(rate[going])))
@@ -173,7 +172,7 @@ class Validation(RememberedCallback):
 
     Args:
         judge: Scores a policy.
-        every: Rollouts from one validation to the next.
+        every: Rollouts between two validations.
         seen: Inputs that the policy sees.
     """
 
@@ -189,11 +188,11 @@ class Validation(RememberedCallback):
         """`score`, `scores`, `decisions` and the weights `policy` of policy and value network."""
 
     def state(self) -> dict[str, Any]:
-        """Return rollouts so far and the best weights."""
+        """Return the number of rollouts so far and the best weights."""
         return {"rollouts": self.rollouts, "last": self.last, "best": self.best}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state` returned."""
+        """Restore what `state` returned."""
         self.rollouts, self.last, self.best = state["rollouts"], state["last"], state["best"]
 
     def best_bundle(self, model: MaskablePPO) -> PolicyBundle:
@@ -213,7 +212,7 @@ class Validation(RememberedCallback):
 
     def _on_training_end(self) -> None:
         self._validate()
-        self.logger.dump(self.model.num_timesteps)  # nobody else does, after the last update
+        self.logger.dump(self.model.num_timesteps)  # SB3 writes nothing after the last update
 
     def _validate(self) -> None:
         assert isinstance(self.model, MaskablePPO)
@@ -252,14 +251,14 @@ class SimulatorPPOConfig(PPOConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSettings:
-    """Simulated runs that a policy is judged on while it learns."""
+    """Simulated runs that a policy is scored on while it is trained."""
 
     instances: int = 512
-    """How many, each drawn from as many instances."""
+    """Number of runs, and of instances that they are drawn from."""
     seed: int = 999
-    """Draws the instances and the runs; no agent's own."""
+    """Seeds the draw of instances and runs; must differ from the seed of every agent."""
     every: int = 10
-    """Rollouts from one validation to the next."""
+    """Rollouts between two validations."""
 
     def __post_init__(self) -> None:
         for name in ("instances", "every"):
@@ -269,38 +268,38 @@ class ValidationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatorStage:
-    """How agents are trained in the simulator."""
+    """Settings of the training in the simulator."""
 
     n_runs: int = 1024
     """Runs side by side."""
     instances: int = 2048
     """Instances that runs are drawn from."""
     seeds: int = 2
-    """How many agents are trained. They count up from `ppo.seed`."""
+    """Number of agents that are trained, with seeds from `ppo.seed` on."""
     keep: int | None = None
-    """Seed of the agent that is kept; by default the best on the validation runs."""
+    """Seed of the agent whose policy is saved; by default the best on the validation runs."""
     calibrations: str | tuple[str, ...] = "shipped"
-    """What instances are drawn around: `shipped`, or files that `trainpilot calibrate` wrote."""
+    """Calibrations that instances are drawn around: `shipped`, or files that `trainpilot calibrate` wrote."""
     widening: Widening = field(default_factory=Widening)
-    """How far around."""
+    """How far from the calibrations instances are drawn."""
     start_rates: tuple[float, float] = (1 / 30, 10.0)
     """Starting learning rates over the tuned one, drawn evenly in the logarithm."""
     base_schedule: BaseSchedule = field(default_factory=lambda: BaseSchedule(schedule="wsd", warmup_share=0.1))
-    """What the policy multiplies. It brings it along: live runs are trained on it too."""
+    """The schedule that the policy multiplies. It is saved in the bundle, and live runs follow it too."""
     decisions: int = 50
-    """Per run."""
+    """Decisions per run."""
     least_quality: float = 0.5
     """Least weight of quality in a preference that is drawn."""
     utility: str = "linear"
     """How the three objectives become one number."""
     hide: tuple[str, ...] = ()
-    """Observation fields that the agent must do without."""
+    """Observation fields that are hidden from the agent."""
     stack: int = N_STACK
-    """How many of the newest observations it sees."""
+    """Number of the newest observations that it sees."""
     ppo: SimulatorPPOConfig = field(default_factory=SimulatorPPOConfig)
-    """How PPO learns."""
+    """Settings of PPO."""
     validation: ValidationSettings = field(default_factory=ValidationSettings)
-    """What the agents are judged on."""
+    """Runs that the agents are scored on."""
 
     def __post_init__(self) -> None:
         for name in ("n_runs", "instances", "seeds", "decisions"):
@@ -329,14 +328,14 @@ class SimulatorStage:
 
     @property
     def start(self) -> Start:
-        """How simulated runs begin."""
+        """Schedule, decisions and starting learning rates of the simulated runs."""
         base = self.base_schedule
         return Start(
             decisions=self.decisions, schedule=base.schedule, warmup_share=base.warmup_share, rates=self.start_rates
         )
 
     def pool(self, n_instances: int, seed: int, calibrations: Sequence[FittedPhysics]) -> Pool:
-        """Draw instances, and tune a static setting on each."""
+        """Draw instances, and tune a static schedule on each."""
         base = self.base_schedule
         schedule, share = base.schedule, base.warmup_share
         return Pool.draw(n_instances, seed, calibrations, self.widening, schedule=schedule, warmup_share=share)
@@ -344,17 +343,17 @@ class SimulatorStage:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatorAgent:
-    """An agent trained in the simulator, at its best."""
+    """An agent trained in the simulator, with its best weights."""
 
     seed: int
     decisions: int
-    """After how many it was at its best."""
+    """Decisions after which its score was best."""
     bundle: PolicyBundle
     scores: Mapping[str, Any]
-    """`SimulatorScores` on the validation runs, as plain values."""
+    """`SimulatorScores` on the validation runs, as plain JSON values."""
     score: float
     cost: Mapping[str, float]
-    """Decisions, episodes, and joules (NaN where unknown) and seconds of this machine."""
+    """Decisions, episodes, joules (NaN where unknown) and seconds of its training."""
 
 
 def train_in_simulator(
@@ -366,16 +365,16 @@ def train_in_simulator(
     progress: Callable[[int], None] | None = None,
     side_by_side: int = 1,
 ) -> SimulatorAgent:
-    """Train one agent, or go on training it.
+    """Train one agent, or resume its training.
 
     Args:
-        stage: How.
-        seed: Draws instances and runs, the initial weights and all that is tried out.
-        calibrations: What instances are drawn around.
-        folder: Takes checkpoint.pt and tb/.
+        stage: Settings of the training.
+        seed: Seeds the draw of instances and runs, the initial weights and the exploration.
+        calibrations: Calibrations that instances are drawn around.
+        folder: Folder of checkpoint.pt and tb/.
         progress: Called with the number of decisions made so far.
-        side_by_side: How many agents are trained at once: each is told its share of joules that a meter counts for
-            the whole machine.
+        side_by_side: Number of agents that are trained at once. Each counts an equal part of the joules of a meter
+            that measures the whole machine.
     """
     seen = seen_inputs(stage.hide, stage.stack)
     runs = SimulatedRuns(stage.n_runs, seed, stage.pool(stage.instances, seed, calibrations), stage.start)
@@ -387,7 +386,7 @@ def train_in_simulator(
     model, cost = train(
         hidden_from(env, seen), config, folder, callbacks=callbacks, progress=progress, meter=meter
     )  # fmt: skip
-    if meter.read().source != "estimated":  # what is measured is the whole machine's
+    if meter.read().source != "estimated":  # such a meter measures the whole machine
         cost = {**cost, "energy_j": cost["energy_j"] / side_by_side}
     meter.close()
     bundle = without_inputs(validation.best_bundle(model), seen)
@@ -398,7 +397,7 @@ def train_in_simulator(
 
 
 def judge(stage: SimulatorStage, calibrations: Sequence[FittedPhysics]) -> Callable[[PolicyBundle], SimulatorScores]:
-    """Return what scores a policy on the validation runs, always the same ones."""
+    """Return a function that scores a policy on the validation runs, which are the same each time."""
     settings = stage.validation
     pool = stage.pool(settings.instances, settings.seed, calibrations)
 
@@ -411,10 +410,10 @@ def judge(stage: SimulatorStage, calibrations: Sequence[FittedPhysics]) -> Calla
 
 
 def best_weights(folder: Path) -> dict[str, Any]:
-    """Return the best weights of policy and value network of an agent that was trained in `folder`.
+    """Return the best weights of policy and value network of the agent that was trained in `folder`.
 
     Raises:
-        ValueError: its checkpoint is not there or damaged.
+        ValueError: its checkpoint is missing or damaged.
     """
     state = load_checkpoint(folder / "checkpoint.pt")
     if state is None:

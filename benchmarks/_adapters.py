@@ -1,4 +1,4 @@
-"""The same small training in every form that trainpilot can be put into, with it and without."""
+"""Run the same small training in every supported framework, with and without steering."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ Tick = Callable[[], None]
 """Called after every optimiser step."""
 
 INTERVAL, MICRO_BATCHES = 10, 2
-"""Steps of an interval, micro-batches of a step."""
+"""Optimiser steps per interval; micro-batches per step."""
 BATCH, LENGTH, LEARNING_RATE = 16, 128, 1e-3
 RATE = [field.name for field in ACTION_FIELDS].index("learning_rate")
 UP, DOWN = (LEARNING_RATE_FACTORS.index(factor) for factor in (1.19, 0.84))
 
 
 class Asked:
-    """The shipped policy is asked, and not followed: the work must stay the same for a comparison of speed.
+    """Evaluates the shipped policy but ignores its choice, so that the speed of equal work can be compared.
 
-    The learning rate goes a notch up and down again every eight decisions, so that snapshots are taken as under a
-    policy that is followed.
+    The learning rate is raised by one notch and lowered again every eight decisions, so that snapshots are taken as
+    often as under a policy that acts.
     """
 
     def __init__(self) -> None:
         self.bundle, self.asked = PolicyBundle.load(policy_path("default")), 0
 
     def __call__(self, observation: np.ndarray, masks: np.ndarray) -> Action:
-        """Return what keeps the work as it is."""
+        """Return an action that leaves the work per step unchanged."""
         self.bundle.act(observation, masks)
         choice = {0: UP, 4: DOWN}.get(self.asked % 8, KEEP[RATE])
         self.asked += 1
@@ -54,7 +54,7 @@ class Asked:
 
 
 class Rows(IterableDataset[torch.Tensor]):
-    """Sequences without end, in the same order with and without steering."""
+    """An endless stream of sequences, in the same order with and without steering."""
 
     def __init__(self, stream: BatchStream) -> None:
         self.stream = stream
@@ -66,7 +66,7 @@ class Rows(IterableDataset[torch.Tensor]):
 
 
 class Training:
-    """A small Llama, its text and its optimiser."""
+    """A small Llama model with its text and optimiser."""
 
     def __init__(self, model: str, steps: int, rank: int = 0) -> None:
         self.steps = steps
@@ -74,7 +74,7 @@ class Training:
         self.stream = BatchStream(load_corpus(("python-docs",), ByteTokenizer()).train, LENGTH, rank)
 
     def settings(self) -> SteeringSettings:
-        """Return what steers it."""
+        """Return the settings of the steered side."""
         return SteeringSettings(
             sequences=self.steps * BATCH,
             batch_size=BATCH,
@@ -88,7 +88,7 @@ class Training:
         return torch.optim.AdamW((model or self.model).parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
     def loss(self, model: nn.Module, sequences: int) -> Callable[..., torch.Tensor]:
-        """Return the loss of the next sequences, or of the first of them, to be computed when called."""
+        """Return a function that computes the loss of the next sequences, or of the first few of them."""
         batch = torch.from_numpy(self.stream.take(sequences))
 
         def loss(count: int = sequences) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Training:
 
 
 def _loop(training: Training, model: nn.Module, processes: int, tick: Tick) -> None:
-    """Train as everybody writes it, with a linear schedule."""
+    """Train in an ordinary PyTorch loop with a linear schedule."""
     optimizer = training.optimizer(model)
     micro = BATCH // MICRO_BATCHES // processes
     for step in range(training.steps):
@@ -127,12 +127,12 @@ def _steered_loop(training: Training, model: nn.Module, processes: int, tick: Ti
 
 
 def plain_loop(training: Training, steered: bool, tick: Tick, folder: Path) -> None:
-    """A loop in plain PyTorch."""
+    """Train in a plain PyTorch loop."""
     (_steered_loop if steered else _loop)(training, training.model, 1, tick)
 
 
 def ddp(training: Training, steered: bool, tick: Tick, folder: Path) -> None:
-    """The same loop in two processes, of which this is one."""
+    """Train in the same loop with DistributedDataParallel in two processes, of which this is one."""
     model = DistributedDataParallel(training.model)
     (_steered_loop if steered else _loop)(training, model, dist.get_world_size(), tick)
 
@@ -162,7 +162,7 @@ def _trainer(training: Training, folder: Path, make: Callable[..., Any], tick: T
 
 
 def trainer(training: Training, steered: bool, tick: Tick, folder: Path) -> None:
-    """The Hugging Face Trainer, and `SteeredTrainer`."""
+    """Train with the Hugging Face Trainer; steered, with `SteeredTrainer`."""
     from transformers import Trainer
 
     from trainpilot.agents.integrations.huggingface import SteeredTrainer
@@ -174,7 +174,7 @@ def trainer(training: Training, steered: bool, tick: Tick, folder: Path) -> None
 
 
 def trainer_callback(training: Training, steered: bool, tick: Tick, folder: Path) -> None:
-    """The Hugging Face Trainer, and the same with `SteeringCallback`."""
+    """Train with the Hugging Face Trainer; steered, with `SteeringCallback`."""
     from transformers import Trainer
 
     from trainpilot.agents.integrations.huggingface_callback import SteeringCallback
@@ -192,7 +192,7 @@ def trainer_callback(training: Training, steered: bool, tick: Tick, folder: Path
 
 
 def lightning(training: Training, steered: bool, tick: Tick, folder: Path) -> None:
-    """Lightning's Trainer, and the same with `LightningSteering`."""
+    """Train with Lightning's Trainer; steered, with `LightningSteering`."""
     import lightning.pytorch as pl
 
     from trainpilot.agents.integrations.lightning import LightningSteering
@@ -230,7 +230,7 @@ def lightning(training: Training, steered: bool, tick: Tick, folder: Path) -> No
 
 
 def meet(rank: int, processes: int, port: int) -> None:
-    """Join the processes that train together."""
+    """Initialise the process group of the processes that train one model."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=processes, timeout=timedelta(minutes=10))
 

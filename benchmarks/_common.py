@@ -1,4 +1,4 @@
-"""Write a benchmark's result with its command, versions and machine."""
+"""Write benchmark results as JSON, with the command, package versions and machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the properties of the machine that the figures depend on."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

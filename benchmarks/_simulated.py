@@ -1,9 +1,9 @@
-"""What the simulator's benchmarks share: steering many runs, the best static schedules, and figures with intervals.
+"""Measure policies and static schedules on simulated runs: shared code of the benchmarks in the simulator.
 
-* `steer` steers simulated runs by a policy (`by_policy`), by fixed controls (`held`) or by a schedule (`blindly`).
-* `StaticGrid` finds the best static schedule of every instance on a fine grid, at several budgets.
-* `nsga2_settings` and `tuned_for_each` find static settings on the plane of loss against cost: one for all instances,
-  or one for each.
+* `steer` runs many simulated trainings under a policy, a fixed schedule or constant controls.
+* `estimate` and `summary` compute medians and percentiles with bootstrap intervals.
+* `StaticGrid` finds the best static schedule of every simulated instance on a fine grid, at several budgets.
+* `nsga2_settings` and `tuned_for_each` find the static settings on the front of quality against cost.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
 TEST_INSTANCES, TEST_SEED = 512, 20_240
-"""Instances that nothing is trained or chosen on: recipes draw theirs with other seeds."""
+"""Number and seed of the test instances. Recipes use other seeds, so no policy is trained or selected on them."""
 STARTS = (1 / 30, 0.18, 0.56, 1.8, 5.6, 10.0)
-"""Borders of the groups of starting learning rates, over the tuned one."""
+"""Borders of the groups of starting learning rates, relative to the tuned one."""
 N_RESAMPLES = 1_000
 COVERED = 0.95
 DIGITS = 4
@@ -43,7 +43,7 @@ Statistic = Callable[[Floats], float]
 
 
 def unseen_pool(n_instances: int = TEST_INSTANCES) -> Pool:
-    """Return the instances that policies are tested on."""
+    """Return the test instances."""
     return Pool.draw(n_instances, TEST_SEED, shipped_physics())
 
 
@@ -74,7 +74,7 @@ class ByPolicy:
 
 
 class Blind:
-    """Controls that were fixed before the runs began; the last ones go on."""
+    """Replays a fixed list of controls; after its end, the last ones stay in force."""
 
     def __init__(self, controls: Sequence[ControlBatch]) -> None:
         self.controls = controls
@@ -133,7 +133,7 @@ def _replayed(begun: Sequence[SchedulePoint], limits: LimitBatch) -> ControlBatc
 
 
 def _nearest_batch(limits: LimitBatch, factor: float) -> Ints:
-    """Return the starting batch times a power of two near the factor, of two equally near the smaller."""
+    """Return the starting batch times the power of two nearest to the factor; the smaller one in case of a tie."""
     start = limits.start.batch_size
     least = np.ceil(np.log2(limits.min_batch_size / start))
     most = np.floor(np.log2(limits.max_batch_size / start))
@@ -150,13 +150,13 @@ class BatchOutcome:
     used: Floats
     """Share of the budget that was used."""
     energy: Floats
-    """Joules over the reference's."""
+    """Energy relative to the reference run."""
     time: Floats
-    """Seconds over the reference's."""
+    """Time relative to the reference run."""
     intervals: Ints
-    """Intervals until the end."""
+    """Number of intervals until the end."""
     controls: list[ControlBatch] = field(default_factory=list)
-    """Of every decision; what stands after a run's end does not count."""
+    """Controls of every decision; entries after the end of a run have no meaning."""
 
     @property
     def diverged(self) -> float:
@@ -164,7 +164,7 @@ class BatchOutcome:
         return float(np.isinf(self.loss).mean())
 
     def average(self, limits: LimitBatch) -> tuple[SchedulePoint, ...]:
-        """Return what the runs did on average."""
+        """Return the schedule of average controls over the runs."""
         start = limits.start.batch_size
         runs = [
             ControlledRun(start_batch_size=int(start[row]), controls=[each.row(row) for each in self.controls[:length]])
@@ -199,7 +199,7 @@ def steer(plants: ReferencedPlants, make: Callable[[LimitBatch], BatchSteerer]) 
 
 
 def expected_loss(plants: ReferencedPlants, rows: Ints) -> Floats:
-    """Return the validation loss of these rows without the noise of measuring it: baselines are known without it."""
+    """Return the validation loss of these rows without measurement noise, as for the baselines."""
     if not isinstance(plants, SimulatedRuns):
         return plants.evaluate(rows)
     loss: Floats = (
@@ -212,7 +212,7 @@ def expected_loss(plants: ReferencedPlants, rows: Ints) -> Floats:
 
 
 def tenth(values: Floats) -> float:
-    """Return the 10th percentile: what one run in ten falls short of."""
+    """Return the 10th percentile."""
     return float(np.percentile(values, 10))
 
 
@@ -222,12 +222,12 @@ def middle(values: Floats) -> float:
 
 
 def estimate(values: Floats, group: Ints, statistic: Statistic = middle) -> dict[str, Any]:
-    """Return a statistic over runs with an interval; runs of one group belong together."""
+    """Return a statistic over runs with a bootstrap interval that resamples groups of runs."""
     return interval(lambda rows: statistic(values[rows]), group)
 
 
 def interval(statistic: Callable[[Ints], float], group: Ints) -> dict[str, Any]:
-    """Return a statistic of all rows with its bootstrap interval: groups of rows are drawn with replacement."""
+    """Return a statistic of all rows with a bootstrap interval; groups of rows are drawn with replacement."""
     found = [statistic(rows) for rows in resamples(group)]
     ends = np.quantile(found, ((1 - COVERED) / 2, (1 + COVERED) / 2))
     value = statistic(np.arange(len(group)))
@@ -235,7 +235,7 @@ def interval(statistic: Callable[[Ints], float], group: Ints) -> dict[str, Any]:
 
 
 def resamples(group: Ints) -> list[Ints]:
-    """Return the rows of each resample: a group that is drawn twice brings all its rows twice."""
+    """Return the rows of each bootstrap resample; a group that is drawn twice contributes its rows twice."""
     random = np.random.default_rng(0)
     names, of_row = np.unique(group, return_inverse=True)
     rows = np.arange(len(group))
@@ -244,14 +244,14 @@ def resamples(group: Ints) -> list[Ints]:
 
 
 def start_groups(start: Floats) -> dict[str, Ints]:
-    """Return the rows of each group of starting rates, by its borders; groups without rows are left out."""
+    """Return the rows of each group of starting rates by the borders of the group, without empty groups."""
     place = np.clip(np.searchsorted(STARTS, start, side="right"), 1, len(STARTS) - 1)
     groups = {f"{low:.2g}-{high:.2g}": place == i for i, (low, high) in enumerate(pairwise(STARTS), start=1)}
     return {name: np.flatnonzero(inside) for name, inside in groups.items() if inside.any()}
 
 
 def summary(multiplier: Floats, instance: Ints, start: Floats) -> dict[str, Any]:
-    """Return median and 10th percentile of a method's multipliers, over all runs and by where they started."""
+    """Return median and 10th percentile of a method's multipliers, over all runs and by starting learning rate."""
     return {
         "median": estimate(multiplier, instance),
         "p10": estimate(multiplier, instance, tenth),
@@ -267,12 +267,12 @@ def summary(multiplier: Floats, instance: Ints, start: Floats) -> dict[str, Any]
 
 
 def rounded(value: float) -> float:
-    """Return the number with a few digits."""
+    """Round a number to a few significant digits."""
     return float(f"{value:.{DIGITS}g}")
 
 
 def line(name: str, figures: Mapping[str, Any]) -> str:
-    """Return a method's figures in one line of text."""
+    """Format a method's figures as one line of text."""
     one = figures["median"]
     starts = "  ".join(f"{found['median']['value']:.2f}" for found in figures["starts"].values())
     interval = f"[{one['low']:.3f}, {one['high']:.3f}]"
@@ -282,29 +282,29 @@ def line(name: str, figures: Mapping[str, Any]) -> str:
 RATES: Floats = 1e-3 * 2.0 ** (np.arange(-8, 16) / 2)
 """Learning rates at the instance's starting batch, 6e-5 to 0.18 by sqrt 2; at other batches by the neutral rule."""
 POWERS = np.arange(-4, 5)
-"""Doublings of the starting batch. An instance that cannot do one takes the nearest that it can."""
+"""Doublings of the starting batch. Where an instance does not allow one, the nearest allowed batch is used."""
 WARMUPS = (0.02, 0.1, 0.4, 0.6, 0.8)
 BASES: tuple[tuple[ScheduleName, float], ...] = tuple((name, warmup) for name in SCHEDULES for warmup in WARMUPS)
-"""Schedules, and their warm-up's share of the budget."""
+"""Schedules with the share of the budget that is warm-up."""
 SHARES = (0.25, 0.5, 1.0, 2.0)
-"""Budgets at which the best static schedule is sought, over the run's own."""
+"""Budgets at which the best static schedule is searched, relative to the run's own."""
 WHOLE = SHARES.index(1.0)
 BEYOND = 2.0
-"""A curve is believed up to this factor outside its budgets; budgets that lie further are reported as that limit."""
+"""A curve is extrapolated up to this factor outside its budgets; budgets further out are reported as that limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StaticGrid:
-    """What static schedules reach on each instance."""
+    """Losses of static schedules on each instance."""
 
     losses: Floats
-    """Of every setting at the whole budget, shape (bases, rates, powers, n_instances), in nats/token."""
+    """Loss of every setting at the whole budget, shape (bases, rates, powers, n_instances), in nats/token."""
     best: Floats
-    """Of the best setting at each of `SHARES`, shape (n_instances, budgets); a larger budget may stop earlier."""
+    """Lowest loss within each budget of `SHARES`, shape (n_instances, budgets); it does not rise with the budget."""
 
     @classmethod
     def search(cls, instances: Instances) -> StaticGrid:
-        """Try every setting at every budget: four minutes or so for 512 instances."""
+        """Run every setting at every budget. This takes about four minutes for 512 instances."""
         losses = [sweep(instances, share) for share in SHARES]
         best = np.stack([found.min(axis=(0, 1, 2)) for found in losses], axis=1)
         return cls(losses=losses[WHOLE], best=np.minimum.accumulate(best, axis=1))
@@ -315,7 +315,7 @@ class StaticGrid:
         return found
 
     def best_single(self) -> tuple[dict[str, Any], Floats]:
-        """Return the setting whose median multiplier over the instances is highest, and the loss of each under it."""
+        """Return the setting with the highest median multiplier over the instances, and the losses under it."""
         worth = needed(self.losses, SHARES, self.best)
         base, rate, power = np.unravel_index(np.median(worth, axis=-1).argmax(), worth.shape[:-1])
         setting = {
@@ -327,7 +327,7 @@ class StaticGrid:
         return setting, self.losses[base, rate, power]
 
     def describe(self) -> dict[str, Any]:
-        """Return what the grid was, which settings won, and how often the best one lies on its edge."""
+        """Return the grid, how often each setting was best, and how often the best one was on the grid's edge."""
         n = self.losses.shape[-1]
         at = np.unravel_index(self.losses.reshape(-1, n).argmin(axis=0), self.losses.shape[:-1])
         bases = Counter(f"{BASES[i][0]}, warm-up {BASES[i][1]:.0%}" for i in at[0])
@@ -346,7 +346,7 @@ class StaticGrid:
 def sweep(instances: Instances, share: float, bases: Sequence[tuple[ScheduleName, float]] = BASES) -> Floats:
     """Return the loss of every setting at a share of the budget, shape (bases, rates, powers, n_instances)."""
     powers = nearest_power(instances, POWERS[:, None])
-    rows, columns = np.nonzero(powers == POWERS[:, None])  # what takes another batch is not run twice
+    rows, columns = np.nonzero(powers == POWERS[:, None])  # a batch that is replaced by its neighbour is not run twice
     each = instances.take(columns)
     batch = each.start_batch * 2.0 ** POWERS[rows]
     losses = np.empty((len(bases), len(RATES), len(POWERS), len(instances)))
@@ -360,7 +360,7 @@ def sweep(instances: Instances, share: float, bases: Sequence[tuple[ScheduleName
 
 
 def nearest_power(instances: Instances, power: Ints) -> Ints:
-    """Return the doublings of the starting batch that the instances can do, next to those wanted."""
+    """Return, for each instance, the allowed number of doublings of the starting batch nearest to `power`."""
     low, high = instances.batch_limits(DECISIONS)
     start = instances.start_batch
     least, most = np.ceil(np.log2(low / start)), np.floor(np.log2(high / start))
@@ -368,12 +368,12 @@ def nearest_power(instances: Instances, power: Ints) -> Ints:
 
 
 def needed(loss: Floats, shares: Sequence[float], curve: Floats) -> Floats:
-    """Return the budget at which a curve reaches a loss, interpolated in log-log, 0 for a loss that is not finite.
+    """Return the budget at which a curve reaches a loss, interpolated in log-log; 0 for a loss that is not finite.
 
     Args:
-        loss: Losses reached, shape (..., n_runs).
-        shares: Budgets of the curve, rising.
-        curve: Losses there, shape (n_runs, budgets), not rising.
+        loss: Final losses, shape (..., n_runs).
+        shares: Budgets of the curve, ascending.
+        curve: Losses at these budgets, shape (n_runs, budgets), not ascending.
 
     Returns:
         Shares of the whole budget, within `BEYOND` of the first and the last of `shares`.
@@ -384,8 +384,8 @@ def needed(loss: Floats, shares: Sequence[float], curve: Floats) -> Floats:
 POPULATION, GENERATIONS = 24, 12
 LOW = np.array([np.log2(RATES[0]), POWERS[0] - 0.5, 0.0, -3.0, 0.0])
 HIGH = np.array([np.log2(RATES[-1]), POWERS[-1] + 0.499, len(BASES) - 0.001, 0.0, 1.999])
-"""Of a setting as NSGA-II sees it: log2 of the learning rate at the starting batch, doublings of that batch, base
-schedule, log2 of the share of the budget, and whether the fastest precision is taken."""
+"""Bounds of NSGA-II's variables: log2 of the learning rate at the starting batch, doublings of that batch, index
+of the base schedule, log2 of the share of the budget, and whether the fastest precision is used (1 and above)."""
 
 _MEANS = np.stack([ScheduleTable.of(name, warmup, DECISIONS).mean for name, warmup in BASES])
 
@@ -401,11 +401,11 @@ class RunsAndReferences(Rows):
         return len(self.instances)
 
     def quality(self, loss: Floats) -> Floats:
-        """Return the share of the budget that the tuned static needs for a loss, shape (..., n_runs)."""
+        """Return the share of the budget that the tuned static setting needs for a loss, shape (..., n_runs)."""
         return needed(loss, BUDGET_SHARES, np.minimum.accumulate(self.references.losses, axis=1))
 
     def cost(self, name: str, batch: Floats, fast: Floats, share: Floats | float) -> Floats:
-        """Return the `energy` or `time` of static runs over the reference's."""
+        """Return the `energy` or `time` of static runs relative to the reference run."""
         hardware = self.instances.hardware
         fastest = np.where(hardware.masked, 0.0, hardware.speed).argmax(axis=1)
         precision = np.where(fast >= 1, fastest, 0)
@@ -423,17 +423,17 @@ def try_settings(settings: Floats, runs: RunsAndReferences, cost: str) -> tuple[
     rate, power, base, share, fast = (np.repeat(column, n) for column in settings.T)
     batch = each.instances.start_batch * 2.0 ** nearest_power(each.instances, np.round(power).astype(np.int64))
     at_batch = 2.0**rate * neutral_factor(batch, each.instances.start_batch)
-    mean = _MEANS[base.astype(np.int64)].T  # (decisions, rows): every row has a schedule of its own
+    mean = _MEANS[base.astype(np.int64)].T  # (decisions, rows): each row has its own schedule
     table = ScheduleTable(mean=mean, last=mean, start=mean)
     loss = static_losses(each.instances, at_batch, batch, table, 2.0**share)  # type: ignore[arg-type]
-    quality, costs = each.quality(loss), each.cost(cost, batch, np.floor(fast), 2.0**share)
-    return quality.reshape(-1, n), costs.reshape(-1, n)
+    values = each.quality(loss), each.cost(cost, batch, np.floor(fast), 2.0**share)
+    return values[0].reshape(-1, n), values[1].reshape(-1, n)
 
 
 def nsga2_settings(runs: RunsAndReferences, cost: str, n_simulated: int, seed: int = 0) -> Floats:
-    """Return the settings on the front that NSGA-II finds with `n_simulated` runs in all.
+    """Return the non-dominated settings that NSGA-II finds with a total of `n_simulated` simulated runs.
 
-    Every setting is tried on the same few runs, and judged by its medians there.
+    Every setting is evaluated by its medians over the same few runs.
     """
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.problem import Problem
@@ -455,16 +455,16 @@ def nsga2_settings(runs: RunsAndReferences, cost: str, n_simulated: int, seed: i
 
 
 def medians(quality: Floats, cost: Floats) -> list[tuple[float, float]]:
-    """Return the objectives of each row, less is better: compute that the median loss is worth, and median cost."""
+    """Return the objectives of each row, to be minimised: one over the median quality, and the median cost."""
     worth = np.maximum(np.median(quality, axis=1), 1e-3)
     return [(1 / float(q), float(c)) for q, c in zip(worth, np.median(cost, axis=1), strict=True)]
 
 
 def tuned_for_each(runs: RunsAndReferences, cost: str, weights: Sequence[float]) -> tuple[Floats, Floats]:
-    """Return quality and cost of the static setting that is best on each run under each weight on the cost.
+    """Return quality and cost of the best static setting of each run under each weight on the cost.
 
-    The learning rate, the batch and the budget are chosen with the loss of every one of them known, 648 runs or fewer
-    for each run; the fastest precision is taken.
+    Learning rate, batch and budget are chosen by the known losses of up to 648 settings per run; the fastest precision
+    is used.
     """
     shares = np.array(BUDGET_SHARES)
     losses = np.stack([sweep(runs.instances, share, [("wsd", 0.1)])[0] for share in shares])
@@ -483,5 +483,5 @@ def tuned_for_each(runs: RunsAndReferences, cost: str, weights: Sequence[float])
 
 
 def front_of(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return which points no other dominates."""
+    """Return the indices of the non-dominated points."""
     return [index for index, kept in enumerate(on_front(points)) if kept]

@@ -1,13 +1,12 @@
-"""Train policies without one thing each, and see what that costs: which parts of the design pull their weight?
+"""Measure what each part of the design contributes, by training policies without it.
 
     python benchmarks/ablations.py [--decisions 4000000] [--seeds 2] [--jobs 2] [--variants full,no-probe]
     python benchmarks/ablations.py --live [--cases test] [--from runs/baselines]
 
-Every variant is the simulator stage of the recipe, shorter and with one change. It is tested on simulated runs that no
-training has drawn from, and in a second physics that none has seen. The first takes half an hour or so on two cores;
-killed at any moment, the same command goes on. The second steers live test cases with the policies that are there.
-
-Steer live test cases with the policies of the ablations, by `trainpilot compare`, and read the figures.
+Every variant is a shortened simulator stage of the recipe with one change. It is tested on simulated runs that are not
+used for training, and in a second physics (the Multi-Power Law) that no training uses. The first command takes about
+half an hour on two cores; if it is interrupted, the same command resumes it. The second command steers live test cases
+with the policies of the first, by means of `trainpilot compare`.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ import numpy as np
 import torch
 from _common import write_result
 from _simulated import TEST_INSTANCES, TEST_SEED, StaticGrid, estimate, line, rounded, unseen_pool
-from policy_in_simulator import Bed, multi_power_bed, simulator_bed, steered
-from zero_shot import load, told
+from policy_in_simulator import RunSet, multi_power_run_set, simulator_run_set, steered
+from zero_shot import estimate_record, load
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.simulator_training import SimulatorStage, train_in_simulator
@@ -44,14 +43,14 @@ from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
 
 STARTS = ("0.1", "1", "10")
-"""Starting learning rates over the tuned static's."""
+"""Starting learning rates relative to that of the tuned static."""
 PREFERENCE = "quality=1"
 
 
 def live(
     files: Mapping[str, Sequence[Path]], cases: str, folder: Path, source: Path, *, seeds: int, jobs: int
 ) -> dict[str, Any]:
-    """Run what is missing, and return every variant's figures; the tuned static's search comes from `source`."""
+    """Run the missing live runs and return every variant's figures; the tuned static's search comes from `source`."""
     there = {name: [path for path in paths if path.is_file()] for name, paths in files.items()}
     if missing := [name for name, paths in there.items() if not paths]:
         raise SystemExit(f"--live needs trained policies, got none of {missing[0]}; run without --live first")
@@ -64,7 +63,7 @@ def live(
 
 
 def take_over(source: Path, folder: Path) -> None:
-    """Copy the runs and the cost tables of another comparison, so that what they hold is not run again."""
+    """Copy the runs and cost tables of another comparison, so that they are not run again."""
     for part in ("runs", "costs"):
         if (source / part).is_dir():
             shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
@@ -78,12 +77,12 @@ def compare(cases: str, methods: Sequence[str], folder: Path, *, seeds: int, job
 
 
 def method(path: Path, start: str) -> str:
-    """Return the name of a policy's runs from one starting rate."""
+    """Return the method name of a policy started at one learning rate."""
     return f"policy:{path}@{PREFERENCE}@start={start}"
 
 
 def figures(runs: Runs, methods: Sequence[str]) -> dict[str, Any]:
-    """Return what several methods, taken together, are worth in tokens against both baselines."""
+    """Return the compute multipliers of several methods, pooled, in tokens against both baselines."""
     baselines = [case_baselines(runs, case) for case in runs.comparison.cases]
     cases: list[list[MethodOnCase]] = [[method_on_case(runs, each, name) for name in methods] for each in baselines]
     judged = [run for found in cases for one in found for run in one.runs]
@@ -91,7 +90,7 @@ def figures(runs: Runs, methods: Sequence[str]) -> dict[str, Any]:
         "n_runs": len(judged),
         "n_without_loss": sum(run.loss is None for run in judged),
         **{
-            baseline: told(
+            baseline: estimate_record(
                 over_cases([[v for one in found for v in one.multipliers[baseline]["tokens"]] for found in cases])
             )
             for baseline in ("untuned", "tuned")
@@ -102,7 +101,7 @@ def figures(runs: Runs, methods: Sequence[str]) -> dict[str, Any]:
 FULL = "full"
 VARIANTS: Mapping[str, str] = {
     FULL: "the recipe as it stands",
-    "no-probe": "without what the curvature probe and the size of the last update tell",
+    "no-probe": "without the curvature probe and the size of the last update",
     "no-noise-scale": "without the gradient noise scale",
     "no-stack": "the newest observation alone",
     "no-randomisation": "one calibration as it was fitted, always the same physics",
@@ -115,7 +114,7 @@ POLICY = "policy.safetensors"
 
 
 def main() -> None:
-    """Train what is missing, test, and write `results/ablations.json` (or `ablations_live.json`)."""
+    """Train the missing policies, test all, and write `results/ablations.json` (or `ablations_live.json`)."""
     options = _options()
     wanted = options.variants.split(",")
     if unknown := sorted(set(wanted) - set(VARIANTS)):
@@ -157,7 +156,7 @@ def _options() -> argparse.Namespace:
 
 
 def changed(stage: SimulatorStage, variant: str) -> SimulatorStage:
-    """Return the simulator stage of a variant; which calibrations it draws from, `calibrations_of` says."""
+    """Return the simulator stage of a variant; its calibrations are chosen by `calibrations_of`."""
     if variant in HIDDEN:
         return replace(stage, hide=HIDDEN[variant])
     if variant == "no-stack":
@@ -168,7 +167,7 @@ def changed(stage: SimulatorStage, variant: str) -> SimulatorStage:
 
 
 def calibrations_of(stage: SimulatorStage, variant: str) -> tuple[FittedPhysics, ...]:
-    """Return what a variant's instances are drawn around."""
+    """Return the calibrations around which a variant's instances are drawn."""
     found = physics_of(stage.calibrations)
     return found[:1] if variant == "no-randomisation" else found
 
@@ -181,7 +180,7 @@ def _train_all(stage: SimulatorStage, wanted: Sequence[str], seeds: range, optio
 
 
 def _train(task: tuple[SimulatorStage, str, int, Path]) -> tuple[Path, str, int, str]:
-    """Train one policy, unless it is there."""
+    """Train one policy, unless its file exists."""
     stage, name, seed, folder = task
     folder = folder / str(seed)
     path = folder / POLICY
@@ -206,45 +205,45 @@ def _train(task: tuple[SimulatorStage, str, int, Path]) -> tuple[Path, str, int,
 
 
 def _tested(files: Mapping[str, Sequence[Path]], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of every variant, all its seeds taken together, beside those of the full one."""
+    """Return the figures of every variant, pooled over its seeds, and their ratios to those of the full variant."""
     use_threads(1)
     pool = unseen_pool(options.instances)
     bundles = {name: [PolicyBundle.load(path) for path in paths] for name, paths in files.items()}
     base = next(iter(bundles.values()))[0].base_schedule
-    assert base is not None  # every policy that is trained here has one
-    beds = {
-        "simulator": simulator_bed(pool, StaticGrid.search(pool.instances), base, options.runs),
-        "multi_power_law": multi_power_bed(options.runs),
+    assert base is not None  # every policy trained here has one
+    run_sets = {
+        "simulator": simulator_run_set(pool, StaticGrid.search(pool.instances), base, options.runs),
+        "multi_power_law": multi_power_run_set(options.runs),
     }
     result: dict[str, Any] = {
         "training": {"decisions": options.decisions, "seeds": options.seeds, "recipe": options.recipe},
         "runs": {"n": options.runs, "instances": options.instances, "seed": TEST_SEED},
         "variants": {name: {"about": VARIANTS[name]} for name in files},
     }
-    for physics, bed in beds.items():
-        found = {name: np.stack([_multipliers(bed, one) for one in each]) for name, each in bundles.items()}
+    for physics, run_set in run_sets.items():
+        found = {name: np.stack([_multipliers(run_set, one) for one in each]) for name, each in bundles.items()}
         for name, multiplier in found.items():
-            result["variants"][name][physics] = _figures(bed, multiplier, found.get(FULL))
+            result["variants"][name][physics] = _figures(run_set, multiplier, found.get(FULL))
             print(f"{physics:16}", line(name, result["variants"][name][physics]), flush=True)
     return result
 
 
-def _multipliers(bed: Bed, bundle: PolicyBundle) -> Floats:
-    outcome = steered(bed, bundle)
-    return bed.multiplier(outcome.loss, outcome.used)
+def _multipliers(run_set: RunSet, bundle: PolicyBundle) -> Floats:
+    outcome = steered(run_set, bundle)
+    return run_set.multiplier(outcome.loss, outcome.used)
 
 
-def _figures(bed: Bed, multiplier: Floats, full: Floats | None) -> dict[str, Any]:
+def _figures(run_set: RunSet, multiplier: Floats, full: Floats | None) -> dict[str, Any]:
     """Return a variant's figures; `multiplier` has shape (seeds, n_runs)."""
-    told = bed.tell(multiplier)
-    told["median_by_seed"] = [rounded(float(np.median(each))) for each in multiplier]
+    summary = run_set.summarise(multiplier)
+    summary["median_by_seed"] = [rounded(float(np.median(each))) for each in multiplier]
     if full is not None and full is not multiplier:
-        told["over_full"] = _over(multiplier, full, bed.group)
-    return told
+        summary["over_full"] = _over(multiplier, full, run_set.group)
+    return summary
 
 
 def _over(multiplier: Floats, full: Floats, group: Ints) -> dict[str, Any]:
-    """Return the median ratio to the full policy on the same runs: a mean over seeds first, as each is one draw."""
+    """Return the median ratio to the full policy on the same runs, after averaging over seeds."""
     with np.errstate(divide="ignore"):
         logs = [np.log(np.maximum(each, 1e-3)).mean(axis=0) for each in (multiplier, full)]
     return estimate(np.exp(logs[0] - logs[1]), group)
@@ -261,8 +260,8 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _cell(told: Mapping[str, float] | None) -> str:
-    return "" if told is None else f"{told['value']:.2f} [{told['low']:.2f}, {told['high']:.2f}]"
+def _cell(estimate: Mapping[str, float] | None) -> str:
+    return "" if estimate is None else f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Measure what steering costs in each form: tokens/s of the steered framework over the framework alone.
+"""Measure the overhead of each adapter: tokens/s of the steered framework over tokens/s of the framework alone.
 
-Both run side by side, each in a process of its own, and take turns of two steps, so that a change of the machine's
-speed hits both; while one works the other waits, and its threads sleep. The steered one has the shipped policy, which
-is asked but not followed (the work stays the same), guardrails with their snapshots, the curvature probe, the energy
-meter and the telemetry. An interval has only ten steps: with more of them, steering costs less. Start-up and the first
-step are in neither. The target is 0.97 in every form.
+Both sides run in their own processes and alternate every two steps, so that a change of the machine's speed affects
+both; while one computes, the other sleeps. The steered side evaluates the shipped policy without applying its choice
+(so that the work stays the same), and runs the guardrails with their snapshots, the curvature probe, the energy meter
+and the telemetry. An interval has only ten steps; with longer intervals steering costs less. Start-up and the first
+step are not timed. The target is 0.97 for every adapter.
 
-How often glibc gives memory back to the system, to fetch it again in the next step, hangs on where a process happens
-to put its data: it moves the speed of two equal processes apart by several per cent. So each form is measured with
-several pairs of processes, of which now one side starts first and now the other, and the heap keeps its memory on both
-sides; `--stock-heap` leaves it as it is.
+How often glibc returns memory to the system, only to fetch it again in the next step, depends on the memory layout of
+a process: it makes the speed of two equal processes differ by several per cent. Therefore each adapter is measured with
+several pairs of processes, in which the sides alternate in starting first, and glibc keeps freed memory on both sides;
+`--stock-heap` leaves glibc at its defaults.
 
     python benchmarks/adapter_overhead.py [--forms "plain loop" Trainer] [--model llama-micro] [--steps 250] [--pairs 4]
 
-About half an hour on two cores that have nothing else to do.
+This takes about half an hour on two otherwise idle cores.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ SIDES = ("alone", "steered")
 Timed = dict[str, list[float]]
 """Seconds of each turn, by side."""
 TURN = 2
-"""Optimiser steps of a turn."""
+"""Optimiser steps per turn."""
 KEPT_HEAP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
-"""Has glibc keep the memory that a step gives back, for the next one."""
+"""Environment variables that make glibc keep freed memory for the next step."""
 SPARE = 20
-"""Steps more than are timed: the first is not, and the callback of the Trainer rounds its budget down."""
+"""Untimed extra steps: the first step is not timed, and the Trainer's callback rounds its budget down."""
 
 
 class Turns:
-    """Has a training wait for its turn, and says how long each turn took.
+    """Blocks a training until its turn, and reports the seconds of each turn.
 
     Args:
-        connection: Leads to who gives the turns; in the first process only.
+        connection: Connection to the controlling process; only in rank 0.
     """
 
     def __init__(self, connection: Connection | None) -> None:
@@ -88,16 +88,16 @@ class Side:
     model: str
     steps: int
     port: int
-    """Where its processes meet, if there are several."""
+    """Port of the process group, if there are several processes."""
 
     @property
     def processes(self) -> int:
-        """How many processes train together."""
+        """Number of processes that train one model."""
         return 2 if self.form.startswith("DDP") else 1
 
 
 def train(side: Side, rank: int, connection: Connection) -> None:
-    """Train in this process, a turn at a time."""
+    """Train in this process, one turn at a time."""
     use_threads(max(available_cores() // side.processes, 1))
     if side.processes > 1:
         meet(rank, side.processes, side.port)
@@ -111,7 +111,7 @@ def train(side: Side, rank: int, connection: Connection) -> None:
 
 
 def start(form: str, steered: bool, options: argparse.Namespace) -> tuple[Connection, list[BaseProcess]]:
-    """Start the processes of one side; return the link to the first."""
+    """Start the processes of one side; return the connection to rank 0 and the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,10 +135,10 @@ def compare(form: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(form: str, options: argparse.Namespace, pair: int, advance: Callable[[int, str], None]) -> Timed:
-    """Run a form with and without steering, turn about, and return the seconds of each turn."""
+    """Run a form with and without steering in alternating turns, and return the seconds of each turn."""
     links: dict[str, Connection] = {}
     processes: list[BaseProcess] = []
-    for side in SIDES if pair % 2 else reversed(SIDES):  # who starts first is a little faster
+    for side in SIDES if pair % 2 else reversed(SIDES):  # the side that starts first is a little faster
         links[side], started = start(form, side == "steered", options)
         processes += started
     try:
@@ -162,8 +162,8 @@ def figures(form: str, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return tokens/s and their ratio, with a 95 % interval over pairs and their turns.
 
     Args:
-        form: What was measured.
-        seconds: Of each side; shape (pairs, turns).
+        form: Name of the adapter.
+        seconds: Seconds of the turns of each side; shape (pairs, turns).
     """
     alone, steered = seconds["alone"], seconds["steered"]
     pairs, turns = alone.shape
@@ -198,7 +198,7 @@ def main() -> None:
         parser.error(f"--steps must be a multiple of {INTERVAL}, got {options.steps}; 250, for example")
     if options.pairs < 1:
         parser.error(f"--pairs must be at least 1, got {options.pairs}; 4, for example")
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # the processes inherit it: who waits must not spin
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # inherited by the processes: waiting threads must not spin
     if not options.stock_heap:
         os.environ |= KEPT_HEAP
     made = {"model": options.model, "steps": options.steps, "steps_per_interval": INTERVAL, "batch_size": BATCH}

@@ -1,11 +1,11 @@
-"""Steer live runs of the training models with every agent of a recipe's simulator stage, and say which is best there.
+"""Choose the best agent of a recipe's simulator stage by steering live runs of the calibrated models.
 
     python benchmarks/agent_choice.py --agents runs/default [--calibrations runs/calibrations]
 
-Simulated runs hardly tell agents apart that live runs do. The test cases may not choose, so that the models and texts
-of the calibrations do, from a tenth, one and ten times the best rate of their grids, under both preferences that the
-test is judged under. What a loss is worth: a factor of two in the budget for every 0.2 nats, about what the
-calibrations' runs of a doubled budget show. About four minutes for each agent on two cores.
+Agents that differ in live runs hardly differ in simulated ones. The test cases must not be used for the choice, so the
+models and texts of the calibrations are used: from a tenth, one and ten times the best rate of their grids, under both
+preferences of the test. A loss is converted to a budget by a factor of two per 0.2 nats, which is about what the
+calibrations' runs of a doubled budget show. This takes about four minutes per agent on two cores.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ DIGITS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Static:
-    """The best of a calibration's grid at one batch."""
+    """The best setting of a calibration's grid at one batch size."""
 
     batch_size: int
     learning_rate: float
     loss: float
     time_s: float
-    """Modelled, of the whole run."""
+    """Modelled time of the whole run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came out of it."""
+    """Result of one live run."""
 
     job: Job
     loss: float
@@ -77,17 +77,17 @@ class Result:
 
     @property
     def multiplier(self) -> float:
-        """The budget that the best static of the grid needs for the loss, over the budget used."""
+        """Compute multiplier: the budget that the best static of the grid needs for the loss, over the budget used."""
         return max(least_budget(self.job.statics, self.loss, self.job.axis), 0.0) / self.used
 
     @property
     def used(self) -> float:
-        """What the run used: its whole budget, or seconds."""
+        """Budget used: 1 (the whole token budget) or seconds."""
         return 1.0 if self.job.axis == "tokens" else self.time_s
 
 
 def least_budget(statics: Iterable[Static], loss: float, axis: str) -> float:
-    """Return the least that one of the static settings needs for a loss: a share of the budget, or seconds."""
+    """Return the smallest budget that a static setting needs for a loss: a share of the token budget, or seconds."""
     return min(
         (1.0 if axis == "tokens" else each.time_s) * 2 ** ((each.loss - loss) / NATS_PER_DOUBLING) for each in statics
     )
@@ -112,7 +112,7 @@ def statics(calibration: Calibration, folder: Path) -> tuple[Static, ...]:
 
 
 def steer(job: Job) -> Result:
-    """Steer one run of a training model, without looking at what it may not know."""
+    """Steer one live run of a calibrated model."""
     use_threads(1)
     config, table = job.calibration.config, job.calibration.cost_table
     best = min(job.statics, key=lambda each: each.loss)
@@ -172,11 +172,18 @@ def main() -> None:
             found[number] = result
             advance(len(found))
     results = [found[number] for number in range(len(jobs))]
-    told = {str(seed): figures([r for r in results if r.job.agent == seed]) for seed in {j.agent: None for j in jobs}}
-    best = max(told, key=lambda seed: float(told[seed]["score"]))
-    content = {"nats_per_doubling": NATS_PER_DOUBLING, "preferences": PREFERENCES, "agents": told, "best": int(best)}
+    by_agent = {
+        str(seed): figures([r for r in results if r.job.agent == seed]) for seed in {j.agent: None for j in jobs}
+    }
+    best = max(by_agent, key=lambda seed: float(by_agent[seed]["score"]))
+    content = {
+        "nats_per_doubling": NATS_PER_DOUBLING,
+        "preferences": PREFERENCES,
+        "agents": by_agent,
+        "best": int(best),
+    }
     print(write_result("agent_choice", content, torch.device("cpu")))
-    for seed, found in told.items():
+    for seed, found in by_agent.items():
         print(seed, found["score"], found["tokens"]["median_by_start"], found["time_s"]["median_by_start"])
 
 
@@ -193,7 +200,7 @@ def bundles(options: argparse.Namespace, console: Console) -> dict[int, Path]:
 
 
 def _steer(number: int, job: Job) -> Result:
-    """Steer a run in a worker process; its number says where the result belongs."""
+    """Steer a run in a worker process and return the result with the run's number."""
     return steer(job)
 
 

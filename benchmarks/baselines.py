@@ -2,8 +2,8 @@
 
     python benchmarks/baselines.py [--out runs/baselines] [--jobs 0]
 
-About an hour and a half on two cores. Killed at any moment, the same command goes on; run again, it only works out the
-figures anew. The whole report is OUT/report.html.
+This takes about an hour and a half on two cores. If it is interrupted, the same command resumes it; after it has
+finished, the same command only recomputes the figures. The full report is OUT/report.html.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from _common import write_result
 
 DIGITS = 5
 LEFT_OUT = ("points", "cases")
-"""Figures of the charts alone (every trial of every search), and those that stand below in short."""
+"""Parts of the figures that are not written: the charts' points, and the cases, which are written in short form."""
 PER_CASE = ("case", "method", "n_runs", "n_diverged", "n_failed", "validation_loss", "test_loss", "time_s", "energy_j")
 
 
@@ -52,7 +52,7 @@ def _how(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _case(case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a case is; its model by architecture, as the file it was written to is this machine's."""
+    """Return the description of a case, with the model's architecture instead of a path on this machine."""
     config = {name: value for name, value in case["config"].items() if name not in ("model", "seed", "device")}
     return {"name": case["name"], "architecture": case["architecture"], **config}
 
@@ -67,7 +67,7 @@ def _tuned(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(path: Path) -> list[dict[str, Any]]:
-    """Return the search's trials that differ in nothing but the schedule, linear to zero against constant."""
+    """Return pairs of trials of the search that differ only in the schedule: linear to zero, and constant."""
     found: dict[tuple[str, ...], dict[str, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):

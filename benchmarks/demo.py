@@ -1,8 +1,8 @@
-"""Run the demo, or take up a finished one, and keep what its runs measured.
+"""Run `trainpilot demo`, or read a finished one, and write the results of its runs.
 
     python benchmarks/demo.py [--out runs/demo] [--name demo] [--policy default]
 
-The sweep is what the steered run must be seen against.
+The steered run is to be compared with the sweep.
 """
 
 from __future__ import annotations

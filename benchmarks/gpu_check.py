@@ -8,14 +8,12 @@ zero-shot  two models of 30 M and 120 M parameters, far larger than any the poli
            learning rates, then steered and untouched runs from 1/10, 1 and 10 times its best: `zero_shot_gpu.json`
 fine-tune  a few hundred more decisions of PPO on live runs of another model of 30 M, and the same table after it
 
-All of it in `benchmarks/results`; the raw meter readings of every run of the tables are `zero_shot_gpu_readings.csv`.
-It takes about an hour on an H100, which is a guess. Killed at any moment, or out of time, the same command goes on with
-the run after the last one kept. Without a GPU it says so and ends with exit code 2.
+All results are written to `benchmarks/results`; the raw meter readings of all runs are `zero_shot_gpu_readings.csv`.
+The estimated duration on an H100 is one hour. If the command is interrupted or runs out of time, the same command
+resumes after the last finished run. Without a GPU it ends with an error message and exit code 2.
 
     python benchmarks/gpu_check.py [--time-limit 25] [--parts zero-shot] [--budget 0.25]
-    python benchmarks/gpu_check.py --device cpu --tiny        # a minute, to see it run; results in OUT/results
-
-Print the zero-shot tables of `gpu_check` to the terminal.
+    python benchmarks/gpu_check.py --device cpu --tiny        # a dry run of a minute; results in OUT/results
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from typing import Any
 
 import torch
 from _common import RESULTS, write_result
-from gpu.models import Bed, Runs, TimeIsUpError, full_bed, tiny_bed
+from gpu.models import GpuSetup, Runs, TimeIsUpError, full_setup, tiny_setup
 from gpu.zero_shot import POLICY, Ask, fine_tune, table
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +47,7 @@ COLUMNS = ("start", "nats/token", "multiplier, tokens", "multiplier, joules", "s
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Print what has been measured of every model."""
+    """Print the zero-shot table of every model."""
     for name, found in result["models"].items():
         if "best" in found:
             Console().print(_table(f"{name}, {found['n_parameters']:,} parameters, {found['precision']}", found))
@@ -94,7 +92,7 @@ NAME = "zero_shot_gpu"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run every part in turn; the first that fails ends the command."""
+    """Run all parts in order; the first failure ends the command."""
     options = _parser().parse_args(arguments)
     try:
         _check(options)
@@ -125,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise `ValueError` for what cannot be done here; fill in the parts."""
+    """Validate the options and fill in the default parts. Raises `ValueError` for invalid options."""
     if options.device == "cpu" and not options.tiny:
         raise ValueError("device cpu is for --tiny only: the models are too large for it")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -146,7 +144,7 @@ def _check(options: argparse.Namespace) -> None:
 class Tables:
     """The tables before and after fine-tuning."""
 
-    bed: Bed
+    setup: GpuSetup
     policy: str
     preference: str
     seeds: tuple[int, ...]
@@ -156,13 +154,13 @@ class Tables:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Tables:
-        """Return what the command's options ask for. Raises `ValueError` for a model or budget that there is not."""
-        torch.zeros(1, device=options.device)  # only then does CUDA tell which GPU the meter is to read
+        """Build the tables from the command's options. Raises `ValueError` for an unknown model or invalid budget."""
+        torch.zeros(1, device=options.device)  # initialises CUDA, which determines the GPU that the meter reads
         if options.tiny:
             use_threads(1)
-        bed = tiny_bed(options.device) if options.tiny else full_bed()
+        setup = tiny_setup(options.device) if options.tiny else full_setup()
         return cls(
-            bed=bed.smaller(options.budget, tuple(options.models)),
+            setup=setup.smaller(options.budget, tuple(options.models)),
             policy=options.policy,
             preference=options.preference,
             seeds=tuple(range(options.seeds)),
@@ -172,7 +170,7 @@ class Tables:
         )
 
     def fill(self, fine_tuned: bool) -> None:
-        """Measure the tables, and write what there is, however it ends."""
+        """Measure the tables; the results so far are written even if an error occurs."""
         result = self._header()
         try:
             self._fill(result, {"zero-shot": policy_path(self.policy)})
@@ -189,9 +187,9 @@ class Tables:
             "policy": {"name": Path(self.policy).name, "digest": policy_digest(policy_path(self.policy))},
             "preference": self.preference,
             "seeds": list(self.seeds),
-            "text": self.bed.text_said,
-            "batch_size": self.bed.batch_size,
-            "sequence_length": self.bed.sequence_length,
+            "text": self.setup.text_name,
+            "batch_size": self.setup.batch_size,
+            "sequence_length": self.setup.sequence_length,
             "budget": self.budget,
             "baseline": "the sweep's best learning rate under WSD with a warm-up of 10 %, at the one starting batch",
             "energy_meter": self.runs.meter.description,
@@ -200,29 +198,29 @@ class Tables:
 
     def _fill(self, result: dict[str, Any], policies: dict[str, Path]) -> None:
         methods = {name: f"policy:{path}@{self.preference.replace(',', '+')}" for name, path in policies.items()}
-        for name, size in self.bed.sizes.items():
-            precision = self.runs.precision(name, self.bed.config(name))
-            ask = Ask(name=name, config=self.bed.config(name, precision), seeds=self.seeds, get=self.runs.get)
+        for name, size in self.setup.sizes.items():
+            precision = self.runs.precision(name, self.setup.config(name))
+            ask = Ask(name=name, config=self.setup.config(name, precision), seeds=self.seeds, get=self.runs.get)
             table(ask, size.rates, methods, result["models"].setdefault(name, {}))
 
     def _tuned(self, result: dict[str, Any]) -> Path:
         bundle = PolicyBundle.load(policy_path(self.policy))
-        precision = self.runs.precision("fine-tuning", self.bed.tuning_config())
+        precision = self.runs.precision("fine-tuning", self.setup.tuning_config())
         folder = self.runs.folder / "fine-tuned"
-        tuned = fine_tune(bundle, self.bed, precision, folder, self.runs.end_s)
+        tuned = fine_tune(bundle, self.setup, precision, folder, self.runs.end_s)
         result["fine_tuned"] = tuned.provenance["fine_tuned"]
         return folder / POLICY
 
     def _write(self, result: dict[str, Any]) -> Path:
         self.runs.write_readings(self.results / f"{NAME}_readings.csv")
-        return write_result(str(self.results / NAME), result, torch.device(self.bed.device))
+        return write_result(str(self.results / NAME), result, torch.device(self.setup.device))
 
 
 # Basics -----------------------------------------------------------------------------------------------------------
 
 
 def basics(out: Path) -> None:
-    """Write down what the doctor says and the meter reads, and run the demo and the overhead benchmark."""
+    """Write the doctor's report and raw meter readings, and run the demo and the overhead benchmark."""
     device = torch.device("cuda")
     command = [sys.executable, "-m", "trainpilot.experiments.cli", "doctor", "--json"]
     doctor = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -242,7 +240,7 @@ def _benchmark(script: str, *arguments: str) -> None:
 
 
 def record(meter: EnergyMeter, device: torch.device) -> list[EnergyReading]:
-    """Return raw readings over five seconds idle, five of matrix products and five idle again."""
+    """Return raw readings over five seconds of idling, five of matrix products and five of idling again."""
     readings: list[EnergyReading] = []
     matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     for busy in (False, True, False):

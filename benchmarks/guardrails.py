@@ -2,13 +2,12 @@
 
     python benchmarks/guardrails.py [--policy default] [--out runs/guardrails] [--seeds 3] [--jobs 0]
 
-Both steer the test cases from 0.1 to 10 times the tuned learning rate that `results/baselines.json` names, with the
-same seeds. Final losses are compared pair by pair. Their ratio in tokens is read from the tuned static's budget curve
-of the same file: at which budget does the tuned setting reach the one loss, over that of the other. Where the
-guardrails refused nothing, the pair differs only by what seconds and watts, which the policy observes, did to its
-decisions.
+Both steer the test cases from 0.1 to 10 times the tuned learning rate in `results/baselines.json`, with the same seeds.
+Final losses are compared pair by pair. They are also converted to tokens by the tuned static's budget curve of the same
+file: the budget at which the tuned setting reaches the one loss, over the budget for the other. If the guardrails
+refused nothing, a pair differs only because the policy observes measured time and power.
 
-Killed at any moment, the same command goes on.
+If the command is interrupted, the same command resumes it.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def write_cases(path: Path, baselines: dict[str, Any], names: Sequence[str]) -> None:
-    """Write the test cases once for each start, each with its learning rate in place."""
+    """Write the test cases once for each start, with the corresponding learning rates."""
     text = files("trainpilot.experiments.compare").joinpath("sets/test.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     content["cases"] = [
@@ -92,7 +91,7 @@ def tuned_rate(baselines: dict[str, Any], case: str) -> float:
 def compared(
     runs: Runs, baselines: dict[str, Any], cases: Sequence[str], policy: str, preference: str
 ) -> dict[str, Any]:
-    """Return each pair of runs, and what they come to by start, with and without an intervention, and over all."""
+    """Return all pairs of runs, with summaries by start, with and without an intervention, and over all."""
     guarded = f"policy:{policy}@{preference}"
     by_place = {(row.case, row.method, row.seed): runs.results.get(row.key) for row in runs.comparison.rows}
     pairs = []
@@ -118,7 +117,7 @@ def compared(
 
 
 def pair(held: Any, bare: Any, curve: dict[str, Any]) -> dict[str, Any]:
-    """Return both final losses, their difference, the ratio of their budgets, and what the guardrails did."""
+    """Return both final losses, their difference, the ratio of their budgets, and the guardrails' interventions."""
     did = held.guardrails or {}
     losses = {"guarded": held.final_validation_loss, "unguarded": bare.final_validation_loss}
     known = None not in losses.values()
@@ -139,7 +138,7 @@ def pair(held: Any, bare: Any, curve: dict[str, Any]) -> dict[str, Any]:
 
 
 def budget_of(loss: float, curve: dict[str, Any]) -> float:
-    """Return the tokens at which the tuned static reaches a loss; log-log between budgets, the end pieces go on."""
+    """Return the tokens at which the tuned static reaches a loss; log-log interpolation, extrapolated at both ends."""
     x, y = np.log(curve["budgets"]), np.log(curve["losses"])
     place = int(np.clip(np.searchsorted(-y, -np.log(loss)), 1, len(x) - 1))
     slope = (x[place] - x[place - 1]) / (y[place] - y[place - 1])
@@ -147,7 +146,7 @@ def budget_of(loss: float, curve: dict[str, Any]) -> float:
 
 
 def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return medians over the pairs, and in how many of them each form ended lower or failed."""
+    """Return medians over the pairs, and how often each form had the lower loss or failed."""
     saved = [p["nats_saved"] for p in pairs if p["nats_saved"] is not None]
     return {
         "n_pairs": len(pairs),
@@ -163,7 +162,7 @@ def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rounded(value: float | None) -> float | None:
-    """Return a number with a few digits."""
+    """Round a number to a few significant digits."""
     return None if value is None else float(f"{value:.{DIGITS}g}")
 
 

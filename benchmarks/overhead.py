@@ -1,8 +1,8 @@
-"""Measure what steering costs: tokens/s of a steered run over a plain loop on the same model and batches.
+"""Measure the overhead of steering: tokens/s of a steered run over a plain loop on the same model and batches.
 
-The two alternate interval by interval inside one process, so that a change of the machine's speed hits both. The
-steered run has a policy network that always keeps, observations, masks, the curvature probe, the energy meter and the
-telemetry; evaluation is in neither. The target is 0.97.
+The two alternate interval by interval inside one process, so that a change of the machine's speed affects both. The
+steered run includes a policy network that always keeps, observations, masks, the curvature probe, the energy meter and
+the telemetry; evaluation is not timed. The target is 0.97.
 
     python benchmarks/overhead.py [--models llama-micro llama-mini] [--threads 0]
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -31,6 +32,8 @@ from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.process import use_threads
+from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.timing import alternating_seconds
 
 DECISIONS = 50
 TARGET = 0.97
@@ -51,7 +54,7 @@ def keeping_bundle() -> PolicyBundle:
 
 
 class PlainLoop:
-    """The training loop that everybody writes: no records, no controls."""
+    """An ordinary training loop without records and controls."""
 
     def __init__(self, config: RunConfig, tokens: np.ndarray, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -69,7 +72,7 @@ class PlainLoop:
         self.sequences = 0
 
     def train_until(self, sequences: int) -> None:
-        """Train on batches until so many sequences are done."""
+        """Train until the given number of sequences is done."""
         config = self.config
         while self.sequences < sequences:
             batch_size = min(config.batch_size, config.n_sequences() - self.sequences)
@@ -89,7 +92,7 @@ class PlainLoop:
 
 @dataclass
 class Clock:
-    """Seconds per part."""
+    """Measures seconds per part."""
 
     plain_s: float = 0.0
     steered_s: float = 0.0
@@ -103,27 +106,28 @@ def compare(config: RunConfig) -> dict[str, object]:
     run = LiveRun(config)
     controller = Controller.of_bundle(keeping_bundle(), run.limits(), Preference())
     plain = PlainLoop(config, run.corpus.train, run.device)
-    clock, ratios, telemetry = Clock(), [], None
-    for decision in range(config.decisions):
-        target = round((decision + 1) / config.decisions * config.n_sequences())
-        seconds = {}
-        for name in ("plain", "steered") if decision % 2 else ("steered", "plain"):
-            synchronise(run.device)
-            start = time.perf_counter()
-            if name == "plain":
-                plain.train_until(target)
-            else:
-                controls = controller.decide(telemetry)
-                clock.decide_s += time.perf_counter() - start
-                telemetry = run.advance(controls, 1 / config.decisions)
-            synchronise(run.device)
-            seconds[name] = time.perf_counter() - start
-        assert telemetry is not None
-        clock.plain_s += seconds["plain"]
-        clock.steered_s += seconds["steered"]
+    clock = Clock()
+    telemetry: Telemetry | None = None
+    targets = (round((n + 1) / config.decisions * config.n_sequences()) for n in range(config.decisions))
+
+    def steered_interval() -> None:
+        nonlocal telemetry
+        start = time.perf_counter()
+        controls = controller.decide(telemetry)
+        clock.decide_s += time.perf_counter() - start
+        telemetry = run.advance(controls, 1 / config.decisions)
         clock.probe_s += telemetry.probe_time_s
         clock.switch_s += telemetry.switch_time_s
-        ratios.append(seconds["plain"] / seconds["steered"])
+
+    seconds = alternating_seconds(
+        {"plain": lambda: plain.train_until(next(targets)), "steered": steered_interval},
+        rounds=config.decisions,
+        warm_up=0,
+        turn_about=True,
+        wait=partial(synchronise, run.device),
+    )
+    clock.plain_s, clock.steered_s = sum(seconds["plain"]), sum(seconds["steered"])
+    ratios = [one / other for one, other in zip(seconds["plain"], seconds["steered"], strict=True)]
     rest = clock.steered_s - clock.plain_s - clock.decide_s - clock.probe_s - clock.switch_s
     assert run.progress.sequences == plain.sequences
     return {

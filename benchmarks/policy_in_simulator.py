@@ -1,13 +1,12 @@
-"""Measure a policy on simulated runs that it was not trained on, against the best static schedule of each.
+"""Compare a policy with the best static schedule on simulated runs that it was not trained on.
 
     python benchmarks/policy_in_simulator.py [--policy default] [--instances 512] [--runs 2048]
 
 Every run starts at its own factor of the tuned learning rate, from 1/30 to 10, which the policy does not know. Figures
-are compute multipliers: the budget at which the instance's best static schedule, tuned anew at each budget, reaches the
-run's loss, over the budget that the run used. A second physics, the Multi-Power Law, was never trained on. Most of the
-five minutes or so go into the static schedules.
-
-Draw what a policy is worth in the simulator, by where its runs started, beside what needs no or all knowledge.
+are compute multipliers: the budget at which the instance's best static schedule, tuned at each budget, reaches the
+run's loss, over the budget that the run used. The same is measured in a second physics, the Multi-Power Law, which is
+never used for training. It takes about five minutes, most of them for the static schedules. The picture shows the
+multipliers by starting learning rate, beside those of untuned and fully tuned static settings.
 """
 
 from __future__ import annotations
@@ -69,14 +68,14 @@ LEVELS = {
     "tuned rate and batch, wsd": ("tuned rate and batch", "#1d1f23", ":"),
     "tuned rate, wsd": ("tuned rate alone", "#8a8f98", "-."),
 }
-"""Methods that do not depend on the start."""
+"""Methods whose result does not depend on the starting learning rate."""
 TICKS = (0.125, 0.25, 0.5, 0.7, 1.0, 1.4)
 LEAST, MOST = 0.115, 1.6
 
-Told = Mapping[str, Any]
+Figures = Mapping[str, Any]
 
 
-def draw(result: Told, path: Path) -> None:
+def draw(result: Figures, path: Path) -> None:
     """Write the picture of a result of `policy_in_simulator`."""
     figure = Figure(figsize=(9.2, 4.0), layout="constrained")
     panels = figure.subplots(1, len(TITLES), sharey=True)
@@ -93,7 +92,7 @@ def draw(result: Told, path: Path) -> None:
         figure.savefig(path, dpi=160, metadata={"Software": None})
 
 
-def _panel(panel: Axes, methods: Told) -> None:
+def _panel(panel: Axes, methods: Figures) -> None:
     starts = list(methods["policy"]["starts"])
     panel.set_yscale("log")
     panel.set_ylim(LEAST, MOST)
@@ -119,7 +118,7 @@ def _panel(panel: Axes, methods: Told) -> None:
     _policy(panel, list(methods["policy"]["starts"].values()))
 
 
-def _policy(panel: Axes, starts: Sequence[Told]) -> None:
+def _policy(panel: Axes, starts: Sequence[Figures]) -> None:
     middles = _all_inside([found["median"]["value"] for found in starts])
     tenths = _all_inside([found["p10"] for found in starts])
     panel.fill_between(range(len(starts)), tenths, middles, color=POLICY, alpha=0.12, linewidth=0)
@@ -142,30 +141,30 @@ IMAGE = Path(__file__).parent.parent / "docs" / "images" / "policy_in_simulator.
 RUNS_SEED = 7
 QUALITY = Preference(quality=1, energy=0, time=0)
 RATE_POWERS = np.arange(-6, 7) / 2
-"""Doublings of the tuned learning rate that are tried around it."""
+"""Learning rates to try around the tuned one, as log2 of the factor."""
 NO_BASE = BaseSchedule(schedule="wsd", warmup_share=0.1)
-"""Base schedule of a policy that brings none."""
+"""Base schedule for a policy whose bundle has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bed:
-    """Fresh runs to try methods on, the same ones each time, and what their losses are measured with."""
+class RunSet:
+    """A reproducible set of simulated runs to test methods on, with the baseline that their losses are compared to."""
 
     fresh: Callable[[], SimulatedRuns | MultiPowerRuns]
     shares: tuple[float, ...]
     curve: Floats
     """Losses of the static baseline at `shares`, shape (n_runs, budgets)."""
     group: Ints
-    """Runs of one instance go together when intervals are worked out."""
+    """Index of each run's instance; the bootstrap resamples runs by instance."""
     start: Floats
-    """Starting learning rate over the tuned one."""
+    """Starting learning rate relative to the tuned one."""
 
     def multiplier(self, loss: Floats, used: Floats | float = 1.0) -> Floats:
-        """Return the compute multipliers of runs."""
+        """Return the compute multipliers of the runs."""
         return needed(loss, self.shares, self.curve) / used
 
-    def tell(self, multiplier: Floats) -> dict[str, Any]:
-        """Return the figures of a method; of several seeds, the multipliers have shape (seeds, n_runs)."""
+    def summarise(self, multiplier: Floats) -> dict[str, Any]:
+        """Return the figures of a method; with several seeds, the multipliers have shape (seeds, n_runs)."""
         n_seeds = multiplier.size // len(self.group)
         return summary(multiplier.ravel(), np.tile(self.group, n_seeds), np.tile(self.start, n_seeds))
 
@@ -194,15 +193,15 @@ def main() -> None:
     print(write_result("policy_in_simulator", result, torch.device("cpu")))
     for physics in ("simulator", "multi_power_law"):
         print(f"\n{physics}: median, 95 % interval, 10th percentile | median by starting rate, lowest first")
-        for name, told in result[physics]["methods"].items():
-            print(line(name, told))
+        for name, figures in result[physics]["methods"].items():
+            print(line(name, figures))
 
 
-def simulator_bed(pool: Pool, grid: StaticGrid, base: BaseSchedule, n_runs: int) -> Bed:
-    """Return runs of the physics that policies are trained on."""
+def simulator_run_set(pool: Pool, grid: StaticGrid, base: BaseSchedule, n_runs: int) -> RunSet:
+    """Return a set of runs in the physics that policies are trained on."""
     start = Start(decisions=DECISIONS, schedule=base.schedule, warmup_share=base.warmup_share)
     runs = SimulatedRuns(n_runs, RUNS_SEED, pool, start)
-    return Bed(
+    return RunSet(
         fresh=lambda: SimulatedRuns(n_runs, RUNS_SEED, pool, start),
         shares=SHARES,
         curve=grid.best[runs.index],
@@ -212,48 +211,48 @@ def simulator_bed(pool: Pool, grid: StaticGrid, base: BaseSchedule, n_runs: int)
 
 
 def in_simulator(bundle: PolicyBundle, base: BaseSchedule, pool: Pool, grid: StaticGrid, n_runs: int) -> dict[str, Any]:
-    """Return the figures of every method in the physics of the training."""
-    bed = simulator_bed(pool, grid, base, n_runs)
-    policy, blind, closed = _closed_and_open(bed, bundle)
+    """Return the figures of every method in the physics that policies are trained on."""
+    run_set = simulator_run_set(pool, grid, base, n_runs)
+    policy, blind, closed = _closed_and_open(run_set, bundle)
     single, losses = grid.best_single()
     methods = {
         "policy": policy,
         "open loop": blind,
-        f"untuned, {base.schedule}": bed.multiplier(_untuned(bed, base.schedule, base.warmup_share)),
-        "untuned, cosine": bed.multiplier(_untuned(bed, "cosine", 0.1)),
-        "best single setting": bed.multiplier(losses[bed.group]),
-        "tuned rate and batch, wsd": bed.multiplier(grid.of_base(("wsd", 0.1))[bed.group]),
+        f"untuned, {base.schedule}": run_set.multiplier(_untuned(run_set, base.schedule, base.warmup_share)),
+        "untuned, cosine": run_set.multiplier(_untuned(run_set, "cosine", 0.1)),
+        "best single setting": run_set.multiplier(losses[run_set.group]),
+        "tuned rate and batch, wsd": run_set.multiplier(grid.of_base(("wsd", 0.1))[run_set.group]),
     }
     return {
         "best_single_setting": single,
-        "methods": {name: bed.tell(found) for name, found in methods.items()},
-        **_closed_against_open(bed, policy, blind),
-        "steered": _describe(bed, closed),
+        "methods": {name: run_set.summarise(found) for name, found in methods.items()},
+        **_closed_against_open(run_set, policy, blind),
+        "steered": _describe(run_set, closed),
     }
 
 
 def in_multi_power_law(bundle: PolicyBundle, n_runs: int) -> dict[str, Any]:
-    """Return the figures of every method in a physics that nothing was trained on."""
-    bed = multi_power_bed(n_runs)
-    policy, blind, closed = _closed_and_open(bed, bundle)
+    """Return the figures of every method in the Multi-Power Law, which is never used for training."""
+    run_set = multi_power_run_set(n_runs)
+    policy, blind, closed = _closed_and_open(run_set, bundle)
     methods = {
         "policy": policy,
         "open loop": blind,
-        "untuned, wsd": bed.multiplier(steer(bed.fresh(), held()).loss),
-        "tuned rate, wsd": bed.multiplier(steer(bed.fresh(), held(1 / bed.start)).loss),
-        "tuned rate and batch, wsd": bed.multiplier(best_held(bed)),
+        "untuned, wsd": run_set.multiplier(steer(run_set.fresh(), held()).loss),
+        "tuned rate, wsd": run_set.multiplier(steer(run_set.fresh(), held(1 / run_set.start)).loss),
+        "tuned rate and batch, wsd": run_set.multiplier(best_held(run_set)),
     }
     return {
-        "methods": {name: bed.tell(found) for name, found in methods.items()},
-        **_closed_against_open(bed, policy, blind),
-        "steered": _describe(bed, closed),
+        "methods": {name: run_set.summarise(found) for name, found in methods.items()},
+        **_closed_against_open(run_set, policy, blind),
+        "steered": _describe(run_set, closed),
     }
 
 
-def multi_power_bed(n_runs: int) -> Bed:
-    """Return runs of a physics that nothing was trained on."""
+def multi_power_run_set(n_runs: int) -> RunSet:
+    """Return a set of runs under the Multi-Power Law."""
     runs = MultiPowerRuns(n_runs, RUNS_SEED, decisions=DECISIONS)
-    return Bed(
+    return RunSet(
         fresh=lambda: MultiPowerRuns(n_runs, RUNS_SEED, decisions=DECISIONS),
         shares=SHARES,
         curve=multi_power_curve(runs),
@@ -263,7 +262,7 @@ def multi_power_bed(n_runs: int) -> Bed:
 
 
 def multi_power_curve(runs: MultiPowerRuns) -> Floats:
-    """Return the loss of the base schedule at the starting batch, its rate tuned at each of `SHARES`."""
+    """Return the loss of the base schedule at the starting batch, with its rate tuned at each budget of `SHARES`."""
     cases, best = runs.cases, runs.best_learning_rate / runs.cases.unit
 
     def tuned(share: float) -> Floats:
@@ -275,47 +274,47 @@ def multi_power_curve(runs: MultiPowerRuns) -> Floats:
     return np.minimum.accumulate(np.stack([tuned(share) for share in SHARES], axis=1), axis=1)
 
 
-def best_held(bed: Bed) -> Floats:
-    """Return the lowest loss of each run over learning rates and batches that are held from start to end."""
-    tried = ((1 / bed.start * 2.0**power, batch) for power in RATE_POWERS[::2] for batch in 2.0**POWERS)
-    lowest: Floats = np.minimum.reduce([steer(bed.fresh(), held(scale, batch)).loss for scale, batch in tried])
+def best_held(run_set: RunSet) -> Floats:
+    """Return the lowest loss of each run over learning rates and batches that stay constant."""
+    tried = ((1 / run_set.start * 2.0**power, batch) for power in RATE_POWERS[::2] for batch in 2.0**POWERS)
+    lowest: Floats = np.minimum.reduce([steer(run_set.fresh(), held(scale, batch)).loss for scale, batch in tried])
     return lowest
 
 
-def _closed_and_open(bed: Bed, bundle: PolicyBundle) -> tuple[Floats, Floats, BatchOutcome]:
+def _closed_and_open(run_set: RunSet, bundle: PolicyBundle) -> tuple[Floats, Floats, BatchOutcome]:
     """Return the multipliers of the policy and of its own average schedule, and how the policy's runs went."""
-    closed = steered(bed, bundle)
-    blind = steer(bed.fresh(), blindly(closed.average(bed.fresh().limits())))
-    return bed.multiplier(closed.loss, closed.used), bed.multiplier(blind.loss, blind.used), closed
+    closed = steered(run_set, bundle)
+    blind = steer(run_set.fresh(), blindly(closed.average(run_set.fresh().limits())))
+    return run_set.multiplier(closed.loss, closed.used), run_set.multiplier(blind.loss, blind.used), closed
 
 
-def steered(bed: Bed, bundle: PolicyBundle) -> BatchOutcome:
+def steered(run_set: RunSet, bundle: PolicyBundle) -> BatchOutcome:
     """Return how a policy's runs went, asked for quality alone."""
-    return steer(bed.fresh(), by_policy(bundle, QUALITY))
+    return steer(run_set.fresh(), by_policy(bundle, QUALITY))
 
 
-def _untuned(bed: Bed, schedule: ScheduleName, warmup_share: float) -> Floats:
-    """Return the losses of runs that are left alone at their starting rate and batch."""
-    runs = bed.fresh()
+def _untuned(run_set: RunSet, schedule: ScheduleName, warmup_share: float) -> Floats:
+    """Return the losses of runs without control changes."""
+    runs = run_set.fresh()
     assert isinstance(runs, SimulatedRuns)
     batch = runs.instances.start_batch.astype(np.float64)
     return static_losses(runs.instances, runs.start_rate, batch, ScheduleTable.of(schedule, warmup_share, DECISIONS))
 
 
-def _closed_against_open(bed: Bed, policy: Floats, blind: Floats) -> dict[str, Any]:
+def _closed_against_open(run_set: RunSet, policy: Floats, blind: Floats) -> dict[str, Any]:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(policy == blind, 1.0, policy / blind)
-    told = {
+    comparison = {
         "share_of_runs_better": rounded(float((policy > blind).mean())),
         "share_of_runs_worse": rounded(float((policy < blind).mean())),
-        "median_ratio": estimate(ratio, bed.group),
+        "median_ratio": estimate(ratio, run_set.group),
     }
-    return {"closed_against_open": told}
+    return {"closed_against_open": comparison}
 
 
-def _describe(bed: Bed, outcome: BatchOutcome) -> dict[str, Any]:
+def _describe(run_set: RunSet, outcome: BatchOutcome) -> dict[str, Any]:
     """Return how the policy's runs went: medians over the runs, learning rate and batch at every fifth decision."""
-    limits = bed.fresh().limits()
+    limits = run_set.fresh().limits()
     shown = range(0, DECISIONS, 5)
     scales = [outcome.controls[i].learning_rate_scale for i in shown]
     batches = [outcome.controls[i].batch_size / limits.start.batch_size for i in shown]
@@ -325,9 +324,9 @@ def _describe(bed: Bed, outcome: BatchOutcome) -> dict[str, Any]:
         "energy_over_reference": rounded(middle(outcome.energy)),
         "time_over_reference": rounded(middle(outcome.time)),
         "decisions": list(shown),
-        "learning_rate_over_tuned": [rounded(middle(bed.start * scale)) for scale in scales],
+        "learning_rate_over_tuned": [rounded(middle(run_set.start * scale)) for scale in scales],
         "batch_over_start": [rounded(middle(batch)) for batch in batches],
-        "spread_of_learning_rate_over_tuned": [rounded(float(np.log(bed.start * scale).std())) for scale in scales],
+        "spread_of_learning_rate_over_tuned": [rounded(float(np.log(run_set.start * scale).std())) for scale in scales],
     }
 
 

@@ -1,15 +1,12 @@
-"""Steer the same runs under many preferences: does asking for less energy, or less time, bring less, and at what price?
+"""Measure how a policy trades quality against energy and time, by steering the same runs under many preferences.
 
     python benchmarks/preferences.py [--policy default] [--runs 1024]
     python benchmarks/preferences.py --live [--from runs/baselines] [--out runs/preferences] [--jobs 0]
 
-The first is done in the simulator in a minute or two, on instances that were never trained on, and set against static
-settings: one for all, found by NSGA-II with as many simulated runs, and one for each instance, found knowing all. The
-second steers three live test cases, in twenty minutes or so on two cores; killed at any moment, it goes on.
-
-Steer live test cases under many preferences, by `trainpilot compare`, and read the figures out of its runs.
-
-Draw quality against cost under many preferences, beside the fronts of static settings.
+The first command uses simulated instances that are not used for training, and takes one or two minutes. It compares the
+policy with two kinds of static settings: one for all instances, found by NSGA-II with as many simulated runs, and the
+best one for each instance, chosen with full knowledge. The second command steers three live test cases by means of
+`trainpilot compare`, and takes about twenty minutes on two cores; if it is interrupted, the same command resumes it.
 """
 
 from __future__ import annotations
@@ -67,7 +64,7 @@ WORST = (*REFERENCE_POINT, REFERENCE_POINT[1])
 def live(
     policy: str, asked: Sequence[Preference], folder: Path, source: Path, *, seeds: int, jobs: int
 ) -> dict[str, Any]:
-    """Run what is missing, and return the figures; the search for the tuned static is taken over from `source`."""
+    """Run the missing live runs and return the figures; the tuned static's search is copied from `source`."""
     take_over(source, folder)
     cases = _write_cases(folder / "cases.json")
     methods = list(dict.fromkeys(_method(policy, each) for each in asked))
@@ -88,15 +85,15 @@ def _method(policy: str, preference: Preference) -> str:
 
 
 def figures(runs: Runs, policy: str, asked: Sequence[Preference]) -> dict[str, Any]:
-    """Return loss, quality and costs of every preference on every case, and how they stand to each other."""
+    """Return loss, quality and costs of every preference on every case, with the fronts that they form."""
     baselines = {case.name: case_baselines(runs, case) for case in runs.comparison.cases}
-    told = []
+    by_preference = []
     for preference in asked:
         quality, energy, time = preference.weights()
         method = _method(policy, preference)
         cases = {name: _on_case(runs, found, method) for name, found in baselines.items()}
         place = [median(values) for values in zip(*cases.values(), strict=True)]
-        told.append(
+        by_preference.append(
             {
                 "preference": str(preference),
                 "weights": {"quality": float(quality), "energy": float(energy), "time": float(time)},
@@ -110,13 +107,13 @@ def figures(runs: Runs, policy: str, asked: Sequence[Preference]) -> dict[str, A
         "cases": list(baselines),
         "seeds": list(runs.comparison.seeds),
         "objectives": "compute that the loss is worth, joules, seconds; over the tuned static's, less is better",
-        "preferences": told,
-        "costs": {cost: _front(told, cost) for cost in ("energy", "time")},
+        "preferences": by_preference,
+        "costs": {cost: _front(by_preference, cost) for cost in ("energy", "time")},
     }
 
 
 def _on_case(runs: Runs, baselines: CaseBaselines, method: str) -> tuple[float, float, float]:
-    """Return the objectives, medians over the seeds; a run that failed counts as worst."""
+    """Return the objectives as medians over the seeds; a failed run counts as the worst."""
     tuned = runs.of(baselines.case, TUNED)
     found = [_objectives(run, baselines, tuned) for run in runs.of(baselines.case, method)]
     if not found:
@@ -129,7 +126,7 @@ def _objectives(run: Run, baselines: CaseBaselines, tuned: Sequence[Run]) -> tup
     baseline = baselines.tuned.get("tokens")
     if run.loss is None or baseline is None:
         return WORST
-    # Outside the curve the bound stands for the budget: it is either far off, or a gain that is not claimed.
+    # Outside the curve its bound is used as the budget, so that no gain beyond the curve is claimed.
     needed = baseline.curve.needed(run.loss)
     share = (needed.high if math.isfinite(needed.high) else needed.low) / baseline.curve.whole[0]
     return min(1 / share, WORST[0]), _ratio(run, tuned, "energy_j"), _ratio(run, tuned, "time_s")
@@ -140,10 +137,10 @@ def _ratio(run: Run, tuned: Sequence[Run], axis: str) -> float:
     return WORST[1] if spent is None or not known else min(spent / median(known), WORST[1])
 
 
-def _front(told: Sequence[dict[str, Any]], cost: str) -> dict[str, Any]:
-    """Return how the preferences between quality and one cost stand to each other, medians over the cases."""
+def _front(by_preference: Sequence[dict[str, Any]], cost: str) -> dict[str, Any]:
+    """Return the front of the preferences between quality and one cost, from medians over the cases."""
     other = "time" if cost == "energy" else "energy"
-    family = {one["preference"]: one for one in told if one["weights"][other] == 0}
+    family = {one["preference"]: one for one in by_preference if one["weights"][other] == 0}
     points: list[Objectives] = [(one["compute_over_worth"], one[cost]) for one in family.values()]
     kept = front_of(points)
     return {
@@ -159,15 +156,15 @@ STATIC = {
     "tuned_for_each": ("static, tuned on every instance", "#8a8f98", "^:"),
 }
 
-Told = Mapping[str, Any]
+Figures = Mapping[str, Any]
 
 
-def draw(result: Told, path: Path) -> None:
+def draw(result: Figures, path: Path) -> None:
     """Write the picture of a result of `preferences`."""
     figure = Figure(figsize=(9.2, 4.0), layout="constrained")
     panels = figure.subplots(1, len(result["costs"]), sharey=True, squeeze=False)[0]
-    for panel, (cost, told) in zip(panels, result["costs"].items(), strict=True):
-        _panel(panel, cost, told)
+    for panel, (cost, figures) in zip(panels, result["costs"].items(), strict=True):
+        _panel(panel, cost, figures)
     panels[0].set_ylabel("compute-equivalent of the loss", fontsize=9.5)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9
@@ -177,7 +174,7 @@ def draw(result: Told, path: Path) -> None:
         figure.savefig(path, dpi=160, metadata={"Software": None})
 
 
-def _panel(panel: Axes, cost: str, told: Told) -> None:
+def _panel(panel: Axes, cost: str, figures: Figures) -> None:
     panel.set_title(f"Quality against {cost}", loc="left", fontsize=11, fontweight="bold")
     panel.set_xlabel(f"{cost} over the reference's", fontsize=9.5)
     panel.grid(color=RULE, linewidth=0.7)
@@ -186,15 +183,15 @@ def _panel(panel: Axes, cost: str, told: Told) -> None:
     for side in ("top", "right", "left"):
         panel.spines[side].set_visible(False)
     for name, (label, color, style) in STATIC.items():
-        points = told[name]
+        points = figures[name]
         x, y = [point["cost"] for point in points], [point["quality"] for point in points]
         panel.plot(x, y, style, color=color, markersize=3.5, linewidth=1.1, label=label)
-    _policy(panel, cost, told["preferences"])
+    _policy(panel, cost, figures["preferences"])
     panel.set_xlim(left=0)
     panel.set_ylim(bottom=0)
 
 
-def _policy(panel: Axes, cost: str, preferences: Sequence[Told]) -> None:
+def _policy(panel: Axes, cost: str, preferences: Sequence[Figures]) -> None:
     x = [one[cost]["value"] for one in preferences]
     y = [one["quality"]["value"] for one in preferences]
     for one in preferences:
@@ -210,7 +207,7 @@ IMAGE = Path(__file__).parent.parent / "docs" / "images" / "preferences.png"
 RUNS_SEED = 11
 COSTS = ("energy", "time")
 WEIGHTS = tuple(i / 16 for i in range(9))
-"""On the cost; quality weighs the rest, at least the half that policies are trained with."""
+"""Weights on the cost. Quality has the remaining weight, at least a half as in training."""
 
 
 def main() -> None:
@@ -299,7 +296,7 @@ def _steered(bundle: PolicyBundle, cost: str, pool: Pool, runs: RunsAndReference
 
 
 def _monotone(quality: Floats, spent: Floats, group: Ints) -> dict[str, Any]:
-    """Return how well medians follow the weight: rank correlation, and neighbours that go the wrong way."""
+    """Return how well medians follow the weight: rank correlation, and the number of neighbours in the wrong order."""
     return {
         name: {
             "spearman": interval(partial(_spearman, values), group),
@@ -311,7 +308,7 @@ def _monotone(quality: Floats, spent: Floats, group: Ints) -> dict[str, Any]:
 
 
 def _spearman(values: Floats, rows: Ints) -> float:
-    """Return the rank correlation of weight and median; -1 is right for cost and quality alike, 0 where all is one."""
+    """Return the rank correlation of weight and median: -1 is ideal for cost and quality alike, 0 if all are equal."""
     from scipy.stats import spearmanr
 
     middles = np.median(values[:, rows], axis=1)
@@ -327,31 +324,31 @@ def _volume(quality: Floats, spent: Floats, group: Ints) -> dict[str, Any]:
 
 
 def _medians(quality: Floats, spent: Floats, rows: Ints) -> list[tuple[float, float]]:
-    """Return the objectives of each preference; what is worse than the reference point counts as just as bad."""
+    """Return the objectives of each preference, clipped at the reference point."""
     found = medians(quality[:, rows], spent[:, rows])
     return [(min(one, REFERENCE_POINT[0]), min(other, REFERENCE_POINT[1])) for one, other in found]
 
 
-def _rows(told: tuple[Floats, Floats], rows: list[int]) -> tuple[Floats, Floats]:
-    return told[0][rows], told[1][rows]
+def _rows(values: tuple[Floats, Floats], rows: list[int]) -> tuple[Floats, Floats]:
+    return values[0][rows], values[1][rows]
 
 
 def _points(quality: Floats, spent: Floats) -> list[dict[str, float]]:
-    """Return medians, the cheapest first."""
+    """Return medians by ascending cost."""
     found = zip(np.median(spent, axis=1), np.median(quality, axis=1), strict=True)
     return [{"cost": rounded(cost), "quality": rounded(worth)} for cost, worth in sorted(found)]
 
 
-def say(cost: str, told: dict[str, Any]) -> None:
-    """Print one cost's figures."""
+def say(cost: str, figures: dict[str, Any]) -> None:
+    """Print the figures of one cost."""
     print(f"\n{cost}: weight, quality, {cost} over the reference's (medians)")
-    for one in told["preferences"]:
+    for one in figures["preferences"]:
         front = "*" if one["on_front"] else " "
         print(f"  {one['weight']:.3f}  {one['quality']['value']:.3f}  {one[cost]['value']:.3f} {front}")
-    for name, found in told["monotone"].items():
+    for name, found in figures["monotone"].items():
         print(f"  {name}: Spearman {found['spearman']}, violations {found['violations']} of {found['of']}")
-    print(f"  non-dominated {told['non_dominated']}")
-    for name, found in told["hypervolume"].items():
+    print(f"  non-dominated {figures['non_dominated']}")
+    for name, found in figures["hypervolume"].items():
         print(f"  hypervolume, {name}: {found}")
 
 

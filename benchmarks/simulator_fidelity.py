@@ -1,4 +1,4 @@
-"""Measure how well the simulator's physics predicts what it has not seen: published loss curves, and live runs.
+"""Measure how well the simulator's physics predicts losses that it was not fitted to: published curves and live runs.
 
 python benchmarks/simulator_fidelity.py --curves FOLDER [--calibrations FOLDER]
 
@@ -6,10 +6,8 @@ FOLDER, or the environment variable TRAINPILOT_CURVES, holds csv_25 and csv_100 
 loss_curves_100m): CSV files of step, lr and loss. They lie in loss_curve_repo of the public repository
 https://github.com/thu-yao-01-luo/MultiPowerLaw (MIT licence, Luo et al. 2025).
 
-The live runs are those of `trainpilot calibrate` for three models on two texts; what is missing of them is run first.
-Killed, the same command goes on where it was. Their losses are the same on every machine but for rounding.
-
-How well the physics that comes with trainpilot predicts live runs that it was not fitted to.
+The live runs are those of `trainpilot calibrate` for three models on two texts; missing ones are run first. If the
+command is interrupted, the same command resumes it. Losses agree between machines up to rounding.
 """
 
 from __future__ import annotations
@@ -41,13 +39,13 @@ TEXTS = {
 }
 SEED = 7
 ERROR_TARGET = 0.03
-"""Mean absolute error of held-out final losses, in nats/token: at most."""
+"""Largest acceptable mean absolute error of held-out final losses, in nats/token."""
 RANK_TARGET = 0.9
-"""Rank correlation over the grid of learning rates and batches: at least, on every model and text."""
+"""Smallest acceptable rank correlation over the grid of learning rates and batches, on every model and text."""
 
 
 def live(root: Path) -> dict[str, Any]:
-    """Return the held-out errors of the calibrations in `root`, made here where they are missing, and print them."""
+    """Return and print the held-out errors of the calibrations in `root`; missing calibrations are made first."""
     cases = {f"{model}-{name}": (model, text) for model, (name, text) in product(MODELS, TEXTS.items())}
     found = {name: case(calibration(root / name, *made_of)) for name, made_of in cases.items()}
     for name, entry in found.items():
@@ -59,7 +57,7 @@ def live(root: Path) -> dict[str, Any]:
 
 
 def calibration(folder: Path, model: str, text: tuple[str, ...]) -> Calibration:
-    """Return the calibration of a folder; what of it is missing is run first, about five minutes on two cores."""
+    """Return the calibration of a folder; missing runs are made first (about five minutes on two cores)."""
     options = CalibrateOptions(out=folder, model=model, text=text, seed=SEED)
     if not (folder / FILE_NAME).is_file():
         calibrate(options, Console())
@@ -70,7 +68,7 @@ def calibration(folder: Path, model: str, text: tuple[str, ...]) -> Calibration:
 
 
 def case(made: Calibration) -> dict[str, Any]:
-    """Return what one calibration says of itself."""
+    """Return the held-out errors of one calibration."""
     return {
         "n_fitted": made.fitted.n_runs,
         "n_held_out": made.held_out.n_runs,
@@ -88,7 +86,7 @@ def case(made: Calibration) -> dict[str, Any]:
 
 
 def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures over all cases, each run counting the same, and whether the targets are reached."""
+    """Return the figures over all cases, weighted by the number of runs, and whether the targets are reached."""
     seen = [
         (entry["held_out"]["final_loss"], entry["n_held_out"] - entry["held_out"]["diverged"])
         for entry in cases.values()
@@ -109,7 +107,7 @@ def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 FOLDERS = {"25M": ("csv_25", "loss_curves_25m"), "100M": ("csv_100", "loss_curves_100m")}
-"""What the folder of each model may be called."""
+"""Possible folder names of each model."""
 FITTED = ("cosine_24000", "constant_24000", "wsdcon_9")
 UNSEEN = ("constant_72000", "cosine_72000", "wsd_20000_24000", "wsdld_20000_24000", "wsdcon_3", "wsdcon_18")
 SOURCE = "https://github.com/thu-yao-01-luo/MultiPowerLaw"
@@ -119,7 +117,7 @@ Curve = NDArray[np.float64]
 
 
 def published(root: Path) -> dict[str, Any]:
-    """Return what the fit to each model's three curves gives on its other schedules, and print it."""
+    """Return and print the errors on each model's other schedules after a fit to three curves."""
     models = {size: fit_folder(folder_of(root, size)) for size in FOLDERS}
     for size, model in models.items():
         print(
@@ -138,7 +136,7 @@ def folder_of(root: Path, size: str) -> Path:
 
 
 def fit_folder(folder: Path) -> dict[str, Any]:
-    """Fit the three curves of one model and predict all; errors in nats/token."""
+    """Fit the physics to three curves of one model and predict all its curves; errors in nats/token."""
     curves = {name: read_curve(folder / f"{name}.csv") for name in (*FITTED, *UNSEEN)}
     start = time.perf_counter()
     steps, rates, losses = zip(*(curves[name] for name in FITTED), strict=True)
@@ -157,19 +155,19 @@ def fit_folder(folder: Path) -> dict[str, Any]:
 
 
 def error(physics: PublishedPhysics, curve: Curve) -> dict[str, float]:
-    """Return the mean absolute error over the curve and the signed error at its end; positive is too high."""
+    """Return the mean absolute error over the curve and the signed error at its end (positive: predicted too high)."""
     step, lr, loss = curve
     misses = physics.predict(lr, step) - loss
     return {"mean_absolute_error": float(np.abs(misses).mean()), "final_error": float(misses[-1])}
 
 
 def mean_error(errors: dict[str, dict[str, float]], names: tuple[str, ...]) -> float:
-    """Return the mean over curves, each counting the same."""
+    """Return the unweighted mean over curves."""
     return float(np.mean([errors[name]["mean_absolute_error"] for name in names]))
 
 
 def read_curve(path: Path) -> Curve:
-    """Read a CSV file of step, lr and loss with one line of names."""
+    """Read a CSV file with the columns step, lr and loss and one header line."""
     if not path.is_file():
         raise SystemExit(f"--curves must hold {path.parent.name}/{path.name}, found none; {_HINT}")
     curve: Curve = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64).T
@@ -188,7 +186,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.curves is None:
         raise SystemExit(f"--curves must name the folder of the published curves, got none; {_HINT}")
-    # Where the curves lie on this machine does not belong into the result.
+    # The path of the curves on this machine does not belong in the result.
     sys.argv = ["FOLDER" if argument == options.curves else argument for argument in sys.argv]
     result = {"published": published(Path(options.curves)), "live": live(options.calibrations)}
     print(write_result("simulator_fidelity", result, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Measure how many decisions of simulated runs one core makes in a second, and how far alone and side by side differ.
+"""Measure the simulator's speed in decisions per second on one core, and that results do not depend on the batch.
 
 python benchmarks/simulator_speed.py [--runs 1 64 1024 4096] [--repetitions 7]
 """
@@ -26,15 +26,15 @@ from trainpilot.llm_runtime.simulator.records import ControlBatch, Ints, Telemet
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, default_pool
 
 TARGET, TARGET_RUNS = 150_000, 1_024
-"""Decisions per second of the whole environment that we want at so many runs."""
+"""Target speed of the whole environment in decisions per second, and the number of runs for which it is set."""
 KEEP_PROBABILITY = 0.7
-"""Chance that a random action leaves a control alone, as an untrained policy does."""
+"""Probability that a random action keeps a control, as with an untrained policy."""
 DECISIONS = 50
 SEED = 0
 
 
 def some_actions(n_runs: int, steps: int) -> Ints:
-    """Return actions of shape (steps, n_runs, fields) that mostly keep; masked ones count as keep."""
+    """Return random actions of shape (steps, n_runs, fields) that mostly keep; masked ones count as keep."""
     random = np.random.default_rng(SEED)
     columns = []
     for field in ACTION_FIELDS:
@@ -45,7 +45,7 @@ def some_actions(n_runs: int, steps: int) -> Ints:
 
 
 def physics_alone(n_runs: int, pool: Pool) -> Callable[[int], None]:
-    """Return what makes so many steps of `SimulatedRuns` at the starting controls, beginning anew at each end."""
+    """Return a function that runs n steps of `SimulatedRuns` at the starting controls, with restarts at the end."""
     runs = SimulatedRuns(n_runs, SEED, pool)
     everyone = np.arange(n_runs)
     controls = runs.limits().start
@@ -61,7 +61,7 @@ def physics_alone(n_runs: int, pool: Pool) -> Callable[[int], None]:
 
 
 def whole_environment(n_runs: int, pool: Pool) -> Callable[[int], None]:
-    """Return what makes so many steps of what PPO trains on: masks, actions, physics, observations and rewards."""
+    """Return a function that runs n steps of the training environment, from masks to observations and rewards."""
     env = ScalarVecEnv(VectorSimulatedTraining(SimulatedRuns(n_runs, SEED, pool)))
     actions = some_actions(n_runs, DECISIONS)
     env.reset()
@@ -75,9 +75,9 @@ def whole_environment(n_runs: int, pool: Pool) -> Callable[[int], None]:
 
 
 def measure(go: Callable[[int], None], n_runs: int, decisions: int, repetitions: int) -> dict[str, Any]:
-    """Return decisions per second, best and median of the repetitions, each of `decisions` or one whole episode."""
+    """Return best and median decisions per second over repetitions of `decisions`, at least one episode each."""
     steps = max(DECISIONS, -(-decisions // n_runs))
-    go(DECISIONS)  # the first calls are slower
+    go(DECISIONS)  # warm-up
     rates = []
     for _ in range(repetitions):
         start = time.perf_counter()
@@ -94,7 +94,7 @@ def measure(go: Callable[[int], None], n_runs: int, decisions: int, repetitions:
 
 
 def largest_disagreement(pool: Pool, n_runs: int, rows: int) -> dict[str, Any]:
-    """Return how far runs alone are from the same ones side by side, over two episodes of random actions."""
+    """Return the largest difference between runs computed alone and in a batch, over two episodes of random actions."""
     preference = Preference(quality=0.6, energy=0.3, time=0.1)
     together = VectorSimulatedTraining(SimulatedRuns(n_runs, SEED, pool), preference)
     chosen = np.linspace(0, n_runs - 1, min(rows, n_runs)).astype(int).tolist()
@@ -115,7 +115,7 @@ def largest_disagreement(pool: Pool, n_runs: int, rows: int) -> dict[str, Any]:
 
 
 def telemetry_disagreement(pool: Pool, n_runs: int) -> float:
-    """Return the largest difference of any telemetry field, over its value where that is above 1."""
+    """Return the largest difference of any telemetry field, relative to its value if that is above 1."""
     together, worst = SimulatedRuns(n_runs, SEED, pool), 0.0
     row = n_runs // 2
     alone = SimulatedRuns(1, SEED, pool, first_row=row)
@@ -128,7 +128,7 @@ def telemetry_disagreement(pool: Pool, n_runs: int) -> float:
 
 
 def _apart(here: Any, there: Any) -> float:
-    """Return the largest difference, over the value where that is above 1; unknown equals unknown."""
+    """Return the largest difference, relative to the value if that is above 1; unknown values are equal."""
     one, other = np.asarray(here, dtype=np.float64), np.asarray(there, dtype=np.float64)
     if (np.isnan(one) != np.isnan(other)).any():
         return float("inf")
@@ -148,7 +148,7 @@ def main() -> None:
     parts = {"physics_alone": physics_alone, "whole_environment": whole_environment}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
     for n_runs in options.runs:
-        decisions = min(options.decisions, 2_000 * n_runs)  # one run alone would take minutes
+        decisions = min(options.decisions, 2_000 * n_runs)  # a single run would take minutes
         for name, make in parts.items():
             result = measure(make(n_runs, pool), n_runs, decisions, options.repetitions)
             results[name].append(result)

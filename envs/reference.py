@@ -1,29 +1,27 @@
-"""Run a case once under its untouched base schedule, at three budgets, and remember what came out.
+"""Run a case under its unchanged base schedule, at three budgets, and cache the result as the case's reference.
 
-Make live runs for whoever steers them, and find their references. The only file of this folder that needs torch.
+Also makes the live runs of environments and their references; torch is loaded when the first one is made.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from hashlib import blake2b
 
 from trainpilot.envs.reward import Reference
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
-from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.files import cache_dir, digest
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.telemetry import Plant
 
 FORMAT = 2
-"""Raised when what a cached reference means changes."""
+"""Version of the cached references; those of another version are made again."""
 
 PlantFactory = Callable[[RunConfig], Plant]
 Progress = Callable[[str], None]
@@ -36,27 +34,30 @@ def reference_for(
 
     Args:
         config: The case.
-        make_plant: Makes the plant that the reference runs on.
-        setting: Device, threads and content; times, joules and losses of another setting are not mixed in.
+        make_plant: Makes the plant that is run.
+        setting: Device, threads and content, which the cache distinguishes: another setting has other seconds, joules
+            and losses.
         progress: Called with a line of text before each run.
 
     Raises:
         ValueError: the base schedule itself diverges on this case.
     """
-    label = json.dumps([FORMAT, asdict(config), setting], sort_keys=True)
-    path = cache_dir() / "reference" / f"{blake2b(label.encode(), digest_size=10).hexdigest()}.json"
-    try:
-        return Reference.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # never run here, or a damaged file: run it
+    path = cache_dir() / "reference" / f"{digest([FORMAT, asdict(config), setting], 10)}.json"
+    kept = Reference.read(path)
+    if kept is not None:
+        return kept
     reference = run_reference(config, make_plant, progress)
     with suppress(OSError):  # a cache that cannot be written only costs time
-        write_json(path, reference.to_json())
+        reference.write(path)
     return reference
 
 
 def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progress | None = None) -> Reference:
-    """Run the base schedule at each of the budgets."""
+    """Run the base schedule at each of `BUDGET_SHARES`, and return the reference.
+
+    Raises:
+        ValueError: the base schedule itself diverges on this case.
+    """
     losses: list[float] = []
     intervals: list[DrivenInterval] = []
     initial = 0.0
@@ -80,7 +81,7 @@ def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progres
 
 
 def _shortened(config: RunConfig, share: float) -> RunConfig:
-    """Return the case with `share` of its budget; it keeps the length of an interval, not their number."""
+    """Return the case with `share` of its budget and with intervals of the same length, so fewer of them."""
     warmup = None if config.warmup_tokens is None else round(config.warmup_tokens * share)
     decisions = max(1, int(config.decisions * share))  # rounded up, an interval could get no whole step
     tokens = max(round(config.tokens * share), config.batch_size * config.sequence_length)
@@ -100,7 +101,7 @@ def _base_run(plant: Plant, config: RunConfig) -> list[DrivenInterval]:
 
 
 def live_plant() -> PlantFactory:
-    """Return what makes a real run of a case, in this process, with one energy meter for all runs."""
+    """Return a factory of live runs in this process, which share one energy meter per device."""
     meters: dict[str, EnergyMeter] = {}
 
     def make(config: RunConfig) -> Plant:
@@ -117,7 +118,7 @@ def live_plant() -> PlantFactory:
 def live_reference(
     config: RunConfig, make_plant: PlantFactory | None = None, progress: Progress | None = None
 ) -> Reference:
-    """Return the reference of a live run: from the cache where text, model files, device and threads are the same."""
+    """Return the reference of a live run, from the cache if text, model files, device and threads are the same."""
     from trainpilot.llm_runtime.data.text_sources import content_digest
 
     setting = f"{device_label(config)}, content {content_digest(config)}"
@@ -125,7 +126,7 @@ def live_reference(
 
 
 def device_label(config: RunConfig) -> str:
-    """Return the device that a case runs on and the threads it has there."""
+    """Return a label of the device that a case runs on and of its number of threads."""
     from trainpilot.llm_runtime.live_run import resolve_device
     from trainpilot.llm_runtime.precision import device_name
     from trainpilot.llm_runtime.process import threads_in_use

@@ -1,4 +1,7 @@
-"""The console command `trainpilot`. Imports what a command needs only when it runs."""
+"""Run the console command `trainpilot`: parse its arguments and call the chosen command.
+
+The modules of a command are imported only when it runs, so that `trainpilot --help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot 
 
 
 def main() -> None:
-    """Run the command line. Bad input ends with one clear line and exit code 2."""
+    """Run the command line. Invalid input ends with a one-line message and exit code 2."""
     _quieten_libraries()
     options = _parse(sys.argv[1:])
     try:
@@ -52,7 +55,7 @@ def main() -> None:
         way_out = "free space or choose another --out" if full else "choose another --out"
         _refuse(f"{error.strerror or error}: {error.filename or 'output'}; {way_out}", code=1 if full else 2)
     except KeyboardInterrupt:
-        _refuse("interrupted; the same command goes on where it was", code=130)
+        _refuse("interrupted; run the same command again to resume", code=130)
 
 
 def _run(options: object) -> None:
@@ -96,7 +99,7 @@ def _doctor(options: DoctorOptions, console: Console) -> None:
 
 
 def _parse(arguments: list[str]) -> object:
-    """Return the chosen command's options; what cannot be parsed ends with one line and exit code 2."""
+    """Return the chosen command's options; invalid arguments end with a one-line message and exit code 2."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -115,14 +118,14 @@ def _parse(arguments: list[str]) -> object:
 
 
 def _first_block(box: str) -> str:
-    """Return the first paragraph of a message drawn in a box, as one line."""
+    """Return the first paragraph of a boxed message as one line."""
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()[1:]]
     block = []
     for line in lines:
         if not line:
             break
         block.append(line)
-    return re.sub(r"\s+", " ", " ".join(block)) or "these arguments cannot be understood"
+    return re.sub(r"\s+", " ", " ".join(block)) or "the arguments cannot be parsed"
 
 
 def _refuse(message: str, code: int = 2) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Do the main job once: the shipped policy steers a model that it has never seen, beside a sweep of learning rates."""
+"""Steer one small model with the shipped policy, and compare it with an untuned run and a learning-rate sweep."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from trainpilot.experiments.options import DemoOptions, ReplayOptions
 MODEL = "gpt2-micro"
 TOKENS = 600_000
 UNTUNED_RATE = 3e-4
-"""A usual start of those who have not tuned; the steered run starts there too."""
+"""A usual default learning rate; the steered run starts with it, too."""
 SWEEP_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SWEEP_WARMUP_SHARE = 0.1
-"""The sweep's base schedule is WSD with this warm-up, the policy's own, so that only the steering differs."""
+"""Warm-up of the sweep's WSD schedule, as in the policy's own base schedule, so that only the steering differs."""
 
 Summary = dict[str, Any]
 
 
 def demo(options: DemoOptions, console: Console) -> None:
-    """Run the demo, or go on with an interrupted one.
+    """Run the demo, or resume an interrupted one.
 
     Raises:
-        ValueError: the policy cannot be used; nothing has been run then.
+        ValueError: the policy cannot be used. This is checked before the first run.
     """
     from trainpilot.agents.bundle import PolicyBundle, policy_path
     from trainpilot.experiments.replay import replay
@@ -41,21 +41,21 @@ def demo(options: DemoOptions, console: Console) -> None:
     console.rule(f"3/3  a tuned sweep: {len(SWEEP_RATES)} learning rates under WSD, a run each")
     sweep = [_swept(rate, options, console) for rate in SWEEP_RATES]
 
-    console.rule("what was measured")
+    console.rule("results")
     console.print(comparison(base, steered, sweep))
     console.print(verdict(base, steered, sweep), highlight=False)
-    _say_where(options, console)
+    _print_next_steps(options, console)
 
 
 def _unseen(provenance: Mapping[str, Any]) -> str:
-    """Say that the policy has not been trained on the demo's model, where its provenance says so."""
+    """Return a clause saying that the policy was not trained on the demo's model, if its provenance shows that."""
     cases = provenance.get("training_cases")
     models = {case.get("model") for case in cases or ()}
-    return "" if cases is None or MODEL in models else f", which has never seen {MODEL}"
+    return "" if cases is None or MODEL in models else f", which was not trained on {MODEL}"
 
 
 def run_options(policy: str, out: Path, options: DemoOptions, **changes: Any) -> ReplayOptions:
-    """Return one run of the demo."""
+    """Return the options of one run of the demo."""
     settings: dict[str, Any] = {
         "model": MODEL,
         "tokens": TOKENS,
@@ -63,7 +63,7 @@ def run_options(policy: str, out: Path, options: DemoOptions, **changes: Any) ->
         "sequence_length": 128,
         "base_learning_rate": UNTUNED_RATE,
         "seed": options.seed,
-        "probe": policy != "none",  # nobody else needs it
+        "probe": policy != "none",  # only a policy needs it
     }
     return ReplayOptions(policy=policy, out=out, **(settings | changes))
 
@@ -80,12 +80,12 @@ def _swept(rate: float, options: DemoOptions, console: Console) -> Summary:
 
 
 def best_of(sweep: Sequence[Summary]) -> Summary:
-    """Return the sweep's run of lowest validation loss; one that diverged only if all did."""
+    """Return the run of the sweep with the lowest validation loss; a diverged run only if all diverged."""
     return min(sweep, key=lambda run: _or(run["final_validation_loss"], float("inf")))
 
 
 def cost_of(sweep: Sequence[Summary]) -> Summary:
-    """Return what the whole sweep took; joules are unknown where those of one run are."""
+    """Return tokens, time and energy of the whole sweep; the energy is `None` if that of one run is unknown."""
     known = all(run["energy_j"] is not None for run in sweep)
     return {
         "tokens": sum(run["tokens"] for run in sweep),
@@ -95,7 +95,7 @@ def cost_of(sweep: Sequence[Summary]) -> Summary:
 
 
 def comparison(base: Summary, steered: Summary, sweep: Sequence[Summary]) -> Table:
-    """Return the table of the untuned run, the steered one, the sweep's best and the sweep's cost."""
+    """Return a table of the untuned run, the steered run, the sweep's best run and the cost of the whole sweep."""
     best = best_of(sweep)
     table = Table(title=f"{base['model']}, {base['n_parameters']:,} parameters, one seed", title_style="bold")
     columns = {
@@ -132,20 +132,20 @@ _CONTROLS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def verdict(base: Summary, steered: Summary, sweep: Sequence[Summary]) -> str:
-    """Say in a few lines what the table shows, also where it is bad news."""
+    """Sum up the table in a few lines, whether the steered run was better or worse."""
     best = best_of(sweep)
     if any(run["final_validation_loss"] is None for run in (base, steered, best)):
-        return "[red]a run diverged: nothing can be compared[/red]"
+        return "[red]a run diverged, so the runs cannot be compared[/red]"
     key = "energy_j" if cost_of(sweep)["energy_j"] and steered["energy_j"] else "time_s"
     unit = "joules" if key == "energy_j" else "seconds"
     lines = [
-        f"Steered, {_compared(steered, base)} than untuned and {_compared(steered, best)} than the sweep's best, "
-        f"in one run.\nThe sweep took {cost_of(sweep)[key] / steered[key]:.1f} times the steered run's {unit}; "
-        f"its best run alone, had one known it, {best[key] / steered[key]:.2f} times."
+        f"The steered run's loss is {_compared(steered, base)} than untuned and {_compared(steered, best)} than the "
+        f"sweep's best.\nThe sweep took {cost_of(sweep)[key] / steered[key]:.1f} times the steered run's {unit}; "
+        f"its best run alone took {best[key] / steered[key]:.2f} times."
     ]
     if best["base_learning_rate"] in (SWEEP_RATES[0], SWEEP_RATES[-1]):
-        lines.append("The best rate lies on the edge of the sweep: a wider one might find a better.")
-    return "\n".join([*lines, "One seed of one model: `trainpilot compare` says what it is worth."])
+        lines.append("The best rate lies on the edge of the sweep: a wider sweep might find a better one.")
+    return "\n".join([*lines, "This is one seed of one model: `trainpilot compare` measures several with intervals."])
 
 
 def _compared(run: Summary, other: Summary) -> str:
@@ -157,11 +157,11 @@ def _or(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-def _say_where(options: DemoOptions, console: Console) -> None:
+def _print_next_steps(options: DemoOptions, console: Console) -> None:
     console.print(
-        f"\nwhy it steered so:  trainpilot inspect {options.out / 'steered'}\n"
-        f"look at the runs:   tensorboard --logdir {options.out}\n"
-        f"the policy:         trainpilot inspect {options.policy}\n"
+        f"\nexplain decisions:  trainpilot inspect {options.out / 'steered'}\n"
+        f"show the curves:    tensorboard --logdir {options.out}\n"
+        f"show the policy:    trainpilot inspect {options.policy}\n"
         f"steer your own:     trainpilot replay --policy {options.policy} --model llama-micro --text YOUR_FILES "
         "--out runs/mine",
         soft_wrap=True,

@@ -1,8 +1,6 @@
-"""Say what can be measured and controlled on this machine, and what pays. Tries nothing on the network.
+"""Check this machine for trainpilot (`trainpilot doctor`): devices, energy meters, text, and which controls pay off.
 
-Print what `doctor` found on this machine.
-
-Say what this machine has and what pays on it, by short measurements on a small model.
+Whether a control saves time is found by short timed passes of a small model. Nothing accesses the network.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainpilot.experiments.run_store import versions
+from trainpilot.llm_runtime import energy
 from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, MeterUnavailableError
@@ -35,11 +34,11 @@ from trainpilot.llm_runtime.precision import PAYS_BELOW, lacking, synchronise
 from trainpilot.llm_runtime.timing import alternating_seconds
 
 BUSY = 1.5
-"""A machine is called busy where the same pass takes this much longer once than another time."""
+"""A machine is reported as busy if the slowest pass takes at least this many times as long as the fastest."""
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """Print what `diagnose` returned."""
+    """Print a report of `diagnose`."""
     rows: list[tuple[str, str]] = [
         ("versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
         *(("device", _device(device, report["default_device"])) for device in report["devices"]),
@@ -102,13 +101,13 @@ def _measured(payoff: Mapping[str, Any]) -> str:
     if "error" in payoff:
         return "Nothing was timed."
     text = (
-        f"Timed on {payoff['model']}, batch {payoff['batch_size']}, {payoff['rounds']} rounds: a first impression. "
-        "A run measures precision again on its own model."
+        f"Timed on {payoff['model']}, batch {payoff['batch_size']}, {payoff['rounds']} rounds: a rough estimate. "
+        "Each run measures the precisions again on its own model."
     )
     if payoff["spread"] > BUSY:
         text += (
-            f" This machine is busy: the same pass took up to {payoff['spread']:.1f} times as long; "
-            "ask again when it is at rest."
+            f" This machine is busy: the slowest pass took {payoff['spread']:.1f} times as long as the fastest; "
+            "repeat the check when it is idle."
         )
     return text
 
@@ -123,20 +122,20 @@ OPTIONAL = {
     "accelerate": ("Hugging Face Trainer", "accelerate"),
     "lightning": ("Lightning", "lightning"),
 }
-"""What each optional package is for, and what to install."""
+"""By optional package: what it is used for, and what to install."""
 
 Progress = Callable[[str], None]
 Report = dict[str, Any]
 
 
 def diagnose(progress: Progress | None = None) -> Report:
-    """Look at this machine, for about ten seconds, and return plain JSON values.
+    """Check this machine, which takes about ten seconds, and return the report as plain JSON values.
 
     Args:
-        progress: Called with a line of text before each part; by default one changing line on standard error.
+        progress: Called with a line of text before each part; by default, shows it as a status line on standard error.
     """
     if progress is None:
-        with Console(stderr=True).status("looking at this machine") as status:
+        with Console(stderr=True).status("checking this machine") as status:
             return _diagnose(status.update)
     return _diagnose(progress)
 
@@ -154,7 +153,7 @@ def _diagnose(progress: Progress) -> Report:
     }
     progress("energy meters, one second")
     report["energy"] = _energy(default_device())
-    progress("what pays: short passes of llama-micro")
+    progress("which controls save time: short passes of llama-micro")
     report["payoff"] = _payoff()
     report["lacking_precisions"] = dict(lacking_precisions())
     progress("corpora and cache")
@@ -175,7 +174,7 @@ def _optional(name: str, use: str, install: str) -> Report:
 
 
 def _energy(device: str) -> Report:
-    """Read every meter that there is over the same second; say of the others what is missing."""
+    """Read all available meters over the same second; for the others, report what is missing."""
     makers = {"chosen": lambda: select_meter(device), **_meters()}
     opened = {name: _open(make) for name, make in makers.items()}
     before = {name: meter.read() for name, meter in opened.items() if not isinstance(meter, str)}
@@ -189,10 +188,7 @@ def _energy(device: str) -> Report:
 
 
 def _meters() -> dict[str, Callable[[], EnergyMeter]]:
-    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
-    from trainpilot.llm_runtime.energy.nvml import NvmlMeter
-
-    return {"nvml": NvmlMeter, "rapl": RaplMeter, "cpu_estimate": CpuEstimateMeter}
+    return {candidate.name: candidate.open for candidate in energy.CANDIDATES}
 
 
 def _open(make: Callable[[], EnergyMeter]) -> EnergyMeter | str:
@@ -200,7 +196,7 @@ def _open(make: Callable[[], EnergyMeter]) -> EnergyMeter | str:
         return make()
     except MeterUnavailableError as error:
         return str(error)
-    except Exception as error:  # whatever a driver or its bindings do wrong, the report goes on
+    except Exception as error:  # a failure of a driver or its bindings must not end the report
         return f"{type(error).__name__}: {error}"
 
 
@@ -226,7 +222,7 @@ def _way_out(reason: str) -> str:
     hints = {
         "only root may read": "sudo chmod a+r /sys/class/powercap/intel-rapl*/energy_uj "
         "/sys/class/powercap/intel-rapl*/*/energy_uj (until the next boot)",
-        "no RAPL counter": "use a machine that shows them; many virtual machines do not",
+        "no RAPL counter": "use a machine that exposes them; many virtual machines do not",
         "nvidia-ml-py is not installed": 'pip install "trainpilot[nvml]"',
         "NVML does not start": "needs an NVIDIA GPU and its driver; nvidia-smi must work",
     }
@@ -237,10 +233,9 @@ def _way_out(reason: str) -> str:
 
 
 def _payoff() -> Report:
-
     try:
         payoff = measure_payoff()
-    except Exception as error:  # a device that fails here is what the report is to say
+    except Exception as error:  # a device that fails here belongs in the report
         return {"error": f"{type(error).__name__}: {error}"}
     return {**asdict(payoff), "precision": dict(payoff.precision)}
 
@@ -259,7 +254,7 @@ def _stdlib() -> Report:
 def _hub() -> Report:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     installed = _optional("datasets", *OPTIONAL["datasets"])
-    why_not = "HF_HUB_OFFLINE is set: only what is in the Hub's cache" if offline else None
+    why_not = "HF_HUB_OFFLINE is set: only texts in the Hub's cache can be used" if offline else None
     if installed["version"] is None:
         why_not = f"the package datasets is not installed: {installed['way_out']}"
     return {"available": why_not is None, "offline": offline, "network_tried": False, "why_not": why_not}
@@ -281,7 +276,7 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size if path.is_file() else 0
     except OSError:
-        return 0  # gone between listing and looking
+        return 0  # deleted since the folder was listed
 
 
 def _writable(folder: Path) -> bool:
@@ -296,9 +291,9 @@ def _writable(folder: Path) -> bool:
 
 
 def _controls(report: Mapping[str, Any]) -> dict[str, Report]:
-    """Return for each control whether it is available, whether it pays here (`None`: not known), and why."""
+    """Return for each control whether it is available, whether it saves time here (`None` if unknown), and why."""
     payoff = report["payoff"]
-    always = {"available": True, "pays": None, "verdict": "available everywhere; what it pays is the policy's to find"}
+    always = {"available": True, "pays": None, "verdict": "available everywhere; its benefit depends on the policy"}
     if "error" in payoff:
         unknown = {"available": True, "pays": None, "verdict": f"not measured: {payoff['error']}"}
         return {"learning_rate": always, "batch_size": unknown, "precision": unknown, "pruning": unknown}
@@ -332,23 +327,23 @@ def _pruning(width: float) -> Report:
 
 MAX_ROUNDS = 7
 LARGER_BATCH = 4
-"""Factor between the two batches that are timed."""
+"""Ratio of the two batch sizes that are timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Something that torch can compute on."""
+    """A device that torch can compute on."""
 
     name: str
     kind: str
-    """As torch names it: `cpu`, `cuda:0`."""
+    """Torch's name for it: `cpu`, `cuda:0`."""
     memory_bytes: int | None
     compute_capability: str | None
-    """Of an NVIDIA GPU, as in 9.0."""
+    """Compute capability of an NVIDIA GPU, for example 9.0."""
 
 
 def devices() -> list[Device]:
-    """Return the devices that torch sees, the host last."""
+    """Return the devices available to torch, the host processor last."""
     found = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return [*found, _host()]
 
@@ -373,41 +368,41 @@ def _host() -> Device:
 
 
 def default_device() -> str:
-    """Return the device that `auto` means here: `cuda` or `cpu`."""
+    """Return the device that `auto` selects here: `cuda` or `cpu`."""
     return resolve_device("auto").type
 
 
 def lacking_precisions() -> Mapping[Precision, str]:
-    """Return the precisions that the default device cannot do, each with the reason."""
+    """Return the precisions that the default device does not support, each with the reason."""
     return lacking(resolve_device("auto"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Payoff:
-    """What the controls save in time, measured; below 1 pays."""
+    """Measured time ratios of the controls; below 1 saves time."""
 
     model: str
     batch_size: int
-    """Sequences per pass, of the settings that do not change the batch."""
+    """Sequences per pass, except for the setting with the larger batch."""
     rounds: int
-    """Timed passes per setting; the fastest counts, as other programs can only make a pass slower."""
+    """Timed passes per setting; the fastest is used, since other programs can only slow a pass down."""
     precision: Mapping[Precision, float]
-    """Time of a pass over that in fp32, for each precision that the device has."""
+    """Time of a pass relative to fp32, for each precision that the device supports."""
     batch: float
-    """Time per token with four times the batch, over that with the batch."""
+    """Time per token at four times the batch size, relative to the batch size itself."""
     width: float
-    """Time of a pass with half of the feed-forward channels removed, over that with all."""
+    """Time of a pass with half of the feed-forward channels removed, relative to the full model."""
     spread: float
-    """Slowest over fastest pass of the same kind: well above 1 on a machine that is busy with something else."""
+    """Time of the slowest fp32 pass over that of the fastest: well above 1 if other programs use the machine."""
 
 
 def measure_payoff(model: str = "llama-micro", batch_size: int = 4, limit_s: float = 3.0) -> Payoff:
     """Time forward and backward passes of a preset on random tokens, on the default device, in alternating order.
 
     Args:
-        model: A preset.
+        model: Name of a preset.
         batch_size: Sequences per pass.
-        limit_s: No further round begins after so many seconds; there are three at least.
+        limit_s: Seconds after which no further round begins; there are at least three rounds.
     """
     device = resolve_device("auto")
     config = RunConfig(model=model, batch_size=batch_size)

@@ -1,6 +1,7 @@
-"""Show a policy in the terminal: what it is, what it cost and scored, which fields its first layer reads.
+"""Print a policy bundle in the terminal, and the reasons for a policy's decisions in a run.
 
-Say in the terminal why a run was steered as it was: which fields of the observation moved its decisions.
+`print_policy` prints the network, provenance, training cost and scores of a bundle, and each observation field's share
+of its first layer. `print_reasons` prints which fields had the largest effect on the decisions of a run.
 """
 
 from __future__ import annotations
@@ -25,45 +26,41 @@ from trainpilot.agents.logging.run_log import flatten, text
 from trainpilot.envs.action import ACTION_FIELDS, LEARNING_RATE_FACTORS
 from trainpilot.experiments.run_store import read_records
 
-pass
-
-MANY = 6
-"""More different values than this are not listed."""
-
-
+MAX_LISTED = 6
+"""Up to this many different values are listed."""
 BARS = 15
-"""Fields shown with a bar; the others count together."""
+"""Number of fields that get a bar; the others are summed up in one row."""
 BAR_WIDTH = 40
 SHOWN_APART = ("base_schedule", "decisions", "training_cost", "scores")
-"""Parts of the provenance with a place of their own."""
+"""Parts of the provenance that are printed in tables of their own."""
 
 
 def print_policy(path: Path, console: Console) -> None:
-    """Print what a policy file says about itself, and what can be told from its weights.
+    """Print a bundle: its network, provenance, training cost, scores, and the weight of each field in the first layer.
 
     Raises:
-        ValueError: the file is no bundle, or one of another version.
+        ValueError: the file is not a bundle, or has an unsupported version.
     """
     bundle = PolicyBundle.load(path)
     console.print(Text(f"\n{path}", style="bold"), soft_wrap=True)
     console.print(_facts(path, bundle))
-    for name, title in (("training_cost", "What training it cost"), ("scores", "Scores")):
+    for name, title in (("training_cost", "Training cost"), ("scores", "Scores")):
         if figures := bundle.provenance.get(name):
             print_table(title, _figures(figures), console)
     if rest := {key: value for key, value in bundle.provenance.items() if key not in SHOWN_APART}:
         print_bundle(rest, console)
     bars = _bars(input_shares(bundle), "█" if console.encoding.lower().startswith("utf") else "#")
-    print_table("What its first layer reads: each field's share of the weights' norms", bars, console)
+    print_table("First layer: each field's share of the sum of the weights' norms", bars, console)
 
 
 def print_table(title: str, table: Table, console: Console) -> None:
-    """Print a table under a title of its own line, which may be wider than the table."""
+    """Print a table under a title that may be wider than the table."""
     console.print(Text(f"\n{title}", style="bold"))
     console.print(table)
 
 
 def plain_table(*columns: str, left: int = 1) -> Table:
-    """Return a table without lines; the first `left` columns are aligned to the left."""
+    """Return an empty table without borders; the first `left` columns are aligned to the left."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < left else "right", header_style="dim")
@@ -86,7 +83,7 @@ def _facts(path: Path, bundle: PolicyBundle) -> Table:
 def _schedule(bundle: PolicyBundle) -> str:
     base = bundle.base_schedule
     if base is None:
-        return "none of its own: linear with 2 % warm-up unless told otherwise"
+        return "none of its own: linear with 2 % warm-up by default"
     return f"{base.schedule}, warm-up over {100 * base.warmup_share:g} % of the budget"
 
 
@@ -113,16 +110,16 @@ def _bars(shares: Mapping[str, float], block: str) -> Table:
 
 
 def _entry(value: Any) -> str:
-    """Return a value as text; of a list of tables, how many there are and in what they differ."""
+    """Format a value; a list of tables is summed up by its length and the fields in which the tables differ."""
     if not (isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)):
         return text(value)
     columns = {key: list(dict.fromkeys(text(item.get(key)) for item in value)) for key in value[0]}
-    differing = [f"{key} {', '.join(seen)}" for key, seen in columns.items() if 1 < len(seen) <= MANY]
+    differing = [f"{key} {', '.join(values)}" for key, values in columns.items() if 1 < len(values) <= MAX_LISTED]
     return "; ".join([str(len(value)), *differing])
 
 
 def titled_table(title: str, *columns: str) -> Table:
-    """Return a table with a bold title; the first column is aligned to the left, the others to the right."""
+    """Return an empty table with a bold title; the first column is aligned to the left, the others to the right."""
     table = Table(
         title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
@@ -132,7 +129,7 @@ def titled_table(title: str, *columns: str) -> Table:
 
 
 def print_bundle(info: Mapping[str, Any], console: Console) -> None:
-    """Print what a policy file says about itself."""
+    """Print the provenance of a bundle as a table."""
     table = titled_table("Policy", "", "")
     table.columns[1].justify = "left"
     for key, value in flatten(info).items():
@@ -141,38 +138,39 @@ def print_bundle(info: Mapping[str, Any], console: Console) -> None:
 
 
 LARGEST_MOVES = 3
-"""Moves of the learning rate that are explained; changes of the other controls all are, up to `MOST_CHANGES`."""
+"""Number of learning-rate moves that are explained. Changes of other controls are all explained, up to `MOST_CHANGES`
+rows in all."""
 MOST_CHANGES = 12
 PUSHES = 3
-"""Fields named for each decision."""
+"""Number of fields named for each decision."""
 FIELDS_SHOWN = 12
-"""Fields in the table of importance."""
-SEEN_PUSH, SEEN_MEAN = 0.05, 0.005
-"""Smaller effects, and smaller mean effects, are left out."""
+"""Number of rows in the table of mean effects."""
+MIN_EFFECT, MIN_MEAN_EFFECT = 0.05, 0.005
+"""Smaller effects, and smaller mean effects, are not shown."""
 RATE = next(index for index, field in enumerate(ACTION_FIELDS) if field.name == "learning_rate")
 LEGEND = (
-    f"The {LARGEST_MOVES} largest moves of the learning rate, and the changes of the other controls. In brackets a "
-    "field's value (unit: docs/environment.md), and whether that is low or high for this run; then what it did for (+) "
-    "or against (-) the choice, in log-odds against the choice that it beat."
+    f"The {LARGEST_MOVES} largest moves of the learning rate, and the changes of the other controls. In brackets: a "
+    "field's value (unit: docs/environment.md), and whether it is low or high for this run; then its effect for (+) or "
+    "against (-) the choice, in log-odds against the best alternative."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A control that was changed, or one move of the learning rate: consecutive changes in the same direction."""
+    """A change of one control, or a move of the learning rate: consecutive changes in the same direction."""
 
     decision: int
-    """The decision that is explained; of a move, the one with the largest factor, the first of equal ones."""
+    """Index of the decision to explain; for a move, the (first) one with the largest factor."""
     control: int
     """Index of the control."""
     factor: float = 1.0
-    """Of the whole move, on the learning rate."""
+    """Factor of the whole move on the learning rate."""
     n_decisions: int = 1
-    """How many decisions the move took."""
+    """Number of decisions in the move."""
 
 
 def print_reasons(folder: Path, console: Console) -> None:
-    """Print why the policy steered the run in `folder` so; nothing for a run without a policy."""
+    """Print which observation fields caused the decisions of the run in `folder`, if a policy took them."""
     config = _config(folder)
     if config.get("policy", "none") == "none":
         return
@@ -187,7 +185,7 @@ def print_reasons(folder: Path, console: Console) -> None:
         warning = f"This policy would repeat only {explanation.n_repeated} of the {len(records)} decisions. {warning}"
     if warning:
         console.print(f"\n[yellow]{warning.strip()}[/yellow]", highlight=False)
-    print_table("Why: what moved the decisions", _reasons(explanation, records), console)
+    print_table("Why: fields with the largest effect on the decisions", _reasons(explanation, records), console)
     console.print(Text(LEGEND, style="dim"))
     print_table("Mean effect of the fields over the run, in log-odds", _importance(explanation), console)
 
@@ -196,16 +194,16 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # written by another hand, or damaged: the run itself can still be shown
+        return {}  # missing or damaged: the run itself can still be shown
     return content if isinstance(content, dict) else {}
 
 
 def _policy(config: dict[str, Any]) -> tuple[PolicyBundle, str]:
-    """Return the policy that steered the run, and a warning where its file has changed since."""
+    """Return the policy that steered the run, and a warning if its file has changed since."""
     path = policy_path(str(config["policy"]))
     bundle = PolicyBundle.load(path)
     changed = policy_digest(path) != config.get("policy_digest", policy_digest(path))
-    return bundle, f"{config['policy']} is not the file any more that steered this run." if changed else ""
+    return bundle, f"{config['policy']} has changed since it steered this run." if changed else ""
 
 
 def _reasons(explanation: Explanation, records: Sequence[DecisionRecord]) -> Table:
@@ -233,17 +231,17 @@ def _choice(change: Change, record: DecisionRecord, rival: int) -> str:
 
 
 def _because(pushes: Sequence[Push]) -> Text:
-    seen = [push for push in pushes if abs(push.effect) >= SEEN_PUSH]
-    return Text(", ".join(map(_said, seen)) or "nothing that changed during the run")
+    shown = [push for push in pushes if abs(push.effect) >= MIN_EFFECT]
+    return Text(", ".join(map(_push_text, shown)) or "no field that changed during the run")
 
 
-def _said(push: Push) -> str:
+def _push_text(push: Push) -> str:
     side = "low" if push.value < push.mean else "high"
     return f"{push.field} ({push.value:.3g}, {side}) {push.effect:+.1f}"
 
 
 def changes_to_explain(records: Sequence[DecisionRecord]) -> list[Change]:
-    """Return the largest moves of the learning rate (the earliest of equal ones) and all other changes, in order."""
+    """Return the largest moves of the learning rate (the earlier of equal ones) and all other changes, by decision."""
     moves = sorted(_moves(records), key=lambda move: -round(abs(math.log2(move.factor)), 1))[:LARGEST_MOVES]
     others = [
         Change(decision=decision, control=control)
@@ -255,7 +253,7 @@ def changes_to_explain(records: Sequence[DecisionRecord]) -> list[Change]:
 
 
 def _moves(records: Sequence[DecisionRecord]) -> Iterator[Change]:
-    """Yield the moves of the learning rate: stretches of decisions that all raised or all lowered it."""
+    """Yield the moves of the learning rate: consecutive decisions that all raised or all lowered it."""
     octaves = [math.log2(LEARNING_RATE_FACTORS[r.allowed[RATE]]) if _took_effect(r, RATE) else 0.0 for r in records]
     for sign, group in groupby(range(len(octaves)), key=lambda index: (octaves[index] > 0) - (octaves[index] < 0)):
         stretch = list(group)
@@ -278,9 +276,9 @@ def _budget_used(records: Sequence[DecisionRecord], decision: int) -> float:
 
 def _importance(explanation: Explanation) -> Table:
     table = explanation.importance()
-    names = [name for name in table if max(table[name].values()) >= SEEN_MEAN]
+    names = [name for name in table if max(table[name].values()) >= MIN_MEAN_EFFECT]
     shown = plain_table("", *(name.replace("_", " ") for name in names))
     fields = sorted(next(iter(table.values()), {}), key=lambda f: -sum(table[name][f] for name in names))
-    for field in (f for f in fields[:FIELDS_SHOWN] if any(table[name][f] >= SEEN_MEAN for name in names)):
+    for field in (f for f in fields[:FIELDS_SHOWN] if any(table[name][f] >= MIN_MEAN_EFFECT for name in names)):
         shown.add_row(field, *(f"{table[name][field]:.2f}" for name in names))
     return shown

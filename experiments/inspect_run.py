@@ -1,8 +1,7 @@
-"""Show a bundle, a run or an agent's folder in the terminal.
+"""Print a run, a policy bundle or a training folder in the terminal (`trainpilot inspect`).
 
-Show a run or a policy in the terminal: key figures, curves, where time and energy went, what was refused.
-
-Curves are drawn with plotext where it is installed; the table of sparklines is always there.
+For a run it prints key figures, curves, a breakdown of time and energy, the decisions and the refusals. Curves are
+always printed as sparklines, and as larger charts if plotext is installed.
 """
 
 from __future__ import annotations
@@ -56,16 +55,16 @@ CURVES: tuple[tuple[str, Value, str], ...] = (
     ("power, W", lambda t: t.power_w, ".3g"),
 )
 CHARTS = (CURVES[0], CURVES[2])
-"""Drawn large where plotext is installed."""
+"""Curves that are also drawn as large charts if plotext is installed."""
 FLAT = 0.005
 """Values that differ by less than this share are drawn as a flat line."""
 
 
 def print_run(folder: Path, console: Console) -> None:
-    """Print what a run reached, how it was steered and what it cost.
+    """Print a run's results, costs and decisions.
 
     Raises:
-        ValueError: the folder holds no decisions.
+        ValueError: the folder has no `telemetry.jsonl`, or an empty one.
     """
     if not (folder / "telemetry.jsonl").is_file():
         raise ValueError(f"path must hold a run's telemetry.jsonl, got {folder}")
@@ -83,14 +82,14 @@ def print_run(folder: Path, console: Console) -> None:
     console.print(_decisions(records))
     if refused := _refusals(records):
         console.print(refused)
-    console.print(Text(f"\nLook closer: tensorboard --logdir {folder / 'tb'}"), soft_wrap=True)
+    console.print(Text(f"\nfor details: tensorboard --logdir {folder / 'tb'}"), soft_wrap=True)
 
 
 def _summary(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # not finished yet, or damaged: the telemetry tells the rest
+        return {}  # not finished yet, or damaged: the telemetry is shown without it
     return content if isinstance(content, dict) else {}
 
 
@@ -116,7 +115,7 @@ def _key_figures(summary: Mapping[str, Any]) -> Table:
 
 
 def _charts(telemetry: Sequence[Telemetry], console: Console) -> list[Text]:
-    """Return charts drawn by plotext, or none: it is not installed, too old, or the terminal knows no Unicode."""
+    """Return charts drawn by plotext; none if it is missing or too old, or if the terminal cannot print Unicode."""
     if len(telemetry) < 3 or not _speaks_unicode(console):
         return []
     try:
@@ -124,7 +123,7 @@ def _charts(telemetry: Sequence[Telemetry], console: Console) -> list[Text]:
 
         width = min(console.width, 160) // 2 - 2 if console.width >= 100 else min(console.width, 80)
         return [_chart(plotext.figure, telemetry, value, title, width) for title, value, _ in CHARTS]
-    except Exception:  # a plot may never stop anything; the sparklines below say the same
+    except Exception:  # a failing plot must not end the command; the sparklines show the same data
         return []
 
 
@@ -161,7 +160,7 @@ def _curves(telemetry: Sequence[Telemetry], console: Console) -> Table:
 
 
 def sparkline(values: Sequence[float], width: int, levels: str = SPARKS) -> str:
-    """Return one line of blocks, at most `width` of them, each the mean of the values that fall to it."""
+    """Return one line of at most `width` block characters, each showing the mean of its share of the values."""
     width = min(width, len(values))
     cuts = [round(index * len(values) / width) for index in range(width + 1)]
     parts = [values[a:b] for a, b in pairwise(cuts)]
@@ -172,7 +171,7 @@ def sparkline(values: Sequence[float], width: int, levels: str = SPARKS) -> str:
 
 
 def _costs(telemetry: Sequence[Telemetry]) -> Table:
-    """Say where time and energy went; the joules of an interval are shared out among its parts by time."""
+    """Return the breakdown of time and energy; an interval's energy is divided among its parts by their time."""
     probe, switch = sum(t.probe_time_s for t in telemetry), sum(t.switch_time_s for t in telemetry)
     training = sum(t.time_s for t in telemetry) - probe - switch
     evaluation = sum(t.evaluation_time_s for t in telemetry)
@@ -211,7 +210,7 @@ def _decisions(records: Sequence[DecisionRecord]) -> Table:
 
 
 def _refusals(records: Sequence[DecisionRecord]) -> Table | None:
-    """Count refusals by reason; reasons that differ only in their numbers count together."""
+    """Count refusals by reason; reasons that differ only in their numbers are counted as one."""
     counts: Counter[str] = Counter()
     example: dict[str, str] = {}
     for reason in (reason for record in records for reason in record.refusals):
@@ -220,7 +219,7 @@ def _refusals(records: Sequence[DecisionRecord]) -> Table | None:
         example.setdefault(kind, reason)
     if not counts:
         return None
-    table = titled_table("Refused by the safety layer", "", "times")
+    table = titled_table("Refused by the action masks", "", "times")
     for kind, count in counts.most_common():
         table.add_row(escape(example[kind]), str(count))
     return table
@@ -246,10 +245,10 @@ def _times(value: float | None, factor: float) -> float | None:
 
 
 def inspect_path(path: Path, console: Console) -> None:
-    """Print what `path` holds, or the policy of that name that comes with trainpilot.
+    """Print the bundle, run or training folder at `path`, or the shipped policy of that name.
 
     Raises:
-        ValueError: it holds neither a bundle nor a run.
+        ValueError: `path` is none of these.
     """
     if path.is_file():
         print_policy(path, console)
@@ -258,7 +257,7 @@ def inspect_path(path: Path, console: Console) -> None:
         print_reasons(path, console)
     elif (path / "policy.safetensors").is_file():
         print_policy(path / "policy.safetensors", console)
-        console.print(f"watch its training: tensorboard --logdir {path / 'tb'}", soft_wrap=True)
+        console.print(f"training curves: tensorboard --logdir {path / 'tb'}", soft_wrap=True)
     elif not path.exists() and str(path) in shipped_policies():
         print_policy(policy_path(str(path)), console)
     else:

@@ -1,4 +1,4 @@
-"""Show progress: a bar in a terminal, a line for every tenth elsewhere."""
+"""Show progress as a bar in a terminal, or as one line per ten percent in other outputs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
-"""Called with the work done so far and, if there is more to say, a note."""
+"""Called with the work done so far and an optional note."""
 
 
 @contextmanager
 def progress_bar(console: Console, label: str, total: float) -> Iterator[Advance]:
-    """Yield a function that is told how much of `total` is done."""
+    """Yield a function to call with the amount of `total` that is done."""
     if not console.is_terminal:
         yield _lines(console, label, total)
         return

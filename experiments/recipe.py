@@ -1,4 +1,4 @@
-"""Read a recipe: what a policy is trained on, in the simulator and live, and how PPO learns. YAML, checked."""
+"""Read training recipes: validated YAML files with the simulator stage, the live cases and PPO's settings."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from trainpilot.llm_runtime.config import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a policy is trained: in the simulator where it says so, then on live runs."""
+    """Settings for training a policy: an optional stage in the simulator, then live runs."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     simulator: SimulatorStage | None = None
-    """The stage before the live one, which goes on from its best weights; none by default."""
+    """Simulator stage, from whose best weights the live stage starts; none by default."""
     cases: str | None = None
-    """Live cases as a set that `trainpilot compare` knows (`train`), or a file of cases; instead of the next two."""
+    """Live cases: the name of a case set of `trainpilot compare` (such as `train`), or a file of cases. Replaces
+    `common` and `vary`."""
     common: dict[str, Any] = field(default_factory=dict)
-    """Fields that all live cases share; names are `RunConfig`'s."""
+    """`RunConfig` fields that all live cases share."""
     vary: dict[str, list[Any]] = field(default_factory=dict)
-    """Fields that vary: the cases are all combinations of the listed values."""
+    """`RunConfig` fields with lists of values; the live cases are all combinations of these values."""
     reference_learning_rate: float | None = None
-    """Learning rate of the runs that live ones are measured against; by default each case's own. Where that is far too
-    low, everything looks good beside it."""
+    """Learning rate of the reference runs; by default each case's own. If that is far too low, every steered run looks
+    good in comparison."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    """How PPO learns on live runs; `total_decisions` 0 leaves out the live stage."""
+    """PPO settings for the live stage; with `total_decisions` 0 there is no live stage."""
     n_envs: int = 2
-    """Live runs side by side, each in a process of its own."""
+    """Number of live runs in parallel, each in its own process."""
     threads: int = 1
     """Torch threads per process."""
     utility: str = "linear"
-    """How the three objectives become one number: linear, tchebycheff, constrained or product."""
+    """Scalarisation of the three objectives: linear, tchebycheff, constrained or product."""
 
     def __post_init__(self) -> None:
         for name in ("n_envs", "threads"):
@@ -53,7 +54,7 @@ class Recipe:
         if self.utility not in UTILITIES:
             raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {self.utility!r}")
         if self.cases is not None and (self.common or self.vary):
-            raise ValueError(f"cases must stand alone, got {self.cases!r} beside common or vary; leave out one of them")
+            raise ValueError(f"cases cannot be combined with common or vary, got {self.cases!r}; remove one of them")
         rate = self.reference_learning_rate
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"reference_learning_rate must be a positive number, got {rate}")
@@ -62,14 +63,14 @@ class Recipe:
 
     @property
     def base_schedule(self) -> BaseSchedule | None:
-        """The base schedule that the policy brings along: that of the simulator stage."""
+        """The base schedule stored in the policy's bundle: that of the simulator stage."""
         return None if self.simulator is None else self.simulator.base_schedule
 
     def live_cases(self) -> tuple[RunConfig, ...]:
-        """Return the live runs, on the policy's base schedule; none where the live stage is left out.
+        """Return the live runs with the policy's base schedule; none if there is no live stage.
 
         Raises:
-            ValueError: a field is unknown or a value wrong.
+            ValueError: a field is unknown or a value invalid.
         """
         if self.ppo.total_decisions == 0:
             return ()
@@ -81,7 +82,7 @@ class Recipe:
         )
 
     def reference_cases(self) -> tuple[RunConfig, ...]:
-        """Return the run that each live one is measured against."""
+        """Return the reference run of each live case."""
         rate = self.reference_learning_rate
         cases = self.live_cases()
         return cases if rate is None else tuple(replace(case, base_learning_rate=rate) for case in cases)
@@ -98,10 +99,10 @@ class Recipe:
 
 
 def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
-    """Read a recipe that comes with trainpilot, or a YAML file, and apply `key=value` changes.
+    """Read a shipped recipe or a YAML file, and apply `key=value` changes.
 
     Raises:
-        ValueError: no such recipe, an unknown name in it, or a value that is wrong.
+        ValueError: the recipe does not exist, a field is unknown, or a value is invalid.
     """
     content = read_mapping("recipe", name, files("trainpilot.experiments").joinpath("recipes"))
     for change in changes:

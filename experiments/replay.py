@@ -1,7 +1,4 @@
-"""Steer one run with a policy, resumably, and write down what happened.
-
-Sum up a finished run: what it reached, what it cost, and how that compares with its reference.
-"""
+"""Train one run under a policy, resumably, record every decision, and summarise the run against its reference."""
 
 from __future__ import annotations
 
@@ -78,7 +75,7 @@ def summarise(
 
 
 def _cost(run: LiveRun, records: Sequence[DecisionRecord], options: ReplayOptions) -> dict[str, Any]:
-    """Return time, energy and what follows from them, of the intervals; evaluation is listed apart."""
+    """Return time, energy and the figures derived from them; evaluation is listed separately."""
     intervals = [record.telemetry for record in records]
     time_s = sum(t.time_s for t in intervals)
     energy_j = sum_known(t.energy_j for t in intervals)
@@ -100,7 +97,7 @@ def _cost(run: LiveRun, records: Sequence[DecisionRecord], options: ReplayOption
 
 
 def _against(reference: Reference, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the reference run's figures, and the run's as ratios to them."""
+    """Return the reference run's figures, and the ratios of this run's to them."""
     loss, energy_j = summary["final_validation_loss"], summary["energy_j"]
     known = energy_j is not None and reference.energy_j
     return {
@@ -116,7 +113,7 @@ def _against(reference: Reference, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print a run's key figures, with the reference beside them where there is one."""
+    """Print a run's key figures beside those of its reference, if there is one."""
     reference = summary.get("reference")
     policy = "no policy: the base schedule" if summary["policy"] == "none" else f"policy {summary['policy']}"
     table = Table(title=f"{summary['model']}, {summary['n_parameters']:,} parameters\n{policy}", title_style="bold")
@@ -147,7 +144,7 @@ def _shown(name: str, form: str) -> Callable[[dict[str, Any]], str]:
 
 
 def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
-    """Run, or go on with, the run that `options` describe, and return its summary.
+    """Train the run that `options` describe, or resume it, and return its summary.
 
     Raises:
         ValueError: an option cannot be used; nothing has been written then.
@@ -180,7 +177,7 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
 
 
 def _config(options: ReplayOptions, bundle: PolicyBundle | None) -> RunConfig:
-    """Return the run; the policy brings its number of decisions and its base schedule, which options override."""
+    """Return the run, with the policy's number of decisions and base schedule where the options leave them open."""
     return options.run_config(50) if bundle is None else options.run_config(bundle.decisions, bundle.base_schedule)
 
 
@@ -190,7 +187,7 @@ def _reference(config: RunConfig, console: Console) -> Reference:
 
 
 class SteeredRun:
-    """A live run, its controller, and the folder that everything is written to. Takes up an interrupted run."""
+    """A live run under a guarded controller, recorded in a folder; resumed if its checkpoint is there."""
 
     def __init__(
         self, run: LiveRun, controller: GuardedController, folder: RunFolder, reference: Reference | None = None
@@ -253,7 +250,7 @@ class SteeredRun:
         self.writer.write(record)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write model and TensorBoard summary first and summary.json last: it says that the run is complete."""
+        """Write the model, the TensorBoard summary, and last summary.json, which marks the run as complete."""
         if not summary["diverged"]:
             with whole_folder(self.folder.path / "model") as temporary:
                 self.run.save(temporary)

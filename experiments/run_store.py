@@ -1,8 +1,7 @@
-"""Keep what a run leaves behind: its settings, a line per decision, a checkpoint, a summary.
+"""Keep runs in files: a folder per steered run, a file per run of a comparison, and the versions they were made with.
 
-Keep every finished run as its own file, so that nothing is run twice.
-
-Name the versions that a result was made with.
+`RunFolder` holds one run with a line per decision, checkpoints and a summary; `RunStore` holds many finished runs, so
+that nothing is run twice.
 """
 
 from __future__ import annotations
@@ -153,7 +152,7 @@ class RunStore:
     def get(self, key: str) -> RunResult | None:
         """Return a finished run; `None` if it was never run, did not end by itself, or its file is damaged."""
         if key not in self._known:
-            result = _read(self.folder / f"{key}.json")
+            result = RunResult.read(self.folder / f"{key}.json")
             if result is None or result.failure is not None or result.key != key:
                 return None
             self._known[key] = result
@@ -161,7 +160,7 @@ class RunStore:
 
     def put(self, result: RunResult) -> None:
         """Write a run's file whole. A run that failed is kept for the report, and tried again next time."""
-        write_json(self.folder / f"{result.key}.json", result.to_json())
+        result.write(self.folder / f"{result.key}.json")
         if result.failure is None:
             self._known[result.key] = result
 
@@ -179,13 +178,6 @@ def run_key(spec: RunSpec) -> str:
 def _content(text: tuple[str, ...], model: str) -> str:
     digest = content_digest(RunConfig(text=text, model=model))
     return digest if Path(model).exists() else f"{digest} {model}"
-
-
-def _read(path: Path) -> RunResult | None:
-    try:
-        return RunResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 PACKAGES = ("trainpilot", "torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")

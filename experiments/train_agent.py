@@ -1,7 +1,4 @@
-"""Train a policy in the simulator, then on live runs, resumably, and write it as a bundle.
-
-Train the agents of a recipe's simulator stage, side by side, and keep the best.
-"""
+"""Train a policy by a recipe, resumably: agents in the simulator, the best of them on live runs; write its bundle."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
 
 def train_agents(stage: SimulatorStage, folder: Path, console: Console) -> list[SimulatorAgent]:
-    """Train every agent of the stage, or go on training them, each in its own folder; return them, the best first.
+    """Train every agent of the stage in its own folder, or resume their training; return them, the best first.
 
     Raises:
         ValueError: a calibration is not there, or the process of an agent was killed.
@@ -54,10 +51,10 @@ def train_agents(stage: SimulatorStage, folder: Path, console: Console) -> list[
 
 
 def physics_of(sources: str | Sequence[str]) -> tuple[FittedPhysics, ...]:
-    """Return the physics of calibrations: `shipped`, or files or folders of `trainpilot calibrate`.
+    """Return the physics of calibrations: the shipped ones, or those in files or folders of `trainpilot calibrate`.
 
     Raises:
-        ValueError: there is no calibration in one of them.
+        ValueError: one of the sources holds no calibration.
     """
     found: list[FittedPhysics] = []
     for source in [sources] if isinstance(sources, str) else sources:
@@ -69,7 +66,7 @@ def physics_of(sources: str | Sequence[str]) -> tuple[FittedPhysics, ...]:
 
 
 def total_cost(costs: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return the sum of what trainings cost; `None` where a part is unknown. Seconds are one after the other."""
+    """Return the sum of training costs; `None` where a part is unknown. Seconds of parallel trainings are added too."""
     total = {"decisions": 0.0, "episodes": 0.0, "energy_j": 0.0, "time_s": 0.0}
     for cost in costs:
         for name in total:
@@ -117,10 +114,10 @@ POLICY = "policy.safetensors"
 
 
 def train_agent(options: TrainAgentOptions, console: Console) -> PolicyBundle:
-    """Train, or go on training, and return the bundle.
+    """Train a policy, or resume its training, and return the bundle.
 
     Raises:
-        ValueError: the recipe is wrong, or the folder belongs to another one.
+        ValueError: the recipe is invalid, or the folder belongs to another one.
     """
     recipe = load_recipe(options.recipe, options.set)
     claim_folder(options.out, "recipe.json", asdict(recipe))
@@ -145,7 +142,7 @@ def train_agent(options: TrainAgentOptions, console: Console) -> PolicyBundle:
 
 
 def simulator_stage(stage: SimulatorStage, options: TrainAgentOptions, console: Console) -> PolicyBundle:
-    """Return the best agent of the simulator stage, trained now or before, and write it into its folder."""
+    """Return the best agent of the simulator stage as a bundle, trained now or read from its folder."""
     folder = options.out / "simulator"
     if (folder / POLICY).is_file():
         return PolicyBundle.load(folder / POLICY)
@@ -192,7 +189,7 @@ def _plain_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
 def live_stage(
     recipe: Recipe, options: TrainAgentOptions, simulated: PolicyBundle | None, console: Console
 ) -> PolicyBundle:
-    """Train on live runs, from the simulator's best weights where there are any, and return the bundle."""
+    """Train on live runs, starting from the simulator's best weights if there are any, and return the bundle."""
     cases, against = recipe.live_cases(), recipe.reference_cases()
     references = run_references(against, recipe, console)
     log = TrainingLog({"recipe": options.recipe, **asdict(recipe.ppo)})
@@ -217,7 +214,7 @@ def _start(out: Path, simulated: PolicyBundle | None) -> dict[str, Any] | None:
 
 
 def run_references(cases: Sequence[RunConfig], recipe: Recipe, console: Console) -> list[Reference]:
-    """Return every case's reference, from the cache or run now, as many side by side as training will."""
+    """Return every case's reference, from the cache or run now in `recipe.n_envs` processes."""
     different = list(dict.fromkeys(cases))
     found: dict[RunConfig, Reference] = {}
     with (
@@ -235,7 +232,7 @@ def _make_env(cases: Sequence[RunConfig], against: Sequence[RunConfig], recipe: 
 
 
 def greedy_run(bundle: PolicyBundle, case: RunConfig, reference: Reference) -> list[DecisionRecord]:
-    """Return the decisions of the bundle's most likely actions over one run of a case."""
+    """Return the records of one run of a case under the bundle's most likely actions."""
     run = live_plant()(case)
     controller = Controller.of_bundle(bundle, run.limits(), Preference())
     meter = RewardMeter(reference)

@@ -27,7 +27,7 @@ PRUNINGS: tuple[Pruning, ...] = get_args(Pruning)
 
 @dataclass(frozen=True, kw_only=True)
 class Controls(JsonRecord):
-    """What holds during one interval. `RunConfig.start()` gives those of the untouched base schedule."""
+    """Controls of one interval. `RunConfig.start()` returns those of the untouched base schedule."""
 
     learning_rate_scale: float = 1.0
     """Factor on the base schedule at the starting batch size, dimensionless."""
@@ -53,7 +53,7 @@ class Controls(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class ControlLimits:
-    """What a plant can do, and why it cannot do the rest."""
+    """What a controller may choose from in a run, and why it may not choose the rest."""
 
     start: Controls
     """Controls of the untouched base schedule."""
@@ -64,7 +64,7 @@ class ControlLimits:
     masked_precisions: Mapping[Precision, str]
     """Precisions not offered, each with the reason."""
     pruning: Pruning
-    """What the pruning control does here."""
+    """What the sparsity control does in this run."""
     decisions: int
     """Decisions in the whole run."""
 

@@ -1,6 +1,6 @@
-"""Write files whole: a temporary name beside the target, then a rename, so that a crash leaves no half file.
+"""Write files, folders, JSON and checkpoints atomically: to a temporary name first, then renamed.
 
-Write and read snapshots: whole files, and nothing in them that could run code.
+A crash therefore leaves no half-written file. Checkpoints are read with `weights_only`, so that they run no code.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 
 def cache_dir() -> Path:
-    """Return the folder of everything that can be computed again: `$TRAINPILOT_CACHE`, or a user cache folder."""
+    """Return the cache folder, `$TRAINPILOT_CACHE` or the user's; all of its contents can be computed again."""
     if chosen := os.environ.get("TRAINPILOT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainpilot"
@@ -24,7 +25,7 @@ def cache_dir() -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; it takes the place of `path` when the block ends without an error."""
+    """Yield a temporary path in the same folder, which replaces `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -39,7 +40,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it takes the place of `path` when the block ends without an error."""
+    """Yield a temporary folder beside `path`, which replaces `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -59,15 +60,22 @@ def _umask() -> int:
     return mask
 
 
+def digest(content: Any, size: int = 8) -> str:
+    """Return a hexadecimal digest of `size` bytes: of bytes, of text, or of plain JSON values whatever their order."""
+    if not isinstance(content, bytes | memoryview | str):
+        content = json.dumps(content, sort_keys=True)
+    return blake2b(content.encode() if isinstance(content, str) else content, digest_size=size).hexdigest()
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, whole. Raises `ValueError` for NaN and infinity: JSON has none."""
+    """Write `content` as indented JSON, atomically. Raises `ValueError` for NaN and infinity, which JSON lacks."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors, numbers, text and containers of these. Raises `OSError` where the disk is full."""
+    """Write tensors, numbers, text and containers of these, atomically. Raises `OSError` if the disk is full."""
     import torch
 
     with whole_file(path) as temporary:
@@ -78,7 +86,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Return what `save_checkpoint` wrote, or `None` where there is no file.
+    """Return the content that `save_checkpoint` wrote, or `None` if there is no file.
 
     Raises:
         ValueError: the file is damaged or holds something else.

@@ -1,8 +1,7 @@
-"""Collect what happens between two decisions, and turn it into the interval's share of the telemetry.
+"""Record losses, gradient norms, time and energy of the steps of an interval, and aggregate them for its telemetry.
 
-Estimate the gradient noise scale without a second pass: from Adam's buffers.
-
-Turn what an interval left behind (losses, gradient norms, meter readings) into the numbers of its telemetry.
+`IntervalRecorder` does the recording. The functions above it turn what was recorded into numbers: statistics of the
+losses, and the gradient noise scale, which is estimated from Adam's buffers without a second backward pass.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,11 @@ import torch
 from torch.optim import Optimizer
 
 from trainpilot.llm_runtime import optimizer as adam
-from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.energy.meter import EnergyReading, energy_between
+from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult
+from trainpilot.llm_runtime.process_group import IntervalShare, OneProcess, ProcessGroup
+from trainpilot.llm_runtime.timing import Stopwatch
 
 
 def noise_scale_from_moments(
@@ -53,7 +54,7 @@ def noise_scale_from_moments(
 
 
 MOMENT_EVERY = 10
-"""Adam's first moment, whose memory is about ten steps, is looked at once in as many steps."""
+"""The norm of Adam's first moment is taken once in this many steps, which is about the memory of the moment."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,9 @@ def memory_share(device: torch.device) -> float | None:
     return None
 
 
-pass
-
-
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimiser step, still on the device so that nothing waits for it."""
+    """One optimizer step. The tensors stay on the device, so that nothing waits for it."""
 
     loss: torch.Tensor
     """Mean training loss of the batch, a scalar in nats/token."""
@@ -130,76 +128,255 @@ class StepRecord:
     """Euclidean norm of the gradient before clipping, a scalar."""
 
 
-@dataclass
-class Interval:
-    """What is collected while an interval runs."""
+Moment = tuple[float, EnergyReading]
+"""Seconds on the run's clock, and the energy meter's reading at that time."""
 
-    controls: Controls
-    """Controls that were asked for."""
-    start_s: float
-    """When it began, on the run's clock, in seconds."""
-    reading: EnergyReading
-    """The meter when it began."""
-    start_sequences: int
-    """Sequences trained on when it began."""
-    start_sparsity: float
-    """Sparsity when it began."""
-    mask_updates: int = 0
-    """How often the masks have been raised in it."""
-    switch_s: float = 0.0
-    """Seconds spent on changing controls."""
-    probe_s: float = 0.0
-    """Seconds spent on the curvature probe."""
-    steps: list[StepRecord] = field(default_factory=list)
-    moment_norms: list[torch.Tensor] = field(default_factory=list)
-    probe: ProbeResult | None = None
+_SAVED = ("start_sequences", "start_sparsity", "mask_updates", "switch_s", "evaluation_s", "micro_batches")
 
-    def note_step(self, record: StepRecord, optimizer: Optimizer) -> None:
-        """Take in one optimiser step; now and then look at Adam's first moment, for the gradient noise scale."""
-        self.steps.append(record)
-        if len(self.steps) % MOMENT_EVERY == 0:
-            self.note_moment(optimizer)
 
-    def note_moment(self, optimizer: Optimizer) -> None:
-        """Keep the present norm of Adam's first moment."""
-        norm = adam.first_moment_norm(optimizer)
-        if norm is not None:
-            self.moment_norms.append(norm)
+class IntervalRecorder:
+    """Records one interval after the other: losses and gradient norms of its steps, its probe, its time and energy.
 
-    def losses_and_gradients(self, batch_size: float, *, gradient_clip: float, beta1: float) -> dict[str, Any]:
-        """Return the telemetry fields of loss, gradient and probe. Waits for the device.
+    Args:
+        optimizer: Steps the model. The norm of Adam's first moment is read from it.
+        device: Where the model is.
+        stopwatch: Clock and energy meter of the run.
+        gradient_clip: Largest norm of a gradient; `None` where nothing clips it.
+        ranks: The processes that train the model together.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        device: torch.device,
+        stopwatch: Stopwatch,
+        *,
+        gradient_clip: float | None,
+        ranks: ProcessGroup | None = None,
+    ) -> None:
+        self.optimizer, self.device, self.stopwatch = optimizer, device, stopwatch
+        self.gradient_clip = gradient_clip
+        self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
+        self.decision = 0
+        """Decision that follows the interval that was recorded last. A rollback of the run leaves it as it is."""
+        self.evaluation_s = 0.0
+        """Seconds spent on evaluation since the last interval."""
+        self.micro_batches = 1
+        """Micro-batches of the newest step."""
+        self._losses: list[tuple[torch.Tensor, float]] = []
+        self._clear(0, 0.0)
+
+    def _clear(self, start_sequences: int, start_sparsity: float) -> None:
+        self.start_sequences = start_sequences
+        """Sequences trained on before the interval."""
+        self.start_sparsity = start_sparsity
+        """Sparsity before the interval."""
+        self.sequences = 0
+        """Sequences trained on in the interval."""
+        self.mask_updates = 0
+        """How often the masks have been raised in the interval."""
+        self.switch_s = 0.0
+        """Seconds of the interval spent on changing controls."""
+        self.probe: ProbeResult | None = None
+        """Result of the interval's curvature probe."""
+        self.probe_s = 0.0
+        """Seconds of the interval spent on the curvature probe."""
+        self.steps: list[StepRecord] = []
+        self._moment_norms: list[torch.Tensor] = []
+        self._start: Moment | None = None
+        self._open = False
+
+    def seconds(self) -> float:
+        """Return the seconds on the run's clock, pauses left out."""
+        return self.stopwatch.seconds()
+
+    def begin(self, start_sequences: int, start_sparsity: float, *, at_first_step: bool = False) -> float:
+        """Begin an interval and forget the one before.
 
         Args:
-            batch_size: Mean sequences per step.
-            gradient_clip: Largest norm of the gradient; infinite where nobody clips.
-            beta1: Adam's first-moment decay.
+            start_sequences: Sequences trained on so far.
+            start_sparsity: Sparsity of the model now.
+            at_first_step: Begin to measure time and energy with the first step instead of now.
+
+        Returns:
+            The seconds on the run's clock.
         """
-        moments = torch.stack(self.moment_norms).tolist() if self.moment_norms else []
+        synchronise(self.device)
+        self._clear(start_sequences, start_sparsity)
+        if at_first_step:
+            return self.seconds()
+        self._start = self.stopwatch.read()
+        return self._start[0]
+
+    def begin_step(self) -> None:
+        """Begin a step; the first one of an interval opens it."""
+        if self._start is None:
+            self._start = self.stopwatch.read()
+        self._open = True
+        self._losses = []
+
+    def note_loss(self, loss: torch.Tensor, share: float) -> None:
+        """Record the mean loss of a micro-batch and its share of the step's sequences."""
+        self._losses.append((loss.detach().float(), share))
+        self.micro_batches = len(self._losses)
+
+    def drop_step(self) -> None:
+        """Forget a step that was begun and not made."""
+        self._losses = []
+
+    def end_step(self, gradient_norm: torch.Tensor, sequences: int, loss: torch.Tensor | None = None) -> None:
+        """Record a step that has been made; now and then take the norm of Adam's first moment.
+
+        Args:
+            gradient_norm: Euclidean norm of the gradient before clipping, a scalar.
+            sequences: Sequences of the step, in all processes together.
+            loss: Mean loss of the step, a scalar in nats/token; by default the mean of those of `note_loss`.
+
+        Raises:
+            ValueError: the step was not begun, or it has no loss.
+        """
+        if not self._open:
+            raise ValueError("a step must be begun before it ends; call begin_step, or use `with steering.step()`")
+        if loss is None:
+            if not self._losses:
+                raise ValueError("a step must have a loss; call note_loss, or step.backward, for every micro-batch")
+            loss = torch.stack([value * share for value, share in self._losses]).sum()
+            self._losses = []
+        self.steps.append(StepRecord(loss, self.ranks.full_tensor(gradient_norm.detach())))
+        self.sequences += sequences
+        if len(self.steps) % MOMENT_EVERY == 0:
+            self._note_moment()
+
+    def _note_moment(self) -> None:
+        norm = adam.first_moment_norm(self.optimizer)
+        if norm is not None:
+            self._moment_norms.append(norm)
+
+    def telemetry_fields(self) -> dict[str, Any]:
+        """End the interval, and return the telemetry fields of its steps, losses, gradients, probe, time and energy.
+
+        Waits for the device. Of several processes: mean losses, the longest time, the joules of all.
+
+        Raises:
+            ValueError: the interval has no step.
+        """
+        if not self._open:
+            raise ValueError("an interval must have a step before it ends; call begin_step and end_step")
+        self._note_moment()
+        synchronise(self.device)
+        cost = self._cost()
+        evaluation_s, self.evaluation_s = self.evaluation_s, 0.0
+        return {
+            **self._losses_and_gradients(),
+            **cost,
+            "steps": len(self.steps),
+            "batch_size": self.batch_size,
+            "evaluation_time_s": evaluation_s,
+        }
+
+    @property
+    def batch_size(self) -> float:
+        """Mean sequences per step of the interval."""
+        return self.sequences / len(self.steps)
+
+    def _losses_and_gradients(self) -> dict[str, Any]:
+        moments = torch.stack(self._moment_norms).tolist() if self._moment_norms else []
         losses = torch.stack([record.loss for record in self.steps]).tolist()
         norms = torch.stack([record.gradient_norm for record in self.steps]).tolist()
         statistics = loss_statistics(losses)
+        clip = math.inf if self.gradient_clip is None else self.gradient_clip
+        beta1 = float(self.optimizer.param_groups[0].get("betas", (0.9,))[0])
+        scale = interval_noise_scale(norms, moments, self.batch_size, gradient_clip=clip, beta1=beta1)
         return {
             "train_loss": statistics.mean,
             "train_loss_std": statistics.std,
             "train_loss_max": statistics.maximum,
             "diverged": not statistics.finite,
             "gradient_norm": mean_finite(norms),
-            "clipped_share": sum(norm > gradient_clip for norm in norms) / len(norms),
-            "noise_scale": interval_noise_scale(norms, moments, batch_size, gradient_clip=gradient_clip, beta1=beta1),
+            "clipped_share": sum(norm > clip for norm in norms) / len(norms),
+            "noise_scale": scale,
             "relative_update": self.probe.relative_update if self.probe else None,
             "probe_linear": self.probe.linear if self.probe else None,
             "probe_quadratic": self.probe.quadratic if self.probe else None,
         }
 
-    def cost(self, end_s: float, reading: EnergyReading) -> dict[str, Any]:
-        """Return the telemetry fields of time and energy, from the clock and the meter at the end."""
-        time_s = end_s - self.start_s
-        energy_j, source = energy_between(self.reading, reading)
+    def _cost(self) -> dict[str, Any]:
+        """Return the fields of time and energy; of several processes, average their losses and probes too."""
+        assert self._start is not None, "an open interval has begun"
+        start_s, before = self._start
+        end_s, after = self.stopwatch.read()
+        time_s, (energy_j, source) = end_s - start_s, energy_between(before, after)
+        power_w = after.power_w
+        if self.ranks.world_size > 1:
+            time_s, energy_j = self._all_reduce(time_s, energy_j)
+            power_w = None
         return {
             "time_s": time_s,
             "probe_time_s": self.probe_s,
             "switch_time_s": self.switch_s,
             "energy_j": energy_j,
             "energy_source": source,
-            "power_w": energy_j / time_s if energy_j is not None and time_s > 0 else reading.power_w,
+            "power_w": energy_j / time_s if energy_j is not None and time_s > 0 else power_w,
         }
+
+    def _all_reduce(self, time_s: float, energy_j: float | None) -> tuple[float, float | None]:
+        """Take the mean losses and the mean probe of all processes, and return their time and their joules."""
+        losses = torch.stack([step.loss for step in self.steps]).tolist()
+        mine = IntervalShare(losses=losses, probe=self.probe, time_s=time_s, energy_j=energy_j)
+        share = self.ranks.all_reduce_interval(mine, self.stopwatch.meter)
+        means = torch.tensor(share.losses, device=self.device)
+        self.steps = [StepRecord(loss, step.gradient_norm) for loss, step in zip(means, self.steps, strict=True)]
+        self.probe = share.probe
+        return share.time_s, share.energy_j
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been recorded of the interval so far; `torch.save` can write it."""
+        state: dict[str, Any] = {name: getattr(self, name) for name in _SAVED}
+        state |= {"taken": self.sequences, "decision": self.decision}
+        state["evaluation_s"] += self.stopwatch.paused_s()
+        now = self.stopwatch.read()
+        state["begun"] = None if self._start is None else _since(self._start, now)
+        if self._open:
+            state["interval"] = {
+                "losses": [float(step.loss) for step in self.steps],
+                "norms": [float(step.gradient_norm) for step in self.steps],
+                "moments": [float(norm) for norm in self._moment_norms],
+                "since": state["begun"],
+                "probe": None if self.probe is None else vars(self.probe),
+                "probe_s": self.probe_s,
+            }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on within an interval. Its seconds and joules so far are kept; the time between is left out."""
+        self._clear(state["start_sequences"], state["start_sparsity"])
+        for name in _SAVED:
+            setattr(self, name, state[name])
+        self.sequences, self.decision, self._losses = state["taken"], state["decision"], []
+        saved = state.get("interval")
+        begun = state["begun"] if saved is None else saved["since"]
+        self._start = None if begun is None else _before(begun, self.stopwatch.read())
+        self._open = saved is not None
+        if saved is None:
+            return
+        pairs = zip(saved["losses"], saved["norms"], strict=True)
+        self.steps = [StepRecord(self._scalar(loss), self._scalar(norm)) for loss, norm in pairs]
+        self._moment_norms = [self._scalar(norm) for norm in saved["moments"]]
+        self.probe = None if saved["probe"] is None else ProbeResult(**saved["probe"])
+        self.probe_s = saved["probe_s"]
+
+    def _scalar(self, value: float) -> torch.Tensor:
+        return torch.tensor(value, device=self.device)
+
+
+def _since(then: Moment, now: Moment) -> tuple[float, float | None]:
+    """Return the seconds and joules between two moments."""
+    one, other = then[1].energy_j, now[1].energy_j
+    return now[0] - then[0], None if one is None or other is None else other - one
+
+
+def _before(since: tuple[float, float | None], now: Moment) -> Moment:
+    """Return the moment that lies so many seconds and joules before `now`."""
+    time_s, energy_j = since
+    known = energy_j is not None and now[1].energy_j is not None
+    return now[0] - time_s, replace(now[1], energy_j=now[1].energy_j - energy_j if known else None)  # type: ignore[operator]

@@ -6,12 +6,15 @@ how in its type: `Annotated[..., JsonForm(...)]`, as `Float` does.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from trainpilot.llm_runtime.files import write_json
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -42,6 +45,18 @@ class JsonRecord:
             name = re.sub(r"(?<!^)(?=[A-Z])", " ", cls.__name__).lower()
             raise ValueError(_odd_fields(error, name) or first_fault(error, name)) from error
         return record
+
+    def write(self, path: Path) -> None:
+        """Write a file of the record, whole."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Return the record in a file that `write` made; `None` where there is no such file or it is damaged."""
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -97,8 +112,12 @@ def _odd_fields(error: ValidationError, name: str) -> str | None:
     return f"{name} fields missing or unknown: {', '.join(sorted(odd))}" if odd else None
 
 
-@cache
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind)
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]

@@ -1,16 +1,16 @@
-"""Train a real model interval by interval, under controls that may change at every border, and measure it.
+"""Train a model interval by interval under controls that may change at every border, and measure it.
 
-Take optimiser steps on a real model, and bring the controls into force.
+`LiveRun` is a `Plant`: a `Trainer` with its corpus, its data order and its random numbers. `Trainer` takes the training
+steps; it is a `ControlledLoop` whose steps are made here.
 
 Shapes: B sequences, b sequences of a micro-batch, T tokens of a sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,97 +21,108 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from trainpilot.llm_runtime import optimizer as adam
-from trainpilot.llm_runtime import precision as number_format
-from trainpilot.llm_runtime import width as channels
 from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, RunConfig, batch_limits
 from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.data.corpus import Corpus, load_corpus
 from trainpilot.llm_runtime.energy import select_meter
-from trainpilot.llm_runtime.energy.meter import EnergyMeter
-from trainpilot.llm_runtime.interval import Interval, StepRecord, memory_share
-from trainpilot.llm_runtime.masks import WeightMasks
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
+from trainpilot.llm_runtime.interval import StepRecord
+from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
 from trainpilot.llm_runtime.optimizer import averaged_weights
-from trainpilot.llm_runtime.precision import lacking, masked_precisions, synchronise
-from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
+from trainpilot.llm_runtime.precision import lacking, masked_precisions
+from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process import RandomState
-from trainpilot.llm_runtime.schedules import (
-    MASK_UPDATES,
-    BudgetProgress,
-    cubic_sparsity,
-    learning_rate,
-    mask_updates_due,
-    probe_due,
-    sequences_probed,
-)
+from trainpilot.llm_runtime.schedules import BudgetProgress, sequences_probed
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 
-class Trainer:
-    """A model, its optimiser and the controls in force. Knows neither corpus nor budget."""
+class Trainer(ControlledLoop):
+    """Takes training steps of a causal language model under controls.
 
-    def __init__(self, model: PreTrainedModel, config: RunConfig, device: torch.device) -> None:
-        self.model = model.to(device)  # type: ignore[arg-type]
-        self.model.train()
-        self.config = config
-        self.device = device
-        self.optimizer = adam.make_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.precision: Precision = config.precision
-        self.batch_size = config.batch_size
+    Args:
+        model: The model; it is moved to the device.
+        config: Optimizer, budget and starting controls.
+        device: Where the model is trained.
+        meter: Energy meter; by default none.
+        clock: Returns seconds.
+
+    Raises:
+        ValueError: the device lacks the starting precision, or the model cannot be pruned as asked.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: RunConfig,
+        device: torch.device,
+        meter: EnergyMeter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        model.to(device).train()  # type: ignore[arg-type]
+        super().__init__(
+            model,
+            adam.make_optimizer(model, config),
+            BudgetProgress(
+                schedule=config.base_schedule(),
+                budget=config.n_sequences(),
+                sequence_length=config.sequence_length,
+                decisions=config.decisions,
+            ),
+            config.start(),
+            pruning=config.pruning,
+            meter=meter or NoMeter("this trainer has no meter"),
+            clock=clock,
+            gradient_clip=config.gradient_clip,
+        )
+        self.check_precision(config.precision)
+        self.config, self.optimizer_name = config, config.optimizer
+        self.scaler = self._new_scaler()
         self.micro_batch_size: int | None = None
-        self.masks: WeightMasks | None = None
-        self.width_start = 0
-        if config.pruning in ("magnitude", "evolution"):
-            self.masks = WeightMasks(self.model, config.pruning)
-        elif config.pruning == "width":
-            self.width_start = channels.ffn_width(self.model)
-        self._effective_precision: str = config.precision
-        self._watch_a_matrix_product()
-        self.set_precision(config.precision)
+        """Sequences that go through the model at once, once memory has run out; until then a whole batch."""
+        self.attach()
 
-    def step(self, sequences: np.ndarray, learning_rate: float) -> StepRecord:
-        """Train on one batch.
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.controls.precision == "fp16")
+
+    def step(self, sequences: np.ndarray) -> StepRecord:
+        """Train on one batch, at the learning rate that is set. Masked weights are left to `end_step`.
 
         Args:
             sequences: Token ids, int64 of shape (B, T + 1).
-            learning_rate: Of this step.
         """
         batch = torch.from_numpy(sequences).to(self.device)  # (B, T + 1)
-        adam.set_learning_rate(self.optimizer, learning_rate)
-        loss = self._gradient(batch, self.precision)
+        loss = self._gradient(batch, self.controls.precision)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.masks is not None:
-            self.masks.apply()
-            self.masks.observe()
         return StepRecord(loss, norm)
 
     def _gradient(self, batch: torch.Tensor, precision: Precision) -> torch.Tensor:
-        """Accumulate the batch's gradient; out of memory halves the micro-batch and starts this batch again."""
+        """Add up the batch's gradient in micro-batches, and return its mean loss, a scalar.
+
+        Where memory runs out, the micro-batch is halved and this batch is started again.
+        """
         while True:
             micro = min(self.micro_batch_size or len(batch), len(batch))
+            total = torch.zeros((), device=self.device)
             try:
-                return self._accumulate(batch, micro, precision)
+                for part in torch.split(batch, micro):  # (b, T + 1)
+                    with self.autocast(precision):
+                        loss = self.loss(part) * (len(part) / len(batch))
+                    torch.autograd.backward(self.scaler.scale(loss))
+                    total += loss.detach()
+                return total
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-            self._shrink_micro_batch(micro)
-
-    def _accumulate(self, batch: torch.Tensor, micro: int, precision: Precision) -> torch.Tensor:
-        total = torch.zeros((), device=self.device)
-        for part in torch.split(batch, micro):  # (b, T + 1)
-            with number_format.autocast(precision, self.device):
-                loss = self.loss(part) * (len(part) / len(batch))
-            torch.autograd.backward(self.scaler.scale(loss))
-            total += loss.detach()
-        return total
+            self._shrink_micro_batch(micro)  # out here, where no traceback holds the batch's tensors
 
     def loss(self, sequences: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy of the next token, in nats/token, for sequences of shape (b, T + 1)."""
@@ -128,134 +139,61 @@ class Trainer:
             )
         self.micro_batch_size = micro // 2
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that go through the model at once, no more than a batch."""
+        batch_size = int(self.controls.batch_size)
+        return min(self.micro_batch_size or batch_size, batch_size)
+
     def rehearse(self, sequences: np.ndarray, precision: Precision) -> None:
-        """Run one forward and backward pass in `precision` and forget its gradient: for timing only."""
+        """Run one forward and backward pass in `precision` and drop its gradient: for timing only."""
         self._gradient(torch.from_numpy(sequences).to(self.device), precision)
         self.optimizer.zero_grad(set_to_none=True)
 
     def evaluate(self, sequences: np.ndarray) -> float:
         """Return the mean loss over sequences of shape (n, T + 1) in float32, in nats/token."""
-        with self._evaluating():
-            return float(self._mean_loss(torch.from_numpy(sequences).to(self.device)))
-
-    def probe(self, sequences: np.ndarray) -> ProbeResult | None:
-        """Probe the curvature along the last update on sequences of shape (n, T + 1); `None` if it cannot be done.
-
-        The probe needs room for two copies of the weights: it may never be what stops a run.
-        """
         batch = torch.from_numpy(sequences).to(self.device)
-        try:
-            updates = adam.update_direction(self.optimizer)
-            with self._evaluating():
-                return probe_curvature(updates, lambda: self._mean_loss(batch)) if updates else None
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-        return None
+        with ExitStack() as stack:
+            stack.enter_context(averaged_weights(self.optimizer))
+            stack.enter_context(eval_mode(self.model))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.autocast("fp32"))
+            return float(self._mean_loss(batch))
+
+    def probe_on(self, sequences: np.ndarray) -> ProbeResult | None:
+        """Probe the curvature along the last update on sequences of shape (n, T + 1); `None` if it cannot be done."""
+        batch = torch.from_numpy(sequences).to(self.device)
+        return self.curvature(lambda: adam.update_direction(self.optimizer), lambda: self._mean_loss(batch))
 
     def _mean_loss(self, batch: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of a batch of any size, taken through the model in micro-batches, a scalar."""
-        parts = torch.split(batch, min(self.micro_batch_size or self.batch_size, self.batch_size))
+        parts = torch.split(batch, self.micro_batch)
         losses = [self.loss(part).double() * (len(part) / len(batch)) for part in parts]
         return torch.stack(losses).sum()
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Switch dropout and gradients off and float32 on; under schedule-free, take the averaged weights."""
-        self.model.eval()
-        try:
-            with averaged_weights(self.optimizer), torch.no_grad(), number_format.autocast("fp32", self.device):
-                yield
-        finally:
-            self.model.train()
-
     def apply(self, controls: Controls) -> None:
-        """Bring batch size, precision and width into force; masks follow along the interval with `prune_towards`.
+        """Bring batch size, precision and width into force; float16 gets a fresh loss scaler.
 
         Raises:
             ValueError: a control cannot be used here; nothing has changed then.
         """
-        if controls.sparsity and self.config.pruning == "none":
-            raise ValueError(f"sparsity must be 0 in a run whose pruning is 'none', got {controls.sparsity}")
-        if controls.batch_size != self.batch_size and self.config.optimizer != "adamw":
-            raise ValueError(
-                f"batch_size changes need optimizer 'adamw', got {controls.batch_size} after {self.batch_size} "
-                f"under {self.config.optimizer!r}; keep the batch or take 'adamw'"
-            )
-        if controls.precision != self.precision:
-            self.set_precision(controls.precision)
-        adam.change_batch(self.optimizer, controls.batch_size / self.batch_size)
-        self.batch_size = int(controls.batch_size)
-        if self.width_start:
-            keep = channels.channels_for(controls.sparsity, self.width_start)
-            if keep < channels.ffn_width(self.model):
-                channels.remove_channels(self.model, self.optimizer, keep)
-
-    def set_precision(self, precision: Precision) -> None:
-        """Switch the matrix products to `precision`; float16 gets a fresh loss scaler."""
-        if reason := number_format.lacking(self.device).get(precision):
-            raise ValueError(f"precision {precision} cannot be used: {reason}; try fp32")
-        self.precision = precision
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-
-    def prune_towards(self, start: float, end: float, progress: float) -> None:
-        """Raise the masks to the cubic schedule's sparsity at `progress` of an interval that goes from start to end."""
-        if self.masks is not None and end > start:
-            self.masks.prune_to(cubic_sparsity(start, end, progress))
-            self.masks.apply()
-
-    def sparsity(self) -> float:
-        """Return the share of zero weights, or of removed feed-forward channels, counted in the model."""
-        if self.masks is not None:
-            return self.masks.sparsity()
-        if self.width_start:
-            return 1 - channels.ffn_width(self.model) / self.width_start
-        return 0.0
-
-    def effective_precision(self) -> str:
-        """Return the number format of the last matrix product in training, read from its output."""
-        return self._effective_precision
-
-    def _watch_a_matrix_product(self) -> None:
-        first = next(m for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D))
-
-        def remember(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-            if self.model.training:
-                self._effective_precision = number_format.name_of(output.dtype, self.device)
-
-        first.register_forward_hook(remember)
+        before = self.controls.precision
+        super().apply(controls)
+        if controls.precision != before:
+            self.scaler = self._new_scaler()
 
     def snapshot(self) -> Snapshot:
-        """Return a copy of weights, optimiser, masks and settings."""
-        return {
-            "weights": {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()},
-            "width": channels.ffn_width(self.model) if self.width_start else 0,
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "scaler": self.scaler.state_dict(),
-            "precision": self.precision,
-            "batch_size": self.batch_size,
-            "micro_batch_size": self.micro_batch_size,
-            "masks": copy.deepcopy(self.masks.state_dict()) if self.masks is not None else {},
-            "effective_precision": self._effective_precision,
-        }
+        """Return a copy of what training changes."""
+        own = {"scaler": self.scaler.state_dict(), "micro_batch_size": self.micro_batch_size}
+        return super().snapshot() | own
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a state that `snapshot` returned, bit for bit."""
-        if snapshot["width"]:
-            channels.resize(self.model, snapshot["width"])
-        self.model.load_state_dict(snapshot["weights"])
-        self.optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
-        self.set_precision(snapshot["precision"])
+        self.check_precision(snapshot["precision"])
+        super().restore(snapshot)
+        self.scaler = self._new_scaler()
         self.scaler.load_state_dict(snapshot["scaler"])
-        self.batch_size = snapshot["batch_size"]
         self.micro_batch_size = snapshot["micro_batch_size"]
-        if self.masks is not None:
-            self.masks.load_state_dict(copy.deepcopy(snapshot["masks"]))
-        self._effective_precision = snapshot["effective_precision"]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 TokenArray = NDArray[np.unsignedinteger[Any]]
@@ -289,26 +227,21 @@ class LiveRun:
         self.config = config
         self.device = resolve_device(config.device)
         self.clock = clock
-        self.probing = probe and config.optimizer == "adamw"  # only its buffers tell the last update
+        self.probing = probe and config.optimizer == "adamw"  # the last update is read from AdamW's buffers
         self.random_state = RandomState(self.device, config.seed)
         with self.random_state.apart():
             self.loaded: LoadedModel = load_model(config.model, config.seed)
         _check_context(self.loaded, config)
         self.corpus: Corpus = load_corpus(config.text, self.loaded.tokenizer)
         self.stream = BatchStream(self.corpus.train, config.sequence_length, config.seed)
-        self.trainer = Trainer(self.loaded.model, config, self.device)
         self.meter = meter if meter is not None else select_meter(str(self.device))
-        self.progress = BudgetProgress(
-            schedule=config.base_schedule(),
-            budget=config.n_sequences(),
-            sequence_length=config.sequence_length,
-            decisions=config.decisions,
-        )
+        self.trainer = Trainer(self.loaded.model, config, self.device, self.meter, clock)
+        self.progress = self.trainer.progress
         self.target_share = 0.0
+        """Share of the budget at which the newest interval ends."""
         self.sequences_probed = 0
-        """Sequences that the curvature probe of the last interval looked at; 0 where there was none."""
+        """Sequences that the curvature probe of the last interval took; 0 where there was none."""
         self.validation_loss: float | None = None
-        self._evaluation_s = 0.0
 
     @property
     def finished(self) -> bool:
@@ -317,16 +250,16 @@ class LiveRun:
 
     @property
     def evaluation_sequences(self) -> int:
-        """Sequences that one evaluation looks at."""
+        """Sequences of one evaluation."""
         wanted = min(max(EVALUATION_SHARE * self.config.tokens, MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
         return max(1, int(wanted) // self.config.sequence_length)
 
     def limits(self) -> ControlLimits:
-        """Return what may be asked of this run; the first call measures which precisions pay (cached per device)."""
+        """Return the limits of the controls; the first call measures which precisions pay (cached per device)."""
         return replace(self.base_limits(), masked_precisions=self._masked_precisions())
 
     def base_limits(self) -> ControlLimits:
-        """Return the same without measuring: no precision is masked but what the device lacks."""
+        """Return the limits without measuring: only precisions that the device lacks are masked."""
         config = self.config
         smallest, largest = batch_limits(config.batch_size, config.n_sequences() // config.decisions)
         if config.optimizer != "adamw":  # only AdamW can take another batch
@@ -348,91 +281,30 @@ class LiveRun:
         """
         if self.finished:
             raise ValueError("advance needs a run that has not finished; make a new LiveRun or restore a snapshot")
-        interval = self._begin(controls)
+        trainer, progress = self.trainer, self.progress
+        trainer.begin_interval(controls, end_share=self.target_share + share)
         self.target_share += share
-        target = self.progress.end_after(self.target_share)
-        span = max(target - self.progress.sequences, 1)
+        end, first = trainer.interval_end, True
         with self.random_state.in_force():
-            while self.progress.sequences < target or not interval.steps:
-                self._prune(interval, (self.progress.sequences - interval.start_sequences) / span)
-                self._step(interval)
-        self._prune(interval, 1.0)
-        self._probe(interval)
-        return self._end(interval)
-
-    def _begin(self, controls: Controls) -> Interval:
-        synchronise(self.device)
-        reading = self.meter.read()
-        start = self.clock()
-        interval = Interval(controls, start, reading, self.progress.sequences, self.trainer.sparsity())
-        self.trainer.apply(controls)
-        if controls.finish:
-            self.progress.begin_cooldown(controls.batch_size)
-        interval.switch_s = self.clock() - start
-        return interval
-
-    def _step(self, interval: Interval) -> None:
-        batch_size = min(self.trainer.batch_size, self.progress.end - self.progress.sequences)
-        learning_rate = self.learning_rate(interval.controls)
-        interval.note_step(self.trainer.step(self.stream.take(batch_size), learning_rate), self.trainer.optimizer)
-        self.progress.sequences += batch_size
-
-    def learning_rate(self, controls: Controls) -> float:
-        """Return the learning rate of the next step: base schedule x scale x the batch's neutral factor."""
-        base, scale, factor = self.config.base_learning_rate, controls.learning_rate_scale, self.progress.factor
-        return learning_rate(base, scale, factor(controls.batch_size), controls.batch_size, self.config.batch_size)
-
-    def _prune(self, interval: Interval, done: float) -> None:
-        """Raise the masks when the next of the interval's mask updates is due; `done` is its progress in [0, 1]."""
-        due = mask_updates_due(done)
-        if due > interval.mask_updates:
-            interval.mask_updates = due
-            start, end = interval.start_sparsity, interval.controls.sparsity
-            self.trainer.prune_towards(start, end, due / MASK_UPDATES)
-
-    def _probe(self, interval: Interval) -> None:
-        self.sequences_probed = 0
-        begun_at = interval.start_sequences / self.config.n_sequences()
-        if not self.probing or not probe_due(self.progress.decision, begun_at):
-            return
-        self.sequences_probed = int(sequences_probed(self.progress.sequences - interval.start_sequences))
-        synchronise(self.device)  # or the steps still under way would count as the probe's time
-        start = self.clock()
-        interval.probe = self.trainer.probe(self.stream.peek(self.sequences_probed))
-        interval.probe_s = self.clock() - start
-
-    def _end(self, interval: Interval) -> Telemetry:
-        interval.note_moment(self.trainer.optimizer)
-        config, trainer = self.config, self.trainer
-        taken = self.progress.sequences - interval.start_sequences
-        batch_size = taken / len(interval.steps)
-        learned = interval.losses_and_gradients(  # waits for the device, so the clock comes after
-            batch_size, gradient_clip=config.gradient_clip, beta1=config.beta1
-        )
-        cost = interval.cost(self.clock(), self.meter.read())
-        self.progress.decision += 1
-        evaluation_s, self._evaluation_s = self._evaluation_s, 0.0
-        return Telemetry(
-            **learned,
-            **cost,
-            decision=self.progress.decision - 1,
-            budget_used=self.progress.used,
-            tokens=self.progress.tokens,
-            interval_tokens=taken * config.sequence_length,
-            steps=len(interval.steps),
-            epochs_seen=self.stream.epochs_seen,
+            while first or progress.sequences < end:
+                first = False
+                batch_size = trainer.begin_step()
+                record = trainer.step(self.stream.take(batch_size))
+                trainer.end_step(record.gradient_norm, batch_size, record.loss)
+        trainer.raise_masks(1.0)
+        self._probe()
+        return trainer.end_interval(
             validation_loss=self.validation_loss,
-            requested=interval.controls,
-            learning_rate=adam.effective_learning_rate(trainer.optimizer),
-            batch_size=batch_size,
-            micro_batch_size=min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size),
-            precision=trainer.effective_precision(),
-            sparsity=trainer.sparsity(),
-            finishing=self.progress.cooldown is not None,
-            finished=self.finished,
-            evaluation_time_s=evaluation_s,
-            memory_share=memory_share(self.device),
+            epochs_seen=self.stream.epochs_seen,
+            micro_batch_size=trainer.micro_batch,
         )
+
+    def _probe(self) -> None:
+        """Probe the curvature where that is due, on the sequences that come next in the stream."""
+        trainer, self.sequences_probed = self.trainer, 0
+        if self.probing and trainer.probe_due():
+            self.sequences_probed = int(sequences_probed(trainer.recorder.sequences))
+            trainer.record_probe(lambda: trainer.probe_on(self.stream.peek(self.sequences_probed)))
 
     def evaluate(self) -> float:
         """Return the validation loss on fixed windows in float32, in nats/token."""
@@ -444,10 +316,9 @@ class LiveRun:
         return self._evaluate(self.corpus.test)
 
     def _evaluate(self, tokens: TokenArray) -> float:
-        start = self.clock()
-        loss = self.trainer.evaluate(fixed_batch(tokens, self.config.sequence_length, self.evaluation_sequences))
-        self._evaluation_s += self.clock() - start
-        return loss
+        with self.trainer.evaluation():
+            windows = fixed_batch(tokens, self.config.sequence_length, self.evaluation_sequences)
+            return self.trainer.evaluate(windows)
 
     def save(self, folder: Path) -> None:
         """Write the model as `evaluate` sees it (schedule-free's averaged weights), for plain transformers."""
@@ -455,7 +326,7 @@ class LiveRun:
             self.loaded.save(folder)
 
     def snapshot(self) -> Snapshot:
-        """Return a copy of everything that decides how the run goes on; `torch.save` can write it."""
+        """Return a copy of everything that a continued run depends on; `torch.save` can write it."""
         return {
             "trainer": self.trainer.snapshot(),
             "stream": self.stream.state_dict(),
@@ -471,6 +342,7 @@ class LiveRun:
         self.stream.load_state_dict(snapshot["stream"])
         self.random_state.load_state_dict(snapshot["random_state"])
         self.progress.load_state_dict(snapshot)
+        self.trainer.recorder.decision = self.progress.decision
         self.target_share = snapshot["target_share"]
         self.validation_loss = snapshot["validation_loss"]
 

@@ -1,111 +1,155 @@
-"""Bring controls into force on a model and an optimiser that belong to somebody else, and read them back.
+"""Apply controls to a model in training, measure its intervals, and copy and restore its state.
 
-Copy the state of an optimiser, whatever it is made of.
+`ControlledLoop` is the one engine of trainpilot. `LiveRun` trains a model of ours on it, and `agents.steering.Steering`
+attaches a controller to somebody else's training loop with it. A step of either:
 
-Collect what somebody else's loop tells, step by step, and make the telemetry of an interval of it.
+    batch_size = loop.begin_step()                          # sets the learning rate, raises the masks
+    ...                                                     # gradient of batch_size sequences, then optimizer.step()
+    loop.end_step(gradient_norm, batch_size, loss)          # holds masked weights at zero, records the step
 
-Keep a copy of somebody else's run to go back to, and go back to it.
+and an interval is `begin_interval(controls)`, steps, `end_interval()`, which returns its `Telemetry`.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, replace
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
-from trainpilot.llm_runtime.config import PRECISIONS, Controls, Precision
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading
-from trainpilot.llm_runtime.interval import Interval, StepRecord, memory_share
+from trainpilot.llm_runtime import width as channels
+from trainpilot.llm_runtime.config import Controls, Precision, Pruning
+from trainpilot.llm_runtime.energy import select_meter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.interval import IntervalRecorder, memory_share
 from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
-from trainpilot.llm_runtime.process_group import Ranks, Share
-from trainpilot.llm_runtime.schedules import BudgetProgress, cubic_sparsity, probe_due, sequences_probed
+from trainpilot.llm_runtime.process_group import OneProcess, ProcessGroup
+from trainpilot.llm_runtime.schedules import (
+    MASK_UPDATES,
+    BudgetProgress,
+    cubic_sparsity,
+    learning_rate,
+    mask_updates_due,
+    probe_due,
+    sequences_probed,
+)
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 from trainpilot.llm_runtime.timing import Stopwatch
 
-
-def copied(state: Any) -> Any:
-    """Return a deep copy. `copy.deepcopy` fails with 8-bit states that are tensors made of tensors (torchao)."""
-    if isinstance(state, Mapping):
-        return {name: copied(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [copied(value) for value in state]
-    if not isinstance(state, Tensor):
-        return copy.deepcopy(state)
-    try:
-        return state.detach().clone()
-    except NotImplementedError:
-        parts, context = state.__tensor_flatten__()  # type: ignore[attr-defined]
-        inner = {name: copied(getattr(state, name)) for name in parts}
-        return type(state).__tensor_unflatten__(inner, context, state.size(), state.stride())  # type: ignore[attr-defined]
-
-
 MaskPruning = Literal["none", "magnitude", "evolution"]
-_CLAIMED = "_trainpilot_steered"
+_OWNER = "_trainpilot_loop"
 
 
-class Levers:
-    """Learning rate, batch, precision and weight masks of one model and its optimiser.
+class ControlledLoop:
+    """A model and its optimizer in training, under controls that may change between two intervals.
 
-    The parameter groups keep the ratios that their learning rates had at the beginning. The batch itself is the
-    loop's: here only Adam's decay follows it, so that the change alone does not move the run.
+    The parameter groups of the optimizer keep the ratios that their learning rates have at the beginning. When the
+    batch size changes, Adam's decay and the learning rate follow it, so that the change alone does not move the run.
 
     Args:
-        model: What is trained.
-        optimizer: Steps it.
-        start: Controls at the beginning.
-        pruning: What raising the sparsity does.
+        model: The model in training.
+        optimizer: Steps the model, at the peak learning rate of the base schedule.
+        progress: The budget and the base schedule.
+        start: Controls at the beginning, those of the untouched base schedule.
+        pruning: What the sparsity control does. `width` needs a transformers model.
+        meter: Energy meter; by default the best one that the device has.
+        clock: Returns seconds.
+        ranks: The processes that train the model together; by default this one alone.
+        gradient_clip: Largest norm of a gradient; `None` where nothing clips it. Telemetry needs it.
+        sets_matmul_precision: Whether `autocast` sets torch's global precision of float32 matrix products. Without it
+            fp32 is whatever the user's own setting makes of it, and tf32 must not be among the controls.
+        probes: Whether steps begin with a curvature probe where one is due: `probe_wanted` then says so.
 
     Raises:
-        ValueError: the optimiser is steered already, has no parameters, steps others than the model's, or none at a
-            rate above 0.
+        ValueError: the optimizer belongs to another loop, has no parameters, has parameters that are not the model's,
+            or has no learning rate above 0.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, start: Controls, pruning: MaskPruning = "none") -> None:
-        owner = getattr(optimizer, _CLAIMED, None)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        progress: BudgetProgress,
+        start: Controls,
+        *,
+        pruning: Pruning = "none",
+        meter: EnergyMeter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        ranks: ProcessGroup | None = None,
+        gradient_clip: float | None = None,
+        sets_matmul_precision: bool = True,
+        probes: bool = False,
+    ) -> None:
+        owner = getattr(optimizer, _OWNER, None)
         if owner is not None and owner() is not None:
             raise ValueError(
                 "optimizer must be steered by one controller, this one has one already; "
                 "call close() on the other, or drop one of the two"
             )
-        self.model = model
-        self.optimizer = optimizer
+        self.model, self.optimizer, self.progress = model, optimizer, progress
+        self.optimizer_name = type(optimizer).__name__
+        """Name of the optimizer, for error messages."""
         self.controls = start
+        """Controls in force."""
         self.device = _device(model, optimizer)
-        self.masks = None if pruning == "none" else WeightMasks(model, pruning)
+        self.pruning = pruning
+        self.masks = WeightMasks(model, pruning) if pruning in ("magnitude", "evolution") else None
+        self.start_width = channels.ffn_width(self._transformer()) if pruning == "width" else 0
         self.peak = max(_first_rate(group) for group in optimizer.param_groups)
+        """Peak of the base schedule: the highest learning rate among the optimizer's groups at the beginning."""
         if self.peak <= 0:
             raise ValueError(
                 "optimizer must have a learning rate above 0, the peak of the base schedule, got 0 in every "
                 "parameter group; make it without a warm-up of its own"
             )
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._stepped = [p for p in model.parameters() if id(p) in stepped]
-        self._start_batch = start.batch_size
+        self._stepped = [(name, p) for name, p in model.named_parameters() if id(p) in stepped]
+        self._start = start
         self._ratios = [_first_rate(group) / self.peak for group in optimizer.param_groups]
-        self.alone = True
-        """Whether nobody else may write the learning rate; an adapter whose scheduler asks us turns it off."""
-        self.switches_matmul = False
-        """Whether float32 and tf32 are told apart, by a setting of the whole process."""
-        self._set: list[float] = []
+        self._rates: list[float] = []
+        """Learning rates that were set last, group by group."""
+        self.exclusive_learning_rate = True
+        """Raise if another component changes the learning rate. Adapters that install a scheduler which takes the
+        learning rate from here set this to False."""
+        self.sets_matmul_precision, self.probes = sets_matmul_precision, probes
+        self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
+        stopwatch = Stopwatch(clock, meter if meter is not None else select_meter(str(self.device)))
+        self.recorder = IntervalRecorder(
+            optimizer, self.device, stopwatch, gradient_clip=gradient_clip, ranks=self.ranks
+        )
+        self.probe_wanted = False
+        """Whether the curvature is to be probed before this step's first backward pass."""
+        self.probe_sequences = 1
+        """Number of sequences that are enough for a probe in this process."""
+        self._end_share: float | None = None
+        self._before: list[tuple[nn.Parameter, Tensor]] = []
+        """Weights before the newest step, where the next step may begin with a probe."""
         self._output_precision: str = start.precision
         self._hook: RemovableHandle | None = None
         self._matmul_precision = torch.get_float32_matmul_precision()
 
+    def _transformer(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.model)
+
+    # Facts -----------------------------------------------------------------------------------------------------------
+
     @property
     def changes_batch(self) -> bool:
-        """Whether the batch may change: what that does to other optimisers than Adam is not known."""
+        """Whether the batch size may change: only for Adam and AdamW is it known how to make that neutral."""
         return isinstance(self.optimizer, Adam)
 
     @property
@@ -113,22 +157,74 @@ class Levers:
         """Whether each process holds only its part of the weights."""
         return any(hasattr(p, "full_tensor") for p in self.parameters())
 
-    @property
-    def beta1(self) -> float:
-        """Adam's first-moment decay."""
-        return float(self.optimizer.param_groups[0].get("betas", (0.9,))[0])
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the optimizer steps, in the model's order."""
+        return [p for _, p in self._stepped if p.requires_grad]
+
+    def sparsity(self) -> float:
+        """Return the share of prunable weights that are zero, or of removed channels, counted in the model."""
+        if self.masks is not None:
+            return self.masks.sparsity()
+        if self.start_width:
+            return 1 - channels.ffn_width(self._transformer()) / self.start_width
+        return 0.0
+
+    def effective_precision(self) -> str:
+        """Return the number format of the last matrix product in training, read from its output."""
+        return self._output_precision
+
+    def autocast(self, precision: Precision | None = None) -> AbstractContextManager[object]:
+        """Return the context of a forward pass in `precision`, by default the one in force."""
+        wanted = precision or self.controls.precision
+        if wanted == "fp32" and not self.sets_matmul_precision:
+            return torch.autocast(self.device.type, enabled=False)
+        return number_format.autocast(wanted, self.device)
+
+    # Controls --------------------------------------------------------------------------------------------------------
 
     def apply(self, controls: Controls) -> None:
-        """Bring batch and precision into force; learning rate and masks follow step by step."""
-        before, self.controls = self.controls, controls
-        if controls.batch_size != before.batch_size:
-            adam.change_batch(self.optimizer, controls.batch_size / before.batch_size)
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the learning rate, that of the group with the highest; the others keep their ratio to it.
+        """Bring batch size, precision and width into force. Learning rate and masks follow step by step.
 
         Raises:
-            ValueError: somebody else has written the learning rate since it was last set here.
+            ValueError: a control cannot be used here; nothing has changed then.
+        """
+        before = self.controls
+        if controls.sparsity and self.pruning == "none":
+            raise ValueError(f"sparsity must be 0 in a run whose pruning is 'none', got {controls.sparsity}")
+        if controls.batch_size != before.batch_size and not self.changes_batch:
+            raise ValueError(
+                f"batch_size changes need optimizer 'adamw', got {controls.batch_size} after {before.batch_size} "
+                f"under {self.optimizer_name!r}; keep the batch or take 'adamw'"
+            )
+        if controls.precision != before.precision:
+            self.check_precision(controls.precision)
+        if controls.batch_size != before.batch_size:
+            adam.change_batch(self.optimizer, controls.batch_size / before.batch_size)
+        self.controls = controls
+        if self.start_width:
+            keep = channels.channels_for(controls.sparsity, self.start_width)
+            if keep < channels.ffn_width(self._transformer()):
+                channels.remove_channels(self._transformer(), self.optimizer, keep)
+
+    def check_precision(self, precision: Precision) -> None:
+        """Raise `ValueError` if the device lacks a precision."""
+        if reason := number_format.lacking(self.device).get(precision):
+            raise ValueError(f"precision {precision} cannot be used: {reason}; try fp32")
+
+    def learning_rate(self, controls: Controls | None = None) -> float:
+        """Return the learning rate of the next step under `controls`, by default those in force.
+
+        Base schedule x scale x the neutral factor of the batch (`schedules.learning_rate`).
+        """
+        wanted = controls or self.controls
+        scale, batch_size = wanted.learning_rate_scale, wanted.batch_size
+        return learning_rate(self.peak, scale, self.progress.factor(batch_size), batch_size, self._start.batch_size)
+
+    def set_learning_rate(self, value: float) -> None:
+        """Write the learning rate of the highest parameter group; the others keep their ratio to it.
+
+        Raises:
+            ValueError: something else has written the learning rate since it was last set here.
         """
         now = [float(group["lr"]) for group in self.optimizer.param_groups]
         if len(now) != len(self._ratios):
@@ -136,410 +232,446 @@ class Levers:
                 f"optimizer must keep its {len(self._ratios)} parameter groups, got {len(now)}; add parameters before "
                 "it is steered"
             )
-        if self.alone and self._set and now != self._set:
+        if self.exclusive_learning_rate and self._rates and now != self._rates:
             raise ValueError(
-                f"learning rate was set to {self._set[0]:.4g} and is now {now[0]:.4g}: something else writes it too; "
+                f"learning rate was set to {self._rates[0]:.4g} and is now {now[0]:.4g}: something else writes it too; "
                 "remove the other learning-rate scheduler, as steering has the base schedule in it"
             )
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
-            _write_rate(group, float(learning_rate) * ratio)
-        self._set = [float(group["lr"]) for group in self.optimizer.param_groups]
+            _write_rate(group, float(value) * ratio)
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def learning_rate(self) -> float:
-        """Return the learning rate in force, read from the optimiser: the highest of its groups."""
+    def current_learning_rate(self) -> float:
+        """Return the learning rate that the optimizer has now: the highest of its groups."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
-    def autocast(self, precision: Precision | None = None) -> AbstractContextManager[object]:
-        """Return the context in which forward passes run in `precision`, by default the controls'.
-
-        Unless tf32 is offered, float32 is whatever the user's own setting of matrix products makes of it.
-        """
-        wanted = precision or self.controls.precision
-        if wanted == "fp32" and not self.switches_matmul:
-            return torch.autocast(self.device.type, enabled=False)
-        return number_format.autocast(wanted, self.device)
-
-    def precision(self) -> str:
-        """Return the number format of the last matrix product in training, read from its output."""
-        return self._output_precision
-
-    def prune_towards(self, start: float, end: float, progress: float) -> None:
-        """Raise the masks to the cubic schedule's sparsity at `progress` of an interval that goes from start to end."""
+    def raise_masks(self, progress: float) -> None:
+        """Raise the masks if one of the interval's mask updates is due at `progress`, its share in [0, 1]."""
+        recorder, due = self.recorder, mask_updates_due(progress)
+        if due <= recorder.mask_updates:
+            return
+        recorder.mask_updates = due
+        start, end = recorder.start_sparsity, self.controls.sparsity
         if self.masks is not None and end > start:
-            self.masks.prune_to(cubic_sparsity(start, end, progress))
+            self.masks.prune_to(cubic_sparsity(start, end, due / MASK_UPDATES))
 
-    def after_step(self) -> None:
-        """Hold masked weights at zero; call it after every optimiser step."""
+    def apply_masks(self) -> None:
+        """Hold masked weights at zero; called after every optimizer step."""
         if self.masks is not None:
             self.masks.apply()
             self.masks.observe()
 
-    def sparsity(self) -> float:
-        """Return the share of prunable weights that are zero, counted in the model."""
-        return 0.0 if self.masks is None else self.masks.sparsity()
+    # An interval -----------------------------------------------------------------------------------------------------
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return what the optimiser steps, in the model's order."""
-        return [p for p in self._stepped if p.requires_grad]
+    @property
+    def interval_end(self) -> int:
+        """Sequences at which the present interval ends."""
+        return self.progress.interval_end if self._end_share is None else self.progress.end_after(self._end_share)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what neither the model's state nor the optimiser's holds."""
-        return {
-            "masks": None if self.masks is None else self.masks.state_dict(),
-            "peak": self.peak,
-            "ratios": list(self._ratios),
-            "set": list(self._set),
-            "output_precision": self._output_precision,
-        }
+    def begin_interval(
+        self,
+        controls: Controls,
+        *,
+        end_share: float | None = None,
+        at_first_step: bool = False,
+        before_apply: Callable[[], None] | None = None,
+    ) -> None:
+        """Begin to measure an interval, and bring its controls into force.
 
-    def load_state_dict(self, state: dict[str, Any], controls: Controls) -> None:
-        """Go back to what `state_dict` returned, under the controls that were in force then."""
-        if self.masks is not None:
-            self.masks.load_state_dict(copy.deepcopy(state["masks"]))
-        self.controls = controls
-        self.peak, self._ratios, self._set = state["peak"], list(state["ratios"]), list(state["set"])
-        self._output_precision = state["output_precision"]
+        Args:
+            controls: Controls of the interval.
+            end_share: Share of the budget at which the interval ends; by default all intervals are equal.
+            at_first_step: Begin to measure time and energy with the first step instead of now.
+            before_apply: Called before the controls come into force, to copy the run; the interval pays for it.
+
+        Raises:
+            ValueError: a control cannot be used here.
+        """
+        start_s = self.recorder.begin(self.progress.sequences, self.sparsity(), at_first_step=at_first_step)
+        if before_apply is not None:
+            before_apply()
+            start_s = self.recorder.seconds()
+        self.apply(controls)
+        if controls.finish:
+            self.progress.begin_cooldown(controls.batch_size)
+        self._end_share = end_share
+        self.recorder.switch_s = self.recorder.seconds() - start_s
+
+    def begin_step(self) -> int:
+        """Set the learning rate of the next step, raise the masks where that is due, and return the step's batch size.
+
+        The last step before the end of the run may be smaller than the batch size in force.
+
+        Raises:
+            ValueError: something else writes the learning rate.
+        """
+        self.ranks.reshard(self.model)
+        progress = self.progress
+        batch_size = min(int(self.controls.batch_size), progress.end - progress.sequences)
+        self.recorder.begin_step()
+        if self.probes:
+            self._prepare_probe(batch_size)
+        self.set_learning_rate(self.learning_rate())
+        begun_at, end = self.recorder.start_sequences, self.interval_end
+        self.raise_masks((progress.sequences - begun_at) / max(end - begun_at, 1))
+        return batch_size
+
+    def end_step(self, gradient_norm: Tensor, sequences: int, loss: Tensor | None = None) -> None:
+        """Hold masked weights at zero, and record a step that the optimizer has made.
+
+        Args:
+            gradient_norm: Euclidean norm of the gradient before clipping, a scalar.
+            sequences: Sequences of the step, in all processes together.
+            loss: Mean loss of the step, a scalar in nats/token; by default the mean of those of `recorder.note_loss`.
+
+        Raises:
+            ValueError: the step was not begun, or it has no loss.
+        """
+        self.apply_masks()
+        self.progress.sequences += sequences
+        self.recorder.end_step(gradient_norm, sequences, loss)
+
+    def drop_step(self) -> None:
+        """Forget a step that was begun and not made."""
+        self.recorder.drop_step()
+        self._before, self.probe_wanted = [], False
+
+    def end_interval(
+        self, *, validation_loss: float | None, epochs_seen: float = 0.0, micro_batch_size: int | None = None
+    ) -> Telemetry:
+        """End the interval, and return what was measured; in several processes that of rank 0. Waits for the device.
+
+        Args:
+            validation_loss: Latest validation loss, in nats/token.
+            epochs_seen: Passes over the training data.
+            micro_batch_size: Sequences that go through the model at once; by default that of the newest step.
+        """
+        recorder, progress = self.recorder, self.progress
+        fields = recorder.telemetry_fields()
+        if micro_batch_size is None:
+            per_process = fields["batch_size"] / self.ranks.world_size
+            micro_batch_size = max(1, round(per_process / recorder.micro_batches))
+        telemetry = Telemetry(
+            **fields,
+            decision=progress.decision,
+            budget_used=progress.used,
+            tokens=progress.tokens,
+            interval_tokens=recorder.sequences * progress.sequence_length,
+            epochs_seen=epochs_seen,
+            validation_loss=validation_loss,
+            requested=self.controls,
+            learning_rate=adam.effective_learning_rate(self.optimizer),
+            micro_batch_size=micro_batch_size,
+            precision=self.effective_precision(),
+            sparsity=self.sparsity(),
+            finishing=progress.cooldown is not None,
+            finished=progress.finished,
+            memory_share=memory_share(self.device),
+        )
+        progress.decision += 1
+        recorder.decision = progress.decision
+        return self.ranks.broadcast(telemetry)
+
+    def pause(self) -> None:
+        """Stop the clock and the energy meter: what happens now is no cost of the interval."""
+        self.recorder.stopwatch.pause()
+
+    def resume(self) -> None:
+        """Start the clock and the energy meter again; does nothing where they run."""
+        self.recorder.evaluation_s += self.recorder.stopwatch.resume()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Measure the time of an evaluation between two intervals."""
+        start_s = self.recorder.seconds()
+        yield
+        self.recorder.evaluation_s += self.recorder.seconds() - start_s
+
+    # The curvature probe ---------------------------------------------------------------------------------------------
+
+    def probe_due(self) -> bool:
+        """Return whether the present interval is one of those that are probed."""
+        recorder = self.recorder
+        return bool(probe_due(recorder.decision, recorder.start_sequences / self.progress.budget))
+
+    def curvature(
+        self, updates: Callable[[], list[tuple[nn.Parameter, Tensor]]], loss: Callable[[], Tensor]
+    ) -> ProbeResult | None:
+        """Return slope and curvature of the loss along an update; `None` without an update, or where memory runs out.
+
+        The probe needs room for two copies of the weights. It must not be what stops a run, so it does without them in
+        a single process; in several the others would wait for this one, and the error goes on.
+
+        Args:
+            updates: Returns each parameter with its update.
+            loss: Returns the mean loss of some sequences in nats/token, a scalar; called three times.
+        """
+        with eval_mode(self.model), torch.no_grad(), self.autocast("fp32"):
+            try:
+                along = updates()
+                return probe_curvature(along, loss) if along else None
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or self.ranks.world_size > 1:
+                    raise
+        return None
+
+    def record_probe(self, probe: Callable[[], ProbeResult | None]) -> None:
+        """Make the interval's probe, and measure the time that it takes."""
+        synchronise(self.device)  # or the steps still under way would count as the probe's time
+        start_s = self.recorder.seconds()
+        self.recorder.probe = probe()
+        self.recorder.probe_s = self.recorder.seconds() - start_s
+
+    def probe(self, loss: Callable[[], Tensor]) -> None:
+        """Probe the curvature along the last update, on sequences that have not been trained on.
+
+        Args:
+            loss: Returns the mean loss of `probe_sequences` sequences in nats/token, a scalar; called three times.
+        """
+        before = self._before
+        self._before, self.probe_wanted = [], False
+
+        def updates() -> list[tuple[nn.Parameter, Tensor]]:
+            return [(parameter, parameter.detach() - weights) for parameter, weights in before]
+
+        def probe() -> ProbeResult | None:
+            found = self.curvature(updates, lambda: self._probe_loss(loss))
+            return found if found is not None and found.finite else None  # text may have nothing to predict
+
+        self.record_probe(probe)
+
+    def _probe_loss(self, loss: Callable[[], Tensor]) -> Tensor:
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):  # equal noise, thrice
+            value = loss().detach().float()
+        self.ranks.reshard(self.model)
+        return value
+
+    def _prepare_probe(self, batch_size: int) -> None:
+        """Before a step: ask for a probe in the last one of an interval, along the update of the one before it.
+
+        The probe takes the beginning of the first micro-batch of that step, which has not been trained on: fresh text,
+        without taking any from the loop. So the weights are kept before the last step but one.
+        """
+        sequences, end, recorder = self.progress.sequences, self.interval_end, self.recorder
+        last = sequences + batch_size >= end
+        self.probe_wanted = bool(last and self._before and recorder.probe is None)
+        if self.probe_wanted:
+            wanted = int(sequences_probed(recorder.sequences + batch_size))
+            self.probe_sequences = -(-wanted // self.ranks.world_size)
+            return
+        next_is_last = sequences + 2 * batch_size >= end
+        keep = next_is_last and self.probe_due()
+        self._before = [(p, p.detach().clone()) for p in self.parameters()] if keep else []
+
+    # Copies ----------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """Return a copy of what training changes: weights that are stepped, buffers, optimiser and masks."""
+        """Return a copy of what training changes: weights, buffers, optimizer, masks, width and controls."""
+        controls = self.controls
         return {
-            "tensors": [tensor.detach().clone() for tensor in self._moving()],
-            "optimizer": copied(self.optimizer.state_dict()),
-            "levers": copy.deepcopy(self.state_dict()),
+            "weights": {name: tensor.detach().clone() for name, tensor in self._changing().items()},
+            "width": channels.ffn_width(self._transformer()) if self.start_width else 0,
+            "optimizer": clone_state(self.optimizer.state_dict()),
+            "masks": self.masks.state_dict() if self.masks is not None else {},
+            "effective_precision": self._output_precision,
+            "precision": controls.precision,
+            "batch_size": int(controls.batch_size),
+            "learning_rate_scale": float(controls.learning_rate_scale),
+            "sparsity": float(controls.sparsity),
+            "finish": bool(controls.finish),
         }
 
-    def _moving(self) -> list[torch.Tensor]:
-        weights = self.parameters() if self.masks is None else list(self.model.parameters())
-        return [*weights, *self.model.buffers()]
-
-    def restore(self, snapshot: Snapshot, controls: Controls) -> None:
-        """Go back to a snapshot, under the controls that were in force then."""
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a state that `snapshot` returned, bit for bit."""
+        if snapshot["width"]:
+            channels.resize(self._transformer(), snapshot["width"])
+        weights = snapshot["weights"]
         with torch.no_grad():
-            for tensor, before in zip(self._moving(), snapshot["tensors"], strict=True):
-                tensor.copy_(before)
-        self.optimizer.load_state_dict(copied(snapshot["optimizer"]))
-        self.load_state_dict(snapshot["levers"], controls)
+            for name, tensor in self._changing().items():
+                if name in weights or isinstance(tensor, nn.Parameter):  # version 0.1 left out some buffers
+                    tensor.copy_(weights[name])
+        self.optimizer.load_state_dict(clone_state(snapshot["optimizer"]))
+        if self.masks is not None:
+            self.masks.load_state_dict(clone_state(snapshot["masks"]))
+        names = ("learning_rate_scale", "batch_size", "precision", "sparsity", "finish")
+        self.controls = replace(self.controls, **{name: snapshot[name] for name in names if name in snapshot})
+        self._output_precision = snapshot["effective_precision"]
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def claim(self) -> None:
-        """Keep other controllers from the optimiser, and see the model's number format, until `release`."""
-        setattr(self.optimizer, _CLAIMED, weakref.ref(self))
-        first = next((m for m in self.model.modules() if isinstance(m, nn.Linear)), None)
+    def _changing(self) -> dict[str, Tensor]:
+        """Return the tensors that training changes: weights that are stepped or masked, and buffers."""
+        weights = self._stepped if self.masks is None else self.model.named_parameters()
+        moving: dict[str, Tensor] = {name: p for name, p in weights if self.masks is not None or p.requires_grad}
+        return moving | dict(self.model.named_buffers())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the states of model and optimizer do not hold, for a loop that goes on from a file."""
+        return {
+            "course": self.progress.state_dict(),
+            "controls": asdict(self.controls),
+            "levers": {
+                "masks": None if self.masks is None else self.masks.state_dict(),
+                "peak": self.peak,
+                "ratios": list(self._ratios),
+                "set": list(self._rates),
+                "output_precision": self._output_precision,
+            },
+            "readings": self.recorder.state_dict() | {"before": [weights.clone() for _, weights in self._before]},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, same_interval: bool = True) -> None:
+        """Go on where `state_dict` was called; load model and optimizer before.
+
+        Args:
+            state: From `state_dict`.
+            same_interval: Go on within the interval. Without it, the interval is measured anew from here on.
+        """
+        self.progress.load_state_dict(state["course"])
+        self.controls = Controls(**state["controls"])
+        own = state["levers"]
+        if self.masks is not None:
+            self.masks.load_state_dict(clone_state(own["masks"]))
+        self.peak, self._ratios, self._rates = own["peak"], list(own["ratios"]), list(own["set"])
+        self._output_precision = own["output_precision"]
+        self._before, self.probe_wanted = [], False
+        if not same_interval:
+            self.recorder.begin(self.progress.sequences, self.sparsity(), at_first_step=True)
+            self.recorder.decision = self.progress.decision
+            return
+        self.recorder.load_state_dict(state["readings"])
+        before = [weights.clone().to(self.device) for weights in state["readings"]["before"]]
+        if before:
+            self._before = list(zip(self.parameters(), before, strict=True))
+
+    # Ownership -------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Keep other loops from the optimizer, and watch the model's number format, until `detach`."""
+        setattr(self.optimizer, _OWNER, weakref.ref(self))
+        first = next((m for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D)), None)
         if first is not None:
-            self._hook = first.register_forward_hook(_Watcher(self))
+            self._hook = first.register_forward_hook(_PrecisionHook(self))
 
-    def release(self) -> None:
-        """Give model and optimiser back: the batch's decay and the peak learning rate as they were at the start."""
-        setattr(self.optimizer, _CLAIMED, None)
-        self.apply(replace(self.controls, batch_size=self._start_batch))
+    def detach(self) -> None:
+        """Give model and optimizer back, with the batch's decay and the peak learning rate as at the beginning."""
+        setattr(self.optimizer, _OWNER, None)
+        self._before = []
+        self.apply(replace(self.controls, batch_size=self._start.batch_size))
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=False):  # some may have been added
             _write_rate(group, self.peak * ratio)
-        if self.switches_matmul:
+        if self.sets_matmul_precision:
             torch.set_float32_matmul_precision(self._matmul_precision)
         if self._hook is not None:
             self._hook.remove()
 
-    def remember(self, dtype: torch.dtype) -> None:
-        """Keep the number format of a matrix product's output."""
+    def note_output(self, dtype: torch.dtype) -> None:
+        """Note the number format of a matrix product's output in training."""
         self._output_precision = number_format.name_of(dtype, self.device)
 
 
-def offered(precisions: tuple[Precision, ...], device: torch.device) -> dict[Precision, str]:
-    """Return the precisions that are not offered, each with the reason, where the user lists those that are."""
-    reasons = number_format.lacking(device)
-    reasons.setdefault("fp16", "needs a loss scaler, which is the loop's")
-    for name in PRECISIONS:
-        if name not in precisions:
-            reasons.setdefault(name, "not among the precisions that were offered")
-    return reasons
+class _PrecisionHook:
+    """Tells a loop the number format of its model's first matrix product.
 
-
-def _first_rate(group: dict[str, Any]) -> float:
-    """Return the peak of a group's learning rate: a scheduler that has warm-up leaves it in `initial_lr`."""
-    return float(group.get("initial_lr", group["lr"]))
-
-
-def _write_rate(group: dict[str, Any], learning_rate: float) -> None:
-    """Write the learning rate of a parameter group; some optimisers keep it in a tensor, which must stay the same."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(learning_rate)
-    else:
-        group["lr"] = learning_rate
-
-
-def _device(model: nn.Module, optimizer: Optimizer) -> torch.device:
-    stepped = [p for group in optimizer.param_groups for p in group["params"]]
-    if not stepped:
-        raise ValueError("optimizer must have parameters, got none; make it from model.parameters()")
-    mine = {id(p) for p in model.parameters()}
-    if strange := sum(id(p) not in mine for p in stepped):
-        raise ValueError(
-            f"optimizer must step parameters of the model, got {strange} of {len(stepped)} that are not; "
-            "make it from model.parameters(), after anything that replaces them (PEFT, .to, fully_shard)"
-        )
-    device: torch.device = stepped[0].device
-    return device
-
-
-class _Watcher:
-    """Has the model's first matrix product tell its output's number format.
-
-    A model may be copied or pickled with it, and is then not watched.
+    A model may be copied or pickled with this hook, and is then not watched.
     """
 
-    def __init__(self, levers: Levers) -> None:
-        self._levers: weakref.ref[Levers] | None = weakref.ref(levers)
+    def __init__(self, loop: ControlledLoop) -> None:
+        self._loop: weakref.ref[ControlledLoop] | None = weakref.ref(loop)
 
-    def __call__(self, module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        levers = self._levers() if self._levers is not None else None
-        if levers is not None and module.training:
-            levers.remember(output.dtype)
+    def __call__(self, module: nn.Module, _inputs: object, output: Tensor) -> None:
+        loop = self._loop() if self._loop is not None else None
+        if loop is not None and module.training:
+            loop.note_output(output.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_levers": None}
+        return {"_loop": None}
 
 
-class Readings:
-    """The meters of a steered loop.
+class Stateful(Protocol):
+    """An object that can save and restore its position: a data loader, a sampler."""
 
-    The probe takes the update of the last step but one of an interval, and the beginning of the first micro-batch of
-    its last step, before that is trained on: fresh text, without taking any from the loop.
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the position."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Go to a position that `state_dict` returned."""
+
+
+class RollbackCopy:
+    """One copy of a loop's state to go back to, with the position of its data and of torch's random numbers.
 
     Args:
-        levers: Model and optimiser.
-        meter: Energy meter.
-        clock: Returns seconds.
-        ranks: The processes that train together.
-        sequences: Budget of the run.
-        sequence_length: Tokens of a sequence.
-        gradient_clip: Largest norm of a gradient, or None for no limit.
-        probe: Whether to probe the curvature.
+        loop: The loop.
+        data: Position of the data; without it the data go on after a rollback.
     """
 
-    def __init__(
-        self,
-        levers: Levers,
-        meter: EnergyMeter,
-        clock: Callable[[], float],
-        ranks: Ranks,
-        *,
-        sequences: int,
-        sequence_length: int,
-        gradient_clip: float | None,
-        probe: bool,
-    ) -> None:
-        self.levers, self.ranks = levers, ranks
-        self.sequences, self.sequence_length = sequences, sequence_length
-        self.gradient_clip, self.probing = gradient_clip, probe
-        self.watch = Stopwatch(clock, meter)
-        self.start_sequences = 0
-        self.start_sparsity = 0.0
-        self.mask_updates = 0
-        self.switch_s = 0.0
-        self.evaluation_s = 0.0
-        self.probe_wanted = False
-        self.probe_sequences = 1
-        """Sequences that a probe is to look at, in this process."""
-        self.micro_batches = 1
-        self._taken = 0
-        self._decision = 0
-        self._before: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self._losses: list[tuple[torch.Tensor, float]] = []
-        self._interval: Interval | None = None
-        self._begun: tuple[float, EnergyReading] | None = None
+    def __init__(self, loop: ControlledLoop, data: Stateful | None) -> None:
+        self._loop, self._data = loop, data
+        self._copy: dict[str, Any] | None = None
+        self.rolled_back: list[int] = []
+        """Intervals that were taken back."""
 
-    def clock(self) -> float:
-        """Return the seconds of the run, without its pauses."""
-        return self.watch.seconds()
+    @property
+    def exists(self) -> bool:
+        """Whether there is a copy to go back to."""
+        return self._copy is not None
 
-    def pause(self) -> None:
-        """Stop clock and meter: what comes now is no cost of the interval. Once is enough."""
-        self.watch.pause()
+    def take(self) -> None:
+        """Copy the loop's state."""
+        self._copy = None  # or there would be two copies at once
+        taken: dict[str, Any] = {"loop": self._loop.snapshot(), "progress": self._loop.progress.state_dict()}
+        if self._data is not None:
+            device = self._loop.device
+            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            taken |= {"data": self._data.state_dict(), "random": (torch.get_rng_state(), cuda)}
+        self._copy = taken
 
-    def go_on(self) -> None:
-        """Let clock and meter go on; nothing happens where they do."""
-        self.evaluation_s += self.watch.go_on()
+    def restore(self) -> None:
+        """Go back to the copy.
 
-    def begin_interval(self, sequences: int) -> None:
-        """Forget the interval before; `sequences` have been trained on so far."""
-        synchronise(self.levers.device)
-        self.start_sequences, self._taken = sequences, 0
-        self.start_sparsity, self.mask_updates, self.switch_s = self.levers.sparsity(), 0, 0.0
-        self._interval = None
-        self._begun = self.watch.read() if sequences else None  # what comes before a run is not its own
+        Where the same interval went wrong before, the data are to blame: then the data and the budget go on.
+        """
+        assert self._copy is not None, "guardrails ask for a rollback only after a snapshot"
+        copied, progress = self._copy, self._loop.progress
+        here = progress.decision
+        self._loop.restore(copied["loop"])
+        if self._data is not None and here not in self.rolled_back:
+            self._data.load_state_dict(copied["data"])
+            self._restore_random(*copied["random"])
+            progress.load_state_dict(copied["progress"])
+        else:
+            progress.load_state_dict({**progress.state_dict(), "cooldown": copied["progress"]["cooldown"]})
+        self.rolled_back.append(here)
 
-    def begin_anew(self, sequences: int, decision: int) -> None:
-        """Begin the interval of a decision again, in the midst of it."""
-        self.begin_interval(sequences)
-        self._decision, self._before, self._begun = decision, [], None
+    def _restore_random(self, cpu: Tensor, cuda: Tensor | None) -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self._loop.device)
 
-    def begin_step(self, batch_size: int, *, last: bool) -> None:
-        """Get ready for a step of so many sequences; the `last` of an interval may begin with a probe."""
-        if self._interval is None:
-            start, reading = self._begun or self.watch.read()
-            controls = self.levers.controls
-            self._interval = Interval(controls, start, reading, self.start_sequences, self.start_sparsity)
-        self._losses = []
-        self.probe_wanted = bool(last and self._before and self._interval.probe is None)
-        if self.probe_wanted:
-            self.probe_sequences = -(-int(sequences_probed(self._taken + batch_size)) // self.ranks.world_size)
+    def drop(self) -> None:
+        """Free the copy."""
+        self._copy = None
 
-    def keep_weights(self, *, next_is_last: bool) -> None:
-        """Keep the weights where the next step may begin with a probe: what this step changes is the update."""
-        if not self.probe_wanted:
-            due = probe_due(self._decision, self.start_sequences / self.sequences)
-            wanted = next_is_last and self.probing and bool(due)
-            self._before = [(p, p.detach().clone()) for p in self.levers.parameters()] if wanted else []
 
-    def note_loss(self, loss: torch.Tensor, share: float) -> None:
-        """Take in the mean loss of a micro-batch and its share of the step."""
-        self._losses.append((loss.detach().float(), share))
-        self.micro_batches = len(self._losses)
-
-    def probe(self, loss: Callable[[], torch.Tensor]) -> None:
-        """Measure slope and curvature along the last update on what `loss` looks at."""
-        interval = self._open()
-        synchronise(self.levers.device)
-        start = self.clock()
-        updates = [(parameter, parameter.detach() - before) for parameter, before in self._before]
-        self._before, self.probe_wanted = [], False
-        with looking(self.levers.model), self.levers.autocast("fp32"):
-            try:
-                found = probe_curvature(updates, lambda: self._looked_at(loss))
-                interval.probe = found if found.finite else None
-            except torch.OutOfMemoryError:  # then the run goes without, but the others would wait for this one
-                if self.ranks.world_size > 1:
-                    raise
-        interval.probe_s = self.clock() - start
-
-    def _looked_at(self, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
-        device = self.levers.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the same noise three times
-            value = loss().detach().float()
-        self.ranks.settle(self.levers.model)
-        return value
-
-    def end_step(self, gradient_norm: torch.Tensor, sequences: int) -> None:
-        """Take in a step that has been made."""
-        interval = self._open()
-        if not self._losses:
-            raise ValueError("a step must tell its loss; call note_loss, or step.backward, for every micro-batch")
-        loss = torch.stack([value * share for value, share in self._losses]).sum()
-        record = StepRecord(loss, self.ranks.whole(gradient_norm.detach()))
-        interval.note_step(record, self.levers.optimizer)
-        self._taken += sequences
-        self._losses = []
-
-    def drop_step(self) -> None:
-        """Forget a step that was not made."""
-        self._losses, self._before, self.probe_wanted = [], [], False
-
-    def telemetry(self, *, decision: int, tokens: int, finished: bool, finishing: bool, budget_used: float,
-                  validation_loss: float | None) -> Telemetry:  # fmt: skip
-        """Return what the interval measured."""
-        interval, levers = self._open(), self.levers
-        self._decision = decision + 1
-        interval.note_moment(levers.optimizer)
-        interval.switch_s = self.switch_s
-        cost = self._cost(interval)
-        batch_size = self._taken / len(interval.steps)
-        clip = self.gradient_clip
-        learned = interval.losses_and_gradients(
-            batch_size, gradient_clip=float("inf") if clip is None else clip, beta1=levers.beta1
-        )
-        evaluation_s, self.evaluation_s = self.evaluation_s, 0.0
-        return Telemetry(
-            **learned,
-            **cost,
-            decision=decision,
-            budget_used=budget_used,
-            tokens=tokens,
-            interval_tokens=self._taken * self.sequence_length,
-            steps=len(interval.steps),
-            epochs_seen=0.0,
-            validation_loss=validation_loss,
-            requested=interval.controls,
-            learning_rate=levers.learning_rate(),
-            batch_size=batch_size,
-            micro_batch_size=max(1, round(batch_size / self.ranks.world_size / self.micro_batches)),
-            precision=levers.precision(),
-            sparsity=levers.sparsity(),
-            finishing=finishing,
-            finished=finished,
-            evaluation_time_s=evaluation_s,
-            memory_share=memory_share(levers.device),
-        )
-
-    def _cost(self, interval: Interval) -> dict[str, Any]:
-        """Return what the interval cost; of several processes, in all, whose mean losses and probe it has then."""
-        synchronise(self.levers.device)
-        cost = interval.cost(*self.watch.read())
-        if self.ranks.world_size == 1:
-            return cost
-        losses = torch.stack([step.loss for step in interval.steps]).tolist()
-        mine = Share(losses=losses, probe=interval.probe, time_s=cost["time_s"], energy_j=cost["energy_j"])
-        share = self.ranks.together(mine, self.watch.meter)
-        means = torch.tensor(share.losses, device=self.levers.device)
-        interval.steps = [StepRecord(loss, s.gradient_norm) for loss, s in zip(means, interval.steps, strict=True)]
-        interval.probe = share.probe
-        known = share.energy_j is not None and share.time_s > 0
-        power_w = share.energy_j / share.time_s if known else None  # type: ignore[operator]
-        return cost | {"time_s": share.time_s, "energy_j": share.energy_j, "power_w": power_w}
-
-    def _open(self) -> Interval:
-        if self._interval is None:
-            raise ValueError("a step must be begun before it ends; call begin_step, or use `with steering.step()`")
-        return self._interval
-
-    def let_go(self) -> None:
-        """Drop the copy of the weights."""
-        self._before = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what has been collected of the interval so far."""
-        names = ("start_sequences", "start_sparsity", "mask_updates", "switch_s", "evaluation_s", "micro_batches")
-        state: dict[str, Any] = {name: getattr(self, name) for name in names}
-        state |= {"taken": self._taken, "decision": self._decision, "before": [b.clone() for _, b in self._before]}
-        state["evaluation_s"] += self.watch.paused_s()
-        now = self.watch.read()
-        state["begun"] = None if self._begun is None else _since(self._begun, now)
-        if (interval := self._interval) is not None:
-            state["interval"] = {
-                "losses": [float(step.loss) for step in interval.steps],
-                "norms": [float(step.gradient_norm) for step in interval.steps],
-                "moments": [float(norm) for norm in interval.moment_norms],
-                "since": _since((interval.start_s, interval.reading), now),
-                "probe": None if interval.probe is None else vars(interval.probe),
-                "probe_s": interval.probe_s,
-            }
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on in the midst of the interval; seconds and joules up to here are kept, the pause is left out."""
-        for name in ("start_sequences", "start_sparsity", "mask_updates", "switch_s", "evaluation_s", "micro_batches"):
-            setattr(self, name, state[name])
-        device = self.levers.device
-        self._taken, self._decision = state["taken"], state["decision"]
-        before = [tensor.clone().to(device) for tensor in state["before"]]
-        self._before = list(zip(self.levers.parameters(), before, strict=True)) if before else []
-        self._interval, self._losses, self.probe_wanted = None, [], False
-        now = self.watch.read()
-        self._begun = None if state["begun"] is None else _before(state["begun"], now)
-        if (kept := state.get("interval")) is None:
-            return
-        start, begun = _before(kept["since"], now)
-        self._interval = Interval(self.levers.controls, start, begun, self.start_sequences, self.start_sparsity)
-        pairs = zip(kept["losses"], kept["norms"], strict=True)
-        self._interval.steps = [
-            StepRecord(torch.tensor(a, device=device), torch.tensor(b, device=device)) for a, b in pairs
-        ]
-        self._interval.moment_norms = [torch.tensor(norm, device=device) for norm in kept["moments"]]
-        self._interval.probe = None if kept["probe"] is None else ProbeResult(**kept["probe"])
-        self._interval.probe_s = kept["probe_s"]
+def clone_state(state: Any) -> Any:
+    """Return a deep copy. `copy.deepcopy` fails with 8-bit states that are tensors made of tensors (torchao)."""
+    if isinstance(state, Mapping):
+        return {name: clone_state(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [clone_state(value) for value in state]
+    if not isinstance(state, Tensor):
+        return copy.deepcopy(state)
+    try:
+        return state.detach().clone()
+    except NotImplementedError:
+        parts, context = state.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner = {name: clone_state(getattr(state, name)) for name in parts}
+        return type(state).__tensor_unflatten__(inner, context, state.size(), state.stride())  # type: ignore[attr-defined]
 
 
 @contextmanager
-def looking(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and afterwards each of its modules back into its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -549,85 +681,33 @@ def looking(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-Moment = tuple[float, EnergyReading]
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the memory of the GPU or of the host is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _since(then: Moment, now: Moment) -> tuple[float, float | None]:
-    """Return the seconds and joules between two moments."""
-    one, other = then[1].energy_j, now[1].energy_j
-    return now[0] - then[0], None if one is None or other is None else other - one
+def _first_rate(group: dict[str, Any]) -> float:
+    """Return the peak of a group's learning rate: a scheduler that has warm-up leaves it in `initial_lr`."""
+    return float(group.get("initial_lr", group["lr"]))
 
 
-def _before(since: tuple[float, float | None], now: Moment) -> Moment:
-    """Return the moment so many seconds and joules ago."""
-    time_s, energy_j = since
-    known = energy_j is not None and now[1].energy_j is not None
-    return now[0] - time_s, replace(now[1], energy_j=now[1].energy_j - energy_j if known else None)  # type: ignore[operator]
+def _write_rate(group: dict[str, Any], value: float) -> None:
+    """Write the learning rate of a parameter group; some optimizers keep it in a tensor, which must stay the same."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = value
 
 
-class Stateful(Protocol):
-    """Anything that can say where it stands, and go back there: a data loader, a sampler."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return where it stands."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
-        """Go back there."""
-
-
-class Snapshots:
-    """One copy of a run: what training changes, where it stands, and where its data and random numbers do.
-
-    Args:
-        levers: Model and optimiser.
-        progress: Where the run stands.
-        data: The data's position; without it the data go on after a rollback.
-    """
-
-    def __init__(self, levers: Levers, progress: BudgetProgress, data: Stateful | None) -> None:
-        self._levers, self._progress, self._data = levers, progress, data
-        self._kept: dict[str, Any] | None = None
-        self.spoilt: list[int] = []
-        """Intervals that were taken back."""
-
-    @property
-    def there(self) -> bool:
-        """Whether there is something to go back to."""
-        return self._kept is not None
-
-    def take(self) -> None:
-        """Copy the run."""
-        self._kept = None  # or there would be two of them at once
-        kept = {"levers": self._levers.snapshot(), "controls": self._levers.controls}
-        kept["course"] = self._progress.state_dict()
-        if self._data is not None:
-            device = self._levers.device
-            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            kept |= {"data": self._data.state_dict(), "random": (torch.get_rng_state(), cuda)}
-        self._kept = kept
-
-    def go_back(self) -> None:
-        """Put the run back to where it was copied.
-
-        Where the same interval went wrong before, the data are to blame, and go on.
-        """
-        assert self._kept is not None, "guardrails only ask for it after a snapshot"
-        kept, here = self._kept, self._progress.decision
-        self._levers.restore(kept["levers"], kept["controls"])
-        progress = kept["course"]
-        if self._data is not None and here not in self.spoilt:
-            self._data.load_state_dict(kept["data"])
-            self._restore_random(*kept["random"])
-        else:
-            progress = {**self._progress.state_dict(), "cooldown": progress["cooldown"]}
-        self._progress.load_state_dict(progress)
-        self.spoilt.append(here)
-
-    def _restore_random(self, cpu: torch.Tensor, cuda: torch.Tensor | None) -> None:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, self._levers.device)
-
-    def drop(self) -> None:
-        """Let go of the copy."""
-        self._kept = None
+def _device(model: nn.Module, optimizer: Optimizer) -> torch.device:
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    if not stepped:
+        raise ValueError("optimizer must have parameters, got none; make it from model.parameters()")
+    known = {id(p) for p in model.parameters()}
+    if strange := sum(id(p) not in known for p in stepped):
+        raise ValueError(
+            f"optimizer must step parameters of the model, got {strange} of {len(stepped)} that are not; "
+            "make it from model.parameters(), after anything that replaces them (PEFT, .to, fully_shard)"
+        )
+    device: torch.device = stepped[0].device
+    return device

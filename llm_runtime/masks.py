@@ -1,8 +1,7 @@
-"""Hold chosen weights of a causal language model at zero while it trains: unstructured pruning by masks.
+"""Prune single weights of a causal language model while it trains: masks hold the chosen weights at zero.
 
-The weights stay plain parameters under their own names, so optimiser state stays as it is and a saved model
-loads without this package. Masks save neither memory nor time by themselves; `width` removes whole channels
-and does.
+The weights stay plain parameters under their own names, so the optimiser state is unchanged and a saved model
+loads without this package. Masks save neither memory nor time; `width` does, because it removes whole channels.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainpilot.llm_runtime.optimizer import laid_out_like, whole
+from trainpilot.llm_runtime.optimizer import full_tensor, laid_out_like
 
 Criterion = Literal["magnitude", "evolution"]
 
 
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name the matrices of the attention and feed-forward blocks: two dimensions each, no matrix twice.
+    """Return the matrices of the attention and feed-forward blocks by name, each matrix once.
 
     These are the weights of `nn.Linear` and of GPT-2's `Conv1D` inside the stack of layers (`nn.ModuleList`).
     Embeddings, the output head (tied or not), projections around the stack, norms and biases are left out.
@@ -41,16 +40,16 @@ class WeightMasks:
 
     `magnitude` ranks a weight by its size |w|, over all matrices together.
 
-    `evolution` ranks it by the mean of its whole path, later steps counting more:
+    `evolution` ranks it by the mean of its values after every step, in which later steps weigh more:
 
         Wbar_T = sum(t * w_t for t = 1..T) / sum(t for t = 1..T)
 
     and removes weight i of matrix l when |Wbar_i| < r * std(|Wbar_l|). Rule: Islam, Belhaouari and Bermak
     2025, arXiv 2502.17071, with code at github.com/ashhadulislam/pruneTinyGPT. They choose r by hand and
     prune embeddings, norms and biases too; here r is one number for all matrices, chosen so that the wanted
-    sparsity is met. Until the first `observe` the weights at construction stand in for the mean.
+    sparsity is reached. Until the first `observe`, the weights at construction take the place of the mean.
 
-    After every `optimizer.step()` call `apply`, then `observe`; call `prune_to` whenever sparsity shall grow.
+    After every `optimizer.step()` call `apply`, then `observe`; call `prune_to` to raise the sparsity.
     Make the masks when the model is on the one device where it trains, or sharded over several (FSDP2): the masks
     are sharded like their matrices, and `prune_to` gathers all scores in every process. `evolution` keeps one more
     copy of the matrices, in float32 or wider.
@@ -73,7 +72,7 @@ class WeightMasks:
         self._names = list(parameters)
         self._weights: list[Tensor] = list(parameters.values())
         self._total = sum(weight.numel() for weight in self._weights)
-        # True where a weight may live, False where it is held at zero.
+        # True where a weight is trained, False where it is held at zero.
         self._masks = [torch.ones_like(weight, dtype=torch.bool) for weight in self._weights]
         self._masked = 0
         averaged = self._weights if criterion == "evolution" else []
@@ -81,7 +80,7 @@ class WeightMasks:
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Take the weights w_t after an optimiser step into the mean.
+        """Update the mean with the weights w_t after an optimiser step.
 
             Wbar_t = Wbar_(t-1) + 2 / (t + 1) * (w_t - Wbar_(t-1)),    as t / (1 + ... + t) = 2 / (t + 1)
 
@@ -95,7 +94,7 @@ class WeightMasks:
 
     @torch.no_grad()
     def prune_to(self, sparsity: float) -> None:
-        """Mask exactly round(sparsity * n) of the n prunable weights and zero them; what is masked stays so.
+        """Mask exactly round(sparsity * n) of the n prunable weights and zero them; masked weights stay masked.
 
         Among weights of equal score the earlier matrix and the lower index go first. A sparsity below the one
         already reached changes nothing.
@@ -122,11 +121,11 @@ class WeightMasks:
     @torch.no_grad()
     def sparsity(self) -> float:
         """Return the share of prunable weights that are zero now, counted in the weights, in [0, 1]."""
-        alive = torch.stack([whole(torch.count_nonzero(weight)) for weight in self._weights]).sum()
+        alive = torch.stack([full_tensor(torch.count_nonzero(weight)) for weight in self._weights]).sum()
         return 1 - int(alive) / self._total
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all that `load_state_dict` needs: tensors, numbers and text only."""
+        """Return a copy of the state for `load_state_dict`: tensors, numbers and text only."""
         return {
             "criterion": self.criterion,
             "steps": self.steps,
@@ -137,7 +136,7 @@ class WeightMasks:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a state from `state_dict`, also one with fewer masks; the weights stay as they are.
+        """Restore a state from `state_dict`, also one with fewer masked weights; the weights are not changed.
 
         Raises:
             ValueError: If the state was made with another criterion, or for a model of other matrices.
@@ -151,17 +150,17 @@ class WeightMasks:
         self._masked = self._count_masked()
 
     def _scores(self) -> list[Tensor]:
-        """Score each weight, small means unimportant, in the shapes of the matrices."""
+        """Return the importance of each weight, in the shapes of the matrices; the smallest are pruned first."""
         if self.criterion == "magnitude":
-            return [whole(weight.detach()).abs() for weight in self._weights]
-        sizes = [whole(mean).abs() for mean in self._mean]
+            return [full_tensor(weight.detach()).abs() for weight in self._weights]
+        sizes = [full_tensor(mean).abs() for mean in self._mean]
         # A matrix of equal entries has no spread: the clamp keeps its scores from 0 / 0.
         return [size / size.std().clamp_min(torch.finfo(size.dtype).tiny) for size in sizes]
 
     def _mask_smallest(self, wanted: int) -> None:
         """Grow the masks to the `wanted` lowest scores; masked weights score -inf and so come first."""
         scores = [
-            score.masked_fill(~whole(mask), -torch.inf).flatten()
+            score.masked_fill(~full_tensor(mask), -torch.inf).flatten()
             for score, mask in zip(self._scores(), self._masks, strict=True)
         ]
         chosen, threshold = _smallest(torch.cat(scores), wanted)
@@ -173,7 +172,7 @@ class WeightMasks:
             self.threshold_r = float(threshold)
 
     def _count_masked(self) -> int:
-        alive = torch.stack([whole(torch.count_nonzero(mask)) for mask in self._masks]).sum()
+        alive = torch.stack([full_tensor(torch.count_nonzero(mask)) for mask in self._masks]).sum()
         return self._total - int(alive)
 
     def _check_state(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Turn a model's name into a transformers causal language model and the tokenizer that goes with it."""
+"""Load a transformers causal language model and its tokenizer by name: a preset, a config, a folder or a Hub id."""
 
 from __future__ import annotations
 
@@ -75,10 +75,14 @@ class LoadedModel:
 
 
 def load_model(name: str, seed: int) -> LoadedModel:
-    """Load a preset, a config JSON or folder (fresh weights from `seed`), a model folder or a Hub id (its own weights).
+    """Return a model: a preset, a config JSON or folder with new weights, or a model folder or Hub id with its weights.
+
+    Args:
+        name: Name of a preset, path of a config or of a model folder, or Hub id.
+        seed: Seed of the new weights.
 
     Raises:
-        ValueError: the name leads nowhere, the config is wrong, or the Hub cannot be reached.
+        ValueError: there is no such model, the config is wrong, or the Hub cannot be reached.
     """
     if name in PRESETS:
         return _from_scratch(_build_config(PRESETS[name], name), seed)
@@ -91,7 +95,7 @@ def load_model(name: str, seed: int) -> LoadedModel:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Return how many positions the model can see, in tokens, or `None` where its config has no limit."""
+    """Return the longest sequence that the model accepts, in tokens, or `None` if its config states no limit."""
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -112,7 +116,7 @@ def _read_config(path: Path) -> PretrainedConfig:
 
 
 def _build_config(content: dict[str, Any], name: str) -> PretrainedConfig:
-    """Make the config of a model trained from scratch on bytes: its vocabulary is 256, whatever the file says."""
+    """Make the config of a model trained from scratch on bytes: its vocabulary is always 256."""
     options = {key: value for key, value in content.items() if key != "model_type"}
     options |= {"vocab_size": ByteTokenizer.vocabulary}
     options |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))

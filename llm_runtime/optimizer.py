@@ -1,8 +1,6 @@
-"""Make the optimiser, read it, and change AdamW's batch so that the change alone does not move the run.
+"""Make AdamW, schedule-free AdamW or Prodigy, read their state, and adjust Adam's decay to a change of batch size.
 
-Make the optimisers that ask for less tuning than AdamW, and look at the weights that schedule-free averages.
-
-Gather and lay out tensors of which each process may hold only its shard (FSDP2); plain tensors pass through.
+The tensors may be plain or sharded over processes (FSDP2).
 """
 
 from __future__ import annotations
@@ -18,15 +16,15 @@ from torch.optim import Adam, AdamW, Optimizer
 from trainpilot.llm_runtime.config import RunConfig
 
 BETAS = (0.9, 0.999)
-"""What both packages recommend; a beta2 as short as AdamW's 0.95 would also shorten Prodigy's estimate."""
+"""Decay rates that both packages recommend; a beta2 as short as AdamW's 0.95 would also shorten Prodigy's estimate."""
 
 
 def make_schedule_free(groups: list[dict[str, Any]], config: RunConfig) -> Optimizer:
     """Return schedule-free AdamW, ready to train.
 
-    Gradients are taken at a point between the weights that take the steps and their running average; the average is
-    what counts (`averaged_weights`). The package's own warm-up stays off: it is a factor on the learning rate, and
-    that comes with every step. In the average a step weighs as the square of the largest rate so far.
+    Gradients are computed at a point between the weights that take the steps and their running average; the average
+    is the result (`averaged_weights`). The package's own warm-up stays off: it is a factor on the learning rate,
+    which is set in every step. In the average, a step has the weight of the square of the largest rate so far.
 
     Defazio et al. 2024, "The road less scheduled", arXiv 2405.15682.
     """
@@ -40,9 +38,9 @@ def make_schedule_free(groups: list[dict[str, Any]], config: RunConfig) -> Optim
 
 
 def make_prodigy(groups: list[dict[str, Any]], config: RunConfig) -> Optimizer:
-    """Return Prodigy, AdamW with a learning rate of its own estimate; the rate that is set is a factor on it.
+    """Return Prodigy: AdamW that estimates its learning rate; the rate that is set is a factor on the estimate.
 
-    Warm-up would make it overestimate: it has a safeguard for that.
+    With warm-up the estimate would come out too high; Prodigy's safeguard against that is switched on then.
 
     Mishchenko and Defazio 2024, "Prodigy: an expeditiously adaptive parameter-free learner", arXiv 2306.06101.
     """
@@ -66,8 +64,8 @@ def make_prodigy(groups: list[dict[str, Any]], config: RunConfig) -> Optimizer:
 def averaged_weights(optimizer: Optimizer) -> Iterator[None]:
     """Put schedule-free's averaged weights into the model; afterwards the training weights are back, bit for bit.
 
-    The package would compute the training weights anew, which rounds: a look would change the run. So they are kept
-    aside. With any other optimiser, and inside another such block, nothing happens.
+    The package would compute the training weights again, which rounds, so that an evaluation would change the run;
+    they are copied instead. With any other optimiser, and inside another such block, nothing happens.
     """
     switch: Any = optimizer
     if not optimizer.param_groups[0].get("train_mode", False):
@@ -88,14 +86,14 @@ def _missing(config: RunConfig, package: str) -> ValueError:
     return ValueError(f"optimizer {config.optimizer!r} needs the package {package}; run: pip install {package}")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor; where it is sharded, all processes must ask together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor; if it is sharded, all processes must call this together."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
 
 def laid_out_like(pattern: Tensor, tensor: Tensor) -> Tensor:
-    """Return `tensor`, which every process holds whole, sharded as `pattern` is."""
+    """Return `tensor`, of which every process holds a full copy, sharded like `pattern`."""
     if not hasattr(pattern, "full_tensor"):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -105,7 +103,7 @@ def laid_out_like(pattern: Tensor, tensor: Tensor) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
-    """Return a fused AdamW, or what the run asks for in its place, with weight decay on matrices only."""
+    """Return the optimiser of the run's configuration, by default fused AdamW, with weight decay on matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -120,15 +118,15 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
 
 
 def change_batch(optimizer: Optimizer, ratio: float) -> None:
-    """Keep Adam's moments, bias correction included, as they are when the batch grows by `ratio`.
+    """Adjust Adam to a batch that grows by `ratio`, with its bias-corrected moments unchanged.
 
-    The decay becomes beta2^ratio, so that its half-life in tokens stays (Marek et al. 2025), and the step count is
-    divided by `ratio`, so that the bias correction 1 - beta2^step stays as it was. The correction 1 - beta1^step
-    does move: the first moment moves with it, or the first steps after a change in warm-up would be too large.
+    The decay becomes beta2^ratio, which keeps its half-life in tokens (Marek et al. 2025), and the step count is
+    divided by `ratio`, which keeps the bias correction 1 - beta2^step. The correction 1 - beta1^step changes; the
+    first moment is scaled with it, as the first steps after a change during warm-up would be too large otherwise.
     """
     if ratio == 1:
         return
-    assert isinstance(optimizer, Adam), "the buffers of other optimisers mean other things"
+    assert isinstance(optimizer, Adam), "only the buffers of Adam are known"
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         group["betas"] = (beta1, float(beta2**ratio))
@@ -145,16 +143,18 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 
 
 def effective_learning_rate(optimizer: Optimizer) -> float:
-    """Return the learning rate in force, read from the optimiser: for Prodigy the rate set times its estimate `d`."""
-    group = optimizer.param_groups[0]
-    return float(group["lr"]) * float(group.get("d", 1.0))
+    """Return the learning rate in force, read from the optimizer: the highest of its groups.
+
+    For Prodigy, the rate that was set times its estimate `d`.
+    """
+    return max(float(group["lr"]) * float(group.get("d", 1.0)) for group in optimizer.param_groups)
 
 
 def update_direction(optimizer: Optimizer) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """Return, for each parameter, the last update as AdamW's buffers tell it (weight decay included).
+    """Return the last update of each parameter, computed from AdamW's buffers, with weight decay.
 
-    The decay is taken of the weights after the step instead of before it: an error of lr x decay of the update.
-    Nothing for other optimisers: their buffers mean other things.
+    The decay is computed from the weights after the step instead of before it: a relative error of lr x decay.
+    The list is empty for other optimisers, whose buffers have another meaning.
     """
     updates: list[tuple[nn.Parameter, torch.Tensor]] = []
     if not isinstance(optimizer, AdamW):
@@ -192,9 +192,9 @@ def first_moment_norm(optimizer: Optimizer) -> torch.Tensor | None:
 
 def norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the Euclidean norm of all tensors taken as one vector, a scalar on the device."""
-    return whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors)))))
+    return full_tensor(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors)))))
 
 
 def _states(optimizer: Adam, group: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """Return the buffers of a group's parameters that have been stepped."""
+    """Return the state of those parameters of a group that have been stepped."""
     return [optimizer.state[p] for p in group["params"] if optimizer.state.get(p)]

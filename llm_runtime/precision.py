@@ -1,4 +1,4 @@
-"""Say which number formats a device has, which of them pay for a model, and switch the matrix products to one."""
+"""Switch matrix products to another number format, and measure which formats a device has and which save time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import statistics
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from hashlib import blake2b
 
 import torch
 
 from trainpilot.llm_runtime.config import PRECISIONS, Precision
-from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.files import cache_dir, digest, write_json
 from trainpilot.llm_runtime.timing import alternating_seconds
 
 PAYS_BELOW = 0.95
@@ -56,7 +55,7 @@ def name_of(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def masked_precisions(device: torch.device, step: Callable[[Precision], None], model_key: str) -> dict[Precision, str]:
-    """Return the precisions not worth offering, each with the reason: lacking here, or measured not to pay.
+    """Return the precisions that should not be offered, each with the reason: not available, or measured as too slow.
 
     Args:
         device: Where the model lives.
@@ -77,7 +76,7 @@ def cached_step_seconds(
 ) -> Mapping[Precision, float]:
     """Return seconds per step for each precision, measured once per device and model."""
     label = f"{device_name(device)}|{torch.__version__}|{torch.get_num_threads()}|{model_key}"
-    path = cache_dir() / "precision" / f"{blake2b(label.encode(), digest_size=10).hexdigest()}.json"
+    path = cache_dir() / "precision" / f"{digest(label, 10)}.json"
     try:
         seconds: dict[Precision, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
         if set(seconds) == set(precisions) and all(value > 0 for value in seconds.values()):
@@ -100,7 +99,7 @@ def measure_step_seconds(
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was asked."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""Probe the curvature along the last update: does a step of this size still go downhill, or does it overshoot?"""
+"""Measure slope and curvature of the loss along the last update, to see whether steps of this size overshoot."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from trainpilot.llm_runtime.optimizer import norm_of
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What three forward passes on one fresh micro-batch tell."""
+    """Result of a curvature probe: three forward passes on one micro-batch that has not been trained on."""
 
     linear: float
     """Loss change along the update predicted by the slope, in nats/token; negative is downhill."""
     quadratic: float
-    """What curvature adds to it, in nats/token."""
+    """Loss change that the curvature adds, in nats/token."""
     relative_update: float
     """Norm of the update over the norm of the weights."""
 
     @property
     def finite(self) -> bool:
-        """Whether it says anything: text of which nothing is to be predicted has no loss."""
+        """Whether both changes are finite; a micro-batch without labels has no loss."""
         return math.isfinite(self.linear) and math.isfinite(self.quadratic)
 
 
 def mean_probe(results: Sequence[ProbeResult]) -> ProbeResult | None:
-    """Return the mean of what several processes found, each on text of its own; `None` of none."""
+    """Return the mean of several processes' results, each on its own text; `None` if there are none."""
     if not results:
         return None
     return ProbeResult(
@@ -45,7 +45,7 @@ def probe_curvature(updates: list[tuple[nn.Parameter, torch.Tensor]], loss: Call
     """Return slope and curvature of the loss along the update d, by central differences of the step's own length.
 
     With L(w + s d) at s = -1, 0, 1: linear = (L(1) - L(-1))/2 and quadratic = (L(1) + L(-1))/2 - L(0) = d'Hd/2 up to
-    fourth order. The weights are put back bit for bit.
+    fourth order. The weights are restored bit for bit.
 
     Args:
         updates: Each parameter with its last update.

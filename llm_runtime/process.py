@@ -1,9 +1,4 @@
-"""Set how many threads torch uses in this process.
-
-Keep a run's random numbers apart from everyone else's in the same process, such as a policy's.
-
-Call a method again and again on a daemon thread, for as long as its object lives.
-"""
+"""Process-wide tools: torch's threads, a random state per run, and a daemon thread that calls a method regularly."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ import torch
 
 
 def use_threads(n_threads: int) -> int:
-    """Use `n_threads` for matrix products, 0 for all cores, and return the number. Raises `ValueError` below 0."""
+    """Set the threads of torch's operations, 0 for all cores, and return their number. Raises `ValueError` below 0."""
     if n_threads < 0:
         raise ValueError(f"threads must be 0 (all cores) or more, got {n_threads}")
     count = n_threads or available_cores()
@@ -27,23 +22,23 @@ def use_threads(n_threads: int) -> int:
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores (hardware threads) that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def threads_in_use() -> int:
-    """Return how many threads torch uses in this process."""
+    """Return the number of threads that torch uses in this process."""
     return torch.get_num_threads()
 
 
 class RandomState:
-    """The state of torch's generators as one run sees them: what dropout draws.
+    """The state of torch's random generators for one run, from which dropout draws, separate from other users.
 
     Args:
-        device: Where the run's model lives.
-        seed: Where its numbers begin.
+        device: Device of the run's model.
+        seed: Seed of the run's random numbers.
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:
@@ -53,12 +48,12 @@ class RandomState:
             self._state = self._read()
 
     def apart(self) -> AbstractContextManager[None]:
-        """Leave everyone else's random numbers as they were."""
+        """Return a context after which torch's generators are as they were before."""
         return torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Go on with the run's own random numbers."""
+        """Use the run's own random numbers in a `with` block."""
         with self.apart():
             cpu, cuda = self._state
             torch.set_rng_state(cpu)
@@ -77,14 +72,14 @@ class RandomState:
         return {"cpu": cpu, "cuda": cuda}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a state that `state_dict` returned."""
+        """Restore a state that `state_dict` returned."""
         self._state = (state["cpu"], state["cuda"])
 
 
 class Ticker:
     """A daemon thread that calls a bound method every `interval_s` seconds until `stop`.
 
-    It holds the method weakly, so an object that nobody uses any more takes its thread with it.
+    It holds the method weakly, so the thread ends when the object is garbage-collected.
     """
 
     def __init__(self, method: Callable[[], None], interval_s: float) -> None:
@@ -105,7 +100,7 @@ class Ticker:
             del method
 
     def stop(self) -> None:
-        """End the thread; wait for a call under way, but no longer than a second."""
+        """End the thread, and wait up to a second for a call in progress."""
         self._stopped.set()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=1.0)

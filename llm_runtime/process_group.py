@@ -1,4 +1,8 @@
-"""Say what several processes that train one model must agree on; alone, there is nothing to agree on."""
+"""Collective operations that a run needs across the processes that train one model; no-ops in a single process.
+
+`ProcessGroup` says what they are, in the words of `torch.distributed`. `OneProcess` is the single process;
+`agents.integrations.ProcessGroupRanks` uses the default process group.
+"""
 
 from __future__ import annotations
 
@@ -15,53 +19,53 @@ Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """What an interval was in one process, or in all of them together."""
+class IntervalShare:
+    """What one process measured in an interval, or all processes together."""
 
     losses: list[float]
-    """Of its steps, in nats/token."""
+    """Training loss of each step, in nats/token."""
     probe: ProbeResult | None
-    """What the curvature probe found, if there was one."""
+    """Result of the curvature probe, if there was one."""
     time_s: float
-    """Seconds it took."""
+    """Duration in seconds."""
     energy_j: float | None
-    """Joules counted in it; unknown where nothing counts them."""
+    """Energy in joules, `None` where no meter counts it."""
 
 
-class Ranks(Protocol):
-    """The processes that train one model together: all of them take the same steps under the same controls."""
+class ProcessGroup(Protocol):
+    """The processes that train one model together: all take the same steps under the same controls."""
 
     world_size: int
-    """How many there are."""
+    """Number of processes."""
     rank: int
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     is_first: bool
-    """Whether this is the one that decides and writes."""
+    """Whether this is rank 0, the process that decides and writes files."""
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return the mean over the processes."""
 
-    def gathered(self, content: Content) -> list[Content]:
-        """Return what each process holds, the first one's first."""
+    def all_gather(self, content: Content) -> list[Content]:
+        """Return the content of every process, in the order of the ranks."""
 
-    def together(self, share: Share, meter: EnergyMeter) -> Share:
-        """Return an interval in all processes: mean losses, the longest time, the joules of all devices.
+    def all_reduce_interval(self, share: IntervalShare, meter: EnergyMeter) -> IntervalShare:
+        """Return an interval of all processes: mean losses, the longest duration, the joules of all devices.
 
-        A device that several processes count is counted once: their `meter` tells which it was. The joules are `None`
-        where one process's are unknown.
+        The joules of a device that several processes measure count once: `meter` says which device it is. The sum is
+        `None` where the joules of one process are unknown.
         """
 
-    def of_first(self, content: Content) -> Content:
-        """Return what the first process holds."""
+    def broadcast(self, content: Content) -> Content:
+        """Return the content of rank 0."""
 
-    def whole(self, norm: torch.Tensor) -> torch.Tensor:
-        """Return a norm over all parameters, wherever their parts lie, as a plain tensor."""
+    def full_tensor(self, norm: torch.Tensor) -> torch.Tensor:
+        """Return a norm over all parameters as a plain tensor, also where the parameters are sharded."""
 
-    def synchronise_gradients(self, model: nn.Module, wanted: bool) -> None:
-        """Exchange gradients in the next backward pass, or gather them here until one that does."""
+    def set_requires_gradient_sync(self, model: nn.Module, required: bool) -> None:
+        """Exchange gradients in the next backward pass, or only add them up in this process."""
 
-    def settle(self, model: nn.Module) -> None:
-        """Drop the weights that a forward pass without a backward pass has gathered, before they are out of date."""
+    def reshard(self, model: nn.Module) -> None:
+        """Free the full weights that a forward pass without a backward pass has gathered: they would become stale."""
 
 
 class OneProcess:
@@ -71,28 +75,28 @@ class OneProcess:
     rank = 0
     is_first = True
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return the values."""
         return values
 
-    def gathered(self, content: Content) -> list[Content]:
-        """Return the content."""
+    def all_gather(self, content: Content) -> list[Content]:
+        """Return the content in a list."""
         return [content]
 
-    def together(self, share: Share, meter: EnergyMeter) -> Share:
+    def all_reduce_interval(self, share: IntervalShare, meter: EnergyMeter) -> IntervalShare:
         """Return the share."""
         return share
 
-    def of_first(self, content: Content) -> Content:
+    def broadcast(self, content: Content) -> Content:
         """Return the content."""
         return content
 
-    def whole(self, norm: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, norm: torch.Tensor) -> torch.Tensor:
         """Return the norm."""
         return norm
 
-    def synchronise_gradients(self, model: nn.Module, wanted: bool) -> None:
+    def set_requires_gradient_sync(self, model: nn.Module, required: bool) -> None:
         """Do nothing."""
 
-    def settle(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         """Do nothing."""

@@ -1,6 +1,6 @@
-"""Record what was measured during one interval of a run, in SI units named in the field names.
+"""`Telemetry`, the measurements of one interval, and `Plant`, the interface of a run under control.
 
-Say what every plant offers: a live run, or a simulator that stands in for it.
+Units are SI and stand in the field names. A `Plant` is a live run, or a simulator that stands in for one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Telemetry(JsonRecord):
     """What curvature adds to that change, in nats/token."""
 
     requested: Controls
-    """Controls that were asked for."""
+    """Controls that were requested."""
     learning_rate: Float
     """Learning rate of the last step, read back from the optimiser."""
     batch_size: Float
@@ -100,14 +100,14 @@ class Telemetry(JsonRecord):
 
 
 Snapshot = dict[str, Any]
-"""Everything that decides how a run goes on: tensors, numbers, text and containers of these."""
+"""Everything that a continued run depends on: tensors, numbers, text and containers of these."""
 
 
 class Plant(Protocol):
-    """The thing being steered. The environment cannot tell which kind it holds."""
+    """A run under control, live or simulated; control theory calls the controlled system the plant."""
 
     def limits(self) -> ControlLimits:
-        """Return what may be asked of this plant."""
+        """Return the limits of the controls."""
 
     def advance(self, controls: Controls, share: float) -> Telemetry:
         """Train on `share` of the budget under `controls`, and return what was measured."""

@@ -1,6 +1,7 @@
-"""Time several settings in alternating order, so that what is compared shares its noise, and weigh their joules.
+"""Measure the time and the energy of training: settings in alternating order, and a clock that can pause.
 
-A clock and an energy meter that can be made to stand still, for what is no cost of the training.
+`alternate` times several settings in turn, so that they share the noise of the machine. `Stopwatch` measures the
+seconds and joules of a run without its pauses.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def alternate(
         progress: Called after each round with the share of the work done, in [0, 1].
     """
     start = time.perf_counter()
-    bench = _Bench(meter, wait, clock)
+    bench = _Timer(meter, wait, clock)
     lengths = {key: bench.passes_in(visit_s, run) for key, run in passes.items()}
     visits: dict[Key, list[Visit]] = {key: [] for key in passes}
     for index in range(1, MAX_ROUNDS + 1):
@@ -161,7 +162,7 @@ def alternating_seconds(
     seconds: dict[Key, list[float]] = {name: [] for name in passes}
     end = time.perf_counter() + limit_s
     for index in range(warm_up + rounds):
-        for name in reversed(passes) if turn_about and index % 2 == 0 else passes:
+        for name in reversed(list(passes)) if turn_about and index % 2 == 0 else passes:
             wait()
             start = time.perf_counter()
             passes[name]()
@@ -173,7 +174,7 @@ def alternating_seconds(
     return seconds
 
 
-class _Bench:
+class _Timer:
     """Runs the passes of one setting at a time, with an eye on clock and meter."""
 
     def __init__(self, meter: EnergyMeter, wait: Callable[[], None], clock: Callable[[], float]) -> None:
@@ -205,7 +206,7 @@ class _Bench:
 
 
 class Stopwatch:
-    """Seconds and joules of a run, without its pauses.
+    """Measures the seconds and joules of a run without its pauses.
 
     Args:
         clock: Returns seconds.
@@ -214,40 +215,40 @@ class Stopwatch:
 
     def __init__(self, clock: Callable[[], float], meter: EnergyMeter) -> None:
         self._clock, self.meter = clock, meter
-        self._left_out_s = 0.0
-        self._left_out_j: float | None = 0.0
-        self._paused: tuple[float, EnergyReading] | None = None
+        self._paused_s = 0.0
+        self._paused_j: float | None = 0.0
+        self._pause: tuple[float, EnergyReading] | None = None
 
     def read(self) -> tuple[float, EnergyReading]:
-        """Return seconds, and the meter's reading; while paused, those at which the pause began."""
-        if self._paused is not None:
-            return self._paused
+        """Return the seconds and the meter's reading; in a pause, those at its beginning."""
+        if self._pause is not None:
+            return self._pause
         reading = self.meter.read()
-        return self._clock() - self._left_out_s, replace(reading, energy_j=_minus(reading.energy_j, self._left_out_j))
+        return self._clock() - self._paused_s, replace(reading, energy_j=_minus(reading.energy_j, self._paused_j))
 
     def seconds(self) -> float:
-        """Return seconds."""
-        return self._paused[0] if self._paused is not None else self._clock() - self._left_out_s
+        """Return the seconds; in a pause, those at its beginning."""
+        return self._pause[0] if self._pause is not None else self._clock() - self._paused_s
 
     def pause(self) -> None:
-        """Stand still, unless it does already."""
-        if self._paused is None:
-            self._paused = self.read()
+        """Begin a pause, unless there is one already."""
+        if self._pause is None:
+            self._pause = self.read()
 
     def paused_s(self) -> float:
-        """Return how long the pause has lasted, in seconds; 0 outside of one."""
-        return 0.0 if self._paused is None else self._clock() - self._left_out_s - self._paused[0]
+        """Return how long the present pause has lasted, in seconds; 0 outside of one."""
+        return 0.0 if self._pause is None else self._clock() - self._paused_s - self._pause[0]
 
-    def go_on(self) -> float:
+    def resume(self) -> float:
         """End the pause, and return how long it lasted, in seconds; 0 where there was none."""
-        if self._paused is None:
+        if self._pause is None:
             return 0.0
-        lasted_s, (_, before) = self.paused_s(), self._paused
-        self._paused = None
+        lasted_s, (_, before) = self.paused_s(), self._pause
+        self._pause = None
         gained_j = _minus(self.read()[1].energy_j, before.energy_j)
-        self._left_out_s += lasted_s
-        left_out_j = self._left_out_j
-        self._left_out_j = None if left_out_j is None or gained_j is None else left_out_j + gained_j
+        self._paused_s += lasted_s
+        total_j = self._paused_j
+        self._paused_j = None if total_j is None or gained_j is None else total_j + gained_j
         return lasted_s
 
 

@@ -1,12 +1,12 @@
-"""Remove feed-forward channels of a causal language model while it trains: structured pruning.
+"""Prune a causal language model while it trains by removing whole feed-forward channels.
 
 A channel is one inner unit of the feed-forward block: a row of each opening matrix, its bias there, and a
 column of the closing matrix. Removing it makes the matrices, their optimiser state and the step time smaller,
 and the saved model is an ordinary narrower one. `Parameter` objects are kept, so the parameter groups of an
 optimiser stay valid.
 
-Call these between optimiser steps, with no backward pass pending. A wrapper that holds on to the shapes of
-parameters, such as DistributedDataParallel, has to be made anew afterwards.
+Call these functions between optimiser steps, with no backward pass pending. A wrapper that keeps the shapes of
+parameters, such as DistributedDataParallel, must be made again afterwards.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def ffn_width(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def remove_channels(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, n_keep: int) -> None:
-    """Keep, in every layer, the `n_keep` channels of largest norm, in their order, and remove the rest.
+    """Keep the `n_keep` channels of largest norm in every layer, in their order, and remove the others.
 
     The norm of a channel is the root of the sum of the squared weights it has in all matrices and biases of
-    its block; of two equal ones the lower index is kept. Optimiser state tensors in the shape of a parameter
-    are cut alike; the gradients of cut parameters become `None`.
+    its block; of two equal ones the lower index is kept. Optimiser state tensors that have the shape of a
+    parameter are cut in the same way; the gradients of cut parameters become `None`.
 
     Args:
         model: The model; its matrices, module attributes and config change in place.
@@ -97,7 +97,7 @@ def remove_channels(model: PreTrainedModel, optimizer: torch.optim.Optimizer | N
 
     Raises:
         ValueError: If the model type has no layout here, `n_keep` is out of its range, or the optimiser keeps
-            factored state, which cannot be cut. Nothing has changed then.
+            factored state, which cannot be cut. The model is unchanged then.
     """
     layout, width = _layout(model), ffn_width(model)
     if not 1 <= n_keep <= width:
@@ -117,7 +117,7 @@ def remove_channels(model: PreTrainedModel, optimizer: torch.optim.Optimizer | N
 
 @torch.no_grad()
 def resize(model: PreTrainedModel, width: int) -> None:
-    """Give every feed-forward block `width` channels of arbitrary content, ready to load a snapshot into.
+    """Give every feed-forward block `width` channels of arbitrary content, so that a snapshot can be loaded.
 
     The state of an optimiser is not touched: load the snapshot's own state into it afterwards.
 
@@ -205,8 +205,8 @@ def _cut_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter,
 def _replace(parameter: nn.Parameter, data: Tensor) -> None:
     """Give `parameter` new content of another shape and drop its gradient."""
     parameter.grad = None
-    # Autograd remembers the old shape for as long as any loss of this model is alive, and the next backward
-    # pass would fail on it. Only a change of dtype or device makes it forget: hence the empty tensor between.
+    # Autograd keeps the old shape as long as any loss of this model exists, and the next backward pass would
+    # fail on it. Only a change of dtype or device clears it: hence the empty tensor in between.
     passing = torch.float32 if data.dtype == torch.float16 else torch.float16
     parameter.data = data.new_empty(0, dtype=passing)
     parameter.data = data

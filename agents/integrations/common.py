@@ -35,12 +35,10 @@ from torch.optim import Optimizer
 
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
-from trainpilot.llm_runtime.energy.nvml import NvmlMeter
-from trainpilot.llm_runtime.optimizer import whole
+from trainpilot.llm_runtime.optimizer import full_tensor
 from trainpilot.llm_runtime.probe import mean_probe
-from trainpilot.llm_runtime.process_group import Content, OneProcess, Ranks, Share
+from trainpilot.llm_runtime.process_group import Content, IntervalShare, OneProcess, ProcessGroup
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,17 +46,17 @@ if TYPE_CHECKING:
 
 EnergyOf = Literal["process", "node"]
 Joules = tuple[str, float | None]
-"""What was counted, and its joules; the same thing counted by several processes has the same name."""
+"""Name of what was counted, the same in all processes that count it, and its joules."""
 _AND = " + "
 
 
 class ProcessGroupRanks:
-    """The processes of the default group of `torch.distributed`, each of which trains on data of its own.
+    """Collective operations over the default process group of `torch.distributed`, for data-parallel training.
 
     Args:
-        energy_of: What the meters count: each process a device that only it uses, or all processes of a node the same
-            one. By default the meter's kind tells: GPUs by their number, RAPL counters once per node, the estimate for
-            CPUs once per process, its idle draw once per node; other meters once per process.
+        energy_of: What the meters count: a device that only its process uses, or the same for all processes of a node.
+            The default follows the scope of the meters: GPUs count once each, RAPL counters once per node, the
+            estimate for CPUs once per process with its idle draw once per node, other meters once per process.
 
     Raises:
         ValueError: there is no process group.
@@ -77,42 +75,42 @@ class ProcessGroupRanks:
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._known: tuple[nn.Module, list[DistributedDataParallel | FSDPModule]] | None = None
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return the mean over the processes."""
         total = values.detach().to(self._device, copy=True)
         dist.all_reduce(total)
         return (total / self.world_size).to(values.device)
 
-    def gathered(self, content: Content) -> list[Content]:
+    def all_gather(self, content: Content) -> list[Content]:
         """Return what each process holds, the first one's first."""
         everyone: list[Content] = [content] * self.world_size
         dist.all_gather_object(everyone, content)
         return everyone
 
-    def together(self, share: Share, meter: EnergyMeter) -> Share:
+    def all_reduce_interval(self, share: IntervalShare, meter: EnergyMeter) -> IntervalShare:
         """Return an interval in all processes: mean losses, the longest time, joules of which each is counted once."""
         process = f"process {self.rank}"
         joules = counted(share.energy_j, share.time_s, meter, process=process, energy_of=self._energy_of)
-        everyone = self.gathered((share, joules))
+        everyone = self.all_gather((share, joules))
         shares = [each for each, _ in everyone]
-        return Share(
+        return IntervalShare(
             losses=[sum(losses) / len(losses) for losses in zip(*(each.losses for each in shares), strict=True)],
             probe=mean_probe([each.probe for each in shares if each.probe is not None]),
             time_s=max(each.time_s for each in shares),
             energy_j=sum_once(part for _, parts in everyone for part in parts),
         )
 
-    def of_first(self, content: Content) -> Content:
+    def broadcast(self, content: Content) -> Content:
         """Return what the first process holds."""
         held = [content if self.is_first else None]
         dist.broadcast_object_list(held, src=0)
         return held[0]  # type: ignore[return-value]
 
-    def whole(self, norm: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, norm: torch.Tensor) -> torch.Tensor:
         """Return a norm over all parameters, wherever their parts lie, as a plain tensor."""
-        return whole(norm)
+        return full_tensor(norm)
 
-    def synchronise_gradients(self, model: nn.Module, wanted: bool) -> None:
+    def set_requires_gradient_sync(self, model: nn.Module, required: bool) -> None:
         """Exchange gradients in the next backward pass, or gather them here until one that does.
 
         Raises:
@@ -121,23 +119,23 @@ class ProcessGroupRanks:
         exchanging = self._exchanging(model)
         for module in exchanging:
             if isinstance(module, DistributedDataParallel):
-                module.require_backward_grad_sync = wanted
+                module.require_backward_grad_sync = required
             else:
-                module.set_requires_gradient_sync(wanted, recurse=False)
+                module.set_requires_gradient_sync(required, recurse=False)
         if not exchanging and self.world_size > 1:
             raise ValueError(
                 "model must exchange its gradients: wrap it in DistributedDataParallel or fully_shard and give "
                 f"Steering what comes of that, got {type(model).__name__}; FSDP1 and DeepSpeed are not supported"
             )
 
-    def settle(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         """Drop the whole weights that `fully_shard` keeps after a forward pass: shards may change under them."""
         for module in self._exchanging(model):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def _exchanging(self, model: nn.Module) -> list[DistributedDataParallel | FSDPModule]:
-        """Return the modules that exchange gradients; looked for once, as a big model has thousands."""
+        """Return the modules that exchange gradients; searched for once, as a large model has thousands of modules."""
         if self._known is None or self._known[0] is not model:
             kinds = (DistributedDataParallel, FSDPModule)
             self._known = model, [module for module in model.modules() if isinstance(module, kinds)]
@@ -147,29 +145,29 @@ class ProcessGroupRanks:
 def counted(
     energy_j: float | None, time_s: float, meter: EnergyMeter, *, process: str, energy_of: EnergyOf | None = None
 ) -> list[Joules]:
-    """Return what a process's meter counted, by the names of the things counted.
+    """Return the joules of a process's meter, by the names of what was counted.
 
     Args:
         energy_j: Joules.
         time_s: Seconds in which they were counted.
         meter: The meter.
-        process: The process's name, none other's.
-        energy_of: Overrides what the meter's kind tells.
+        process: Name of the process, different from that of every other process.
+        energy_of: Overrides the meter's scope.
     """
     if energy_of == "process":
         return [(process, energy_j)]
-    if energy_of == "node" or isinstance(meter, RaplMeter):
+    if energy_of == "node" or meter.scope == "machine":
         return [(_node(), energy_j)]
-    if isinstance(meter, NvmlMeter):
+    if meter.scope == "device":
         return [(_AND.join(sorted(meter.uuids)), energy_j)]
-    if isinstance(meter, CpuEstimateMeter) and energy_j is not None:
+    if meter.idle_w and energy_j is not None:
         idle_j = min(meter.idle_w * time_s, energy_j)
         return [(f"{_node()} idle {_threads()}", idle_j), (process, energy_j - idle_j)]
     return [(process, energy_j)]
 
 
 def sum_once(parts: Iterable[Joules]) -> float | None:
-    """Return the sum over what was counted, of what was counted several times the largest; `None` if one is unknown.
+    """Return the sum of joules, where the same name counts once, with its largest value; `None` if one is unknown.
 
     Raises:
         ValueError: a GPU was counted both alone and among others.
@@ -196,17 +194,17 @@ def _node() -> str:
 
 
 def _threads() -> str:
-    """Return which hardware threads this process may use."""
+    """Return the hardware threads that this process may use, as text."""
     threads = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all"
     return f"of threads {threads}"
 
 
-def present_ranks() -> Ranks:
-    """Return the processes of the process group, or one process where there is none: one script serves both."""
+def present_ranks() -> ProcessGroup:
+    """Return the processes of the process group, or a single process if there is none; one script then does both."""
     return ProcessGroupRanks() if dist.is_available() and dist.is_initialized() else OneProcess()
 
 
-def ranks_of(world_size: int) -> Ranks:
+def ranks_of(world_size: int) -> ProcessGroup:
     """Return the processes of a Trainer that counts `world_size` of them."""
     return OneProcess() if world_size == 1 else ProcessGroupRanks()
 
@@ -223,7 +221,7 @@ def accelerated(
     Then loop over `steering.step()`, with `step.backward` in place of `accelerator.backward` and `accumulate`.
 
     Args:
-        accelerator: Prepared both.
+        accelerator: Has prepared model and optimizer.
         model: As `prepare` returned it, not unwrapped.
         optimizer: As `prepare` returned it.
         settings: Budget, start, policy and bounds.
@@ -232,11 +230,11 @@ def accelerated(
     Raises:
         ValueError: Accelerate was set up in a way that cannot be steered.
     """
-    _check(accelerator)
+    _check_accelerator(accelerator)
     return Steering(model, getattr(optimizer, "optimizer", optimizer), settings, ranks=present_ranks(), **options)
 
 
-def _check(accelerator: Accelerator) -> None:
+def _check_accelerator(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision != "no":
         raise ValueError(
             f"mixed_precision of the Accelerator must be 'no', got {accelerator.mixed_precision!r}: prepare would fix "
@@ -330,7 +328,7 @@ def first_sequences(batch: Any, count: int, of: int) -> Any:
 
 
 def _has_rows(value: Any, of: int) -> bool:
-    """Return whether all tensors in it have a row for each sequence, but for single numbers."""
+    """Return whether all tensors in `value`, except scalars, have a row for each sequence."""
     if isinstance(value, Tensor):
         positions = value.ndim > 2 and not value.is_floating_point()  # three-part ones have another first dimension
         return value.ndim == 0 or (len(value) == of and not positions)

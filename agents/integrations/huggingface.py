@@ -59,7 +59,7 @@ from trainpilot.agents.logging.run_log import scalars
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
-from trainpilot.llm_runtime.loop import looking
+from trainpilot.llm_runtime.loop import eval_mode
 
 
 class SteeringMixin(Trainer):
@@ -378,7 +378,7 @@ def divides_by_items(model: nn.Module, loss: Callable[[Any], torch.Tensor], item
         `None` if the loss is 0 or not finite, which decides nothing.
     """
     device = next(model.parameters()).device.type
-    with looking(model), torch.no_grad(), torch.autocast(device, enabled=False):
+    with eval_mode(model), torch.no_grad(), torch.autocast(device, enabled=False):
         one, other = float(loss(items)), float(loss(2 * items))
     return not math.isclose(one, other, rel_tol=1e-4) if one and math.isfinite(one) else None
 

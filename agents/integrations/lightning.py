@@ -34,7 +34,7 @@ from trainpilot.agents.logging.run_log import scalars
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.optimizer import change_batch
-from trainpilot.llm_runtime.process_group import OneProcess, Ranks
+from trainpilot.llm_runtime.process_group import OneProcess, ProcessGroup
 
 ProbeLoss = Callable[[pl.LightningModule, Any], Tensor]
 """Returns the mean loss of a batch in nats/token."""
@@ -85,7 +85,7 @@ class LightningSteering(pl.Callback):
         probe_loss: ProbeLoss | None = None,
         monitor: str | None = None,
         meter: EnergyMeter | None = None,
-        ranks: Callable[[], Ranks] | None = None,
+        ranks: Callable[[], ProcessGroup] | None = None,
         on_decision: Callable[[DecisionRecord], None] | None = None,
     ) -> None:
         self.steering: Steering | None = None
@@ -95,7 +95,7 @@ class LightningSteering(pl.Callback):
         self._probe_loss = probe_loss
         self._meter, self._make_ranks, self._on_decision = meter, ranks, on_decision
         self._original: OriginalSettings | None = None
-        self._ranks: Ranks = OneProcess()
+        self._ranks: ProcessGroup = OneProcess()
         self._state: dict[str, Any] = {}
         """State while no fit is steered: the loaded one, or that at the end of the last fit."""
         self._began_at = (0, 0)
@@ -153,7 +153,7 @@ class LightningSteering(pl.Callback):
     def _make_steering(self, trainer: pl.Trainer, module: pl.LightningModule, original: OriginalSettings) -> Steering:
         self._ranks = ranks = self._make_ranks() if self._make_ranks else ranks_of(trainer.world_size)
         info = LoaderInfo.of(trainer, self._micro, original.max_steps, original.accumulate, self._began_at)
-        info = ranks.of_first(info)
+        info = ranks.broadcast(info)
         self._unit = info.micro_batch_size
         settings = settings_for(trainer, self._settings, info, original.precision)
         log = partial(self._log, trainer)
@@ -248,7 +248,7 @@ class LightningSteering(pl.Callback):
         if self.steering is None or not self._losses:
             return
         mine = sum(sequences for _, sequences in self._losses)
-        self._total = float(self._ranks.mean(torch.tensor(float(mine), dtype=torch.float64)))
+        self._total = float(self._ranks.all_reduce_mean(torch.tensor(float(mine), dtype=torch.float64)))
         expected = int(trainer.accumulate_grad_batches) * self._unit
         if self._total != expected:
             self.steering.scale_gradients(expected / self._total)

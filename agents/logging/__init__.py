@@ -1,1 +1,1 @@
-"""Write runs and agent trainings to TensorBoard, and draw a run as a picture."""
+"""Log runs and the training of policies to TensorBoard, and draw a run as a figure."""

@@ -1,4 +1,4 @@
-"""Draw a run as a picture of small charts: loss, controls and energy over the tokens, with the reference in grey."""
+"""Draw a run as a figure of six small charts (loss, controls, energy over tokens), with the reference run in grey."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ Value = Callable[[Telemetry], float | None]
 
 
 def run_figure(records: Sequence[DecisionRecord], reference: Reference | None = None, title: str = "") -> Figure:
-    """Return the picture of a run.
+    """Return a matplotlib figure of a run.
 
     Args:
-        records: Its decisions, at least one.
+        records: The decisions of the run, at least one.
         reference: The reference run, drawn in grey.
-        title: Heading; by default what the run reached and cost.
+        title: Heading; by default the final loss, with energy and time relative to the reference.
+
+    Raises:
+        ValueError: `records` is empty.
     """
     if not records:
         raise ValueError("records must hold at least one decision, got none")
@@ -56,7 +59,7 @@ def _lines(axes: Axes, run: list[Telemetry], base: list[Telemetry], value: Value
 def _steps(
     axes: Axes, run: list[Telemetry], base: list[Telemetry], value: Callable[[Telemetry], float], title: str
 ) -> None:
-    """Draw what holds during an interval as a flat piece from its start to its end."""
+    """Draw a value that is constant during each interval as a step function."""
     for telemetry, color in ((base, REFERENCE), (run, STEERED)):
         if telemetry:
             x = [0, *(t.tokens for t in telemetry)]

@@ -1,11 +1,8 @@
-"""Write a steered run to TensorBoard, with its reference run beside it. What the tags mean is in `tags`.
+"""Write a steered run and its reference run to TensorBoard.
 
-The x-axis counts tokens. The events lie in two folders, `steered` and `reference`, under the same tags, so that
-TensorBoard draws both into one chart.
-
-Flatten nested settings into what TensorBoard's tables hold: one key, one number or text.
-
-Give a decision as numbers, for the logs that a framework keeps itself.
+The x-axis counts tokens. The events are written to two folders, `steered` and `reference`, under the same tags, so that
+TensorBoard draws both runs into one chart. The tags are explained in `tags`. `scalars` returns the same numbers as a
+dictionary, for frameworks that have a logger of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
@@ -40,13 +37,13 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def hparams(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Return settings as the HPARAMS tab takes them."""
+    """Flatten settings into the numbers, booleans and texts that TensorBoard's HPARAMS tab accepts."""
     flat = flatten(settings)
     return {key: value if isinstance(value, bool | int | float) else text(value) for key, value in flat.items()}
 
 
 def text(value: Any) -> str:
-    """Return a value as text for one cell of a table."""
+    """Format a value for one table cell; `None` becomes `unknown`."""
     if value is None:
         return "unknown"
     if isinstance(value, float):
@@ -57,25 +54,25 @@ def text(value: Any) -> str:
 
 
 def markdown_table(settings: Mapping[str, Any]) -> str:
-    """Return settings as a table of two columns."""
+    """Return settings as a Markdown table with one row per key."""
     rows = [f"| {key} | {text(value).replace('|', chr(92) + '|')} |" for key, value in flatten(settings).items()]
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
 Scalars = dict[str, float | None]
-"""Values by tag; `None` is left out."""
+"""Values by tag; tags whose value is `None` are not written."""
 
 
 @dataclass
 class Totals:
-    """Sums over the intervals so far."""
+    """Energy, time and reward terms summed over the intervals so far."""
 
     energy_j: float | None = 0.0
     time_s: float = 0.0
     reward: dict[str, float] = field(default_factory=lambda: dict.fromkeys(OBJECTIVES, 0.0))
 
     def add(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> None:
-        """Take in one interval; a sum of which one part is unknown is `None`."""
+        """Add one interval. The energy sum becomes `None` once the energy of one interval is unknown."""
         known = self.energy_j is not None and telemetry.energy_j is not None
         self.energy_j = self.energy_j + telemetry.energy_j if known else None  # type: ignore[operator]
         self.time_s += telemetry.time_s
@@ -85,12 +82,14 @@ class Totals:
 
 
 class RunWriter:
-    """Writes a steered run, decision by decision. A disk that fails costs the charts, never the run.
+    """Writes the TensorBoard events of a steered run, one decision at a time.
+
+    A write error (a full disk, for example) ends the logging with a warning; the run continues.
 
     Args:
-        folder: Takes the folders `steered` and `reference`.
-        purge_step: Tokens trained on at which an interrupted run goes on; TensorBoard hides what was written beyond.
-        earlier: The records up to there, for the sums.
+        folder: Folder in which `steered` and `reference` are created.
+        purge_step: Number of tokens from which an interrupted run resumes; TensorBoard hides events written after it.
+        earlier: The records before that point, from which the running totals are restored.
     """
 
     def __init__(self, folder: Path, *, purge_step: int | None = None, earlier: Iterable[DecisionRecord] = ()) -> None:
@@ -102,12 +101,12 @@ class RunWriter:
         for record in earlier:
             self._totals.add(record.telemetry, record.reward)
             self._tokens = record.telemetry.tokens
-        purge = None if purge_step is None else purge_step + 1  # TensorBoard's own purge takes the step itself too
+        purge = None if purge_step is None else purge_step + 1  # TensorBoard purges the given step, too
         self._writer = SummaryWriter(str(folder / "steered"), purge_step=purge)
         self._try(lambda: self._writer.add_custom_scalars(layout()))
 
     def write(self, record: DecisionRecord) -> None:
-        """Write one decision and the interval that followed it."""
+        """Write one decision and the telemetry of the interval that followed it."""
         telemetry = record.telemetry
         self._totals.add(telemetry, record.reward)
         self._tokens = telemetry.tokens
@@ -121,7 +120,7 @@ class RunWriter:
         self._try(self._writer.flush)
 
     def write_reference(self, reference: Reference) -> None:
-        """Put the reference run beside the steered one; a second call takes the place of the first."""
+        """Write the reference run. A second call replaces the events of the first."""
         totals = Totals()
         shutil.rmtree(self.folder / "reference", ignore_errors=True)
         with SummaryWriter(str(self.folder / "reference")) as writer:
@@ -130,16 +129,16 @@ class RunWriter:
                 self._scalars(writer, _of_telemetry(telemetry, totals), telemetry.tokens)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write the run's summary as a table of text."""
+        """Write the run's summary as a Markdown table."""
         self._text("run/summary", markdown_table(summary))
 
     def write_hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
         """Write settings and final figures for the HPARAMS tab.
 
         Args:
-            config: The settings, nested or not.
-            metrics: Figures of the whole run by their name in the summary, as in `final_validation_loss` or `time_s`;
-                `None` is left out. They become the tags `final/validation_loss`, `final/time_s`.
+            config: The settings, flat or nested.
+            metrics: Figures of the whole run by their names in the summary, for example `final_validation_loss` or
+                `time_s`. They become the tags `final/validation_loss` and `final/time_s`; `None` is not written.
         """
         settings = hparams(config)
         figures = {
@@ -150,7 +149,7 @@ class RunWriter:
         self._try(lambda: self._writer.add_hparams(settings, figures, run_name=".", global_step=self._tokens))
 
     def close(self) -> None:
-        """Write what is left and close the files."""
+        """Flush and close the event files."""
         self._try(self._writer.close)
 
     def _scalars(self, writer: SummaryWriter, values: Scalars, tokens: int) -> None:
@@ -160,7 +159,7 @@ class RunWriter:
                 self._try(lambda name=name, value=value: writer.add_scalar(name, value, tokens))  # type: ignore[misc]
 
     def _text(self, tag: str, text: str) -> None:
-        """Write a text unless it is the one that stands there."""
+        """Write a text if it differs from the last one written under this tag."""
         name = TAGS[tag].name
         if self._texts.get(name) != text:
             self._texts[name] = text
@@ -177,7 +176,7 @@ class RunWriter:
 
 
 def layout() -> dict[str, dict[str, list[object]]]:
-    """Return the ready-made charts of the tab Custom scalars."""
+    """Return the layout of TensorBoard's tab Custom scalars."""
     requested, effective = "controls_requested", "controls_effective"
     return {
         "Loss": {
@@ -207,7 +206,7 @@ def layout() -> dict[str, dict[str, list[object]]]:
 
 
 def _of_telemetry(telemetry: Telemetry, totals: Totals) -> Scalars:
-    """Return what a steered run and its reference have alike."""
+    """Return the values that are logged for steered runs and reference runs alike."""
     t, requested = telemetry, telemetry.requested
     return {
         "loss/train": t.train_loss,
@@ -251,7 +250,7 @@ def _of_telemetry(telemetry: Telemetry, totals: Totals) -> Scalars:
 
 
 def _of_record(record: DecisionRecord, totals: Totals) -> Scalars:
-    """Return what only a steered run has: the decision, what was seen, masked and rewarded."""
+    """Return the values that only a steered run has: decision, observation, masks and reward."""
     values: Scalars = {"masks/masked": len(record.masked), "masks/refused": len(record.refusals)}
     for action, asked, allowed in zip(ACTION_FIELDS, record.requested, record.allowed, strict=True):
         values[f"decision/{action.name}"] = asked - action.keep
@@ -268,7 +267,7 @@ def _code(precision: str) -> float | None:
 
 
 def scalars(record: DecisionRecord) -> dict[str, float]:
-    """Return what is logged of a decision, under the names of the table in `docs/metrics.md`."""
+    """Return the values of one decision by tag; the tags are explained in `docs/metrics.md`."""
     told, asked = record.telemetry, record.telemetry.requested
     values: dict[str, float | None] = {
         "loss/train": told.train_loss,

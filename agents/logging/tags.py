@@ -1,7 +1,7 @@
-"""Name and explain every TensorBoard tag, in one table. The writers take their names from it, `docs/metrics.md` is it.
+"""Define every TensorBoard tag with its unit and meaning, in one table.
 
-Print the page with `python -m trainpilot.agents.logging.tags > docs/metrics.md`. The values are computed in `run_log`
-and `training_log`.
+The writers (`run_log`, `training_log`) take their tag names from this table, and `docs/metrics.md` is printed from it:
+`python -m trainpilot.agents.logging.tags > docs/metrics.md`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Writer = Literal["run", "agent", "simulator"]
 
 @dataclass(frozen=True)
 class Tag:
-    """One name under which TensorBoard shows something."""
+    """A TensorBoard tag with its unit and meaning."""
 
     name: str
     unit: str
@@ -30,23 +30,23 @@ class Tag:
 
 @dataclass(frozen=True)
 class Group:
-    """The tags with one prefix."""
+    """All tags that share a prefix."""
 
     prefix: str
     written_by: Writer
-    """A steered run, the training of an agent, or that part of it which takes place in the simulator."""
+    """Where the tags are written: in a steered run, in any training of a policy, or only in its simulator stage."""
     about: str
     tags: tuple[Tag, ...]
 
 
 def choice_tag(field: ActionField, choice: int) -> str:
-    """Return the tag of one choice of an action field, as in `action/batch_size/double`."""
+    """Return the tag of one choice of an action field, for example `action/batch_size/double`."""
     slug = re.sub(r"[^\w.]+", "_", field.choices[choice].replace("+", "plus_").replace("%", "percent"))
     return f"action/{field.name}/{slug}"
 
 
 def multiline(*names: str) -> list[object]:
-    """Return a chart of several tags for TensorBoard's custom scalars, which take regular expressions."""
+    """Return a multi-line chart of these tags for TensorBoard's custom scalars (which expect regular expressions)."""
     return ["Multiline", [f"^{re.escape(TAGS[name].name)}$" for name in names]]
 
 
@@ -68,13 +68,13 @@ _RUN_GROUPS = (
         ("validation", _NATS, "validation loss in float32 on fixed windows; repeats until it is measured again"),
     ),
     _group(
-        "decision", "run", "What the policy asked for and what the safety layer let through, in steps away from "
-        "'keep' in the order of the table of choices: 0 changes nothing.",
-        *((field.name, "choices", f"asked for; {field.meaning}") for field in ACTION_FIELDS),
-        *((f"{field.name}_allowed", "choices", "let through") for field in ACTION_FIELDS),
+        "decision", "run", "The choices that the policy requested and those that the action masks allowed, counted "
+        "from 'keep' in the order of the table of choices: 0 changes nothing.",
+        *((field.name, "choices", f"requested; {field.meaning}") for field in ACTION_FIELDS),
+        *((f"{field.name}_allowed", "choices", "allowed") for field in ACTION_FIELDS),
     ),
     _group(
-        "controls_requested", "run", "Controls that the interval was given.",
+        "controls_requested", "run", "Controls requested for the interval.",
         ("learning_rate_scale", "ratio", "factor on the base schedule at the starting batch"),
         ("batch_size", "sequences", "sequences per optimiser step"),
         ("precision", "code", f"number format of the matrix products: {_CODE}"),
@@ -108,37 +108,37 @@ _RUN_GROUPS = (
         ("evaluation", "s", "seconds spent on evaluation since the last interval, not part of the interval"),
     ),
     _group(
-        "gradient", "run", "How the optimiser fares.",
+        "gradient", "run", "Gradient norms, gradient noise and the last update.",
         ("norm", "1", "mean Euclidean norm of the gradient before clipping"),
         ("clipped_share", _SHARE, "steps whose gradient was clipped"),
         ("noise_scale", "sequences", "gradient noise scale, variance over squared mean (McCandlish et al. 2018)"),
         ("relative_update", "ratio", "norm of the last update over the norm of the weights"),
         ("probe_linear", _NATS, "loss change along the last update predicted by the slope; negative is downhill"),
-        ("probe_quadratic", _NATS, "what curvature adds to that change"),
+        ("probe_quadratic", _NATS, "curvature term of that loss change"),
     ),
     _group(
-        "reward", "run", "Only where a reference run is known. Totals at the end are the outcome of the run.",
-        ("quality", _REFERENCE, "change of the worth of the loss's compute-equivalent (logarithmic above 1)"),
+        "reward", "run", "Written only if a reference run is known. The totals at the end are the outcome of the run.",
+        ("quality", _REFERENCE, "change of the quality: compute-equivalent of the loss (logarithmic above 1)"),
         ("energy", _REFERENCE, "joules of the interval, negative; 0 while unknown"),
         ("time", _REFERENCE, "seconds of the interval, negative"),
-        ("quality_total", _REFERENCE, "worth of the loss so far; 1 is as good as the reference"),
-        ("energy_total", _REFERENCE, "sum so far; -1 is as much as the reference"),
-        ("time_total", _REFERENCE, "sum so far; -1 is as long as the reference"),
+        ("quality_total", _REFERENCE, "quality of the current loss; 1 equals the reference"),
+        ("energy_total", _REFERENCE, "sum so far; -1 equals the reference's energy"),
+        ("time_total", _REFERENCE, "sum so far; -1 equals the reference's time"),
     ),
     _group(
-        "observation", "run", "What the policy saw, newest of the stacked observations. Each field is clipped to the "
-        "range given here and drawn as [-1, 1]; unknown is 0.",
+        "observation", "run", "The policy's input: the newest of the stacked observations. Each field is clipped to "
+        "the range given here and scaled to [-1, 1]; unknown is 0.",
         *((f.name, f"{f.unit} in [{f.low:g}, {f.high:g}]", f.meaning) for f in OBSERVATION_FIELDS),
     ),
     _group(
-        "masks", "run", "What the policy was not allowed to choose.",
+        "masks", "run", "Choices that were not allowed.",
         ("masked", "choices", "choices that were masked at the decision"),
-        ("refused", "choices", "choices that were asked for and replaced by 'keep'"),
+        ("refused", "choices", "choices that were requested and replaced by 'keep'"),
         ("masked_reasons", "text", "every masked choice with its reason; written when they change"),
         ("refused_reasons", "text", "every refused choice with its reason; written when there are any"),
     ),
     _group(
-        "run", "run", "Where the run stands.",
+        "run", "run", "Progress of the run.",
         ("budget_used", _SHARE, "tokens trained on over the token budget"),
         ("decision", "count", "number of the interval, from 0"),
         ("steps", "count", "optimiser steps in the interval"),
@@ -150,7 +150,7 @@ _RUN_GROUPS = (
     _group(
         "final", "run", "Figures of the whole run, written once at its end; the metrics of the HPARAMS tab.",
         ("validation_loss", _NATS, "validation loss at the end"),
-        ("test_loss", _NATS, "loss on the test split, which no decision has seen"),
+        ("test_loss", _NATS, "loss on the test split, which no decision uses"),
         ("quality", _REFERENCE, "compute-equivalent of the final validation loss"),
         ("energy_j", "J", "energy of the run, evaluation apart"),
         ("energy_over_reference", "ratio", "energy over the reference run's"),
@@ -161,21 +161,21 @@ _RUN_GROUPS = (
 )  # fmt: skip
 
 _EPISODE = (
-    ("quality", _REFERENCE, "worth of the loss reached: the sum of the quality terms"),
+    ("quality", _REFERENCE, "quality of the final loss: the sum of the quality terms"),
     ("energy_over_reference", "ratio", "joules over the reference run's"),
 )
 _AGENT_GROUPS = (
     _group(
         "agent", "agent", "Means over the episodes (steered runs) that ended in the rollout. 'quality_first' are those "
-        "whose preference gives quality at least 3/4, 'saving_first' the others: the wider they stand apart, the "
-        "better the policy heeds the preference.",
+        "whose preference gives quality a weight of at least 3/4, 'saving_first' the others; the difference between "
+        "the two shows how much the policy follows the preference.",
         *_EPISODE,
         ("time_over_reference", "ratio", "seconds over the reference run's"),
         ("energy_j", "J", "joules of an episode; missing while unknown"),
         ("return", "1", "sum of the scalar rewards: the utility of the outcome"),
         ("length", "decisions", "decisions per episode"),
-        ("loss_increase", _NATS, "final loss above the reference's; negative is better"),
-        ("diverged_share", _SHARE, "episodes that ended in a loss that is not finite"),
+        ("loss_increase", _NATS, "final loss minus the reference's final loss; negative is better"),
+        ("diverged_share", _SHARE, "episodes that ended with a loss that is not finite"),
         ("episodes", "count", "episodes that ended in the rollout"),
         *((f"{half}/{name}", *rest) for half in ("quality_first", "saving_first") for name, *rest in _EPISODE),
         ("greedy_run", "picture", "controls and loss over one run of the policy without exploration"),
@@ -198,7 +198,7 @@ _AGENT_GROUPS = (
         ("policy_gradient_loss", "1", "clipped surrogate loss; small and mostly negative"),
         ("value_loss", "1", "squared error of the predicted return; should fall"),
         ("explained_variance", _SHARE, "variance of the returns that the value network explains; 1 is perfect"),
-        ("entropy_loss", "nats", "minus the policy's entropy; rises towards 0 as the policy makes up its mind"),
+        ("entropy_loss", "nats", "minus the policy's entropy; rises towards 0 as the policy becomes deterministic"),
         ("approx_kl", "nats", "how far an update moved the policy; above about 0.03 lower the learning rate"),
         ("clip_fraction", _SHARE, "decisions whose probability ratio was clipped; 0.05 to 0.2 is usual"),
         ("clip_range", "ratio", "bound on the probability ratio"),
@@ -213,12 +213,12 @@ _AGENT_GROUPS = (
 
 _SIMULATOR_GROUPS = (
     _group(
-        "validation", "simulator", "The policy without exploration on simulated runs that no training draws, told to "
-        "care for quality alone; medians over the runs. The multiplier is the share of the budget that the tuned "
-        "static setting needs for the loss reached.",
+        "validation", "simulator", "The policy without exploration, with all preference on quality, on simulated runs "
+        "that are never used for training; medians over the runs. The multiplier is the share of the budget that the "
+        "tuned static setting needs for the same loss.",
         ("multiplier", "ratio", "of all runs; 1 is as good as the best static setting of each run"),
         ("multiplier_p10", "ratio", "10th percentile over the runs"),
-        ("score", "ratio", "mean of the two: the weights with the highest one are kept"),
+        ("score", "ratio", "mean of the two; the weights with the highest score are kept"),
         ("best_score", "ratio", "highest score so far"),
         ("from_far_below", "ratio", "multiplier of runs started below 0.18 times the best learning rate"),
         ("from_below", "ratio", "the same, 0.18 to 0.56 times"),
@@ -233,11 +233,11 @@ _SIMULATOR_GROUPS = (
 
 GROUPS: tuple[Group, ...] = _RUN_GROUPS + _AGENT_GROUPS + _SIMULATOR_GROUPS
 TAGS: dict[str, Tag] = {tag.name: tag for group in GROUPS for tag in group.tags}
-"""Every tag by its name. A writer that asks for another one gets a `KeyError`."""
+"""Every tag by its name; looking up an unknown name raises `KeyError`."""
 
 
 def tags_of(writer: Writer) -> list[Tag]:
-    """Return the tags of a steered run, those of agent training, or those that only its simulator stage has."""
+    """Return all tags with the given writer."""
     return [tag for group in GROUPS if group.written_by == writer for tag in group.tags]
 
 
@@ -256,7 +256,7 @@ DIR is the `tb` folder of a run or of an agent's training, or any folder above s
 * **Text**: why choices were masked or refused, and the summary. **HPARAMS**: settings against final metrics.
 * **Images**: the greedy run of an agent.
 
-The same numbers lie beside a run as `telemetry.jsonl`.
+The same numbers are in the run's folder as `telemetry.jsonl`.
 """
 
 _ABOUT: dict[Writer, str] = {
@@ -264,18 +264,18 @@ _ABOUT: dict[Writer, str] = {
 ## A steered run
 
 The x-axis counts **tokens trained on**. The run is `steered`. Where the reference run is known (the same case under its
-untouched base schedule), it stands beside it as the run `reference` under the same tags, so that one chart shows both;
-it has no `decision`, `reward`, `observation`, `masks` and `final`. A value that is unknown or not finite is left out.
+untouched base schedule), it is written as the run `reference` under the same tags, so that one chart shows both; it
+has no `decision`, `reward`, `observation`, `masks` and `final`. Values that are unknown or not finite are not written.
 """,
     "agent": """\
 ## The training of an agent
 
-The x-axis counts **decisions** over all environments. A rollout is what lies between two updates of the policy.
+The x-axis counts **decisions** over all environments. A rollout is the data collected between two policy updates.
 """,
     "simulator": """\
 ## The simulator stage of an agent's training
 
-Lies in OUT/simulator/SEED/tb, one run for each agent that is trained, with all the tags above and these.
+Written to OUT/simulator/SEED/tb, one run for each policy that is trained, with all the tags above and these.
 """,
 }
 

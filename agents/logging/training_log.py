@@ -1,6 +1,6 @@
-"""Log the training of an agent to TensorBoard: what its episodes cost and reached, and what it chose.
+"""Log the training of a policy to TensorBoard: quality, energy and time of its episodes, and how often it chose what.
 
-A Stable-Baselines3 callback. What the tags mean is in `tags`, what a run looks like in `run_figure`.
+`TrainingLog` is a Stable-Baselines3 callback. The tags are explained in `tags`; `run_figure` draws a single run.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ METRICS = (
     "agent/time_over_reference",
     "agent/diverged_share",
 )
-"""What the HPARAMS tab sets against the settings."""
+"""Tags that the HPARAMS tab shows as metrics."""
 
 
 @dataclass
 class Episode:
-    """One steered run, as far as it has come: sums over its decisions."""
+    """Running sums over the decisions of one steered run."""
 
     quality: float = 0.0
     energy: float | None = 0.0
-    """Joules over the reference's; `None` once an interval's energy is unknown."""
+    """Energy relative to the reference run; `None` once the energy of an interval is unknown."""
     time: float = 0.0
-    """Seconds over the reference's."""
+    """Time relative to the reference run."""
     energy_j: float | None = 0.0
     value: float = 0.0
     """Sum of the scalar rewards."""
@@ -51,7 +51,7 @@ class Episode:
     quality_weight: float = math.nan
 
     def add(self, reward: float, info: Mapping[str, Any]) -> None:
-        """Take in one decision."""
+        """Add the reward and info of one step."""
         terms = info["reward_terms"]
         energy_j = info.get("energy_j")
         self.quality += terms["quality"]
@@ -66,7 +66,7 @@ class Episode:
 
     @classmethod
     def of_sums(cls, info: Mapping[str, Any]) -> Episode:
-        """Return a whole run from the info at its end, which holds the sums over it (`ScalarVecEnv`)."""
+        """Build a finished episode from its last info, which holds sums over the episode (`ScalarVecEnv`)."""
         episode = cls()
         episode.add(info["episode"]["r"], info)
         episode.length = info["episode"]["l"]
@@ -76,23 +76,23 @@ class Episode:
 class TrainingLog(BaseCallback):
     """Logs means over the episodes of a rollout under `agent/`, and the share of each choice under `action/`.
 
-    Environments may tell of every interval, or with an empty info of none, and of their sums when an episode ends.
+    An environment may return a full info at every step, or empty infos and one with the episode's sums at its end.
 
     Args:
-        config: Settings of the training, nested or not, for the HPARAMS tab.
+        config: Settings of the training, flat or nested, for the HPARAMS tab.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.config = dict(config or {})
         self._running: list[Episode] = []
-        self._told_at_ends = False
+        self._sums_at_end = False
         self._finished: list[Episode] = []
         self._counts = [np.zeros(len(field.choices)) for field in ACTION_FIELDS]
         self._last: dict[str, float] = {}
 
     def log_greedy_run(self, records: Sequence[DecisionRecord], reference: Reference | None = None) -> None:
-        """Show controls and loss over one run of the policy without exploration, as a picture."""
+        """Log a figure of one run of the policy without exploration."""
         if (tensorboard := self._tensorboard()) is not None:
             figure = run_figure(records, reference)
             tensorboard.writer.add_figure(TAGS["agent/greedy_run"].name, figure, self.num_timesteps)
@@ -100,15 +100,15 @@ class TrainingLog(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._running = [Episode() for _ in range(self.training_env.num_envs)]
-        self._told_at_ends = False
+        self._sums_at_end = False
         if (tensorboard := self._tensorboard()) is not None:
             tensorboard.writer.add_custom_scalars(layout())
 
     def _on_step(self) -> bool:
-        """Take in one decision of every environment."""
+        """Record one step of every environment."""
         infos, dones = self.locals["infos"], self.locals["dones"]
-        self._told_at_ends = self._told_at_ends or not all(infos)
-        if not self._told_at_ends:
+        self._sums_at_end = self._sums_at_end or not all(infos)
+        if not self._sums_at_end:
             self._add_intervals(self.locals["rewards"], infos, dones)
         elif np.any(dones):
             self._finished += [Episode.of_sums(info) for info in infos if info]
@@ -124,7 +124,7 @@ class TrainingLog(BaseCallback):
                 self._running[index] = Episode()
 
     def _on_rollout_end(self) -> None:
-        """Hand the rollout's means to the logger, which writes them with its own."""
+        """Record the rollout's means with Stable-Baselines3's logger."""
         values = means(self._finished)
         self._last |= values
         for tag, value in values.items():
@@ -136,7 +136,7 @@ class TrainingLog(BaseCallback):
         self._finished = []
 
     def _on_training_end(self) -> None:
-        """Write the settings, and which tags to set against them."""
+        """Write the settings and the names of the metric tags for the HPARAMS tab."""
         if (tensorboard := self._tensorboard()) is not None and self.config:
             metrics = {TAGS[tag].name: self._last.get(tag, math.nan) for tag in METRICS}
             tensorboard.write(
@@ -149,7 +149,7 @@ class TrainingLog(BaseCallback):
 
 
 def means(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Return the means over finished episodes by tag; what is unknown in all of them is left out."""
+    """Return means over finished episodes by tag, without the tags whose value is unknown in all of them."""
     if not episodes:
         return {}
     first = [episode for episode in episodes if episode.quality_weight >= QUALITY_FIRST]
@@ -182,7 +182,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def layout() -> dict[str, dict[str, list[object]]]:
-    """Return the ready-made charts of the tab Custom scalars."""
+    """Return the layout of TensorBoard's tab Custom scalars."""
     actions = {
         f"{field.name}: share of each choice": multiline(*(choice_tag(field, c) for c in range(len(field.choices))))
         for field in ACTION_FIELDS

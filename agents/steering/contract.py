@@ -1,10 +1,8 @@
-"""Bound what steering may cost a run in loss and time, against what its base schedule would have reached.
+"""The quality contract: bounds on what steering may cost a run in loss and time, against its base schedule.
 
-Nobody trains the base schedule beside it, so it is forecast. Either the user knows its losses from an earlier run, or
-the beginning of this one is left to it, and a power law through its losses is carried on. A broken contract takes the
-run back to a state that has proven itself, and leaves it to the base schedule.
-
-Carry a loss curve on by a power law in tokens, and say how far off that may be.
+The base schedule is not trained beside the run, so its losses are forecast. Either the user knows them from an earlier
+run, or the first part of this run follows the base schedule, and a `PowerLaw` through its losses is extrapolated. A run
+that breaks its contract is rolled back to a state that has proven itself, and left to the base schedule.
 """
 
 from __future__ import annotations
@@ -30,18 +28,18 @@ EXPONENTS = np.geomspace(0.05, 1.0, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class PowerLaw:
-    """Losses floor + A tokens^-s carried on: every exponent counts by how well it fits."""
+    """Extrapolates losses floor + A tokens^-s: a mean over exponents s, each weighted by how well it fits."""
 
     first_tokens: float
     exponents: Floats
     weights: Floats
-    """Of the exponents; they sum to 1."""
+    """Weights of the exponents; they sum to 1."""
     floors: Floats
     amplitudes: Floats
     covariances: Floats
-    """Of floor and amplitude, shape (n_exponents, 2, 2)."""
+    """Covariances of floor and amplitude, shape (n_exponents, 2, 2)."""
     excess: float
-    """By how much the losses scatter more than their errors say, as a ratio of variances; at least 1."""
+    """Variance of the losses over the variance that their standard errors predict; at least 1."""
 
     @classmethod
     def fit(cls, tokens: Floats, losses: Floats, errors: Floats) -> PowerLaw:
@@ -62,7 +60,7 @@ class PowerLaw:
         )
 
     def at(self, tokens: float) -> tuple[float, float]:
-        """Return the loss forecast at so many tokens, and its standard error."""
+        """Return the forecast of the loss at a number of tokens, and its standard error."""
         falls = (tokens / self.first_tokens) ** -self.exponents
         means = self.floors + self.amplitudes * falls
         slopes = np.stack([np.ones_like(falls), falls], axis=1)
@@ -90,22 +88,22 @@ def _fit_line(falls: Floats, losses: Floats, errors: Floats) -> tuple[Floats, Fl
 SMOOTHING = 3
 """Intervals that are averaged before they are compared."""
 RUNNING = 2
-"""So many intervals running must lie outside before the contract is broken."""
+"""Consecutive intervals that must lie outside before the contract is broken."""
 BAND = 2.0
-"""Standard errors that the loss may lie above what is agreed."""
+"""Standard errors by which the loss may exceed the agreed bound."""
 JUDGED_FROM = 0.2
 """Share of the budget before which nothing is judged."""
 EVIDENCE_INTERVALS = 4
 """Fewer losses than these determine no power law."""
 GIVE_UP = 0.5
-"""A base schedule that still warms up at this share of the budget leaves nothing to carry on."""
+"""A base schedule that still warms up at this share of the budget leaves nothing to extrapolate from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityContract:
-    """What steering may cost at most. Off unless it is given, as the evidence costs a tenth of the run's steering.
+    """Bounds on what steering may cost. Off by default, as the evidence takes a tenth of the run from the policy.
 
-    The forecast from a run's own beginning is an extrapolation over ten times its tokens, and knows nothing of the
+    The forecast from a run's own beginning is an extrapolation over ten times its tokens, and does not include the
     gain when the base schedule's learning rate falls at the end, so it finds gross damage early and little else. With
     the losses of an earlier run it is an interpolation.
     """
@@ -125,7 +123,7 @@ class QualityContract:
     Between two of them lies a straight line above the true curve, so give every interval; `against` does.
     """
     reference_s_per_token: float | None = None
-    """Its seconds per token on this machine; unknown, and no reference of one's own: time is not looked at."""
+    """Seconds per token of the base schedule on this machine; without it, a `reference` says nothing of time."""
 
     from_start: bool = False
     """Take a run that breaks its contract back to its beginning, so that nothing done to it stays.
@@ -146,10 +144,10 @@ class QualityContract:
         Raises:
             ValueError: there are fewer than two records, or they are of a run that was taken back.
         """
-        told = [record.telemetry for record in records]
-        reference = tuple((each.budget_used, each.train_loss) for each in told)
-        tokens = sum(each.interval_tokens for each in told)
-        pace = sum(each.time_s for each in told) / tokens if tokens else None
+        intervals = [record.telemetry for record in records]
+        reference = tuple((each.budget_used, each.train_loss) for each in intervals)
+        tokens = sum(each.interval_tokens for each in intervals)
+        pace = sum(each.time_s for each in intervals) / tokens if tokens else None
         return cls(**{"reference": reference, "reference_s_per_token": pace, **terms})
 
     def __post_init__(self) -> None:
@@ -163,19 +161,19 @@ class QualityContract:
 
 
 class ContractWatch:
-    """Keeps one run's intervals, and says when it breaks its contract."""
+    """Records the intervals of a run, and detects when the run breaks its contract."""
 
     def __init__(self, contract: QualityContract) -> None:
         self.contract = contract
         self.broken: tuple[str, int] | None = None
-        """Why, and after which decision."""
+        """Why the contract was broken, and after which decision."""
         self._rows: list[dict[str, float]] = []
         self._outside = 0
         self._fitted: tuple[tuple[int, int], PowerLaw] | None = None
 
     @property
     def observing(self) -> bool:
-        """Whether the run is still left to the base schedule, for evidence."""
+        """Whether the run still follows the base schedule, to gather evidence."""
         if self.contract.reference is not None:
             return False
         return self._evidence() is None and not (self._rows and self._rows[-1]["share"] >= GIVE_UP)
@@ -195,7 +193,7 @@ class ContractWatch:
         return not self._rows[index]["learning_rate"] > 1.01 * self._rows[index - 1]["learning_rate"]
 
     def observe(self, telemetry: Telemetry) -> str | None:
-        """Take in an interval; return why the contract is broken, in the interval that broke it."""
+        """Record an interval; return why the contract is broken, in the interval that broke it."""
         if not math.isfinite(telemetry.train_loss) or not telemetry.interval_tokens:
             return None
         self._rows.append(_row(telemetry))
@@ -208,7 +206,7 @@ class ContractWatch:
 
     @property
     def endangered(self) -> bool:
-        """Whether the loss lies above what is agreed, though it may be by chance."""
+        """Whether the loss lies above the agreed bound, though it may be by chance."""
         return self._loss_outside(band=0.0)
 
     def _loss_outside(self, band: float = BAND) -> bool:
@@ -217,7 +215,7 @@ class ContractWatch:
 
     @property
     def harmed(self) -> bool:
-        """Whether a broken contract is the model's fault, which only an earlier state mends; time lost is lost."""
+        """Whether the loss broke the contract: a rollback mends that, but not lost time."""
         return self.broken is not None and self._loss_outside()
 
     def _breach(self) -> str | None:
@@ -250,7 +248,7 @@ class ContractWatch:
         return [] if evidence is None else self._rows[evidence[1] :]
 
     def _forecast(self, share: float, tokens: float) -> tuple[float, float] | None:
-        """Return the base schedule's loss there and its standard error; `None` where nothing is known."""
+        """Return a forecast of the base schedule's loss and its standard error; `None` where there is no evidence."""
         if (reference := self.contract.reference) is not None:
             shares, losses = zip(*reference, strict=True)
             within = shares[0] - 1e-9 <= share <= shares[-1] + 1e-9
@@ -292,7 +290,7 @@ class ContractWatch:
         return None
 
     def summary(self) -> dict[str, Any]:
-        """Return how the contract was kept. `held` is `None` where the evidence does not tell."""
+        """Return whether the contract was kept. `held` is `None` where the evidence does not decide it."""
         found, slowdown = self.loss_increase(), self.slowdown()
         return {
             "held": self._held(found, slowdown),
@@ -320,7 +318,7 @@ class ContractWatch:
         return f"power law carried on from {end - begin} intervals under the base schedule, without its final decay"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that was taken in, as plain JSON values."""
+        """Return the state as plain JSON values."""
         return {"past": self.past_state(), "broken": list(self.broken) if self.broken else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -329,11 +327,11 @@ class ContractWatch:
         self.broken = (str(state["broken"][0]), int(state["broken"][1])) if state["broken"] else None
 
     def past_state(self) -> dict[str, Any]:
-        """Return what goes back with a rollback: the intervals. That the contract is broken stays."""
+        """Return the part that a rollback restores: the intervals. That the contract is broken stays."""
         return {"rows": [dict(row) for row in self._rows], "outside": self._outside}
 
     def load_past_state(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `past_state` returned."""
+        """Restore what `past_state` returned."""
         self._rows, self._outside, self._fitted = [dict(row) for row in state["rows"]], state["outside"], None
 
 

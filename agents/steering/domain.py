@@ -1,4 +1,4 @@
-"""Tell whether a run is like those that a policy was trained on, and what to expect where it is not."""
+"""Compare a run with those that a policy was trained on, and warn where it differs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ EXPECT: Mapping[str, str] = {
     "base_schedule": "it multiplies another curve than it learnt on; take its own base schedule",
     "fine_tuning": "it learnt on training from scratch; the learning rate stays within a factor of 2 of yours",
 }
-"""What a run outside of a field's range may come to."""
+"""What to expect of a run outside of a field's range."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What is known of a run before it starts; `None` is not looked at."""
+    """Facts about a run before it starts; those that are `None` are not compared."""
 
     n_parameters: int | None = None
     budget_tokens: int | None = None
@@ -54,7 +54,7 @@ def check_domain(bundle: PolicyBundle, facts: RunFacts, *, require: bool = False
     """Return a warning for every fact outside of what the bundle was trained on.
 
     Raises:
-        ValueError: `require`, and there is one.
+        ValueError: `require` is set, and there is a warning.
     """
     domain = domain_of(bundle.provenance)
     warnings = []
@@ -68,7 +68,7 @@ def check_domain(bundle: PolicyBundle, facts: RunFacts, *, require: bool = False
 
 
 def domain_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a bundle was trained on, by fact: as it says itself, else as its simulator's settings say.
+    """Return what a bundle was trained on, by fact: its own statement, or what follows from its simulator's settings.
 
     A range is two numbers, a choice a list of names; `base_schedule` and `fine_tuning` are single values.
     """

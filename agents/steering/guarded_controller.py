@@ -1,8 +1,7 @@
-"""Put a controller within guardrails: what it decides is bounded, and what went wrong is taken back.
+"""A controller within guardrails: its decisions are bounded, and a decision that goes wrong is rolled back.
 
-What a guarded controller answers, and what it keeps to go back to.
-
-Ask a policy that may fail: whatever it does, the run goes on.
+`GuardedController` wraps a `Controller`. It answers with a `GuardedDecision`, which the owner of the run carries out:
+roll back, take a snapshot, apply the controls. `FaultTolerantPolicy` keeps the run going whatever the policy does.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 
 @dataclass(frozen=True)
 class GuardedDecision:
-    """What the run's owner is to do now, in this order: roll back, take a snapshot, bring the controls into force."""
+    """What the owner of the run does next, in this order: roll back, take a snapshot, apply the controls."""
 
     controls: Controls
-    """What holds during the next interval; after a rollback, what `rolled_back` returns."""
+    """Controls of the next interval; after a rollback, those that `rolled_back` returns."""
     roll_back: bool
     """Restore the last snapshot, then call `rolled_back`."""
     snapshot: bool
-    """Copy the run before the controls come into force, then call `snapshotted`."""
+    """Copy the run before the controls are applied, then call `snapshotted`."""
     fallen_back: bool
-    """The run goes on under its base schedule, whatever the policy says."""
+    """The run goes on under its base schedule, and the policy is no longer called."""
     reasons: tuple[str, ...]
-    """Why something was refused or taken back."""
+    """Why choices were refused or the run was rolled back."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Where a guarded controller stood when the run's owner took a snapshot."""
+class RollbackPoint:
+    """State of a guarded controller at the time of a snapshot, to return to after a rollback."""
 
     seen: tuple[int, ...]
     guardrails: dict[str, Any]
@@ -51,31 +50,31 @@ class Kept:
 
 
 MAX_FAILURES = 5
-"""So many failures running, and a policy is not asked again."""
+"""Consecutive failures after which the policy is disabled."""
 
 
-class AskedPolicy:
-    """Counts how often running a policy could not be asked."""
+class FaultTolerantPolicy:
+    """Calls a policy that may fail, and counts its consecutive failures."""
 
     def __init__(self) -> None:
         self.failures = 0
 
     @property
     def failed_for_good(self) -> bool:
-        """Whether it has failed too often."""
+        """Whether the policy is disabled."""
         return self.failures >= MAX_FAILURES
 
     def ask(self, controller: Controller) -> tuple[Action, str | None]:
-        """Return what the policy asks for, or KEEP and why there is no answer."""
+        """Return the requested action, or KEEP and the reason why the policy gave none."""
         try:
             if not np.isfinite(controller.state.observation()).all():
                 raise ValueError("the observation is not finite")
-            wish = _checked(controller.wish())
-        except Exception as error:  # anything that a stranger's policy may do
+            requested = _checked(controller.requested_action())
+        except Exception as error:  # any error of a policy must not end the run
             self.failures += 1
             return KEEP, f"policy failed: {type(error).__name__}: {error}"
         self.failures = 0
-        return wish, None
+        return requested, None
 
 
 def _checked(action: Any) -> Action:
@@ -89,17 +88,17 @@ def _checked(action: Any) -> Action:
 
 
 GENTLER = 0.5
-"""Factor on the learning-rate scale after a rollback, but for the first that no change of controls led to."""
+"""Factor on the learning-rate scale after a rollback. Not applied to the first rollback if no control had changed."""
 FINISH = [each.name for each in ACTION_FIELDS].index("finish")
 
 
 class GuardedController:
-    """A controller within guardrails: what it decides is bounded, and what went wrong is taken back.
+    """A controller whose decisions are bounded by guardrails, and rolled back where they go wrong.
 
     Args:
         controller: Decides; not used before.
         guardrails: The bounds.
-        contract: What steering may cost in loss and time; `None` asks nothing.
+        contract: Bounds on what steering may cost in loss and time; `None` for none.
     """
 
     def __init__(self, controller: Controller, guardrails: Guardrails, contract: QualityContract | None = None) -> None:
@@ -109,19 +108,19 @@ class GuardedController:
         self.records: list[DecisionRecord] = []
         """Every interval that was recorded, those taken back included."""
         self.fallen_back: str | None = None
-        """Why the run was left to its base schedule."""
+        """Why the run was left to its base schedule; `None` while it is not."""
         self.fallen_back_at: int | None = None
-        """The decision from which on it was."""
+        """The first decision under the base schedule."""
         self._seen: list[int] = []
-        """Places in `records` of the intervals that the controller knows: those that still stand."""
+        """Indices in `records` of the intervals that the controller knows: those that were not rolled back."""
         self._recorded = True
-        self._policy = AskedPolicy()
+        self._policy = FaultTolerantPolicy()
         self._refusals: Counter[str] = Counter()
         self._rollbacks: list[dict[str, Any]] = []
-        self._before: Kept | None = None
-        self._kept: Kept | None = None
+        self._before: RollbackPoint | None = None
+        self._point: RollbackPoint | None = None
         self._since: list[Action] = []
-        """Decisions since the snapshot, the one it was taken before included."""
+        """Actions since the snapshot, including the one that it was taken before."""
 
     @property
     def controls(self) -> Controls:
@@ -138,11 +137,11 @@ class GuardedController:
             roll_back, reasons = self._judge(telemetry)
         if roll_back:
             return GuardedDecision(self.controls, True, False, self.fallen_back is not None, tuple(reasons))
-        self.controller.see(telemetry)
+        self.controller.observe(telemetry)
         return self._decide(reasons)
 
     def _judge(self, telemetry: Telemetry) -> tuple[bool, list[str]]:
-        """Return whether the run must be taken back, and why; fall back where that is called for."""
+        """Return whether the run must be rolled back, and why; fall back to the base schedule where that is due."""
         broken = self.watch.observe(telemetry) if self.watch is not None else None
         verdict = self.guardrails.judge(telemetry)
         if self.fallen_back is not None and not is_lost(telemetry):
@@ -154,7 +153,7 @@ class GuardedController:
         if (reason := verdict.reason or broken) is None:
             return False, []
         harmed = verdict.kind != "go_on" or (self.watch is not None and self.watch.harmed)
-        if roll_back := harmed and self._kept is not None:
+        if roll_back := harmed and self._point is not None:
             self._rollbacks.append({"after_decision": telemetry.decision, "reason": reason})
         return roll_back, [reason]
 
@@ -165,7 +164,7 @@ class GuardedController:
     @property
     def can_roll_back(self) -> bool:
         """Whether there is a snapshot, and the budget of rollbacks not more than used up."""
-        return self._kept is not None and self.guardrails.scars.rollbacks <= self.guardrails.settings.max_rollbacks
+        return self._point is not None and self.guardrails.history.rollbacks <= self.guardrails.settings.max_rollbacks
 
     def _decide(self, reasons: list[str]) -> GuardedDecision:
         guardrails, watch = self.guardrails, self.watch
@@ -173,34 +172,34 @@ class GuardedController:
         before = guardrails.past_state()
         decision = self._bounded()
         self._refusals.update(decision.refusals)
-        self._before = Kept(tuple(self._seen), before, past)
+        self._before = RollbackPoint(tuple(self._seen), before, past)
         snapshot = self._wants_snapshot(decision.allowed)
         self._carry_out(decision)
         reasons = [*reasons, *decision.refusals]
         return GuardedDecision(self.controls, False, snapshot, self.fallen_back is not None, tuple(reasons))
 
     def _wants_snapshot(self, action: Action) -> bool:
-        if not self.guardrails.note_risky(action):
+        if not self.guardrails.needs_snapshot(action):
             return False
-        if self._kept is None or self.watch is None:
+        if self._point is None or self.watch is None:
             return True
         if self.watch.contract.from_start:
             return False
-        old = len(self._seen) - len(self._kept.seen) >= self.guardrails.settings.snapshot_every
+        old = len(self._seen) - len(self._point.seen) >= self.guardrails.settings.snapshot_every
         return old and not self.guardrails.rising and not self.watch.endangered
 
     def _bounded(self) -> Decision:
-        """Return what the policy wants, and what of it may be done."""
+        """Return the requested action, and the part of it that is allowed."""
         if self.fallen_back is not None:
             return Decision(KEEP, KEEP, self.base_controls(), [])
-        wish, failure = self._policy.ask(self.controller)
+        requested, failure = self._policy.ask(self.controller)
         if failure is not None:
             if self._policy.failed_for_good:
                 self._fall_back(f"{failure} ({MAX_FAILURES} times running)", len(self._seen))
             return Decision(KEEP, KEEP, self.controls, [failure])
-        allowed, refusals = allow(wish, self.controller.state.mask_reasons())
+        allowed, refusals = allow(requested, self.controller.state.mask_reasons())
         allowed, more = self._reviewed(allowed)
-        return Decision(wish, allowed, self.controls, [*refusals, *more])
+        return Decision(requested, allowed, self.controls, [*refusals, *more])
 
     def _reviewed(self, action: Action) -> tuple[Action, list[str]]:
         if self.watch is not None and self.watch.observing and action != KEEP:
@@ -211,7 +210,7 @@ class GuardedController:
         return allowed, refusals
 
     def _carry_out(self, decision: Decision, held: Controls | None = None) -> None:
-        """Bring what is allowed into force, or `held` instead."""
+        """Make the allowed action the present decision, or the controls `held` instead."""
         state = self.controller.state
         state.apply(decision.allowed)
         if self.fallen_back is not None:
@@ -224,43 +223,43 @@ class GuardedController:
         self._recorded = False
 
     def base_controls(self) -> Controls:
-        """Return the controls of the base schedule; what was pruned stays so, and a cool-down goes on."""
+        """Return the controls of the base schedule; the present sparsity stays, and a cool-down goes on."""
         now, start = self.controls, self.controller.state.limits.start
         return replace(start, sparsity=now.sparsity, finish=now.finish)
 
     def snapshotted(self) -> None:
-        """Take in that the owner has copied the run, after `decide` and before the controls came into force."""
-        self._kept = self._before
+        """Record that the owner has copied the run, after `decide` and before the controls were applied."""
+        self._point = self._before
         self._since = self._since[-1:]
         self.guardrails.snapshot_taken()
 
     def snapshotted_here(self) -> bool:
-        """Take in that the owner copies the run now, in the midst of an interval; return whether that is of use.
+        """Record a snapshot in the middle of an interval, where one is of use; return whether the owner is to take it.
 
-        For a run that goes on from a file: what it could be taken back to was lost with its process.
+        For a run that goes on from a file: its last snapshot was lost with its process.
         """
         decision = self.controller.decision
-        if decision is None or not self.guardrails.note_risky(KEEP):
+        if decision is None or not self.guardrails.needs_snapshot(KEEP):
             return False
         past = self.watch.past_state() if self.watch is not None else None
-        self._before = Kept(tuple(self._seen), self.guardrails.past_state(), past)
+        self._before = RollbackPoint(tuple(self._seen), self.guardrails.past_state(), past)
         self._since = [decision.allowed]
         self.snapshotted()
         return True
 
     def rolled_back(self) -> Controls:
-        """Take in that the owner has restored its snapshot; return the controls to go on with: gentler ones.
+        """Record that the owner has restored its snapshot; return the controls to go on with, which are gentler.
 
         Raises:
             ValueError: there was no snapshot.
         """
-        kept = self._kept
-        if kept is None:
+        point = self._point
+        if point is None:
             raise ValueError("rolled_back needs a snapshot; call snapshotted where decide asked for one")
-        self._go_back(kept)
+        self._go_back(point)
         self.guardrails.rolled_back(self._since)
         unchanged = all(action == KEEP for action in self._since)
-        chance = unchanged and self.guardrails.scars.rollbacks == 1  # once more so
+        chance = unchanged and self.guardrails.history.rollbacks == 1  # once more so
         self._since = []
         factor = 1.0 if chance else GENTLER
         least = max(LEARNING_RATE_SCALE_RANGE[0], self.guardrails.least_scale(self.controller.state.situation()))
@@ -270,21 +269,21 @@ class GuardedController:
         self._carry_out(decision, replace(self.controls, learning_rate_scale=gentler))
         return self.controls
 
-    def _go_back(self, kept: Kept) -> None:
-        self._replay(list(kept.seen))
-        self.guardrails.load_past_state(kept.guardrails)
-        if self.watch is not None and kept.contract is not None:
-            self.watch.load_past_state(kept.contract)
+    def _go_back(self, point: RollbackPoint) -> None:
+        self._replay(list(point.seen))
+        self.guardrails.load_past_state(point.guardrails)
+        if self.watch is not None and point.contract is not None:
+            self.watch.load_past_state(point.contract)
 
     def _replay(self, seen: list[int]) -> None:
-        """Give the controller a new state that has decided and seen these records."""
+        """Give the controller a new state that has made these decisions and observed these intervals."""
         before = self.controller.state
         self.controller.state = state = DecisionState(before.limits, before.preference)
         self._seen = seen
         for place in seen:
             self.controller.repeat(self.records[place])
             state.observe(self.records[place].telemetry)
-        self.controller.see(None)
+        self.controller.observe(None)
 
     def record(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> DecisionRecord:
         """Return the record of the last decision and the interval that followed it; call it once per interval."""
@@ -294,28 +293,28 @@ class GuardedController:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where this controller stands, as plain JSON values. The snapshot is the owner's, and not in it."""
+        """Return the controller's state as plain JSON values. The snapshot belongs to the owner and is not in it."""
         return {"records": [record.to_json() for record in self.records], **self._standing()}
 
-    def news(self) -> dict[str, Any]:
-        """Return what changed with the last answer, for `hear`: no more than the last of the records."""
+    def broadcast_state(self) -> dict[str, Any]:
+        """Return the state after the last decision, for `load_broadcast`, with the newest record only."""
         last = self.records[-1].to_json() if self.records else None
         return {"n_records": len(self.records), "last": last, **self._standing()}
 
-    def hear(self, news: Mapping[str, Any]) -> None:
-        """Go where another controller stands, of which all `news` so far were heard; nothing is asked here."""
-        if news["last"] is not None:
-            self.records[news["n_records"] - 1 :] = [DecisionRecord.from_json(news["last"])]
-        seen = list(news["seen"])
+    def load_broadcast(self, state: Mapping[str, Any]) -> None:
+        """Take the state of another controller, all of whose states so far were loaded; the policy is not called."""
+        if state["last"] is not None:
+            self.records[state["n_records"] - 1 :] = [DecisionRecord.from_json(state["last"])]
+        seen = list(state["seen"])
         if seen and seen[:-1] == self._seen:
             self._seen = seen
-            self.controller.see(self.records[seen[-1]].telemetry)
+            self.controller.observe(self.records[seen[-1]].telemetry)
         else:
             self._replay(seen)
-        self._stand(news)
+        self._load_standing(state)
 
     def _standing(self) -> dict[str, Any]:
-        """Return all of the state but the records."""
+        """Return the state without the records."""
         decision = self.controller.decision
         return {
             "seen": list(self._seen),
@@ -333,10 +332,10 @@ class GuardedController:
         """Go on where `state_dict` was called. Without a snapshot, the next decision asks for one."""
         self.records = [DecisionRecord.from_json(record) for record in state["records"]]
         self._replay(list(state["seen"]))
-        self._stand(state)
+        self._load_standing(state)
 
-    def _stand(self, state: Mapping[str, Any]) -> None:
-        """Take in what `_standing` returned, where the controller knows its records."""
+    def _load_standing(self, state: Mapping[str, Any]) -> None:
+        """Restore what `_standing` returned, where the controller knows its records."""
         self._load_decision(state["decision"])
         self._recorded = state["recorded"]
         self.guardrails.load_state_dict(state["guardrails"])
@@ -347,18 +346,18 @@ class GuardedController:
         self._policy.failures = state["failures"]
         self._refusals = Counter(state["refusals"])
         self._rollbacks = list(state["rollbacks"])
-        self._before = self._kept = None
+        self._before = self._point = None
         self._since = []
 
     def _load_decision(self, stored: Mapping[str, Any] | None) -> None:
         self.controller.decision = None
         if stored is None:
             return
-        wish, allowed = tuple(stored["requested"]), tuple(stored["allowed"])
+        requested, allowed = tuple(stored["requested"]), tuple(stored["allowed"])
         controls = Controls(**stored["controls"])
         self.controller.state.decide(allowed)
         self.controller.state.hold(controls)
-        self.controller.decision = Decision(wish, allowed, controls, list(stored["refusals"]))
+        self.controller.decision = Decision(requested, allowed, controls, list(stored["refusals"]))
 
     def summary(self) -> dict[str, Any]:
         """Return what the guardrails did, as plain JSON values."""

@@ -1,6 +1,7 @@
-"""Bound what a policy may do to somebody's run, and say when the run must be taken back.
+"""Guardrails: bounds on a policy's choices, and the rules for taking a run back.
 
-Keep the recent level of a noisy loss, and where it last reached a new low.
+`Guardrails.review` refuses choices that break a bound. `Guardrails.judge` says after each interval whether the run may
+go on, must be rolled back, or is left to its base schedule. `LossLevel` is the recent level of a noisy training loss.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ SMOOTHING = 3
 LEVEL = 5
 """Intervals whose median loss is the recent level."""
 WINDOW = 13
-"""Intervals that tell how much losses swing."""
+"""Intervals from which the swing of the losses is estimated."""
 UNJUDGED = 0.5
-"""A rise by this share of the level is one even where nothing is known of how losses swing."""
+"""A rise by this share of the level counts as a spike where the swing of the losses is unknown."""
 MARGIN = 0.5
-"""A new low lies so many spreads below the lowest, or chance would set one now and then."""
+"""A new low must lie this many spreads below the lowest, or chance would set one now and then."""
 
 
 @dataclass(kw_only=True)
 class LossLevel:
-    """The training losses of the newest intervals, and what they say."""
+    """Training losses of the newest intervals: their level, their spread and their lowest value."""
 
     losses: list[float] = field(default_factory=list)
     """Means of the intervals, in nats/token, newest last."""
@@ -48,10 +49,10 @@ class LossLevel:
     lowest: float | None = None
     """Lowest smoothed loss so far."""
     paid_scale: float = 1.0
-    """Learning-rate scale under which it was reached."""
+    """Learning-rate scale under which the lowest loss was reached."""
 
     def take(self, loss: float, error: float, scale: float) -> None:
-        """Take in an interval, its loss and standard error, and the learning-rate scale that held."""
+        """Add an interval: its loss, the standard error, and the learning-rate scale in force."""
         self.losses = [*self.losses, loss][-WINDOW:]
         self.errors = [*self.errors, error if math.isfinite(error) else 0.0][-WINDOW:]
         newest = self.losses[-SMOOTHING:]
@@ -64,7 +65,7 @@ class LossLevel:
         return median(self.losses[-LEVEL:]) if self.losses else None
 
     def spread(self) -> float:
-        """Return by how much losses differ by chance: what they say of themselves, or how they swing, if more."""
+        """Return how much losses differ by chance: their standard error or their swing, whichever is larger."""
         return max(median(self.errors), self._swing())
 
     def _swing(self) -> float:
@@ -73,7 +74,7 @@ class LossLevel:
         return fmean(swings) * math.sqrt(math.pi) / 2 if len(swings) >= 3 else 0.0
 
     def rise(self, loss: float, spreads: float, share: float) -> float:
-        """Return how far a loss lies above the level, in units of so many spreads and at least this share of it."""
+        """Return how far a loss lies above the level, over the larger of `spreads` spreads and `share` of the level."""
         level = self.level()
         if level is None:
             return 0.0
@@ -87,7 +88,7 @@ class LossLevel:
 
 
 def student(spreads: float, degrees: float) -> float:
-    """Return what so many standard deviations become where the deviation itself comes from few values.
+    """Return the standard deviations of equal probability where the deviation is estimated from few values.
 
     Student's t at the normal quantile's probability, by the first terms of its expansion (Abramowitz and Stegun 1964,
     26.7.5).
@@ -97,39 +98,39 @@ def student(spreads: float, degrees: float) -> float:
 
 
 HEALTHY = 0.5
-"""A loss less than this part of a spike above its level is one to go back to."""
+"""A loss that lies less than this part of a spike above its level is worth a snapshot."""
 ROUNDED = 1.02
 """Opposite factors on the learning rate cancel within 1 %."""
 MOVED = ("learning_rate", "batch_size")
-"""Controls that can swing to and fro; the others are limited in number."""
+"""Controls that can oscillate; the others can change only a limited number of times."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardrailSettings:
-    """How far any policy may go."""
+    """Bounds that hold for any policy."""
 
     learning_rate_range: tuple[float, float] | None = None
     """Bounds on the learning rate at the peak of the base schedule, scale and batch factor included; `None`: none."""
     batch_size_range: tuple[int, int] | None = None
     """Bounds on the batch in sequences, inside of what the run offers; `None`: none."""
     max_rise: float = 2.0
-    """Largest factor on the learning-rate scale above where the smoothed loss last reached a new low.
+    """Largest factor on the learning-rate scale above the scale at which the smoothed loss last reached a new low.
 
-    A loss that falls pays for the next rise, so a start far too low is left quickly; a loss that does not, does not.
-    So a policy that always raises comes to a stand a factor of 2 above where the run was last seen to learn.
+    A falling loss raises this bound, so a start that is far too low is left quickly. A policy that always raises the
+    learning rate stops a factor of 2 above the scale at which the run last learnt.
     """
     max_reversals: int = 3
-    """So many changes of direction of one control within `oscillation_window` decisions hold it for as long."""
+    """After this many changes of direction within `oscillation_window` decisions, a control is held for as many."""
     oscillation_window: int = 8
     spike: float = 4.0
-    """A training loss so many standard errors above the recent level, and `spike_share` of it, is a spike."""
+    """A training loss this many standard errors, and `spike_share` of the level, above the recent level is a spike."""
     spike_share: float = 0.05
     max_rollbacks: int = 3
-    """After so many the run goes on under the base schedule."""
+    """After this many rollbacks the run goes on under the base schedule."""
     hold: int = 5
-    """Decisions for which the change that led to a rollback is refused."""
+    """Number of decisions for which a change that led to a rollback is refused."""
     snapshot_every: int = 10
-    """Most decisions between two snapshots: what one rollback can cost."""
+    """Largest number of decisions between two snapshots, which is what a rollback can cost."""
     finish_from: float = FINISH_FROM
     """No cool-down before this share of the budget; 1 for never."""
 
@@ -151,7 +152,7 @@ _LEAST: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the last interval asks for."""
+    """Whether the run goes on after an interval, and why not."""
 
     kind: Literal["go_on", "roll_back", "fall_back"]
     reason: str | None = None
@@ -159,28 +160,28 @@ class Verdict:
 
 @dataclass(kw_only=True)
 class Past:
-    """What is known of the run so far. A rollback takes it back together with the run."""
+    """The run so far, as the guardrails know it. A rollback restores it together with the run."""
 
     moves: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in MOVED})
     """Direction of every decision: 1 up, -1 down, 0 none; newest last."""
     held: dict[str, int] = field(default_factory=dict)
-    """Controls held for swinging, and for how many decisions more."""
+    """Controls that are held after oscillating, and for how many more decisions."""
     losses: LossLevel = field(default_factory=LossLevel)
     since_snapshot: int | None = None
     """Decisions since the last snapshot; `None` without one."""
 
 
 @dataclass(kw_only=True)
-class Scars:
-    """What a rollback must not undo, or the same would happen again."""
+class RollbackHistory:
+    """The rollbacks so far. A rollback does not restore this, or the same would happen again."""
 
     rollbacks: int = 0
     held: dict[str, int] = field(default_factory=dict)
-    """Changes that led to one, as `learning_rate up`, and for how many decisions more they are refused."""
+    """Changes that led to a rollback, such as `learning_rate up`, and for how many more decisions they are refused."""
 
 
 class Guardrails:
-    """Bounds on a policy, kept from the telemetry of one run.
+    """Enforces the bounds on a policy in one run.
 
     Args:
         settings: The bounds.
@@ -199,10 +200,10 @@ class Guardrails:
                     f"got {rates[0]:g} to {rates[1]:g}; raise its upper bound, or lower the rate"
                 )
         self.past = Past()
-        self.scars = Scars()
+        self.history = RollbackHistory()
 
     def review(self, action: Action, situation: Situation) -> tuple[Action, list[str]]:
-        """Return the action with every choice that breaks a rule kept instead, and why, choice by choice."""
+        """Return the action with every choice that breaks a bound replaced by `keep`, and the reasons."""
         allowed, refusals = list(KEEP), []
         scale, batch_size = situation.controls.learning_rate_scale, situation.controls.batch_size
         for index, (each, choice) in enumerate(zip(ACTION_FIELDS, action, strict=True)):
@@ -211,7 +212,10 @@ class Guardrails:
             to_scale = scale * LEARNING_RATE_FACTORS[choice] if each.name == "learning_rate" else scale
             to_batch = int(batch_size * BATCH_FACTORS[choice]) if each.name == "batch_size" else batch_size
             reason = self._held(each.name, choice) or self._leaves(situation, to_scale, to_batch)
-            if reason := reason or self._breaks(each.name, choice, situation, to_scale):
+            reason = reason or self._too_early_or_high(each.name, situation, to_scale)
+            if reason is None and (reason := self._oscillates(each.name, choice)):
+                self.past.held[each.name] = self.settings.oscillation_window + 1  # this decision counts down too
+            if reason:
                 refusals.append(f"{each.name} {each.choices[choice]} refused: {reason}")
             else:
                 allowed[index], scale, batch_size = choice, to_scale, to_batch
@@ -220,7 +224,7 @@ class Guardrails:
     def _held(self, name: str, choice: int) -> str | None:
         if self.past.held.get(name, 0):
             return f"held after {self.settings.max_reversals} changes of direction"
-        if self.scars.held.get(change_of(name, choice), 0):
+        if self.history.held.get(change_of(name, choice), 0):
             return "held after a rollback"
         return None
 
@@ -237,15 +241,18 @@ class Guardrails:
         outside |= self.base_learning_rate * after < rates[0] * (1 - 1e-9) and after < before
         return f"learning rate would leave [{rates[0]:g}, {rates[1]:g}]" if outside else None
 
-    def _breaks(self, name: str, choice: int, situation: Situation, scale: float) -> str | None:
+    def _too_early_or_high(self, name: str, situation: Situation, scale: float) -> str | None:
         settings, past = self.settings, self.past
         if name == "finish" and situation.budget_used < settings.finish_from:
             return f"not before {settings.finish_from:.0%} of the budget"
         most = max(past.losses.paid_scale * settings.max_rise * ROUNDED, situation.controls.learning_rate_scale)
         if name == "learning_rate" and scale > most:
             return f"more than x{settings.max_rise:g} above where the loss last reached a new low"
+        return None
+
+    def _oscillates(self, name: str, choice: int) -> str | None:
+        settings = self.settings
         if name in MOVED and self._reversals(name, _direction(name, choice)) >= settings.max_reversals:
-            past.held[name] = settings.oscillation_window + 1  # this decision counts down too
             return f"{settings.max_reversals} changes of direction in {settings.oscillation_window} decisions"
         return None
 
@@ -255,7 +262,7 @@ class Guardrails:
         return sum(one != other for one, other in pairwise(moves))
 
     def least_scale(self, situation: Situation) -> float:
-        """Return the learning-rate scale that the lower bound allows at the present batch; 0 without one."""
+        """Return the lowest learning-rate scale allowed at the present batch size; 0 without a lower bound."""
         rates = self.settings.learning_rate_range
         if rates is None or self.base_learning_rate is None:
             return 0.0
@@ -263,22 +270,22 @@ class Guardrails:
         return rates[0] / self.base_learning_rate / neutral
 
     def note(self, action: Action) -> None:
-        """Take in what was decided in the end."""
+        """Record the action that is applied."""
         for each, choice in zip(ACTION_FIELDS, action, strict=True):
             if each.name in MOVED:
                 moves = [*self.past.moves[each.name], _direction(each.name, choice)]
                 self.past.moves[each.name] = moves[-self.settings.oscillation_window :]
         self.past.held = _counted_down(self.past.held)
-        self.scars.held = _counted_down(self.scars.held)
+        self.history.held = _counted_down(self.history.held)
         if self.past.since_snapshot is not None:
             self.past.since_snapshot += 1
 
-    def note_risky(self, action: Action) -> bool:
-        """Return whether a snapshot should be taken before this action: it changes something, or the last is old.
+    def needs_snapshot(self, action: Action) -> bool:
+        """Return whether a snapshot should be taken before this action: it changes something, or the last one is old.
 
-        A loss that is on its way up is nothing to go back to; then the snapshot before serves.
+        While the loss rises no new snapshot is taken, and the one before serves.
         """
-        if self.scars.rollbacks > self.settings.max_rollbacks or not self.settings.max_rollbacks:
+        if self.history.rollbacks > self.settings.max_rollbacks or not self.settings.max_rollbacks:
             return False
         since = self.past.since_snapshot
         if since is None:
@@ -292,15 +299,15 @@ class Guardrails:
         return any(move > 0 for move in self.past.moves["learning_rate"])
 
     def snapshot_taken(self) -> None:
-        """Take in that the run was copied."""
+        """Record that the run was copied."""
         self.past.since_snapshot = 0
 
     def judge(self, telemetry: Telemetry) -> Verdict:
-        """Take in an interval, and say whether the run may go on from it."""
+        """Record an interval, and return whether the run may go on from it."""
         reason = self._fault(telemetry)
         if reason is None:
             return Verdict("go_on")
-        can = self.past.since_snapshot is not None and self.scars.rollbacks < self.settings.max_rollbacks
+        can = self.past.since_snapshot is not None and self.history.rollbacks < self.settings.max_rollbacks
         return Verdict("roll_back" if can else "fall_back", reason)
 
     def _fault(self, telemetry: Telemetry) -> str | None:
@@ -322,45 +329,45 @@ class Guardrails:
         return not newest or self._rise(newest[0]) <= HEALTHY
 
     def rolled_back(self, actions: Iterable[Action]) -> None:
-        """Take in that the run was taken back to before `actions`: what they changed is refused for a while."""
-        self.scars.rollbacks += 1
+        """Record that the run was restored to before `actions`: their changes are refused for a while."""
+        self.history.rollbacks += 1
         for change in {"learning_rate up"}.union(*map(changes_of, actions)):
-            self.scars.held[change] = self.settings.hold + 1  # the decision after the rollback counts down too
+            self.history.held[change] = self.settings.hold + 1  # the decision after the rollback counts down too
         self.past.since_snapshot = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that was taken in, as plain JSON values: `past` goes back with the run, `scars` stay."""
-        return {"past": self.past_state(), "scars": asdict(self.scars)}
+        """Return the state as plain JSON values; the rollback history has the key `scars`."""
+        return {"past": self.past_state(), "scars": asdict(self.history)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.load_past_state(state["past"])
-        self.scars = Scars(**deepcopy(dict(state["scars"])))
+        self.history = RollbackHistory(**deepcopy(dict(state["scars"])))
 
     def past_state(self) -> dict[str, Any]:
-        """Return what belongs to the run's past, as plain JSON values."""
+        """Return the part of the state that a rollback restores, as plain JSON values."""
         return asdict(self.past)
 
     def load_past_state(self, state: Mapping[str, Any]) -> None:
-        """Go back to the past that `past_state` returned; the scars stay."""
+        """Restore the part that `past_state` returned; the rollback history stays."""
         copied = deepcopy(dict(state))
         self.past = Past(**{**copied, "losses": LossLevel(**copied["losses"])})
 
 
 def is_lost(telemetry: Telemetry) -> bool:
-    """Return whether the weights can be of no use any more."""
+    """Return whether the weights are useless: the loss is not finite."""
     return telemetry.diverged or not math.isfinite(telemetry.train_loss)
 
 
 def change_of(name: str, choice: int) -> str:
-    """Return what a choice changes, as `learning_rate up` or `pruning`."""
+    """Return the name of a change, such as `learning_rate up` or `pruning`."""
     if name not in MOVED:
         return name
     return f"{name} {'up' if _direction(name, choice) > 0 else 'down'}"
 
 
 def changes_of(action: Action) -> set[str]:
-    """Return what is risky in an action: everything that changes, but a lower learning rate."""
+    """Return the risky changes of an action: all changes but a lower learning rate."""
     pairs = zip(ACTION_FIELDS, action, strict=True)
     return {change_of(each.name, choice) for each, choice in pairs if choice != each.keep} - {"learning_rate down"}
 
@@ -380,4 +387,4 @@ def _check_range(name: str, bounds: tuple[float, float] | None) -> None:
 
 
 UNGUARDED = GuardrailSettings(max_rollbacks=0)
-"""For the base schedule alone, which is what a run falls back to: there is nothing to go back to."""
+"""Without rollbacks, for a run under its base schedule: a rollback would lead to the same schedule again."""

@@ -1,8 +1,7 @@
-"""Say what a loop asks of its steering: the budget, the start, the policy, and how far it may go.
+"""Settings of a steered training loop, and what follows from them: policy, base schedule and control limits.
 
-What settings and policy together make of a run: who decides, how often, and along which base schedule.
-
-What a policy may choose from in somebody else's run.
+`SteeringSettings` is what the user sets. `ResolvedSettings` adds what follows from them and the policy bundle: the
+policy, the number of decisions and the base schedule. `control_limits` says what the policy may choose from.
 """
 
 from __future__ import annotations
@@ -10,53 +9,56 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
 from trainpilot.agents.controller import Policy, keep
 from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Precision, batch_limits
-from trainpilot.llm_runtime.loop import Levers, MaskPruning, offered
+from trainpilot.llm_runtime.loop import ControlledLoop, MaskPruning
+from trainpilot.llm_runtime.precision import lacking
 from trainpilot.llm_runtime.schedules import BudgetProgress, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringSettings:
-    """What is steered, by what, and within which bounds."""
+    """Settings of a steered run: budget, start, policy and bounds."""
 
     sequences: int
-    """Budget: sequences that the run is trained on, those seen twice counted twice."""
+    """Budget in sequences; a sequence that is seen twice counts twice."""
     batch_size: int
     """Sequences of an optimiser step at the start, of all processes and accumulated micro-batches together."""
     sequence_length: int = 1
-    """Tokens of a sequence. Only the log and the steps of the schedule need it: any estimate will do."""
+    """Tokens of a sequence. Only the log and the schedule use it, so an estimate is enough."""
     policy: str | Policy = "default"
-    """`default`, a bundle's file, `none` to leave everything at the base schedule and only watch, or a function of
-    observation and masks that returns an action."""
+    """`default`, the file of a bundle, `none` for the base schedule without control, or a function of observation and
+    masks that returns an action."""
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
     """Decisions in the run; by default as many as the policy was trained with."""
     base_schedule: BaseSchedule | None = None
-    """What the policy multiplies; by default the schedule that it was trained with."""
+    """Schedule that the policy's learning-rate scale multiplies; by default the one that it was trained with."""
     gradient_clip: float | None = 1.0
     """Largest norm of the gradient; `None` clips nothing."""
     min_batch_size: int | None = None
-    """Smallest batch that may be asked for; by default a sixteenth of the first."""
+    """Smallest batch size that the policy may choose; by default a sixteenth of the first."""
     max_batch_size: int | None = None
-    """Largest; by default 16 times the first, and four steps in an interval."""
+    """Largest batch size; by default 16 times the first, but at most a quarter of an interval."""
     precisions: tuple[Precision, ...] = ("fp32",)
     """Precisions that may be used, the first at the start. Offer bf16 where you know that it pays."""
     pruning: MaskPruning = "none"
-    """What the pruning control does: nothing, or masks by `magnitude` or `evolution`."""
+    """What the sparsity control does: nothing, or weight masks by `magnitude` or `evolution`."""
     probe: bool = True
     """Whether to probe the curvature now and then: three forward passes on one micro-batch."""
     guardrails: GuardrailSettings = field(default_factory=GuardrailSettings)
-    """What no policy may do."""
+    """Bounds that hold for any policy."""
     contract: QualityContract | None = None
-    """What the run may lose against its base schedule."""
+    """Bounds on what steering may cost against the base schedule; `None` for none."""
     fine_tuning: bool | None = None
-    """Whether the model comes trained; by default, whether it says where it was loaded from. Then the learning rate
-    rises at most by a factor of 2 above that of the optimiser, unless the guardrails have a `learning_rate_range`."""
+    """Whether the model is pretrained; by default that is detected. The learning rate of a pretrained model rises at
+    most by a factor of 2 above the optimizer's, unless the guardrails have a `learning_rate_range`."""
     strict_domain: bool = False
     """Refuse to steer a run unlike those that the policy was trained on, instead of warning."""
 
@@ -78,7 +80,7 @@ class SteeringSettings:
             raise ValueError(f"min_batch_size must be at most batch_size {self.batch_size}, got {self.min_batch_size}")
 
     def check_steps(self, decisions: int) -> None:
-        """Raise `ValueError` where a decision would have no step of its own."""
+        """Raise `ValueError` if the budget is too small for a step in every interval."""
         if self.sequences < decisions * self.batch_size:
             raise ValueError(
                 f"sequences must give every decision at least one step: {decisions} decisions x batch_size "
@@ -97,19 +99,20 @@ DECISIONS = 50
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a run is steered."""
+class ResolvedSettings:
+    """What follows from the settings and the policy bundle."""
 
     bundle: PolicyBundle | None
-    """The policy's file, if it comes from one."""
+    """The bundle, if the policy comes from one."""
     policy: Policy
     base: BaseSchedule
-    """What the policy multiplies."""
+    """Base schedule, which the policy's learning-rate scale multiplies."""
     decisions: int
+    """Decisions in the run."""
 
     @classmethod
-    def of(cls, settings: SteeringSettings) -> Plan:
-        """Return the plan under these settings.
+    def of(cls, settings: SteeringSettings) -> ResolvedSettings:
+        """Load the policy, and resolve what the settings leave open.
 
         Raises:
             ValueError: there is no such policy, or the budget is too small for its decisions.
@@ -148,24 +151,34 @@ def name_of(policy: str | Policy) -> str:
     return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
 
 
-def control_limits(settings: SteeringSettings, levers: Levers, decisions: int, processes: int) -> ControlLimits:
-    """Return the limits of a run that `processes` share.
+def control_limits(settings: SteeringSettings, loop: ControlledLoop, decisions: int) -> ControlLimits:
+    """Return the limits of a run's controls: batch sizes, precisions and pruning.
 
     Raises:
         ValueError: the processes cannot share the batch evenly.
     """
-    start = levers.controls
+    start, processes = loop.controls, loop.ranks.world_size
     if start.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {start.batch_size}")
-    smallest, largest = _batches(settings, decisions, processes) if levers.changes_batch else (start.batch_size,) * 2
+    smallest, largest = _batches(settings, decisions, processes) if loop.changes_batch else (start.batch_size,) * 2
     return ControlLimits(
         start=start,
         min_batch_size=smallest,
         max_batch_size=largest,
-        masked_precisions=offered(settings.precisions, levers.device),
+        masked_precisions=_masked_precisions(settings.precisions, loop.device),
         pruning=settings.pruning,
         decisions=decisions,
     )
+
+
+def _masked_precisions(offered: tuple[Precision, ...], device: torch.device) -> dict[Precision, str]:
+    """Return the precisions that a policy may not choose, each with the reason."""
+    reasons = lacking(device)
+    reasons.setdefault("fp16", "needs a loss scaler, which is the loop's")
+    for name in PRECISIONS:
+        if name not in offered:
+            reasons.setdefault(name, "not among the precisions that were offered")
+    return reasons
 
 
 def _batches(settings: SteeringSettings, decisions: int, processes: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
-"""What the checks on a GPU are made with: two models of 30 M and 120 M parameters, their text, and a dry run's.
+"""Define the models and texts of the GPU checks, and carry out their runs.
 
-Carry out runs one after the other, each kept as a file with the raw readings of its energy meter beside it.
+`full_setup` has two models of 30 M and 120 M parameters; `tiny_setup` is for a dry run. `Runs` executes runs one after
+the other and stores each as a file, with the raw readings of its energy meter in another file.
 """
 
 from __future__ import annotations
@@ -26,54 +27,54 @@ from trainpilot.llm_runtime.files import whole_file, write_json
 from trainpilot.llm_runtime.live_run import LiveRun
 
 STARTS = (0.1, 1.0, 10.0)
-"""Starting learning rates over the sweep's best."""
+"""Starting learning rates relative to the sweep's best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A model that is trained from scratch on bytes, and its budget."""
+    """A model trained from scratch on bytes, with its budget."""
 
     model: Mapping[str, Any]
-    """A transformers config."""
+    """Configuration for transformers."""
     tokens: int
     rates: tuple[float, ...]
-    """Learning rates that the sweep begins with, rising, a factor of 2 apart."""
+    """Initial learning rates of the sweep, ascending by factors of 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
-    """The live runs that a policy goes on learning from: another model and another text than the judged ones."""
+    """Live runs for fine-tuning a policy, on a model and a text that are not part of the test."""
 
     model: Mapping[str, Any]
     text: str
     tokens: int
     learning_rate: float = 1e-3
-    """Of the reference runs, not tuned; the runs themselves start at `STARTS` times it."""
+    """Learning rate of the reference runs, not tuned; the runs start at `STARTS` times it."""
     decisions: int = 600
     n_steps: int = 100
     """Decisions between two updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bed:
-    """Everything that the figures depend on, but for the policy."""
+class GpuSetup:
+    """Models, texts, budgets and device: everything except the policy that the figures depend on."""
 
     sizes: Mapping[str, Size]
     text: str
-    text_said: str
-    """The text without a path of this machine."""
+    text_name: str
+    """Name of the text for the result file, without a path of this machine."""
     batch_size: int
     sequence_length: int
     device: str
     tuning: FineTuning
 
     def config(self, name: str, precision: Precision = "fp32") -> RunConfig:
-        """Return the run of a model; schedule, learning rate and seed are set by whoever asks for runs."""
+        """Return the run of a model; schedule, learning rate and seed are set by the caller."""
         size = self.sizes[name]
         return self._config(size.model, self.text, size.tokens, size.rates[len(size.rates) // 2], precision)
 
     def tuning_config(self, precision: Precision = "fp32") -> RunConfig:
-        """Return the run that a policy is fine-tuned on."""
+        """Return the run on which a policy is fine-tuned."""
         tuning = self.tuning
         return self._config(tuning.model, tuning.text, tuning.tokens, tuning.learning_rate, precision)
 
@@ -89,11 +90,11 @@ class Bed:
             device=self.device,
         )
 
-    def smaller(self, budget: float, names: tuple[str, ...] = ()) -> Bed:
-        """Return the same with all budgets times `budget`, and with the models of these names only.
+    def smaller(self, budget: float, names: tuple[str, ...] = ()) -> GpuSetup:
+        """Return a copy with all budgets multiplied by `budget`, and with only the named models if any are named.
 
         Raises:
-            ValueError: an unknown name, or a budget that is not positive.
+            ValueError: a name is unknown, or the budget is not positive.
         """
         if not budget > 0:
             raise ValueError(f"budget must be a positive factor, got {budget}")
@@ -133,12 +134,12 @@ def _gpt2(hidden: int, layers: int, heads: int, context: int) -> dict[str, Any]:
     }
 
 
-def full_bed() -> Bed:
-    """Return the bed for a GPU: each run of the two models is meant to take about a minute on an H100.
+def full_setup() -> GpuSetup:
+    """Return the setup for a GPU; a run of either model is estimated to take about a minute on an H100.
 
-    The judged text, torch's own Python sources, is long enough that no run of the whole budget sees a byte twice.
+    The test text (torch's own Python sources) is long enough that no run of the whole budget repeats a byte.
     """
-    return Bed(
+    return GpuSetup(
         sizes={
             "llama-30m": Size(
                 model=_llama(512, 1408, 9, 8, 1024), tokens=32_768_000, rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
@@ -148,7 +149,7 @@ def full_bed() -> Bed:
             ),
         },
         text=str(Path(torch.__file__).parent / "**" / "*.py"),
-        text_said=f"the Python sources of torch {torch.__version__}",
+        text_name=f"the Python sources of torch {torch.__version__}",
         batch_size=32,
         sequence_length=512,
         device="cuda",
@@ -156,14 +157,14 @@ def full_bed() -> Bed:
     )
 
 
-def tiny_bed(device: str) -> Bed:
-    """Return the bed of a dry run, which shows that everything runs and nothing else."""
-    return Bed(
+def tiny_setup(device: str) -> GpuSetup:
+    """Return the setup of a dry run, which only shows that everything works."""
+    return GpuSetup(
         sizes={
             "llama-tiny": Size(model=_llama(16, 32, 1, 2, 64), tokens=12_800, rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2))
         },
         text="stdlib:json",
-        text_said="stdlib:json",
+        text_name="stdlib:json",
         batch_size=16,
         sequence_length=16,
         device=device,
@@ -172,10 +173,10 @@ def tiny_bed(device: str) -> Bed:
 
 
 class TimeIsUpError(Exception):
-    """The time limit has passed; what has been run is kept."""
+    """Raised when the time limit has passed; finished runs are kept."""
 
 
-class KeptMeter:
+class KeptMeter(EnergyMeter):
     """A meter that remembers what it said."""
 
     def __init__(self, meter: EnergyMeter) -> None:
@@ -184,25 +185,30 @@ class KeptMeter:
 
     @property
     def description(self) -> str:
-        """One line for people: what is measured, and how."""
+        """One line that describes what is measured, and how."""
         return self.meter.description
 
+    @property
+    def resolution_s(self) -> float:
+        """Seconds of a meaningful window, as of the meter."""
+        return self.meter.resolution_s
+
     def read(self) -> EnergyReading:
-        """Return the meter's reading, and keep it."""
+        """Return the meter's reading and record it."""
         self.readings.append(self.meter.read())
         return self.readings[-1]
 
     def close(self) -> None:
-        """Do nothing: the meter is for the next run too."""
+        """Do nothing: the meter is shared by all runs."""
 
 
 class Runs:
-    """The runs in a folder, kept there or carried out now.
+    """Executes runs and stores their results in a folder; stored runs are not repeated.
 
     Args:
-        folder: Takes `runs/KEY.json` and `readings/KEY.csv`, which `RecordedMeter` plays back.
-        device: Whose joules are measured. A model should have been on it before.
-        end_s: No run begins after this moment of `time.monotonic`.
+        folder: Folder for `runs/KEY.json` and `readings/KEY.csv`, which `RecordedMeter` can play back.
+        device: Device whose energy is measured. It should have been used before, so that it is initialised.
+        end_s: Value of `time.monotonic` after which no run begins.
     """
 
     def __init__(self, folder: Path, device: str, end_s: float) -> None:
@@ -211,13 +217,13 @@ class Runs:
         self.meter = select_meter(device)
         self.end_s = end_s
         self.names: dict[str, str] = {}
-        """What each key was asked for as, the first time."""
+        """Name under which each key was first requested."""
 
     def get(self, name: str, spec: RunSpec) -> RunResult:
-        """Return a run, kept or carried out now; one that failed says so, and is tried again by the next command.
+        """Return a stored run, or execute it. A failed run is returned as failed and repeated by the next command.
 
         Raises:
-            TimeIsUpError: it would have to be carried out, and the time limit has passed.
+            TimeIsUpError: the run is not stored, and the time limit has passed.
             ValueError: its text cannot be read.
         """
         key = run_key(spec)
@@ -238,7 +244,7 @@ class Runs:
             raise TimeIsUpError
 
     def precision(self, name: str, config: RunConfig) -> Precision:
-        """Return bf16 where it pays for a model, fp32 otherwise; measured once."""
+        """Return bf16 if it speeds up a model, else fp32; measured once."""
         path = self.folder / "precisions.json"
         known: dict[str, Precision] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if name not in known:
@@ -249,7 +255,7 @@ class Runs:
         return known[name]
 
     def write_readings(self, path: Path) -> None:
-        """Write the raw readings of all runs that were asked for, with the run's name in the first column."""
+        """Write the raw readings of all requested runs as one CSV file, with the run's name in the first column."""
         with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             for key, name in self.names.items():
@@ -268,7 +274,7 @@ class Runs:
 
 
 def used(result: RunResult) -> dict[str, float | None]:
-    """Return the tokens, measured seconds and measured joules of a run, evaluation apart; `None` where unknown."""
+    """Return tokens, measured seconds and measured joules of a run, without evaluation; `None` if unknown."""
     return {
         "tokens": float(result.tokens),
         "time_s": sum(interval.time_s for interval in result.intervals),

@@ -1,6 +1,7 @@
-"""The zero-shot table of one model: steered and untouched runs from wrong and right rates, beside a counted sweep.
+"""Measure the zero-shot table of one model on a GPU, and fine-tune a policy on live runs of a larger model.
 
-Go on training a policy on a few live runs of a larger model: the default recipe's live stage from a given bundle.
+The table compares steered and untouched runs, started from good and bad learning rates, with a learning-rate sweep
+whose costs are recorded. Fine-tuning is the default recipe's live stage, started from a given bundle.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.models import STARTS, Bed, TimeIsUpError, used
+from gpu.models import STARTS, GpuSetup, TimeIsUpError, used
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.bundle import PolicyBundle
@@ -25,7 +26,7 @@ from trainpilot.envs.reward import ScalarReward
 from trainpilot.experiments.analysis.figures import AXES
 from trainpilot.experiments.analysis.multiplier import Curve, CurveRun, compute_multiplier, fit_curve
 from trainpilot.experiments.analysis.statistics import over_seeds
-from trainpilot.experiments.compare.cases import Setting, rounded
+from trainpilot.experiments.compare.cases import StaticSetting, rounded
 from trainpilot.experiments.compare.methods import SIMPLE, policy_method
 from trainpilot.experiments.compare.results import UNTUNED, Case, RunResult, RunSpec
 from trainpilot.experiments.recipe import load_recipe
@@ -34,19 +35,19 @@ from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.energy.meter import sum_known
 
 Get = Callable[[str, RunSpec], RunResult]
-"""Takes a run's name and the run, returns what came out."""
+"""Takes a run's name and specification and returns its result."""
 
 MAX_FURTHER = 4
-"""Where the best rate lies on the edge of the sweep, so many more are tried."""
+"""Largest number of further rates to try if the best one lies on the edge of the sweep."""
 SHARES = (0.25, 0.5, 2.0)
-"""Other budgets of the baseline: the curve that turns a loss into a budget."""
+"""Further budgets of the baseline, for the curve that converts a loss to a budget."""
 WARMUP_SHARE = 0.1
 DIGITS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """How the runs of one model are asked for."""
+    """Requests the runs of one model."""
 
     name: str
     config: RunConfig
@@ -55,7 +56,7 @@ class Ask:
 
     def static(self, what: str, rate: float, *, seed: int, budget: float = 1.0) -> RunResult:
         """Return the run of a learning rate under WSD, the policy's own base schedule, which nobody steers."""
-        setting = Setting(
+        setting = StaticSetting(
             learning_rate=rate,
             batch_size=self.config.batch_size,
             schedule="wsd",
@@ -74,33 +75,33 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Learning rates that were tried with the first seed, and what came out."""
+    """Learning rates tried with the first seed, with their results."""
 
     runs: Mapping[float, RunResult]
 
     @property
     def best(self) -> float | None:
-        """The rate of the lowest validation loss; `None` where no run came to an end."""
+        """The rate with the lowest validation loss; `None` if no run has a final loss."""
         ended = {rate: run.final_validation_loss for rate, run in self.runs.items()}
         known = {rate: loss for rate, loss in ended.items() if loss is not None}
         return min(known, key=lambda rate: known[rate], default=None)
 
     @property
     def beyond(self) -> float | None:
-        """The next rate, where the best one lies on the edge."""
+        """The next rate to try if the best one lies on the edge, else `None`."""
         rates, best = sorted(self.runs), self.best
         if best == rates[-1]:
             return rounded(best * 2)
         return rounded(best / 2) if best == rates[0] else None
 
     def cost(self) -> dict[str, float | None]:
-        """Return what all of its runs used."""
+        """Return tokens, time and energy of all runs of the sweep."""
         each = [used(run) for run in self.runs.values()]
         return {axis: sum_known(cost[axis] for cost in each) for axis in AXES}
 
 
 def sweep(ask: Ask, rates: Sequence[float]) -> Sweep:
-    """Try the learning rates, and more beyond an edge that turns out best."""
+    """Run the learning rates, and further ones as long as the best lies on the edge."""
     runs = {rate: ask.static("sweep", rate, seed=ask.seeds[0]) for rate in rates}
     for _ in range(MAX_FURTHER):
         beyond = Sweep(runs=runs).beyond
@@ -111,16 +112,16 @@ def sweep(ask: Ask, rates: Sequence[float]) -> Sweep:
 
 
 def table(ask: Ask, rates: Sequence[float], policies: Mapping[str, str], found: dict[str, Any]) -> None:
-    """Fill `found` with the figures of one model, part by part, so that what was measured last is in it too.
+    """Fill `found` with the figures of one model, part by part, so that an error leaves the parts measured so far.
 
     Args:
-        ask: How runs are asked for.
-        rates: Learning rates that the sweep begins with.
-        policies: Bundles by what they are called in the table, as methods: `policy:FILE@PREFERENCE`.
-        found: Takes the figures.
+        ask: Requests the runs of the model.
+        rates: Initial learning rates of the sweep.
+        policies: Bundles as methods, `policy:FILE@PREFERENCE`, by their names in the table.
+        found: Mapping to which the figures are added.
 
     Raises:
-        ValueError: no run of the sweep came to an end.
+        ValueError: no run of the sweep has a final loss.
     """
     tried = sweep(ask, rates)
     found |= {"precision": ask.config.precision, "tokens": ask.config.tokens, "sweep": _told_sweep(tried)}
@@ -132,7 +133,7 @@ def table(ask: Ask, rates: Sequence[float], policies: Mapping[str, str], found: 
     baseline = [(seed, 1.0, ask.static("best", best, seed=seed)) for seed in ask.seeds]
     baseline += [(ask.seeds[0], share, ask.static(f"best x{share:g}", best, seed=ask.seeds[0], budget=share))
                  for share in SHARES]  # fmt: skip
-    found["best"] = [{"share": share, **told(run, seed)} for seed, share, run in baseline]
+    found["best"] = [{"share": share, **run_record(run, seed)} for seed, share, run in baseline]
     curves = {axis: _curve(baseline, axis) for axis in AXES}
     found["untuned"], found["steered"] = [], {name: [] for name in policies}
     for rows, what, method in [
@@ -159,14 +160,14 @@ def _row(ask: Ask, runs: Sequence[RunResult], curves: Mapping[str, Curve | None]
         "learning_rate": runs[0].spec.config.base_learning_rate,
         "multiplier": {axis: _multiplier(ask, runs, curves, axis, 0.0) for axis in AXES},
         "multiplier_with_sweep": {axis: _multiplier(ask, runs, curves, axis, tried.cost()[axis]) for axis in AXES},
-        "runs": [told(run, seed) for run, seed in zip(runs, ask.seeds, strict=True)],
+        "runs": [run_record(run, seed) for run, seed in zip(runs, ask.seeds, strict=True)],
     }
 
 
 def _multiplier(
     ask: Ask, runs: Sequence[RunResult], curves: Mapping[str, Curve | None], axis: str, search: float | None
 ) -> dict[str, Any] | None:
-    """Return the median over seeds against the sweep's best; `None` where joules are unknown."""
+    """Return the median multiplier over seeds against the sweep's best; `None` if the energy is unknown."""
     curve, costs = curves[axis], [used(run)[axis] for run in runs]
     if curve is None or search is None or (axis == "energy_j" and None in costs):
         return None
@@ -177,8 +178,8 @@ def _multiplier(
     return {name: _short(value) for name, value in asdict(over_seeds(values)).items()}
 
 
-def told(run: RunResult, seed: int) -> dict[str, Any]:
-    """Return what the file says about a run."""
+def run_record(run: RunResult, seed: int) -> dict[str, Any]:
+    """Return a run's entry in the result file."""
     last = run.intervals[-1] if run.intervals else None
     return {
         "seed": seed,
@@ -216,29 +217,29 @@ POLICY = "policy.safetensors"
 RECIPE = "default"
 
 
-def cases_for(bundle: PolicyBundle, bed: Bed, precision: Precision) -> tuple[RunConfig, ...]:
-    """Return the live runs: the policy's own base schedule and decisions, started too low, right and too high."""
-    config = replace(bed.tuning_config(precision), decisions=bundle.decisions)
+def cases_for(bundle: PolicyBundle, setup: GpuSetup, precision: Precision) -> tuple[RunConfig, ...]:
+    """Return live runs with the policy's base schedule and decisions, started too low, about right and too high."""
+    config = replace(setup.tuning_config(precision), decisions=bundle.decisions)
     base = bundle.base_schedule
     if base is not None:
         config = replace(config, schedule=base.schedule, warmup_tokens=base.warmup_tokens(config.tokens))
     return tuple(replace(config, base_learning_rate=config.base_learning_rate * start) for start in STARTS)
 
 
-def fine_tune(bundle: PolicyBundle, bed: Bed, precision: Precision, folder: Path, end_s: float) -> PolicyBundle:
-    """Return the policy after some more live runs, trained now or before; an interrupted training goes on.
+def fine_tune(bundle: PolicyBundle, setup: GpuSetup, precision: Precision, folder: Path, end_s: float) -> PolicyBundle:
+    """Fine-tune the policy on live runs, or load the stored result; an interrupted training is resumed.
 
     Raises:
-        TimeIsUpError: `end_s` of `time.monotonic` has passed before the training was complete.
+        TimeIsUpError: the time limit `end_s` (of `time.monotonic`) has passed before the training was complete.
     """
     if (folder / POLICY).is_file():
         return PolicyBundle.load(folder / POLICY)
     left_s = end_s - time.monotonic()
     if left_s <= 0:
         raise TimeIsUpError
-    cases = cases_for(bundle, bed, precision)
-    against = replace(cases[0], base_learning_rate=bed.tuning.learning_rate)
-    config = ppo_config(bundle, bed, left_s)
+    cases = cases_for(bundle, setup, precision)
+    against = replace(cases[0], base_learning_rate=setup.tuning.learning_rate)
+    config = ppo_config(bundle, setup, left_s)
     env = one_live_env(cases, against)
     log = TrainingLog({"recipe": RECIPE, **asdict(config)})
     start = weights_from(bundle, make_ppo(env, config))
@@ -246,35 +247,35 @@ def fine_tune(bundle: PolicyBundle, bed: Bed, precision: Precision, folder: Path
     if model.num_timesteps < config.total_decisions:
         raise TimeIsUpError
     tuned = PolicyBundle(
-        bundle_of(model, {}).weights, _provenance(bundle, bed, cases=cases, config=config, cost=cost, against=against)
+        bundle_of(model, {}).weights, _provenance(bundle, setup, cases=cases, config=config, cost=cost, against=against)
     )
     tuned.save(folder / POLICY)
     return tuned
 
 
-def ppo_config(bundle: PolicyBundle, bed: Bed, time_limit_s: float) -> PPOConfig:
-    """Return the live stage's settings in the default recipe, but for the numbers that a small training needs."""
+def ppo_config(bundle: PolicyBundle, setup: GpuSetup, time_limit_s: float) -> PPOConfig:
+    """Return the PPO settings of the default recipe's live stage, adapted to a small training."""
     widths = [
         len(bundle.weights[f"hidden.{i}.bias"]) for i in range(sum(".bias" in name for name in bundle.weights) - 1)
     ]
     return replace(
         load_recipe(RECIPE, ["ppo.total_decisions=1"]).ppo,
-        total_decisions=bed.tuning.decisions,
-        n_steps=bed.tuning.n_steps,
-        batch_size=bed.tuning.n_steps,
+        total_decisions=setup.tuning.decisions,
+        n_steps=setup.tuning.n_steps,
+        batch_size=setup.tuning.n_steps,
         hidden=tuple(widths),
         time_limit_s=time_limit_s if time_limit_s < float("inf") else None,
     )
 
 
 def one_live_env(cases: tuple[RunConfig, ...], against: RunConfig) -> VecEnv:
-    """Return one environment in this process: two runs on one GPU would be told each other's joules."""
+    """Return one environment in this process; with two runs on one GPU, each would measure the other's energy, too."""
     make = partial(LiveTraining, cases, reference_cases=[against] * len(cases))
     return VecMonitor(DummyVecEnv([lambda: ScalarReward(make(), "linear")]))
 
 
 def weights_from(bundle: PolicyBundle, model: Any) -> Mapping[str, torch.Tensor]:
-    """Return an agent's weights with the policy network of a bundle; its value network is a fresh one."""
+    """Return an agent's weights with the policy network of a bundle and a newly initialised value network."""
     weights = dict(model.policy.state_dict())
     for name, value in bundle.weights.items():
         layer, _, kind = name.rpartition(".")
@@ -294,24 +295,24 @@ def _say(config: PPOConfig) -> Any:
 
 def _provenance(
     bundle: PolicyBundle,
-    bed: Bed,
+    setup: GpuSetup,
     *,
     cases: tuple[RunConfig, ...],
     config: PPOConfig,
     cost: Mapping[str, float],
     against: RunConfig,
 ) -> dict[str, Any]:
-    """Return where the policy comes from; the three reference runs are not in its cost, but told beside it."""
+    """Return the provenance of the policy; the cost of the three reference runs is stated separately."""
     live = total_cost([cost])
-    reference = live_reference(against)  # cached: it was run for the training
+    reference = live_reference(against)  # cached by the training
     full = reference.energy_j
     before = bundle.provenance.get("training_cost")
     return {
         **bundle.provenance,
         "training_cost": total_cost([before, live]) if before else live,
         "fine_tuned": {
-            "model": dict(bed.tuning.model),
-            "text": bed.tuning.text,
+            "model": dict(setup.tuning.model),
+            "text": setup.tuning.text,
             "tokens": cases[0].tokens,
             "precision": cases[0].precision,
             "learning_rates": [case.base_learning_rate for case in cases],

@@ -1,4 +1,6 @@
-"""Predict a loss by the Multi-Power Law, extended by the effects of too large steps and batches.
+"""Predict losses by the Multi-Power Law, and fit the simulator's physics to published loss curves.
+
+For tests of policies the law is extended to learning rates that are too large (`LawBatch.progress`).
 
 The law and its fits are those of Luo et al., ICLR 2025, "A Multi-Power Law for Loss Curve Prediction Across Learning
 Rate Schedules" (code: github.com/thu-yao-01-luo/MultiPowerLaw). With l_k the learning rate after the k-th change (the
@@ -7,12 +9,12 @@ change,
 
     L = L0 + A S^-alpha + B sum_k (l_k - l_(k-1)) G(l_k^-gamma S_k),    G(x) = 1 - (1 + C x)^-beta
 
-The second half of the file fits the power-law noisy quadratic to published loss curves, and predicts the loss under
-schedules that it was not fitted to. Six numbers, each positive, reproduce the loss of one model on one corpus at one
-batch size under any schedule of moderate learning rates. The modes are those of `simulator.physics`; a step at learning
-rate l brings noise (l / l_ref)^2 and a path of top_rate l / l_ref. Letting the rates depend on a free power of the
-learning rate fits the seen curves of the 25M and 100M models better and the unseen ones no better, so there is no
-seventh number.
+`fit_published` fits the power-law noisy quadratic, the physics of the simulator, to published loss curves, and
+`PublishedPhysics` predicts the loss under other schedules. Six positive numbers reproduce the loss of one model on one
+corpus at one batch size under any schedule of moderate learning rates. The modes are those of `physics`; a step at
+learning rate l brings noise (l / l_ref)^2 and a path of top_rate l / l_ref. Letting the rates depend on a free power of
+the learning rate improves the fit to the training curves of the 25M and 100M models but not the prediction of the
+held-out ones, so there is no seventh number.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ Floats = NDArray[np.float64]
 PUBLISHED_LEARNING_RATE = 3e-4
 """Peak learning rate of the published fits."""
 LEAST_RATE, LEAST_PATH = 1e-12, 1e-9
-"""Stand for a learning rate and a path of zero."""
+"""Used in place of a learning rate and a path of zero."""
 LEAST_EXCESS = 1e-3
 """The loss stays this far above the floor, in nats/token."""
 
@@ -48,7 +50,7 @@ class LawBatch(Rows):
     exponent: Floats
     """alpha."""
     noise_scale: Floats
-    """B: loss per learning rate that noise costs, in nats/token."""
+    """B: loss through noise per learning rate, in nats/token."""
     memory_rate: Floats
     """C."""
     memory_exponent: Floats
@@ -56,7 +58,7 @@ class LawBatch(Rows):
     rate_exponent: Floats
     """gamma."""
     initial_loss: Floats
-    """Loss before training, which no loss exceeds, in nats/token."""
+    """Loss before training, an upper bound on all losses, in nats/token."""
     edge: Floats
     """Learning rate at which the progress of a step is greatest."""
 
@@ -66,7 +68,7 @@ class LawBatch(Rows):
         Args:
             path: S, of shape (n_runs,).
             rate: l_k, of shape (n_runs, changes).
-            change: l_k - l_(k-1), of the same shape; 0 for a change yet to come.
+            change: l_k - l_(k-1), of the same shape; 0 for future changes.
             since: S_k, of the same shape.
         """
         memory = self.memory_rate[:, None] * np.maximum(rate, LEAST_RATE) ** -self.rate_exponent[:, None] * since
@@ -77,8 +79,8 @@ class LawBatch(Rows):
     def progress(self, rate: Floats) -> Floats:
         """Return the path of a step: l / (1 + (l / edge)^2).
 
-        The law knows no step that is too large. Here steps beyond the edge help ever less, those at ten times the edge
-        as much as those at a tenth, while their noise costs ever more: the loss rises, and progress missed is lost.
+        In the published law no step is too large. In this extension steps beyond the edge make less progress (those at
+        ten times the edge as much as those at a tenth), while their noise increases: the loss rises.
 
         Args:
             rate: Learning rates, of shape (n_runs,) or (n_runs, intervals).
@@ -91,8 +93,8 @@ class LawBatch(Rows):
 
         Args:
             peak: Learning rate that the factors multiply, of shape (n_runs,).
-            factors: Factor in each of some intervals of equal length, of shape (n_runs, intervals).
-            n_steps: Published steps of the whole run, of shape (n_runs,).
+            factors: Schedule factor in each interval (all of equal length), of shape (n_runs, intervals).
+            n_steps: Steps of the whole run in the law's unit, of shape (n_runs,).
         """
         rate = peak[:, None] * factors
         paths = np.cumsum(self.progress(rate), axis=1) * (n_steps / factors.shape[1])[:, None]
@@ -100,10 +102,10 @@ class LawBatch(Rows):
         return self.loss(paths[:, -1], rate, np.diff(rate, axis=1, prepend=0.0), paths[:, -1:] - before)
 
     def _capped(self, excess: Floats) -> Floats:
-        """Return the floor plus `excess`, bent smoothly under the initial loss; far below it nothing changes."""
+        """Return the floor plus `excess`, smoothly limited to the initial loss; unchanged far below it."""
         ratio = np.maximum(excess, LEAST_EXCESS) / (self.initial_loss - self.floor)
         with np.errstate(over="ignore"):
-            below = (1.0 + ratio**-8.0) ** -0.125  # r (1 + r^8)^(-1/8), written so that a huge r comes to 1
+            below = (1.0 + ratio**-8.0) ** -0.125  # r (1 + r^8)^(-1/8), written so that a huge r gives 1
         return self.floor + (self.initial_loss - self.floor) * below
 
 
@@ -118,11 +120,11 @@ LAW_NAMES = ("floor", "scale", "exponent", "noise_scale", "memory_rate", "memory
 
 
 def wsd_mean_factor(start: Floats, end: Floats, step: Floats, budget: Floats, warmup: Floats) -> Floats:
-    """Return the mean over steps of `Schedule.factor` of the schedule `wsd`, exact but for a stretch with a kink in it.
+    """Return the mean of the schedule `wsd` over the steps of a stretch; exact unless the stretch contains a kink.
 
     Args:
-        start: Where the stretch begins, in the unit of the others (tokens or sequences).
-        end: Where it ends.
+        start: Begin of the stretch, in the same unit as the others (tokens or sequences).
+        end: End of the stretch.
         step: Length of a step.
         budget: Length of the run.
         warmup: Length of the warm-up, above 0.
@@ -145,14 +147,14 @@ def _ramp(position: Floats, warmup: Floats) -> Floats:
 Column = ArrayLike | Sequence[ArrayLike]
 
 PARAMETERS = ("signal_exponent", "noise_exponent", "top_rate", "floor", "signal_scale", "noise_scale")
-"""What is fitted, in the order of the covariance."""
+"""Fitted parameters, in the order of the covariance."""
 MIN_POINTS = 20
 ROBUST_ABOVE = 0.005
-"""Residuals beyond this many nats count linearly, not squared: at first the loss falls too fast for any power law."""
+"""Residuals above this (in nats) count linearly, not squared, as the initial fall is too fast for a power law."""
 WARMUP_STRETCHES = 16
-"""Stretches of constant learning rate that stand for a linear warm-up."""
+"""Number of stretches of constant learning rate that approximate a linear warm-up."""
 MAX_KNOTS = 400
-"""A curve with more points is stepped from knot to knot, with straight lines between."""
+"""A curve with more points is computed at this many knots and interpolated linearly."""
 
 _STARTS = ((0.5, 0.5, 0.03), (0.4, 0.3, 0.1), (0.5, 0.8, 0.01))  # both exponents and the top rate
 _BOUNDS = {
@@ -164,7 +166,7 @@ _RATES = mode_rates()
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedPhysics:
-    """The fitted numbers, how sure they are, and the curve they predict."""
+    """Fitted parameters with their covariance, and the loss curves that they predict."""
 
     signal_exponent: float
     """s: the signal fades as (learning-rate sum)^-s."""
@@ -179,9 +181,9 @@ class PublishedPhysics:
     noise_scale: float
     """Weight of the noise at the reference learning rate, in nats/token."""
     reference_learning_rate: float
-    """The largest of the fitted curves."""
+    """Largest learning rate of the fitted curves."""
     covariance: tuple[tuple[float, ...], ...]
-    """Of the logarithms of PARAMETERS, widened for residuals that are correlated along a curve."""
+    """Covariance of the logarithms of PARAMETERS, widened for residuals that are correlated along a curve."""
     mean_absolute_error: float
     """Over the fitted points, in nats/token."""
 
@@ -194,8 +196,8 @@ class PublishedPhysics:
         """Return the loss at every given point, in nats/token.
 
         Args:
-            lr: Learning rate of every step from 0; or at the given steps, straight lines between.
-            step: Steps that `lr` belongs to, rising.
+            lr: Learning rate of every step from 0, or at the given steps (interpolated linearly).
+            step: Steps of the values of `lr`, ascending.
             warmup_steps: Linear warm-up before the first point; by default all steps before it.
 
         Raises:
@@ -241,7 +243,7 @@ class _Path:
         )
 
     def states(self, top_rate: float) -> tuple[Floats, Floats]:
-        """Return what is left of the signal and the noise that counts, at every knot, of shape (n_knots, n_modes)."""
+        """Return the remaining signal and the effective noise at every knot, each of shape (n_knots, n_modes)."""
         signal, noise = np.ones_like(_RATES), np.zeros_like(_RATES)
         signals, noises = [signal.copy()], [noise.copy()]
         for n, mean, square in zip(self.n_steps, self.mean, self.mean_square, strict=True):
@@ -252,7 +254,7 @@ class _Path:
         return np.array(signals)[seen], np.array(noises)[seen] * (2 * _RATES * top_rate)
 
     def at_points(self, values: Floats) -> Floats:
-        """Return values at the knots as values at every point."""
+        """Interpolate values at the knots to every point."""
         return values if len(self.knots) == len(self.steps) else np.interp(self.steps, self.knots, values)
 
 
@@ -263,12 +265,12 @@ def fit_published(
     *,
     warmup_steps: float | None = None,
 ) -> PublishedPhysics:
-    """Fit curves of one model under different schedules; one may do, but a decay is needed to see the noise.
+    """Fit curves of one model under one or several schedules; at least one must decay, to determine the noise.
 
-    Robust least squares in the logarithms of the parameters, from several starts.
+    The fit is robust least squares in the logarithms of the parameters, from several starts.
 
     Args:
-        step: Steps of the points, rising; one array, or one for each curve.
+        step: Steps of the points, ascending; one array, or one for each curve.
         lr: Learning rate at these points.
         loss: Loss there, in nats/token.
         warmup_steps: Linear warm-up before the first point; by default all steps before it.
@@ -292,7 +294,7 @@ def fit_published(
 
 
 class _Fit:
-    """The residuals of all curves together. Of the parameters only the top rate asks for new states."""
+    """Residuals of all curves. Of the parameters, only the top rate requires new states."""
 
     def __init__(self, paths: list[_Path], losses: list[Floats]) -> None:
         self.paths = paths
@@ -320,7 +322,7 @@ class _Fit:
         )
 
     def _linear(self, start: tuple[float, float, float]) -> Floats:
-        """Return floor, signal and noise scale that fit best, the other three given."""
+        """Return the best-fitting floor, signal scale and noise scale for given other parameters."""
         rows = [
             np.stack([p.at_points(s @ mode_weights(_RATES, start[0])), p.at_points(q @ mode_weights(_RATES, start[1]))])
             for p, (s, q) in zip(self.paths, self.states(start[2]), strict=True)
@@ -331,7 +333,7 @@ class _Fit:
         return np.maximum(scales, 1e-3)
 
     def covariance(self, result: OptimizeResult) -> Floats:
-        """Return the covariance of the logarithms; residuals that follow each other count as fewer points."""
+        """Return the covariance of the logarithms; correlated residuals count as fewer points."""
         values, vectors = np.linalg.eigh(result.jac.T @ result.jac)
         inverse = vectors / np.maximum(values, 1e-12 * values.max()) @ vectors.T
         variance = 2 * float(result.cost) / max(len(result.fun) - len(PARAMETERS), 1)
@@ -363,7 +365,7 @@ def _lead_in(first_step: float, lr: float, warmup_steps: float) -> tuple[Floats,
 
 
 def _knots(lr: Floats) -> NDArray[np.int64]:
-    """Return the points to step to: all, or a choice dense at the start and at jumps of the learning rate."""
+    """Return the indices of the knots: all points, or more at the start and at jumps of the learning rate."""
     n = len(lr)
     if n <= MAX_KNOTS:
         return np.arange(n)

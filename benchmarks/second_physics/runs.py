@@ -1,8 +1,9 @@
-"""Training runs under the Multi-Power Law: a second physics, kept for testing policies. Never train on it.
+"""Simulate runs under the Multi-Power Law: a second physics for testing policies, never for training them.
 
-A policy trained in the power-law noisy quadratic may have learnt that model's habits. Here the loss comes from another
-law, fitted by others (`law`), so that a policy that does well on both has learnt something about training. `draw_cases`
-draws law, budget, noise and machine of each run; `interval_telemetry` gives the telemetry of an interval.
+A policy trained in the power-law noisy quadratic may have overfitted to it. Here the loss follows another law,
+published by others (`law`), so that a policy that does well in both has learnt something about training in general.
+`draw_cases` draws the law, budget, noise and machine of each run; `interval_telemetry` generates telemetry, time and
+energy of an interval.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ _SPREADS = {
 
 @dataclass(kw_only=True)
 class CaseBatch(Rows):
-    """Law, budget, noise and machine of each run; every array has shape (n_runs,)."""
+    """All that decides what the runs are; every array has shape (n_runs,)."""
 
     law: LawBatch
     n_steps: Floats
     """Steps of the whole budget in the law's own unit."""
     unit: Floats
-    """Learning rate of the run over the law's."""
+    """Learning rate of the run divided by that of the law."""
     start_ratio: Floats
-    """Starting learning rate over the best."""
+    """Starting learning rate divided by the best one."""
     breaks_at: Floats
-    """Learning rate over the law's edge above which a run diverges."""
+    """Ratio of learning rate and the law's edge above which a run diverges."""
     batch_size: Ints
     """Starting batch, in sequences."""
     n_sequences: Ints
@@ -49,32 +50,32 @@ class CaseBatch(Rows):
     """Passes over the corpus in the whole budget."""
 
     critical_ratio: Floats
-    """Critical batch over the starting batch, late in the run."""
+    """Critical batch late in the run, divided by the starting batch."""
     noise_bias: Floats
-    """Noise scale that is measured over the critical batch."""
+    """Measured noise scale divided by the critical batch."""
     loss_spread: Floats
     """Standard deviation of the loss of a batch of one sequence, in nats/token."""
     gradient_norm: Floats
-    """Norm of the mean gradient where there is no noise."""
+    """Norm of the mean gradient without noise."""
     relative_update: Floats
-    """Norm of an update over that of the weights at the best learning rate."""
+    """Norm of an update at the best learning rate, divided by the norm of the weights."""
     curvature: Floats
-    """Curvature over slope along an update at the edge, where the slope is that of a small step."""
+    """Curvature divided by slope along an update at the edge; the slope is that of a small step."""
 
     tokens_per_s: Floats
     """Throughput of a large batch."""
     half_batch: Floats
     """Batch at half that throughput, in sequences."""
     bf16_speed: Floats
-    """Throughput in bf16 over that in fp32."""
+    """Throughput in bf16 divided by that in fp32."""
     idle_w: Floats
     busy_w: Floats
     base_memory_share: Floats
     batch_memory_share: Floats
-    """Memory that the starting batch adds."""
+    """Share of memory that the starting batch needs."""
 
     def base_factors(self, share: float, decisions: int) -> Floats:
-        """Return the base schedule's factor in each interval of a run of that share of the budget."""
+        """Return the base schedule's factor in each interval of a run of `share` of the budget."""
         budget: Floats = share * self.n_sequences.astype(np.float64)[:, None]
         edges: Floats = np.linspace(0.0, 1.0, decisions + 1) * budget
         step = self.batch_size[:, None].astype(np.float64)
@@ -86,8 +87,8 @@ def draw_cases(random: np.random.Generator, n: int, decisions: int, start_range:
     """Draw cases around the three published fits.
 
     Args:
-        random: Where chance comes from.
-        n: How many.
+        random: Random generator.
+        n: Number of cases.
         decisions: Decisions in a run; every interval has at least four steps.
         start_range: The starting learning rate lies within this factor of the best.
     """
@@ -149,7 +150,7 @@ def _between(random: np.random.Generator, n: int, low: float, high: float) -> Fl
 
 
 SWITCH_S = 1e-3
-"""A change of precision takes this many seconds."""
+"""Seconds that a change of precision takes."""
 
 
 @dataclass(kw_only=True)
@@ -157,20 +158,20 @@ class LawInterval:
     """What one interval takes and comes to; arrays of shape (n_runs,)."""
 
     taken: Floats
-    """Sequences; 0 for a run that has ended."""
+    """Sequences trained on; 0 for a run that has ended."""
     batch: Floats
     precision: Ints
     rate: Floats
     """Mean learning rate in the law's unit, at the starting batch."""
     last_rate: Floats
-    """The same of the last step."""
+    """Learning rate of the last step in the law's unit, at the starting batch."""
     critical_batch: Floats
     switched: Bools
-    """Precision was changed at its beginning."""
+    """Whether precision was changed at the beginning."""
     probed: Bools
     """Whether it ends with a curvature probe."""
     loss: Floats = field(default_factory=lambda: np.zeros(0))
-    """Loss in its middle, in nats/token."""
+    """Loss in the middle of the interval, in nats/token."""
 
     @classmethod
     def usual(cls, cases: CaseBatch, decisions: int) -> LawInterval:
@@ -189,7 +190,7 @@ class LawInterval:
         return steps
 
     def probe_s(self, cases: CaseBatch) -> Floats:
-        """Return the seconds of the probe: three forward passes, about as long as a step on as many sequences."""
+        """Return the seconds of the probe: three forward passes, which take about as long as one training step."""
         probed = np.where(self.probed & (self.taken > 0), sequences_probed(self.taken), 0.0)
         return probed * SEQUENCE_LENGTH / throughput(cases, self.batch, self.precision)
 
@@ -199,7 +200,7 @@ class LawInterval:
         return trained + self.probe_s(cases) + SWITCH_S * self.switched
 
     def power_w(self, cases: CaseBatch) -> Floats:
-        """Return the mean draw: it rises with how much of the machine the batch keeps busy."""
+        """Return the mean power, which increases with the machine's utilisation."""
         return cases.idle_w + (cases.busy_w - cases.idle_w) * self.batch / (self.batch + cases.half_batch)
 
 
@@ -219,15 +220,15 @@ def interval_telemetry(
     random: np.random.Generator,
     noise: float,
 ) -> TelemetryBatch:
-    """Return what is measured on an interval; where the run stands is left open.
+    """Return the telemetry of an interval; the progress of the run is not filled in.
 
     Args:
-        cases: What the runs are.
-        interval: What the interval took.
-        controls: What was asked for.
-        best_learning_rate: Of each run.
-        random: Where chance comes from.
-        noise: Factor on it.
+        cases: Constants of the runs.
+        interval: The interval that was simulated.
+        controls: Requested controls.
+        best_learning_rate: Best learning rate of each run.
+        random: Random generator.
+        noise: Factor on the measurement noise.
     """
     n = len(interval.taken)
 
@@ -288,7 +289,7 @@ DrawCases = Callable[[np.random.Generator, int, int, float], CaseBatch]
 
 EVALUATION_TOKENS = 32_768
 LEAST_BF16_GAIN = 1.05
-"""bf16 is offered where it is at least so much faster."""
+"""Least speed-up at which bf16 is offered."""
 
 
 @dataclass(kw_only=True)
@@ -298,13 +299,13 @@ class _State(Rows):
     sequences: Floats
     decision: Ints
     path: Floats
-    """Sum of the learning rates in the law's unit, as far as they helped."""
+    """Sum of the progress of all steps (`LawBatch.progress`) in the law's unit."""
     rate: Floats
     """Learning rate of the last interval in the law's unit, at the starting batch."""
     rates: Floats
     changes: Floats
     starts: Floats
-    """Path at which each change came."""
+    """Path at each learning-rate change."""
     cooldown_start: Floats
     """Sequences at which the cool-down began; NaN before it."""
     cooldown_end: Floats
@@ -327,23 +328,23 @@ class _State(Rows):
 
 
 class MultiPowerRuns:
-    """Many runs under the Multi-Power Law; a `PlantBatch` with references. For tests of policies only.
+    """Simulates many runs under the Multi-Power Law, as a `PlantBatch` with references, for tests of policies only.
 
-    The base schedule is WSD with a warm-up of a tenth of the budget. What the law leaves out is kept simple:
+    The base schedule is WSD with a warm-up of a tenth of the budget. Effects outside of the law are modelled simply:
 
-    * Batch: changes are neutral for Adam, so that the law's learning rate per sequence stays what it was; beyond the
-      critical batch a sequence helps less, by sqrt((B_start + B_crit) / (B + B_crit)). B_crit rises as the loss falls.
+    * Batch: changes are neutral for Adam, so the law's learning rate per sequence is unchanged; beyond the critical
+      batch a sequence makes less progress, by sqrt((B_start + B_crit) / (B + B_crit)). B_crit rises as the loss falls.
     * Too large learning rates: a step's progress is greatest at an edge and falls beyond it, see `LawBatch.progress`;
       at 20 to 60 times the edge the run diverges.
     * Precision changes speed alone, and pruning is not offered.
 
     Args:
-        n_runs: Runs side by side.
-        seed: Decides what the runs are and what is measured on them.
+        n_runs: Number of runs in the batch.
+        seed: Seed of the cases and of the measurement noise.
         decisions: Decisions in a run.
         start_range: The starting learning rate lies within this factor of the best one.
-        noise: Factor on the chance in what is measured; 0 measures exactly.
-        draw: Draws what the runs are, from a generator, a count, the decisions and the start's range.
+        noise: Factor on the measurement noise; 0 for exact measurements.
+        draw: Draws the cases from a generator, a count, the decisions and the start's range.
     """
 
     def __init__(
@@ -364,14 +365,14 @@ class MultiPowerRuns:
         self.noise = noise
         self.start_range = start_range
         self._draw = draw
-        # Apart, so that what is done to the runs does not change which runs come next.
+        # Separate generators, so that actions on the runs do not change which runs are drawn next.
         self._case_random, self._random = np.random.default_rng(seed).spawn(2)
         self.cases: CaseBatch = draw(self._case_random, n_runs, decisions, start_range)
         self.state = _State.fresh(n_runs, decisions)
         self.best_learning_rate: Floats = np.zeros(n_runs)
         """Peak of the base schedule with the lowest final loss at the starting batch."""
         self.start_learning_rate: Floats = np.zeros(n_runs)
-        """Peak of the base schedule as the run starts with it."""
+        """Peak of the base schedule at the start of the run."""
         self.reference_losses: Floats = np.zeros((n_runs, len(BUDGET_SHARES)))
         """Final loss of the base schedule at BUDGET_SHARES of the budget, in nats/token."""
         self.reference_time_s: Floats = np.zeros(n_runs)
@@ -404,7 +405,7 @@ class MultiPowerRuns:
         )  # fmt: skip
 
     def begin(self, rows: Ints) -> None:
-        """Begin new runs in these rows; the others continue."""
+        """Start new runs in these rows; the others continue."""
         if len(rows):
             self.cases.put(rows, self._draw(self._case_random, len(rows), self.decisions, self.start_range))
             self.state.put(rows, _State.fresh(len(rows), self.decisions))
@@ -438,7 +439,7 @@ class MultiPowerRuns:
         return loss
 
     def critical_batch(self) -> Floats:
-        """Return the critical batch now, in sequences: it grows as the part of the loss that can be learnt shrinks."""
+        """Return the current critical batch in sequences; it grows as the reducible loss shrinks."""
         cases = self.cases
         late = cases.law.edge * cases.n_steps / 2  # path of a run at the edge
         grown = np.clip(self.state.path / late, 1e-6, 1.0) ** cases.law.exponent
@@ -446,7 +447,7 @@ class MultiPowerRuns:
         return critical
 
     def _prepare(self, rows: Ints) -> None:
-        """Work out what the base schedule comes to on new runs."""
+        """Compute the base schedule's losses, best learning rates and references of new runs."""
         cases = self.cases.take(rows)
         best = best_learning_rates(cases, self.decisions)
         peak = best * cases.start_ratio
@@ -529,7 +530,7 @@ class MultiPowerRuns:
         return np.where(state.diverged, np.nan, loss)
 
     def _with_progress(self, telemetry: TelemetryBatch) -> TelemetryBatch:
-        """Fill in what the state knows: where the run stands, and its last evaluation."""
+        """Fill in the progress of the run and its last evaluation."""
         state, cases = self.state, self.cases
         used = state.sequences / cases.n_sequences
         telemetry.decision = np.maximum(state.decision - 1, 0)

@@ -1,4 +1,4 @@
-"""Print `docs/environment.md`: the whole decision problem on one page, with the tables that the code itself uses."""
+"""Print `docs/environment.md`: the decision problem on one page, with tables generated from the code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def action_table() -> str:
-    """Return the action components: choices in the order of their numbers, and which of them changes nothing."""
+    """Return the table of action fields: their choices in the order of their numbers, and the choice that keeps."""
     return table(
         ("Num", "Action", "Choices 0, 1, ...", "Keep", "Meaning"),
         (
@@ -33,7 +33,7 @@ def action_table() -> str:
 
 
 def observation_table() -> str:
-    """Return the observation fields with unit, range and meaning."""
+    """Return the table of observation fields with unit, range and meaning."""
     return table(
         ("Num", "Field", "Unit", "Low", "High", "Meaning"),
         (
@@ -44,15 +44,15 @@ def observation_table() -> str:
 
 
 def mask_table() -> str:
-    """Return the rules of the safety layer, with where each action's choices stand in the flat mask."""
+    """Return the table of mask rules, with the position of each action's choices in the flat mask."""
     low, high = safety.LEARNING_RATE_SCALE_RANGE
-    window = f"between {safety.PRUNING_WINDOW[0]:.0%} and {safety.PRUNING_WINDOW[1]:.0%} of the budget"
+    window = f"{safety.PRUNING_WINDOW[0]:.0%} to {safety.PRUNING_WINDOW[1]:.0%} of the budget"
     rules = {
         "learning_rate": f"the scale would leave [1/{1 / low:g}, {high:g}]",
-        "batch_size": "the batch would leave the run's limits, or is odd and cannot be halved",
-        "precision": "in force already; the device lacks it; measured there as not worth it; "
+        "batch_size": "the batch would exceed the run's limits, or is odd and cannot be halved",
+        "precision": "it is already in force; the device does not support it; it was measured not to save time there; "
         f"{safety.MAX_PRECISION_SWITCHES} switches were made",
-        "pruning": f"the case does not prune; not {window}; the sparsity would exceed {safety.MAX_SPARSITY:.0%}",
+        "pruning": f"the case does not prune; outside {window}; the sparsity would exceed {safety.MAX_SPARSITY:.0%}",
         "finish": f"before {safety.FINISH_FROM:.0%} of the budget; the cool-down has begun",
     }
     rows, start = [], 0
@@ -60,7 +60,7 @@ def mask_table() -> str:
         end = start + len(field.choices)
         rows.append((f"`[{start}:{end}]`", f"`{field.name}`", rules[field.name]))
         start = end
-    return table(("Mask", "Action", "A choice other than keep is masked where"), rows)
+    return table(("Mask", "Action", "A choice other than keep is masked if"), rows)
 
 
 EXAMPLE = """\
@@ -68,8 +68,8 @@ import gymnasium
 import numpy as np
 
 import trainpilot.envs  # registers trainpilot/LiveTraining-v0
-from trainpilot.envs.scalarise import ScalarReward
-from trainpilot.llm_runtime.run_config import RunConfig
+from trainpilot.envs import ScalarReward
+from trainpilot.llm_runtime import RunConfig
 
 case = RunConfig(model="llama-nano", tokens=40_960, batch_size=8, sequence_length=64, decisions=10)
 env = ScalarReward(gymnasium.make("trainpilot/LiveTraining-v0", cases=[case]), utility="linear")
@@ -89,25 +89,24 @@ def _introduction() -> str:
     return f"""\
 # The environment
 
-Written from the tables in `envs/` by `python -m docs.generate.environment`; change it there.
+Generated from the tables in `envs/` by `python -m docs.generate.environment`; edit it there.
 
-`trainpilot/LiveTraining-v0` is one training of one language model, cut into `decisions` intervals of equal shares of a
-token budget. Between two intervals the agent sets the controls of the next. It *multiplies* the case's base schedule
-(warm-up, then linear to zero by default): an agent that always keeps is that base schedule. A case is a
-`trainpilot.llm_runtime.config.RunConfig`. Before the first episode of a case, its *reference* is run: the untouched
-base schedule at {_shares()} of the budget. Energy, time and quality are told in its units.
+An episode of `trainpilot/LiveTraining-v0` is one training run of one language model. Its token budget is divided into
+`decisions` intervals of equal length, and before each interval the agent sets the controls. The agent *multiplies* the
+case's base schedule (by default warm-up, then linear to zero): an agent that always keeps reproduces that schedule. A
+case is a `trainpilot.llm_runtime.RunConfig`. Before the first episode of a case, its *reference* is run: the untouched
+base schedule at {_shares()} of the budget. Energy, time and quality are given relative to it.
 
 ```python
 {EXAMPLE}```
 
-An episode is real training: the example takes some seconds on a processor. Time and energy are measured, so
-two episodes differ in these; everything else repeats under one seed on a processor.
+An episode is real training: the example takes a few seconds on a CPU. Time and energy are measured, so they differ
+between two episodes; on a CPU everything else is reproducible with the same seed.
 
-`trainpilot/SimulatedTraining-v0` is the same with a simulated run instead of a real one: same actions, observations,
-rewards, masks and ends, from the same code, so that a policy cannot tell which of the two it steers. An episode takes
-milliseconds, its run is drawn anew each time, and it repeats exactly under one seed.
-`trainpilot.envs.environments.VectorSimulatedTraining` steers thousands of such runs at once, as a Gymnasium
-`VectorEnv` with autoreset in the same step: that is what policies are pre-trained in."""
+`trainpilot/SimulatedTraining-v0` replaces the real run by a simulated one. Actions, observations, rewards, masks and
+episode ends come from the same code, so a policy works in both. An episode takes milliseconds, draws a new simulated
+run, and is exactly reproducible with the same seed. `trainpilot.envs.VectorSimulatedTraining` runs thousands of
+simulated episodes at once, as a Gymnasium `VectorEnv` with same-step autoreset; policies are pre-trained in it."""
 
 
 def _shares() -> str:
@@ -122,26 +121,26 @@ def _spaces() -> str:
 ## Actions
 
 `MultiDiscrete({nvec})`, one choice per control. `{keep}` changes nothing. Doubling the batch
-multiplies the learning rate by sqrt 2 and keeps the half-life of Adam's second moment in tokens, halving does the
-reverse: the choice is one of efficiency. One pruning step is {SPARSITY_STEP:.0%} of the prunable weights or channels.
-A cool-down lasts {COOLDOWN_SHARE:.0%} of the tokens so far, then the run ends.
+multiplies the learning rate by sqrt 2 and keeps the half-life of Adam's second moment in tokens; halving does the
+reverse. A change of batch is therefore mainly a choice of efficiency. One pruning step removes {SPARSITY_STEP:.0%} of
+the prunable weights or channels. A cool-down lasts {COOLDOWN_SHARE:.0%} of the tokens so far; then the run ends.
 
 {action_table()}
 
 ## Masks
 
-`env.action_masks()` returns bool of shape ({N_CHOICES},), action after action, as MaskablePPO of sb3-contrib wants
-it. The choice that keeps is always allowed. A masked choice that is taken nevertheless is treated as keep;
-`info["refusals"]` says which, and why.
+`env.action_masks()` returns a bool array of shape ({N_CHOICES},), action after action, in the format of sb3-contrib's
+MaskablePPO. The choice that keeps is always allowed. A masked choice that is taken nevertheless is replaced by keep;
+`info["refusals"]` lists these choices with their reasons.
 
 {mask_table()}
 
 ## Observations
 
 `Box(-1, 1, ({N_STACK} * {N_FIELDS},), float32)`: the last {N_STACK} observations, of which
-`observation.reshape({N_STACK}, {N_FIELDS})[-1]` is the newest. At the start of an episode the first one fills all.
-Every field is a ratio or a logarithm, so that it means the same on every model, and none needs the reference. A raw
-value x is clipped to [low, high] and scaled by 2 (x - low)/(high - low) - 1. What is unknown, or not a number,
+`observation.reshape({N_STACK}, {N_FIELDS})[-1]` is the newest. At the start of an episode all are equal to the first.
+Every field is a ratio or a logarithm, so that it means the same on every model, and no field needs the reference. A
+raw value x is clipped to [low, high] and scaled by 2 (x - low)/(high - low) - 1. A value that is unknown or not finite
 becomes 0, the middle of the range.
 
 {observation_table()}"""
@@ -151,9 +150,9 @@ def _reward() -> str:
     return f"""\
 ## Reward
 
-A vector, float32 of shape (3,), by MO-Gymnasium's convention (`reward_space`, `reward_dim`). With gamma = 1 an
-episode sums to (quality, -energy, -time) in units of the reference: always keeping brings about (1, -1, -1), and
-1 % of each is the same size on every model.
+A vector, float32 of shape (3,), by MO-Gymnasium's convention (`reward_space`, `reward_dim`). With gamma = 1 the
+rewards of an episode sum to (quality, -energy, -time) relative to the reference, so that 1 % of each means the same on
+every model. Always keeping yields about (1, -1, -1).
 
 | Num | Objective | Per interval |
 | --- | --- | --- |
@@ -161,33 +160,34 @@ episode sums to (quality, -energy, -time) in units of the reference: always keep
 | 1 | energy | -joules / joules of the reference; 0 while unknown |
 | 2 | time | -seconds / seconds of the reference |
 
-Q(loss) is what the compute-equivalent c, the share of the budget that the reference needs for this loss, is worth: c
-up to 1 and 1 + log(c) above, so that a badly tuned base schedule does not make waste look like a bargain. The final
-losses of the reference at its budgets are points of a curve. Between them log(budget) is linear in log(loss), beyond
-them the end pieces go on, up to c = {MAX_QUALITY:g}. Points out of order are left out, never the full run's: the
-reference's own final loss is worth 1. The loss is the interval's mean training loss, and in the last interval the
-validation loss. A diverged run ends with Q = {DIVERGED_QUALITY:g}. Seconds include the curvature probe and the
-switching of controls, not the evaluation, which takes place every {EVALUATE_EVERY} decisions and at the end.
+The quality Q(loss) is a function of the compute-equivalent c, the share of the budget that the reference needs for the
+same loss: Q = c up to 1 and Q = 1 + log(c) above, so that a badly tuned base schedule does not make a costly run look
+good. c is read from a curve through the reference's final losses at its budgets: log(budget) is linear in log(loss)
+between the points and is extrapolated beyond them, up to c = {MAX_QUALITY:g}. Points that are not in descending order
+are dropped, but never that of the full budget: the reference's own final loss has Q = 1. The loss is the interval's
+mean training loss, and in the last interval the validation loss. A diverged run ends with Q = {DIVERGED_QUALITY:g}.
+Seconds include the curvature probe and changes of controls, but not the evaluation, which takes place every
+{EVALUATE_EVERY} decisions and at the end.
 
-`ScalarReward(env, utility)` turns the vector into one number per interval: the change of a utility of the run so
-far, so that an episode sums to the utility of its outcome. The weights w are the episode's preference; f is the sum
-of the vectors.
+`ScalarReward(env, utility)` converts the vector to a scalar reward: the change of a utility of the run so far, so that
+the rewards of an episode sum to the utility of its outcome. The weights w are the episode's preference; f is the sum of
+the reward vectors.
 
 | Utility | Formula |
 | --- | --- |
 | `linear` | w'f |
 | `tchebycheff` | -(max_i w_i (z_i - f_i) + 0.05 sum_i w_i (z_i - f_i)), z = (1, -0.5, -0.5) |
-| `constrained` | saving of energy and time, less 10 x what exceeds 0.01 nats/token of loss and 5 % of time |
+| `constrained` | saving of energy and time, minus 10 x the excess over 0.01 nats/token of loss and 5 % of time |
 | `product` | -P^1.5 (a T + b E): perplexity, time and energy over the reference's (Wallace et al. 2025) |
 
 ## Episode
 
-`reset` draws a case and a preference (quality weighs at least half), or takes
-`options={{"case": i, "preference": Preference(...)}}`. The run starts with the case's own seed for weights and data.
+`reset` draws a case and a preference (with a quality weight of at least a half), or uses
+`options={{"case": i, "preference": Preference(...)}}`. Weights and data are initialised with the case's own seed.
 
-`trainpilot/SimulatedTraining-v0` draws a run of the simulator instead, or takes `"plant_seed": i`.
+`trainpilot/SimulatedTraining-v0` draws a simulated run instead, or uses `"plant_seed": i`.
 
-* **Terminated**: the run diverged (its loss is not finite), or a cool-down that the agent began is complete.
+* **Terminated**: the run diverged (its loss is not finite), or a cool-down that the agent started is complete.
 * **Truncated**: the budget is used up.
 
 `info` of a step: `requested` and `effective` controls, `refusals`, `reward_terms`, `preference` (w), `loss` and

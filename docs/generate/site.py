@@ -1,4 +1,4 @@
-"""Add README, CONTRIBUTING, CHANGELOG and the result files to the documentation site, and adapt the links between them.
+"""Add README, CONTRIBUTING, CHANGELOG and result files to the documentation site, and adapt the links between them.
 
 mkdocs calls the two functions below (`hooks` in mkdocs.yml). On disk a page under `docs/` links to `../benchmarks/...`
 and the README to `docs/...`; in the site all of these lie below one root.
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Pages that lie outside of `docs/`, and their names in the site."""
 DATA = ("benchmarks/results/*.json", "experiments/compare/sets/*.yaml")
-"""Files that the pages refer to as evidence; the site holds copies of them."""
+"""Data files that the pages link to; they are copied to the site."""
 
 _LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^()#:\s]+)(?P<anchor>#[^()\s]*)?\)")
 _ON_DISK = {site: disk for disk, site in PAGES.items()}
@@ -33,10 +33,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point the links of a page to where their targets lie in the site.
+    """Rewrite the links of a page to the locations of their targets in the site.
 
-    The link to a file or folder that exists but is not part of the site becomes plain text. A link to what does not
-    exist is left alone, so that a strict build reports it.
+    A link to a file or folder that exists but is not part of the site becomes plain text. A broken link is not changed,
+    so that a strict build reports it.
     """
     here = page.file.src_uri
     folder = PurePosixPath(_ON_DISK.get(here, f"docs/{here}")).parent

@@ -1,6 +1,6 @@
-"""Hold a finished calibration: fitted physics, cost table, and how good the fit is. One file per model and text.
+"""Hold a finished calibration (fitted physics, cost table, errors of the fit), measure these errors, and read files.
 
-Say how far a fitted physics is from what was measured: on runs that it was fitted to, and on runs held out.
+The errors are of predictions against measured losses: on the runs that were fitted, and on runs held out.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from scipy.stats import spearmanr
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergySource
-from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 
 
-class Physics(Protocol):
+class CalibratedPhysics(Protocol):
     """What a fit gives; `FittedPhysics` of `llm_runtime.simulator.fitting`."""
 
     @property
@@ -79,7 +78,7 @@ class BestRate(JsonRecord):
     """The fit's lies on the edge of the grid: the best may be beyond."""
 
 
-def fit_error(physics: Physics, runs: Sequence[CalibrationRun]) -> FitError:
+def fit_error(physics: CalibratedPhysics, runs: Sequence[CalibrationRun]) -> FitError:
     """Compare predictions with `runs`."""
     usable = [run for run in runs if math.isfinite(run.final_loss)]
     measured = [run.final_loss for run in usable]
@@ -94,7 +93,7 @@ def fit_error(physics: Physics, runs: Sequence[CalibrationRun]) -> FitError:
     )
 
 
-def _trajectory_error(physics: Physics, run: CalibrationRun) -> float:
+def _trajectory_error(physics: CalibratedPhysics, run: CalibrationRun) -> float:
     measured = np.array([each.train_loss for each in run.telemetry])
     return float(np.nanmean(np.abs(np.asarray(physics.predict(run), dtype=float) - measured)))
 
@@ -105,7 +104,7 @@ def _number(values: Sequence[float], reduce: Any) -> float | None:
     return result if math.isfinite(result) else None
 
 
-def rank_correlation(physics: Physics, grid: Sequence[CalibrationRun]) -> float | None:
+def rank_correlation(physics: CalibratedPhysics, grid: Sequence[CalibrationRun]) -> float | None:
     """Return Spearman's rank correlation of predicted and measured final losses; to diverge counts as the worst."""
     measured = [_or_worst(run.final_loss) for run in grid]
     predicted = [_or_worst(physics.predict_final(run)) for run in grid]
@@ -114,14 +113,14 @@ def rank_correlation(physics: Physics, grid: Sequence[CalibrationRun]) -> float 
     return float(spearmanr(measured, predicted).statistic)
 
 
-def best_rates(physics: Physics, grid: Sequence[CalibrationRun]) -> tuple[BestRate, ...]:
+def best_rates(physics: CalibratedPhysics, grid: Sequence[CalibrationRun]) -> tuple[BestRate, ...]:
     """Return the best learning rate at every batch of the grid, smallest batch first."""
     ordered = sorted(grid, key=lambda run: (run.config.batch_size, run.config.base_learning_rate))
     groups = groupby(ordered, key=lambda run: run.config.batch_size)
     return tuple(_best_rate(physics, batch, list(runs)) for batch, runs in groups)
 
 
-def _best_rate(physics: Physics, batch_size: int, runs: Sequence[CalibrationRun]) -> BestRate:
+def _best_rate(physics: CalibratedPhysics, batch_size: int, runs: Sequence[CalibrationRun]) -> BestRate:
     rates = [run.config.base_learning_rate for run in runs]
     predicted = [_or_worst(physics.predict_final(run)) for run in runs]
     measured = [_or_worst(run.final_loss) for run in runs]
@@ -154,7 +153,7 @@ FILE_NAME = "calibration.json"
 SHIPPED = "shipped"
 
 
-def _physics(content: Mapping[str, Any]) -> Physics:
+def _physics(content: Mapping[str, Any]) -> CalibratedPhysics:
     from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 
     return FittedPhysics.from_json(content)
@@ -181,7 +180,9 @@ class Calibration(JsonRecord):
     """The run that all settings are variations of."""
     effort: str
     n_parameters: int
-    physics: Annotated[Physics, JsonForm(write=lambda physics: physics.to_json(), read=_physics, checked=False)]
+    physics: Annotated[
+        CalibratedPhysics, JsonForm(write=lambda physics: physics.to_json(), read=_physics, checked=False)
+    ]
     """A `FittedPhysics`."""
     cost_table: CostTable
     held_out: FitError
@@ -197,12 +198,8 @@ class Calibration(JsonRecord):
     command: str
     date: str
 
-    def save(self, path: Path) -> None:
-        """Write the file whole."""
-        write_json(path, self.to_json())
 
-
-def fit(runs: Sequence[CalibrationRun]) -> Physics:
+def fit(runs: Sequence[CalibrationRun]) -> CalibratedPhysics:
     """Fit the physics to the runs whose role is `fit`."""
     from trainpilot.llm_runtime.simulator.fitting import fit_physics
 

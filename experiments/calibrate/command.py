@@ -1,7 +1,4 @@
-"""Carry out `trainpilot calibrate`: run what is missing, fit the physics, measure its error, write one file.
-
-Print a calibration: what was fitted, how far off it is, and the best learning rates as the fit sees them.
-"""
+"""Carry out `trainpilot calibrate`: run what is missing, fit the physics, measure its error, write the result."""
 
 from __future__ import annotations
 
@@ -22,16 +19,16 @@ from rich.table import Table
 from trainpilot.experiments.calibrate.calibration import (
     FILE_NAME,
     BestRate,
+    CalibratedPhysics,
     Calibration,
     CalibrationCost,
     FitError,
-    Physics,
     best_rates,
     fit,
     fit_error,
     rank_correlation,
 )
-from trainpilot.experiments.calibrate.design import Setting, design
+from trainpilot.experiments.calibrate.design import CalibrationSetting, design
 from trainpilot.experiments.calibrate.runs import WIDE_PROBE_SEQUENCES, RunFile, carry_out, run_key
 from trainpilot.experiments.costs.measure import measure_cost_table
 from trainpilot.experiments.costs.table import CostTable
@@ -64,7 +61,7 @@ def print_calibration(calibration: Calibration, console: Console) -> None:
     console.print(_cost_line(calibration), soft_wrap=True)
 
 
-def _values(physics: Physics) -> Table:
+def _values(physics: CalibratedPhysics) -> Table:
     table = Table(title="fitted physics", title_justify="left", caption=CAPTION, caption_justify="left")
     table.add_column("what")
     for column in ("value", "uncertainty"):
@@ -130,11 +127,11 @@ TIMED_BATCHES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedCalibration:
     """What stands before the first run."""
 
     base: RunConfig
-    settings: tuple[Setting, ...]
+    settings: tuple[CalibrationSetting, ...]
     keys: dict[str, str]
     """Of each setting's run, by name."""
     table: CostTable
@@ -152,12 +149,12 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     files = _run(prepared, options.out / "runs", console)
     calibration = _fit(prepared, files, options, console)
     path = options.out / FILE_NAME
-    calibration.save(path)
+    calibration.write(path)
     print_calibration(calibration, console)
     console.print(f"calibration: {escape(str(path))}", soft_wrap=True)
 
 
-def prepare(options: CalibrateOptions, console: Console) -> Prepared:
+def prepare(options: CalibrateOptions, console: Console) -> PreparedCalibration:
     """Check everything that can be checked before the first run, and measure what steps cost."""
     if options.jobs < 0:
         raise ValueError(f"jobs must be at least 0, got {options.jobs}; 0 takes as many as there are cores")
@@ -174,7 +171,7 @@ def prepare(options: CalibrateOptions, console: Console) -> Prepared:
         content = content_digest(base)
         status.update("cost table")
         table = _cost_table(base, precisions, prunes, content, options.out / "cost_table.json")
-    return Prepared(
+    return PreparedCalibration(
         base=base,
         settings=settings,
         keys={setting.name: run_key(setting, content) for setting in settings},
@@ -219,7 +216,7 @@ def _cost_table(base: RunConfig, precisions: Sequence[Precision], prunes: bool, 
     return table
 
 
-def _run(prepared: Prepared, folder: Path, console: Console) -> dict[str, RunFile]:
+def _run(prepared: PreparedCalibration, folder: Path, console: Console) -> dict[str, RunFile]:
     """Run what is missing, and return every run by its setting's name."""
     kept = {setting.name: RunFile.read(folder / f"{setting.name}.json") for setting in prepared.settings}
     files = {name: file for name, file in kept.items() if file is not None and file.key == prepared.keys[name]}
@@ -244,7 +241,9 @@ def _run(prepared: Prepared, folder: Path, console: Console) -> dict[str, RunFil
     return {setting.name: files[setting.name] for setting in prepared.settings}
 
 
-def run_all(work: Sequence[tuple[Setting, str]], jobs: int) -> Iterator[tuple[Setting, RunFile | str]]:
+def run_all(
+    work: Sequence[tuple[CalibrationSetting, str]], jobs: int
+) -> Iterator[tuple[CalibrationSetting, RunFile | str]]:
     """Run settings, each with its key, in processes of one thread; yield each with its run as the runs end.
 
     A run that fails yields why it failed, in one line.
@@ -264,19 +263,19 @@ def run_all(work: Sequence[tuple[Setting, str]], jobs: int) -> Iterator[tuple[Se
             yield setting, result
 
 
-def _attempt(setting: Setting, key: str, *, jobs: int) -> RunFile | str:
+def _attempt(setting: CalibrationSetting, key: str, *, jobs: int) -> RunFile | str:
     try:
         return carry_out(setting, key, jobs=jobs)
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _steps(setting: Setting) -> float:
+def _steps(setting: CalibrationSetting) -> float:
     """Steps of a run. Those with the most begin first, so that none is left over at the end."""
     return setting.config.tokens / setting.config.batch_size
 
 
-def _expected_s(prepared: Prepared, settings: Sequence[Setting]) -> float:
+def _expected_s(prepared: PreparedCalibration, settings: Sequence[CalibrationSetting]) -> float:
     """Return the seconds that the runs will take, by the cost table."""
     total = 0.0
     for setting in settings:
@@ -288,17 +287,19 @@ def _expected_s(prepared: Prepared, settings: Sequence[Setting]) -> float:
     return total / prepared.jobs
 
 
-def _line(setting: Setting, result: RunFile) -> str:
+def _line(setting: CalibrationSetting, result: RunFile) -> str:
     ended = "diverged" if result.run.diverged else f"loss {result.run.final_loss:.3f}"
     return f"{setting.name}, {ended}"
 
 
-def _fit(prepared: Prepared, files: dict[str, RunFile], options: CalibrateOptions, console: Console) -> Calibration:
+def _fit(
+    prepared: PreparedCalibration, files: dict[str, RunFile], options: CalibrateOptions, console: Console
+) -> Calibration:
     runs = {setting.name: replace(files[setting.name].run, role=setting.role) for setting in prepared.settings}
     grid = [runs[setting.name] for setting in prepared.settings if setting.grid]
     start = time.monotonic()
     with console.status("fit"):
-        physics: Physics = fit(list(runs.values()))
+        physics: CalibratedPhysics = fit(list(runs.values()))
     return Calibration(
         config=prepared.base,
         effort=options.effort,

@@ -1,7 +1,4 @@
-"""Choose the live runs of a calibration: settings spread so that every number of the physics leaves a trace.
-
-Plan the controls of a calibration's runs that follow a plan: batches that rise or drop, and starts far too hot.
-"""
+"""Choose the live runs of a calibration and their controls, so that every number of the physics leaves a trace."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, Ru
 from trainpilot.llm_runtime.schedules import ScheduleName
 from trainpilot.llm_runtime.simulator.fitting import Role
 
-Plan = Literal["ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"]
+ControlPlan = Literal["ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"]
 """`...-ramp`: the batch rises from an eighth of the start's back to it, or to half of it, as policies that save time
 let it rise. `drop`: it falls to an eighth. `hot-...`: the learning rate starts far too high and is down to that part of
 it after three decisions, at an eighth of the batch."""
 
-PLAN_RATES: Mapping[Plan, tuple[float, ...]] = {
+PLAN_RATES: Mapping[ControlPlan, tuple[float, ...]] = {
     "ramp": (7 / 6,),
     "middle-ramp": (1 / 2,),
     "early-ramp": (1 / 3, 2 / 3),
@@ -32,7 +29,7 @@ PLAN_RATES: Mapping[Plan, tuple[float, ...]] = {
 """Factors on the learning rate."""
 HALVINGS = 3
 """How often a plan halves the batch, once a decision."""
-RAMP_SHARES: Mapping[Plan, tuple[float, ...]] = {
+RAMP_SHARES: Mapping[ControlPlan, tuple[float, ...]] = {
     "ramp": (0.3, 0.6, 0.8),
     "middle-ramp": (0.2, 0.4, 0.6),
     "early-ramp": (0.12, 0.24, 0.4),
@@ -43,11 +40,11 @@ DROP_SHARE = 0.4
 """Share of the budget from which `drop` halves it."""
 COOLING = (0.71, 0.355, 0.177)
 """Scales of the learning rate in the first intervals of a hot start."""
-COOLED: Mapping[Plan, float] = {"hot-tenth": 0.1, "hot-twentieth": 0.05}
+COOLED: Mapping[ControlPlan, float] = {"hot-tenth": 0.1, "hot-twentieth": 0.05}
 """Its scales from then on."""
 
 
-def planned(plan: Plan, decision: int, config: RunConfig, limits: ControlLimits) -> Controls:
+def planned(plan: ControlPlan, decision: int, config: RunConfig, limits: ControlLimits) -> Controls:
     """Return the controls of an interval. Batches change as a policy can change them: by halves, step by step."""
     scale = 1.0
     if plan in COOLED:
@@ -56,7 +53,7 @@ def planned(plan: Plan, decision: int, config: RunConfig, limits: ControlLimits)
     return replace(config.start(), learning_rate_scale=scale, batch_size=batch_size)
 
 
-def _halvings(plan: Plan, decision: int, decisions: int) -> int:
+def _halvings(plan: ControlPlan, decision: int, decisions: int) -> int:
     begin = math.ceil(DROP_SHARE * decisions) if plan == "drop" else 0
     halved = min(max(decision - begin + 1, 0), HALVINGS)
     doubled = sum(decision >= math.ceil(share * decisions) for share in RAMP_SHARES.get(plan, ()))
@@ -72,7 +69,7 @@ SCHEDULES: tuple[ScheduleName, ...] = ("cosine", "constant", "linear")
 HELD_OUT_SCHEDULES: tuple[tuple[ScheduleName, float], ...] = (("cosine", 1 / 3), ("linear", 2.0))
 """Schedules with the factors on the learning rate at which they are never fitted."""
 HELD_OUT_WALK = 1
-HELD_OUT_PLAN: Plan = "half-ramp"
+HELD_OUT_PLAN: ControlPlan = "half-ramp"
 RATE_DIGITS = 12
 """Significant digits of a learning rate: without the last bits that a product leaves, 0.0003 is 0.0003."""
 
@@ -89,7 +86,7 @@ class Amount:
     walk_rates: tuple[float, ...]
     between: tuple[tuple[float, float], ...]
     """Rates and batches beside the grid's, among the best settings."""
-    plans: tuple[Plan, ...]
+    plans: tuple[ControlPlan, ...]
     doubled_budget: bool
 
 
@@ -118,7 +115,7 @@ AMOUNTS: Mapping[Effort, Amount] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class CalibrationSetting:
     """One live run of a calibration."""
 
     name: str
@@ -130,7 +127,7 @@ class Setting:
     """One of the grid of learning rates and batches, which differ in nothing else."""
     walk: int | None = None
     """Number of the random walk that its learning rate and batch take."""
-    plan: Plan | None = None
+    plan: ControlPlan | None = None
     """The plan that its controls follow."""
     prune: bool = False
     """Whether channels are removed at half its budget."""
@@ -138,7 +135,7 @@ class Setting:
 
 def design(
     base: RunConfig, effort: Effort, *, precisions: Sequence[Precision] = (), prunes: bool = True
-) -> tuple[Setting, ...]:
+) -> tuple[CalibrationSetting, ...]:
     """Return the runs of a calibration. The roles depend on nothing but the effort.
 
     Args:
@@ -174,7 +171,7 @@ def _check_budget(base: RunConfig, largest: float) -> None:
         )
 
 
-def _grid(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+def _grid(base: RunConfig, amount: Amount) -> Iterator[CalibrationSetting]:
     """Yield every rate at every batch, once where small batches round to the same."""
     batches: dict[int, float] = {}
     for factor in amount.batches:
@@ -183,18 +180,18 @@ def _grid(base: RunConfig, amount: Amount) -> Iterator[Setting]:
         for batch, factor in batches.items():
             config = _wsd(base, rate, batch)
             role: Role = "held-out" if (rate, factor) in amount.held_out else "fit"
-            yield Setting(name=_name("wsd", config), config=config, role=role, grid=True)
+            yield CalibrationSetting(name=_name("wsd", config), config=config, role=role, grid=True)
 
 
-def _between(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+def _between(base: RunConfig, amount: Amount) -> Iterator[CalibrationSetting]:
     tried = [setting.config for setting in _grid(base, amount)]
     for rate, factor in amount.between:
         config = _wsd(base, rate, _scaled(base.batch_size, factor))
         if config not in tried:
-            yield Setting(name=_name("between", config), config=config, role="fit")
+            yield CalibrationSetting(name=_name("between", config), config=config, role="fit")
 
 
-def _schedules(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+def _schedules(base: RunConfig, amount: Amount) -> Iterator[CalibrationSetting]:
     for schedule in SCHEDULES:
         for rate in amount.schedule_rates:
             config = replace(
@@ -204,36 +201,40 @@ def _schedules(base: RunConfig, amount: Amount) -> Iterator[Setting]:
                 warmup_tokens=int(SCHEDULE_WARMUP * base.tokens),
             )
             role: Role = "held-out" if (schedule, rate) in HELD_OUT_SCHEDULES else "fit"
-            yield Setting(name=_name(schedule, config), config=config, role=role)
+            yield CalibrationSetting(name=_name(schedule, config), config=config, role=role)
 
 
-def _walks(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+def _walks(base: RunConfig, amount: Amount) -> Iterator[CalibrationSetting]:
     for number, rate in enumerate(amount.walk_rates):
         config = _wsd(base, rate, base.batch_size)
         role: Role = "held-out" if number == HELD_OUT_WALK else "fit"
-        yield Setting(name=_name(f"walk{number}", config), config=config, role=role, walk=number)
+        yield CalibrationSetting(name=_name(f"walk{number}", config), config=config, role=role, walk=number)
 
 
-def _planned(base: RunConfig, amount: Amount) -> Iterator[Setting]:
+def _planned(base: RunConfig, amount: Amount) -> Iterator[CalibrationSetting]:
     for plan in amount.plans:
         role: Role = "held-out" if plan == HELD_OUT_PLAN else "fit"
         for rate in PLAN_RATES[plan]:
             config = _wsd(base, rate, base.batch_size)
-            yield Setting(name=_name(plan, config), config=config, role=role, plan=plan)
+            yield CalibrationSetting(name=_name(plan, config), config=config, role=role, plan=plan)
 
 
-def _singles(base: RunConfig, amount: Amount, precisions: Sequence[Precision], prunes: bool) -> Iterator[Setting]:
+def _singles(
+    base: RunConfig, amount: Amount, precisions: Sequence[Precision], prunes: bool
+) -> Iterator[CalibrationSetting]:
     """Yield runs that differ from an unpruned run at the base's precision in one thing each."""
     plain = _wsd(base, 2 / 3, base.batch_size)
     if prunes:
-        yield Setting(name=_name("prune", plain), config=replace(plain, pruning="width"), role="fit", prune=True)
+        yield CalibrationSetting(
+            name=_name("prune", plain), config=replace(plain, pruning="width"), role="fit", prune=True
+        )
     for precision in precisions:
         if precision != base.precision:
             config = _wsd(replace(base, precision=precision), 1.0, _scaled(base.batch_size, 0.5))
-            yield Setting(name=_name(precision, config), config=config, role="fit")
+            yield CalibrationSetting(name=_name(precision, config), config=config, role="fit")
     if amount.doubled_budget:
         longer = _wsd(replace(base, tokens=2 * base.tokens), 2 / 3, _scaled(base.batch_size, 0.5))
-        yield Setting(name=_name("double", longer), config=longer, role="fit")
+        yield CalibrationSetting(name=_name("double", longer), config=longer, role="fit")
 
 
 def _wsd(base: RunConfig, rate: float, batch_size: int) -> RunConfig:

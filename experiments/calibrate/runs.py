@@ -1,73 +1,58 @@
-"""Carry out one live run of a calibration, keep all that was measured, and write it as a file of its own."""
+"""Carry out one live run of a calibration, and write everything that was measured to a file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 
 from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
-from trainpilot.experiments.calibrate.design import PRUNED_SHARE, Setting, planned
+from trainpilot.experiments.calibrate.design import PRUNED_SHARE, CalibrationSetting, planned
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
-from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 WIDE_PROBE_SEQUENCES = 16
-"""Sequences of the second curvature probe: the telemetry's own, on one or two, is mostly noise."""
+"""Sequences of a second curvature probe; that in the telemetry takes one or two, which is mostly noise."""
 RATE_CHANGES, BATCH_CHANGES = 0.35, 0.12
-"""How often a random walk changes its learning rate and its batch."""
+"""Probabilities per decision that a random walk changes its learning rate and its batch."""
 WALK_SEED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFile(JsonRecord):
-    """A run with what it cost."""
+    """A calibration run and its cost."""
 
     key: str
-    """Digest of its setting, text and model: a file with another key is of another run."""
+    """Digest of its setting, text and model, by which the file of another run is recognised."""
     time_s: float
     """Seconds of the run, probes and evaluations included."""
     energy_j: float | None
-    """Its joules; of a meter shared with runs beside it, its part."""
+    """Joules of the run; if parallel runs share the meter, an equal part of the joules measured."""
     energy_source: EnergySource | None
     run: CalibrationRun
 
-    def write(self, path: Path) -> None:
-        """Write the file whole."""
-        write_json(path, self.to_json())
 
-    @classmethod
-    def read(cls, path: Path) -> RunFile | None:
-        """Return what `write` wrote; `None` where there is no such file or it is damaged."""
-        try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return None
-
-
-def run_key(setting: Setting, content: str) -> str:
-    """Return the digest of a run: of all that decides what it measures, and of its text and model by `content`."""
+def run_key(setting: CalibrationSetting, content: str) -> str:
+    """Return the digest of everything that determines a run's result; `content` is the digest of text and model."""
     steered = {name: getattr(setting, name) for name in ("walk", "plan", "prune")}
     decisive = {"config": asdict(setting.config), **steered, "content": content}
-    return blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return digest(decisive)
 
 
-def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter | None = None) -> RunFile:
-    """Run a setting to its end.
+def carry_out(setting: CalibrationSetting, key: str, *, jobs: int = 1, meter: EnergyMeter | None = None) -> RunFile:
+    """Train the run of a setting to its end, and return it with its cost.
 
     Args:
-        setting: The run.
-        key: Its digest.
-        jobs: Runs side by side. A meter of the whole device sees them all: each gets an equal part.
+        setting: Configuration and controls of the run.
+        key: Digest of the run, from `run_key`.
+        jobs: Number of parallel runs, among which the joules of a meter of the whole device are divided equally.
         meter: Energy meter; by default the best one that the device has.
 
     Raises:
@@ -87,18 +72,18 @@ def carry_out(setting: Setting, key: str, *, jobs: int = 1, meter: EnergyMeter |
     )
 
 
-def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
-    config, controls_of = setting.config, pilot(setting, run.base_limits())
+def _measure(run: LiveRun, setting: CalibrationSetting) -> CalibrationRun:
+    config, next_controls = setting.config, pilot(setting, run.base_limits())
     telemetry: list[Telemetry] = []
     wide: list[tuple[float, float] | None] = []
     validation = [(0, run.evaluate())]
 
     def decide(_: Telemetry | None) -> Controls:
-        return controls_of(len(telemetry))
+        return next_controls(len(telemetry))
 
     for interval in drive(run, decide, config.decisions, evaluate_every=EVALUATE_EVERY_IN_CALIBRATION):
         telemetry.append(interval.telemetry)
-        probe = run.trainer.probe(run.stream.peek(WIDE_PROBE_SEQUENCES))
+        probe = run.trainer.probe_on(run.stream.peek(WIDE_PROBE_SEQUENCES))
         wide.append(None if probe is None else (probe.linear, probe.quadratic))
         if interval.validation_loss is not None:
             validation.append((len(telemetry), interval.validation_loss))
@@ -112,8 +97,8 @@ def _measure(run: LiveRun, setting: Setting) -> CalibrationRun:
     )
 
 
-def pilot(setting: Setting, limits: ControlLimits) -> Callable[[int], Controls]:
-    """Return what gives the controls of each interval, called with its number in rising order."""
+def pilot(setting: CalibrationSetting, limits: ControlLimits) -> Callable[[int], Controls]:
+    """Return a function from an interval's number, counted from 0 in order, to its controls."""
     generator = np.random.default_rng(WALK_SEED + (setting.walk or 0))
     controls = setting.config.start()
 
@@ -131,7 +116,7 @@ def pilot(setting: Setting, limits: ControlLimits) -> Callable[[int], Controls]:
 
 
 def _wander(controls: Controls, limits: ControlLimits, generator: np.random.Generator) -> Controls:
-    """Change learning rate and batch now and then, by the same factors as a policy does, within its limits."""
+    """Return controls whose learning rate and batch may have changed, by a factor that a policy could choose."""
     low, high = LEARNING_RATE_SCALE_RANGE
     rate, batch = 1.0, 1.0
     if generator.random() < RATE_CHANGES:

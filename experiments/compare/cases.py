@@ -1,11 +1,8 @@
-"""Read the cases of a comparison: a set that comes with trainpilot, or a YAML or JSON file of the user's.
+"""Read the cases of a comparison, and list the static settings and model sizes that may be tried on them.
 
-A file holds `common` (fields that all cases share) and `cases` (a list). A case has a `name`, fields of `RunConfig`
-and perhaps a `target_loss`; its `model` may be a transformers config written out in place.
-
-The settings that a static baseline may tune, and their neighbours.
-
-Narrower, wider, shallower and deeper versions of a model: a small architecture search.
+Cases come from a set that comes with trainpilot or from a YAML or JSON file of the user's. A file holds `common`
+(fields that all cases share) and `cases` (a list). A case has a `name`, fields of `RunConfig` and perhaps a
+`target_loss`; its `model` may be a transformers config written out in place.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,7 +23,7 @@ from trainpilot.experiments.compare.results import Case
 from trainpilot.experiments.config_files import read_mapping, run_config, validated
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.data.text_sources import read_documents
-from trainpilot.llm_runtime.files import cache_dir, write_json
+from trainpilot.llm_runtime.files import cache_dir, digest, write_json
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -82,7 +78,7 @@ def text_digests(case: Case) -> frozenset[str]:
         ValueError: the text cannot be read.
     """
     documents = read_documents(case.config.text)
-    return frozenset(blake2b(document.encode("utf-8"), digest_size=16).hexdigest() for document in documents)
+    return frozenset(digest(document, 16) for document in documents)
 
 
 def _case(content: dict[str, Any], where: str) -> Case:
@@ -114,7 +110,7 @@ def model_file(config: Mapping[str, Any]) -> Path:
     """
     try:
         content = json.dumps(config, sort_keys=True, allow_nan=False)
-        path = cache_dir() / "models" / f"{blake2b(content.encode(), digest_size=8).hexdigest()}.json"
+        path = cache_dir() / "models" / f"{digest(content)}.json"
         if not path.is_file():
             write_json(path, json.loads(content))
     except (TypeError, ValueError) as error:
@@ -181,7 +177,7 @@ RESPECTS = ("learning_rate", "batch_size", "warmup_share", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class StaticSetting:
     """What a static run can choose."""
 
     learning_rate: float
@@ -208,12 +204,14 @@ class Setting:
         )
 
 
-def grid(config: RunConfig, precisions: Sequence[Precision]) -> list[Setting]:
+def grid(config: RunConfig, precisions: Sequence[Precision]) -> list[StaticSetting]:
     """Return every combination of the grid around a case's own setting."""
     rates = [rounded(config.base_learning_rate * LEARNING_RATE_STEP**k) for k in LEARNING_RATE_GRID]
     batches = [batch for factor in BATCH_GRID if (batch := batch_near(config.batch_size * factor, config)) is not None]
     return [
-        Setting(learning_rate=rate, batch_size=batch, schedule=schedule, warmup_share=GRID_WARMUP, precision=precision)
+        StaticSetting(
+            learning_rate=rate, batch_size=batch, schedule=schedule, warmup_share=GRID_WARMUP, precision=precision
+        )
         for batch in dict.fromkeys(batches)
         for rate in rates
         for schedule in TUNED_SCHEDULES
@@ -221,9 +219,11 @@ def grid(config: RunConfig, precisions: Sequence[Precision]) -> list[Setting]:
     ]
 
 
-def neighbours(setting: Setting, step: float, config: RunConfig, respects: Collection[str] = RESPECTS) -> list[Setting]:
+def neighbours(
+    setting: StaticSetting, step: float, config: RunConfig, respects: Collection[str] = RESPECTS
+) -> list[StaticSetting]:
     """Return the settings that differ from `setting` by one step in one of `respects`; `step` is the rate's factor."""
-    found: list[Setting] = []
+    found: list[StaticSetting] = []
     if "learning_rate" in respects:
         rates = [rounded(setting.learning_rate * factor) for factor in (step, 1 / step)]
         found += [replace(setting, learning_rate=rate) for rate in rates]

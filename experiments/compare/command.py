@@ -1,7 +1,4 @@
-"""Carry out `trainpilot compare`: plan, run what is missing, work out the figures, write the report.
-
-Say beforehand how much a comparison will run.
-"""
+"""Carry out `trainpilot compare`: estimate the work, run what is missing, work out the figures, write the report."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from trainpilot.experiments.compare.methods import (
 from trainpilot.experiments.compare.programs import (
     CURVE_BUDGETS,
     UNTUNED_CURVE_BUDGETS,
-    Bench,
+    ComparisonLedger,
     TunedStatic,
     direct_program,
     open_loop_program,
@@ -43,7 +40,6 @@ from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CompareOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_store import RunStore, run_key, versions
-from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.process import available_cores, use_threads
 
 REFINEMENT_RUNS = 30
@@ -59,8 +55,8 @@ RETUNE_RUNS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How much there is to do, about: what a search needs turns out on the way."""
+class Workload:
+    """Estimated work of a comparison. Searches decide as they go, so the true number may differ."""
 
     n_runs: int
     """Runs, counting a run of half the budget as half."""
@@ -68,16 +64,16 @@ class Plan:
     """Wall-clock seconds with the given number of processes."""
 
 
-def make_plan(
+def estimate_workload(
     cases: Sequence[Case], names: Sequence[str], n_seeds: int, tables: Mapping[str, CostTable], jobs: int
-) -> Plan:
+) -> Workload:
     """Return what comparing `names` on `cases` will take, if nothing has been run before."""
     runs, seconds = 0.0, 0.0
     for case in cases:
         equivalents = runs_on_a_case(case, names, n_seeds)
         runs += equivalents
         seconds += equivalents * seconds_of_a_run(case, tables, searched=rests_on_search(names))
-    return Plan(n_runs=round(runs), time_s=seconds / jobs)
+    return Workload(n_runs=round(runs), time_s=seconds / jobs)
 
 
 def runs_on_a_case(case: Case, names: Sequence[str], n_seeds: int) -> float:
@@ -109,12 +105,12 @@ TUNING_SEEDS = (1_000, 1_001, 1_002)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedComparison:
     """What stands before the first run."""
 
     cases: tuple[Case, ...]
     chosen: Chosen
-    bench: Bench
+    ledger: ComparisonLedger
     tables: dict[str, CostTable]
     jobs: int
 
@@ -127,7 +123,7 @@ def compare(options: CompareOptions, console: Console) -> None:
     """
     start = time.monotonic()
     prepared = prepare(options, console)
-    plan = make_plan(prepared.cases, prepared.chosen.names, options.seeds, prepared.tables, prepared.jobs)
+    plan = estimate_workload(prepared.cases, prepared.chosen.names, options.seeds, prepared.tables, prepared.jobs)
     console.print(
         f"{len(prepared.cases)} cases x {len(prepared.chosen.names)} methods x {options.seeds} seeds: about "
         f"{plan.n_runs:,} runs, about {_duration(plan.time_s)} with {prepared.jobs} side by side; "
@@ -140,17 +136,17 @@ def compare(options: CompareOptions, console: Console) -> None:
     results = _run(prepared, store, options, console)
     comparison = Comparison(
         cases=prepared.cases,
-        methods=prepared.chosen.notes({row.method for row in prepared.bench.rows}),
-        seeds=prepared.bench.seeds,
-        rows=prepared.bench.rows,
-        baselines={case: tuple(found) for case, found in prepared.bench.baselines.items()},
+        methods=prepared.chosen.notes({row.method for row in prepared.ledger.rows}),
+        seeds=prepared.ledger.seeds,
+        rows=prepared.ledger.rows,
+        baselines={case: tuple(found) for case, found in prepared.ledger.baselines.items()},
         provenance=_provenance(options, prepared.jobs, time.monotonic() - start),
     )
-    write_json(options.folder / "comparison.json", comparison.to_json())
+    comparison.write(options.folder / "comparison.json")
     _report(comparison, results, prepared, options, console)
 
 
-def prepare(options: CompareOptions, console: Console) -> Prepared:
+def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
     """Check everything that can be checked before the first run, and measure what the runs will cost."""
     for name, least in (("seeds", 1), ("threads", 1), ("jobs", 0)):
         if (value := getattr(options, name)) < least:
@@ -170,8 +166,8 @@ def prepare(options: CompareOptions, console: Console) -> Prepared:
         tables = cost_tables(configs, precisions, options.folder / "costs", status.update)
     seeds = range(options.seeds)
     warn = _warner(console)
-    bench = Bench(seeds, TUNING_SEEDS, tables, precisions, warn)
-    return Prepared(cases=cases, chosen=chosen, bench=bench, tables=tables, jobs=jobs)
+    ledger = ComparisonLedger(seeds, TUNING_SEEDS, tables, precisions, warn)
+    return PreparedComparison(cases=cases, chosen=chosen, ledger=ledger, tables=tables, jobs=jobs)
 
 
 def _check_search(case: Case, chosen: Chosen) -> None:
@@ -183,7 +179,9 @@ def _check_search(case: Case, chosen: Chosen) -> None:
         )
 
 
-def _run(prepared: Prepared, store: RunStore, options: CompareOptions, console: Console) -> dict[str, RunResult]:
+def _run(
+    prepared: PreparedComparison, store: RunStore, options: CompareOptions, console: Console
+) -> dict[str, RunResult]:
     """Carry the programs out, and return every result by key."""
     results: dict[str, RunResult] = {}
     names, n_seeds = prepared.chosen.names, options.seeds
@@ -217,26 +215,26 @@ def _line(result: RunResult, kept: bool, cases: Sequence[Case]) -> str:
     return f"{name}: {result.spec.steering.kind}, lr {ran.base_learning_rate:.2g}, {ended}{', kept' if kept else ''}"
 
 
-def _programs(prepared: Prepared) -> Iterator[Program]:
+def _programs(prepared: PreparedComparison) -> Iterator[Program]:
     """Return the programs, case after case, so that an interrupted comparison holds whole cases."""
-    bench, chosen = prepared.bench, prepared.chosen
+    ledger, chosen = prepared.ledger, prepared.chosen
     for case in prepared.cases:
         for method in chosen.direct:
-            yield direct_program(bench, case, method)
+            yield direct_program(ledger, case, method)
         if UNTUNED in chosen.names:
-            yield untuned_curve(bench, case)
+            yield untuned_curve(ledger, case)
         for name in chosen.optional:
-            yield search_program(bench, case, name)
+            yield search_program(ledger, case, name)
         if chosen.searched or chosen.started:
-            yield TunedStatic(bench, case, chosen.searched, chosen.started).program()
+            yield TunedStatic(ledger, case, chosen.searched, chosen.started).program()
     for closed, note in chosen.open_loop:
-        yield open_loop_program(bench, prepared.cases, closed, note)
+        yield open_loop_program(ledger, prepared.cases, closed, note)
 
 
 def _report(
     comparison: Comparison,
     results: dict[str, RunResult],
-    prepared: Prepared,
+    prepared: PreparedComparison,
     options: CompareOptions,
     console: Console,
 ) -> None:

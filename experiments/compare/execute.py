@@ -15,14 +15,14 @@ from trainpilot.agents.rollback import RollbackController, guarded_controller
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
-from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.drive import RunController, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 
-def make_controller(steering: Steering, run: LiveRun) -> RunController:
+def make_controller(steering: SteeringSpec, run: LiveRun) -> RunController:
     """Return the controller of `run`.
 
     Raises:
@@ -57,12 +57,12 @@ class Evaluation:
 
 
 def execute(spec: RunSpec, key: str, *, energy_shared: bool = False, meter: EnergyMeter | None = None) -> RunResult:
-    """Run `spec` to its end and return what came out. Never raises for what goes wrong inside the run.
+    """Train a run to its end and return its result. An error inside the run becomes the result's `failure`.
 
     Args:
         spec: The run.
-        key: Its name.
-        energy_shared: Whether other runs run beside it on the same meter and the same cores.
+        key: Name of the run's file.
+        energy_shared: Whether other runs share the energy meter and the cores.
         meter: Energy meter; by default the best one that the device has.
     """
     try:
@@ -72,7 +72,7 @@ def execute(spec: RunSpec, key: str, *, energy_shared: bool = False, meter: Ener
 
 
 def failed(spec: RunSpec, key: str, reason: str) -> RunResult:
-    """Return the result of a run that did not end by itself."""
+    """Return the result of a run that an error ended."""
     return RunResult(
         key=key,
         spec=spec,
@@ -103,7 +103,7 @@ class _Execution:
         self.tokens = 0
         self.intervals: list[IntervalResult] = []
         self.standing: list[int] = []
-        """Places in `intervals` of those that were not rolled back: one for each decision of the run as it stands."""
+        """Places in `intervals` of those that were not rolled back, by decision."""
 
     def result(self) -> RunResult:
         run = self.run
@@ -151,7 +151,7 @@ class _Execution:
             self.intervals.append(self._interval_result(self.last, evaluation))
 
     def _mark_rolled_back(self, decision: int) -> None:
-        """Mark the intervals from `decision` on, which the run has just trained anew."""
+        """Mark the earlier intervals from `decision` on, as that decision has just been trained again."""
         for place in self.standing[decision:]:
             self.intervals[place] = replace(self.intervals[place], rolled_back=True)
         del self.standing[decision:]

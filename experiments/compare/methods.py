@@ -17,8 +17,8 @@ from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.agents.heuristics import HEURISTIC_METHODS, HeuristicMethod
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
-from trainpilot.experiments.compare.cases import Setting, rounded
-from trainpilot.experiments.compare.results import TUNED, Case, MethodNote, RunSpec, Steering
+from trainpilot.experiments.compare.cases import StaticSetting, rounded
+from trainpilot.experiments.compare.results import TUNED, Case, MethodNote, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
@@ -36,9 +36,9 @@ class PolicyName:
     kind: str
     """`policy` or `open-loop`."""
     file: str
-    """A bundle's path, or the bare name of one that comes with trainpilot."""
+    """A bundle's path, or the bare name of one that is shipped with trainpilot."""
     preference: str = ""
-    """As written; empty is the usual one."""
+    """The preference as written; empty means the default one."""
     start: float | None = None
     """Starting learning rate over the tuned static's; `None` is the case's own rate."""
     guarded: bool = True
@@ -70,12 +70,12 @@ class PolicyName:
 
     @property
     def short(self) -> str:
-        """The bundle in a word or two: files are mostly called policy.safetensors, so their folder's name."""
+        """A short name of the bundle: its folder's, as files are mostly called policy.safetensors."""
         return Path(self.file).parent.name or Path(self.file).stem
 
     @property
     def family(self) -> str:
-        """What shares a front: one bundle under several preferences, started at the same rate, guarded or not."""
+        """Name of the Pareto front: one bundle from one start, under any preference."""
         parts = [f"policy {self.file}"]
         parts += [] if self.start is None else [f"from {self.start:g}"]
         parts += [] if self.guarded else [WITHOUT_GUARDRAILS]
@@ -94,7 +94,7 @@ def starts_from_tuned(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A bundle that has been read, and what its runs are steered towards."""
+    """A loaded bundle, and the preference of its runs."""
 
     path: Path
     bundle: PolicyBundle
@@ -114,13 +114,13 @@ class Policy:
 
     @property
     def training_energy_j(self) -> float | None:
-        """Joules that training it took; `None` where nobody knows."""
+        """Joules that training it took; `None` if unknown."""
         cost = self.bundle.provenance.get("training_cost") or {}
         value = cost.get("energy_j")
         return float(value) if value is not None else None
 
     def configure(self, config: RunConfig) -> RunConfig:
-        """Return a case's run as this policy wants it: its base schedule, and as many of its decisions as fit."""
+        """Return a case's run with the policy's base schedule and its decisions, at most one a step."""
         fit = config.tokens // (config.batch_size * config.sequence_length)
         run = replace(config, schedule=USUAL_SCHEDULE, decisions=max(1, min(self.bundle.decisions, fit)))
         base = self.bundle.base_schedule
@@ -130,11 +130,11 @@ class Policy:
 
 
 def spoken(preference: Preference) -> str:
-    """Return a preference without what weighs nothing: `quality=0.5,time=0.5`."""
+    """Return a preference without its zero weights, as in `quality=0.5,time=0.5`."""
     return ",".join(part for part in str(preference).split(",") if not part.endswith("=0"))
 
 
-def from_tuned(config: RunConfig, tuned: Setting, factor: float) -> RunConfig:
+def from_tuned(config: RunConfig, tuned: StaticSetting, factor: float) -> RunConfig:
     """Return the run started at `factor` times the tuned learning rate, carried over to its own starting batch."""
     from trainpilot.llm_runtime.schedules import neutral_factor
 
@@ -160,7 +160,7 @@ PER_SCHEDULE: dict[str, ScheduleName] = {
 }
 
 
-CHECKS: dict[str, Callable[[Setting], tuple[Setting, float]]] = {
+CHECKS: dict[str, Callable[[StaticSetting], tuple[StaticSetting, float]]] = {
     "check-self": lambda setting: (setting, 1.0),
     "check-budget": lambda setting: (setting, 1.25),
     "check-rate": lambda setting: (replace(setting, learning_rate=setting.learning_rate / 4), 1.0),
@@ -173,7 +173,7 @@ SCHEDULE_FREE_LEARNING_RATE = 2.5e-3
 PRODIGY_FACTOR = 1.0
 """Prodigy finds its own learning rate; its authors say to leave the factor at 1."""
 
-KEEP = Steering()
+KEEP = SteeringSpec()
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,11 @@ class Method:
     note: MethodNote
     configure: Callable[[RunConfig], RunConfig]
     """Returns the run on a case's config, before the seed is set."""
-    steering: Steering = KEEP
+    steering: SteeringSpec = KEEP
     start: float | None = None
     """Starting learning rate over the tuned static's; `None` is the rate that `configure` sets."""
 
-    def placed(self, tuned: Setting) -> Method:
+    def placed(self, tuned: StaticSetting) -> Method:
         """Return the method with its start at the tuned static's learning rate times `start`."""
         assert self.start is not None, "it starts where the case starts"
         factor = self.start
@@ -213,7 +213,7 @@ def _heuristic(name: str, of: HeuristicMethod) -> Method:
         decisions = config.decisions if of.max_decisions is None else min(config.decisions, of.max_decisions)
         return replace(config, decisions=decisions, **of.run)
 
-    steering = Steering(kind=name, settings=of.settings, evaluate_every=of.evaluate_every)
+    steering = SteeringSpec(kind=name, settings=of.settings, evaluate_every=of.evaluate_every)
     return Method(_note(name, of.title, "heuristic", of.description), configure, steering)
 
 
@@ -263,7 +263,7 @@ COST_NOTES: Mapping[str, MethodNote] = {
     "tuned-time": _note("tuned-time", "tuned for time", "tuned", "Best for equal seconds.", family="tuned static"),
     "tuned-energy": _note("tuned-energy", "tuned for energy", "tuned", "Best for equal joules.", family="tuned static"),
 }
-"""Methods that appear by themselves, where the best setting for a cost differs from that for tokens."""
+"""Methods that are added where the best setting for a cost differs from that for tokens."""
 
 OPTIONAL: Mapping[str, MethodNote] = {
     "tuned-tpe": _note("tuned-tpe", "tuned by TPE", "tuned", "Best of Optuna's TPE with as many runs as the grid."),
@@ -274,7 +274,7 @@ OPTIONAL: Mapping[str, MethodNote] = {
 }
 
 OPTIONAL_RUNS: Mapping[str, float] = {"tuned-tpe": 78, "tuned-halving": 8, "nsga2": 60}
-"""How much each of them runs, in runs of the whole budget."""
+"""Cost of each of these searches, in runs of the whole budget."""
 
 DEFAULT_METHODS = (*SIMPLE, *SEARCHED)
 HELP = (
@@ -320,11 +320,11 @@ def policy_method(name: str) -> Method:
     }
     if named.guarded:  # a run without this entry is unguarded, as all were before there was a choice
         settings["guardrails"] = asdict(GuardrailSettings())
-    return Method(note, policy.configure, Steering(kind="policy", settings=settings, probe=True), start=named.start)
+    return Method(note, policy.configure, SteeringSpec(kind="policy", settings=settings, probe=True), start=named.start)
 
 
 def open_loop_note(name: str) -> MethodNote:
-    """Return the note of `open-loop:FILE`. Raises `ValueError` like `policy_method`."""
+    """Return the note of `open-loop:FILE`. Raises `ValueError` under the same conditions as `policy_method`."""
     named = PolicyName.parse(name)
     policy = Policy.load(named)
     description = f"The average schedule of {named.file} over all cases, without feedback."
@@ -335,7 +335,7 @@ def open_loop_note(name: str) -> MethodNote:
 
 def open_loop_method(note: MethodNote, closed: Method, schedule: Any) -> Method:
     """Return the method that replays `schedule`, the average of a closed-loop method's runs."""
-    return Method(note, closed.configure, Steering(kind="open-loop", settings={"schedule": schedule}))
+    return Method(note, closed.configure, SteeringSpec(kind="open-loop", settings={"schedule": schedule}))
 
 
 def rests_on_search(names: Sequence[str]) -> bool:
@@ -345,15 +345,15 @@ def rests_on_search(names: Sequence[str]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The methods of one comparison, sorted by how they run."""
+    """The methods of one comparison, grouped by how they run."""
 
     names: tuple[str, ...]
     direct: tuple[Method, ...]
-    """Need no search."""
+    """Methods that need no search."""
     searched: tuple[str, ...]
-    """Rest on the tuned static's search."""
+    """Methods that need the tuned static's search."""
     started: tuple[Method, ...]
-    """Policies that start at a factor of the tuned static's learning rate, so that they rest on its search too."""
+    """Policies that start at a factor of the tuned static's learning rate, so that they need its search too."""
     optional: tuple[str, ...]
     """Other searches."""
     open_loop: tuple[tuple[Method, MethodNote], ...]
@@ -365,7 +365,7 @@ class Chosen:
         return "nsga2" in self.optional
 
     def notes(self, with_rows: Collection[str]) -> tuple[MethodNote, ...]:
-        """Return the notes in the order of the names, and of methods that appeared by themselves."""
+        """Return the notes of all methods, in the order of their names; those that were added come last."""
         known = {**SEARCHED, **OPTIONAL, **{m.note.name: m.note for m in (*self.direct, *self.started)}}
         known |= {note.name: note for _, note in self.open_loop}
         named = [known[name] for name in self.names]
@@ -373,7 +373,7 @@ class Chosen:
         return (*named, *(note for name, note in extra.items() if name in with_rows and name not in self.names))
 
     def any_spec(self, case: Case) -> RunSpec:
-        """Return some run on a case, to see whether the case can be run at all."""
+        """Return a run on a case, for checking that the case can be run at all."""
         return SIMPLE["cosine"].spec(case, 0)
 
 
@@ -385,7 +385,7 @@ def _front_notes(names: Collection[str]) -> dict[str, MethodNote]:
 
 
 def choose_methods(text: str) -> Chosen:
-    """Return the methods that a comma-separated list names; `default` stands for all that need no file.
+    """Return the methods in a comma-separated list of names; `default` means all that need no file.
 
     Raises:
         ValueError: a method does not exist or is named twice, or a policy's file cannot be used.

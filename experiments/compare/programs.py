@@ -17,7 +17,7 @@ from typing import Any
 from trainpilot.agents.heuristics import ControlledRun, average_schedule, schedule_to_json
 from trainpilot.envs.reward import budget_for_loss
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
-from trainpilot.experiments.compare.cases import LEARNING_RATE_STEP, TUNED_SCHEDULES, Setting, neighbours
+from trainpilot.experiments.compare.cases import LEARNING_RATE_STEP, TUNED_SCHEDULES, StaticSetting, neighbours
 from trainpilot.experiments.compare.methods import CHECKS, PER_SCHEDULE, Method, open_loop_method
 from trainpilot.experiments.compare.results import (
     TUNED,
@@ -51,7 +51,7 @@ from trainpilot.llm_runtime.config import Controls, Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 
-class Bench:
+class ComparisonLedger:
     """The common ground of one comparison.
 
     Args:
@@ -132,7 +132,7 @@ class Bench:
         trials: Trials,
         curve: Sequence[tuple[float, float]],
         axis: str,
-        among: Collection[Setting] | None = None,
+        among: Collection[StaticSetting] | None = None,
     ) -> list[Trial]:
         """Return the trials that would reach one loss for the least modelled `axis`, the best first.
 
@@ -197,7 +197,7 @@ Steps = Generator[list[RunSpec], list[RunResult], None]
 class TunedStatic:
     """Carries one case's tuned static baseline through a comparison."""
 
-    bench: Bench
+    ledger: ComparisonLedger
     case: Case
     wanted: Collection[str]
     """Names of the methods asked for that rest on the search."""
@@ -207,11 +207,11 @@ class TunedStatic:
     def program(self) -> Steps:
         """Search, then judge what was found."""
         extra: list[ScheduleName] = ["constant"] if "tuned-constant" in self.wanted else []
-        trials = yield from tune(self.case.config, self.bench.precisions(self.case), self.bench.tuning_seeds, extra)
+        trials = yield from tune(self.case.config, self.ledger.precisions(self.case), self.ledger.tuning_seeds, extra)
         best = trials.best_confirmed(TUNED_SCHEDULES)
         if math.isinf(trials.mean_loss(best.setting)):
             self._note_sweep(trials)
-            self.bench.warn(f"{self.case.name}: every setting of the sweep diverged or failed; there is no baseline")
+            self.ledger.warn(f"{self.case.name}: every setting of the sweep diverged or failed; there is no baseline")
             return
         yield from self._judge(TUNED, best.setting)
         for name, schedule in PER_SCHEDULE.items():
@@ -228,36 +228,36 @@ class TunedStatic:
 
     def _note_sweep(self, trials: Trials) -> None:
         for trial in trials.all_trials():
-            self.bench.row(self.case, TUNED, trial.spec, role="sweep")
+            self.ledger.row(self.case, TUNED, trial.spec, role="sweep")
 
-    def _judge(self, name: str, setting: Setting, *, budget: float = 1.0, counted: float | None = None) -> Steps:
+    def _judge(self, name: str, setting: StaticSetting, *, budget: float = 1.0, counted: float | None = None) -> Steps:
         """Run a setting with every judged seed."""
         role: Role = "method" if budget == 1 or counted is not None else "curve"
-        configs = [setting.on(self.case.config, budget=budget, seed=seed) for seed in self.bench.seeds]
+        configs = [setting.on(self.case.config, budget=budget, seed=seed) for seed in self.ledger.seeds]
         specs = [RunSpec(config=config) for config in configs]
         yield specs
         for spec in specs:
-            self.bench.row(self.case, name, spec, role=role, budget=budget, counted=counted or budget)
+            self.ledger.row(self.case, name, spec, role=role, budget=budget, counted=counted or budget)
 
-    def _checks(self, setting: Setting) -> Steps:
+    def _checks(self, setting: StaticSetting) -> Steps:
         for name, plant in CHECKS.items():
             if name in self.wanted:
                 planted, budget = plant(setting)
                 yield from self._judge(name, planted, budget=budget, counted=1.0)
 
-    def _started(self, setting: Setting) -> Steps:
+    def _started(self, setting: StaticSetting) -> Steps:
         """Run what starts at a factor of the tuned learning rate, all of it in one wave."""
         placed = [(method.note.name, method.placed(setting)) for method in self.started]
-        specs = [(name, method.spec(self.case, seed)) for name, method in placed for seed in self.bench.seeds]
+        specs = [(name, method.spec(self.case, seed)) for name, method in placed for seed in self.ledger.seeds]
         yield [spec for _, spec in specs]
         for name, spec in specs:
-            self.bench.row(self.case, name, spec)
+            self.ledger.row(self.case, name, spec)
 
-    def _curve(self, setting: Setting) -> Generator[list[RunSpec], list[RunResult], list[tuple[float, float]]]:
+    def _curve(self, setting: StaticSetting) -> Generator[list[RunSpec], list[RunResult], list[tuple[float, float]]]:
         """Tune and judge at every other budget; return (budget share, mean loss of the tuning seeds)."""
         points = []
         for budget, respects in CURVE_BUDGETS.items():
-            trials = Trials(self.case.config, self.bench.tuning_seeds, budget)
+            trials = Trials(self.case.config, self.ledger.tuning_seeds, budget)
             trial = yield from retune(trials, setting, respects)
             yield from self._judge(TUNED, trial.setting, budget=budget)
             points.append((budget, trials.mean_loss(trial.setting)))
@@ -270,17 +270,17 @@ class TunedStatic:
         choices: dict[str, Trial] = {}
         for axis in COST_AXES:
             yield from self._descend_in_cost(trials, points, axis)
-            candidates = self.bench.cheapest(trials, points, axis)
+            candidates = self.ledger.cheapest(trials, points, axis)
             yield from trials.confirm(trial.setting for trial in candidates)
-            if found := self.bench.cheapest(trials, points, axis, among=trials.confirmed):
+            if found := self.ledger.cheapest(trials, points, axis, among=trials.confirmed):
                 choices[axis] = found[0]
         return choices
 
     def _descend_in_cost(self, trials: Trials, points: list[tuple[float, float]], axis: str) -> Steps:
         """Try the neighbours of the cheapest trial until it stays the cheapest: its batch may be beyond the grid."""
-        settled: set[Setting] = set()
+        settled: set[StaticSetting] = set()
         for _ in range(MAX_MOVES):
-            first = self.bench.cheapest(trials, points, axis)[:1]
+            first = self.ledger.cheapest(trials, points, axis)[:1]
             if not first or first[0].setting in settled:
                 return
             settled.add(first[0].setting)
@@ -290,7 +290,7 @@ class TunedStatic:
             yield from trials.run(around)
 
     def _judge_cost_choices(self, trials: Trials, best: Trial, choices: dict[str, Trial]) -> Steps:
-        known: dict[Setting, str] = {best.setting: TUNED}
+        known: dict[StaticSetting, str] = {best.setting: TUNED}
         for axis, choice in choices.items():
             if choice.setting not in known:
                 name = known[choice.setting] = f"tuned-{axis.partition('_')[0]}"
@@ -308,21 +308,21 @@ class TunedStatic:
             n_trials=len(trials.all_trials()),
             on_edge=trials.on_edge(trial),
         )
-        self.bench.baseline(self.case, baseline)
+        self.ledger.baseline(self.case, baseline)
 
 
-def untuned_curve(bench: Bench, case: Case) -> Steps:
+def untuned_curve(ledger: ComparisonLedger, case: Case) -> Steps:
     """Run the untuned default at other budgets with the first seed, for multipliers against it."""
     for budget in UNTUNED_CURVE_BUDGETS:
-        spec = RunSpec(config=at_budget(case, budget, bench.seeds[0]))
+        spec = RunSpec(config=at_budget(case, budget, ledger.seeds[0]))
         yield [spec]
-        bench.row(case, UNTUNED, spec, role="curve", budget=budget)
+        ledger.row(case, UNTUNED, spec, role="curve", budget=budget)
 
 
 def at_budget(case: Case, budget: float, seed: int) -> RunConfig:
     """Return the case's own setting on another budget."""
     config = replace(case.config, schedule="cosine")
-    setting = Setting(
+    setting = StaticSetting(
         learning_rate=config.base_learning_rate,
         batch_size=config.batch_size,
         schedule="cosine",
@@ -332,24 +332,24 @@ def at_budget(case: Case, budget: float, seed: int) -> RunConfig:
     return setting.on(config, budget=budget, seed=seed)
 
 
-def direct_program(bench: Bench, case: Case, method: Method) -> Program:
+def direct_program(ledger: ComparisonLedger, case: Case, method: Method) -> Program:
     """Run a method with every judged seed."""
-    specs = [method.spec(case, seed) for seed in bench.seeds]
+    specs = [method.spec(case, seed) for seed in ledger.seeds]
     yield specs
     for spec in specs:
-        bench.row(case, method.note.name, spec)
+        ledger.row(case, method.note.name, spec)
 
 
-def open_loop_program(bench: Bench, cases: Sequence[Case], closed: Method, note: MethodNote) -> Program:
+def open_loop_program(ledger: ComparisonLedger, cases: Sequence[Case], closed: Method, note: MethodNote) -> Program:
     """Run the policy on every case, average what it did, and run that average without looking."""
-    results = yield [closed.spec(case, seed) for case in cases for seed in bench.seeds]
+    results = yield [closed.spec(case, seed) for case in cases for seed in ledger.seeds]
     usable = [result for result in results if result.usable]
     if not usable:
-        bench.warn(f"{note.name}: no closed-loop run ended with a finite loss; there is nothing to average")
+        ledger.warn(f"{note.name}: no closed-loop run ended with a finite loss; there is nothing to average")
         return
     method = open_loop_method(note, closed, _average(usable))
     for case in cases:
-        yield from direct_program(bench, case, method)
+        yield from direct_program(ledger, case, method)
 
 
 def _average(results: Sequence[RunResult]) -> list[dict[str, Any]]:
@@ -373,41 +373,43 @@ def _steered(result: RunResult) -> ControlledRun:
     return ControlledRun(start_batch_size=result.spec.config.batch_size, controls=controls)
 
 
-def search_program(bench: Bench, case: Case, name: str) -> Program:
+def search_program(ledger: ComparisonLedger, case: Case, name: str) -> Program:
     """Carry out `tuned-tpe`, `tuned-halving` or `nsga2` on a case."""
     if name == "nsga2":
-        return _front(bench, case)
-    return _best_of_tpe(bench, case) if name == "tuned-tpe" else _best_of_halving(bench, case)
+        return _front(ledger, case)
+    return _best_of_tpe(ledger, case) if name == "tuned-tpe" else _best_of_halving(ledger, case)
 
 
-def _best_of_tpe(bench: Bench, case: Case) -> Program:
-    trials = yield from tpe(case.config, bench.precisions(case), bench.tuning_seeds)
-    _note_sweep(bench, case, "tuned-tpe", [trials])
-    yield from _judge(bench, case, "tuned-tpe", trials.best_confirmed(TUNED_SCHEDULES).spec)
+def _best_of_tpe(ledger: ComparisonLedger, case: Case) -> Program:
+    trials = yield from tpe(case.config, ledger.precisions(case), ledger.tuning_seeds)
+    _note_sweep(ledger, case, "tuned-tpe", [trials])
+    yield from _judge(ledger, case, "tuned-tpe", trials.best_confirmed(TUNED_SCHEDULES).spec)
 
 
-def _best_of_halving(bench: Bench, case: Case) -> Program:
-    found = yield from halving(case.config, bench.precisions(case), bench.tuning_seeds)
-    _note_sweep(bench, case, "tuned-halving", found.trials)
-    yield from _judge(bench, case, "tuned-halving", found.best.spec)
+def _best_of_halving(ledger: ComparisonLedger, case: Case) -> Program:
+    found = yield from halving(case.config, ledger.precisions(case), ledger.tuning_seeds)
+    _note_sweep(ledger, case, "tuned-halving", found.trials)
+    yield from _judge(ledger, case, "tuned-halving", found.best.spec)
 
 
-def _front(bench: Bench, case: Case) -> Program:
-    front = yield from nsga2(case.config, bench.precisions(case), bench.tuning_seeds[0], bench.cost_of)
+def _front(ledger: ComparisonLedger, case: Case) -> Program:
+    front = yield from nsga2(case.config, ledger.precisions(case), ledger.tuning_seeds[0], ledger.cost_of)
     for spec in front.tried:
-        bench.row(case, "nsga2", spec, role="sweep")
+        ledger.row(case, "nsga2", spec, role="sweep")
     for number, spec in enumerate(front.best, start=1):
-        yield from _judge(bench, case, f"nsga2-{number}", spec)
+        yield from _judge(ledger, case, f"nsga2-{number}", spec)
 
 
-def _judge(bench: Bench, case: Case, name: str, tuned: RunSpec) -> Generator[list[RunSpec], list[RunResult], None]:
-    specs = [judged(tuned, seed) for seed in bench.seeds]
+def _judge(
+    ledger: ComparisonLedger, case: Case, name: str, tuned: RunSpec
+) -> Generator[list[RunSpec], list[RunResult], None]:
+    specs = [judged(tuned, seed) for seed in ledger.seeds]
     yield specs
     for spec in specs:
-        bench.row(case, name, spec)
+        ledger.row(case, name, spec)
 
 
-def _note_sweep(bench: Bench, case: Case, name: str, tried: Sequence[Trials]) -> None:
+def _note_sweep(ledger: ComparisonLedger, case: Case, name: str, tried: Sequence[Trials]) -> None:
     for trials in tried:
         for trial in trials.all_trials():
-            bench.row(case, name, trial.spec, role="sweep", budget=trials.budget)
+            ledger.row(case, name, trial.spec, role="sweep", budget=trials.budget)

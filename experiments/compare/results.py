@@ -1,17 +1,16 @@
-"""The records of a comparison: what one run is, what came out of it, and which run stands for which method.
+"""Define the records of a comparison: specs and results of runs, cases, methods, tuned baselines, and the whole.
 
-What was compared: cases, methods, baselines found, and the run behind every number. One JSON file, the manifest.
+A run's file holds a `RunResult`; `comparison.json`, the manifest, holds a `Comparison`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from hashlib import blake2b
 from typing import Annotated, Any, Literal, Self
 
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord, null_if_not_finite
 
 FORMAT = 1
@@ -21,7 +20,7 @@ Role = Literal["method", "sweep", "curve"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steering(JsonRecord):
+class SteeringSpec(JsonRecord):
     """Who sets the controls during a run."""
 
     kind: str = "keep"
@@ -42,14 +41,14 @@ class RunSpec(JsonRecord):
     """One run. Two specs with the same key are the same run, whatever case or method asked for them."""
 
     config: RunConfig
-    steering: Steering = field(default_factory=Steering)
+    steering: SteeringSpec = field(default_factory=SteeringSpec)
 
     def key(self, content: str) -> str:
         """Return the name of the run's file; `content` is the digest of its text and its model."""
         settings = {name: value for name, value in self.steering.settings.items() if name != "path"}
         config = {name: value for name, value in asdict(self.config).items() if name not in ("model", "text")}
         label = [FORMAT, content, config, asdict(self.steering) | {"settings": settings}]
-        return blake2b(json.dumps(label, sort_keys=True).encode(), digest_size=10).hexdigest()
+        return digest(label, 10)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ class Scheduler:
     Args:
         workers: Run what is missing; `None` to go only as far as what has been run before.
         store: Where the runs are kept.
-        on_result: Is told of every result.
+        on_result: Called with every result.
     """
 
     def __init__(self, workers: Workers[RunResult] | None, store: RunStore, on_result: OnResult) -> None:

@@ -1,13 +1,8 @@
-"""Find the best static setting of a case: a grid, its best point's neighbours until none is better, more seeds.
+"""Search the best static setting of a case: by a grid that is refined, by TPE, by successive halving, or by NSGA-II.
 
-Searches are programs (see `programs`): they yield the runs that they want tried and return what they found.
-
-Search for static settings with Optuna: TPE, successive halving, and NSGA-II for loss against cost.
-
-Settings are asked for in generations of a fixed size and told in their order, so that the number of processes changes
-nothing.
-
-Search a front of loss against cost with Optuna's NSGA-II: over settings, and over the model's width and depth.
+Every search is a generator that yields the runs to try, receives their results and returns what it found. Searches
+with Optuna ask for settings in generations of a fixed size and report them in order, so that the number of worker
+processes changes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +23,7 @@ from trainpilot.experiments.compare.cases import (
     TUNED_SCHEDULES,
     WARMUP_SHARES,
     WIDTHS,
-    Setting,
+    StaticSetting,
     batch_near,
     can_vary,
     grid,
@@ -36,7 +31,7 @@ from trainpilot.experiments.compare.cases import (
     rounded,
     with_size,
 )
-from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
@@ -53,7 +48,7 @@ N_RECONFIRMED = 2
 class Trial:
     """A setting that was tried, and its run."""
 
-    setting: Setting
+    setting: StaticSetting
     spec: RunSpec
     result: RunResult
 
@@ -77,10 +72,10 @@ class Trials:
     def __init__(self, config: RunConfig, seeds: Sequence[int], budget: float = 1.0) -> None:
         self.config, self.budget = config, budget
         self.seed, *self.others = seeds
-        self.tried: dict[Setting, Trial] = {}
-        self.confirmed: dict[Setting, tuple[Trial, ...]] = {}
+        self.tried: dict[StaticSetting, Trial] = {}
+        self.confirmed: dict[StaticSetting, tuple[Trial, ...]] = {}
 
-    def run(self, settings: Iterable[Setting]) -> Generator[list[RunSpec], list[RunResult], list[Trial]]:
+    def run(self, settings: Iterable[StaticSetting]) -> Generator[list[RunSpec], list[RunResult], list[Trial]]:
         """Try what has not been tried, and return the trials of all `settings`."""
         wanted = list(dict.fromkeys(settings))
         new = [setting for setting in wanted if setting not in self.tried]
@@ -90,7 +85,7 @@ class Trials:
             self.tried[setting] = Trial(setting, spec, result)
         return [self.tried[setting] for setting in wanted]
 
-    def confirm(self, settings: Iterable[Setting]) -> Generator[list[RunSpec], list[RunResult], None]:
+    def confirm(self, settings: Iterable[StaticSetting]) -> Generator[list[RunSpec], list[RunResult], None]:
         """Run settings that have been tried with the other tuning seeds too."""
         new = [setting for setting in dict.fromkeys(settings) if setting not in self.confirmed]
         places = [(setting, self.spec(setting, seed)) for setting in new for seed in self.others]
@@ -99,10 +94,10 @@ class Trials:
         for setting in new:
             self.confirmed[setting] = tuple(trial for trial in again if trial.setting == setting)
 
-    def spec(self, setting: Setting, seed: int) -> RunSpec:
+    def spec(self, setting: StaticSetting, seed: int) -> RunSpec:
         """Return the run that tries a setting. Nobody looks at it on the way, so it is looked at only at its end."""
         config = setting.on(self.config, budget=self.budget, seed=seed)
-        return RunSpec(config=config, steering=Steering(evaluate_every=config.decisions))
+        return RunSpec(config=config, steering=SteeringSpec(evaluate_every=config.decisions))
 
     def all_trials(self) -> list[Trial]:
         """Return every trial, those that confirmed among them."""
@@ -113,7 +108,7 @@ class Trials:
         among = [trial for trial in self.tried.values() if schedule in (None, trial.setting.schedule)]
         return sorted(among, key=lambda trial: final_loss(trial.result))
 
-    def mean_loss(self, setting: Setting) -> float:
+    def mean_loss(self, setting: StaticSetting) -> float:
         """Return the mean final loss of a confirmed setting over the tuning seeds, in nats/token."""
         return fmean(final_loss(trial.result) for trial in (self.tried[setting], *self.confirmed[setting]))
 
@@ -166,7 +161,7 @@ def tune(
     return trials
 
 
-def retune(trials: Trials, setting: Setting, respects: Collection[str]) -> Moves:
+def retune(trials: Trials, setting: StaticSetting, respects: Collection[str]) -> Moves:
     """Return the best trial at another budget, found from the setting that is best at the whole one."""
     [start] = yield from trials.run([setting])
     yield from descend(trials, start, LEARNING_RATE_STEP**0.5, respects)
@@ -246,14 +241,14 @@ def halving(
     return Halved(min(done, key=lambda trial: final_loss(trial.result)), tuple(rungs))
 
 
-def suggest(trial: optuna.Trial, config: RunConfig, precisions: Sequence[Precision]) -> Setting:
+def suggest(trial: optuna.Trial, config: RunConfig, precisions: Sequence[Precision]) -> StaticSetting:
     """Return the setting that a trial stands for; asked twice, it is the same."""
     low, high = (config.base_learning_rate * LEARNING_RATE_STEP ** LEARNING_RATE_GRID[end] for end in (0, -1))
     batches = [batch_near(config.batch_size * factor, config) for factor in (BATCH_GRID[0] / 2, *BATCH_GRID)]
     sizes = list(dict.fromkeys(batch for batch in batches if batch is not None))
     schedule: ScheduleName = trial.suggest_categorical("schedule", TUNED_SCHEDULES)  # type: ignore[assignment]
     precision: Precision = trial.suggest_categorical("precision", list(precisions))  # type: ignore[assignment]
-    return Setting(
+    return StaticSetting(
         learning_rate=rounded(trial.suggest_float("learning_rate", low, high, log=True)),
         batch_size=trial.suggest_categorical("batch_size", sizes),
         schedule=schedule,
@@ -317,7 +312,7 @@ def _spec(trial: optuna.Trial, config: RunConfig, precisions: Sequence[Precision
         depth = trial.suggest_categorical("depth", DEPTHS)
         sized = with_size(config, width, depth)
     chosen = setting.on(sized, seed=seed)
-    return RunSpec(config=chosen, steering=Steering(evaluate_every=chosen.decisions))
+    return RunSpec(config=chosen, steering=SteeringSpec(evaluate_every=chosen.decisions))
 
 
 def judged(spec: RunSpec, seed: int) -> RunSpec:

@@ -1,19 +1,15 @@
-"""Measure a cost table: what steps, passes and switches of one model cost on one device.
+"""Measure cost tables: what optimiser steps, forward passes, probes and switches of one model cost on one device.
 
-Offer one pass of everything that a cost table holds: steps, forward passes, probes and switches of a model.
-
-Measure the cost table of every model in a comparison once, and keep it beside the runs.
+`measure_cost_table` times one model; `cost_tables` measures every model of a comparison once and keeps the tables.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +18,10 @@ import torch
 
 from trainpilot.experiments.compare.results import Case, cost_key
 from trainpilot.experiments.costs.table import CostRow, CostTable
-from trainpilot.llm_runtime.config import PRECISIONS, Controls, OptimizerName, Precision, Pruning, RunConfig
+from trainpilot.llm_runtime.config import PRECISIONS, OptimizerName, Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
-from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource
-from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.live_run import LiveRun, Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.precision import device_name, lacking, synchronise
@@ -46,7 +41,7 @@ FEW_SEQUENCES = 8
 Pass = Callable[[], object]
 
 
-class Setting(NamedTuple):
+class TimedSetting(NamedTuple):
     """What is timed."""
 
     kind: str
@@ -69,7 +64,7 @@ class CostBench:
         self.precisions = list(dict.fromkeys(precisions))
         shape = (2 * max(FEW_SEQUENCES, *batch_sizes), config.sequence_length + 1)
         self.tokens = np.random.default_rng(0).integers(0, 256, shape, dtype=np.int64)
-        self.plain_step = Setting("step", self.precisions[0], self.batch_sizes[0])
+        self.plain_step = TimedSetting("step", self.precisions[0], self.batch_sizes[0])
         """What the steps of other optimisers and of masks are compared with."""
         self.plain = self._trainer(self.config)
         self.narrowing_s: float | None = None
@@ -77,7 +72,7 @@ class CostBench:
 
     def passes(
         self, optimizers: Sequence[OptimizerName], prunings: Sequence[Pruning]
-    ) -> Iterator[tuple[Setting, Pass]]:
+    ) -> Iterator[tuple[TimedSetting, Pass]]:
         """Yield one pass of each setting; the plain steps first, as the probe and the switches need their buffers."""
         yield from self._rows(self.plain, 0.0)
         yield from self._probe_and_switches()
@@ -91,56 +86,58 @@ class CostBench:
     def _trainer(self, config: RunConfig) -> Trainer:
         return Trainer(load_model(config.model, config.seed).model, config, self.device)
 
-    def _rows(self, trainer: Trainer, removed: float) -> Iterator[tuple[Setting, Pass]]:
+    def _rows(self, trainer: Trainer, removed: float) -> Iterator[tuple[TimedSetting, Pass]]:
         for batch_size in self.batch_sizes:
             for precision in self.precisions:
-                setting = Setting("step", precision, batch_size, removed)
+                setting = TimedSetting("step", precision, batch_size, removed)
                 yield setting, self._step(trainer, setting)
             evaluate = partial(self._evaluate, trainer, batch_size)
-            yield Setting("forward", batch_size=batch_size, removed=removed), evaluate
+            yield TimedSetting("forward", batch_size=batch_size, removed=removed), evaluate
 
-    def _step(self, trainer: Trainer, setting: Setting) -> Pass:
+    def _step(self, trainer: Trainer, setting: TimedSetting) -> Pass:
         tokens = self.tokens[: setting.batch_size]
 
         def step() -> None:
-            if trainer.precision != setting.precision:
-                trainer.set_precision(setting.precision)
-            trainer.step(tokens, LEARNING_RATE)
+            if trainer.controls.precision != setting.precision:
+                trainer.apply(replace(trainer.controls, precision=setting.precision))
+            trainer.set_learning_rate(LEARNING_RATE)
+            trainer.step(tokens)
+            trainer.apply_masks()
 
         return step
 
     def _evaluate(self, trainer: Trainer, batch_size: int) -> None:
-        trainer.batch_size = batch_size  # an evaluation goes through the model in batches of this size
+        _set_batch_size(trainer, batch_size)  # an evaluation goes through the model in batches of this size
         trainer.evaluate(self.tokens[: batch_size * forward_passes(batch_size)])
 
-    def _probe_and_switches(self) -> Iterator[tuple[Setting, Pass]]:
-        yield Setting("probe"), self._probe
-        yield Setting("switch", name="batch"), self._switch_batch
+    def _probe_and_switches(self) -> Iterator[tuple[TimedSetting, Pass]]:
+        yield TimedSetting("probe"), self._probe
+        yield TimedSetting("switch", name="batch"), self._switch_batch
         if len(self.precisions) > 1:
-            yield Setting("switch", name="precision"), self._switch_precision
+            yield TimedSetting("switch", name="precision"), self._switch_precision
 
     def _probe(self) -> None:
-        self.plain.batch_size = self.batch_sizes[0]
-        self.plain.probe(self.tokens[: self.batch_sizes[0]])
+        _set_batch_size(self.plain, self.batch_sizes[0])
+        self.plain.probe_on(self.tokens[: self.batch_sizes[0]])
 
     def _switch_batch(self) -> None:
         """Double the batch and halve it again."""
-        batch_size = self.plain.batch_size
+        batch_size = self.plain.controls.batch_size
         for wanted in (2 * batch_size, batch_size):
-            self.plain.apply(Controls(batch_size=wanted, precision=self.plain.precision))
+            self.plain.apply(replace(self.plain.controls, batch_size=wanted))
 
     def _switch_precision(self) -> None:
         """Switch to the second precision and back to the first."""
         for precision in self.precisions[1::-1]:
-            self.plain.set_precision(precision)
+            self.plain.apply(replace(self.plain.controls, precision=precision))
 
-    def _masked(self, trainer: Trainer, pruning: Pruning) -> Iterator[tuple[Setting, Pass]]:
+    def _masked(self, trainer: Trainer, pruning: Pruning) -> Iterator[tuple[TimedSetting, Pass]]:
         assert trainer.masks is not None
         trainer.masks.prune_to(MASKED)
-        yield Setting("raise", name=pruning), partial(_raise, trainer, trainer.masks.state_dict())
+        yield TimedSetting("raise", name=pruning), partial(_raise, trainer, trainer.masks.state_dict())
         yield self.plain_step._replace(name=pruning), self._step(trainer, self.plain_step)
 
-    def _narrow_rows(self, trainer: Trainer) -> Iterator[tuple[Setting, Pass]]:
+    def _narrow_rows(self, trainer: Trainer) -> Iterator[tuple[TimedSetting, Pass]]:
         self._step(trainer, self.plain_step)()  # gives the optimiser its buffers: they must be cut too
         self.narrowing_s = min(self._narrow(trainer, share) for share in (REMOVED / 2, REMOVED))
         yield from self._rows(trainer, trainer.sparsity())
@@ -149,9 +146,14 @@ class CostBench:
         """Remove channels for good, so that it can be timed but once; return the seconds."""
         synchronise(self.device)
         start = self.clock()
-        trainer.apply(Controls(batch_size=trainer.batch_size, precision=trainer.precision, sparsity=share))
+        trainer.apply(replace(trainer.controls, sparsity=share))
         synchronise(self.device)
         return self.clock() - start
+
+
+def _set_batch_size(trainer: Trainer, batch_size: int) -> None:
+    """Set the batch size, and leave the state of the optimizer as it is."""
+    trainer.controls = replace(trainer.controls, batch_size=batch_size)
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
@@ -169,14 +171,14 @@ def _raise(trainer: Trainer, before: dict[str, object]) -> None:
     """Raise the masks once; putting them back before is a small part of it."""
     assert trainer.masks is not None
     trainer.masks.load_state_dict(before)
-    trainer.prune_towards(MASKED, MASKED_MORE, 1.0)
+    trainer.masks.prune_to(MASKED_MORE)
 
 
 CPU_VISIT_S = 0.015
-GPU_VISIT_S: Mapping[EnergySource | None, float] = {None: 0.1, "measured_counter": 0.5, "measured_power": 1.0}
-"""Seconds of a visit: a GPU's energy counter advances every 0.1 s, its power may be a mean over 1 s."""
+GPU_VISIT_S = 0.1
+"""Seconds of a visit at least; one lasts longer where the energy meter needs it."""
 
-Timings = Mapping[Setting, Timing]
+Timings = Mapping[TimedSetting, Timing]
 
 
 def measure_cost_table(
@@ -218,7 +220,8 @@ def measure_cost_table(
     bench = CostBench(config, batch_sizes, precisions)
     others = [name for name in dict.fromkeys(optimizers) if name != "adamw"]
     passes = dict(bench.passes(others, [name for name in dict.fromkeys(prunings) if name != "none"]))
-    own = meter if meter is not None else _meter(bench)
+    # an estimate counts the idle draw over the same seconds as the passes
+    own = meter if meter is not None else select_meter(str(bench.device), clock=bench.clock)
     try:
         timings = alternate(
             passes,
@@ -246,14 +249,8 @@ def _check(config: RunConfig, batch_sizes: Sequence[int], precisions: Sequence[P
             raise ValueError(f"precisions must be ones that the device has, got {name!r}: {missing[name]}")
 
 
-def _meter(bench: CostBench) -> EnergyMeter:
-    """Return the best meter there is; an estimate counts as idle time what the passes count as time."""
-    meter = select_meter(str(bench.device))
-    return CpuEstimateMeter(clock=bench.clock) if isinstance(meter, CpuEstimateMeter) else meter
-
-
 def _visit_s(device: torch.device, meter: EnergyMeter) -> float:
-    return CPU_VISIT_S if device.type == "cpu" else GPU_VISIT_S.get(meter.read().source, CPU_VISIT_S)
+    return max(CPU_VISIT_S if device.type == "cpu" else GPU_VISIT_S, meter.resolution_s)
 
 
 def _table(bench: CostBench, timings: Timings) -> CostTable:
@@ -272,7 +269,7 @@ def _table(bench: CostBench, timings: Timings) -> CostTable:
         sequence_length=bench.config.sequence_length,
         energy_source=source,
         rows=rows,
-        probe_overhead=_over(timings[Setting("probe")].cost, forward * PROBE_PASSES),
+        probe_overhead=_over(timings[TimedSetting("probe")].cost, forward * PROBE_PASSES),
         extras=extras,
         switches=_switches(bench, timings),
         rounds=timings[bench.plain_step].rounds,
@@ -280,11 +277,11 @@ def _table(bench: CostBench, timings: Timings) -> CostTable:
     )
 
 
-def _is_row(setting: Setting) -> bool:
+def _is_row(setting: TimedSetting) -> bool:
     return setting.kind in ("step", "forward") and not setting.name
 
 
-def _row(setting: Setting, cost: Cost) -> CostRow:
+def _row(setting: TimedSetting, cost: Cost) -> CostRow:
     passes = forward_passes(setting.batch_size) if setting.kind == "forward" else 1
     return CostRow(
         kind="forward" if setting.kind == "forward" else "step",
@@ -353,13 +350,10 @@ def cost_tables(
 
 
 def _measured_table(config: RunConfig, precisions: Sequence[Precision], folder: Path) -> CostTable:
-    path = folder / f"{blake2b(cost_key(config).encode(), digest_size=8).hexdigest()}.json"
-    try:
-        table = CostTable.from_json(json.loads(path.read_text(encoding="utf-8")))
-        if _holds(table, config, precisions):
-            return table
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # never measured here, or a damaged file: measure it
+    path = folder / f"{digest(cost_key(config))}.json"
+    kept = CostTable.read(path)
+    if kept is not None and _holds(kept, config, precisions):
+        return kept
     sizes = sorted({max(1, round(config.batch_size * factor)) for factor in BATCH_FACTORS})
     table = measure_cost_table(
         config,
@@ -368,7 +362,7 @@ def _measured_table(config: RunConfig, precisions: Sequence[Precision], folder: 
         optimizers=OPTIMIZERS,
         prunings=tuple(dict.fromkeys((*PRUNINGS, config.pruning))),
     )
-    write_json(path, table.to_json())
+    table.write(path)
     return table
 
 

@@ -1,7 +1,7 @@
-"""Hold what the parts of a run cost on one device, and look up what lies between the settings that were measured.
+"""Hold what the parts of a run cost on one device, and interpolate between the settings that were measured.
 
 Seconds and joules of a real run hold whatever else the machine did meanwhile. A run's modelled cost does not: it is
-what the run did (steps, passes, switches) times this table, which `cost_measuring` fills. Knows no torch.
+what the run did (steps, passes, switches) times this table, which `costs.measure` fills. Knows no torch.
 """
 
 from __future__ import annotations

@@ -53,13 +53,13 @@ class BatchStream:
         return self._position / self.n_sequences
 
     def take(self, n: int) -> Batch:
-        """Return the next `n` sequences, shape `(n, T + 1)`, and move on. Raises `ValueError` if `n` < 1."""
+        """Return the next `n` sequences, shape `(n, T + 1)`, and advance. Raises `ValueError` if `n` < 1."""
         batch = self.peek(n)
         self._position += n
         return batch
 
     def peek(self, n: int) -> Batch:
-        """Return what `take(n)` would, shape `(n, T + 1)`, and stay: data not yet trained on, for a probe."""
+        """Return what `take(n)` would, shape `(n, T + 1)`, without advancing: data not yet trained on, for a probe."""
         if n < 1:
             raise ValueError(f"n must be at least 1 sequence, got {n}")
         epochs, places = np.divmod(np.arange(self._position, self._position + n), self.n_sequences)
@@ -72,7 +72,7 @@ class BatchStream:
         return {"position": self._position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where `state_dict` was taken. Raises `ValueError` if the position is missing or below 0."""
+        """Continue at the position of `state_dict`. Raises `ValueError` if the position is missing or below 0."""
         position = state.get("position", -1)
         if position < 0:
             raise ValueError(f"state must hold a position >= 0, got {dict(state)}; use state_dict() of a BatchStream")
@@ -90,7 +90,7 @@ class BatchStream:
 def fixed_batch(tokens: npt.NDArray[Any], sequence_length: int, n_sequences: int) -> Batch:
     """Return `n_sequences` evenly spaced windows from the first id to the last, always the same ones.
 
-    Windows overlap where the ids are too few for `n_sequences` apart.
+    Windows overlap if there are too few ids for `n_sequences` separate ones.
 
     Args:
         tokens: ids, shape `(tokens,)`.

@@ -6,7 +6,6 @@ Where text comes from is in `text_sources`, how ids become batches in `batches`.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import re
@@ -32,11 +31,11 @@ Tokens = npt.NDArray[Any]
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 20
-"""One block in so many goes to validation, and again to test, rounded up to whole blocks."""
+"""One of this many blocks goes to validation and one to test, rounded up to whole blocks."""
 BLOCK_CHARACTERS = (1024, 32 * 1024)
 """Smallest and largest block of text that goes into one split as a whole, in characters."""
 CACHE_FORMAT = "1"
-"""Part of the cache's key: raise it when splits, blocks or files of the cache change their meaning."""
+"""Part of the cache's key: raise it when the splits, blocks or files of the cache change."""
 
 # What a pretrained tokenizer gets at once: pieces that end with a line, where a line ends nearby.
 PIECE = re.compile(r"\0|[^\0]{1,32768}\n|[^\0]{1,32768}")
@@ -48,7 +47,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers exactly if they give equal ids."""
+        """Text that is equal for two tokenizers exactly if they return equal ids."""
 
     @property
     def vocabulary(self) -> int:
@@ -102,11 +101,11 @@ class PretrainedTokenizer:
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) -> str:
-    """Hash the rules of a fast tokenizer, or class and vocabulary of another one."""
+    """Return a hash of a fast tokenizer's rules, or of the class and vocabulary of another tokenizer."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(fast.to_str()) if fast is not None else {"vocabulary": vocabulary}
     rules.update(truncation=None, padding=None, kind=type(tokenizer).__name__, end=tokenizer.eos_token_id)
-    return _hash(json.dumps(rules, sort_keys=True).encode())
+    return files.digest(rules, 16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,9 +117,9 @@ class Corpus:
     train: Tokens
     """Ids to train on, shape `(tokens,)`."""
     validation: Tokens
-    """Ids a policy may look at during a run, shape `(tokens,)`."""
+    """Ids that a policy may be evaluated on during a run, shape `(tokens,)`."""
     test: Tokens
-    """Ids for the final judgement alone, shape `(tokens,)`."""
+    """Ids for the final evaluation only, shape `(tokens,)`."""
     vocabulary: int
     """Number of different ids the tokenizer may give."""
     key: str
@@ -151,8 +150,8 @@ def load_corpus(sources: Sequence[str], tokenizer: Tokenizer, *, cache: Path | N
     named = [sources] if isinstance(sources, str) else list(sources)
     blocks = _blocks(DOCUMENT_END.join(read_documents(named)))
     encoded = [block.encode("utf-8") for block in blocks]
-    digests = [_hash(block) for block in encoded]
-    key = _hash("\n".join([CACHE_FORMAT, tokenizer.fingerprint, *digests]).encode())
+    digests = [files.digest(block, 16) for block in encoded]
+    key = files.digest("\n".join([CACHE_FORMAT, tokenizer.fingerprint, *digests]), 16)
     folder = (cache or files.cache_dir() / "tokens") / key
     dtype = np.min_scalar_type(tokenizer.vocabulary - 1)
     tokens = _read_cache(folder, dtype) or _build(folder, dtype, blocks, split_blocks(digests), tokenizer)
@@ -209,9 +208,9 @@ def _build(
         with files.whole_folder(folder) as temporary:
             for split in SPLITS:
                 (temporary / f"{split}.ids").write_bytes(tokens[split].data)
-            files.write_json(temporary / "meta.json", {split: _hash(tokens[split].data) for split in SPLITS})
+            files.write_json(temporary / "meta.json", {split: files.digest(tokens[split].data, 16) for split in SPLITS})
     except OSError as error:
-        # Two processes that put the same ids in place at once trip over each other: nothing is wrong.
+        # Two processes that write the same ids at the same time collide, which is harmless.
         if error.errno not in (None, errno.ENOENT, errno.ENOTEMPTY):
             warnings.warn(f"token cache not written ({error}); the ids stay in memory", stacklevel=3)
     return _read_cache(folder, dtype) or tokens
@@ -226,11 +225,7 @@ def _read_cache(folder: Path, dtype: np.dtype[Any]) -> dict[str, Tokens] | None:
     try:
         checksums = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokens: dict[str, Tokens] = {split: np.memmap(folder / f"{split}.ids", dtype, "r") for split in SPLITS}
-        intact = all(_hash(tokens[split].data) == checksums[split] for split in SPLITS)
+        intact = all(files.digest(tokens[split].data, 16) == checksums[split] for split in SPLITS)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
     return tokens if intact else None
-
-
-def _hash(content: bytes | memoryview) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

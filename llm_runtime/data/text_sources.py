@@ -1,8 +1,6 @@
-"""Read the documents of a corpus from files, folders, globs, what Python brings, or the Hugging Face Hub.
+"""Read the documents of a corpus from files, folders, globs, Python's own library and docs, or the Hugging Face Hub.
 
-What a document becomes (token ids, splits, a cache) is `trainpilot.llm_runtime.data.corpus`.
-
-Tell whether two runs of one configuration see the same text and start from the same model files.
+`corpus.py` turns them into token ids. `content_digest` identifies the text and the model files of a run.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from typing import Any
 from trainpilot.llm_runtime.config import RunConfig
 
 DOCUMENT_END = "\0"
-"""Stands between two documents; a file which holds it is no text, so it cannot occur inside one."""
+"""Separates two documents; a file that contains it is not accepted as text, so no document does."""
 
 NOT_TEXT_TO_LEARN = {
     *("site-packages", "dist-packages", "__pycache__", "test", "tests"),
@@ -36,7 +34,7 @@ TEXT_COLUMNS = ("text", "content")
 
 
 def read_documents(sources: Sequence[str]) -> list[str]:
-    """Read every source in the order given; equal documents are taken once, empty ones not at all.
+    """Read every source in the order given; each distinct document counts once, empty ones are left out.
 
     Args:
         sources: each of them `stdlib` (the running interpreter's library sources), `stdlib:PATTERN[,PATTERN...]`
@@ -102,7 +100,7 @@ def _read_file(path: Path) -> str:
 
 
 def _read_many(source: str, paths: Iterable[Path]) -> list[str]:
-    """Read those of `paths` which are readable UTF-8 text; the others are counted and left out."""
+    """Read those of `paths` that are readable UTF-8 text; a warning gives the number of the others."""
     files = [path for path in paths if path.is_file()]
     documents: list[str] = []
     for path in files:
@@ -139,7 +137,7 @@ def _standard_library() -> list[Path]:
 
 
 def _part_of_standard_library(source: str) -> list[Path]:
-    """List the files of the top-level packages and modules that `stdlib:PATTERN[,PATTERN...]` asks for."""
+    """Return the files of the top-level packages and modules that match `stdlib:PATTERN[,PATTERN...]`."""
     parts = _packages_and_modules()
     wanted: set[str] = set()
     for pattern in source.removeprefix(f"{STDLIB}:").split(","):
@@ -158,7 +156,7 @@ def _is_called(name: str, pattern: str) -> bool:
 
 
 def _packages_and_modules() -> dict[str, list[Path]]:
-    """Map the top level of the standard library to its files, but for the prose that `python-docs` holds."""
+    """Return the files of each top-level package and module of the standard library, without those of `python-docs`."""
     parts: dict[str, list[Path]] = {}
     root = Path(sysconfig.get_path("stdlib"))
     for file in _standard_library():
@@ -182,7 +180,7 @@ def _python_docs() -> list[str]:
 
 
 def _read_hub(source: str) -> str:
-    """Read the text column of a data set; its rows are documents, equal rows stay."""
+    """Read the text column of a data set; its rows are documents, and equal rows are kept."""
     parts = HUB_SOURCE.fullmatch(source)
     if parts is None:
         raise ValueError(

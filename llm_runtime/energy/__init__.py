@@ -1,8 +1,14 @@
-"""Measure energy: `select_meter` returns the best meter that this machine has for a device."""
+"""Measure energy: `select_meter` returns the best meter that this machine has for a device.
+
+To add a meter, write its class in a file of this folder and list it in `CANDIDATES`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from trainpilot.llm_runtime.energy.meter import (
     EnergyMeter,
@@ -18,9 +24,11 @@ if TYPE_CHECKING:
     from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 
 __all__ = [
+    "CANDIDATES",
     "CpuEstimateMeter",
     "EnergyMeter",
     "EnergyReading",
+    "MeterCandidate",
     "MeterUnavailableError",
     "NoMeter",
     "NvmlMeter",
@@ -35,35 +43,82 @@ if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(__name__, _NAMES)
 
 
-def select_meter(device: str) -> EnergyMeter:
-    """Return the best meter for a torch device name. Never raises: what cannot be measured gets a `NoMeter`.
+Clock = Callable[[], float]
 
-    Make it after the model is on the device: only then does CUDA tell which physical GPU `cuda:0` is.
+
+class OpenMeter(Protocol):
+    """Makes a meter."""
+
+    def __call__(self, device: str | None = None, *, why: str = "", clock: Clock | None = None) -> EnergyMeter:
+        """Return a meter that has started to count.
+
+        Args:
+            device: A torch device name; by default all devices of the kind.
+            why: Why no better meter is used, for the description of an estimate.
+            clock: Returns the seconds over which an estimate counts the idle draw; by default wall seconds.
+
+        Raises:
+            MeterUnavailableError: this machine does not have the meter.
+        """
+
+
+@dataclass(frozen=True)
+class MeterCandidate:
+    """One kind of meter that `select_meter` may choose."""
+
+    name: str
+    """Name in reports."""
+    device_type: str
+    """Kind of device that it measures, as torch names it: `cpu`, `cuda`."""
+    open: OpenMeter
+
+
+def _open_nvml(device: str | None = None, *, why: str = "", clock: Clock | None = None) -> EnergyMeter:
+    from trainpilot.llm_runtime.energy.nvml import NvmlMeter, current_index
+
+    if device is None:
+        return NvmlMeter()
+    index = device.partition(":")[2]
+    return NvmlMeter([int(index) if index else current_index()])
+
+
+def _open_rapl(device: str | None = None, *, why: str = "", clock: Clock | None = None) -> EnergyMeter:
+    from trainpilot.llm_runtime.energy.host import RaplMeter
+
+    return RaplMeter()
+
+
+def _open_cpu_estimate(device: str | None = None, *, why: str = "", clock: Clock | None = None) -> EnergyMeter:
+    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter
+
+    return CpuEstimateMeter(why=why, clock=clock or time.monotonic)
+
+
+CANDIDATES = (
+    MeterCandidate("nvml", "cuda", _open_nvml),
+    MeterCandidate("rapl", "cpu", _open_rapl),
+    MeterCandidate("cpu_estimate", "cpu", _open_cpu_estimate),
+)
+"""The meters, those of one kind of device from the best to the worst. A new meter is added here."""
+
+
+def select_meter(device: str, *, clock: Clock | None = None) -> EnergyMeter:
+    """Return the best available meter for a torch device name. Never raises: where nothing measures, a `NoMeter`.
+
+    Call it after the model is on the device: only then is it known which physical GPU `cuda:0` is.
 
     Args:
         device: `cpu`, `cuda` (the current GPU), `cuda:1`, `mps` and so on, as torch names them.
+        clock: Returns the seconds over which an estimate counts the idle draw; by default wall seconds.
     """
-    try:
-        return _meter_for(device)
-    except Exception as error:  # whatever a driver or its bindings do wrong, the run goes on
-        return NoMeter(str(error) or type(error).__name__)
-
-
-def _meter_for(device: str) -> EnergyMeter:
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
-        from trainpilot.llm_runtime.energy.nvml import NvmlMeter, current_index
-
-        return NvmlMeter([int(index) if index else current_index()])
-    if kind == "cpu":
-        return _host_meter()
-    raise MeterUnavailableError(f"no meter reads the device {device!r}")
-
-
-def _host_meter() -> EnergyMeter:
-    from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
-
-    try:
-        return RaplMeter()
-    except MeterUnavailableError as error:
-        return CpuEstimateMeter(why=str(error))
+    why = f"no meter reads the device {device!r}"
+    for candidate in CANDIDATES:
+        if candidate.device_type != device.partition(":")[0]:
+            continue
+        try:
+            return candidate.open(device, why=why, clock=clock)
+        except MeterUnavailableError as error:
+            why = str(error)
+        except Exception as error:  # whatever a driver or its bindings do wrong, the run continues
+            return NoMeter(str(error) or type(error).__name__)
+    return NoMeter(why)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -10,8 +9,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from trainpilot.llm_runtime.energy.meter import EnergyReading, MeterUnavailableError
-from trainpilot.llm_runtime.process import Ticker
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, EnergyScope, MeterUnavailableError
+from trainpilot.llm_runtime.process import Ticker, available_cores
 
 FULL_LOAD_W_PER_THREAD = 4.0
 """Watts of a busy hardware thread: CodeCarbon's `DEFAULT_POWER_PER_CORE` for unknown CPUs, a rough guess."""
@@ -23,18 +22,21 @@ WATTS_PER_BUSY_CORE = FULL_LOAD_W_PER_THREAD - IDLE_W_PER_THREAD
 _JITTER_UJ = 1_000_000
 
 
-class RaplMeter:
-    """Joules of all processor packages, and of the memory where it has a counter of its own.
+class RaplMeter(EnergyMeter):
+    """Measures the joules of all processor packages, and of the memory if it has a counter of its own.
 
     Linux shows the RAPL counters of Intel and AMD processors under `/sys/class/powercap`. Each `intel-rapl:N`
     named `package-*` is counted once. Of its sub-zones only `dram` is added, because a package's counter
-    leaves memory out; `core` and `uncore` are already in it. The zone `psys` is left out: it contains the
+    leaves memory out; `core` and `uncore` are already in it. The zone `psys` is left out because it contains the
     packages. All programs on these processors are measured; disks, fans and power supplies are not.
 
     A counter wraps around at `max_energy_range_uj`, after a few minutes under full load on some processors,
-    so a daemon thread also looks at it every `poll_s` seconds. Counters that are reset or vanish make the
-    energy `None` from then on, with one warning.
+    so a daemon thread also reads it every `poll_s` seconds. If a counter is reset or vanishes, the energy is
+    `None` from then on, with one warning.
     """
+
+    scope: EnergyScope = "machine"
+    resolution_s = 0.01  # the counters advance about every millisecond
 
     def __init__(
         self,
@@ -47,8 +49,8 @@ class RaplMeter:
 
         Args:
             root: The folder of the powercap zones.
-            poll_s: Seconds between two looks of the thread; less than half the shortest time to wrap around.
-            clock: Seconds, never running backwards.
+            poll_s: Seconds between two reads of the thread; less than half the shortest time to wrap around.
+            clock: Returns seconds, and never runs backwards.
 
         Raises:
             MeterUnavailableError: There are no counters, or they may not be read.
@@ -68,7 +70,7 @@ class RaplMeter:
         return "RAPL energy counters: " + ", ".join(zone.name for zone in self._zones)
 
     def read(self) -> EnergyReading:
-        """Return the joules of all zones; RAPL tells nothing else."""
+        """Return the joules of all zones; RAPL reports nothing else."""
         self._update()
         if self._lost:
             self._warn_once()
@@ -108,11 +110,11 @@ class _RaplZone:
         return int(self._file.read_text(encoding="ascii"))
 
     def update(self) -> None:
-        """Add what has come since the last update. Raises `ValueError` if the counter was reset."""
+        """Add the joules since the last update. Raises `ValueError` if the counter was reset."""
         now_uj = self._now_uj()
         step_uj = now_uj - self._last_uj
         if -_JITTER_UJ < step_uj < 0:
-            return  # readings in quick succession may step back a little; the next one makes up for it
+            return  # readings in quick succession may step back a little; the next one includes the difference
         if step_uj < 0:
             step_uj += self._range_uj
             if not 0 <= step_uj <= self._range_uj // 2:
@@ -148,14 +150,14 @@ def _name(folder: Path) -> str:
         return ""
 
 
-class CpuEstimateMeter:
-    """Joules by a model, for machines that cannot measure them; every reading says `estimated`.
+class CpuEstimateMeter(EnergyMeter):
+    """Estimates joules by a model, for machines that cannot measure them; the source of each reading is `estimated`.
 
         E = idle_w * wall seconds + watts_per_busy_core * CPU seconds of this process
 
     All threads of this process count; its child processes and other programs do not. The defaults give 0.74 W
-    to each hardware thread that this process may use and 4 W to one that is fully busy; the truth can differ
-    by a factor of two or more either way. Use it to compare runs on one machine, not machines.
+    to each hardware thread that this process may use and 4 W to one that is fully busy; the true values can differ
+    by a factor of two or more either way. Use it to compare runs on one machine, not to compare machines.
     """
 
     def __init__(
@@ -170,13 +172,13 @@ class CpuEstimateMeter:
         """Start counting.
 
         Args:
-            idle_w: Watts drawn whatever happens; `None` for `IDLE_W_PER_THREAD` per thread that may be used.
+            idle_w: Watts of the idle draw; by default `IDLE_W_PER_THREAD` per thread that this process may use.
             watts_per_busy_core: Watts that one busy hardware thread adds.
-            why: Why nothing better is used, for the description.
+            why: Why no better meter is used, for the description.
             clock: Wall seconds.
             cpu_clock: CPU seconds used so far.
         """
-        self._idle_w = IDLE_W_PER_THREAD * _usable_threads() if idle_w is None else idle_w
+        self._idle_w = IDLE_W_PER_THREAD * available_cores() if idle_w is None else idle_w
         self._watts_per_busy_core = watts_per_busy_core
         self._why = why
         self._clock, self._cpu_clock = clock, cpu_clock
@@ -184,7 +186,7 @@ class CpuEstimateMeter:
 
     @property
     def idle_w(self) -> float:
-        """Watts that it counts whatever happens; other processes on the same threads count them too."""
+        """Watts of the idle draw, which every process on the same threads counts."""
         return self._idle_w
 
     @property
@@ -199,12 +201,3 @@ class CpuEstimateMeter:
         idle_j = self._idle_w * (now_s - self._start_s)
         busy_j = self._watts_per_busy_core * (self._cpu_clock() - self._cpu_start_s)
         return EnergyReading(time_s=now_s, energy_j=idle_j + busy_j, source="estimated")
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-def _usable_threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

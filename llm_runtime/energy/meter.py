@@ -1,9 +1,7 @@
-"""Say what an energy meter is, and choose the best one that this machine has.
+"""Read joules through one protocol, `EnergyMeter`, and record readings to a file that can be played back.
 
-The meters themselves live in `energy_nvml` (NVIDIA GPUs), `energy_host` (RAPL, and an estimate for other
-CPUs) and `energy_recorded` (a recording played back).
-
-Write the readings of a meter to a CSV file and play them back where the device is not at hand.
+The meters of devices are in `nvml.py` (NVIDIA GPUs) and `host.py` (RAPL counters, and an estimate for other CPUs);
+`select_meter` of this package picks the best one for a device.
 """
 
 from __future__ import annotations
@@ -19,15 +17,17 @@ from typing import Any, Literal, Protocol, get_args
 from trainpilot.llm_runtime.files import whole_file
 
 EnergySource = Literal["measured_counter", "measured_power", "estimated"]
+EnergyScope = Literal["process", "device", "machine"]
+"""Whose joules a meter counts: only this process's, those of whole devices, or those of the whole machine."""
 
 
 class MeterUnavailableError(RuntimeError):
-    """A meter cannot be made here; the message says why."""
+    """A meter cannot be made on this machine; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyReading:
-    """One look at a meter. What cannot be known is `None`, never 0."""
+    """One reading of a meter. What cannot be known is `None`, never 0."""
 
     time_s: float
     """When, on the meter's clock, in seconds."""
@@ -48,17 +48,41 @@ class EnergyReading:
 
 
 class EnergyMeter(Protocol):
-    """Reads joules. `read` never raises: a meter may not stop a run."""
+    """Reads joules. `read` never raises: a meter may not stop a run.
+
+    The meters derive from this class, so that they need to state only what differs from its defaults.
+    """
+
+    @property
+    def scope(self) -> EnergyScope:
+        """Whose joules are counted; processes that read the same device or machine all count the same joules."""
+        return "process"
+
+    @property
+    def uuids(self) -> Sequence[str]:
+        """The devices of a meter of scope `device`, by names that are the same in every process."""
+        return ()
+
+    @property
+    def idle_w(self) -> float:
+        """Watts of the machine's idle draw in the joules of one process; every other process counts them too."""
+        return 0.0
+
+    @property
+    def resolution_s(self) -> float:
+        """Seconds that a window must last for the difference of its two readings to be meaningful."""
+        return 0.0
 
     @property
     def description(self) -> str:
         """One line for people: what is measured, and how."""
 
     def read(self) -> EnergyReading:
-        """Return the joules so far and what else the device tells."""
+        """Return the joules so far, and what else the device reports."""
 
     def close(self) -> None:
-        """Release the device library."""
+        """Release what the meter holds, such as threads and device libraries."""
+        return None
 
 
 def sum_known(values: Iterable[float | None]) -> float | None:
@@ -71,8 +95,8 @@ def sum_known(values: Iterable[float | None]) -> float | None:
     return total
 
 
-class NoMeter:
-    """Knows nothing: every reading is `None`, and the description says why."""
+class NoMeter(EnergyMeter):
+    """Stands in where nothing can be measured: every reading is `None`, and the description gives the reason."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -85,9 +109,6 @@ class NoMeter:
     def read(self) -> EnergyReading:
         """Return the time and nothing else."""
         return EnergyReading(time_s=time.monotonic(), energy_j=None, source=None)
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 _SOURCES: tuple[EnergySource, ...] = get_args(EnergySource)
@@ -140,8 +161,8 @@ def _value(name: str, cell: str, where: str) -> Any:
     return number
 
 
-class RecordedMeter:
-    """Plays readings back: each `read` returns the next one, then the last one for ever."""
+class RecordedMeter(EnergyMeter):
+    """Plays readings back: each `read` returns the next one, and after the end always the last one."""
 
     def __init__(self, recording: Path | Sequence[EnergyReading]) -> None:
         """Take the readings to play, or the CSV file with them. Raises `ValueError` if there are none."""
@@ -161,9 +182,6 @@ class RecordedMeter:
         reading = self._readings[min(self._next, len(self._readings) - 1)]
         self._next += 1
         return reading
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def energy_between(before: EnergyReading, after: EnergyReading) -> tuple[float | None, EnergySource | None]:

@@ -1,11 +1,9 @@
 """Measure the joules of NVIDIA GPUs through NVML: by their energy counter, or by integrating their power.
 
-Find the GPUs that this process computes on in NVML, and ask each of them what it can tell.
-
 CUDA and NVML number GPUs differently. NVML sees all of them, as a rule in the order of their PCI addresses;
-CUDA sees those in `CUDA_VISIBLE_DEVICES`, the fastest first unless `CUDA_DEVICE_ORDER=PCI_BUS_ID`. So a GPU
-is found by the UUID that torch reports once CUDA is initialised, else by `CUDA_VISIBLE_DEVICES` among the
-GPUs sorted by PCI address, and never by handing CUDA's index to NVML.
+CUDA sees those in `CUDA_VISIBLE_DEVICES`, the fastest first unless `CUDA_DEVICE_ORDER=PCI_BUS_ID`. A GPU is
+therefore found by the UUID that torch reports once CUDA is initialised, else by `CUDA_VISIBLE_DEVICES` among the
+GPUs sorted by PCI address. CUDA's index is never passed to NVML.
 """
 
 from __future__ import annotations
@@ -18,12 +16,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trainpilot.llm_runtime.energy.meter import EnergyReading, EnergySource, MeterUnavailableError, sum_known
+from trainpilot.llm_runtime.energy.meter import (
+    EnergyMeter,
+    EnergyReading,
+    EnergyScope,
+    EnergySource,
+    MeterUnavailableError,
+    sum_known,
+)
 from trainpilot.llm_runtime.process import Ticker
 
 
 def ask(nvml: Any, function: str, *arguments: Any) -> Any:
-    """Call one NVML function; return `None` where the driver or the bindings do not know the answer."""
+    """Call one NVML function; return `None` if the driver or the bindings do not support it."""
     try:
         return getattr(nvml, function)(*arguments)
     except (nvml.NVMLError, AttributeError):
@@ -31,7 +36,7 @@ def ask(nvml: Any, function: str, *arguments: Any) -> Any:
 
 
 class NvmlGpu:
-    """One GPU or MIG slice as NVML sees it. Every answer is `None` where it is unknown."""
+    """One GPU or MIG slice as NVML sees it. A value that NVML does not report is `None`."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml = nvml
@@ -70,7 +75,7 @@ class NvmlGpu:
         scope = getattr(self._nvml, "NVML_POWER_SCOPE_GPU", 0)
         values = self._ask("nvmlDeviceGetFieldValues", [(field, scope)])
         milliwatts = values[0].value.uiVal if values is not None and values[0].nvmlReturn == 0 else 0
-        self._instant_power = milliwatts > 0  # once unsupported, never asked again
+        self._instant_power = milliwatts > 0  # once unsupported, it is not read again
         return milliwatts or None
 
     def power_limit_w(self) -> float | None:
@@ -92,7 +97,7 @@ class NvmlGpu:
 
 
 def choose_gpus(nvml: Any, wanted: Sequence[int | str] | None = None) -> list[NvmlGpu]:
-    """Return the GPUs that this process sees, or those of them that are wanted.
+    """Return the GPUs that are visible to this process, or the wanted ones among them.
 
     Args:
         nvml: The initialised `pynvml` module.
@@ -161,7 +166,7 @@ def _environment_entries() -> list[str] | None:
 
 
 def _named_in_environment(nvml: Any, present: list[NvmlGpu]) -> list[NvmlGpu]:
-    """Follow CUDA's rules: the list ends at the first entry that names nothing; a repeated GPU voids it."""
+    """Apply CUDA's rules: the list ends at the first entry that names no GPU, and a repeated GPU makes it empty."""
     entries = _environment_entries()
     if entries is None:
         return present
@@ -191,7 +196,7 @@ def _pick(visible: list[NvmlGpu], item: int | str) -> NvmlGpu:
 
 
 def _check_order(present: list[NvmlGpu], wanted: Sequence[int | str] | None) -> None:
-    """Refuse to guess which GPU an index means when the models differ and CUDA sorts them by speed."""
+    """Raise where an index is ambiguous because the GPUs differ and CUDA sorts them by speed."""
     entries = _environment_entries()
     by_index = wanted if entries is None else entries
     indexed = [item for item in by_index or () if str(item).isdecimal()]
@@ -228,15 +233,15 @@ def load_nvml() -> Any:
 class GpuEnergy:
     """The joules of one GPU since this object was made.
 
-    It starts with the best source and only ever falls: energy counter, integrated power, unknown. A fall from
-    counter to power goes on from the joules so far; what is unknown once stays unknown.
+    The source is the best that the GPU offers, and can only get worse: energy counter, integrated power, unknown.
+    After a change from counter to power the joules continue from the sum so far; unknown energy stays unknown.
     """
 
     def __init__(self, gpu: NvmlGpu, now_s: float) -> None:
         self.gpu = gpu
         self.power_w = gpu.power_w()
         self.lost: str | None = None
-        """Why the joules became unknown along the way."""
+        """Why the joules became unknown during the measurement."""
         self._time_s = now_s
         self._counter_j = gpu.counter_j()
         self.source: EnergySource | None = self._best_source()
@@ -283,17 +288,19 @@ class GpuEnergy:
         self.energy_j, self.source, self.lost = None, None, reason
 
 
-class NvmlMeter:
-    """Joules, watts and memory of the GPUs that this process sees, added up.
+class NvmlMeter(EnergyMeter):
+    """Measures joules, watts and memory of the GPUs that this process sees, as sums over the GPUs.
 
     The energy counter (Volta and newer) advances about every 100 ms: a window of T seconds is off by up to
     about 0.1/T of itself, and one below 100 ms may read 0 J. Without a counter, a daemon thread samples the
-    power and the trapezoid rule adds it up. Either way the whole board is measured, other programs on it
-    included, and kernels still queued when `read` is called fall into the next window: synchronise first.
+    power and the trapezoid rule integrates it. Either way the whole board is measured, other programs on it
+    included. Kernels that are still queued when `read` is called fall into the next window: synchronise first.
 
-    A GPU that stops answering, or whose counter runs backwards, makes the energy of the sum `None` from then
-    on, with one warning. MIG slices have no energy of their own, so theirs is `None` from the start.
+    If a GPU stops answering, or its counter runs backwards, the sum's energy is `None` from then on, with one
+    warning. MIG slices have no energy of their own, so theirs is `None` from the start.
     """
+
+    scope: EnergyScope = "device"
 
     def __init__(
         self,
@@ -306,11 +313,11 @@ class NvmlMeter:
 
         Args:
             gpus: Indices as in `cuda:1` or UUIDs, among those that this process sees; `None` for all of them.
-            sample_s: Seconds between two samples of power, used only where there is no energy counter.
-            clock: Seconds, never running backwards.
+            sample_s: Seconds between two samples of power, used only if there is no energy counter.
+            clock: Returns seconds, and never runs backwards.
 
         Raises:
-            MeterUnavailableError: There is no NVML, no visible GPU, or no way to tell which one is meant.
+            MeterUnavailableError: There is no NVML, no visible GPU, or an index is ambiguous.
         """
         self._nvml = load_nvml()
         self._sample_s, self._clock = sample_s, clock
@@ -334,6 +341,12 @@ class NvmlMeter:
     def uuids(self) -> list[str]:
         """The UUIDs of the GPUs that are measured."""
         return [gpu.gpu.uuid for gpu in self._gpus]
+
+    @property
+    def resolution_s(self) -> float:
+        """Seconds of a meaningful window: the counter advances every 0.1 s, the power may be a mean over 1 s."""
+        source = _weakest([gpu.source for gpu in self._gpus])
+        return 0.0 if source is None else 0.5 if source == "measured_counter" else 1.0
 
     def read(self) -> EnergyReading:
         """Return the sums over the GPUs; a sum of which one part is unknown is `None`."""

@@ -92,7 +92,7 @@ def test_the_learning_rate_falls_linearly_to_its_end(tmp_path: Path) -> None:
     )
     model, _ = train(toy_env(), config, tmp_path)
     assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4), "at the last update"
-    assert PPOConfig(learning_rate=1e-3).learning_rate_at(0.1) == pytest.approx(1e-3), "constant unless told otherwise"
+    assert PPOConfig(learning_rate=1e-3).learning_rate_at(0.1) == pytest.approx(1e-3), "constant by default"
 
 
 def test_training_begins_with_given_weights_and_may_have_no_decisions(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
 def test_models_have_the_sizes_that_they_are_called_by(load: Callable[[str], ModuleType]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    bed = load("_gpu_bed").full_bed()
-    models = {**{name: size.model for name, size in bed.sizes.items()}, "fine-tuned": bed.tuning.model}
+    setup = load("gpu.models").full_setup()
+    models = {**{name: size.model for name, size in setup.sizes.items()}, "fine-tuned": setup.tuning.model}
     sizes = {}
     for name, model in models.items():
         content = {key: value for key, value in model.items() if key != "model_type"}
@@ -101,16 +101,16 @@ def test_models_have_the_sizes_that_they_are_called_by(load: Callable[[str], Mod
 
 
 def test_budgets_and_models_can_be_chosen(load: Callable[[str], ModuleType]) -> None:
-    bed = load("_gpu_bed").full_bed()
-    smaller = bed.smaller(0.25, ("llama-120m",))
+    setup = load("gpu.models").full_setup()
+    smaller = setup.smaller(0.25, ("llama-120m",))
 
     assert list(smaller.sizes) == ["llama-120m"]
-    assert smaller.config("llama-120m").tokens == bed.config("llama-120m").tokens / 4
-    assert smaller.tuning_config().tokens == bed.tuning_config().tokens / 4
+    assert smaller.config("llama-120m").tokens == setup.config("llama-120m").tokens / 4
+    assert smaller.tuning_config().tokens == setup.tuning_config().tokens / 4
     with pytest.raises(ValueError, match="models must be among llama-30m, llama-120m, got 'llama'"):
-        bed.smaller(1.0, ("llama",))
+        setup.smaller(1.0, ("llama",))
     with pytest.raises(ValueError, match="budget must be a positive factor, got 0"):
-        bed.smaller(0.0)
+        setup.smaller(0.0)
 
 
 # The table -------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def found_by(load: Callable[[str], ModuleType], policy: Path, losses: Losses, *,
         asked.append(name)
         return made_result(spec, losses(spec))
 
-    module = load("_gpu_zero_shot")
+    module = load("gpu.zero_shot")
     ask = module.Ask(name="made", config=CONFIG, seeds=tuple(range(seeds)), get=get)
     found: dict[str, Any] = {}
     module.table(ask, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), {"zero-shot": f"policy:{policy}@quality=1"}, found)
@@ -195,7 +195,7 @@ def test_a_run_that_diverged_is_worth_least_and_a_sweep_that_did_says_so(
 def test_runs_are_kept_with_their_raw_readings_until_the_time_is_up(
     load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = load("_gpu_runs")
+    module = load("gpu.models")
     executed: list[int] = []
 
     def execute(spec: RunSpec, key: str, *, meter: RecordedMeter) -> RunResult:
@@ -228,14 +228,14 @@ def test_runs_are_kept_with_their_raw_readings_until_the_time_is_up(
 
 
 def test_fine_tuning_begins_with_the_very_policy(load: Callable[[str], ModuleType], policy: Path) -> None:
-    tuning, bed = load("_gpu_fine_tune"), load("_gpu_bed").tiny_bed("cpu")
+    tuning, setup = load("gpu.zero_shot"), load("gpu.models").tiny_setup("cpu")
     bundle = PolicyBundle.load(policy)
-    config = tuning.ppo_config(bundle, bed, math.inf)
-    cases = tuning.cases_for(bundle, bed, "fp32")
+    config = tuning.ppo_config(bundle, setup, math.inf)
+    cases = tuning.cases_for(bundle, setup, "fp32")
     model = make_ppo(tuning.one_live_env(cases, cases[1]), config)
 
     assert isinstance(config, PPOConfig)
-    assert (config.hidden, config.total_decisions, config.time_limit_s) == ((8,), bed.tuning.decisions, None)
+    assert (config.hidden, config.total_decisions, config.time_limit_s) == ((8,), setup.tuning.decisions, None)
     assert [case.base_learning_rate for case in cases] == pytest.approx([1e-4, 1e-3, 1e-2])
     assert {(case.schedule, case.warmup_tokens, case.decisions) for case in cases} == {("wsd", 1_280, 10)}
     model.policy.load_state_dict(tuning.weights_from(bundle, model))

@@ -102,7 +102,7 @@ def test_a_held_rate_ends_where_the_static_schedule_does(modules: Any, pool: Poo
 
 
 def test_the_tuned_rate_of_the_multi_power_law_is_worth_the_budget(modules: Any) -> None:
-    bed = modules.bed.multi_power_bed(32)
+    bed = modules.bed.multi_power_run_set(32)
 
     outcome = modules.simulated.steer(bed.fresh(), modules.simulated.held(1 / bed.start))
 
@@ -203,12 +203,12 @@ def test_live_preferences_stand_beside_the_tuned_static(modules: Any) -> None:
     names = [modules.preferences._method("p", each) for each in asked]
     made = Planted(efficiencies={"cosine": 0.5, "tuned": 1.0, names[0]: 0.8, names[1]: 0.5})
 
-    told = modules.preferences.figures(Runs(made.comparison(), made.results, made.tables()), "p", asked)
+    found = modules.preferences.figures(Runs(made.comparison(), made.results, made.tables()), "p", asked)
 
     assert names == ["policy:p@quality=1", "policy:p@quality=0.5+energy=0.5"]
-    assert [one["compute_over_worth"] for one in told["preferences"]] == pytest.approx([1.25, 2.0], rel=0.05)
-    assert told["costs"]["energy"]["non_dominated"] == 1  # both cost the same here
-    assert told["costs"]["time"]["on_front"] == [str(asked[0])]
+    assert [one["compute_over_worth"] for one in found["preferences"]] == pytest.approx([1.25, 2.0], rel=0.05)
+    assert found["costs"]["energy"]["non_dominated"] == 1  # both cost the same here
+    assert found["costs"]["time"]["on_front"] == [str(asked[0])]
 
 
 def test_every_variant_changes_one_thing(modules: Any) -> None:

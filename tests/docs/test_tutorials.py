@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from trainpilot.llm_runtime.interval import Interval
-from trainpilot.llm_runtime.loop import Readings
+from trainpilot.llm_runtime.interval import IntervalRecorder
 
 FOLDER = Path(__file__).parents[2] / "docs" / "tutorials"
 NEEDS = {"hugging_face": "accelerate", "lightning": "lightning"}
@@ -45,12 +44,12 @@ def check(shown: str, printed: str) -> None:
 @pytest.fixture
 def _steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every interval cost the same: the policy sees seconds and watts, and might decide differently by them."""
-    measured = Readings._cost
+    measured = IntervalRecorder._cost
 
-    def cost(self: Readings, interval: Interval) -> dict[str, Any]:
-        return measured(self, interval) | {"time_s": 1.0, "energy_j": 5.0, "power_w": 5.0}
+    def cost(self: IntervalRecorder) -> dict[str, Any]:
+        return measured(self) | {"time_s": 1.0, "energy_j": 5.0, "power_w": 5.0}
 
-    monkeypatch.setattr(Readings, "_cost", cost)
+    monkeypatch.setattr(IntervalRecorder, "_cost", cost)
 
 
 @pytest.mark.slow

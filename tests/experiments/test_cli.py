@@ -70,7 +70,7 @@ def test_bad_input_is_one_line(
     [
         (OSError(28, "No space left on device", "out/summary.json"), 1, "No space left on device: out/summary.json"),
         (NotADirectoryError(20, "Not a directory", "file/out"), 2, "Not a directory: file/out; choose another --out"),
-        (KeyboardInterrupt(), 130, "the same command goes on where it was"),
+        (KeyboardInterrupt(), 130, "run the same command again to resume"),
     ],
 )
 def test_faults_on_the_way_are_one_line(

@@ -74,7 +74,7 @@ def test_the_verdict_tells_better_and_worse() -> None:
     said = verdict(summary(2.5), summary(2.125, energy_j=4.0), SWEEP)
 
     assert "0.3750 nats/token lower than untuned and 0.1250 nats/token higher than the sweep's best" in said
-    assert "The sweep took 6.2 times the steered run's joules; its best run alone, had one known it, 1.25 times" in said
+    assert "The sweep took 6.2 times the steered run's joules; its best run alone took 1.25 times" in said
     assert "edge" not in said
     assert "0.5000 nats/token higher than untuned" in verdict(summary(2.0), summary(2.5), SWEEP)
 
@@ -115,7 +115,7 @@ def test_all_runs_differ_only_in_what_they_compare(
     demo(DemoOptions(out=tmp_path / "out", seed=3), console)
 
     assert isinstance(console.file, io.StringIO)
-    assert "which has never seen gpt2-micro" in console.file.getvalue()
+    assert "which was not trained on gpt2-micro" in console.file.getvalue()
     base, steered, *sweep = runs
     assert (base.policy, steered.policy) == ("none", "default")
     assert {run.policy for run in sweep} == {"none"}

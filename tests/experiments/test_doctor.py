@@ -13,7 +13,7 @@ from trainpilot.experiments import doctor
 from trainpilot.experiments import doctor as machine
 from trainpilot.experiments.doctor import diagnose, print_report
 from trainpilot.llm_runtime.energy.host import RaplMeter
-from trainpilot.llm_runtime.energy.meter import EnergyReading
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading
 from trainpilot.llm_runtime.timing import alternating_seconds
 
 PAYOFF = {
@@ -27,7 +27,7 @@ PAYOFF = {
 }
 
 
-class Meter:
+class Meter(EnergyMeter):
     """A meter that counts 50 J from one reading to the next, a tenth of a second apart."""
 
     description = "test meter"

@@ -53,7 +53,7 @@ def test_a_run_says_which_fields_moved_its_decisions(tmp_path: Path) -> None:
     assert "noise_scale (2.75, high) +1.5" in line
     row = next(line for line in text.split("Mean effect")[1].splitlines() if line.startswith("noise_scale"))
     assert float(row.split()[1]) == pytest.approx(0.525, abs=0.0051)
-    assert "is not the file" not in text
+    assert "has changed since" not in text
     assert "would repeat only" not in text
     assert max(map(len, text.partition("Why:")[2].splitlines())) <= 100
 
@@ -68,7 +68,7 @@ def test_a_policy_that_has_changed_since_is_told(tmp_path: Path) -> None:
     PolicyBundle(random_weights()).save(tmp_path / "policy.safetensors")
     text = " ".join(shown(tmp_path / "run").split())
 
-    assert "is not the file any more that steered this run." in text
+    assert "has changed since it steered this run." in text
     assert "would repeat only" in text
 
 

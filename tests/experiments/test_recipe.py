@@ -63,7 +63,7 @@ def test_changes_reach_the_simulator_stage() -> None:
         ("- a\n- b\n", [], "must hold names and values, got list"),
         ("a: [\n", [], "is not readable YAML"),
         ("colour: red\n", [], "'colour' is unknown; known are simulator, cases, common"),
-        ("cases: train\ncommon: {tokens: 5}\n", [], "cases must stand alone, got 'train'"),
+        ("cases: train\ncommon: {tokens: 5}\n", [], "cases cannot be combined with common or vary, got 'train'"),
         ("cases: nowhere\n", [], "cases must be one of .*got 'nowhere'"),
         ("reference_learning_rate: -1\n", [], "reference_learning_rate must be a positive number, got -1"),
         ("ppo: {total_decisions: 0}\n", [], "must be at least 1 where there is no simulator stage, got 0"),

@@ -131,7 +131,7 @@ def test_a_steered_run_says_which_policy_under_which_schedule(
     console = Console(file=io.StringIO(), width=100)
     inspect_path(workplace / "run", console)
     assert isinstance(console.file, io.StringIO)
-    assert "Why: what moved the decisions" in console.file.getvalue()
+    assert "Why: fields with the largest effect" in console.file.getvalue()
     assert "would repeat only" not in console.file.getvalue()
     zigzag_bundle(path, base_schedule={"schedule": "wsd", "warmup_share": 0.25}, note="another file")
     assert run_here(arguments, monkeypatch) == 2

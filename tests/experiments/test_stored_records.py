@@ -36,7 +36,7 @@ def test_a_record_is_read_and_written_as_before(name: str) -> None:
     assert json.dumps(record.to_json(), allow_nan=False) == json.dumps(content)
 
 
-def test_a_result_from_before_there_were_guardrails_is_written_with_the_new_fields_at_the_end() -> None:
+def test_result_from_before_guardrails_gets_the_new_fields_at_the_end() -> None:
     content = json.loads((RECORDS / "result.json").read_text())
     again = RunResult.from_json(content).to_json()
 

@@ -21,10 +21,11 @@ from live_runs import case
 from loky import BrokenProcessPool, ProcessPoolExecutor
 
 from trainpilot.experiments.compare.execute import execute
-from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.compare.scheduler import ATTEMPTS, run_workers
 from trainpilot.experiments.workers import Workers, report
 from trainpilot.llm_runtime.energy.meter import NoMeter
+from trainpilot.llm_runtime.process import use_threads
 
 DIES = "dies"
 ENDLESS = 10**9
@@ -215,20 +216,20 @@ def test_a_death_is_one_clear_line_where_nothing_else_is_asked(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("changes", "steering", "reason"),
     [
-        ({"sequence_length": 128, "tokens": 25_600}, Steering(), "ValueError: sequence_length must not exceed"),
-        ({}, Steering(kind="flying"), "ValueError: steering must be one of keep, plateau"),
-        ({"text": ("nowhere.txt",)}, Steering(), "ValueError: text"),
-        ({"device": "cuda:99"}, Steering(), "ValueError: device"),
-        ({}, Steering(kind="seesaw"), "ValueError: schedule must be constant for Seesaw"),
+        ({"sequence_length": 128, "tokens": 25_600}, SteeringSpec(), "ValueError: sequence_length must not exceed"),
+        ({}, SteeringSpec(kind="flying"), "ValueError: steering must be one of keep, plateau"),
+        ({"text": ("nowhere.txt",)}, SteeringSpec(), "ValueError: text"),
+        ({"device": "cuda:99"}, SteeringSpec(), "ValueError: device"),
+        ({}, SteeringSpec(kind="seesaw"), "ValueError: schedule must be constant for Seesaw"),
         (
             {},
-            Steering(kind="policy", settings={"path": "nowhere", "preference": "quality=1"}),
+            SteeringSpec(kind="policy", settings={"path": "nowhere", "preference": "quality=1"}),
             "ValueError: policy: no file nowhere",
         ),
     ],
 )
 def test_a_fault_becomes_the_reason_of_a_failure_in_one_line(
-    tmp_path: Path, changes: dict[str, Any], steering: Steering, reason: str
+    tmp_path: Path, changes: dict[str, Any], steering: SteeringSpec, reason: str
 ) -> None:
     asked = RunSpec(config=case(tmp_path, **changes), steering=steering)
     result = execute(asked, "ab", meter=NoMeter("a test"))
@@ -299,7 +300,7 @@ def test_an_interrupt_ends_the_runs_under_way(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_process_costs_its_own_run_and_jobs_change_no_loss(tmp_path: Path) -> None:
     good = [RunSpec(config=case(tmp_path, seed=seed)) for seed in (0, 1)]
-    bad = RunSpec(config=case(tmp_path), steering=Steering(kind="flying"))
+    bad = RunSpec(config=case(tmp_path), steering=SteeringSpec(kind="flying"))
     before = children()
     with run_workers(2, 1) as workers:
         workers.start(RunSpec(config=case(tmp_path, tokens=ENDLESS)), "endless")
@@ -323,6 +324,7 @@ def test_killed_process_costs_its_own_run_and_jobs_change_no_loss(tmp_path: Path
 
     assert rest["bad"].failure is not None
     assert rest["bad"].failure.startswith("ValueError: steering must be one of keep")
+    use_threads(1)  # as in the processes
     for result, asked in ((found, good[0]), (rest["good 1"], good[1])):
         alone = execute(asked, result.key, meter=NoMeter("a test"))
         assert result.energy_shared

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from trainpilot.experiments.compare.cases import WARMUP_SHARES
-from trainpilot.experiments.compare.programs import Bench
+from trainpilot.experiments.compare.programs import ComparisonLedger
 from trainpilot.experiments.compare.results import Case, IntervalResult, RunResult, RunSpec, cost_key
 from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.experiments.run_store import run_key
@@ -161,18 +161,18 @@ def made_table(
     )
 
 
-def made_bench(
+def made_ledger(
     table: CostTable | None = None,
     *,
     case: Case = CASE,
     seeds: Sequence[int] = (0, 1),
     precisions: Iterable[Precision] = ("fp32",),
     warnings: list[str] | None = None,
-) -> Bench:
-    """Return a bench of one case; what it warns of goes to `warnings`."""
+) -> ComparisonLedger:
+    """Return a ledger of one case; what it warns of goes to `warnings`."""
     tables = {} if table is None else {cost_key(case.config): table}
     said = [] if warnings is None else warnings
-    return Bench(seeds, TUNING_SEEDS, tables, {case.name: tuple(precisions)}, said.append)
+    return ComparisonLedger(seeds, TUNING_SEEDS, tables, {case.name: tuple(precisions)}, said.append)
 
 
 def with_config(case: Case = CASE, **changes: Any) -> Case:

@@ -30,7 +30,7 @@ from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.batches import BatchStream
 from trainpilot.llm_runtime.energy.meter import EnergyReading, RecordedMeter
 from trainpilot.llm_runtime.masks import Criterion, WeightMasks
-from trainpilot.llm_runtime.optimizer import make_optimizer, whole
+from trainpilot.llm_runtime.optimizer import full_tensor, make_optimizer
 
 PROCESSES = 2
 UP, DOWN, PRUNE, FASTER = (3, 2, 0, 0, 0), (3, 0, 0, 0, 0), (2, 1, 0, 1, 0), (4, 1, 0, 0, 0)
@@ -106,21 +106,21 @@ class SharedLoop:
 
     def outcome(self) -> dict[str, Any]:
         return {
-            "weights": [whole(p.detach()).clone() for p in self.model.parameters()],
+            "weights": [full_tensor(p.detach()).clone() for p in self.model.parameters()],
             "records": [record.to_json() for record in self.steering.records],
             "summary": self.steering.summary(),
             "asked": getattr(self.settings.policy, "at", None),
         }
 
     def save(self, path: Path) -> None:
-        parts = {"model": self.model, "optimizer": self.steering.levers.optimizer, "stream": self.stream}
+        parts = {"model": self.model, "optimizer": self.steering.loop.optimizer, "stream": self.stream}
         state = {name: part.state_dict() for name, part in parts.items()}
         torch.save(state | {"steering": self.steering.state_dict(), "at": self.settings.policy.at}, path)  # type: ignore[union-attr]
 
     def load(self, path: Path) -> None:
         state = torch.load(path)
         self.model.load_state_dict(state["model"])
-        self.steering.levers.optimizer.load_state_dict(state["optimizer"])
+        self.steering.loop.optimizer.load_state_dict(state["optimizer"])
         self.stream.load_state_dict(state["stream"])
         self.steering.load_state_dict(state["steering"])
         self.settings.policy.at = state["at"]  # type: ignore[union-attr]
@@ -212,8 +212,8 @@ def pruned(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, A
             kept = masks.state_dict()
             masks.prune_to(0.5)
             masks.load_state_dict(kept)
-            weights = [whole(weight.detach()).clone() for weight in model.parameters()]
-            found[f"{name} {criterion}"] = weights, masks.sparsity(), [whole(m) for m in kept["masks"].values()]
+            weights = [full_tensor(weight.detach()).clone() for weight in model.parameters()]
+            found[f"{name} {criterion}"] = weights, masks.sparsity(), [full_tensor(m) for m in kept["masks"].values()]
     return found
 
 

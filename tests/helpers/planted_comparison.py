@@ -20,7 +20,7 @@ from trainpilot.experiments.compare.results import (
     Row,
     RunResult,
     RunSpec,
-    Steering,
+    SteeringSpec,
     TunedBaseline,
     cost_key,
 )
@@ -160,7 +160,7 @@ class Planted:
         )[:kept]
         return RunResult(
             key=key,
-            spec=RunSpec(config=config, steering=Steering(evaluate_every=1)),
+            spec=RunSpec(config=config, steering=SteeringSpec(evaluate_every=1)),
             n_parameters=10_000,
             initial_validation_loss=8.0,
             final_validation_loss=None if failing else losses[-1],

@@ -30,7 +30,7 @@ from trainpilot.experiments.compare.results import (
     Row,
     RunResult,
     RunSpec,
-    Steering,
+    SteeringSpec,
     TunedBaseline,
     cost_key,
 )
@@ -192,7 +192,7 @@ def _run(case: Case, method: str, seed: int, key: str, *, diverged: bool = False
         intervals = _intervals(case, kind, final, noise)
     return RunResult(
         key=key,
-        spec=RunSpec(config=replace(case.config, seed=seed), steering=Steering(kind=kind, probe=kind == "policy")),
+        spec=RunSpec(config=replace(case.config, seed=seed), steering=SteeringSpec(kind=kind, probe=kind == "policy")),
         n_parameters=412_000 + 50_000 * index,
         initial_validation_loss=5.55,
         final_validation_loss=None if diverged else final,

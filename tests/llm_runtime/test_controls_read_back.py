@@ -155,8 +155,8 @@ def test_doubling_is_neutral_for_adam(tmp_path: Path) -> None:
     assert decay(doubled) == pytest.approx(0.95**2, rel=1e-12)
     for (_, old), (_, new) in zip(before, update_direction(doubled.trainer.optimizer), strict=True):
         assert torch.allclose(old, new, rtol=1e-5, atol=1e-9)
-    assert doubled.learning_rate(Controls(batch_size=4)) == pytest.approx(
-        math.sqrt(2) * kept.learning_rate(Controls(batch_size=2)), rel=1e-12
+    assert doubled.trainer.learning_rate(Controls(batch_size=4)) == pytest.approx(
+        math.sqrt(2) * kept.trainer.learning_rate(Controls(batch_size=2)), rel=1e-12
     )
 
 
@@ -276,9 +276,9 @@ def test_masks_rise_in_five_cubic_steps(tmp_path: Path, monkeypatch: pytest.Monk
     shares: list[float] = []
     step = run.trainer.step
 
-    def recorded(sequences: np.ndarray, learning_rate: float) -> Any:
+    def recorded(sequences: np.ndarray) -> Any:
         shares.append(zero_share(run))
-        return step(sequences, learning_rate)
+        return step(sequences)
 
     monkeypatch.setattr(run.trainer, "step", recorded)
     advance(run, sparsity=0.5)
@@ -318,8 +318,8 @@ def test_finish_cools_down_to_zero_over_a_fifth(tmp_path: Path, monkeypatch: pyt
     used: list[float] = []
     step = run.trainer.step
 
-    def recorded(sequences: np.ndarray, learning_rate: float) -> Any:
-        record = step(sequences, learning_rate)
+    def recorded(sequences: np.ndarray) -> Any:
+        record = step(sequences)
         used.append(rate(run))
         return record
 

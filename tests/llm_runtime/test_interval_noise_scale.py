@@ -95,7 +95,8 @@ def test_first_moment_norm_is_bias_corrected(tmp_path: Path) -> None:
     gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
     norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
 
-    trainer.step(batch, learning_rate=0.0)
+    trainer.set_learning_rate(0.0)
+    trainer.step(batch)
 
     # After one step m / (1 - beta1) is the gradient itself, clipped to a norm of 1.
     moment = first_moment_norm(trainer.optimizer)

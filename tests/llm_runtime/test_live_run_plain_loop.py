@@ -75,8 +75,8 @@ def losses_of(run: LiveRun, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     losses: list[float] = []
     step = run.trainer.step
 
-    def recorded(sequences: np.ndarray, learning_rate: float) -> Any:
-        record = step(sequences, learning_rate)
+    def recorded(sequences: np.ndarray) -> Any:
+        record = step(sequences)
         losses.append(record.loss.item())
         return record
 

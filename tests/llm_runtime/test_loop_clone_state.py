@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainpilot.llm_runtime.loop import copied
+from trainpilot.llm_runtime.loop import clone_state
 
 
 class Halves(Tensor):
@@ -40,7 +40,7 @@ class Halves(Tensor):
 
 def test_a_copy_shares_nothing() -> None:
     state = {"state": {0: {"exp_avg": torch.ones(2), "step": torch.tensor(3.0)}}, "param_groups": [{"betas": [0.9]}]}
-    copy = copied(state)
+    copy = clone_state(state)
     state["state"][0]["exp_avg"].zero_()  # type: ignore[index]
     state["param_groups"][0]["betas"][0] = 0.5  # type: ignore[index]
     assert copy["state"][0]["exp_avg"].tolist() == [1.0, 1.0]
@@ -49,7 +49,7 @@ def test_a_copy_shares_nothing() -> None:
 
 def test_tensors_made_of_tensors_are_copied_part_by_part() -> None:
     state = {"exp_avg": Halves(torch.tensor([1, 2], dtype=torch.uint8), torch.tensor([0.5]))}
-    copy = copied(state)["exp_avg"]
+    copy = clone_state(state)["exp_avg"]
     state["exp_avg"].codes.zero_()
     state["exp_avg"].scale.zero_()
     assert isinstance(copy, Halves)

@@ -88,7 +88,8 @@ def test_steps_are_those_of_the_package_in_a_plain_loop(name: str, tmp_path: Pat
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         plain.step()
         plain.zero_grad()
-        run.trainer.step(batches[step], rate)
+        run.trainer.set_learning_rate(rate)
+        run.trainer.step(batches[step])
         for (key, mine), theirs in zip(weights(run).items(), model.state_dict().values(), strict=True):
             assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-7), f"{key} after step {step}"
     assert effective_learning_rate(run.trainer.optimizer) == pytest.approx(peak * plain.param_groups[0].get("d", 1.0))
@@ -151,7 +152,7 @@ def test_a_change_of_batch_is_refused_before_anything_has_changed(name: str, tmp
     with pytest.raises(ValueError, match=message):
         advance(run, batch_size=4, precision="bf16")
 
-    assert (run.trainer.batch_size, run.trainer.precision) == (2, "fp32")
+    assert (run.trainer.controls.batch_size, run.trainer.controls.precision) == (2, "fp32")
     assert same_bits(weights(run), before)
     assert state_of(run.trainer.optimizer) == state
     advance(run)  # goes on

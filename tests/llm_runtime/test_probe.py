@@ -107,7 +107,7 @@ def test_probe_of_a_run_agrees_with_its_gradient(tmp_path: Path) -> None:
     sequences = run.stream.peek(4)
     position = run.stream.state_dict()
 
-    result = trainer.probe(sequences)
+    result = trainer.probe_on(sequences)
 
     assert result is not None
     assert same_bits(weights(run), before)
@@ -121,7 +121,7 @@ def test_probe_of_a_run_agrees_with_its_gradient(tmp_path: Path) -> None:
 
 def test_no_step_yet_is_not_measured(tmp_path: Path) -> None:
     run = live_run(case(tmp_path))
-    assert run.trainer.probe(run.stream.peek(1)) is None
+    assert run.trainer.probe_on(run.stream.peek(1)) is None
 
 
 def test_telemetry_carries_the_probe(tmp_path: Path) -> None:

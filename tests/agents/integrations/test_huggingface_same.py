@@ -263,7 +263,7 @@ def test_a_rollback_takes_model_and_data_back_to_the_beginning(config: RunConfig
     assert clean.steering.sequences == spoilt.steering.sequences == 200
     assert ends.n == spoilt_ends.n == 25
     spoilt.train()
-    assert spoilt.steering.levers.peak == 1e-2
+    assert spoilt.steering.peak_learning_rate == 1e-2
 
 
 def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trainpilot.agents.steering.guardrails import GuardrailSettings
-from trainpilot.agents.steering.steering import comes_trained, within_reach
+from trainpilot.agents.steering.steering import is_pretrained, near_learning_rate
 from trainpilot.envs.action import KEEP, LEARNING_RATE_FACTORS, Action
 from trainpilot.llm_runtime.config import RunConfig
 
@@ -39,21 +39,21 @@ def trained(config: RunConfig, folder: Path) -> PreTrainedModel:
 
 def test_a_loaded_model_comes_trained_and_a_new_one_does_not(config: RunConfig, tmp_path: Path) -> None:
     loaded = trained(config, tmp_path / "model")
-    assert comes_trained(loaded)
-    assert comes_trained(nn.Sequential(loaded)), "wrapped, as by DistributedDataParallel"
+    assert is_pretrained(loaded)
+    assert is_pretrained(nn.Sequential(loaded)), "wrapped, as by DistributedDataParallel"
     new = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
     assert new.name_or_path, "the config carries the folder's name"
-    assert not comes_trained(new)
+    assert not is_pretrained(new)
     mine = Loop(config, "none")
     mine.train(5)
-    assert not comes_trained(mine.model), "trained here, and loaded from nowhere"
+    assert not is_pretrained(mine.model), "trained here, and loaded from nowhere"
 
 
 def test_adapters_on_a_trained_model_come_trained(config: RunConfig, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     target = "c_attn" if "gpt2" in config.model else "q_proj"
     lora = peft.LoraConfig(r=2, target_modules=[target], fan_in_fan_out=target == "c_attn")
-    assert comes_trained(peft.get_peft_model(trained(config, tmp_path / "model"), lora))
+    assert is_pretrained(peft.get_peft_model(trained(config, tmp_path / "model"), lora))
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_a_run_from_scratch_that_goes_on_keeps_its_bounds(config: RunConfig, tmp
 
 
 def test_bounds_are_counted_from_the_user_s_rate() -> None:
-    bounds = within_reach(GuardrailSettings(max_rollbacks=1), 1e-3)
+    bounds = near_learning_rate(GuardrailSettings(max_rollbacks=1), 1e-3)
     assert bounds.learning_rate_range == (1e-6, 2e-3)
     assert bounds.max_rollbacks == 1
     own = GuardrailSettings(learning_rate_range=(1e-4, 1e-2))
-    assert within_reach(own, 1e-3) is own
+    assert near_learning_rate(own, 1e-3) is own
 
 
 def test_the_policy_s_domain_names_it(tmp_path: Path) -> None:

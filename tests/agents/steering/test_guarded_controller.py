@@ -73,9 +73,9 @@ class Owner:
 
     def tell(self) -> None:
         if self.follower is not None:
-            news = json.dumps(self.guarded.news())
+            news = json.dumps(self.guarded.broadcast_state())
             self.news.append(len(news))
-            self.follower.hear(json.loads(news))
+            self.follower.load_broadcast(json.loads(news))
             assert where(self.follower) == where(self.guarded)
 
     def step(self) -> bool:

@@ -164,17 +164,17 @@ def test_without_snapshot_or_rollbacks_left_it_falls_back() -> None:
 
 def test_snapshots_come_before_risky_changes_and_every_ten_decisions() -> None:
     guardrails = Guardrails()
-    assert guardrails.note_risky(KEEP)
+    assert guardrails.needs_snapshot(KEEP)
     guardrails.snapshot_taken()
     quiet(guardrails, [2.0] * 3)
     for _ in range(8):
         guardrails.note(KEEP)
-        assert not guardrails.note_risky(KEEP)
-        assert not guardrails.note_risky(HALF_RATE)
-    assert guardrails.note_risky(DOUBLE_RATE)
-    assert guardrails.note_risky(HALF_BATCH)
+        assert not guardrails.needs_snapshot(KEEP)
+        assert not guardrails.needs_snapshot(HALF_RATE)
+    assert guardrails.needs_snapshot(DOUBLE_RATE)
+    assert guardrails.needs_snapshot(HALF_BATCH)
     guardrails.note(KEEP)
-    assert guardrails.note_risky(KEEP)  # the tenth decision since
+    assert guardrails.needs_snapshot(KEEP)  # the tenth decision since
 
 
 def test_no_snapshot_of_a_loss_on_its_way_up() -> None:
@@ -182,7 +182,7 @@ def test_no_snapshot_of_a_loss_on_its_way_up() -> None:
     guardrails.snapshot_taken()
     quiet(guardrails, [2.0] * 5)
     quiet(guardrails, [2.08])  # a spike is 2.1
-    assert not guardrails.note_risky(DOUBLE_RATE)
+    assert not guardrails.needs_snapshot(DOUBLE_RATE)
 
 
 def test_what_led_to_a_rollback_is_held_and_then_let_go() -> None:
@@ -207,7 +207,7 @@ def test_a_rollback_takes_the_past_back_and_leaves_the_scars() -> None:
     guardrails.rolled_back([DOUBLE_RATE])
     assert guardrails.past.losses.losses == [2.0]
     assert guardrails.past.moves == {"learning_rate": [], "batch_size": []}
-    assert guardrails.scars.rollbacks == 1
+    assert guardrails.history.rollbacks == 1
 
 
 def test_the_state_passes_through_json() -> None:

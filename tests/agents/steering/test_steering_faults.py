@@ -17,7 +17,7 @@ from trainpilot.agents.controller import Policy
 from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
-from trainpilot.llm_runtime.energy.meter import EnergyReading
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_policy_that_fails_every_time_is_left_out_of_the_run(config: RunConfig
     assert "5 times running" in mine.steering.summary()["fallen_back"]
 
 
-class DyingMeter:
+class DyingMeter(EnergyMeter):
     """Reads a few times, and then knows nothing."""
 
     description = "a meter that dies"
@@ -119,7 +119,7 @@ class DyingMeter:
 
 def test_a_meter_that_dies_leaves_its_joules_unknown(config: RunConfig) -> None:
     mine = loop(config, "none")
-    mine.steering.readings.watch.meter = DyingMeter(7)
+    mine.steering.loop.recorder.stopwatch.meter = DyingMeter(7)
     mine.train()
     told = [record.telemetry.energy_j for record in mine.steering.records]
     assert told[0] is not None

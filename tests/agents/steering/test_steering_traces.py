@@ -180,9 +180,9 @@ def test_a_snapshot_holds_what_is_trained_and_no_more() -> None:
     for parameter in model[0].parameters():
         parameter.requires_grad_(False)
     run = Steered(model)
-    kept = run.steering.snapshots._kept
+    kept = run.steering.rollback_copy._copy
     assert kept is not None
-    assert sum(tensor.numel() for tensor in kept["levers"]["tensors"]) == 9
+    assert sum(tensor.numel() for tensor in kept["loop"]["weights"].values()) == 9
 
 
 def test_all_changes_since_the_snapshot_are_held_after_a_rollback() -> None:
@@ -278,14 +278,14 @@ def test_weights_may_be_unfrozen_between_a_step_and_its_probe() -> None:
 
 def test_what_lies_between_two_intervals_is_off_the_clock() -> None:
     run = Steered().go(20)
-    run.steering.readings.pause()
+    run.steering.pause()
     run.now += 1000
     inside = run.steering.state_dict()["readings"]["evaluation_s"]
-    run.steering.readings.go_on()
+    run.steering.resume()
     run.go(15)
-    run.steering.readings.pause()
+    run.steering.pause()
     run.now += 50
-    run.steering.readings.go_on()
+    run.steering.resume()
     run.go(5)
     told = [record.telemetry for record in run.steering.records]
     assert inside == 1000
@@ -301,11 +301,11 @@ def test_joules_of_a_pause_are_left_out() -> None:
             return EnergyReading(time_s=run.now, energy_j=10 * run.now, source="measured_counter")
 
     run = Steered()
-    run.steering.readings.watch.meter = Counter()  # type: ignore[assignment]
+    run.steering.loop.recorder.stopwatch.meter = Counter()  # type: ignore[assignment]
     run.go(5)
-    run.steering.readings.pause()
+    run.steering.pause()
     run.now += 1000
-    run.steering.readings.go_on()
+    run.steering.resume()
     run.go(15)
     assert [record.telemetry.energy_j for record in run.steering.records] == [90, 100]  # the first begins with its step
 
@@ -372,7 +372,7 @@ def test_close_gives_everything_back() -> None:
     run.steering.close()
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
     assert run.optimizer.param_groups[0]["betas"] == pytest.approx((0.9, 0.999))
-    assert not run.steering.snapshots.there
+    assert not run.steering.rollback_copy.exists
     assert not any(module._forward_hooks for module in run.model.modules())
 
 

@@ -12,7 +12,7 @@ from live_runs import case
 from trainpilot.experiments.analysis.figures import PARTS
 from trainpilot.experiments.analysis.modelled_cost import cumulative, modelled_cost
 from trainpilot.experiments.compare.execute import execute
-from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.costs.measure import measure_cost_table
 from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.llm_runtime.config import RunConfig
@@ -180,7 +180,7 @@ def test_a_precision_that_was_not_measured_is_refused() -> None:
 def test_a_real_run_costs_no_more_than_it_took(tmp_path: Path) -> None:
     config = case(tmp_path)
     measured = measure_cost_table(config, batch_sizes=(2, 8), precisions=("fp32",), limit_s=0.1)
-    run = execute(RunSpec(config=config, steering=Steering(probe=True)), "a key")
+    run = execute(RunSpec(config=config, steering=SteeringSpec(probe=True)), "a key")
     assert run.failure is None
 
     found = modelled_cost(run, measured)

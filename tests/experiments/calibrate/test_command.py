@@ -19,12 +19,13 @@ from rich.console import Console
 from trainpilot.experiments import cli
 from trainpilot.experiments.calibrate import command
 from trainpilot.experiments.calibrate.calibration import Calibration, load_calibrations
-from trainpilot.experiments.calibrate.design import Setting, design
+from trainpilot.experiments.calibrate.design import CalibrationSetting, design
 from trainpilot.experiments.calibrate.runs import RunFile, carry_out
 from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.experiments.options import CalibrateOptions
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergyReading, EnergySource, NoMeter, RecordedMeter
+from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 from trainpilot.llm_runtime.timing import Cost
@@ -54,7 +55,7 @@ def cost_table(config: RunConfig, **_: Any) -> CostTable:
     )
 
 
-def made_run(setting: Setting, key: str) -> RunFile:
+def made_run(setting: CalibrationSetting, key: str) -> RunFile:
     """Return a run that the stand-in's bowl predicts 0.25 nats too low."""
     physics = FittedPhysics()
     run = CalibrationRun(
@@ -109,7 +110,9 @@ class Tool:
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
     tool = Tool(tmp_path, FakeFitting(), [], [])
 
-    def run_all(work: Sequence[tuple[Setting, str]], jobs: int) -> Iterator[tuple[Setting, RunFile | str]]:
+    def run_all(
+        work: Sequence[tuple[CalibrationSetting, str]], jobs: int
+    ) -> Iterator[tuple[CalibrationSetting, RunFile | str]]:
         for setting, key in work:
             tool.ran.append(setting.name)
             yield setting, made_run(setting, key)
@@ -181,7 +184,7 @@ def test_a_run_holds_its_whole_telemetry_and_a_wider_probe(tool: Tool, kind: str
 
 
 def test_a_meter_of_the_whole_device_is_shared_by_the_runs_beside_it(tmp_path: Path) -> None:
-    setting = Setting(name="a", config=case(tmp_path, tokens=64, decisions=2), role="fit")
+    setting = CalibrationSetting(name="a", config=case(tmp_path, tokens=64, decisions=2), role="fit")
     readings = {
         source: [EnergyReading(time_s=float(i), energy_j=6.0 * i, source=source) for i in range(200)]
         for source in SOURCES
@@ -229,7 +232,9 @@ def test_other_settings_are_not_mistaken_for_kept_runs(tool: Tool) -> None:
 
 
 def test_a_failed_run_is_named_and_tried_again(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_all(work: Sequence[tuple[Setting, str]], jobs: int) -> Iterator[tuple[Setting, RunFile | str]]:
+    def run_all(
+        work: Sequence[tuple[CalibrationSetting, str]], jobs: int
+    ) -> Iterator[tuple[CalibrationSetting, RunFile | str]]:
         for setting, key in work:
             yield setting, "RuntimeError: no memory" if setting.walk == 0 else made_run(setting, key)
 
@@ -244,7 +249,7 @@ def test_a_failed_run_is_named_and_tried_again(tool: Tool, monkeypatch: pytest.M
 
 def test_a_run_that_diverges_is_kept_as_it_is(tmp_path: Path) -> None:
     config = case(tmp_path, base_learning_rate=1e30)
-    file = carry_out(Setting(name="a", config=config, role="fit"), "key", meter=NoMeter("a test"))
+    file = carry_out(CalibrationSetting(name="a", config=config, role="fit"), "key", meter=NoMeter("a test"))
     path = tmp_path / "a.json"
     file.write(path)
     again = RunFile.read(path)
@@ -347,8 +352,9 @@ def test_bad_input_is_one_line_and_nothing_is_run(
 
 @pytest.mark.slow
 def test_runs_in_processes_measure_the_same_and_a_fault_is_one_line(tmp_path: Path) -> None:
-    good = Setting(name="good", config=case(tmp_path), role="fit")
-    bad = Setting(name="bad", config=case(tmp_path, sequence_length=128, tokens=25_600), role="fit")
+    good = CalibrationSetting(name="good", config=case(tmp_path), role="fit")
+    bad = CalibrationSetting(name="bad", config=case(tmp_path, sequence_length=128, tokens=25_600), role="fit")
+    use_threads(1)  # as in the processes
     here = carry_out(good, "key", meter=NoMeter("a test"))
     found = {setting.name: result for setting, result in command.run_all([(good, "key"), (bad, "other")], 1)}
 

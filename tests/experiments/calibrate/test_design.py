@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from fakes import make_limits
 
-from trainpilot.experiments.calibrate.design import Setting, design
+from trainpilot.experiments.calibrate.design import CalibrationSetting, design
 from trainpilot.experiments.calibrate.runs import pilot, run_key
 from trainpilot.experiments.options import CalibrateOptions, Effort
 from trainpilot.llm_runtime.config import Controls, RunConfig
@@ -15,7 +15,7 @@ from trainpilot.llm_runtime.config import Controls, RunConfig
 BASE = RunConfig(tokens=131_072, batch_size=8, sequence_length=64, base_learning_rate=3e-3, schedule="wsd")
 
 
-def settings(effort: Effort = "standard") -> tuple[Setting, ...]:
+def settings(effort: Effort = "standard") -> tuple[CalibrationSetting, ...]:
     return design(BASE, effort, precisions=("fp32", "bf16"))
 
 

@@ -14,14 +14,14 @@ from trainpilot.experiments.compare.cases import (
     RESPECTS,
     TUNED_SCHEDULES,
     WARMUP_SHARES,
-    Setting,
+    StaticSetting,
     batch_near,
     grid,
     neighbours,
     rounded,
 )
 
-SETTING = Setting(learning_rate=1e-2, batch_size=8, schedule="linear", warmup_share=0.1, precision="fp32")
+SETTING = StaticSetting(learning_rate=1e-2, batch_size=8, schedule="linear", warmup_share=0.1, precision="fp32")
 
 
 # The grid

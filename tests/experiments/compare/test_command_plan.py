@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from comparison_runs import CASE, CONFIG, Bowl, drive, made_bench, made_table, with_config
+from comparison_runs import CASE, CONFIG, Bowl, drive, made_ledger, made_table, with_config
 
-from trainpilot.experiments.compare.command import make_plan, runs_on_a_case, seconds_of_a_run
+from trainpilot.experiments.compare.command import estimate_workload, runs_on_a_case, seconds_of_a_run
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS, OPTIONAL, OPTIONAL_RUNS
 from trainpilot.experiments.compare.programs import TunedStatic
 from trainpilot.experiments.compare.results import cost_key
@@ -50,7 +50,7 @@ def test_a_search_runs_mostly_smaller_batches() -> None:
 
 def test_a_plan_adds_up_the_cases_and_shares_them_among_the_jobs() -> None:
     cases = [CASE, replace(CASE, name="other", config=replace(CONFIG, tokens=25_600))]
-    plan = make_plan(cases, ["linear", "wsd"], 2, TABLES, jobs=2)
+    plan = estimate_workload(cases, ["linear", "wsd"], 2, TABLES, jobs=2)
 
     assert plan.n_runs == 8
     assert plan.time_s == (4 * 250.5 + 4 * 500.5) / 2
@@ -62,8 +62,8 @@ def test_every_optional_search_says_what_it_takes() -> None:
 
 def test_the_plan_of_the_search_is_about_what_it_takes() -> None:
     names = [name for name in DEFAULT_METHODS if name.startswith(("tuned", "check"))]
-    bench = made_bench(made_table(per_step=0.0, per_row=1.0), seeds=(0, 1, 2))
-    _, waves = drive(TunedStatic(bench, CASE, names).program(), Bowl())
+    ledger = made_ledger(made_table(per_step=0.0, per_row=1.0), seeds=(0, 1, 2))
+    _, waves = drive(TunedStatic(ledger, CASE, names).program(), Bowl())
     took = sum({spec.key(""): spec.config.tokens for wave in waves for spec in wave}.values()) / CONFIG.tokens
 
     assert runs_on_a_case(CASE, names, 3) == pytest.approx(took, rel=0.25)

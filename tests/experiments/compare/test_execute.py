@@ -16,7 +16,7 @@ from rich.console import Console
 
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.experiments.compare.execute import execute
-from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.replay import replay
 from trainpilot.llm_runtime.config import Controls
@@ -39,7 +39,7 @@ def policy_run(folder: Path, *, guarded: bool) -> RunResult:
     settings: dict[str, Any] = {"path": str(folder / "policy.safetensors"), "preference": "quality=1"}
     if guarded:
         settings["guardrails"] = asdict(GuardrailSettings())
-    steering = Steering(kind="policy", settings=settings, probe=True)
+    steering = SteeringSpec(kind="policy", settings=settings, probe=True)
     return execute(RunSpec(config=case(folder, **SHORT), steering=steering), "ab", meter=NoMeter("a test"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comparison_runs import CASE, CONFIG, made_bench, made_interval, made_result, with_config
+from comparison_runs import CASE, CONFIG, made_interval, made_ledger, made_result, with_config
 
 from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle, policy_digest
@@ -16,7 +16,7 @@ from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.observation import OBSERVATION_FIELDS
-from trainpilot.experiments.compare.cases import Setting
+from trainpilot.experiments.compare.cases import StaticSetting
 from trainpilot.experiments.compare.methods import (
     CHECKS,
     COST_NOTES,
@@ -32,7 +32,7 @@ from trainpilot.experiments.compare.methods import (
     rests_on_search,
 )
 from trainpilot.experiments.compare.programs import direct_program, open_loop_program
-from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering
+from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.compare.scheduler import run_workers
 from trainpilot.experiments.run_store import run_key
 
@@ -194,16 +194,16 @@ def test_who_steers() -> None:
 
 
 def test_direct_methods_run_with_every_judged_seed() -> None:
-    bench = made_bench(seeds=(0, 1, 5))
-    program = direct_program(bench, CASE, SIMPLE["wsd"])
+    ledger = made_ledger(seeds=(0, 1, 5))
+    program = direct_program(ledger, CASE, SIMPLE["wsd"])
     wave = next(program)
     with pytest.raises(StopIteration):
         program.send([made_result(spec) for spec in wave])
 
-    assert [(row.case, row.method, row.role, row.seed) for row in bench.rows] == [
+    assert [(row.case, row.method, row.role, row.seed) for row in ledger.rows] == [
         ("made", "wsd", "method", seed) for seed in (0, 1, 5)
     ]
-    assert [row.key for row in bench.rows] == [run_key(spec) for spec in wave]
+    assert [row.key for row in ledger.rows] == [run_key(spec) for spec in wave]
 
 
 # Policies
@@ -295,7 +295,7 @@ def test_a_policy_is_guarded_unless_its_name_says_otherwise(tmp_path: Path) -> N
 def test_a_run_of_yesterday_is_an_unguarded_one(tmp_path: Path) -> None:
     path = bundle(tmp_path / "policy.safetensors")
     settings = {"path": path, "digest": policy_digest(Path(path)), "preference": str(Preference())}
-    yesterday = RunSpec(config=policy_method(f"policy:{path}").spec(CASE, 0).config, steering=Steering(
+    yesterday = RunSpec(config=policy_method(f"policy:{path}").spec(CASE, 0).config, steering=SteeringSpec(
         kind="policy", settings=settings, probe=True
     ))  # fmt: skip
 
@@ -318,7 +318,7 @@ def test_a_policy_decides_as_often_as_the_budget_has_steps_at_most(tmp_path: Pat
 
 def test_a_start_is_told_in_the_tuned_rate_carried_over_to_the_cases_batch(tmp_path: Path) -> None:
     path = bundle(tmp_path / "policy.safetensors", base_schedule={"schedule": "wsd", "warmup_share": 0.1})
-    tuned = Setting(learning_rate=4e-3, batch_size=2, schedule="cosine", warmup_share=0.4, precision="bf16")
+    tuned = StaticSetting(learning_rate=4e-3, batch_size=2, schedule="cosine", warmup_share=0.4, precision="bf16")
     first, second = (policy_method(f"policy:{path}@{options}") for options in ("start=0.1@time=1", "time=1@start=0.1"))
 
     # 0.1 x 4e-3 x sqrt(8 / 2); nothing else is the tuned static's
@@ -366,8 +366,8 @@ def test_open_loop_replays_the_average_of_the_closed_loops_on_every_case(tmp_pat
     path = bundle(tmp_path / "policy.safetensors", decisions=2)
     cases = (CASE, replace(CASE, name="other", config=replace(CONFIG, base_learning_rate=5e-3)))
     [(closed, note)] = choose_methods(f"open-loop:{path}").open_loop
-    bench = made_bench()
-    waves = played(open_loop_program(bench, cases, closed, note), closed_run)
+    ledger = made_ledger()
+    waves = played(open_loop_program(ledger, cases, closed, note), closed_run)
 
     assert waves[0] == [closed.spec(case, seed) for case in cases for seed in (0, 1)]
     replayed = [spec for wave in waves[1:] for spec in wave]
@@ -377,7 +377,7 @@ def test_open_loop_replays_the_average_of_the_closed_loops_on_every_case(tmp_pat
     assert (first["share"], second["share"]) == (0.0, 0.5)
     assert (first["learning_rate_scale"], second["learning_rate_scale"]) == pytest.approx((1.0, 0.5**0.5))
     assert (first["batch_factor"], second["batch_factor"]) == pytest.approx((1.0, 2.0))
-    assert [(row.case, row.method, row.seed) for row in bench.rows] == [
+    assert [(row.case, row.method, row.seed) for row in ledger.rows] == [
         (case, f"open-loop:{path}", seed) for case in ("made", "other") for seed in (0, 1)
     ]
     assert not replayed[0].steering.probe  # nobody looks
@@ -393,7 +393,7 @@ def test_intervals_that_were_rolled_back_are_left_out_of_the_average(tmp_path: P
         return replace(result, intervals=(result.intervals[0], undone, result.intervals[1]))
 
     schedules = [
-        played(open_loop_program(made_bench(), (CASE,), closed, note), each)[1][0].steering.settings
+        played(open_loop_program(made_ledger(), (CASE,), closed, note), each)[1][0].steering.settings
         for each in (run, closed_run)
     ]
     assert schedules[0] == schedules[1]
@@ -407,7 +407,7 @@ def test_runs_without_a_loss_are_left_out_of_the_average(tmp_path: Path) -> None
         result = closed_run(spec)
         return result if spec.config.seed == 0 else replace(result, final_validation_loss=None, diverged=True)
 
-    waves = played(open_loop_program(made_bench(), (CASE,), closed, note), run)
+    waves = played(open_loop_program(made_ledger(), (CASE,), closed, note), run)
     _, second = waves[1][0].steering.settings["schedule"]
     assert second["learning_rate_scale"] == 2.0
 
@@ -416,11 +416,11 @@ def test_without_any_closed_loop_run_there_is_a_warning_and_no_rows(tmp_path: Pa
     path = bundle(tmp_path / "policy.safetensors")
     [(closed, note)] = choose_methods(f"open-loop:{path}").open_loop
     warnings: list[str] = []
-    bench = made_bench(warnings=warnings)
-    waves = played(open_loop_program(bench, (CASE,), closed, note), lambda spec: made_result(spec, None))
+    ledger = made_ledger(warnings=warnings)
+    waves = played(open_loop_program(ledger, (CASE,), closed, note), lambda spec: made_result(spec, None))
 
     assert len(waves) == 1
-    assert bench.rows == ()
+    assert ledger.rows == ()
     assert warnings == [f"{note.name}: no closed-loop run ended with a finite loss; there is nothing to average"]
 
 
@@ -428,6 +428,6 @@ def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
     from trainpilot.experiments.compare.execute import make_controller
 
     with pytest.raises(ValueError, match=r"steering must be one of keep, plateau, .*, got 'flying'"):
-        make_controller(Steering(kind="flying"), None)  # type: ignore[arg-type]
+        make_controller(SteeringSpec(kind="flying"), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         run_workers(0, 1)

@@ -15,23 +15,23 @@ from comparison_runs import (
     Bowl,
     Run,
     drive,
-    made_bench,
+    made_ledger,
     made_result,
     made_table,
     with_config,
 )
 
-from trainpilot.experiments.compare.cases import Setting
+from trainpilot.experiments.compare.cases import StaticSetting
 from trainpilot.experiments.compare.programs import (
     CURVE_BUDGETS,
     UNTUNED_CURVE_BUDGETS,
-    Bench,
+    ComparisonLedger,
     TunedStatic,
     at_budget,
     share_needed,
     untuned_curve,
 )
-from trainpilot.experiments.compare.results import Case, Row, RunResult, RunSpec, Steering, TunedBaseline
+from trainpilot.experiments.compare.results import Case, Row, RunResult, RunSpec, SteeringSpec, TunedBaseline
 from trainpilot.experiments.compare.search import Trials
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.run_store import run_key
@@ -55,18 +55,18 @@ class Tuned:
         case: Case = CASE,
     ) -> None:
         self.warnings: list[str] = []
-        self.bench: Bench = made_bench(table, case=case, warnings=self.warnings)
-        _, self.waves = drive(TunedStatic(self.bench, case, wanted).program(), run)
+        self.ledger: ComparisonLedger = made_ledger(table, case=case, warnings=self.warnings)
+        _, self.waves = drive(TunedStatic(self.ledger, case, wanted).program(), run)
         self.configs = {run_key(spec): spec.config for wave in self.waves for spec in wave}
 
     def rows(self, method: str, role: str = "method") -> list[Row]:
-        return [row for row in self.bench.rows if (row.method, row.role) == (method, role)]
+        return [row for row in self.ledger.rows if (row.method, row.role) == (method, role)]
 
     def runs(self, method: str, role: str = "method") -> list[RunConfig]:
         return [self.configs[row.key] for row in self.rows(method, role)]
 
     def baseline(self, axis: str) -> TunedBaseline:
-        [found] = [baseline for baseline in self.bench.baselines[CASE.name] if baseline.axis == axis]
+        [found] = [baseline for baseline in self.ledger.baselines[CASE.name] if baseline.axis == axis]
         return found
 
 
@@ -79,10 +79,10 @@ ALL = (
 def test_every_method_has_a_row_for_every_seed() -> None:
     tuned = Tuned(Bowl(), ALL)
 
-    judged = Counter(row.method for row in tuned.bench.rows if row.role == "method")
+    judged = Counter(row.method for row in tuned.ledger.rows if row.role == "method")
     assert judged == dict.fromkeys(ALL, 2)
-    assert {row.seed for row in tuned.bench.rows if row.role != "sweep"} == {0, 1}
-    assert {row.role for row in tuned.bench.rows} == {"method", "sweep", "curve"}
+    assert {row.seed for row in tuned.ledger.rows if row.role != "sweep"} == {0, 1}
+    assert {row.role for row in tuned.ledger.rows} == {"method", "sweep", "curve"}
     assert tuned.warnings == []
 
 
@@ -96,11 +96,11 @@ def test_the_best_setting_is_judged_with_every_seed() -> None:
 
 def test_judged_runs_are_looked_at_on_the_way() -> None:
     tuned = Tuned(Bowl())
-    judged = {row.key for row in tuned.bench.rows if row.role != "sweep"}
+    judged = {row.key for row in tuned.ledger.rows if row.role != "sweep"}
 
     specs = {run_key(spec): spec for wave in tuned.waves for spec in wave}
-    assert all(specs[key].steering == Steering() for key in judged)
-    assert Steering().evaluate_every == 10
+    assert all(specs[key].steering == SteeringSpec() for key in judged)
+    assert SteeringSpec().evaluate_every == 10
 
 
 def test_methods_per_schedule_have_their_schedules_and_their_own_rates() -> None:
@@ -118,7 +118,7 @@ def test_methods_per_schedule_have_their_schedules_and_their_own_rates() -> None
 def test_only_what_was_asked_for_is_judged() -> None:
     tuned = Tuned(Bowl(), ["check-rate", "tuned-wsd"])
 
-    assert {row.method for row in tuned.bench.rows} == {"tuned", "tuned-wsd", "check-rate"}
+    assert {row.method for row in tuned.ledger.rows} == {"tuned", "tuned-wsd", "check-rate"}
 
 
 def test_planted_checks() -> None:
@@ -160,11 +160,11 @@ def test_the_curve_is_tuned_again_at_every_budget() -> None:
 
 def test_judged_seeds_are_never_searched_with() -> None:
     tuned = Tuned(Bowl(), ALL)
-    judged = {row.key for row in tuned.bench.rows if row.role != "sweep"}
+    judged = {row.key for row in tuned.ledger.rows if row.role != "sweep"}
 
     assert {tuned.configs[key].seed for key in judged} == {0, 1}
     with pytest.raises(ValueError, match=r"seeds must leave the tuning seeds out, got 1000 in both"):
-        Bench(range(1_001), TUNING_SEEDS, {}, {}, print)
+        ComparisonLedger(range(1_001), TUNING_SEEDS, {}, {}, print)
 
 
 # Other axes
@@ -174,7 +174,7 @@ def test_equal_cost_per_token_gives_all_axes_one_baseline() -> None:
     tuned = Tuned(Bowl(), ALL)
 
     assert [tuned.baseline(axis).method for axis in ("tokens", "time_s", "energy_j")] == ["tuned"] * 3
-    assert not {"tuned-time", "tuned-energy"} & {row.method for row in tuned.bench.rows}
+    assert not {"tuned-time", "tuned-energy"} & {row.method for row in tuned.ledger.rows}
 
 
 def test_cheap_large_batches_give_time_and_energy_their_own_baseline() -> None:
@@ -239,14 +239,14 @@ def test_where_large_batches_learn_too_badly_they_are_not_taken() -> None:
 def test_without_joules_there_is_no_baseline_for_them() -> None:
     tuned = Tuned(Bowl(), table=made_table(joules=False))
 
-    assert [baseline.axis for baseline in tuned.bench.baselines[CASE.name]] == ["tokens", "time_s"]
+    assert [baseline.axis for baseline in tuned.ledger.baselines[CASE.name]] == ["tokens", "time_s"]
 
 
 def test_without_a_table_there_is_the_baseline_for_equal_tokens() -> None:
     tuned = Tuned(Bowl(), ALL, table=None)
 
-    assert [baseline.axis for baseline in tuned.bench.baselines[CASE.name]] == ["tokens"]
-    assert {row.method for row in tuned.bench.rows if row.role == "method"} == set(ALL)
+    assert [baseline.axis for baseline in tuned.ledger.baselines[CASE.name]] == ["tokens"]
+    assert {row.method for row in tuned.ledger.rows if row.role == "method"} == set(ALL)
 
 
 # What goes wrong
@@ -256,8 +256,8 @@ def test_where_everything_diverges_there_is_a_warning_and_no_baseline() -> None:
     tuned = Tuned(lambda spec: made_result(spec, None), ALL)
 
     assert tuned.warnings == ["made: every setting of the sweep diverged or failed; there is no baseline"]
-    assert {row.role for row in tuned.bench.rows} == {"sweep"}
-    assert tuned.bench.baselines == {}
+    assert {row.role for row in tuned.ledger.rows} == {"sweep"}
+    assert tuned.ledger.baselines == {}
 
 
 def test_a_schedule_that_always_diverges_is_judged_all_the_same() -> None:
@@ -290,11 +290,11 @@ def test_an_edge_is_noted_with_the_baseline() -> None:
 
 def test_untuned_curve_is_the_default_at_other_budgets_with_the_first_seed() -> None:
     case = with_config(schedule="linear", warmup_tokens=256, batch_size=4)
-    bench = made_bench(case=case, seeds=(3, 4))
-    _, waves = drive(untuned_curve(bench, case), Bowl())
+    ledger = made_ledger(case=case, seeds=(3, 4))
+    _, waves = drive(untuned_curve(ledger, case), Bowl())
     configs = [spec.config for wave in waves for spec in wave]
 
-    assert [(row.method, row.role, row.budget, row.seed) for row in bench.rows] == [
+    assert [(row.method, row.role, row.budget, row.seed) for row in ledger.rows] == [
         ("cosine", "curve", budget, 3) for budget in UNTUNED_CURVE_BUDGETS
     ]
     assert [config.tokens for config in configs] == [3_200, 6_400, 25_600, 51_200]
@@ -345,38 +345,38 @@ def test_share_needed_leaves_out_what_diverged() -> None:
     assert share_needed(3.0, ((0.5, math.inf), (1.0, 2.0))) == pytest.approx(1.0)
 
 
-# The bench
+# The ledger
 
 
 def test_the_cheapest_are_the_first_of_equals_and_at_most_three() -> None:
     trials = Trials(CONFIG, TUNING_SEEDS)
-    base = Setting(learning_rate=1e-2, batch_size=8, schedule="linear", warmup_share=0.1, precision="fp32")
+    base = StaticSetting(learning_rate=1e-2, batch_size=8, schedule="linear", warmup_share=0.1, precision="fp32")
     settings = [replace(base, batch_size=batch) for batch in (8, 1, 2, 4, 16)]
     drive(trials.run(settings), lambda spec: made_result(spec, 2.0))
-    bench = made_bench(PER_STEP)
+    ledger = made_ledger(PER_STEP)
 
-    cheapest = bench.cheapest(trials, CURVE, "time_s")
+    cheapest = ledger.cheapest(trials, CURVE, "time_s")
     assert [trial.setting.batch_size for trial in cheapest] == [16, 8, 4]
-    alike = made_bench(PER_TOKEN).cheapest(trials, CURVE, "time_s")
+    alike = made_ledger(PER_TOKEN).cheapest(trials, CURVE, "time_s")
     assert [trial.setting.batch_size for trial in alike] == [8, 1, 2]
-    assert bench.cheapest(trials, CURVE, "time_s", among=()) == []
+    assert ledger.cheapest(trials, CURVE, "time_s", among=()) == []
 
 
 def test_the_cost_of_a_run_is_its_joules_or_else_its_seconds() -> None:
     result = made_result(RunSpec(config=CONFIG))  # 100 steps
 
-    assert made_bench(PER_STEP).cost_of(result) == 100
-    assert made_bench(made_table(joules=False, per_step=2.0)).cost_of(result) == 200
+    assert made_ledger(PER_STEP).cost_of(result) == 100
+    assert made_ledger(made_table(joules=False, per_step=2.0)).cost_of(result) == 200
     with pytest.raises(ValueError, match="there is no cost table for llama-nano, 16 tokens"):
-        made_bench(None).cost_of(result)
+        made_ledger(None).cost_of(result)
 
 
 def test_rows_are_noted_once_and_sorted() -> None:
-    bench = made_bench()
+    ledger = made_ledger()
     spec = RunSpec(config=CONFIG)
     for method in ("b", "a", "b"):
-        bench.row(CASE, method, spec)
-    bench.row(CASE, "a", spec, role="curve", budget=0.5)
+        ledger.row(CASE, method, spec)
+    ledger.row(CASE, "a", spec, role="curve", budget=0.5)
 
-    assert [(row.method, row.role) for row in bench.rows] == [("a", "curve"), ("a", "method"), ("b", "method")]
-    assert bench.rows[0].counted_budget == 0.5
+    assert [(row.method, row.role) for row in ledger.rows] == [("a", "curve"), ("a", "method"), ("b", "method")]
+    assert ledger.rows[0].counted_budget == 0.5

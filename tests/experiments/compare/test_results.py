@@ -17,7 +17,7 @@ from trainpilot.experiments.compare.results import (
     Row,
     RunResult,
     RunSpec,
-    Steering,
+    SteeringSpec,
     TunedBaseline,
     cost_key,
 )
@@ -50,8 +50,10 @@ OTHER: dict[str, Any] = {
 
 def test_equal_runs_have_one_key() -> None:
     settings = {"alpha": 2, "window": 5}
-    one = RunSpec(config=CONFIG, steering=Steering(kind="seesaw", settings=settings))
-    same = RunSpec(config=replace(CONFIG), steering=Steering(kind="seesaw", settings=dict(reversed(settings.items()))))
+    one = RunSpec(config=CONFIG, steering=SteeringSpec(kind="seesaw", settings=settings))
+    same = RunSpec(
+        config=replace(CONFIG), steering=SteeringSpec(kind="seesaw", settings=dict(reversed(settings.items())))
+    )
 
     assert one.key("content") == same.key("content")
 
@@ -79,19 +81,19 @@ def test_model_and_text_count_by_their_content_and_not_by_their_place() -> None:
 @pytest.mark.parametrize(
     "steering",
     [
-        Steering(kind="plateau"),
-        Steering(settings={"factor": 0.5}),
-        Steering(probe=True),
-        Steering(evaluate_every=2),
+        SteeringSpec(kind="plateau"),
+        SteeringSpec(settings={"factor": 0.5}),
+        SteeringSpec(probe=True),
+        SteeringSpec(evaluate_every=2),
     ],
 )
-def test_the_key_tells_who_steers(steering: Steering) -> None:
+def test_the_key_tells_who_steers(steering: SteeringSpec) -> None:
     assert RunSpec(config=CONFIG, steering=steering).key("content") != SPEC.key("content")
 
 
 def test_a_policy_counts_by_its_digest_and_not_by_its_path() -> None:
     def key(**settings: str) -> str:
-        return RunSpec(config=CONFIG, steering=Steering(kind="policy", settings=settings)).key("content")
+        return RunSpec(config=CONFIG, steering=SteeringSpec(kind="policy", settings=settings)).key("content")
 
     here = key(path="here/policy.safetensors", digest="ab", preference="quality=1")
     assert here == key(path="there/policy.safetensors", digest="ab", preference="quality=1")
@@ -114,7 +116,7 @@ def through_json(record: Any) -> Any:
 
 def test_a_result_goes_to_json_and_back() -> None:
     settings = {"schedule": [{"share": 0.0, "precision": None}, {"share": 0.5, "precision": "bf16"}]}
-    spec = RunSpec(config=CONFIG, steering=Steering(kind="open-loop", settings=settings))
+    spec = RunSpec(config=CONFIG, steering=SteeringSpec(kind="open-loop", settings=settings))
     intervals = (
         made_interval(CONFIG, tokens=6_400, validation_loss=None, energy_j=None, evaluation_energy_j=None),
         made_interval(CONFIG, tokens=12_800, finishing=True),
@@ -130,7 +132,7 @@ def test_a_result_goes_to_json_and_back() -> None:
 
 def test_a_result_from_before_there_were_guardrails_is_read() -> None:
     settings = {"path": "policy.safetensors", "digest": "ab", "preference": "quality=1"}
-    result = made_result(RunSpec(config=CONFIG, steering=Steering(kind="policy", settings=settings, probe=True)))
+    result = made_result(RunSpec(config=CONFIG, steering=SteeringSpec(kind="policy", settings=settings, probe=True)))
     record = through_json(result.to_json())
     del record["guardrails"], record["intervals"]["rolled_back"]
 

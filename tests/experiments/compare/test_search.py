@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from comparison_runs import CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_result
 
-from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, Setting
+from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, StaticSetting
 from trainpilot.experiments.compare.execute import failed
 from trainpilot.experiments.compare.results import RunResult, RunSpec
 from trainpilot.experiments.compare.search import (
@@ -24,7 +24,7 @@ from trainpilot.experiments.compare.search import (
 )
 from trainpilot.llm_runtime.schedules import ScheduleName
 
-SETTING = Setting(learning_rate=1e-2, batch_size=8, schedule="linear", warmup_share=0.1, precision="fp32")
+SETTING = StaticSetting(learning_rate=1e-2, batch_size=8, schedule="linear", warmup_share=0.1, precision="fp32")
 HALF_A_STEP = 1 / 16
 """Half of the last step of the learning rate, in decades."""
 
@@ -33,11 +33,11 @@ def search(run: Run, **options: Any) -> tuple[Trials, list[list[RunSpec]]]:
     return drive(tune(CONFIG, options.pop("precisions", ["fp32"]), TUNING_SEEDS, **options), run)
 
 
-def best_of(trials: Trials, schedules: Sequence[ScheduleName] = TUNED_SCHEDULES) -> Setting:
+def best_of(trials: Trials, schedules: Sequence[ScheduleName] = TUNED_SCHEDULES) -> StaticSetting:
     return trials.best_confirmed(schedules).setting
 
 
-def rate_error(found: Setting, wanted: float) -> float:
+def rate_error(found: StaticSetting, wanted: float) -> float:
     return abs(math.log10(found.learning_rate / wanted))
 
 

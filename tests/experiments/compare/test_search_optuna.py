@@ -11,11 +11,11 @@ from statistics import fmean, median
 
 import optuna
 import pytest
-from comparison_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, drive, made_bench, made_result, made_table, with_config
+from comparison_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, drive, made_ledger, made_result, made_table, with_config
 
 from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, WARMUP_SHARES, all_sizes
 from trainpilot.experiments.compare.programs import search_program
-from trainpilot.experiments.compare.results import RunResult, RunSpec, Steering, cost_key
+from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec, cost_key
 from trainpilot.experiments.compare.search import (
     GENERATIONS,
     HALVING_TRIALS,
@@ -212,7 +212,7 @@ def test_a_judged_point_is_its_run_with_another_seed_and_looks_on_the_way() -> N
     front, _ = front_search()
     spec = judged(front.best[0], 3)
 
-    assert spec == RunSpec(config=replace(front.best[0].config, seed=3), steering=Steering())
+    assert spec == RunSpec(config=replace(front.best[0].config, seed=3), steering=SteeringSpec())
 
 
 # Their rows
@@ -222,12 +222,12 @@ def test_a_judged_point_is_its_run_with_another_seed_and_looks_on_the_way() -> N
     ("name", "tokens"), [("tuned-tpe", {12_800}), ("tuned-halving", {1_600, 3_200, 6_400, 12_800})]
 )
 def test_a_search_notes_its_sweep_and_judges_its_best(name: str, tokens: set[int]) -> None:
-    bench = made_bench(seeds=(0, 1))
-    _, waves = drive(search_program(bench, CASE, name), Bowl())
-    sweep = [row for row in bench.rows if row.role == "sweep"]
-    methods = [row for row in bench.rows if row.role == "method"]
+    ledger = made_ledger(seeds=(0, 1))
+    _, waves = drive(search_program(ledger, CASE, name), Bowl())
+    sweep = [row for row in ledger.rows if row.role == "sweep"]
+    methods = [row for row in ledger.rows if row.role == "method"]
 
-    assert {row.method for row in bench.rows} == {name}
+    assert {row.method for row in ledger.rows} == {name}
     assert {round(row.budget * CONFIG.tokens) for row in sweep} == tokens
     assert len(sweep) == sum(len(wave) for wave in waves[:-1])
     assert [row.seed for row in methods] == [0, 1]
@@ -236,11 +236,11 @@ def test_a_search_notes_its_sweep_and_judges_its_best(name: str, tokens: set[int
 
 def test_nsga2_needs_a_cost_table_for_every_size_and_judges_its_front() -> None:
     case = with_config(model="llama-nano")
-    bench = made_bench(case=case)
-    bench.tables = {cost_key(sized): made_table() for sized in all_sizes(case.config)}
-    drive(search_program(bench, case, "nsga2"), larger_is_better)
-    judged_rows = Counter(row.method for row in bench.rows if row.role == "method")
+    ledger = made_ledger(case=case)
+    ledger.tables = {cost_key(sized): made_table() for sized in all_sizes(case.config)}
+    drive(search_program(ledger, case, "nsga2"), larger_is_better)
+    judged_rows = Counter(row.method for row in ledger.rows if row.role == "method")
 
     assert set(judged_rows.values()) == {2}
     assert list(judged_rows) == [f"nsga2-{number}" for number in range(1, len(judged_rows) + 1)]
-    assert {row.method for row in bench.rows if row.role == "sweep"} == {"nsga2"}
+    assert {row.method for row in ledger.rows if row.role == "sweep"} == {"nsga2"}

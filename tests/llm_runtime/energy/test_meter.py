@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 from fake_nvml import UUIDS, FakeNvml, build_fake_nvml
 
+from trainpilot.agents.integrations.common import counted
+from trainpilot.experiments import doctor
+from trainpilot.llm_runtime import energy
+from trainpilot.llm_runtime.energy import Clock, MeterCandidate, select_meter
 from trainpilot.llm_runtime.energy import host as energy_host
-from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyScope, NoMeter
 from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 from trainpilot.llm_runtime.process import Ticker
 
@@ -101,6 +104,48 @@ def test_cpu_is_measured_where_rapl_can_be_read(monkeypatch: pytest.MonkeyPatch,
 
     assert meter.read().source == "measured_counter"
     meter.close()
+
+
+def test_a_new_meter_is_one_more_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wall(NoMeter):
+        """Measures at the plug."""
+
+        scope: EnergyScope = "machine"
+
+    def open_wall(device: str | None = None, *, why: str = "", clock: Clock | None = None) -> EnergyMeter:
+        return Wall(f"asked for {device}")
+
+    monkeypatch.setattr(energy, "CANDIDATES", (MeterCandidate("wall", "tpu", open_wall), *energy.CANDIDATES))
+
+    assert select_meter("tpu:3").description == "energy unknown: asked for tpu:3"
+    assert counted(5.0, 1.0, select_meter("tpu"), process="process 0")[0][0].startswith("node ")
+    assert "wall" in doctor._meters()
+
+
+def test_meters_state_their_scope_and_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml(monkeypatch)
+    with_counter = NvmlMeter()
+    nvml.set(energy_error=3)
+    without = NvmlMeter()
+
+    assert [meter.resolution_s for meter in (with_counter, without, NoMeter(""))] == [0.5, 1.0, 0.0]
+    assert [meter.scope for meter in (with_counter, CpuEstimateMeter(), NoMeter(""))] == [
+        "device",
+        "process",
+        "process",
+    ]
+    assert RaplMeter.scope == "machine"
+    assert list(NoMeter("").uuids) == []
+    with_counter.close()
+    without.close()
+
+
+def test_an_estimate_counts_the_idle_draw_over_the_given_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(energy_host, "RaplMeter", lambda: RaplMeter(tmp_path))
+    seconds = iter([10.0, 14.0])
+    meter = select_meter("cpu", clock=lambda: next(seconds))
+
+    assert meter.read().time_s == 14.0
 
 
 class Counter:
