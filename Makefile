@@ -23,14 +23,14 @@ demo: $(READY)  ## steer a small model on this machine; results: runs/demo
 test: $(READY)  ## run the tests; choose with PYTEST_ARGS="-k reward"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(READY)  ## check style and formatting, change nothing
+lint: $(READY) .typing/trainpilot  ## check style, formatting and who imports whom, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=.typing $(BIN)/lint-imports
 
-# The link gives mypy the import name: .typing/trainpilot/envs is the folder envs/. Paths, never `-p trainpilot`:
-# that would check an installed copy.
-types: $(READY)  ## check types, strictly
-	mkdir -p .typing && ln -sfn .. .typing/trainpilot
+# The link gives mypy and import-linter the import name: .typing/trainpilot/envs is the folder envs/. Paths, never
+# `-p trainpilot`: that would check an installed copy.
+types: $(READY) .typing/trainpilot  ## check types, strictly
 	$(BIN)/mypy $(FOLDERS:%=.typing/trainpilot/%)
 	$(BIN)/mypy --allow-untyped-defs --allow-untyped-calls --allow-incomplete-defs --no-warn-unused-ignores tests
 
@@ -51,9 +51,11 @@ define generate
 endef
 
 # The link gives mkdocstrings the import names, as it does for `types`. The variable silences an advertisement.
-docs-site: $(VENV)/.ready-docs  ## build the documentation site, strictly; result: site/index.html
-	mkdir -p .typing && ln -sfn .. .typing/trainpilot
+docs-site: $(VENV)/.ready-docs .typing/trainpilot  ## build the documentation site, strictly; result: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.typing/trainpilot:
+	mkdir -p .typing && ln -sfn .. .typing/trainpilot
 
 clean:  ## remove caches and build outputs; .venv and runs stay
 	rm -rf build dist site *.egg-info .typing .mypy_cache .pytest_cache .ruff_cache

@@ -48,7 +48,7 @@ def unseen_pool(n_instances: int = TEST_INSTANCES) -> Pool:
 
 
 class BatchSteerer(Protocol):
-    """What sets the controls of many runs."""
+    """Sets the controls of many runs."""
 
     def decide(self) -> ControlBatch:
         """Return the controls of the next interval."""
@@ -90,12 +90,12 @@ class Blind:
 
 
 def by_policy(bundle: PolicyBundle, preference: Preference) -> Callable[[LimitBatch], BatchSteerer]:
-    """Return what makes a policy steer runs of any limits."""
+    """Return a factory of steerers that follow a policy."""
     return lambda limits: ByPolicy(bundle, preference, limits)
 
 
 def held(scale: Floats | float = 1.0, batch_factor: float = 1.0) -> Callable[[LimitBatch], BatchSteerer]:
-    """Return what holds a factor on the base schedule and a batch from start to end, and all else as it began."""
+    """Return a factory of steerers that hold a constant learning-rate scale and batch, and change nothing else."""
 
     def make(limits: LimitBatch) -> BatchSteerer:
         start = limits.start
@@ -107,7 +107,7 @@ def held(scale: Floats | float = 1.0, batch_factor: float = 1.0) -> Callable[[Li
 
 
 def blindly(schedule: Sequence[SchedulePoint]) -> Callable[[LimitBatch], BatchSteerer]:
-    """Return what replays one schedule on all runs, as `OpenLoop` does on one with as many decisions."""
+    """Return a factory of steerers that replay one schedule on all runs, like `OpenLoop` on a single run."""
 
     def make(limits: LimitBatch) -> BatchSteerer:
         begun = (schedule[: i + 1] for i in range(len(schedule)))
@@ -143,7 +143,7 @@ def _nearest_batch(limits: LimitBatch, factor: float) -> Ints:
 
 @dataclass(kw_only=True)
 class BatchOutcome:
-    """How runs ended; arrays of shape (n_runs,)."""
+    """Final loss and costs of many runs; arrays of shape (n_runs,)."""
 
     loss: Floats
     """Expected validation loss at the end, in nats/token; infinite where a run diverged."""
@@ -392,7 +392,7 @@ _MEANS = np.stack([ScheduleTable.of(name, warmup, DECISIONS).mean for name, warm
 
 @dataclass(frozen=True, kw_only=True)
 class RunsAndReferences(Rows):
-    """Runs to try static settings on, with what they are measured with."""
+    """Runs to try static settings on, with the references for quality and cost."""
 
     instances: Instances
     references: References
@@ -423,11 +423,11 @@ def try_settings(settings: Floats, runs: RunsAndReferences, cost: str) -> tuple[
     rate, power, base, share, fast = (np.repeat(column, n) for column in settings.T)
     batch = each.instances.start_batch * 2.0 ** nearest_power(each.instances, np.round(power).astype(np.int64))
     at_batch = 2.0**rate * neutral_factor(batch, each.instances.start_batch)
-    mean = _MEANS[base.astype(np.int64)].T  # (decisions, rows): each row has its own schedule
+    mean = _MEANS[base.astype(np.int64)].T  # (decisions, rows): every row has a schedule of its own
     table = ScheduleTable(mean=mean, last=mean, start=mean)
     loss = static_losses(each.instances, at_batch, batch, table, 2.0**share)  # type: ignore[arg-type]
-    values = each.quality(loss), each.cost(cost, batch, np.floor(fast), 2.0**share)
-    return values[0].reshape(-1, n), values[1].reshape(-1, n)
+    quality, costs = each.quality(loss), each.cost(cost, batch, np.floor(fast), 2.0**share)
+    return quality.reshape(-1, n), costs.reshape(-1, n)
 
 
 def nsga2_settings(runs: RunsAndReferences, cost: str, n_simulated: int, seed: int = 0) -> Floats:

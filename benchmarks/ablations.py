@@ -33,8 +33,8 @@ from trainpilot.experiments.analysis.method_figures import MethodOnCase, method_
 from trainpilot.experiments.analysis.modelled_cost import Runs
 from trainpilot.experiments.analysis.multiplier import case_baselines
 from trainpilot.experiments.analysis.statistics import over_cases
-from trainpilot.experiments.compare.results import TUNED, UNTUNED
 from trainpilot.experiments.recipe import load_recipe
+from trainpilot.experiments.results import TUNED, UNTUNED
 from trainpilot.experiments.run_store import claim_folder
 from trainpilot.experiments.train_agent import physics_of
 from trainpilot.experiments.workers import Workers

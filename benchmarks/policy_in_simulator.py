@@ -282,14 +282,14 @@ def best_held(run_set: RunSet) -> Floats:
 
 
 def _closed_and_open(run_set: RunSet, bundle: PolicyBundle) -> tuple[Floats, Floats, BatchOutcome]:
-    """Return the multipliers of the policy and of its own average schedule, and how the policy's runs went."""
+    """Return the multipliers of the policy and of its own average schedule, and the outcome of the policy's runs."""
     closed = steered(run_set, bundle)
     blind = steer(run_set.fresh(), blindly(closed.average(run_set.fresh().limits())))
     return run_set.multiplier(closed.loss, closed.used), run_set.multiplier(blind.loss, blind.used), closed
 
 
 def steered(run_set: RunSet, bundle: PolicyBundle) -> BatchOutcome:
-    """Return how a policy's runs went, asked for quality alone."""
+    """Return the outcome of a policy's runs with all preference on quality."""
     return steer(run_set.fresh(), by_policy(bundle, QUALITY))
 
 
@@ -313,7 +313,7 @@ def _closed_against_open(run_set: RunSet, policy: Floats, blind: Floats) -> dict
 
 
 def _describe(run_set: RunSet, outcome: BatchOutcome) -> dict[str, Any]:
-    """Return how the policy's runs went: medians over the runs, learning rate and batch at every fifth decision."""
+    """Return medians over the policy's runs, with learning rate and batch at every fifth decision."""
     limits = run_set.fresh().limits()
     shown = range(0, DECISIONS, 5)
     scales = [outcome.controls[i].learning_rate_scale for i in shown]

@@ -52,7 +52,7 @@ from trainpilot.experiments.analysis.modelled_cost import Run, Runs
 from trainpilot.experiments.analysis.multiplier import CaseBaselines, case_baselines
 from trainpilot.experiments.analysis.pareto import REFERENCE_POINT, Objectives, hypervolume
 from trainpilot.experiments.compare.methods import spoken
-from trainpilot.experiments.compare.results import TUNED, UNTUNED
+from trainpilot.experiments.results import TUNED, UNTUNED
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns

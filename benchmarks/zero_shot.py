@@ -34,8 +34,8 @@ from trainpilot.experiments.analysis.method_figures import MethodOnCase, method_
 from trainpilot.experiments.analysis.modelled_cost import Runs
 from trainpilot.experiments.analysis.multiplier import case_baselines
 from trainpilot.experiments.analysis.statistics import Bounded, over_cases, over_seeds
-from trainpilot.experiments.compare.results import TUNED, UNTUNED, Comparison, RunResult
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, RunResult
 
 TITLES = {
     "tokens": ("in tokens", "asked for quality alone"),

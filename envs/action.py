@@ -65,7 +65,7 @@ Choices = Sequence[int] | np.ndarray
 
 
 def decode_batch(actions: Ints, present: ControlBatch) -> ControlBatch:
-    """Return the controls that follow from valid actions while `present` holds.
+    """Return the controls that result from valid actions, given the controls in force.
 
     Args:
         actions: One valid choice per field, as `allow_batch` returns them, shape (n_runs, number of fields).
@@ -103,10 +103,11 @@ def check_action(action: Choices) -> None:
 
 
 LEARNING_RATE_SCALE_RANGE = (2.0**-6, 2.0**6)
-"""Bounds on the learning-rate scale. The widest start worth meeting is 30 times off."""
+"""Bounds on the learning-rate scale, for starts that are up to 30 times too low or too high."""
 MAX_PRECISION_SWITCHES = 2
 PRUNING_WINDOW = (0.2, 0.8)
-"""Pruning only within this share of the budget: late enough to know, early enough to heal (Jin et al. 2025)."""
+"""Shares of the budget between which pruning is allowed: after the weights have formed, and early enough to recover
+(Jin et al. 2025)."""
 MAX_SPARSITY = 0.9
 FINISH_FROM = 0.2
 """No cool-down before this share of the budget."""
@@ -117,7 +118,7 @@ Reasons = tuple[tuple[str | None, ...], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What the rules depend on."""
+    """State of one run on which the mask rules depend."""
 
     limits: ControlLimits
     controls: Controls
@@ -130,7 +131,7 @@ class Situation:
 
 @dataclass(frozen=True, kw_only=True)
 class SituationBatch:
-    """The same for many runs: arrays with one row per run."""
+    """State of many runs on which the mask rules depend: arrays with one row per run."""
 
     limits: LimitBatch
     controls: ControlBatch
@@ -154,9 +155,9 @@ class Rule:
 
     field: str
     masked: Callable[[SituationBatch], Bools]
-    """Which choices it masks, shape (n_runs, choices), or (n_runs, 1) for all but the one that changes nothing."""
+    """Returns the masked choices, shape (n_runs, choices), or (n_runs, 1) for all but the one that changes nothing."""
     reason: Callable[[Situation, int], str]
-    """Why it masks this choice of one run."""
+    """Returns the reason for masking a choice of one run."""
 
 
 def action_masks(situation: SituationBatch) -> Bools:
@@ -172,7 +173,7 @@ def allow_batch(actions: Ints, masks: Bools) -> Ints:
     """Replace every masked choice by the one that changes nothing, in actions of shape (n_runs, number of fields).
 
     Raises:
-        ValueError: an action has not one valid choice per field.
+        ValueError: an action does not have one valid choice per field.
     """
     check_actions(actions)
     return np.where(np.take_along_axis(masks, FIRST_CHOICES + actions, axis=1), actions, np.array(KEEP))
@@ -192,10 +193,10 @@ def mask_reasons(situation: Situation) -> Reasons:
 
 
 def allow(action: Choices, reasons: Reasons) -> tuple[Action, list[str]]:
-    """Return `allow_batch` of one run, and for every choice that was replaced its name and why.
+    """Apply `allow_batch` to one run, and return the names of the replaced choices with their reasons, too.
 
     Raises:
-        ValueError: `action` has not one valid choice per field.
+        ValueError: `action` does not have one valid choice per field.
     """
     masks = np.array([[reason is None for why in reasons for reason in why]])
     (allowed,) = allow_batch(np.asarray(action)[None], masks)
@@ -285,7 +286,7 @@ RULES: tuple[Rule, ...] = (
     Rule("finish", lambda s: (s.budget_used < FINISH_FROM)[:, None],
          _says(f"not before {FINISH_FROM:.0%} of the budget")),
 )  # fmt: skip
-"""Every limit, once; where several mask a choice, the first says why."""
+"""All mask rules; if several mask a choice, the reason of the first is reported."""
 
 _NAMES = tuple(field.name for field in ACTION_FIELDS)
 FIRST_CHOICES = np.cumsum([0, *N_CHOICES[:-1]])

@@ -67,7 +67,7 @@ class Preference:
 
     @classmethod
     def parse(cls, text: str) -> Preference:
-        """Read `quality=0.7,energy=0.2,time=0.1`; an objective that is not named weighs nothing.
+        """Read `quality=0.7,energy=0.2,time=0.1`; objectives that are not named have weight 0.
 
         Raises:
             ValueError: an unknown name, or a weight that is not a number.
@@ -106,14 +106,14 @@ def draw_weights(random: np.random.Generator, n_runs: int, least_quality: float 
 
 
 N_STACK = 6
-"""Observations seen at once, the newest last."""
+"""Number of stacked observations, the newest last."""
 
 
 class DecisionStates:
-    """What the controller of many runs knows of them: arrays with one row per run.
+    """Decision state of many runs (history, controls, observations, masks), as arrays with one row per run.
 
     Args:
-        limits: What the runs can do.
+        limits: Control limits of the runs.
         preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
     """
 
@@ -179,12 +179,12 @@ class DecisionStates:
         """Apply the allowed part of `actions`, shape (n_runs, number of fields), and return the controls.
 
         Raises:
-            ValueError: a choice does not exist; nothing has changed then.
+            ValueError: a choice does not exist. The state is unchanged then.
         """
         return self.apply(allow_batch(actions, self.action_masks()))
 
     def apply(self, allowed: Ints) -> ControlBatch:
-        """Apply actions that `allow` or `allow_batch` has let through, and return the controls."""
+        """Apply actions returned by `allow` or `allow_batch`, and return the controls."""
         self.last_action = allowed
         self.hold(decode_batch(allowed, self.controls))
         return self.controls
@@ -207,7 +207,7 @@ class DecisionStates:
 
 
 def _first_stack(first: Floats) -> NDArray[np.float32]:
-    """Return stacks that are full of the first observation."""
+    """Return stacks filled with the first observation."""
     return np.tile(first.astype(np.float32), (1, N_STACK))
 
 
@@ -219,11 +219,11 @@ class Decision:
     allowed: Action
     controls: Controls
     refusals: list[str]
-    """Why the other choices were masked."""
+    """Masked choices with their reasons."""
 
 
 class DecisionState:
-    """What the controller of one run knows of it: a row of `DecisionStates`, with reasons in words."""
+    """Decision state of one run: a row of `DecisionStates`, with the reasons of masks in words."""
 
     def __init__(self, limits: ControlLimits, preference: Preference) -> None:
         self.limits = limits
@@ -265,7 +265,7 @@ class DecisionState:
         return mask_reasons(self.situation())
 
     def situation(self) -> Situation:
-        """Return what the rules of `action` depend on."""
+        """Return the state on which the mask rules depend."""
         return Situation(
             limits=self.limits,
             controls=self.controls,
@@ -286,10 +286,10 @@ class DecisionState:
         return Decision(requested, allowed, self.controls, refusals)
 
     def apply(self, allowed: Action) -> None:
-        """Apply an action that `allow` has let through."""
+        """Apply an action returned by `allow`."""
         self._states.apply(np.array([allowed]))
 
     def hold(self, controls: Controls) -> None:
-        """Put controls in force that no action leads to: those of a rollback, or of the base schedule."""
+        """Put controls in force that no action results in: those of a rollback, or of the base schedule."""
         if controls != self.controls:
             self._states.hold(ControlBatch.of([controls]))

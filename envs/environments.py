@@ -1,4 +1,4 @@
-"""Gymnasium environments of training runs: a live one, a simulated one, and thousands of simulated ones side by side.
+"""Gymnasium environments of training runs: a live one, a simulated one, and a vector of thousands of simulated ones.
 
 All three have the same spaces of actions, observations and reward vectors. In the vector environment a step is a few
 operations on arrays.
@@ -74,7 +74,7 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._drop_run()
 
     def _drop_run(self) -> None:
-        """Give up the present run, so that its memory is free before the next one is made."""
+        """Release the current run, so that its memory is free before the next one is created."""
         self.plant: Plant | None = None
         self._intervals: Iterator[DrivenInterval] = iter(())
 
@@ -93,7 +93,7 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             Observation, reward vector, terminated, truncated and info, as in Gymnasium.
 
         Raises:
-            ValueError: there is no run, it has ended, or the action is none.
+            ValueError: there is no run, it has ended, or the action is invalid.
         """
         if self.plant is None:
             raise ValueError("step needs a run; call reset first")
@@ -172,13 +172,13 @@ class LiveTraining(TrainingEnv):
 
     ## Reward
 
-    A vector, float32 of shape (3,) (`reward_space`, `reward_dim`: MO-Gymnasium's convention). `ScalarReward` makes
-    it one number. With gamma = 1 an episode sums to (quality, -energy, -time) in units of the reference run, so that
-    1 % of each is the same size on every model.
+    A vector, float32 of shape (3,) (`reward_space`, `reward_dim`: MO-Gymnasium's convention). `ScalarReward` converts
+    it to a scalar. With gamma = 1 the rewards of an episode sum to (quality, -energy, -time) relative to the reference
+    run, so that 1 % of each means the same on every model.
 
     | Num | Objective | Per interval | Unit |
     |---|---|---|---|
-    | 0 | quality | change of the worth of the loss's compute-equivalent | shares of the reference's budget |
+    | 0 | quality | change of the quality, a function of the compute-equivalent | shares of the reference's budget |
     | 1 | energy | -joules / reference's joules | share; 0 while unknown |
     | 2 | time | -seconds / reference's seconds | share |
 
@@ -203,9 +203,9 @@ class LiveTraining(TrainingEnv):
     | preference | Preference or None | None | fixed preference; None draws one per episode |
     | make_plant | callable | LiveRun | makes the plant for a case |
     | threads | int or None | None | torch threads of this process; None leaves them alone |
-    | reference_cases | sequence of RunConfig or None | None | runs to measure each case against; None: its own |
+    | reference_cases | sequence of RunConfig or None | None | reference run of each case; None: the case itself |
 
-    `reset(options={"case": i, "preference": Preference(...)})` chooses instead of drawing.
+    `reset(options={"case": i, "preference": Preference(...)})` selects instead of drawing.
 
     ## Version history
 
@@ -287,9 +287,9 @@ def _pool() -> Pool:
 class SimulatedTraining(TrainingEnv):
     """A simulated language-model training run, steered interval by interval.
 
-    Actions, observations, reward, masks and the end of an episode are those of `trainpilot/LiveTraining-v0`: a policy
-    cannot tell which of the two it steers. An episode takes milliseconds, draws another run from the simulator's
-    ranges each time, and repeats exactly under one seed.
+    Actions, observations, reward, masks and the end of an episode are those of `trainpilot/LiveTraining-v0`, so a
+    policy works in both. An episode takes milliseconds, draws a new run from the simulator's ranges, and is exactly
+    reproducible with the same seed.
 
     ## Arguments
 
@@ -298,7 +298,7 @@ class SimulatedTraining(TrainingEnv):
     | preference | Preference or None | None | fixed preference; None draws one per episode |
     | make_plant | callable | the simulator | makes plants of one run from a seed |
 
-    `reset(options={"preference": Preference(...), "plant_seed": i})` chooses instead of drawing.
+    `reset(options={"preference": Preference(...), "plant_seed": i})` selects instead of drawing.
 
     ## Version history
 
@@ -343,7 +343,7 @@ Observations = NDArray[np.float32]
 
 
 class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
-    """Simulated language-model training runs side by side, as one Gymnasium vector environment.
+    """Many simulated language-model training runs as one Gymnasium vector environment.
 
     Spaces, reward and the end of an episode are those of `trainpilot/LiveTraining-v0`; rewards are float64 of shape
     (n_runs, 3). A run that ends is replaced by a new one in the same step (`AutoresetMode.SAME_STEP`): the observation

@@ -21,7 +21,7 @@ from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.telemetry import Plant
 
 FORMAT = 2
-"""Version of the cached references; those of another version are made again."""
+"""Version of the cached references; those of other versions are computed again."""
 
 PlantFactory = Callable[[RunConfig], Plant]
 Progress = Callable[[str], None]
@@ -35,8 +35,8 @@ def reference_for(
     Args:
         config: The case.
         make_plant: Makes the plant that is run.
-        setting: Device, threads and content, which the cache distinguishes: another setting has other seconds, joules
-            and losses.
+        setting: Device, threads and digest of the content, which are part of the cache's key, since seconds, joules and
+            losses depend on them.
         progress: Called with a line of text before each run.
 
     Raises:
@@ -83,7 +83,7 @@ def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progres
 def _shortened(config: RunConfig, share: float) -> RunConfig:
     """Return the case with `share` of its budget and with intervals of the same length, so fewer of them."""
     warmup = None if config.warmup_tokens is None else round(config.warmup_tokens * share)
-    decisions = max(1, int(config.decisions * share))  # rounded up, an interval could get no whole step
+    decisions = max(1, int(config.decisions * share))  # rounding up could leave intervals without a step
     tokens = max(round(config.tokens * share), config.batch_size * config.sequence_length)
     return replace(config, tokens=tokens, decisions=decisions, warmup_tokens=warmup)
 

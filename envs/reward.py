@@ -1,13 +1,13 @@
-"""Compute the reward: what an interval changed in quality, energy and time, in units of the case's reference run.
+"""Compute the reward: quality, energy and time of an interval relative to the case's reference run.
 
 Everything here works on arrays with one row per run; a single run is one row. From the inside out:
 
-* `budget_for_loss`: the budget at which a curve of losses over budgets reaches a loss. Every figure of trainpilot that
-  turns a loss into compute goes through it.
-* `compute_equivalent` and `worth`: the quality that a loss is worth against a reference.
-* `ReferenceBatch.reward`: the reward vector of an interval, which `RewardMeter` gives for a single run.
-* `Scalariser`: one number per interval from the reward vector, by one of `UTILITIES`; `ScalarReward` is the Gymnasium
-  wrapper that applies it.
+* `budget_for_loss`: the budget at which a curve of losses over budgets reaches a loss. It is used wherever trainpilot
+  converts a loss to compute.
+* `compute_equivalent` and `worth`: the quality of a loss relative to a reference.
+* `ReferenceBatch.reward`: the reward vector of an interval; `RewardMeter` computes it for a single run.
+* `Scalariser`: converts the reward vector to a scalar by one of `UTILITIES`; `ScalarReward` is the Gymnasium wrapper
+  that applies it.
 """
 
 from __future__ import annotations
@@ -27,90 +27,104 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 
 OBJECTIVES = ("quality", "energy", "time")
 MAX_QUALITY = 3.0
-"""Largest compute-equivalent: above it, a loss lies too far beyond the reference runs to be extrapolated to."""
+"""Largest compute-equivalent; losses that would need more are too far from the reference runs for extrapolation."""
 DIVERGED_QUALITY = -1.0
 """Quality of a diverged run: worse than a run that never started."""
 DIVERGED_LOSS_INCREASE = 10.0
 """Loss increase reported for a run without a finite loss, in nats/token."""
 BELIEVED = (0.0, MAX_QUALITY)
-"""Limits on the compute-equivalent of a reward: a bad loss is worth as little as the curve says."""
+"""Limits of the compute-equivalent in a reward. It is extrapolated without a lower bound above 0 for bad losses."""
 FLAT = 1e-9
-"""Two losses whose logarithms differ by less are the same loss."""
+"""Losses whose logarithms differ by less are considered equal."""
 
 
 def budget_for_loss(loss: ArrayLike, budgets: ArrayLike, losses: ArrayLike, *, limits: tuple[float, float]) -> Floats:
     """Return the budget at which a curve reaches a loss.
 
     Between the points of the curve, the logarithm of the budget is linear in the logarithm of the loss. Beyond them the
-    first and the last piece that fall go on, up to `limits`; limits equal to the ends of the curve hold the end values.
-    Pieces on which the loss does not fall are left out: such a curve jumps there. A curve that falls nowhere tells only
-    whether a loss is as good as its own: then its smallest budget is returned, and the lower limit for worse losses.
+    first and the last decreasing piece are extrapolated up to `limits`; limits equal to the ends of the curve clamp the
+    result to the end values. Pieces on which the loss does not decrease are ignored: the curve jumps there. If the
+    curve decreases nowhere, the result is its smallest budget for losses at least as good as its own, and the lower
+    limit for worse ones.
 
     Args:
-        loss: Losses reached, in nats/token, of any shape.
-        budgets: Budgets of the curve, rising along the last axis, of shape (n_points,) or (..., n_points).
-        losses: Losses there, not rising along the last axis, of shape (..., n_points); the other axes are those of
-            `loss`, or broadcast with them.
+        loss: Losses in nats/token, of any shape.
+        budgets: Budgets of the curve, ascending along the last axis, of shape (n_points,) or (..., n_points).
+        losses: Losses at these budgets, not ascending along the last axis, of shape (..., n_points); the other axes are
+            those of `loss`, or broadcast with them.
         limits: Smallest and largest budget returned.
 
     Returns:
         Budgets of the broadcast shape; 0 for a loss that is not finite or not above 0.
     """
-    loss = np.asarray(loss, dtype=np.float64)
     with np.errstate(all="ignore"):
-        x, points, y = np.log(loss), np.log(losses), np.log(budgets)
-        found: Floats = np.full(np.broadcast_shapes(x.shape, points.shape[:-1]), np.nan)
-        for i in range(points.shape[-1] - 1):
-            fall = points[..., i] - points[..., i + 1]
-            piece = y[..., i] + (y[..., i + 1] - y[..., i]) / fall * (points[..., i] - x)
-            is_in_reach = (x < points[..., i] - 1e-12) | np.isnan(found)
-            found = np.where((fall > FLAT) & is_in_reach, piece, found)
-        flat = np.where(x <= points[..., 0], y[..., 0], -np.inf)
-        share = np.exp(np.where(np.isnan(found), flat, found))
+        points, budgets = _by_point(np.log(losses)), _by_point(np.log(budgets))
+        return _budget_for_loss(np.asarray(loss, dtype=np.float64), budgets, points, limits)
+
+
+def _budget_for_loss(loss: Floats, y: list[Floats], points: list[Floats], limits: tuple[float, float]) -> Floats:
+    """Return `budget_for_loss` of logarithms of budgets `y` and losses `points`, each a list by point of the curve."""
+    x = np.log(loss)
+    found: Floats = np.full(np.broadcast_shapes(x.shape, points[0].shape), np.nan)
+    for i in range(len(points) - 1):
+        fall = points[i] - points[i + 1]
+        piece = y[i] + (y[i + 1] - y[i]) / fall * (points[i] - x)
+        is_in_reach = (x < points[i] - 1e-12) | np.isnan(found)
+        found = np.where((fall > FLAT) & is_in_reach, piece, found)
+    flat = np.where(x <= points[0], y[0], -np.inf)
+    share = np.exp(np.where(np.isnan(found), flat, found))
     budget: Floats = np.where(np.isfinite(loss) & (loss > 0), np.clip(share, *limits), 0.0)
     return budget[()]
+
+
+def _by_point(values: Floats) -> list[Floats]:
+    """Return the values at each point of the curves, contiguous in memory."""
+    return list(np.ascontiguousarray(np.moveaxis(values, -1, 0)))
 
 
 def compute_equivalent(loss: ArrayLike, budgets: Sequence[float], losses: ArrayLike) -> Floats:
     """Return the share of the full budget at which the reference reaches `loss`.
 
-    Reference runs of several budgets, each with its whole schedule, give the points (budget, final loss) of
-    `budget_for_loss`. A point that is no better than one of a smaller budget, or no worse than the full run's, is
-    chance and left out. The full run's point always stays: its own loss is worth 1.
+    The points (budget, final loss) of `budget_for_loss` come from reference runs of several budgets, each with its
+    complete schedule. A point that is no better than one of a smaller budget, or no worse than that of the full run, is
+    dropped as noise. The point of the full run is always kept: its own loss has compute-equivalent 1.
 
     Args:
-        loss: Losses reached, in nats/token, of any shape.
-        budgets: Shares of the full budget, rising to 1, at least two.
+        loss: Losses in nats/token, of any shape.
+        budgets: Shares of the full budget, ascending to 1, at least two.
         losses: Final losses of the reference at each budget, in nats/token, of shape (..., budgets).
 
     Returns:
         Shares in [0, MAX_QUALITY]; 0 for a loss that is not finite.
     """
-    return budget_for_loss(loss, *_points_in_order(budgets, np.asarray(losses, dtype=np.float64)), limits=BELIEVED)
-
-
-def _points_in_order(budgets: Sequence[float], losses: Floats) -> tuple[Floats, Floats]:
-    """Replace every point that is out of order by the next one that is in order, so that no piece begins there."""
     with np.errstate(all="ignore"):
-        points = np.log(losses)
-    kept = points > points[..., -1:] + FLAT
-    lowest = np.full(points.shape[:-1], np.inf)
-    for i in range(points.shape[-1] - 1):
-        kept[..., i] &= points[..., i] < lowest - FLAT
-        lowest = np.where(kept[..., i], points[..., i], lowest)
-    budgets_in_order: Floats = np.broadcast_to(np.asarray(budgets, dtype=np.float64), losses.shape).copy()
-    losses_in_order = losses.copy()
-    for values in (budgets_in_order, losses_in_order):
-        for i in reversed(range(points.shape[-1] - 1)):
-            values[..., i] = np.where(kept[..., i], values[..., i], values[..., i + 1])
-    return budgets_in_order, losses_in_order
+        points, y = _by_point(np.log(losses)), _by_point(np.log(budgets))
+        _put_in_order(points, y)
+        return _budget_for_loss(np.asarray(loss, dtype=np.float64), y, points, BELIEVED)
+
+
+def _put_in_order(points: list[Floats], y: list[Floats]) -> None:
+    """Replace every point that is out of order by the next one that is in order, so that no piece begins there.
+
+    Args:
+        points: Logarithms of losses, a list by point of the curve; changed.
+        y: Logarithms of budgets; changed.
+    """
+    lowest = np.full(points[0].shape, np.inf)
+    kept = []
+    for loss in points[:-1]:
+        kept.append((loss > points[-1] + FLAT) & (loss < lowest - FLAT))
+        lowest = np.where(kept[-1], loss, lowest)
+    for i in reversed(range(len(kept))):
+        if not np.all(kept[i]):
+            points[i], y[i] = np.where(kept[i], points[i], points[i + 1]), np.where(kept[i], y[i], y[i + 1])
 
 
 def worth(share: ArrayLike) -> Floats:
-    """Return the quality that compute-equivalents are worth: the share itself up to 1, and 1 + log(share) above.
+    """Return the quality of compute-equivalents: the share itself up to 1, and 1 + log(share) above.
 
-    Around 1 both pieces have slope 1, so that 1 % of quality still is the size of 1 % of energy. Above it, a base
-    schedule that was badly tuned would otherwise make any waste of time and energy look like a bargain.
+    At 1 both pieces have slope 1, so that 1 % of quality corresponds to 1 % of energy. The logarithm limits the quality
+    relative to a badly tuned base schedule, against which any waste of time and energy would otherwise be worthwhile.
     """
     share = np.asarray(share, dtype=np.float64)
     quality: Floats = np.where(share <= 1, share, 1 + np.log(np.maximum(share, 1.0)))
@@ -119,33 +133,33 @@ def worth(share: ArrayLike) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceBatch:
-    """What many runs are measured against: `Reference`, as arrays with one row per run."""
+    """References of many runs, as arrays with one row per run."""
 
     budgets: tuple[float, ...]
-    """Shares of the full budget, rising to 1, the same for all runs."""
+    """Shares of the full budget, ascending to 1, the same for all runs."""
     losses: Floats
     """Final validation loss of the base schedule at each of these budgets, shape (n_runs, budgets), in nats/token."""
     time_s: Floats
-    """Seconds of the full run, evaluation apart."""
+    """Seconds of the full run, without evaluation."""
     energy_j: Floats
     """Joules of the full run; NaN where unknown."""
 
     def quality(self, loss: Floats, diverged: Bools) -> Floats:
-        """Return the quality of each run: the worth of its loss, in nats/token, or `DIVERGED_QUALITY`."""
+        """Return the quality of each run from its loss in nats/token; `DIVERGED_QUALITY` for diverged runs."""
         shares = compute_equivalent(loss, self.budgets, self.losses)
         return np.where(diverged, DIVERGED_QUALITY, worth(shares))
 
     def reward(self, quality: Floats, before: Floats, *, time_s: Floats, energy_j: Floats) -> Floats:
         """Return the reward vectors of one interval of each run: quality, energy and time, shape (n_runs, 3).
 
-        Quality is a potential: the reward is its change, so that an episode sums to the quality of its last loss,
-        whatever happened on the way.
+        Quality is a potential: its reward is the change, so that the rewards of an episode sum to the quality of the
+        final loss.
 
         Args:
-            quality: After the interval.
+            quality: Quality after the interval.
             before: Quality before the interval; 0 before the first.
             time_s: Seconds of the interval.
-            energy_j: Joules of the interval; NaN where unknown, which weighs nothing.
+            energy_j: Joules of the interval; NaN if unknown, which gives a reward of 0.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             energy = energy_j / self.energy_j
@@ -154,10 +168,10 @@ class ReferenceBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference(JsonRecord):
-    """What the base schedule reaches on one case, and what it costs."""
+    """Losses and costs of the base schedule on one case."""
 
     budgets: tuple[float, ...]
-    """Shares of the full budget, rising to 1."""
+    """Shares of the full budget, ascending to 1."""
     losses: tuple[float, ...]
     """Final validation loss at each of these budgets, in nats/token."""
     initial_loss: float
@@ -167,7 +181,7 @@ class Reference(JsonRecord):
     energy_j: float | None
     """Joules of the full run, or `None`."""
     energy_source: str | None
-    """Where the joules come from."""
+    """Source of the joules: `measured_counter`, `measured_power` or `estimated`."""
     telemetry: tuple[Telemetry, ...]
     """Intervals of the full run."""
 
@@ -176,7 +190,7 @@ class Reference(JsonRecord):
         return float(compute_equivalent(loss, self.budgets, self.losses))
 
     def batch(self) -> ReferenceBatch:
-        """Return the same for arrays of one row."""
+        """Return the reference as a batch of one row."""
         return ReferenceBatch(
             budgets=self.budgets,
             losses=np.array([self.losses]),
@@ -194,7 +208,7 @@ class RewardTerms(JsonRecord):
     """Reward of one interval. Summed over an episode (gamma = 1) they give the outcome of the run."""
 
     quality: float
-    """Change of what the loss is worth: the reference's share of budget for it, logarithmic above 1."""
+    """Change of the quality: the reference's share of budget for the loss, logarithmic above 1."""
     energy: float
     """Joules of the interval over the reference run's joules, negative; 0 while unknown."""
     time: float
@@ -206,7 +220,7 @@ class RewardTerms(JsonRecord):
 
 
 class RewardMeter:
-    """Computes the reward of a single run, interval after interval: `ReferenceBatch.reward` with one row."""
+    """Computes the reward of a single run, by interval: `ReferenceBatch.reward` with one row."""
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
@@ -228,30 +242,30 @@ Weights = Floats
 
 
 class RewardInfo(TypedDict):
-    """The part of an environment's `info` that its vector reward is made one number by.
+    """Entries of an environment's `info` that `Scalariser` needs besides the reward vector.
 
-    Gymnasium passes nothing but `info` from an environment to its wrappers, so this is the border between them: the
-    environments of trainpilot write these two entries at every step, and `Scalariser` reads them.
+    Gymnasium passes only `info` from an environment to its wrappers: the environments of trainpilot write these two
+    entries at every step, and `Scalariser` reads them.
     """
 
     preference: Weights
     """Weights in force during the interval."""
     loss_increase: float | Floats
-    """Loss over the reference's final loss, in nats/token; `DIVERGED_LOSS_INCREASE` for a run without a finite loss."""
+    """Loss minus the reference's final loss, in nats/token; `DIVERGED_LOSS_INCREASE` for a loss that is not finite."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run so far, in units of its reference run; or many runs, as arrays of shape (n_runs,)."""
+    """Quality and costs of a run so far, relative to its reference; for many runs, arrays of shape (n_runs,)."""
 
     quality: float | Floats = 0.0
-    """What the loss is worth: 1 is as good as the reference."""
+    """Quality of the loss; 1 equals the reference."""
     energy: float | Floats = 0.0
-    """Joules over the reference's, negative."""
+    """Joules divided by the reference's, negative."""
     time: float | Floats = 0.0
-    """Seconds over the reference's, negative."""
+    """Seconds divided by the reference's, negative."""
     loss_increase: float | Floats = 0.0
-    """Loss above the reference's final loss, in nats/token."""
+    """Loss minus the reference's final loss, in nats/token."""
 
     def vector(self) -> Floats:
         """Return (quality, energy, time) along the last axis."""
@@ -259,10 +273,10 @@ class Outcome:
 
 
 MAX_LOSS_INCREASE = 2.0
-"""Nats/token; what is worse counts as this bad, so that a diverged run does not drown every other."""
+"""Cap on the loss increase in nats/token, so that a diverged run does not dominate averages."""
 
 Utility = Callable[[Outcome, Weights], Floats]
-"""One number per run."""
+"""Returns a scalar per run from outcome and weights."""
 
 
 def linear(outcome: Outcome, weights: Weights) -> Floats:
@@ -284,7 +298,7 @@ def tchebycheff(outcome: Outcome, weights: Weights, rho: float = 0.05) -> Floats
 def constrained(
     outcome: Outcome, weights: Weights, max_loss_increase: float = 0.01, max_slowdown: float = 0.05
 ) -> Floats:
-    """Return the saving of energy and time, less ten times what breaks "at most x nats worse, y slower"."""
+    """Return the saving of energy and time, minus ten times the excess over a limit on loss and a limit on time."""
     worse = np.maximum(outcome.loss_increase - max_loss_increase, 0.0)
     slower = np.maximum(-np.asarray(outcome.time) - 1.0 - max_slowdown, 0.0)
     utility: Floats = _weighted_cost(outcome, weights) - 10.0 * (worse + slower)
@@ -302,7 +316,7 @@ def product(outcome: Outcome, weights: Weights) -> Floats:
 
 
 def _weighted_cost(outcome: Outcome, weights: Weights) -> Floats:
-    """Return the mean of energy and time, negative, by their weights alone."""
+    """Return the weighted mean of energy and time (negative), with their weights scaled to sum to 1."""
     cost_weights = weights[..., 1:] / np.maximum(weights[..., 1:].sum(axis=-1, keepdims=True), 1e-9)
     cost: Floats = (cost_weights * outcome.vector()[..., 1:]).sum(axis=-1)
     return cost
@@ -317,13 +331,13 @@ UTILITIES: dict[str, Utility] = {
 
 
 class Scalariser:
-    """Turns the reward vectors of many runs into one number per interval: the change of a utility of each run so far.
+    """Converts the reward vectors of many runs to scalars: the change of a utility of each run so far.
 
-    The numbers of an episode sum (gamma = 1) to the utility of its outcome, whichever utility is chosen.
+    The scalar rewards of an episode sum (gamma = 1) to the utility of its outcome.
 
     Args:
         utility: One of `UTILITIES`.
-        n_runs: Runs side by side.
+        n_runs: Number of runs.
 
     Raises:
         ValueError: an unknown utility.
@@ -352,9 +366,9 @@ class Scalariser:
 
 
 class ScalarReward(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
-    """Gives an agent one number per interval: `Scalariser` as a Gymnasium wrapper of a single run.
+    """Gymnasium wrapper that converts the reward vector of a single run to a scalar (`Scalariser`).
 
-    The vector stays in `info["vector_reward"]`, the weights in `info["reward_weights"]`, as MO-Gymnasium has it.
+    `info["vector_reward"]` holds the vector and `info["reward_weights"]` the weights, as in MO-Gymnasium.
 
     Args:
         env: Its `info` must hold the entries of `RewardInfo`.
@@ -374,7 +388,7 @@ class ScalarReward(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndar
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Step the environment and turn its reward vector into one number."""
+        """Step the environment and convert its reward vector to a scalar."""
         observation, vector, terminated, truncated, info = self.env.step(action)
         weights = np.asarray(info["preference"])
         reward = self._scalariser.rewards(

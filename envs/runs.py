@@ -18,7 +18,7 @@ from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, PlantB
 
 
 class ReferencedPlants(PlantBatch, Protocol):
-    """Plants that know what the base schedule reaches on each of them; `begin` renews it with the run."""
+    """A batch of plants with the reference of each run; `begin` replaces a run together with its reference."""
 
     @property
     def reference_losses(self) -> Floats:
@@ -40,7 +40,7 @@ class ReferencedPlants(PlantBatch, Protocol):
 
 
 def reference_batch(plants: ReferencedPlants) -> ReferenceBatch:
-    """Return what the present runs of some plants are measured against."""
+    """Return the references of the current runs of some plants."""
     return ReferenceBatch(
         budgets=BUDGET_SHARES,
         losses=plants.reference_losses,
@@ -51,7 +51,7 @@ def reference_batch(plants: ReferencedPlants) -> ReferenceBatch:
 
 @runtime_checkable
 class KnowsItsLoss(Protocol):
-    """Plants that know the training loss without its noise, which spares an agent the noise in its reward."""
+    """Plants that provide the training loss without noise, which makes the reward less noisy."""
 
     @property
     def expected_loss(self) -> Floats:
@@ -60,27 +60,27 @@ class KnowsItsLoss(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalBatch:
-    """Outcome of one interval of each run."""
+    """Result of one interval of each run."""
 
     telemetry: TelemetryBatch
     reward: Floats
     """Quality, energy and time, shape (n_runs, 3)."""
     loss: Floats
-    """Loss that counts now: validation at the end of a run, training before, in nats/token."""
+    """Loss that determines the quality: validation loss at the end of a run, else training loss, in nats/token."""
     loss_increase: Floats
-    """Loss over the reference's final loss, in nats/token."""
+    """Loss minus the reference's final loss, in nats/token."""
     diverged: Bools
     terminated: Bools
-    """Diverged, or a cool-down is complete."""
+    """Whether the run diverged or completed a cool-down."""
     truncated: Bools
-    """The budget is used up."""
+    """Whether the budget is used up."""
 
 
 class SteeredRuns:
-    """Plants, the state of their decisions, and the sums over their episodes so far.
+    """Steps many runs under a policy's actions, with their decision states and the sums of their rewards.
 
     Args:
-        plants: What is steered. All of its runs are begun anew.
+        plants: Plants to steer. All runs are restarted.
         preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
     """
 
@@ -106,7 +106,7 @@ class SteeredRuns:
         """Apply the allowed part of the actions, train every run for one interval, and compute its reward.
 
         Raises:
-            ValueError: a choice does not exist; nothing has changed then.
+            ValueError: a choice does not exist. The state is unchanged then.
         """
         telemetry = self.plants.advance(self.states.decide(actions))
         loss = self._evaluate_if_due(telemetry)
@@ -132,7 +132,7 @@ class SteeredRuns:
         )
 
     def _evaluate_if_due(self, telemetry: TelemetryBatch) -> Floats:
-        """Evaluate the runs where that is due, and return the loss that counts now, as `DrivenInterval.loss` does."""
+        """Evaluate runs that are due, and return the losses that determine the quality, like `DrivenInterval.loss`."""
         known = self.plants.expected_loss if isinstance(self.plants, KnowsItsLoss) else telemetry.train_loss
         loss = np.where(telemetry.diverged, np.nan, known)
         rows = np.flatnonzero(evaluation_due(telemetry))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint, whole_file, write_json

@@ -112,12 +112,12 @@ def _odd_fields(error: ValidationError, name: str) -> str | None:
     return f"{name} fields missing or unknown: {', '.join(sorted(odd))}" if odd else None
 
 
-_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+_adapters: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    from pydantic import TypeAdapter
+    if kind not in _adapters:
+        from pydantic import TypeAdapter
 
-    if kind not in _ADAPTERS:
-        _ADAPTERS[kind] = TypeAdapter(kind)
-    return _ADAPTERS[kind]
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]

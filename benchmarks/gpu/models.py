@@ -18,7 +18,7 @@ import torch
 
 from trainpilot.experiments.compare.cases import model_file
 from trainpilot.experiments.compare.execute import execute
-from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import RunStore, run_key
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
@@ -177,7 +177,7 @@ class TimeIsUpError(Exception):
 
 
 class KeptMeter(EnergyMeter):
-    """A meter that remembers what it said."""
+    """An energy meter that records its readings."""
 
     def __init__(self, meter: EnergyMeter) -> None:
         self.meter = meter

@@ -28,8 +28,8 @@ from trainpilot.experiments.analysis.multiplier import Curve, CurveRun, compute_
 from trainpilot.experiments.analysis.statistics import over_seeds
 from trainpilot.experiments.compare.cases import StaticSetting, rounded
 from trainpilot.experiments.compare.methods import SIMPLE, policy_method
-from trainpilot.experiments.compare.results import UNTUNED, Case, RunResult, RunSpec
 from trainpilot.experiments.recipe import load_recipe
+from trainpilot.experiments.results import UNTUNED, Case, RunResult, RunSpec
 from trainpilot.experiments.train_agent import total_cost
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.energy.meter import sum_known
@@ -55,7 +55,7 @@ class Ask:
     get: Get
 
     def static(self, what: str, rate: float, *, seed: int, budget: float = 1.0) -> RunResult:
-        """Return the run of a learning rate under WSD, the policy's own base schedule, which nobody steers."""
+        """Return an unsteered run under WSD, the policy's own base schedule, at a learning rate."""
         setting = StaticSetting(
             learning_rate=rate,
             batch_size=self.config.batch_size,

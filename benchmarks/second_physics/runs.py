@@ -155,7 +155,7 @@ SWITCH_S = 1e-3
 
 @dataclass(kw_only=True)
 class LawInterval:
-    """What one interval takes and comes to; arrays of shape (n_runs,)."""
+    """One interval of many runs; arrays of shape (n_runs,)."""
 
     taken: Floats
     """Sequences trained on; 0 for a run that has ended."""
@@ -175,7 +175,7 @@ class LawInterval:
 
     @classmethod
     def usual(cls, cases: CaseBatch, decisions: int) -> LawInterval:
-        """Return an interval at the starting controls; its learning rates are left open."""
+        """Return an interval at the starting controls; its learning rates are not set."""
         nothing = np.zeros(len(cases.batch_size))
         return cls(
             taken=cases.n_sequences / decisions, batch=cases.batch_size.astype(np.float64),
@@ -294,7 +294,7 @@ LEAST_BF16_GAIN = 1.05
 
 @dataclass(kw_only=True)
 class _State(Rows):
-    """How far the runs have come; arrays of shape (n_runs,), the three of the law of shape (n_runs, decisions)."""
+    """State of the runs; arrays of shape (n_runs,), those of the law's changes of shape (n_runs, decisions)."""
 
     sequences: Floats
     decision: Ints
@@ -491,7 +491,7 @@ class MultiPowerRuns:
         return np.where(cooling, state.cooldown_factor * left, self._schedule(start, end, step))
 
     def _interval(self, controls: ControlBatch, active: Bools) -> LawInterval:
-        """Return what this interval takes: sequences up to its border or the run's end, and the learning rates."""
+        """Return the next interval: its sequences up to the next decision or the run's end, and its learning rates."""
         state, cases = self.state, self.cases
         start = state.sequences
         border = np.round((state.decision + 1) * cases.n_sequences / self.decisions)
@@ -511,7 +511,7 @@ class MultiPowerRuns:
         )
 
     def _enter(self, interval: LawInterval, active: Bools) -> Floats:
-        """Note the change of the learning rate, and return the path that the interval adds."""
+        """Record the change of the learning rate, and return the path that the interval adds."""
         state, cases = self.state, self.cases
         rows = np.flatnonzero(active)
         now = state.decision[rows]

@@ -1,1 +1,1 @@
-"""Turn finished runs into figures: compute multipliers, intervals, fronts. docs/measuring.md says what each means."""
+"""Compute figures from finished runs: compute multipliers, intervals and fronts (explained in docs/measuring.md)."""

@@ -22,13 +22,12 @@ from trainpilot.experiments.analysis.modelled_cost import Run, Runs
 from trainpilot.experiments.analysis.multiplier import Baseline, CaseBaselines, case_baselines
 from trainpilot.experiments.analysis.pareto import case_points, family_fronts
 from trainpilot.experiments.analysis.statistics import TIE
-from trainpilot.experiments.compare.methods import PolicyName, is_policy
-from trainpilot.experiments.compare.results import TUNED, UNTUNED, Comparison, MethodNote, RunResult
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, MethodNote, PolicyName, RunResult, is_policy
 
 PLANTED_BUDGET = 1.25
 INTERPOLATION = 0.01
-"""Relative error of a multiplier that the curve's interpolation may add to its interval."""
+"""Relative error by which interpolation of the curve may change a multiplier, in addition to its interval."""
 PUBLISHED_QUARTER_RATE = 0.33
 """A quarter of the best peak costs 2.9 to 3.1 times the steps, for WSD on models of 25 to 400 M parameters."""
 WIDE_MARGIN = 1.1
@@ -75,7 +74,7 @@ def _itself(worths: Worths) -> SanityCheck:
     return _check(
         "the tuned static against itself",
         "1.00",
-        _told(worth),
+        _format(worth),
         worth is not None and not worth.censored and abs(_value(worth) - 1) <= TIE,
     )
 
@@ -85,7 +84,7 @@ def _planted_budget(worths: Worths) -> SanityCheck:
     return _check(
         "the tuned static with a quarter more tokens, not counted",
         f"{PLANTED_BUDGET}, within its interval (and 1 % for the interpolation)",
-        _told(worth),
+        _format(worth),
         worth is not None and _low(worth) * (1 - INTERPOLATION) <= PLANTED_BUDGET <= _high(worth) * (1 + INTERPOLATION),
     )
 
@@ -95,7 +94,7 @@ def _quarter_rate(worths: Worths) -> SanityCheck:
     return _check(
         "the tuned static with a quarter of its learning rate",
         f"clearly below 1; published {PUBLISHED_QUARTER_RATE} on larger models. At 1 the tuned rate would be too high",
-        _told(worth),
+        _format(worth),
         worth is not None and _high(worth) < 1,
     )
 
@@ -122,7 +121,7 @@ def _ratio(name: str, ratios: Sequence[float], least: float, published: str) -> 
 
 
 def _ratios(cases: Sequence[CaseFigures], methods: Sequence[str], other: str) -> list[float]:
-    """Return, case by case, the best method's multiplier over another's; infinite where the other is worth nothing."""
+    """Return, by case, the best method's multiplier over another's; infinite if the other multiplier is 0."""
     worths = {(found.case, found.method): found.multipliers["tuned"]["tokens"].value for found in cases}
     names = dict.fromkeys(found.case for found in cases)
     found = []
@@ -142,13 +141,13 @@ def _in_between(name: str, worths: Worths) -> SanityCheck:
     return _check(
         f"{name} lies between the untuned default and the tuned static",
         expected,
-        f"{_told(worth)}, the untuned default {_told(untuned)}",
+        f"{_format(worth)}, the untuned default {_format(untuned)}",
         _value(untuned) <= _value(worth) <= PRESUMED_BUG,
     )
 
 
 def _no_wonder(worths: Worths) -> SanityCheck:
-    wonders = [f"{name} {_told(worth)}" for name, worth in worths.items() if _value(worth) > PRESUMED_BUG]
+    wonders = [f"{name} {_format(worth)}" for name, worth in worths.items() if _value(worth) > PRESUMED_BUG]
     found = ", ".join(wonders) or f"none of {len(worths)}"
     return _check(
         "no method beats the tuned static by more than 5 %",
@@ -159,11 +158,11 @@ def _no_wonder(worths: Worths) -> SanityCheck:
 
 
 def _check(name: str, expected: str, found: str | None, passed: bool) -> SanityCheck:
-    """Return a check; without anything found it was not made."""
+    """Return a check; `passed` is `None` if nothing was found."""
     return SanityCheck(name=name, expected=expected, found=found or "not compared", passed=passed if found else None)
 
 
-def _told(worth: Estimate | None) -> str | None:
+def _format(worth: Estimate | None) -> str | None:
     if worth is None:
         return None
     interval = "" if worth.low is None else f" [{worth.low:.2f}, {_high(worth):.2f}]"
@@ -216,7 +215,7 @@ def rests_on(runs: Runs) -> str:
 
 
 def remarks(runs: Runs, baselines: Mapping[str, CaseBaselines], methods: Sequence[MethodFigures]) -> tuple[str, ...]:
-    """Return what a reader must know, a sentence or two each."""
+    """Return remarks for the reader of the figures, one or two sentences each."""
     found = [
         *_about_the_design(runs),
         *_about_missing_runs(runs, methods),
@@ -289,7 +288,7 @@ def _about_edges(runs: Runs) -> list[str]:
 
 
 def _about_curves(runs: Runs, baselines: CaseBaselines) -> list[str]:
-    """Tell of curves, in tokens, that are missing, were put in order, or are used beyond their ends."""
+    """Return remarks on curves in tokens that are missing, were made monotone, or are extrapolated."""
     notes = []
     for name, curves in ((UNTUNED, baselines.untuned), (TUNED, baselines.tuned)):
         baseline = curves.get("tokens")
@@ -333,7 +332,7 @@ def _sentence(text: str) -> str:
 def analyse(comparison: Comparison, results: Mapping[str, RunResult], tables: Mapping[str, CostTable]) -> Figures:
     """Return the figures of a comparison.
 
-    Diverged and failed runs count as worst. What rests on runs that are not there is an estimate without a value.
+    Diverged and failed runs count as worst. Estimates that depend on missing runs have no value.
 
     Args:
         comparison: Which run belongs to which case and method.

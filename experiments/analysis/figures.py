@@ -1,4 +1,4 @@
-"""The figures of a comparison, as the report shows them and `figures.json` holds them."""
+"""Define the records of a comparison's figures, which the report shows and `figures.json` stores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from trainpilot.llm_runtime.json_records import JsonRecord
 PRESUMED_BUG = 1.05
 """A gain over the tuned static above this factor is presumed to be a bug in the baseline."""
 AXES = ("tokens", "time_s", "energy_j")
-"""What a budget is counted in: tokens, modelled seconds, modelled joules."""
+"""Units of a budget: tokens, modelled seconds, modelled joules."""
 BASELINES = ("untuned", "tuned", "tuned_with_sweep")
-"""Against what: the untuned default, the tuned static, and the tuned static with its sweep paid for."""
+"""Baselines: the untuned default, the tuned static, and the tuned static with the cost of its sweep."""
 PARTS = ("training", "probe", "evaluation", "switching")
 
 Censored = Literal["", "<", ">"]
@@ -24,18 +24,18 @@ class Estimate:
     """A median with its bootstrap 95 % interval."""
 
     value: float | None
-    """`None` where there is nothing to take a median of; with `censored` `>`, never."""
+    """The median. `None` without any numbers; with `censored` `>`, the event never happens."""
     low: float | None = None
     high: float | None = None
     n: int = 0
-    """Numbers behind it: seeds for one case, cases for all of them."""
+    """Sample size: seeds for a single case, cases for all of them."""
     censored: Censored = ""
-    """`<` or `>` where the truth is known to lie below or above `value` only."""
+    """`<` or `>` if `value` is only an upper or a lower bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFigures:
-    """What it took to reach the case's target loss. Seeds that never reached it count as more than they used."""
+    """Costs of reaching the case's target loss. For seeds that never reached it, the costs used are a lower bound."""
 
     n_reached: int
     n_runs: int
@@ -55,7 +55,7 @@ class CaseFigures:
     n_runs: int
     n_diverged: int
     n_failed: int
-    """Neither finished nor diverged: a worker was killed, memory ran out."""
+    """Runs that neither finished nor diverged, because a worker was killed or memory ran out."""
     n_stopped_early: int
     validation_loss: Estimate
     """Final, in nats/token."""
@@ -66,7 +66,7 @@ class CaseFigures:
     measured_energy_j: Estimate
     energy_source: str | None
     energy_shared: bool
-    """Runs beside it put their share into the measured figures: conclusions rest on the modelled ones."""
+    """Whether parallel runs are part of the measured figures, so that conclusions use the modelled ones."""
     time_s: Estimate
     """Modelled."""
     energy_j: Estimate
@@ -79,12 +79,12 @@ class CaseFigures:
     multipliers: Mapping[str, Mapping[str, Estimate]]
     """Compute multiplier by baseline (`BASELINES`) and axis (`AXES`)."""
     product_score: Estimate
-    """P^1.5 (a T + b E) against the untuned default; 1 is as good, lower is better."""
+    """P^1.5 (a T + b E) against the untuned default; 1 is equal, lower is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignTest:
-    """In how many cases the method needed less than the baseline, and how likely that is by chance (two-sided)."""
+    """Number of cases in which the method needed less than the baseline, with the two-sided p-value."""
 
     wins: int
     losses: int
@@ -106,8 +106,8 @@ class MethodFigures:
     """By baseline and axis."""
     product_score: Estimate
     break_even_runs: Estimate | None
-    """Steered runs after which the policy's own training energy is earned back against the tuned static with its
-    sweep paid for; `None` where it is unknown or there is no policy."""
+    """Steered runs after which the policy's training energy has been saved, against the tuned static including its
+    sweep; `None` if it is unknown or there is no policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +124,12 @@ class FrontPoint:
     time_s: float
     energy_j: float | None
     on_front: bool
-    """Nothing else of this case is at least as good in both and better in one (loss, and joules or else seconds)."""
+    """Whether no other point of the case dominates it in loss and joules (seconds if joules are unknown)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyFront:
-    """How good a family's set of points is, median over cases. Objectives are ratios to the tuned static's."""
+    """Quality of a family's set of points, as medians over cases. Objectives are relative to the tuned static."""
 
     family: str
     hypervolume: Estimate
@@ -147,14 +147,14 @@ class BaselineCurve:
     """`untuned`, `tuned`, `tuned-time` or `tuned-energy`."""
     axis: str
     budgets: tuple[float, ...]
-    """In the axis's unit, rising."""
+    """Budgets in the axis's unit, ascending."""
     losses: tuple[float, ...]
-    """In nats/token, as fitted: medians over seeds, made to fall with the budget."""
+    """Fitted losses in nats/token: medians over seeds, monotonically decreasing with the budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SanityCheck:
-    """Something that the literature leads to expect, and what was found."""
+    """An expectation from the literature, with the finding of this comparison."""
 
     name: str
     expected: str
@@ -176,8 +176,8 @@ class Figures(JsonRecord):
     targets: Mapping[str, float | None]
     """Target loss by case, in nats/token."""
     sweep_costs: Mapping[str, Mapping[str, float | None]]
-    """What the tuned static's search used, by case and axis."""
+    """Costs of the tuned static's search, by case and axis."""
     rests_on: str
     """Which time and energy the conclusions rest on, and why, in one or two sentences."""
     notes: tuple[str, ...] = field(default_factory=tuple)
-    """What a reader must know: extrapolated curves, optima on an edge, shared meters."""
+    """Caveats for the reader, such as extrapolated curves, optima on an edge of the grid, or shared meters."""

@@ -28,7 +28,7 @@ from trainpilot.experiments.analysis.multiplier import (
     product_scores,
 )
 from trainpilot.experiments.analysis.statistics import NEVER, Bounded, above, exactly, over_cases, over_seeds, sign_test
-from trainpilot.experiments.compare.results import UNTUNED, Case
+from trainpilot.experiments.results import UNTUNED, Case
 from trainpilot.llm_runtime.energy.meter import sum_known
 
 
@@ -39,7 +39,7 @@ class EvaluatedLoss:
     loss: float
     """In nats/token."""
     used: Amounts
-    """By then, modelled."""
+    """Modelled costs up to then."""
 
 
 def target_loss(case: Case, runs: Runs) -> float | None:
@@ -51,7 +51,7 @@ def target_loss(case: Case, runs: Runs) -> float | None:
 
 
 def target_figures(runs: Sequence[Run], target: float | None) -> TargetFigures:
-    """Return what a method needed to reach `target`, over its seeds."""
+    """Return the costs of reaching `target`, over a method's seeds."""
     needed = [used_to_reach(run, target) for run in runs] if target is not None else []
     return TargetFigures(
         n_reached=sum(found["tokens"] is not None and math.isfinite(found["tokens"].high) for found in needed),
@@ -63,7 +63,7 @@ def target_figures(runs: Sequence[Run], target: float | None) -> TargetFigures:
 
 
 def used_to_reach(run: Run, target: float) -> dict[str, Bounded | None]:
-    """Return what the run had used when it first reached `target`, by axis; more than all it used if it never did.
+    """Return the costs, by axis, at which the run first reached `target`; a lower bound if it never did.
 
     Between two evaluations everything is assumed to change linearly.
     """
@@ -101,7 +101,7 @@ def _evaluated_losses(run: Run) -> list[EvaluatedLoss]:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOnCase:
-    """One method on one case, seed by seed."""
+    """Results of one method on one case, by seed."""
 
     case: str
     method: str
@@ -181,7 +181,7 @@ def _n_failed(runs: Sequence[Run]) -> int:
 
 
 def _losses(runs: Sequence[Run], loss: Callable[[Run], float | None]) -> list[Bounded]:
-    """Return the losses; a run without one counts as worse than before its first step."""
+    """Return the final losses; for a run without one, the loss before its first step is a lower bound."""
     found = []
     for run in runs:
         value, initial = loss(run), run.result.initial_validation_loss
@@ -199,7 +199,7 @@ def _measured_time_s(run: Run) -> float:
 
 
 def _measured_energy_j(run: Run) -> float | None:
-    """Return joules, evaluation included; `None` where one interval has none, or where there is no interval."""
+    """Return the measured joules including evaluation; `None` without intervals, or if those of one are unknown."""
     intervals = run.result.intervals
     evaluations = [interval.evaluation_energy_j for interval in intervals if interval.evaluation_sequences]
     return sum_known([*(interval.energy_j for interval in intervals), *evaluations]) if intervals else None

@@ -12,7 +12,8 @@ from functools import cached_property
 from itertools import accumulate
 
 from trainpilot.experiments.analysis.figures import AXES, PARTS
-from trainpilot.experiments.compare.results import (
+from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import (
     TUNED,
     Comparison,
     IntervalResult,
@@ -22,7 +23,6 @@ from trainpilot.experiments.compare.results import (
     RunResult,
     cost_key,
 )
-from trainpilot.experiments.costs.table import CostTable
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.timing import Cost
@@ -30,7 +30,7 @@ from trainpilot.llm_runtime.timing import Cost
 
 @dataclass(frozen=True, kw_only=True)
 class ModelledCost:
-    """Modelled seconds and joules of a run. The evaluation before its first step is no part of it."""
+    """Modelled seconds and joules of a run, without the evaluation before its first step."""
 
     time_s: float
     energy_j: float | None
@@ -42,7 +42,7 @@ class ModelledCost:
 
 
 def modelled_cost(result: RunResult, table: CostTable) -> ModelledCost:
-    """Return what the run costs by `table`, in total and by parts.
+    """Return the modelled cost of a run, in total and by parts.
 
     Raises:
         ValueError: the table is for another sequence length, or lacks something that the run used.
@@ -60,7 +60,7 @@ def modelled_cost(result: RunResult, table: CostTable) -> ModelledCost:
 
 
 def cumulative(result: RunResult, table: CostTable) -> tuple[Cost, ...]:
-    """Return what the run has cost by the end of each interval, the evaluation there included.
+    """Return the cumulative cost at the end of each interval, including the evaluation there.
 
     Raises:
         ValueError: as `modelled_cost`.
@@ -92,9 +92,9 @@ def _by_interval(result: RunResult, table: CostTable) -> list[dict[str, Cost]]:
 
 
 def _passes(interval: IntervalResult, held: float, config: RunConfig, table: CostTable) -> dict[str, Cost]:
-    """Return the costs of steps, probe and evaluation; only width makes a pass cheaper, masks make a step dearer."""
+    """Return the costs of steps, probe and evaluation. Removed channels make a pass cheaper, masks a step dearer."""
     removed = interval.sparsity if config.pruning == "width" else 0.0
-    # Masks by magnitude cost nothing before they hold a weight; those by evolution follow the weights from the start.
+    # Magnitude masks cost nothing while they are empty; evolution masks are updated from the start.
     idle = config.pruning == "magnitude" and not interval.sparsity
     step = table.step(
         interval.batch_size,
@@ -113,14 +113,14 @@ def _passes(interval: IntervalResult, held: float, config: RunConfig, table: Cos
 
 
 def _held_batch(interval: IntervalResult, before: float, *, last: bool) -> float:
-    """Return the batch that was set: a run's end may cut its last step short, which lowers the mean."""
+    """Return the batch size that was set; in the last interval the mean may be lower, as the last step may be short."""
     sequences = round(interval.batch_size * interval.steps)
     cut_short = last and math.ceil(sequences / before) == interval.steps
     return before if cut_short else interval.batch_size
 
 
 def _sum(costs: Iterable[Cost], table: CostTable) -> Cost:
-    """Add up; without joules in the table, the sum of nothing has none either."""
+    """Add up costs; without joules in the table, the joules of the sum are `None`, even of an empty one."""
     return sum(costs, Cost(time_s=0.0, energy_j=None if table.energy_source is None else 0.0))
 
 
@@ -130,7 +130,7 @@ Amounts = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Run:
-    """A row, its run, and what the run costs by the table."""
+    """A row with its run and the run's modelled cost."""
 
     row: Row
     result: RunResult
@@ -150,7 +150,7 @@ class Run:
 
     @cached_property
     def spent(self) -> Amounts:
-        """What the run used: tokens, modelled seconds, modelled joules."""
+        """Costs of the run: tokens, modelled seconds, modelled joules."""
         cost = self.cost
         return {
             "tokens": float(self.result.tokens),
@@ -160,13 +160,13 @@ class Run:
 
     @cached_property
     def counted(self) -> Amounts:
-        """What the run is said to have used: something else in planted checks alone."""
+        """Costs that are counted for the run; they differ from `spent` only in planted checks."""
         factor = self.row.counted_budget / self.row.budget
         return {axis: None if spent is None else spent * factor for axis, spent in self.spent.items()}
 
 
 class Runs:
-    """Every run of a comparison, by case, method and role. A row without a result yet is left out and counted.
+    """All runs of a comparison, by case, method and role. Rows without a result are skipped and counted.
 
     Args:
         comparison: Which run belongs to which case and method.
@@ -214,15 +214,15 @@ class Runs:
         return self.notes.get(method) or _note_for(method, self.notes)
 
     def search_cost(self, case: str, method: str = TUNED) -> Amounts:
-        """Return what a method's search used on a case; unknown where no search was noted."""
+        """Return the costs of a method's search on a case; unknown if no search was recorded."""
         trials = [run.spent for run in self.of(case, method, "sweep")]
         return {axis: sum_known(trial[axis] for trial in trials) if trials else None for axis in AXES}
 
     def own_search(self, case: str, method: str) -> Amounts:
-        """Return what finding a method's setting used: 0 for methods that need no search.
+        """Return the costs of finding a method's setting: 0 for methods that need no search.
 
-        What is tuned without a search of its own, as are the best per schedule and the checks, rests on that of the
-        tuned static.
+        Methods that use the result of the tuned static's search (the best per schedule, and the checks) are charged
+        with that search.
         """
         if self.note(method).kind not in ("tuned", "check"):
             return dict.fromkeys(AXES, 0.0)

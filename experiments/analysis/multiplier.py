@@ -19,12 +19,12 @@ from trainpilot.envs.reward import MAX_LOSS_INCREASE, Outcome, budget_for_loss, 
 from trainpilot.experiments.analysis.figures import AXES, BaselineCurve
 from trainpilot.experiments.analysis.modelled_cost import Amounts, Run, Runs
 from trainpilot.experiments.analysis.statistics import NEVER, Bounded, above, below, exactly
-from trainpilot.experiments.compare.results import UNTUNED, Case
+from trainpilot.experiments.results import UNTUNED, Case
 
 BEYOND = 2.0
-"""A curve is believed up to this factor outside the budgets that were measured."""
+"""A curve is extrapolated up to this factor outside the measured budgets."""
 SAME = 1e-12
-"""Logarithms of losses that differ by less are those of the same loss."""
+"""Logarithms of losses that differ by less are considered equal."""
 
 Point = tuple[float, float]
 """(logarithm of a budget over the whole one, logarithm of the loss over the whole run's)."""
@@ -39,25 +39,25 @@ class CurveRun:
 
     seed: int
     share: float
-    """Of the case's budget in tokens."""
+    """Share of the case's budget in tokens."""
     used: float
-    """In the axis's unit."""
+    """Budget used, in the axis's unit."""
     loss: float | None
     """Final validation loss in nats/token; `None` for a run that diverged or failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Final loss of a baseline against its budget: one shape for all seeds, at the level of each seed's own run."""
+    """Final loss of a baseline as a function of its budget: one shape for all seeds, shifted to each seed's run."""
 
     points: tuple[Point, ...]
     """Rising in budget and strictly falling in loss; the whole run is (0, 0)."""
     measured: tuple[float, float]
     """Logarithms of the smallest and the largest budget measured, over the whole one."""
     n_pooled: int
-    """Budgets that were out of order and count as one with a neighbour."""
+    """Budgets whose losses were out of order and were pooled with a neighbour's."""
     flat_end: bool
-    """The largest budget got no better than those before it."""
+    """Whether the largest budget reached no lower loss than those before it."""
     whole_beaten: bool
     """A smaller budget got at least as good as the whole one: methods look too good against that curve."""
     whole: tuple[float, float]
@@ -101,31 +101,31 @@ class Curve:
     def _between(self) -> Any:
         """Monotone cubic pieces (Fritsch and Butland 1984) from -log loss to log budget.
 
-        A loss that falls towards a floor is curved in the logarithms, and its chords lie above it: straight pieces
-        would make a gain of 25 % look like one of 26 %.
+        A loss with a floor is convex in the logarithms, so linear interpolation lies above it and would turn a gain of
+        25 % into 26 %.
         """
         from scipy.interpolate import PchipInterpolator  # takes half a second to load
 
         return PchipInterpolator([-y for _, y in self.points], [x for x, _ in self.points])
 
     def _beyond_the_points(self, y: float) -> Bounded:
-        """Return where the end pieces, as straight lines, reach `y`; a bound where that is not to be believed."""
+        """Extrapolate the end pieces linearly to `y`; return a bound if that is too far from the measured budgets."""
         low, high = math.exp(self.measured[0]) / BEYOND, math.exp(self.measured[1]) * BEYOND
         budgets, losses = np.exp(self.points).T
         share = float(budget_for_loss(math.exp(y), budgets, losses, limits=(low, high)))
         if y > 0:
             return exactly(share) if share > low else below(low)
-        if share >= high or self.flat_end:  # where more budget brought nothing, the line is too kind to the baseline
+        if share >= high or self.flat_end:  # a flat end would favour the baseline
             return above(share)
         return exactly(share)
 
 
 def fit_curve(runs: Sequence[CurveRun]) -> Curve | None:
-    """Return the curve through a baseline's runs, or `None` where its runs of the whole budget gave no loss.
+    """Fit the curve through a baseline's runs; `None` if no run of the whole budget has a final loss.
 
-    A budget's place is the median, over the seeds that have both runs, of its ratio to the same seed's whole run: a
-    budget that only one seed was given is compared with that seed. A failed run counts as infinitely bad. Budgets out
-    of order are pooled (isotonic regression); the whole run stays where it is, so that its own loss is worth 1.
+    The point of a budget is the median, over the seeds that have both runs, of its ratio to the whole run of the same
+    seed. A failed run counts as infinitely bad. Budgets out of order are pooled (isotonic regression); the point of the
+    whole run is fixed, so that its own loss has multiplier 1.
     """
     whole = [run for run in runs if run.share == 1]
     level = median([_loss(run) for run in whole]) if whole else math.inf
@@ -155,7 +155,7 @@ def compute_multiplier(
         used: Budget used, in the curve's unit.
         curve: The baseline's.
         seed: The run's seed; the baseline's run with the same seed sets the level.
-        search: What finding the baseline's setting used, in the curve's unit, if it is to be paid for.
+        search: Cost of the search for the baseline's setting, in the curve's unit, if it is to be charged.
     """
     return below(0.0) if loss is None else curve.needed(loss, seed).plus(search).times(1 / used)
 
@@ -176,9 +176,9 @@ def _other_points(runs: Iterable[CurveRun], ended: Mapping[int, tuple[float, flo
 
 
 def _in_order(points: Sequence[Point]) -> list[list[Point]]:
-    """Pool neighbours, points rising in budget, until each block's loss lies below that of the block before.
+    """Pool neighbouring points (ascending in budget) until the losses of the blocks decrease strictly.
 
-    Isotonic regression with the whole run as a fixed point, which scipy's has not.
+    This is isotonic regression with the whole run as a fixed point, which scipy's implementation does not support.
     """
     blocks: list[list[Point]] = []
     for point in points:
@@ -190,7 +190,7 @@ def _in_order(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def _place(block: Sequence[Point]) -> Point:
-    """Return where a block lies: at the whole run if that is in it, otherwise in its middle."""
+    """Return the position of a block: the whole run if it contains that, otherwise its middle."""
     if WHOLE in block:
         return WHOLE
     return (fmean(x for x, _ in block), fmean(y for _, y in block))
@@ -211,7 +211,7 @@ def product_score(
     time_weight: float = TIME_WEIGHT,
     energy_weight: float = ENERGY_WEIGHT,
 ) -> Bounded:
-    """Return P^1.5 (a T + b E), where 1 is as good as the base run and less is better.
+    """Return P^1.5 (a T + b E), where 1 equals the base run and lower is better.
 
     P is the ratio of the perplexities, exp(loss - base_loss). It is capped where the loss is two nats above.
 
@@ -239,21 +239,21 @@ class Baseline:
     """A baseline's budget curve on one case, in one axis."""
 
     method: str
-    """Whose rows it is made of."""
+    """Method to whose rows the runs belong."""
     curve: Curve
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseBaselines:
-    """What the methods are compared with on one case. What is missing was not run, or gave no loss."""
+    """Baselines of one case. Baselines that were not run, or have no final loss, are missing."""
 
     case: str
     untuned: Mapping[str, Baseline]
-    """By axis."""
+    """Untuned default, by axis."""
     tuned: Mapping[str, Baseline]
-    """By axis: the setting that is best for equal tokens, seconds, joules."""
+    """Tuned static by axis: the best setting for equal tokens, seconds or joules."""
     search: Amounts
-    """What the tuned static's search used."""
+    """Costs of the tuned static's search."""
     base_runs: Sequence[Run]
     """Runs of the untuned default."""
 
@@ -268,7 +268,7 @@ class CaseBaselines:
 
 
 def case_baselines(runs: Runs, case: Case) -> CaseBaselines:
-    """Return the baselines of a case, as far as they were run."""
+    """Return the baselines of a case that were run."""
     tuned = {found.axis: found.method for found in runs.comparison.baselines.get(case.name, ())}
     return CaseBaselines(
         case=case.name,
@@ -293,10 +293,10 @@ def _curve_runs(runs: Runs, case: str, method: str, axis: str) -> list[CurveRun]
 
 
 def multipliers(judged: Sequence[Run], baselines: CaseBaselines, own_search: Amounts) -> Multipliers:
-    """Return a method's compute multipliers, seed by seed.
+    """Return a method's compute multipliers, by seed.
 
-    With the sweep paid for, the baseline's side has its search on top, and so has that of a method which was itself
-    found by a search.
+    For the baseline `tuned_with_sweep`, the cost of the search is added to the baseline's budget, and the cost of the
+    method's own search, if it has one, to the method's.
     """
     none = dict.fromkeys(AXES, 0.0)
     sides = {
@@ -313,7 +313,7 @@ def multipliers(judged: Sequence[Run], baselines: CaseBaselines, own_search: Amo
 def _seed_by_seed(
     judged: Sequence[Run], baseline: Baseline | None, axis: str, search: float | None, own: float | None
 ) -> list[Bounded]:
-    """Return the multipliers; of runs whose cost is unknown there are none, but a failure is one all the same."""
+    """Return the multipliers; runs of unknown cost are skipped, unless they failed."""
     if baseline is None or search is None or own is None:
         return []
     return [
@@ -324,7 +324,7 @@ def _seed_by_seed(
 
 
 def product_scores(judged: Sequence[Run], base: Sequence[Run]) -> list[Bounded]:
-    """Return a method's product scores against the base runs, seed by seed."""
+    """Return a method's product scores against the base runs, by seed."""
     by_seed = {run.seed: run for run in base if run.loss is not None}
     typical = sorted(by_seed.values(), key=lambda run: (run.loss, run.seed))
     scores = []
@@ -348,9 +348,9 @@ def _ratio(run: Run, base: Run, axis: str) -> float | None:
 
 
 def break_even_runs(judged: Sequence[Run], baselines: CaseBaselines, training_energy_j: float) -> list[Bounded]:
-    """Return after how many steered runs the policy's training is earned back in joules, seed by seed.
+    """Return the number of steered runs after which the policy's training energy has been saved, by seed.
 
-    A run saves what the tuned static needs for the same loss, its search included, less what the run used itself.
+    A run saves the joules that the tuned static needs for the same loss, including its search, minus its own.
     """
     baseline, search = baselines.tuned.get("energy_j"), baselines.search["energy_j"]
     if baseline is None or search is None:
@@ -366,7 +366,7 @@ def break_even_runs(judged: Sequence[Run], baselines: CaseBaselines, training_en
 
 
 def _runs_until(cost: float, saved: Bounded) -> Bounded:
-    """Return `cost` over what a run saves; never, where it saves nothing."""
+    """Return `cost` divided by the saving of a run; `NEVER` if it saves nothing."""
     if saved.high <= 0:
         return NEVER
     return Bounded(cost / saved.high, cost / saved.low if saved.low > 0 else NEVER.high)

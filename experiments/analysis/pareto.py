@@ -18,10 +18,10 @@ from trainpilot.experiments.analysis.figures import FamilyFront, FrontPoint
 from trainpilot.experiments.analysis.modelled_cost import Run, Runs
 from trainpilot.experiments.analysis.multiplier import CaseBaselines
 from trainpilot.experiments.analysis.statistics import exactly, over_cases
-from trainpilot.experiments.compare.results import TUNED
+from trainpilot.experiments.results import TUNED
 
 REFERENCE_POINT = (4.0, 4.0)
-"""The worst that still counts: a loss worth a quarter of the compute, four times the cost. (1, 1) alone dominates 9."""
+"""Worst point that counts: a loss that needs a quarter of the compute, at four times the cost. (1, 1) dominates 9."""
 N_WEIGHTS = 100
 
 Objectives = tuple[float, float]
@@ -29,7 +29,7 @@ Objectives = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class SetQuality:
-    """How good a set of points is."""
+    """Quality measures of a set of points."""
 
     hypervolume: float
     """Area between the set and `REFERENCE_POINT`; more is better."""
@@ -40,7 +40,7 @@ class SetQuality:
 
 
 def on_front(points: Sequence[Objectives]) -> list[bool]:
-    """Return which points no other point dominates: at least as good in both and better in one. Equals all stay."""
+    """Return which points are not dominated by another one. Equal points do not dominate each other."""
     if not points:
         return []
     from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
@@ -51,11 +51,11 @@ def on_front(points: Sequence[Objectives]) -> list[bool]:
 
 
 def set_quality(points: Sequence[Objectives], best: Sequence[Objectives]) -> SetQuality:
-    """Return how good a set is.
+    """Return the quality measures of a set.
 
     Args:
-        points: The set; without any it counts as a single point at `REFERENCE_POINT`.
-        best: Points that nothing known dominates, for the distance.
+        points: The set; an empty one counts as a single point at `REFERENCE_POINT`.
+        best: Non-dominated points of all families, for the distance.
     """
     found = list(points) or [REFERENCE_POINT]
     return SetQuality(
@@ -85,7 +85,7 @@ def igd_plus(points: Sequence[Objectives], best: Sequence[Objectives]) -> float:
 def expected_utility(points: Sequence[Objectives]) -> float:
     """Return the mean, over evenly spread weights, of the best weighted sum of what is saved (1 minus an objective).
 
-    As Zintgraf et al. 2015: the user who picks the best point for a weighting of his own, drawn at random.
+    As in Zintgraf et al. 2015: the expected utility of a user who picks the best point for random weights.
     """
     weights = (np.arange(N_WEIGHTS) + 0.5) / N_WEIGHTS
     saved = 1.0 - np.asarray(points, dtype=float)  # (points, objectives)
@@ -103,7 +103,7 @@ class _Place:
 def case_points(runs: Runs, case: str) -> list[FrontPoint]:
     """Return a point for each method, each budget of a baseline's curve and each trial of a search.
 
-    What has no loss (half its seeds failed) or no modelled cost has no point, and planted checks have none.
+    There is no point for planted checks, without a median loss (half the seeds failed), or without a modelled cost.
     """
     groups: dict[tuple[str, str, float, str], list[Run]] = {}
     for run in runs.on_case(case):
@@ -145,9 +145,9 @@ def _cost(time_s: float, energy_j: float | None, by_energy: bool) -> float:
 def family_fronts(
     runs: Runs, points: Sequence[FrontPoint], baselines: Mapping[str, CaseBaselines]
 ) -> list[FamilyFront]:
-    """Return how good each family's points are, median over cases.
+    """Return the quality measures of each family's points, as medians over cases.
 
-    Judged methods alone: a search's own trials are picked by the very losses that they would be measured with.
+    Only judged methods count: the trials of a search were selected by the same losses.
     """
     qualities: dict[str, list[SetQuality]] = {}
     counts: dict[str, int] = {}
@@ -179,9 +179,9 @@ def _families(runs: Runs, case: str) -> list[str]:
 
 
 def _objectives(points: Sequence[FrontPoint], baselines: CaseBaselines) -> dict[str, list[Objectives]]:
-    """Return the points of each family, as ratios to the tuned static's: compute that the loss is worth, and cost.
+    """Return the objectives of each family's points relative to the tuned static.
 
-    What is worse than `REFERENCE_POINT` counts as just as bad: no point is worse than none.
+    Objectives are clipped at `REFERENCE_POINT`, so that a bad point is never worse than none.
     """
     tuned = next((point for point in points if point.method == TUNED), None)
     baseline = baselines.tuned.get("tokens")
@@ -191,7 +191,7 @@ def _objectives(points: Sequence[FrontPoint], baselines: CaseBaselines) -> dict[
     unit = _cost(tuned.time_s, tuned.energy_j, by_energy)
     sets: dict[str, list[Objectives]] = {}
     for point in points:
-        # Outside the curve the bound stands for the budget: it is either far off, or a gain that is not claimed.
+        # Outside the curve its bound is used as the budget, so that no gain beyond the curve is claimed.
         needed = baseline.curve.needed(point.validation_loss)
         share = (needed.high if math.isfinite(needed.high) else needed.low) / baseline.curve.whole[0]
         cost = _cost(point.time_s, point.energy_j, by_energy) / unit

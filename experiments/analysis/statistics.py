@@ -13,12 +13,12 @@ from trainpilot.experiments.analysis.figures import Censored, Estimate, SignTest
 N_RESAMPLES = 2_000
 COVERED = 0.95
 TIE = 1e-9
-"""Multipliers that differ from 1 by less are ties: the same run counts once as method and once as baseline."""
+"""Multipliers that differ from 1 by less are ties; they occur if method and baseline are the same run."""
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """A number, or all that is known of it: it lies between `low` and `high`."""
+    """A number that is known to lie between `low` and `high`; an exact one if these are equal."""
 
     low: float
     high: float
@@ -33,11 +33,11 @@ class Bounded:
 
 
 NEVER = Bounded(math.inf, math.inf)
-"""What does not happen, however long one waits."""
+"""Number of runs, or budget, of something that never happens."""
 
 
 def exactly(value: float) -> Bounded:
-    """Return a number that is known."""
+    """Return an exactly known number."""
     return Bounded(value, value)
 
 
@@ -52,7 +52,7 @@ def above(value: float) -> Bounded:
 
 
 def over_seeds(values: Sequence[Bounded]) -> Estimate:
-    """Return the median of one case's numbers, one per seed. Seeds are resampled."""
+    """Return the median of one case's numbers, one per seed, with an interval from resampling seeds."""
     return _estimate([values], len(values))
 
 
@@ -70,20 +70,20 @@ def _estimate(groups: Sequence[Sequence[Bounded]], n: int) -> Estimate:
         return Estimate(value=None)
     bounds = [np.array([(value.low, value.high) for value in group]).T for group in groups]  # each (2, seeds)
     low, high = _median(np.stack([_median(group) for group in bounds], axis=-1))
-    value, censored = _told(float(low), float(high))
+    value, censored = _median_and_bound(float(low), float(high))
     if value is None or sum(map(len, groups)) == 1:  # one number has no interval
         return Estimate(value=value, n=n, censored=censored)
     lowest, highest = _interval(bounds)
     return Estimate(
         value=value,
-        low=0.0 if lowest == -math.inf else lowest,  # what has no lower bound here is positive
+        low=0.0 if lowest == -math.inf else lowest,  # all numbers here are positive
         high=highest if math.isfinite(highest) else None,
         n=n,
         censored=censored,
     )
 
 
-def _told(low: float, high: float) -> tuple[float | None, Censored]:
+def _median_and_bound(low: float, high: float) -> tuple[float | None, Censored]:
     """Return the median of bounded numbers as a value: it lies between the medians of their two bounds."""
     if low == high:
         return (low, "") if math.isfinite(low) else (None, ">")
@@ -93,7 +93,7 @@ def _told(low: float, high: float) -> tuple[float | None, Censored]:
 
 
 def _interval(groups: Sequence[np.ndarray]) -> tuple[float, float]:
-    if all((group == groups[0][:, :1]).all() for group in groups):  # as tokens mostly are
+    if all((group == groups[0][:, :1]).all() for group in groups):  # as is usual for tokens
         return float(groups[0][0, 0]), float(groups[0][1, 0])
     medians = _resampled_medians(groups)
     tail = (1 - COVERED) / 2
@@ -126,13 +126,13 @@ def _median(bounds: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         medians: np.ndarray = ranked[..., lower] / 2 + ranked[..., upper] / 2
     unknown = np.array([-math.inf, math.inf]).reshape(2, *[1] * (medians.ndim - 1))
-    return np.where(np.isnan(medians), unknown, medians)  # halfway between minus and plus infinity lies anything
+    return np.where(np.isnan(medians), unknown, medians)  # the mean of minus and plus infinity is unknown
 
 
 def sign_test(multipliers: Iterable[Estimate]) -> SignTest:
-    """Count the cases with a multiplier above and below 1, and return how likely so uneven a count is by chance.
+    """Count the cases with a multiplier above and below 1, and return the p-value of these counts.
 
-    A case without a multiplier is not counted; one that is only known to lie below 1.2, say, is a tie.
+    A case without a multiplier is not counted; one whose bounds lie on both sides of 1 is a tie.
     """
     sides = [_side(estimate) for estimate in multipliers if estimate.value is not None]
     wins, losses = sides.count(1), sides.count(-1)

@@ -1,6 +1,6 @@
-"""Hold a finished calibration (fitted physics, cost table, errors of the fit), measure these errors, and read files.
+"""Define the record of a calibration (fitted physics, cost table, errors), compute the errors, and load calibrations.
 
-The errors are of predictions against measured losses: on the runs that were fitted, and on runs held out.
+The errors compare predicted with measured losses, on the fitted runs and on held-out runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 
 
 class CalibratedPhysics(Protocol):
-    """What a fit gives; `FittedPhysics` of `llm_runtime.simulator.fitting`."""
+    """Result of a fit; implemented by `FittedPhysics` of `llm_runtime.simulator.fitting`."""
 
     @property
     def values(self) -> Mapping[str, float]:
@@ -49,20 +49,20 @@ class CalibratedPhysics(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FitError(JsonRecord):
-    """How far predictions are from measurements, in nats/token. Runs that diverged are counted and left out."""
+    """Errors of predictions, in nats/token. Runs that diverged are counted but not part of the errors."""
 
     n_runs: int
-    """Runs that were looked at."""
+    """Number of runs, including diverged ones."""
     n_diverged: int
-    """Of them, those that ended without a loss."""
+    """Number of runs without a final loss."""
     final_loss: float | None
-    """Mean absolute error of the final validation loss; `None` where no run has one."""
+    """Mean absolute error of the final validation loss; `None` if no run has one."""
     final_loss_worst: float | None
     """Largest of these errors."""
     trajectory: float | None
     """Mean absolute error of the training loss over the intervals of a run, mean over the runs."""
     final_loss_range: float | None
-    """Worst minus best measured final loss: what there was to tell apart."""
+    """Largest minus smallest measured final loss, as a scale for the errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +71,11 @@ class BestRate(JsonRecord):
 
     batch_size: int
     fitted: float | None
-    """As the fit sees it, between the rates of the grid; `None` if it sees none that does not diverge."""
+    """Best rate predicted by the fit, interpolated between grid points; `None` if all are predicted to diverge."""
     measured: float | None
-    """Among the rates of the grid."""
+    """Best measured rate of the grid."""
     at_edge: bool
-    """The fit's lies on the edge of the grid: the best may be beyond."""
+    """Whether the predicted rate lies on the edge of the grid, so that the best may lie beyond."""
 
 
 def fit_error(physics: CalibratedPhysics, runs: Sequence[CalibrationRun]) -> FitError:
@@ -99,13 +99,13 @@ def _trajectory_error(physics: CalibratedPhysics, run: CalibrationRun) -> float:
 
 
 def _number(values: Sequence[float], reduce: Any) -> float | None:
-    """Return `reduce` of the values, `None` where there are none or the result is not finite."""
+    """Return `reduce` of the values; `None` if there are none, or if the result is not finite."""
     result = float(reduce(values)) if values else math.nan
     return result if math.isfinite(result) else None
 
 
 def rank_correlation(physics: CalibratedPhysics, grid: Sequence[CalibrationRun]) -> float | None:
-    """Return Spearman's rank correlation of predicted and measured final losses; to diverge counts as the worst."""
+    """Return Spearman's rank correlation of predicted and measured final losses; diverged runs count as the worst."""
     measured = [_or_worst(run.final_loss) for run in grid]
     predicted = [_or_worst(physics.predict_final(run)) for run in grid]
     if len(set(measured)) < 2 or len(set(predicted)) < 2:
@@ -135,7 +135,7 @@ def _best_rate(physics: CalibratedPhysics, batch_size: int, runs: Sequence[Calib
 
 
 def _valley(rates: Sequence[float], losses: Sequence[float], lowest: int) -> float:
-    """Return the lowest point of the parabola through the lowest loss and its neighbours, in log learning rate."""
+    """Return the vertex of the parabola through the lowest loss and its neighbours, in log learning rate."""
     near = slice(lowest - 1, lowest + 2)
     if not 0 < lowest < len(rates) - 1 or not all(map(math.isfinite, losses[near])):
         return rates[lowest]
@@ -161,23 +161,23 @@ def _physics(content: Mapping[str, Any]) -> CalibratedPhysics:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationCost(JsonRecord):
-    """What a calibration took."""
+    """Time and energy of a calibration."""
 
     n_runs: int
     run_time_s: float
     """Seconds of all runs, one after the other."""
     fit_time_s: float
     energy_j: float | None
-    """Joules of the runs; `None` where one of them was not measured."""
+    """Joules of the runs; `None` if those of one run are unknown."""
     energy_source: EnergySource | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(JsonRecord):
-    """Physics and costs of one model on one text and one device, ready for a simulator."""
+    """Fitted physics and cost table of one model on one text and one device, as used by the simulator."""
 
     config: RunConfig
-    """The run that all settings are variations of."""
+    """Base run that all settings vary."""
     effort: str
     n_parameters: int
     physics: Annotated[
@@ -186,11 +186,11 @@ class Calibration(JsonRecord):
     """A `FittedPhysics`."""
     cost_table: CostTable
     held_out: FitError
-    """On runs that the fit has not seen."""
+    """Errors on runs that were held out of the fit."""
     fitted: FitError
-    """On the other runs. A fit leaves out those of them that were pruned or diverged."""
+    """Errors on the other runs. The fit itself excludes those that were pruned or diverged."""
     grid_rank_correlation: float | None
-    """Spearman's, of predicted and measured final losses over the grid of learning rates and batches."""
+    """Spearman's correlation of predicted and measured final losses over the grid of learning rates and batches."""
     best_rates: tuple[BestRate, ...]
     cost: CalibrationCost
     device: str
@@ -207,10 +207,10 @@ def fit(runs: Sequence[CalibrationRun]) -> CalibratedPhysics:
 
 
 def load_calibrations(sources: str | Path | Sequence[str | Path] = SHIPPED) -> tuple[Calibration, ...]:
-    """Return the calibrations in `sources`: `shipped` for those that come with trainpilot, files, or their folders.
+    """Load the calibrations in `sources`: `shipped` for the ones shipped with trainpilot, files, or their folders.
 
     Raises:
-        ValueError: there is no calibration in one of them.
+        ValueError: one of the sources has no calibration.
     """
     chosen = [sources] if isinstance(sources, str | Path) else sources
     return tuple(_read(file) for source in chosen for file in _files(source))

@@ -1,4 +1,4 @@
-"""Carry out `trainpilot calibrate`: run what is missing, fit the physics, measure its error, write the result."""
+"""Run `trainpilot calibrate`: make the missing live runs, fit the physics, measure its error, and write the result."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from trainpilot.llm_runtime.process import available_cores, use_threads
 from trainpilot.llm_runtime.simulator.physics import PARAMETERS
 
 MEANINGS = {"floor": "loss after endless training, nats/token"}
-"""Of values that a fit gives in another unit than the simulator's table."""
+"""Meanings of fitted values whose unit differs from that in the simulator's table."""
 OPEN_FROM = 1.5
-"""A fit that the runs tell nothing about a value says 2 for its logarithm: the width of its prior."""
+"""A standard error (of the logarithm) above this means that the runs do not determine the value; the prior has 2."""
 CAPTION = "x/÷ 1.5: likely within a factor of 1.5; open: the runs do not tell; rate unit: a learning rate of 0.001"
 
 
@@ -73,7 +73,7 @@ def _values(physics: CalibratedPhysics) -> Table:
 
 
 def _factor(error: float) -> str:
-    """Say the uncertainty of a logarithm as a factor."""
+    """Format the standard error of a logarithm as a factor."""
     return f"x/÷ {math.exp(error):.2f}" if error < OPEN_FROM else "open"
 
 
@@ -128,12 +128,12 @@ TIMED_BATCHES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedCalibration:
-    """What stands before the first run."""
+    """Everything that is determined before the first run."""
 
     base: RunConfig
     settings: tuple[CalibrationSetting, ...]
     keys: dict[str, str]
-    """Of each setting's run, by name."""
+    """Key of each setting's run, by name."""
     table: CostTable
     evaluation_sequences: int
     jobs: int
@@ -143,7 +143,7 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     """Calibrate the simulator on one model and text, and write `calibration.json`.
 
     Raises:
-        ValueError: an option cannot be used, and nothing has been run then; or a run failed.
+        ValueError: an option cannot be used (checked before the first run), or a run failed.
     """
     prepared = prepare(options, console)
     files = _run(prepared, options.out / "runs", console)
@@ -155,14 +155,14 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
 
 
 def prepare(options: CalibrateOptions, console: Console) -> PreparedCalibration:
-    """Check everything that can be checked before the first run, and measure what steps cost."""
+    """Validate all options before the first run, and measure the cost table."""
     if options.jobs < 0:
         raise ValueError(f"jobs must be at least 0, got {options.jobs}; 0 takes as many as there are cores")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"out must be a folder, got the file {options.out}; choose another")
     use_threads(1)  # as in the runs
     base = options.run_config()
-    design(base, options.effort)  # the budget is large enough
+    design(base, options.effort)  # checks that the budget is large enough
     with console.status("model, text and precisions") as status:
         run = LiveRun(base, probe=False)
         precisions = _precisions(base, run)
@@ -182,13 +182,13 @@ def prepare(options: CalibrateOptions, console: Console) -> PreparedCalibration:
 
 
 def _precisions(base: RunConfig, run: LiveRun) -> list[Precision]:
-    """Return the base's precision and those that were measured to be faster here."""
+    """Return the base's precision and those that were measured to be faster on this device."""
     masked = run.limits().masked_precisions
     return [name for name in PRECISIONS if name == base.precision or name not in masked]
 
 
 def _prunes(base: RunConfig, console: Console) -> bool:
-    """Return whether the model can lose channels; if not, say why."""
+    """Return whether channels of the model can be removed; print the reason if not."""
     try:
         LiveRun(replace(base, pruning="width"), probe=False)
     except ValueError as error:
@@ -198,7 +198,7 @@ def _prunes(base: RunConfig, console: Console) -> bool:
 
 
 def _cost_table(base: RunConfig, precisions: Sequence[Precision], prunes: bool, content: str, path: Path) -> CostTable:
-    """Return the table, from its file if it was measured for the same before."""
+    """Return the cost table, from its file if it was measured for the same settings before."""
     asked = [content, base.model, base.sequence_length, base.batch_size, base.device, list(precisions), prunes]
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -217,7 +217,7 @@ def _cost_table(base: RunConfig, precisions: Sequence[Precision], prunes: bool, 
 
 
 def _run(prepared: PreparedCalibration, folder: Path, console: Console) -> dict[str, RunFile]:
-    """Run what is missing, and return every run by its setting's name."""
+    """Make the missing runs, and return every run by its setting's name."""
     kept = {setting.name: RunFile.read(folder / f"{setting.name}.json") for setting in prepared.settings}
     files = {name: file for name, file in kept.items() if file is not None and file.key == prepared.keys[name]}
     missing = sorted((each for each in prepared.settings if each.name not in files), key=_steps, reverse=True)
@@ -244,12 +244,12 @@ def _run(prepared: PreparedCalibration, folder: Path, console: Console) -> dict[
 def run_all(
     work: Sequence[tuple[CalibrationSetting, str]], jobs: int
 ) -> Iterator[tuple[CalibrationSetting, RunFile | str]]:
-    """Run settings, each with its key, in processes of one thread; yield each with its run as the runs end.
+    """Run settings in processes of one thread, and yield each setting with its run as the runs end.
 
-    A run that fails yields why it failed, in one line.
+    For a failed run, the reason is yielded instead as one line of text.
 
     Raises:
-        ValueError: a process was killed; the runs that have been yielded are whole.
+        ValueError: a process was killed; the runs that have been yielded are complete.
     """
 
     def killed(*_: object) -> RunFile | str:
@@ -271,7 +271,7 @@ def _attempt(setting: CalibrationSetting, key: str, *, jobs: int) -> RunFile | s
 
 
 def _steps(setting: CalibrationSetting) -> float:
-    """Steps of a run. Those with the most begin first, so that none is left over at the end."""
+    """Number of steps of a run; the longest runs begin first, so that all processes end at about the same time."""
     return setting.config.tokens / setting.config.batch_size
 
 
@@ -319,7 +319,7 @@ def _fit(
 
 
 def _command(options: CalibrateOptions) -> str:
-    """Return the command that makes this calibration, whoever asked for it."""
+    """Return the command line that reproduces this calibration."""
     words = ["trainpilot", "calibrate"]
     for field in fields(options):
         value = getattr(options, field.name)

@@ -1,4 +1,4 @@
-"""Choose the live runs of a calibration and their controls, so that every number of the physics leaves a trace."""
+"""Choose the live runs of a calibration and their controls, so that they determine every number of the physics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from trainpilot.llm_runtime.schedules import ScheduleName
 from trainpilot.llm_runtime.simulator.fitting import Role
 
 ControlPlan = Literal["ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"]
-"""`...-ramp`: the batch rises from an eighth of the start's back to it, or to half of it, as policies that save time
-let it rise. `drop`: it falls to an eighth. `hot-...`: the learning rate starts far too high and is down to that part of
-it after three decisions, at an eighth of the batch."""
+"""`...-ramp`: the batch grows from an eighth of the starting batch to all or half of it, as under policies that save
+time. `drop`: the batch shrinks to an eighth. `hot-...`: the learning rate starts far too high and falls to that
+fraction within three decisions, at an eighth of the batch."""
 
 PLAN_RATES: Mapping[ControlPlan, tuple[float, ...]] = {
     "ramp": (7 / 6,),
@@ -28,24 +28,24 @@ PLAN_RATES: Mapping[ControlPlan, tuple[float, ...]] = {
 }
 """Factors on the learning rate."""
 HALVINGS = 3
-"""How often a plan halves the batch, once a decision."""
+"""Number of halvings of the batch in a plan, one per decision."""
 RAMP_SHARES: Mapping[ControlPlan, tuple[float, ...]] = {
     "ramp": (0.3, 0.6, 0.8),
     "middle-ramp": (0.2, 0.4, 0.6),
     "early-ramp": (0.12, 0.24, 0.4),
     "half-ramp": (0.12, 0.3),
 }
-"""Shares of the budget from which a plan doubles it again."""
+"""Shares of the budget at which a plan doubles the batch again."""
 DROP_SHARE = 0.4
-"""Share of the budget from which `drop` halves it."""
+"""Share of the budget at which `drop` begins to halve the batch."""
 COOLING = (0.71, 0.355, 0.177)
 """Scales of the learning rate in the first intervals of a hot start."""
 COOLED: Mapping[ControlPlan, float] = {"hot-tenth": 0.1, "hot-twentieth": 0.05}
-"""Its scales from then on."""
+"""Scales of the learning rate after the first intervals of a hot start."""
 
 
 def planned(plan: ControlPlan, decision: int, config: RunConfig, limits: ControlLimits) -> Controls:
-    """Return the controls of an interval. Batches change as a policy can change them: by halves, step by step."""
+    """Return the controls of an interval. The batch changes by factors of two, as a policy can change it."""
     scale = 1.0
     if plan in COOLED:
         scale = COOLING[decision] if decision < len(COOLING) else COOLED[plan]
@@ -61,31 +61,31 @@ def _halvings(plan: ControlPlan, decision: int, decisions: int) -> int:
 
 
 GRID_WARMUP = 0.1
-"""Share of the budget that warms up in the grid and the walks: slow enough to show low learning rates, too."""
+"""Warm-up of the grid and the walks as a share of the budget: long enough to show low learning rates, too."""
 SCHEDULE_WARMUP = 0.02
 PRUNED_SHARE = 0.2
-"""Share of the feed-forward channels that the pruning run loses at half its budget."""
+"""Share of the feed-forward channels removed in the pruning run at half its budget."""
 SCHEDULES: tuple[ScheduleName, ...] = ("cosine", "constant", "linear")
 HELD_OUT_SCHEDULES: tuple[tuple[ScheduleName, float], ...] = (("cosine", 1 / 3), ("linear", 2.0))
-"""Schedules with the factors on the learning rate at which they are never fitted."""
+"""Schedules with the factors on the learning rate at which they are held out."""
 HELD_OUT_WALK = 1
 HELD_OUT_PLAN: ControlPlan = "half-ramp"
 RATE_DIGITS = 12
-"""Significant digits of a learning rate: without the last bits that a product leaves, 0.0003 is 0.0003."""
+"""Significant digits to which learning rates are rounded, to remove rounding errors of products."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Amount:
-    """How many settings a calibration tries. Rates are factors on the learning rate, batches on the start's."""
+    """Settings of a calibration. Rates are factors on the base learning rate, batches on the starting batch."""
 
     rates: tuple[float, ...]
     batches: tuple[float, ...]
     held_out: tuple[tuple[float, float], ...]
-    """Rates and batches of the grid that are never fitted; each lies between fitted ones."""
+    """Rates and batches of the grid that are held out; each lies between fitted ones."""
     schedule_rates: tuple[float, ...]
     walk_rates: tuple[float, ...]
     between: tuple[tuple[float, float], ...]
-    """Rates and batches beside the grid's, among the best settings."""
+    """Further rates and batches outside of the grid, near the best settings."""
     plans: tuple[ControlPlan, ...]
     doubled_budget: bool
 
@@ -122,13 +122,13 @@ class CalibrationSetting:
     """Name of its file."""
     config: RunConfig
     role: Role
-    """About a quarter of the runs are never fitted: the error is measured on them."""
+    """Whether the run is fitted or held out; about a quarter are held out to measure the error."""
     grid: bool = False
-    """One of the grid of learning rates and batches, which differ in nothing else."""
+    """Whether it belongs to the grid of learning rates and batches."""
     walk: int | None = None
-    """Number of the random walk that its learning rate and batch take."""
+    """Number of the random walk of its learning rate and batch."""
     plan: ControlPlan | None = None
-    """The plan that its controls follow."""
+    """Plan of its controls."""
     prune: bool = False
     """Whether channels are removed at half its budget."""
 
@@ -136,13 +136,13 @@ class CalibrationSetting:
 def design(
     base: RunConfig, effort: Effort, *, precisions: Sequence[Precision] = (), prunes: bool = True
 ) -> tuple[CalibrationSetting, ...]:
-    """Return the runs of a calibration. The roles depend on nothing but the effort.
+    """Return the runs of a calibration. Which runs are held out depends only on the effort.
 
     Args:
-        base: Model, text, budget, start batch and the learning rate that the others are multiples of.
-        effort: How many settings.
-        precisions: Precisions to try beside the base's own.
-        prunes: Whether the model can lose channels.
+        base: Run with model, text, budget, starting batch, and the base learning rate.
+        effort: Determines the number of settings.
+        precisions: Precisions to try besides the base's own.
+        prunes: Whether channels of the model can be removed.
 
     Raises:
         ValueError: the budget is too small for the largest batch.
@@ -172,7 +172,7 @@ def _check_budget(base: RunConfig, largest: float) -> None:
 
 
 def _grid(base: RunConfig, amount: Amount) -> Iterator[CalibrationSetting]:
-    """Yield every rate at every batch, once where small batches round to the same."""
+    """Yield every rate at every batch, without duplicates from rounding small batches."""
     batches: dict[int, float] = {}
     for factor in amount.batches:
         batches.setdefault(_scaled(base.batch_size, factor), factor)

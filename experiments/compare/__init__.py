@@ -1,1 +1,1 @@
-"""Run every method on every case, with tuned baselines beside them; keep each run as its own file."""
+"""Compare methods on cases with tuned baselines (`trainpilot compare`); each run is stored as a file of its own."""

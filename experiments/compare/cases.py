@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from trainpilot.experiments.compare.results import Case
 from trainpilot.experiments.config_files import read_mapping, run_config, validated
+from trainpilot.experiments.results import Case
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.data.text_sources import read_documents
 from trainpilot.llm_runtime.files import cache_dir, digest, write_json
@@ -30,7 +30,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 UNKNOWN = "unknown"
 """Architecture of a model whose config is not on this machine."""
 COMMON_FIELDS = tuple(f.name for f in fields(RunConfig) if f.name != "seed")
-"""What a case may set; its seeds are the comparison's."""
+"""Fields that a case may set; seeds are set by the comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class CaseSet:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     common: dict[str, Any] = field(default_factory=dict)
-    """Fields that all cases share; names are `RunConfig`'s."""
+    """`RunConfig` fields that all cases share."""
     cases: list[dict[str, Any]] = field(default_factory=list)
-    """Name and further fields of every case; they go before the common ones."""
+    """Name and further fields of every case; they override the common ones."""
 
     def __post_init__(self) -> None:
         _check_known("common", self.common, COMMON_FIELDS)
@@ -58,13 +58,13 @@ class CaseSet:
 
 
 def load_cases(name: str) -> tuple[Case, ...]:
-    """Read a set that comes with trainpilot (`train`, `test`, `quick`), or the user's YAML or JSON file.
+    """Read a shipped set of cases (`train`, `test`, `quick`), or a YAML or JSON file.
 
-    A model's config that stands in the file is written to the cache folder, and the run's model is that file. Paths are
-    relative to the current folder.
+    A model config that is written out in the file is stored in the cache folder, and the run's model is that file.
+    Paths are relative to the current folder.
 
     Raises:
-        ValueError: no such file, an unknown name in it, or a value that is wrong.
+        ValueError: the file does not exist, a field is unknown, or a value is invalid.
     """
     shipped = files("trainpilot.experiments.compare").joinpath("sets")
     found = validated(CaseSet, read_mapping("cases", name, shipped), f"cases {name}")
@@ -72,7 +72,7 @@ def load_cases(name: str) -> tuple[Case, ...]:
 
 
 def text_digests(case: Case) -> frozenset[str]:
-    """Return a digest of every document of the case's text, to tell whether two cases share any.
+    """Return a digest of every document of the case's text, to detect documents shared by two cases.
 
     Raises:
         ValueError: the text cannot be read.
@@ -106,7 +106,7 @@ def model_file(config: Mapping[str, Any]) -> Path:
     """Write a transformers config to the cache folder, under a name that is the same on every machine.
 
     Raises:
-        ValueError: the config is no plain JSON, or the folder cannot be written.
+        ValueError: the config is not plain JSON, or the folder cannot be written.
     """
     try:
         content = json.dumps(config, sort_keys=True, allow_nan=False)
@@ -124,7 +124,7 @@ def model_file(config: Mapping[str, Any]) -> Path:
 
 
 def _model(given: object, where: str) -> tuple[Any, str]:
-    """Return what the run's `model` is, and the architecture."""
+    """Return the value of the run's `model` field, and the model's architecture."""
     if not isinstance(given, dict):
         return given, _architecture(given, where) if isinstance(given, str) else UNKNOWN
     architecture = _model_type(given, where)
@@ -135,7 +135,7 @@ def _model(given: object, where: str) -> tuple[Any, str]:
 
 
 def _architecture(model: str, where: str) -> str:
-    """Look into the config of a preset, a file or a folder; a Hub id stays unknown, for that would need the network."""
+    """Return the architecture from the config of a preset, file or folder; unknown for a Hub id (no network access)."""
     path = Path(model)
     if path.suffix == ".json":
         return _model_type(_read_config(path, where), where)
@@ -163,22 +163,22 @@ def _model_type(config: object, where: str) -> str:
 
 TUNED_SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "wsd")
 LEARNING_RATE_STEP = math.sqrt(10)
-"""Factor between two learning rates of the grid; the refinement halves it on the logarithm, twice."""
+"""Factor between two learning rates of the grid; the refinement takes its square root, twice."""
 LEARNING_RATE_GRID = (-1, 0, 1, 2, 3)
-"""Steps from the case's own learning rate. Leaning upwards, as small models want more than recipes give; beyond an
-edge the refinement goes on."""
+"""Steps from the case's own learning rate. Most go upwards, as small models need higher rates than common recipes; the
+refinement may leave the grid."""
 BATCH_GRID = (0.5, 1.0, 2.0)
 """Factors on the case's own batch."""
 WARMUP_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
-"""Shares of the budget spent on warm-up. A rate that is tuned under a short warm-up alone comes out too low."""
+"""Shares of the budget spent on warm-up. With short warm-ups only, the tuned learning rate would be too low."""
 GRID_WARMUP = 0.1
 RESPECTS = ("learning_rate", "batch_size", "warmup_share", "schedule")
-"""In what two neighbouring settings may differ."""
+"""Fields in which two neighbouring settings may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StaticSetting:
-    """What a static run can choose."""
+    """Learning rate, batch, schedule, warm-up and precision of a run without steering."""
 
     learning_rate: float
     batch_size: int
@@ -187,7 +187,7 @@ class StaticSetting:
     precision: Precision
 
     def on(self, config: RunConfig, *, budget: float = 1.0, seed: int) -> RunConfig:
-        """Return the run of this setting on a case's budget times `budget`, with as many decisions as fit."""
+        """Return the run of this setting on a case's budget times `budget`, with at most one decision per step."""
         step = self.batch_size * config.sequence_length
         tokens = max(round(config.tokens * budget), step)
         decisions = max(1, min(math.ceil(config.decisions * budget), config.decisions, tokens // step))
@@ -239,21 +239,21 @@ def neighbours(
 
 
 def batch_near(size: float, config: RunConfig) -> int | None:
-    """Return a batch that leaves at least sixteen steps in the budget; `None` if there is none of that size."""
+    """Return the batch size if it leaves at least sixteen steps in the budget, else `None`."""
     whole = size >= 1 and size == int(size)
     fits = size * config.sequence_length * 16 <= config.tokens
     return int(size) if whole and fits else None
 
 
 def rounded(rate: float) -> float:
-    """Round to three digits, so that two ways to one rate are one setting."""
+    """Round to three significant digits, so that rates that differ by rounding are the same setting."""
     return float(f"{rate:.3g}")
 
 
 WIDTHS = (0.5, 1.0, 1.5)
 """Factors on hidden and feed-forward size."""
 DEPTHS = (-1, 0, 1)
-"""Layers more than the case's model has."""
+"""Number of layers added to the case's model."""
 
 _WIDTH_FIELDS = ("hidden_size", "intermediate_size", "n_embd", "n_inner", "ffn_dim", "word_embed_proj_dim")
 _DEPTH_FIELDS = ("num_hidden_layers", "n_layer")
@@ -282,7 +282,7 @@ def with_size(config: RunConfig, width: float, depth: int) -> RunConfig:
 
 
 def all_sizes(config: RunConfig) -> tuple[RunConfig, ...]:
-    """Return the run with its model in every size, the case's own first; that alone where sizes are not free."""
+    """Return the run with its model in every size, the case's own first; only that if sizes cannot be varied."""
     if not can_vary(config):
         return (config,)
     sizes = [with_size(config, width, depth) for width in WIDTHS for depth in DEPTHS]
@@ -290,7 +290,7 @@ def all_sizes(config: RunConfig) -> tuple[RunConfig, ...]:
 
 
 def can_vary(config: RunConfig) -> bool:
-    """Return whether the model is trained from scratch and says how many heads it has, so that it can be resized."""
+    """Return whether the model can be resized: it is trained from scratch, and its config has a number of heads."""
     try:
         content = _content(config.model)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Carry out `trainpilot compare`: estimate the work, run what is missing, work out the figures, write the report."""
+"""Run `trainpilot compare`: estimate the work, make the missing runs, compute the figures, and write the report."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from trainpilot.experiments.compare.programs import (
     search_program,
     untuned_curve,
 )
-from trainpilot.experiments.compare.results import UNTUNED, Case, Comparison, RunResult, cost_key
 from trainpilot.experiments.compare.scheduler import Program, Scheduler, run_workers
 from trainpilot.experiments.costs.measure import cost_tables, precisions_that_pay
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CompareOptions
 from trainpilot.experiments.progress import progress_bar
+from trainpilot.experiments.results import UNTUNED, Case, Comparison, RunResult, cost_key
 from trainpilot.experiments.run_store import RunStore, run_key, versions
 from trainpilot.llm_runtime.process import available_cores, use_threads
 
 REFINEMENT_RUNS = 30
-"""Runs that refining a grid's best point takes, about."""
+"""Estimated runs for refining a grid's best point."""
 SCHEDULE_RUNS = 11
-"""Runs that refining one schedule's learning rate and confirming its best settings takes, about."""
+"""Estimated runs for refining one schedule's learning rate and confirming its best settings."""
 SEARCHED_BATCH = 0.25
-"""Share of the case's batch that a search's runs have, about: at equal tokens small batches win on small models."""
+"""Typical batch of a search's runs relative to the case's: at equal tokens small batches are better on small models."""
 SET_UP_S = 0.5
-"""Seconds of making the model and looking at its losses, about."""
+"""Estimated seconds for creating the model and evaluating its losses."""
 RETUNE_RUNS = 10
-"""Runs that tuning again at another budget takes, about."""
+"""Estimated runs for tuning again at another budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Workload:
 def estimate_workload(
     cases: Sequence[Case], names: Sequence[str], n_seeds: int, tables: Mapping[str, CostTable], jobs: int
 ) -> Workload:
-    """Return what comparing `names` on `cases` will take, if nothing has been run before."""
+    """Estimate the work of comparing `names` on `cases`, if nothing has been run before."""
     runs, seconds = 0.0, 0.0
     for case in cases:
         equivalents = runs_on_a_case(case, names, n_seeds)
@@ -77,7 +77,7 @@ def estimate_workload(
 
 
 def runs_on_a_case(case: Case, names: Sequence[str], n_seeds: int) -> float:
-    """Return the runs of one case, in runs of the whole budget."""
+    """Return the number of runs of one case, in units of runs of the whole budget."""
     searched = [name for name in names if rests_on_search([name])]
     optional = [name for name in names if name in OPTIONAL_RUNS]
     runs: float = n_seeds * (len(names) - len(searched) - len(optional))
@@ -93,7 +93,7 @@ def runs_on_a_case(case: Case, names: Sequence[str], n_seeds: int) -> float:
 
 
 def seconds_of_a_run(case: Case, tables: Mapping[str, CostTable], *, searched: bool = False) -> float:
-    """Return the modelled seconds of the case's own setting, or of what a search mostly runs: smaller batches."""
+    """Return the modelled seconds of a run with the case's own batch, or with the smaller batch typical of a search."""
     config = case.config
     batch_size = max(1, round(config.batch_size * SEARCHED_BATCH)) if searched else config.batch_size
     step = tables[cost_key(config)].step(batch_size, config.precision)
@@ -101,12 +101,12 @@ def seconds_of_a_run(case: Case, tables: Mapping[str, CostTable], *, searched: b
 
 
 TUNING_SEEDS = (1_000, 1_001, 1_002)
-"""Seeds of the searches: the first tries, the others confirm. The judged seeds count from 0."""
+"""Seeds of the searches: the first is for trying settings, the others for confirming. Judged seeds begin at 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedComparison:
-    """What stands before the first run."""
+    """Everything that is determined before the first run."""
 
     cases: tuple[Case, ...]
     chosen: Chosen
@@ -119,7 +119,7 @@ def compare(options: CompareOptions, console: Console) -> None:
     """Compare methods on cases and write the report.
 
     Raises:
-        ValueError: an option, the cases file or a policy cannot be used; nothing has been run then.
+        ValueError: an option, the cases file or a policy cannot be used. This is checked before the first run.
     """
     start = time.monotonic()
     prepared = prepare(options, console)
@@ -147,7 +147,7 @@ def compare(options: CompareOptions, console: Console) -> None:
 
 
 def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
-    """Check everything that can be checked before the first run, and measure what the runs will cost."""
+    """Validate all options before the first run, and measure the cost tables."""
     for name, least in (("seeds", 1), ("threads", 1), ("jobs", 0)):
         if (value := getattr(options, name)) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -158,7 +158,7 @@ def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
     cases = load_cases(options.cases)
     chosen = choose_methods(options.methods)
     for case in cases:
-        run_key(chosen.any_spec(case))  # the text can be read
+        run_key(chosen.any_spec(case))  # checks that the text can be read
         _check_search(case, chosen)
     with console.status("precisions") as status:
         precisions = {case.name: precisions_that_pay(case) for case in cases}
@@ -182,7 +182,7 @@ def _check_search(case: Case, chosen: Chosen) -> None:
 def _run(
     prepared: PreparedComparison, store: RunStore, options: CompareOptions, console: Console
 ) -> dict[str, RunResult]:
-    """Carry the programs out, and return every result by key."""
+    """Execute the programs, and return every result by key."""
     results: dict[str, RunResult] = {}
     names, n_seeds = prepared.chosen.names, options.seeds
     total = sum(runs_on_a_case(case, names, n_seeds) * case.config.tokens for case in prepared.cases)
@@ -204,7 +204,7 @@ def _run(
 
 
 def _line(result: RunResult, kept: bool, cases: Sequence[Case]) -> str:
-    """Say which run has just come in, and how it ended."""
+    """Return a line about a finished run: which one, and how it ended."""
     ran = result.spec.config
     on_text = [case for case in cases if case.config.text == ran.text]  # a resized model is no case's own
     name = next((case.name for case in on_text if case.config.model == ran.model), on_text[0].name if on_text else "")

@@ -1,4 +1,4 @@
-"""Carry out one run of a comparison: train it under the controller that its spec names, and count what it uses."""
+"""Execute one run of a comparison: train it under the controller named in its spec, and record its costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainpilot.agents.rollback import RollbackController, guarded_controller
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
-from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, SteeringSpec
+from trainpilot.experiments.results import IntervalResult, RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.drive import RunController, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.live_run import LiveRun
@@ -36,7 +36,7 @@ def make_controller(steering: SteeringSpec, run: LiveRun) -> RunController:
 
 
 def _policy(settings: Mapping[str, Any], run: LiveRun) -> RunController:
-    """Return a bundle's policy within guardrails, as in `replay`; without them where the settings name none."""
+    """Return a bundle's policy within guardrails, as in `replay`; unguarded if the settings have no guardrails."""
     bundle = PolicyBundle.load(Path(settings["path"]))
     limits, preference = run.limits(), Preference.parse(settings["preference"])
     if "guardrails" not in settings:
@@ -47,10 +47,10 @@ def _policy(settings: Mapping[str, Any], run: LiveRun) -> RunController:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measured validation loss, and what measuring it cost."""
+    """A measured validation loss, with the cost of measuring it."""
 
     loss: float
-    """In nats/token."""
+    """Validation loss in nats/token."""
     time_s: float
     energy_j: float | None
     sequences: int
@@ -157,7 +157,7 @@ class _Execution:
         del self.standing[decision:]
 
     def _evaluate(self) -> float:
-        """Return the validation loss, and note what measuring it cost."""
+        """Return the validation loss, and record the cost of measuring it."""
         run = self.run
         before, start = run.meter.read(), run.clock()
         loss = run.evaluate()
@@ -168,7 +168,7 @@ class _Execution:
         return loss
 
     def _evaluate_the_end(self) -> None:
-        """Measure the loss that a run ended with when its controller stopped it, unless that is known."""
+        """Measure the final loss of a run that its controller stopped, unless it has just been measured."""
         if self.last is not None and self.intervals[-1].validation_loss is None:
             self._evaluate()
             self.intervals[-1] = self._interval_result(self.last, self.evaluation)

@@ -1,4 +1,4 @@
-"""Name the methods that can be compared (schedules, heuristics, policies, searches), and what each runs on a case.
+"""Define the methods that can be compared (schedules, heuristics, policies, searches) and the runs of each on a case.
 
 The heuristics are those that `agents/heuristics.py` registers. A policy's name holds its bundle, and may hold a
 preference, where its runs start, and that it acts without guardrails.
@@ -6,7 +6,6 @@ preference, where its runs start, and that it acts without guardrails.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,73 +17,21 @@ from trainpilot.agents.heuristics import HEURISTIC_METHODS, HeuristicMethod
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.compare.cases import StaticSetting, rounded
-from trainpilot.experiments.compare.results import TUNED, Case, MethodNote, RunSpec, SteeringSpec
+from trainpilot.experiments.results import (
+    TUNED,
+    WITHOUT_GUARDRAILS,
+    Case,
+    MethodNote,
+    PolicyName,
+    RunSpec,
+    SteeringSpec,
+    is_policy,
+)
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
-POLICY, OPEN_LOOP = "policy", "open-loop"
-START = "start="
-WITHOUT_GUARDRAILS = "unguarded"
 USUAL_SCHEDULE: ScheduleName = "linear"
-"""Base schedule of a policy whose bundle brings none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyName:
-    """The parts of `policy:FILE`; `@PREFERENCE`, `@start=F` and `@unguarded` may follow in any order."""
-
-    kind: str
-    """`policy` or `open-loop`."""
-    file: str
-    """A bundle's path, or the bare name of one that is shipped with trainpilot."""
-    preference: str = ""
-    """The preference as written; empty means the default one."""
-    start: float | None = None
-    """Starting learning rate over the tuned static's; `None` is the case's own rate."""
-    guarded: bool = True
-    """Whether the policy acts within guardrails, as it does in `replay` and in `Steering`."""
-
-    @classmethod
-    def parse(cls, name: str) -> PolicyName:
-        """Read a method's name.
-
-        Raises:
-            ValueError: no bundle is named, an option is given twice, or a start is no factor above 0.
-        """
-        kind, _, rest = name.partition(":")
-        file, *options = (part.strip() for part in rest.split("@"))
-        if not file:
-            raise ValueError(f"methods: {name!r} must name a bundle, as in {kind}:runs/agent/policy.safetensors")
-        starts = [option for option in options if option.startswith(START)]
-        unguarded = [option for option in options if option == WITHOUT_GUARDRAILS]
-        preferences = [option for option in options if option and option not in (*starts, *unguarded)]
-        if max(len(starts), len(preferences), len(unguarded)) > 1:
-            raise ValueError(
-                f"methods: {name!r} may hold one preference and one start, as in policy:FILE@time=1, "
-                f"and @{WITHOUT_GUARDRAILS} once"
-            )
-        start = _factor(name, starts[0].removeprefix(START)) if starts else None
-        if start is not None and kind == OPEN_LOOP:
-            raise ValueError(f"methods: an open loop has no start of its own, got {name!r}; leave out @{starts[0]}")
-        return cls(kind=kind, file=file, preference="".join(preferences), start=start, guarded=not unguarded)
-
-    @property
-    def short(self) -> str:
-        """A short name of the bundle: its folder's, as files are mostly called policy.safetensors."""
-        return Path(self.file).parent.name or Path(self.file).stem
-
-    @property
-    def family(self) -> str:
-        """Name of the Pareto front: one bundle from one start, under any preference."""
-        parts = [f"policy {self.file}"]
-        parts += [] if self.start is None else [f"from {self.start:g}"]
-        parts += [] if self.guarded else [WITHOUT_GUARDRAILS]
-        return " ".join(parts)
-
-
-def is_policy(name: str) -> bool:
-    """Return whether a method's name is one of a policy, or of its open loop."""
-    return name.startswith((f"{POLICY}:", f"{OPEN_LOOP}:"))
+"""Base schedule of a policy whose bundle has none."""
 
 
 def starts_from_tuned(name: str) -> bool:
@@ -142,16 +89,6 @@ def from_tuned(config: RunConfig, tuned: StaticSetting, factor: float) -> RunCon
     return replace(config, base_learning_rate=rounded(rate))
 
 
-def _factor(name: str, text: str) -> float:
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = math.nan
-    if not 0 < factor < math.inf:
-        raise ValueError(f"methods: start must be a factor above 0, as in @start=0.1, got {text!r} in {name!r}")
-    return factor
-
-
 PER_SCHEDULE: dict[str, ScheduleName] = {
     "tuned-linear": "linear",
     "tuned-cosine": "cosine",
@@ -165,20 +102,20 @@ CHECKS: dict[str, Callable[[StaticSetting], tuple[StaticSetting, float]]] = {
     "check-budget": lambda setting: (setting, 1.25),
     "check-rate": lambda setting: (replace(setting, learning_rate=setting.learning_rate / 4), 1.0),
 }
-"""Planted methods whose compute multiplier is known: what is run, and with what share of the budget."""
+"""Planted methods with a known compute multiplier: the setting, and the share of the budget to run."""
 
 
 SCHEDULE_FREE_LEARNING_RATE = 2.5e-3
-"""The default of the package schedulefree, which is what somebody who tunes nothing gets."""
+"""Default of the package schedulefree, as used without tuning."""
 PRODIGY_FACTOR = 1.0
-"""Prodigy finds its own learning rate; its authors say to leave the factor at 1."""
+"""Prodigy adapts its own learning rate; its authors recommend a factor of 1."""
 
 KEEP = SteeringSpec()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method whose runs follow from case and seed, and from the tuned static where they start at its rate."""
+    """A method whose runs are determined by case and seed (and the tuned static, for runs that start at its rate)."""
 
     note: MethodNote
     configure: Callable[[RunConfig], RunConfig]
@@ -263,7 +200,7 @@ COST_NOTES: Mapping[str, MethodNote] = {
     "tuned-time": _note("tuned-time", "tuned for time", "tuned", "Best for equal seconds.", family="tuned static"),
     "tuned-energy": _note("tuned-energy", "tuned for energy", "tuned", "Best for equal joules.", family="tuned static"),
 }
-"""Methods that are added where the best setting for a cost differs from that for tokens."""
+"""Methods that are added if the best setting for a cost differs from that for tokens."""
 
 OPTIONAL: Mapping[str, MethodNote] = {
     "tuned-tpe": _note("tuned-tpe", "tuned by TPE", "tuned", "Best of Optuna's TPE with as many runs as the grid."),
@@ -318,7 +255,7 @@ def policy_method(name: str) -> Method:
         "digest": policy_digest(policy.path),
         "preference": str(policy.preference),
     }
-    if named.guarded:  # a run without this entry is unguarded, as all were before there was a choice
+    if named.guarded:  # a run without this entry is unguarded, as all were before this option existed
         settings["guardrails"] = asdict(GuardrailSettings())
     return Method(note, policy.configure, SteeringSpec(kind="policy", settings=settings, probe=True), start=named.start)
 

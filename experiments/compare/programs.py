@@ -1,10 +1,11 @@
-"""The tuned static baseline of a case: its search, its judged runs, its curve over budgets, and planted checks.
+"""Define the programs of a comparison: generators that yield the runs they need and record rows and baselines.
 
-What the programs of a comparison share: seeds, cost tables, and the rows and baselines that they note down.
+* `TunedStatic`: the tuned static baseline of a case, with its search, judged runs, curve over budgets and checks.
+* `direct_program`: a method that needs no search, with every judged seed.
+* `open_loop_program`: the average schedule of a policy's runs, replayed without observations.
+* `search_program`: Optuna's best setting, or Optuna's front, judged with every seed.
 
-Programs of the methods that need no search: one wave of paired seeds; and a policy's average schedule, replayed.
-
-Programs of the other searches: Optuna's best setting, and Optuna's front, each judged with every seed.
+`ComparisonLedger` holds their shared state: seeds, cost tables, rows and baselines.
 """
 
 from __future__ import annotations
@@ -19,18 +20,6 @@ from trainpilot.envs.reward import budget_for_loss
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
 from trainpilot.experiments.compare.cases import LEARNING_RATE_STEP, TUNED_SCHEDULES, StaticSetting, neighbours
 from trainpilot.experiments.compare.methods import CHECKS, PER_SCHEDULE, Method, open_loop_method
-from trainpilot.experiments.compare.results import (
-    TUNED,
-    UNTUNED,
-    Case,
-    MethodNote,
-    Role,
-    Row,
-    RunResult,
-    RunSpec,
-    TunedBaseline,
-    cost_key,
-)
 from trainpilot.experiments.compare.scheduler import Program
 from trainpilot.experiments.compare.search import (
     MAX_MOVES,
@@ -46,17 +35,29 @@ from trainpilot.experiments.compare.search import (
     tune,
 )
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import (
+    TUNED,
+    UNTUNED,
+    Case,
+    MethodNote,
+    Role,
+    Row,
+    RunResult,
+    RunSpec,
+    TunedBaseline,
+    cost_key,
+)
 from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.config import Controls, Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 
 class ComparisonLedger:
-    """The common ground of one comparison.
+    """Shared state of one comparison: seeds, cost tables, result rows and tuned baselines.
 
     Args:
         seeds: Judged seeds, paired over methods.
-        tuning_seeds: Seeds of the searches, none of the judged ones: what a search found by luck does not count.
+        tuning_seeds: Seeds of the searches, disjoint from the judged ones to avoid selection bias.
         tables: Cost tables by `cost_key`.
         precisions: Precisions worth trying, by case.
     """
@@ -80,13 +81,13 @@ class ComparisonLedger:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Every row noted so far, in the order of case, method, role, budget and seed."""
+        """All rows recorded so far, in the order of case, method, role, budget and seed."""
         return tuple(
             sorted(self._rows, key=lambda row: (row.case, row.method, row.role, row.budget, row.seed, row.key))
         )
 
     def precisions(self, case: Case) -> Sequence[Precision]:
-        """Return the precisions that a search on this case tries: the case's own, and those that pay here."""
+        """Return the precisions that a search on this case tries: the case's own, and faster ones on this device."""
         return self._precisions[case.name]
 
     def row(
@@ -99,7 +100,7 @@ class ComparisonLedger:
         budget: float = 1.0,
         counted: float | None = None,
     ) -> None:
-        """Note that a run stands for a method on a case."""
+        """Record that a run belongs to a method on a case."""
         row = Row(
             case=case.name,
             method=method,
@@ -112,11 +113,11 @@ class ComparisonLedger:
         self._rows[row] = None
 
     def baseline(self, case: Case, baseline: TunedBaseline) -> None:
-        """Note a tuned setting."""
+        """Record a tuned setting."""
         self.baselines.setdefault(case.name, []).append(baseline)
 
     def cost_of(self, result: RunResult) -> float:
-        """Return the modelled joules of a run, seconds where joules are unknown.
+        """Return the modelled joules of a run, or seconds if the joules are unknown.
 
         Raises:
             ValueError: there is no cost table for its model.
@@ -134,16 +135,16 @@ class ComparisonLedger:
         axis: str,
         among: Collection[StaticSetting] | None = None,
     ) -> list[Trial]:
-        """Return the trials that would reach one loss for the least modelled `axis`, the best first.
+        """Return the trials by the modelled cost (`axis`) at which they would reach the same loss, the lowest first.
 
         A trial whose loss the tuned baseline reaches at a share n of the budget needs about 1/n of its own cost to
-        reach what the baseline does at its whole budget.
+        reach the baseline's loss at the whole budget.
 
         Args:
             trials: Runs of the whole budget.
-            curve: (budget share, loss) of the tuned baseline, rising in budget, over the same seeds.
+            curve: (budget share, loss) of the tuned baseline, ascending in budget, over the same seeds.
             axis: `time_s` or `energy_j`.
-            among: Confirmed settings, judged by their mean loss; by default all that were tried, by one seed's.
+            among: Confirmed settings, compared by their mean loss; by default all trials, by the loss of one seed.
         """
         scored: list[tuple[float, int, Trial]] = []
         for setting, trial in trials.tried.items():
@@ -162,15 +163,15 @@ class ComparisonLedger:
 
 
 def share_needed(loss: float, curve: Sequence[tuple[float, float]]) -> float:
-    """Return the budget share at which a curve reaches `loss`; the end values hold beyond the curve.
+    """Return the budget share at which a curve reaches `loss`, without extrapolation.
 
-    The multipliers of a report extrapolate a little instead (`analysis.multiplier`). Here settings are chosen, and a
-    cheap setting with a loss beyond the curve shall not be chosen for an extrapolation.
+    The multipliers of a report are extrapolated a little (`analysis.multiplier`). Here settings are selected, and a
+    cheap setting with a loss beyond the curve should not be selected by an extrapolation.
 
     Args:
-        loss: In nats/token.
-        curve: (budget share, loss), rising in budget. A point that is not better than all smaller budgets, or whose
-            loss is not finite, is left out.
+        loss: Loss in nats/token.
+        curve: (budget share, loss), ascending in budget. A point that is not better than all smaller budgets, or whose
+            loss is not finite, is ignored.
     """
     falling: list[tuple[float, float]] = []
     for share, reached in curve:
@@ -186,7 +187,7 @@ CURVE_BUDGETS: Mapping[float, tuple[str, ...]] = {
     0.5: ("learning_rate", "batch_size"),
     2.0: ("learning_rate",),
 }
-"""Shares of the case's budget at which the tuned baseline is tuned and judged again, and in what it is tuned."""
+"""Shares of the case's budget at which the tuned baseline is tuned and judged again, with the fields that are tuned."""
 UNTUNED_CURVE_BUDGETS = (0.25, 0.5, 2.0, 4.0)
 COST_AXES = ("time_s", "energy_j")
 
@@ -195,17 +196,17 @@ Steps = Generator[list[RunSpec], list[RunResult], None]
 
 @dataclass
 class TunedStatic:
-    """Carries one case's tuned static baseline through a comparison."""
+    """Program of one case's tuned static baseline."""
 
     ledger: ComparisonLedger
     case: Case
     wanted: Collection[str]
-    """Names of the methods asked for that rest on the search."""
+    """Names of the requested methods that need the search."""
     started: Sequence[Method] = ()
-    """Policies that start at a factor of the learning rate found."""
+    """Policies that start at a factor of the tuned learning rate."""
 
     def program(self) -> Steps:
-        """Search, then judge what was found."""
+        """Run the search, then the judged runs of its results."""
         extra: list[ScheduleName] = ["constant"] if "tuned-constant" in self.wanted else []
         trials = yield from tune(self.case.config, self.ledger.precisions(self.case), self.ledger.tuning_seeds, extra)
         best = trials.best_confirmed(TUNED_SCHEDULES)
@@ -246,7 +247,7 @@ class TunedStatic:
                 yield from self._judge(name, planted, budget=budget, counted=1.0)
 
     def _started(self, setting: StaticSetting) -> Steps:
-        """Run what starts at a factor of the tuned learning rate, all of it in one wave."""
+        """Run all policies that start at a factor of the tuned learning rate, in one wave."""
         placed = [(method.note.name, method.placed(setting)) for method in self.started]
         specs = [(name, method.spec(self.case, seed)) for name, method in placed for seed in self.ledger.seeds]
         yield [spec for _, spec in specs]
@@ -266,7 +267,7 @@ class TunedStatic:
     def _cost_choices(
         self, trials: Trials, points: list[tuple[float, float]]
     ) -> Generator[list[RunSpec], list[RunResult], dict[str, Trial]]:
-        """Find the best settings for equal seconds and joules: equal tokens favour small batches, these need not."""
+        """Find the best settings for equal seconds and joules, which may differ from those for equal tokens."""
         choices: dict[str, Trial] = {}
         for axis in COST_AXES:
             yield from self._descend_in_cost(trials, points, axis)
@@ -277,7 +278,7 @@ class TunedStatic:
         return choices
 
     def _descend_in_cost(self, trials: Trials, points: list[tuple[float, float]], axis: str) -> Steps:
-        """Try the neighbours of the cheapest trial until it stays the cheapest: its batch may be beyond the grid."""
+        """Try the neighbours of the cheapest trial until none is cheaper; its batch may lie outside of the grid."""
         settled: set[StaticSetting] = set()
         for _ in range(MAX_MOVES):
             first = self.ledger.cheapest(trials, points, axis)[:1]
@@ -341,7 +342,7 @@ def direct_program(ledger: ComparisonLedger, case: Case, method: Method) -> Prog
 
 
 def open_loop_program(ledger: ComparisonLedger, cases: Sequence[Case], closed: Method, note: MethodNote) -> Program:
-    """Run the policy on every case, average what it did, and run that average without looking."""
+    """Run the policy on every case, average its controls, and replay that average without observations."""
     results = yield [closed.spec(case, seed) for case in cases for seed in ledger.seeds]
     usable = [result for result in results if result.usable]
     if not usable:

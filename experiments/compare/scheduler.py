@@ -1,8 +1,8 @@
-"""Let methods say which runs they need, wave after wave, and carry the waves of all of them out side by side.
+"""Schedule the runs of a comparison: execute the waves of all programs in parallel worker processes.
 
-A program is a generator: it yields a list of specs and gets their results back, then yields the next list, and so on.
-Everything that was run before comes from the store at once, so that a comparison that was killed takes the same way
-again without repeating a run, whatever the number of processes.
+A program is a generator: it yields a list of specs (a wave), receives their results, then yields the next list, and so
+on. Results of stored runs are returned immediately, so that an interrupted comparison repeats the same steps without
+repeating a run, with any number of processes.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from trainpilot.experiments.compare.execute import execute, failed
-from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import RunStore, run_key
 from trainpilot.experiments.workers import Workers
 
 Program = Generator[list[RunSpec], list[RunResult], None]
 OnResult = Callable[[RunResult, bool], None]
-"""Called with every result that comes in, and whether it was kept from before."""
+"""Called with every result, and whether it was stored before."""
 
 ATTEMPTS = 2
-"""A run whose process died is tried again once."""
+"""Attempts per run: a run whose process died is tried once more."""
 
 
 def run_workers(jobs: int, threads: int) -> Workers[RunResult]:
@@ -38,7 +38,7 @@ def run_workers(jobs: int, threads: int) -> Workers[RunResult]:
 
 @dataclass(eq=False)
 class _Active:
-    """A program, and the wave that it waits for."""
+    """A program with the wave that it waits for."""
 
     program: Program
     begun: bool = False
@@ -51,11 +51,11 @@ class _Active:
 
 
 class Scheduler:
-    """Carries programs out. Earlier programs go first, so that an interrupted comparison holds whole cases.
+    """Executes programs. Earlier programs have priority, so that an interrupted comparison has complete cases.
 
     Args:
-        workers: Run what is missing; `None` to go only as far as what has been run before.
-        store: Where the runs are kept.
+        workers: Processes for the missing runs; `None` to use stored runs only.
+        store: Store of the finished runs.
         on_result: Called with every result.
     """
 
@@ -78,7 +78,7 @@ class Scheduler:
                 self._take_in(result)
 
     def _go_on(self, active: _Active) -> None:
-        """Hand a program its results and take its next wave, as long as the waves are complete."""
+        """Send a program its results and take its next wave, as long as waves are complete."""
         while active.complete:
             wave = [active.results[key] for key in active.keys]
             try:

@@ -1,8 +1,8 @@
-"""Search the best static setting of a case: by a grid that is refined, by TPE, by successive halving, or by NSGA-II.
+"""Search the best static setting of a case by a refined grid, TPE, successive halving, or NSGA-II.
 
-Every search is a generator that yields the runs to try, receives their results and returns what it found. Searches
-with Optuna ask for settings in generations of a fixed size and report them in order, so that the number of worker
-processes changes nothing.
+Every search is a generator that yields the runs to try, receives their results, and returns the settings found. The
+searches with Optuna use generations of a fixed size and report results in order, so that the outcome does not depend on
+the number of worker processes.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from trainpilot.experiments.compare.cases import (
     rounded,
     with_size,
 )
-from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec
+from trainpilot.experiments.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 MAX_MOVES = 8
-"""The refinement moves at most so often per step size."""
+"""Largest number of moves of the refinement per step size."""
 
 N_CONFIRMED = 3
-"""So many of each schedule's best settings are run again with the other tuning seeds."""
+"""Number of each schedule's best settings that are run again with the other tuning seeds."""
 N_RECONFIRMED = 2
-"""So many at another budget."""
+"""The same number at another budget."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting that was tried, and its run."""
+    """A setting with its run."""
 
     setting: StaticSetting
     spec: RunSpec
@@ -58,10 +58,10 @@ Moves = Generator[list[RunSpec], list[RunResult], Trial]
 
 
 class Trials:
-    """Everything that was tried on one case at one budget.
+    """All trials on one case at one budget.
 
-    One seed searches; the best settings are then confirmed on the others. Near the largest rate that is stable a
-    single run can be lucky, and a baseline picked by luck would be a weak one.
+    The search uses one seed; the best settings are then confirmed with the others, since near the largest stable rate a
+    single run can be good by chance, and a baseline selected by chance would be too weak.
 
     Args:
         config: The case's own run.
@@ -76,7 +76,7 @@ class Trials:
         self.confirmed: dict[StaticSetting, tuple[Trial, ...]] = {}
 
     def run(self, settings: Iterable[StaticSetting]) -> Generator[list[RunSpec], list[RunResult], list[Trial]]:
-        """Try what has not been tried, and return the trials of all `settings`."""
+        """Run the settings that have not been tried, and return the trials of all `settings`."""
         wanted = list(dict.fromkeys(settings))
         new = [setting for setting in wanted if setting not in self.tried]
         specs = [self.spec(setting, self.seed) for setting in new]
@@ -95,12 +95,12 @@ class Trials:
             self.confirmed[setting] = tuple(trial for trial in again if trial.setting == setting)
 
     def spec(self, setting: StaticSetting, seed: int) -> RunSpec:
-        """Return the run that tries a setting. Nobody looks at it on the way, so it is looked at only at its end."""
+        """Return the run of a setting; it is evaluated only at its end, since no controller needs more."""
         config = setting.on(self.config, budget=self.budget, seed=seed)
         return RunSpec(config=config, steering=SteeringSpec(evaluate_every=config.decisions))
 
     def all_trials(self) -> list[Trial]:
-        """Return every trial, those that confirmed among them."""
+        """Return every trial, including the confirming ones."""
         return [*self.tried.values(), *(trial for found in self.confirmed.values() for trial in found)]
 
     def ranked(self, schedule: ScheduleName | None = None) -> list[Trial]:
@@ -118,7 +118,7 @@ class Trials:
         return self.tried[min(among, key=self.mean_loss)]
 
     def on_edge(self, best: Trial) -> tuple[str, ...]:
-        """Return the settings whose best value is the smallest or largest tried, though more would be possible."""
+        """Return the fields whose best value is the smallest or largest one tried, although others are possible."""
         names = []
         for name, lowest in (("learning_rate", 0.0), ("batch_size", 1)):
             values = {getattr(trial.setting, name) for trial in self.tried.values()}
@@ -145,7 +145,7 @@ def tune(
         config: The case's own run.
         precisions: Precisions worth trying.
         seeds: Tuning seeds.
-        extra: Schedules besides `TUNED_SCHEDULES` whose best is wanted too.
+        extra: Further schedules besides `TUNED_SCHEDULES` whose best setting is needed.
     """
     trials = Trials(config, seeds)
     yield from trials.run(grid(config, precisions))
@@ -162,7 +162,7 @@ def tune(
 
 
 def retune(trials: Trials, setting: StaticSetting, respects: Collection[str]) -> Moves:
-    """Return the best trial at another budget, found from the setting that is best at the whole one."""
+    """Return the best trial at another budget, found by descent from the best setting at the whole budget."""
     [start] = yield from trials.run([setting])
     yield from descend(trials, start, LEARNING_RATE_STEP**0.5, respects)
     yield from trials.confirm(trial.setting for trial in trials.ranked()[:N_RECONFIRMED])
@@ -184,15 +184,15 @@ TPE_TRIALS, TPE_GENERATION = 60, 6
 TPE_CONFIRMED = 9
 HALVING_TRIALS = 16
 HALVING_RUNGS = (1, 2, 4, 8)
-"""Eighths of the budget; every rung is a run with a whole schedule of its own."""
+"""Budgets of the rungs in eighths; every rung is a new run with a complete schedule."""
 WORST_LOSS = 20.0
-"""What a diverged run is told as, in nats/token; far above the loss of guessing."""
+"""Loss reported to Optuna for a diverged run, in nats/token; far above the loss of random guessing."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def tpe(config: RunConfig, precisions: Sequence[Precision], seeds: Sequence[int]) -> Search:
-    """Search with the tree-structured Parzen estimator, and confirm its best settings as the grid's are."""
+    """Search with the tree-structured Parzen estimator, and confirm its best settings like those of the grid."""
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seeds[0], constant_liar=True))
     trials = Trials(config, seeds)
     for _ in range(TPE_TRIALS // TPE_GENERATION):
@@ -207,17 +207,17 @@ def tpe(config: RunConfig, precisions: Sequence[Precision], seeds: Sequence[int]
 
 @dataclass(frozen=True)
 class Halved:
-    """What successive halving found, and all it ran on the way."""
+    """Result of successive halving, with all its trials."""
 
     best: Trial
     trials: tuple[Trials, ...]
-    """One for each rung."""
+    """Trials of each rung."""
 
 
 def halving(
     config: RunConfig, precisions: Sequence[Precision], seeds: Sequence[int]
 ) -> Generator[list[RunSpec], list[RunResult], Halved]:
-    """Try random settings on an eighth of the budget, and those that do well on more and more of it.
+    """Try random settings at an eighth of the budget, and the best of them at larger and larger budgets.
 
     The whole search uses about as many tokens as eight runs.
     """
@@ -242,7 +242,7 @@ def halving(
 
 
 def suggest(trial: optuna.Trial, config: RunConfig, precisions: Sequence[Precision]) -> StaticSetting:
-    """Return the setting that a trial stands for; asked twice, it is the same."""
+    """Return the setting of a trial; repeated calls return the same setting."""
     low, high = (config.base_learning_rate * LEARNING_RATE_STEP ** LEARNING_RATE_GRID[end] for end in (0, -1))
     batches = [batch_near(config.batch_size * factor, config) for factor in (BATCH_GRID[0] / 2, *BATCH_GRID)]
     sizes = list(dict.fromkeys(batch for batch in batches if batch is not None))
@@ -263,14 +263,14 @@ def _told(trial: Trial) -> float:
 
 POPULATION, GENERATIONS = 12, 5
 N_JUDGED = 4
-"""So many points of the front are judged with every seed."""
+"""Number of points of the front that are judged with every seed."""
 
 Cost = Callable[[RunResult], float]
 
 
 @dataclass(frozen=True)
 class Front:
-    """What NSGA-II found."""
+    """Result of NSGA-II."""
 
     best: tuple[RunSpec, ...]
     """Evenly picked points of the front, the cheapest first."""
@@ -285,8 +285,8 @@ def nsga2(
     Args:
         config: The case's own run.
         precisions: Precisions worth trying.
-        seed: Of the search and of its runs.
-        cost: Modelled joules, or seconds, of a run.
+        seed: Seed of the search and of its runs.
+        cost: Returns the modelled joules, or seconds, of a run.
     """
     sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
@@ -300,7 +300,7 @@ def nsga2(
             worst = not result.usable
             study.tell(trial, (WORST_LOSS, float("1e12")) if worst else (final_loss(result), cost(result)))
     front = sorted(study.best_trials, key=lambda trial: trial.values[1])
-    points = {specs[trial.number].config: specs[trial.number] for trial in front}  # it may ask for a run twice
+    points = {specs[trial.number].config: specs[trial.number] for trial in front}  # it may request a run twice
     return Front(_evenly(list(points.values())), tuple(specs.values()))
 
 
@@ -321,7 +321,7 @@ def judged(spec: RunSpec, seed: int) -> RunSpec:
 
 
 def _evenly(specs: Sequence[RunSpec]) -> tuple[RunSpec, ...]:
-    """Pick points along the front, both ends among them."""
+    """Pick evenly spaced points of the front, including both ends."""
     if len(specs) <= N_JUDGED:
         return tuple(specs)
     places = [round(i * (len(specs) - 1) / (N_JUDGED - 1)) for i in range(N_JUDGED)]

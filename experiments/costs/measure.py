@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trainpilot.experiments.compare.results import Case, cost_key
 from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.experiments.results import Case, cost_key
 from trainpilot.llm_runtime.config import PRECISIONS, OptimizerName, Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
@@ -30,19 +30,19 @@ from trainpilot.llm_runtime.schedules import MASK_UPDATES, PROBE_PASSES
 from trainpilot.llm_runtime.timing import Cost, Timing, alternate, median_spread
 
 LEARNING_RATE = 1e-6
-"""So small that hundreds of steps on random tokens leave the weights about as they are."""
+"""Learning rate so small that hundreds of steps on random tokens hardly change the weights."""
 REMOVED = 0.5
-"""Share of the feed-forward channels that the narrow model lacks."""
+"""Share of the feed-forward channels removed in the narrow model."""
 MASKED, MASKED_MORE = 0.25, 0.3
 """Sparsity before and after masks are raised."""
 FEW_SEQUENCES = 8
-"""An evaluation is timed on about so many sequences at least, or its fixed part would count as the passes'."""
+"""Least number of sequences of a timed evaluation; with fewer, its fixed costs would be attributed to the passes."""
 
 Pass = Callable[[], object]
 
 
 class TimedSetting(NamedTuple):
-    """What is timed."""
+    """A setting to be timed."""
 
     kind: str
     """`step`, `forward`, `probe`, `switch`, or `raise` (of masks)."""
@@ -50,7 +50,7 @@ class TimedSetting(NamedTuple):
     batch_size: int = 0
     removed: float = 0.0
     name: str = ""
-    """The optimiser or pruning where it is not the plain trainer's, or what is switched."""
+    """Optimiser or pruning if it differs from the plain trainer's, or the control that is switched."""
 
 
 class CostBench:
@@ -65,7 +65,7 @@ class CostBench:
         shape = (2 * max(FEW_SEQUENCES, *batch_sizes), config.sequence_length + 1)
         self.tokens = np.random.default_rng(0).integers(0, 256, shape, dtype=np.int64)
         self.plain_step = TimedSetting("step", self.precisions[0], self.batch_sizes[0])
-        """What the steps of other optimisers and of masks are compared with."""
+        """Baseline for the steps of other optimisers and of masks."""
         self.plain = self._trainer(self.config)
         self.narrowing_s: float | None = None
         """Seconds that one removal of channels took."""
@@ -73,7 +73,7 @@ class CostBench:
     def passes(
         self, optimizers: Sequence[OptimizerName], prunings: Sequence[Pruning]
     ) -> Iterator[tuple[TimedSetting, Pass]]:
-        """Yield one pass of each setting; the plain steps first, as the probe and the switches need their buffers."""
+        """Yield a function per setting that makes one pass; plain steps first, to allocate the optimiser's buffers."""
         yield from self._rows(self.plain, 0.0)
         yield from self._probe_and_switches()
         for optimizer in optimizers:
@@ -138,12 +138,12 @@ class CostBench:
         yield self.plain_step._replace(name=pruning), self._step(trainer, self.plain_step)
 
     def _narrow_rows(self, trainer: Trainer) -> Iterator[tuple[TimedSetting, Pass]]:
-        self._step(trainer, self.plain_step)()  # gives the optimiser its buffers: they must be cut too
+        self._step(trainer, self.plain_step)()  # allocates the optimiser's buffers, which must be cut, too
         self.narrowing_s = min(self._narrow(trainer, share) for share in (REMOVED / 2, REMOVED))
         yield from self._rows(trainer, trainer.sparsity())
 
     def _narrow(self, trainer: Trainer, share: float) -> float:
-        """Remove channels for good, so that it can be timed but once; return the seconds."""
+        """Remove channels and return the seconds; this is irreversible, so it is timed only once."""
         synchronise(self.device)
         start = self.clock()
         trainer.apply(replace(trainer.controls, sparsity=share))
@@ -157,7 +157,7 @@ def _set_batch_size(trainer: Trainer, batch_size: int) -> None:
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Return CPU seconds for one thread on a CPU, what a pass takes if no other program keeps it waiting; else wall."""
+    """Return a clock: CPU seconds (unaffected by other programs) for one thread on a CPU, otherwise wall-clock time."""
     fine = time.get_clock_info("process_time").resolution < 1e-4  # 16 ms on Windows
     return time.process_time if device.type == "cpu" and threads_in_use() == 1 and fine else time.perf_counter
 
@@ -176,7 +176,7 @@ def _raise(trainer: Trainer, before: dict[str, object]) -> None:
 
 CPU_VISIT_S = 0.015
 GPU_VISIT_S = 0.1
-"""Seconds of a visit at least; one lasts longer where the energy meter needs it."""
+"""Least seconds of a visit on a GPU; longer if the energy meter requires it."""
 
 Timings = Mapping[TimedSetting, Timing]
 
@@ -194,23 +194,23 @@ def measure_cost_table(
 ) -> CostTable:
     """Time the model of `config` on random tokens, all settings in alternating order, and return the table.
 
-    On a busy machine: seconds are those of the fastest visit, so that one moment of quiet per setting is enough; with
-    one thread on a CPU they are CPU seconds, which other programs hardly move. Joules are the seconds times the watts
-    of the meter. RAPL and the meters of GPUs see every program on the device: what runs beside this makes the joules
-    too high. The estimate for other CPUs sees this process alone: idle watts for as long as it takes, and watts of its
-    busy threads. With one thread it runs on CPU seconds too; with several, waiting makes the joules too low.
+    On a busy machine: seconds are those of the fastest visit, so one undisturbed visit per setting is enough; with one
+    thread on a CPU they are CPU seconds, which other programs hardly affect. Joules are the seconds times the power
+    reading of the meter. RAPL and the meters of GPUs measure every program on the device, so other programs make the
+    joules too high. The estimate for other CPUs covers only this process: idle power for its duration, plus the power
+    of its busy threads. With one thread it uses CPU seconds, too; with several, waiting makes the joules too low.
 
-    Left out: drawing batches, the norm of Adam's moments that a run looks at every tenth step, and the copies that
+    Not included: drawing batches, the norm of Adam's moments that a run computes every tenth step, and the copies that
     `schedule-free` makes for an evaluation.
 
     Args:
         config: Model, sequence length and device.
         batch_sizes: Sequences per step of AdamW, and per forward pass of an evaluation.
-        precisions: Of AdamW's steps; in the first one the extras are measured, at the smallest batch.
-        optimizers: Others, whose extra per step is measured.
-        prunings: `width` measures everything on a narrower model too; masks have their extra per step measured.
+        precisions: Precisions of AdamW's steps; extras are measured in the first one, at the smallest batch.
+        optimizers: Other optimisers, whose extra cost per step is measured.
+        prunings: For `width`, everything is also measured on a narrower model; for masks, their extra cost per step.
         meter: Energy meter; by default the best one that the device has.
-        limit_s: No further round begins after so many seconds; there are four at least.
+        limit_s: Seconds after which no further round begins; there are at least four rounds.
         progress: Called after each round with the share of the work done, in [0, 1].
 
     Raises:
@@ -293,7 +293,7 @@ def _row(setting: TimedSetting, cost: Cost) -> CostRow:
 
 
 def _switches(bench: CostBench, timings: Timings) -> dict[str, Cost]:
-    """Return the costs of one switch; each pass made two. Masks are raised several times along an interval."""
+    """Return the costs of one switch (each timed pass made two). Masks are raised several times per interval."""
     switches = {
         setting.name: timing.cost * (0.5 if setting.kind == "switch" else MASK_UPDATES)
         for setting, timing in timings.items()
@@ -306,7 +306,7 @@ def _switches(bench: CostBench, timings: Timings) -> dict[str, Cost]:
 
 
 def _over(cost: Cost, base: Cost) -> Cost:
-    """Return what `cost` has over `base`: nothing where noise made it the smaller one."""
+    """Return the excess of `cost` over `base`; zero if noise made it smaller."""
     difference = cost + base * -1.0
     energy_j = difference.energy_j
     return Cost(
@@ -316,7 +316,7 @@ def _over(cost: Cost, base: Cost) -> Cost:
 
 
 BATCH_FACTORS = (0.125, 0.25, 0.5, 1, 2, 4, 8)
-"""Batches that are timed, as factors on the case's own."""
+"""Timed batch sizes, as factors on the case's own."""
 OPTIMIZERS: tuple[OptimizerName, ...] = ("schedule-free", "prodigy")
 PRUNINGS: tuple[Pruning, ...] = ("magnitude",)
 
@@ -327,12 +327,12 @@ def cost_tables(
     folder: Path,
     progress: Callable[[str], None],
 ) -> dict[str, CostTable]:
-    """Return the tables by `cost_key`, from `folder` where they have been measured before.
+    """Return the tables by `cost_key`; tables stored in `folder` are not measured again.
 
     Args:
         configs: Runs by case: the case's own, and others on its text whose models have another size.
-        precisions: Precisions that are tried, by case.
-        folder: Where the tables are kept, a file each.
+        precisions: Precisions to measure, by case.
+        folder: Folder in which each table is stored as a file.
         progress: Called with a line of text before each measurement.
     """
     tried: dict[str, dict[Precision, None]] = {}
@@ -367,7 +367,7 @@ def _measured_table(config: RunConfig, precisions: Sequence[Precision], folder: 
 
 
 def _holds(table: CostTable, config: RunConfig, precisions: Sequence[Precision]) -> bool:
-    """Return whether a table was measured with all that runs on `config` may use."""
+    """Return whether a table covers everything that runs on `config` may use."""
     steps = {row.precision for row in table.rows if row.kind == "step"}
     narrowed = any(row.removed for row in table.rows)
     prunes = narrowed if config.pruning == "width" else config.pruning in ("none", *table.extras)
@@ -375,6 +375,6 @@ def _holds(table: CostTable, config: RunConfig, precisions: Sequence[Precision])
 
 
 def precisions_that_pay(case: Case) -> tuple[Precision, ...]:
-    """Return the case's own precision and those that were measured to be faster here than float32."""
+    """Return the case's own precision and those that were measured to be faster than float32 on this device."""
     masked = LiveRun(case.config, probe=False).limits().masked_precisions
     return tuple(p for p in PRECISIONS if p == case.config.precision or p not in masked)

@@ -1,7 +1,7 @@
-"""Hold what the parts of a run cost on one device, and interpolate between the settings that were measured.
+"""Define the cost table: seconds and joules of the parts of a run on one device, interpolated between measurements.
 
-Seconds and joules of a real run hold whatever else the machine did meanwhile. A run's modelled cost does not: it is
-what the run did (steps, passes, switches) times this table, which `costs.measure` fills. Knows no torch.
+Measured seconds and joules of a real run are affected by other programs. A run's modelled cost is not: it is the number
+of its steps, passes and switches times this table, which `costs.measure` fills. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.timing import Cost
 
 WITHOUT_EXTRA = ("adamw", "none", "width")
-"""The optimiser and the ways of pruning that the table's rows already hold."""
+"""Optimiser and kinds of pruning whose costs are part of the table's rows."""
 
 
 NOTHING = Cost(time_s=0.0, energy_j=0.0)
@@ -40,32 +40,32 @@ class CostRow(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class CostTable(JsonRecord):
-    """What the parts of a run cost on one device, for one model and one sequence length.
+    """Costs of the parts of a run on one device, for one model and one sequence length.
 
-    Between the measured batch sizes a cost is piecewise linear in the batch, and it is linear in the share of removed
-    channels. Outside, the outermost piece goes on. Beyond the batches two bounds hold that noise could break: a
-    smaller pass costs no less per sequence than the smallest measured, a larger one no less than the largest.
+    Costs are piecewise linear in the batch size and linear in the share of removed channels, and are extrapolated
+    linearly. Two bounds keep noise from distorting the extrapolation in the batch size: a smaller pass costs at least
+    as much per sequence as the smallest measured one, and a larger pass at least as much as the largest.
     """
 
     device: str
-    """Device, its cores and the threads in use, for people."""
+    """Device, its cores and the threads in use, for display."""
     model: str
-    """As `RunConfig.model`, for people."""
+    """As `RunConfig.model`, for display."""
     sequence_length: int
     """Tokens per sequence."""
     energy_source: EnergySource | None
-    """Where the joules come from; `None` without a meter."""
+    """Source of the joules; `None` without a meter."""
     rows: tuple[CostRow, ...]
     probe_overhead: Cost
-    """A curvature probe without its forward passes: the update's direction, and copies of the weights."""
+    """Cost of a curvature probe without its forward passes: the update's direction, and copies of the weights."""
     extras: Mapping[str, Cost] = field(default_factory=dict)
-    """What a step costs more than AdamW's, by optimiser and by kind of weight masks."""
+    """Extra cost of a step over AdamW's, by optimiser and by kind of weight masks."""
     switches: Mapping[str, Cost] = field(default_factory=dict)
-    """One change of `batch` or `precision`, and what raising the sparsity costs an interval, by kind of pruning."""
+    """Cost of one change of `batch` or `precision`, and of raising the sparsity in an interval by kind of pruning."""
     rounds: int
-    """How often each setting was visited."""
+    """Number of visits per setting."""
     spread: float
-    """Slowest over fastest visit, median over the settings: well above 1 on a busy machine."""
+    """Slowest over fastest visit, as a median over the settings: well above 1 on a busy machine."""
 
     def step(
         self,
@@ -76,10 +76,10 @@ class CostTable(JsonRecord):
         optimizer: str = "adamw",
         pruning: str = "none",
     ) -> Cost:
-        """Return what an optimiser step costs.
+        """Return the cost of an optimiser step.
 
         Args:
-            batch_size: Sequences, a mean over steps if need be.
+            batch_size: Sequences per step; may be a mean over steps.
             precision: Number format of the matrix products.
             removed: Share of the feed-forward channels removed.
             optimizer: As `RunConfig.optimizer`.
@@ -92,23 +92,23 @@ class CostTable(JsonRecord):
         return cost + self._extra("optimizer", optimizer) + self._extra("pruning", pruning)
 
     def evaluation(self, sequences: int, batch_size: float, *, removed: float = 0.0) -> Cost:
-        """Return what the loss of `sequences` costs, taken through the model in batches of `batch_size`."""
+        """Return the cost of evaluating the loss of `sequences` in batches of `batch_size`."""
         batch = max(round(batch_size), 1)
         full, rest = divmod(sequences, batch)
         cost = self._between("forward", "fp32", batch, removed) * full
         return cost + self._between("forward", "fp32", rest, removed) if rest else cost
 
     def probe(self, sequences: int, batch_size: float, *, removed: float = 0.0) -> Cost:
-        """Return what a curvature probe on `sequences` costs."""
+        """Return the cost of a curvature probe on `sequences`."""
         return self.evaluation(sequences, batch_size, removed=removed) * PROBE_PASSES + self.probe_overhead
 
     def switch(self, name: str) -> Cost:
-        """Return what a switch costs: `batch`, `precision`, or a kind of pruning; nothing if it was not measured."""
+        """Return the cost of a switch: `batch`, `precision`, or a kind of pruning; zero if it was not measured."""
         return self.switches.get(name, NOTHING)
 
     @cached_property
     def _levels(self) -> Mapping[tuple[str, str], Mapping[float, list[tuple[float, Cost]]]]:
-        """Costs by batch size, rising, for each kind and precision and each share of removed channels, rising."""
+        """Costs by ascending batch size, for each kind and precision and each share of removed channels."""
         levels: dict[tuple[str, str], dict[float, list[tuple[float, Cost]]]] = {}
         for row in sorted(self.rows, key=lambda row: (row.removed, row.batch_size)):
             found = levels.setdefault((row.kind, row.precision), {})
@@ -145,7 +145,7 @@ class CostTable(JsonRecord):
 
 
 def _at_batch(points: Sequence[tuple[float, Cost]], batch_size: float) -> Cost:
-    """Return the cost at a batch size from those at rising ones; from a single one, in proportion."""
+    """Interpolate the cost at a batch size; with a single measured batch size, the cost is proportional."""
     (first, least), (last, most) = points[0], points[-1]
     cost = _along(points if len(points) > 1 else [(0.0, least * 0.0), *points], batch_size)
     if batch_size < first:
@@ -154,7 +154,7 @@ def _at_batch(points: Sequence[tuple[float, Cost]], batch_size: float) -> Cost:
 
 
 def _along(points: Sequence[tuple[float, Cost]], position: float) -> Cost:
-    """Return the cost at `position` on the line through its two neighbours, or through the two nearest outside."""
+    """Interpolate linearly at `position`, or extrapolate from the two nearest points."""
     right = next((index for index in range(1, len(points) - 1) if position < points[index][0]), len(points) - 1)
     (x0, before), (x1, after) = points[right - 1], points[right]
     share = (position - x0) / (x1 - x0)

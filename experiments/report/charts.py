@@ -10,7 +10,6 @@ from statistics import fmean, median
 from typing import Any
 
 from trainpilot.experiments.analysis.figures import PARTS, BaselineCurve, CaseFigures, Estimate, FrontPoint
-from trainpilot.experiments.compare.results import TUNED, UNTUNED, RunResult
 from trainpilot.experiments.report.drawing import (
     BOTTOM,
     TEXT,
@@ -31,6 +30,7 @@ from trainpilot.experiments.report.drawing import (
 )
 from trainpilot.experiments.report.formatting import percent, ratio
 from trainpilot.experiments.report.report_data import ReportData
+from trainpilot.experiments.results import TUNED, UNTUNED, RunResult
 
 Style = dict[str, Any]
 LOSS = "validation loss, nats/token"

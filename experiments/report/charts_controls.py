@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from trainpilot.experiments.compare.methods import PolicyName
-from trainpilot.experiments.compare.results import TUNED, IntervalResult, RunResult
 from trainpilot.experiments.report.drawing import (
     DASHES,
     MARKERS,
@@ -27,6 +25,7 @@ from trainpilot.experiments.report.drawing import (
 )
 from trainpilot.experiments.report.formatting import percent
 from trainpilot.experiments.report.report_data import ReportData
+from trainpilot.experiments.results import TUNED, IntervalResult, PolicyName, RunResult
 from trainpilot.llm_runtime.config import PRECISIONS, RunConfig
 
 N_METHODS = 3

@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from trainpilot.experiments.compare.results import TUNED, UNTUNED
 from trainpilot.experiments.report.formatting import SPACE, si
 from trainpilot.experiments.report.report_data import ReportData
+from trainpilot.experiments.results import TUNED, UNTUNED
 
 INKS = (
     *("ink", "soft", "faint", "paper"),

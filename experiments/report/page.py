@@ -13,7 +13,6 @@ from importlib.resources import files
 from pathlib import Path
 
 from trainpilot.experiments.analysis.figures import PRESUMED_BUG, Estimate, Figures, SignTest
-from trainpilot.experiments.compare.results import TUNED, UNTUNED, Comparison, RunResult
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.report.charts import (
     budget_panels,
@@ -44,6 +43,7 @@ from trainpilot.experiments.report.tables import (
     settings_table,
     sweep_table,
 )
+from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, RunResult
 from trainpilot.llm_runtime.files import whole_file, write_json
 
 PAGE = "report.html"

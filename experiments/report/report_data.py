@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from trainpilot.experiments.analysis.figures import CaseFigures, Estimate, Figures, MethodFigures
-from trainpilot.experiments.compare.results import TUNED, UNTUNED, Comparison, MethodNote, Role, Row, RunResult
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, MethodNote, Role, Row, RunResult
 
 KINDS = {
     "policy": "Policies",

@@ -15,7 +15,6 @@ from typing import Any
 from trainpilot.agents.logging.run_log import flatten, text
 from trainpilot.experiments.analysis.figures import AXES, BASELINES, CaseFigures, Estimate
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
-from trainpilot.experiments.compare.results import Case, Role, Row, RunResult, TunedBaseline, cost_key
 from trainpilot.experiments.report.formatting import (
     Cell,
     count,
@@ -35,6 +34,7 @@ from trainpilot.experiments.report.formatting import (
     sign_test,
 )
 from trainpilot.experiments.report.report_data import NOTHING, ReportData, by_kind
+from trainpilot.experiments.results import Case, Role, Row, RunResult, TunedBaseline, cost_key
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.files import whole_file
 

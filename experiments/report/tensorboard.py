@@ -18,8 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainpilot.agents.logging.run_log import hparams
 from trainpilot.agents.logging.tags import TAGS
-from trainpilot.experiments.compare.results import IntervalResult, Row, RunResult
 from trainpilot.experiments.report.report_data import ReportData
+from trainpilot.experiments.results import IntervalResult, Row, RunResult
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.files import whole_folder
 

@@ -1,1 +1,1 @@
-"""Simulated training runs: physics fitted to real loss curves, thousands of runs at once."""
+"""Simulate thousands of training runs at once, with physics fitted to real loss curves."""

@@ -1,4 +1,4 @@
-"""Fit the physics of simulated runs to live ones, by nonlinear least squares in the logarithms, with uncertainty.
+"""Fit the simulator's physics to live runs, by nonlinear least squares in the logarithms, with standard errors.
 
 `CalibrationRun` is one live run that the physics is fitted to or tested on, `FittedPhysics` the result of a fit.
 """
@@ -37,25 +37,25 @@ def _finite_pair(pair: tuple[float, float]) -> list[float] | None:
 
 
 Probe = Annotated[tuple[float, float], JsonForm(write=_finite_pair)]
-"""Linear and quadratic part of a curvature probe, in nats/token; JSON holds null where one of them is not finite."""
+"""Linear and quadratic part of a curvature probe, in nats/token; `null` in JSON if one of them is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRun(JsonRecord):
-    """Everything that was measured on one run, interval by interval."""
+    """Measurements of one live run, by interval."""
 
     config: RunConfig
-    """What was trained, and how it started."""
+    """Configuration of the run."""
     telemetry: tuple[Telemetry, ...]
-    """One for each interval; the last one says `diverged` if the run ended so. Holds the controls too."""
+    """Telemetry of each interval, including its controls; `diverged` of the last one is set if the run diverged."""
     validation: tuple[tuple[int, Float], ...]
-    """Decisions taken so far, from 0, with the validation loss in nats/token; NaN where it was not finite."""
+    """Pairs of decisions so far (from 0) and validation loss in nats/token; NaN if the loss was not finite."""
     wide_probe: tuple[Probe | None, ...]
     """Linear and quadratic part of a curvature probe on more sequences than the telemetry's, after each interval."""
     n_parameters: int
     """Weights of the model at the start."""
     role: Role
-    """Whether a fit may see this run, or only its test."""
+    """Whether the run is for fitting, or held out for testing."""
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
@@ -68,7 +68,7 @@ class CalibrationRun(JsonRecord):
 
     @property
     def diverged(self) -> bool:
-        """Whether the training loss ended as not finite."""
+        """Whether the final training loss is not finite."""
         return bool(self.telemetry) and self.telemetry[-1].diverged
 
     @property
@@ -78,16 +78,16 @@ class CalibrationRun(JsonRecord):
 
 
 LOSS_SCALE = 0.03
-"""Nats/token by which a validation loss may be off before the fit minds: about the spread of seeds."""
+"""Scale of the residuals of validation losses, in nats/token: about the spread between seeds."""
 FINAL_WEIGHT = 3.0
-"""The last loss of a run counts this much more than those on the way."""
+"""Factor on the weight of a run's last loss."""
 GOOD_WITHIN = 0.15
-"""Nats/token above the best run within which a run is a good one, and counts up to `GOOD_WEIGHT` more."""
+"""Runs within this distance of the best one, in nats/token, have up to `GOOD_WEIGHT` times the weight."""
 GOOD_WEIGHT = 2.0
 UPDATE_SCALE = 0.5
-"""Logarithm by which a relative update may be off."""
+"""Scale of the residuals of the logarithm of a relative update."""
 PRIOR_SCALE = 2.0
-"""Width of the prior around typical values, in the logarithm: only what the runs leave open is drawn there."""
+"""Width of the prior around typical values, in the logarithm; it only matters for values that the runs leave open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class FittedPhysics(JsonRecord):
     uncertainty: Mapping[str, float]
     """Standard error of each parameter's logarithm, from the fit's Jacobian and the residuals' size."""
     correlation: tuple[tuple[float, ...], ...]
-    """Of the logarithms, in the order of `PARAMETERS`."""
+    """Correlation matrix of the logarithms, in the order of `PARAMETERS`."""
 
     def physics(self, n_runs: int) -> Physics:
         """Return the same physics for `n_runs` runs."""
@@ -133,9 +133,9 @@ def fit_physics(runs: Sequence[CalibrationRun], *, starts: int = 2, seed: int = 
     """Fit the physics to the validation losses and relative updates of runs of one model on one text.
 
     Args:
-        runs: At least six; those that diverged or were pruned are left out.
-        starts: Starting points of the search, the first at the typical values.
-        seed: Draws the others.
+        runs: At least six runs; those that diverged or were pruned are not used.
+        starts: Number of starting points of the search, the first at the typical values.
+        seed: Seed of the other starting points.
 
     Raises:
         ValueError: there are too few runs.
@@ -165,7 +165,7 @@ class _Problem:
         self.seen = np.isfinite(self.validation)
         self.initial_loss = float(np.nanmean(self.validation[:, 0]))
         self.least_loss = float(np.nanmin(self.validation))
-        self.seen[:, 0] = False  # the initial loss is no prediction
+        self.seen[:, 0] = False  # the initial loss is not predicted
         self.weights = np.where(_last(self.seen), FINAL_WEIGHT, 1.0) * _importance(self.validation, self.seen)
         self.updates = _relative_updates(runs, self.runs)
         self.low = np.log([p.low for p in PARAMETERS.values()])
@@ -209,11 +209,11 @@ class _RunInputs:
     """Steps, learning rates and batches of runs by interval; shorter runs are padded with intervals of no step."""
 
     steps: Floats
-    """Shape (n_runs, n_intervals), as all others."""
+    """Optimiser steps; all arrays have shape (n_runs, n_intervals)."""
     learning_rate: Floats
-    """Mean over the interval."""
+    """Mean learning rate over the interval."""
     last_rate: Floats
-    """Of the last step."""
+    """Learning rate of the last step."""
     batch: Floats
 
     @classmethod
@@ -230,7 +230,7 @@ class _RunInputs:
 
 
 def mean_rates(config: RunConfig, telemetry: Sequence[Telemetry]) -> list[float]:
-    """Return the mean learning rate of each interval of a live run; its last step's alone misses warm-up and decay."""
+    """Return the mean learning rate of each interval of a live run, including warm-up and decay within it."""
     schedule, cooldown, tokens, rates = config.base_schedule(), None, 0, []
     for each in telemetry:
         step_tokens = each.interval_tokens / each.steps
@@ -287,7 +287,7 @@ def _importance(validation: Floats, seen: np.ndarray) -> Floats:
 
 
 def _last(seen: np.ndarray) -> np.ndarray:
-    """Return where each row has its last True, of the same shape."""
+    """Return a mask of the same shape with only the last True of each row."""
     last = np.zeros_like(seen)
     for row, values in enumerate(seen):
         if values.any():

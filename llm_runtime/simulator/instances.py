@@ -20,54 +20,54 @@ from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 from trainpilot.llm_runtime.simulator.sensors import Sensors
 
 FORWARD_SHARE = 1 / 3
-"""A forward pass over a whole step's time: backward costs twice as much."""
+"""Time of a forward pass as a share of a step; the backward pass takes twice as long."""
 PROBE_COPIES = 0.6
-"""What a probe costs beyond its passes, over a step's overhead: the update's direction, and copies of the weights."""
+"""Time of a probe besides its passes (update direction, copies of the weights), relative to a step's overhead."""
 
 
 @dataclass(kw_only=True)
 class Hardware(Rows):
-    """Machine and model as their costs show them; arrays of shape (n_runs,) unless said otherwise."""
+    """Costs of a model on a machine; arrays of shape (n_runs,) unless stated otherwise."""
 
     overhead_s: Floats
     """Seconds of a step that do not depend on the batch."""
     sequence_s: Floats
-    """Seconds that every further sequence takes at the starting precision."""
+    """Seconds per sequence at the starting precision."""
     speed: Floats
-    """Speed of each precision over the first, shape (n_runs, number of precisions); what does not pay is masked."""
+    """Speed of each precision relative to the first, shape (n_runs, number of precisions); slower ones are masked."""
     masked: Bools
-    """Precisions that are not offered, shape (n_runs, number of precisions)."""
+    """Precisions that are not available, shape (n_runs, number of precisions)."""
     width_share: Floats
-    """Share of a sequence's time that falls with removed channels."""
+    """Share of a sequence's time that decreases with removed channels."""
     idle_w: Floats
     load_w: Floats
     """Watts when the machine is saturated."""
     switch_s: Floats
     """Seconds of a change of batch or precision."""
     memory_share: Floats
-    """Memory in use at the starting batch."""
+    """Share of memory in use at the starting batch."""
 
     def step_s(self, batch: Floats, precision: Ints, sparsity: Floats) -> Floats:
-        """Return the seconds of a step: throughput is B / (B + B_half) of the most, B_half = overhead / sequence."""
+        """Return the seconds of a step: throughput saturates as B / (B + B_half), with B_half = overhead / sequence."""
         speed = np.take_along_axis(self.speed, precision[:, None], axis=1)[:, 0]
         seconds: Floats = self.overhead_s + self.sequence_s * batch / speed * (1.0 - self.width_share * sparsity)
         return seconds
 
     def probe_s(self, sequences: Floats, sparsity: Floats) -> Floats:
-        """Return the seconds of a curvature probe: forward passes at the first precision, and what goes with them."""
+        """Return the seconds of a curvature probe: forward passes at the first precision, and their overhead."""
         passes = self.overhead_s + self.sequence_s * sequences * (1.0 - self.width_share * sparsity)
         seconds: Floats = PROBE_PASSES * FORWARD_SHARE * passes + PROBE_COPIES * self.overhead_s
         return seconds
 
     def power_w(self, batch: Floats) -> Floats:
-        """Return the mean watts of a step: a machine that waits for its overhead draws less."""
+        """Return the mean watts of a step, which are lower during the overhead."""
         busy = self.sequence_s * batch / (self.overhead_s + self.sequence_s * batch)
         watts: Floats = self.idle_w + (self.load_w - self.idle_w) * busy
         return watts
 
 
 LEAST_SPREAD = 0.15
-"""Standard deviation by which each parameter's logarithm is moved from where it was drawn between calibrations."""
+"""Standard deviation, per unit of spread, of the perturbation of each parameter's logarithm around the calibrations."""
 SCARS = (1e-3, 0.3)
 """Range of the lasting damage of too large first steps, which calibrations do not determine."""
 RATE_SPAN = 5.0
@@ -78,7 +78,7 @@ UPDATE_SPREAD = 0.25
 
 @dataclass(kw_only=True)
 class Instances(Rows):
-    """Runs that can be trained: arrays of shape (n_instances,)."""
+    """Constants of simulated runs: physics, hardware, sensors and budget; arrays of shape (n_instances,)."""
 
     physics: Physics
     sensors: Sensors
@@ -86,13 +86,13 @@ class Instances(Rows):
     sequences: Floats
     """Budget in sequences."""
     data: Floats
-    """Sequences in the text: more than the budget, or the run sees it again."""
+    """Sequences in the text; if there are fewer than in the budget, the text is repeated."""
     overfitting: Floats
-    """Validation less training loss after a second epoch, in nats/token."""
+    """Validation loss minus training loss after a second epoch, in nats/token."""
     start_batch: Ints
     prunes: Bools
     pruning_cost: Floats
-    """Loss that removing a tenth of the channels costs for good, in nats/token."""
+    """Permanent increase of the loss when a tenth of the channels is removed, in nats/token."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -104,18 +104,18 @@ class Instances(Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Widening:
-    """How far instances are drawn around the calibrations; 0 draws the calibrations themselves."""
+    """Width of the distribution of instances around the calibrations (domain randomisation)."""
 
     spread: float = 1.3
-    """Factor on how far every parameter is moved from the calibrations."""
+    """Factor on the perturbation of every parameter; 0 draws the calibrations themselves."""
     budget: tuple[float, float] = (800.0, 12_000.0)
-    """Budgets in sequences, drawn evenly in the logarithm."""
+    """Range of budgets in sequences, drawn log-uniformly."""
 
 
 def draw_instances(
     n_instances: int, seed: int, calibrations: Sequence[FittedPhysics], widening: Widening | None = None
 ) -> Instances:
-    """Draw instances around calibrations: each starts from one of them, and every parameter is moved."""
+    """Draw instances around calibrations."""
     if not calibrations:
         raise ValueError("calibrations must hold at least one, got none; run trainpilot calibrate first")
     widening = widening or Widening()
@@ -158,9 +158,9 @@ def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedP
 
 
 def _rescale(values: dict[str, Floats], factor: Floats) -> None:
-    """Give learning rates another unit: what was best at l is best at l / factor, and nothing else changes.
+    """Change the unit of learning rates: a run at l / factor becomes what it was at l.
 
-    A policy cannot see it, as its observations are ratios; one learning rate for all models is no longer good.
+    Observations are ratios and do not change, but no single learning rate is good for all models any more.
     """
     values["rate"] *= factor
     values["update"] *= factor
@@ -241,7 +241,7 @@ def mix(keys: Keys) -> Keys:
 
 
 def run_keys(seed: int, rows: NDArray[np.int64], episodes: NDArray[np.int64]) -> Keys:
-    """Return a key for each run from the seed, its row and how many runs the row has had."""
+    """Return a key for each run from the seed, its row, and the number of earlier runs in the row."""
     key = mix(np.full(len(rows), seed, dtype=np.uint64))
     key = mix(key ^ rows.astype(np.uint64))
     return mix(key ^ episodes.astype(np.uint64))

@@ -4,7 +4,7 @@ The loss of a run is a floor, a signal that fades in modes of all speeds, and no
 
     L = floor + (L_initial - floor) sum_i c_i a_i + L_noise + (slow noise in modes)
 
-What an AdamW step of learning rate l on B sequences does to it, and where each part comes from:
+Effects of an AdamW step of learning rate l on B sequences, with the source of each part:
 
 * *Normalisation.* Adam divides by the root of the gradient's second moment, so that a step moves the weights by about
   l whatever the gradient's size: l_e = l / W^w / sqrt(g + phi/B). The gradient power g, (sum c_i u_i a_i over
@@ -14,24 +14,25 @@ What an AdamW step of learning rate l on B sequences does to it, and where each 
 * *Growth.* Steps make the weights grow, W^2 <- W^2 + growth (l m)^2, weight decay shrinks them, and larger weights make
   every later step relatively smaller. That is the lasting damage of a learning rate that was too large.
 * *Stalling.* Near the edge of stability steps saturate, first in the slow modes: their rates fall by
-  1 + (l / (l_stall W^v))^p B^-b u_i^-d. A model that starts too fast learns its letters and no syntax.
-* *Scars.* In its first steps a model is easily hurt: a step of rate l leaves a stall (l / 3 units)^4 B^-b behind that
-  never heals, however small later steps are. That is what warm-up is for. Designed runs hardly show it, as all of them
-  warm up; starts at ten times the best rate do, with a sharp threshold. So it is not fitted but drawn widely.
-* *Noise.* A floor that follows the learning rate at once, noise (l / W^n)^e, and a slow part that gathers in modes.
+  1 + (l / (l_stall W^v))^p B^-b u_i^-d. A model that starts too fast learns frequent characters but no syntax.
+* *Scars.* Too large steps at the beginning cause permanent damage: a step of rate l adds a stall (l / 3 units)^4 B^-b
+  to all later steps, however small these are. Warm-up prevents it. Designed runs hardly show the effect, as all of them
+  warm up; starts at ten times the best rate do, with a sharp threshold. So it is drawn from a wide range, not fitted.
+* *Noise.* A floor that follows the learning rate at once, noise (l / W^n)^e, and a slow part that accumulates in modes.
 
-The first two and the slow noise are science's (Zhang et al. 2019, Li et al. 2025); growth is that of scale-invariant
-weights (van Laarhoven 2017); the stalling term and all exponents are fitted to live runs of small transformers.
+Normalisation, growth and slow noise are taken from the literature (Zhang et al. 2019, Li et al. 2025; growth is that of
+scale-invariant weights, van Laarhoven 2017); the stalling term and all exponents are fitted to live runs of small
+transformers.
 
 `step_modes` steps the modes of the quadratic exactly, over any number of steps. A loss is a sum over modes i, each with
 a relaxation rate u_i in units of the fastest one:
 
     L = L0 + A sum_i c_i a_i + N sum_i k_i 2 u_i q_i,    c_i ~ u_i^s,  k_i ~ u_i^kappa,  each summing to 1
 
-a_i is what is left of the signal in mode i (1 at the start), q_i the noise gathered in it (0 at the start). Finitely
-many modes stand for the power laws of the functional scaling law (Li et al. 2025, arXiv 2509.19189), whose signal
-fades as t^-s and whose memory of past noise fades as t^-(1 + kappa); unlike these integrals they make a state that can
-be stepped under any controls. Noisy quadratic model: Zhang et al. 2019, arXiv 1907.04164.
+a_i is the remaining signal in mode i (1 at the start), q_i the noise accumulated in it (0 at the start). A finite
+number of modes approximates the power laws of the functional scaling law (Li et al. 2025, arXiv 2509.19189), whose
+signal decays as t^-s and whose memory of past noise decays as t^-(1 + kappa); unlike the integrals of that law, the
+modes are a state that can be stepped under any controls. Noisy quadratic model: Zhang et al. 2019, arXiv 1907.04164.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ from numpy.typing import ArrayLike
 from trainpilot.llm_runtime.simulator.records import Floats, Ints, Rows
 
 N_MODES = 48
-"""Modes: about seven in each decade, enough for smooth power laws."""
+"""Number of modes: about seven per decade, enough for smooth power laws."""
 DECADES = 7
 """The slowest mode is this many decades below the fastest."""
 
-_TINY = 1e-300  # stands for a rate of zero, where (1 - e^-r) / r has the limit 1
+_TINY = 1e-300  # replaces a rate of zero, where (1 - e^-r) / r has the limit 1
 
 
 def mode_rates(n_modes: int = N_MODES, decades: float = DECADES) -> Floats:
-    """Return the relaxation rates u_i, spaced evenly in the logarithm and falling from 1, of shape (n_modes,)."""
+    """Return the relaxation rates u_i, evenly spaced in the logarithm and descending from 1, of shape (n_modes,)."""
     return np.logspace(0.0, -decades, n_modes)
 
 
@@ -75,7 +76,7 @@ def mode_weights(rates: Floats, exponent: ArrayLike) -> Floats:
 def step_modes(signal: Floats, noise: Floats, rates: Floats, path: ArrayLike, injected: ArrayLike) -> None:
     """Advance signal and noise over a stretch of constant learning rate, exactly and in place.
 
-    With r = 2 u x path the stretch's n single steps, in the limit of small steps, come to
+    With r = 2 u x path, the n single steps of the stretch are equivalent, in the limit of small steps, to
 
         a <- a e^-r    and    q <- q e^-r + injected (1 - e^-r) / r
 
@@ -84,8 +85,8 @@ def step_modes(signal: Floats, noise: Floats, rates: Floats, path: ArrayLike, in
         noise: q, of the same shape.
         rates: u, of shape (n_modes,) or (n_runs, n_modes).
         path: Learning rate times steps, the learning rate in units of the inverse rate of the fastest mode; 0 leaves
-            the signal as it is. Of shape (n_runs,), or a number.
-        injected: Noise that the stretch would add if none faded: that of a step times the steps. Of the same shape.
+            the signal unchanged. Of shape (n_runs,), or a number.
+        injected: Noise of a step times the number of steps, without decay. Of the same shape.
     """
     r = np.asarray(path, dtype=np.float64)[..., None] * (2.0 * rates)
     np.maximum(r, _TINY, out=r)
@@ -140,7 +141,7 @@ PARAMETERS: Mapping[str, Parameter] = {
     "slow_spectrum": Parameter(0.5, 0.3, 3.0, "kappa: its exponent"),
     "update": Parameter(9e-3, 5e-4, 5e-2, "relative size of the first update at the rate unit"),
 }
-"""Everything that differs between one model on one text and another."""
+"""Parameters of the physics of one model on one text."""
 
 DIVERGED_FACTOR = 1.3
 """A run whose loss reaches this many times the initial one has diverged."""
@@ -155,10 +156,10 @@ class Physics(Rows):
     """Parameters of many runs, and arrays derived from them, of shape (n_runs,) or (n_runs, n_modes)."""
 
     values: dict[str, Floats]
-    """By the names in `PARAMETERS`; `floor` already in nats/token."""
+    """Values by the names in `PARAMETERS`; `floor` is in nats/token."""
     initial_loss: Floats
     weight_decay: Floats
-    """Of the optimiser, per unit of learning rate."""
+    """Weight decay of the optimiser, per unit of learning rate."""
 
     def __post_init__(self) -> None:
         v = self.values
@@ -175,15 +176,15 @@ class PhysicsState(Rows):
     """State of many runs."""
 
     signal: Floats
-    """a_i, what is left of the signal, 1 at the start; shape (n_runs, n_modes)."""
+    """a_i, the remaining signal, 1 at the start; shape (n_runs, n_modes)."""
     noise: Floats
-    """q_i, what has gathered of the slow noise; shape (n_runs, n_modes)."""
+    """q_i, the accumulated slow noise; shape (n_runs, n_modes)."""
     growth: Floats
-    """W^2, squared norm of the weights over that at the start."""
+    """W^2, squared norm of the weights relative to the start."""
     scar: Floats
-    """What early steps have left behind: added to the stall of every later step."""
+    """Permanent damage of too large early steps, added to the stall of every later step."""
     excess: Floats
-    """The noise floor now, in nats/token."""
+    """Current noise floor, in nats/token."""
     steps: Floats
     """Optimiser steps so far."""
 
@@ -195,20 +196,20 @@ class PhysicsState(Rows):
         return cls(signal=np.ones(modes), noise=np.zeros(modes), growth=np.ones(n_runs), **nothing)
 
     def restart(self, rows: Ints) -> None:
-        """Put some runs back before their first step."""
+        """Reset some runs to the state before their first step."""
         self.put(rows, PhysicsState.fresh(len(rows)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """What the gradients of a stretch were like."""
+    """Powers of gradient and first moment over a stretch."""
 
     signal_power: Floats
-    """g: power of the gradient's signal over that at the start."""
+    """g: power of the gradient's signal relative to the start."""
     noise_power: Floats
     """phi / B, in the same unit."""
     momentum_power: Floats
-    """Power of Adam's first moment over that of a gradient: the square of an update's size over the rate."""
+    """Power of Adam's first moment relative to that of a gradient: squared size of an update over the rate."""
 
 
 def advance(physics: Physics, state: PhysicsState, steps: Floats, learning_rate: Floats, batch: Floats) -> Moments:
@@ -216,9 +217,9 @@ def advance(physics: Physics, state: PhysicsState, steps: Floats, learning_rate:
 
     Args:
         physics: Parameters.
-        state: Where the runs are; changed.
-        steps: Optimiser steps, may be fractional; 0 leaves a run where it is.
-        learning_rate: Mean over the stretch.
+        state: State of the runs; changed in place.
+        steps: Optimiser steps, may be fractional; 0 leaves a run unchanged.
+        learning_rate: Mean learning rate over the stretch.
         batch: Sequences per step.
     """
     v, signal, noise = physics.values, state.signal, state.noise
@@ -264,13 +265,13 @@ def _moments(physics: Physics, state: PhysicsState, batch: Floats) -> Moments:
 
 
 def _young_steps(youth: Floats, before: Floats, steps: Floats) -> Floats:
-    """Return how many of the next steps count as young: each one less than the last, youth in all."""
+    """Return the weight of the next steps as early ones: it decreases with every step and sums to `youth`."""
     young: Floats = youth * np.exp(-before / youth) * -np.expm1(-steps / youth)
     return young
 
 
 def _step_slow_noise(noise: Floats, path: Floats, injected: Floats) -> None:
-    """Let gathered noise relax over a stretch while it is added to: q <- q e^-r + injected (1 - e^-r) / r."""
+    """Relax the accumulated noise over a stretch and add new noise: q <- q e^-r + injected (1 - e^-r) / r."""
     r = path[:, None] * RELATIVE_RATES
     np.maximum(r, 1e-300, out=r)
     faded = np.expm1(-r)
@@ -278,7 +279,7 @@ def _step_slow_noise(noise: Floats, path: Floats, injected: Floats) -> None:
 
 
 def _grow(physics: Physics, state: PhysicsState, steps: Floats, rate: Floats, moments: Moments) -> None:
-    """Let the squared weights go towards the balance of steps and weight decay, exactly."""
+    """Relax the squared weight norm towards the balance of steps and weight decay, exactly."""
     shrinking = 2.0 * RATE_UNIT * physics.weight_decay * physics.values["shrinking"] * rate
     faded = -np.expm1(-shrinking * steps)  # 1 - e^-st
     added = physics.values["growth"] * moments.momentum_power * rate**2

@@ -103,7 +103,7 @@ class LimitBatch(Rows):
     min_batch_size: Ints
     max_batch_size: Ints
     masked_precisions: Bools
-    """Shape (n_runs, number of precisions): True where a precision is not offered."""
+    """True for precisions that are not available, shape (n_runs, number of precisions)."""
     prunes: Bools
     """Whether the pruning control does anything."""
     decisions: Ints
@@ -198,7 +198,7 @@ class PlantBatch(Protocol):
 
     @property
     def n_runs(self) -> int:
-        """Runs side by side."""
+        """Number of runs in the batch."""
 
     def limits(self) -> LimitBatch:
         """Return the control limits of each run; after `begin`, of the new ones."""

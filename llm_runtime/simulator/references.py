@@ -25,7 +25,7 @@ class ScheduleTable:
     mean: Floats
     last: Floats
     start: Floats
-    """At the interval's beginning."""
+    """Factor at the beginning of the interval."""
 
     @classmethod
     def of(cls, name: ScheduleName, warmup_share: float, decisions: int) -> ScheduleTable:
@@ -43,9 +43,9 @@ class Progress(Rows):
 
     position: Floats
     end: Floats
-    """Where the run ends: the number of decisions, or the end of its cool-down."""
+    """End of the run: the number of decisions, or the end of its cool-down."""
     cooldown_start: Floats
-    """NaN while the base schedule holds."""
+    """Begin of the cool-down; NaN before it."""
     cooldown_factor: Floats
 
     @classmethod
@@ -65,7 +65,7 @@ class Progress(Rows):
         return ~np.isnan(self.cooldown_start)
 
     def restart(self, rows: Ints, decisions: int) -> None:
-        """Put some runs back to the beginning."""
+        """Reset some runs to the beginning."""
         self.put(rows, Progress.fresh(len(rows), decisions))
 
     def begin_cooldown(self, requested: Bools, table: ScheduleTable) -> None:
@@ -95,7 +95,7 @@ class Progress(Rows):
 
 DECISIONS = 50
 FIRST_RATES = np.geomspace(1e-4, 0.1, 13)
-"""Learning rates that are tried first, at the instance's own batch: factors of 1.8."""
+"""Learning rates of the coarse search, at the instance's own batch, in factors of 1.8."""
 FINE_FACTORS = (0.75, 1.33)
 
 
@@ -104,27 +104,27 @@ class References(Rows):
     """The tuned static of each instance; arrays of shape (n_instances,) unless said otherwise."""
 
     rate: Floats
-    """Its learning rate, by the neutral rule at the instance's starting batch."""
+    """Tuned learning rate, converted to the instance's starting batch by the neutral rule."""
     batch: Ints
     losses: Floats
-    """Its loss at each of `BUDGET_SHARES`, tuned again at each, shape (n_instances, 3), in nats/token."""
+    """Loss at each of `BUDGET_SHARES`, tuned at each budget, shape (n_instances, 3), in nats/token."""
     time_s: Floats
-    """Seconds of the tuned static's run: the unit of a policy's time, as its losses are the unit of quality."""
+    """Seconds of the tuned static's run, the unit of a policy's time."""
     energy_j: Floats
-    """Joules of the same."""
+    """Joules of the tuned static's run, the unit of a policy's energy."""
 
 
 def static_losses(
     instances: Instances, rate: Floats, batch: Floats, table: ScheduleTable, share: float = 1.0
 ) -> Floats:
-    """Return the validation losses that static settings end with, in nats/token; infinite where they diverge.
+    """Return the final validation losses of static settings, in nats/token; infinite for diverging ones.
 
     Args:
-        instances: What is trained.
+        instances: Instances to train.
         rate: Peak learning rate at `batch`.
         batch: Sequences per step.
-        table: The schedule, over the whole of the run.
-        share: Share of the budget that the run has.
+        table: Schedule of the whole run.
+        share: Budget of the run as a share of the instance's.
     """
     state = PhysicsState.fresh(len(instances))
     sequences = instances.sequences * share
@@ -144,7 +144,7 @@ def overfit(instances: Instances, sequences: Floats) -> Floats:
 
 
 def find_references(instances: Instances, schedule: ScheduleName = "wsd", warmup_share: float = 0.1) -> References:
-    """Tune learning rate and batch of each instance on a grid, the learning rate again at a quarter and a half."""
+    """Tune learning rate and batch of each instance on a grid, and the learning rate at the smaller budgets."""
     table = ScheduleTable.of(schedule, warmup_share, DECISIONS)
     best = _Best(len(instances))
     low, high = instances.batch_limits(DECISIONS)
@@ -167,7 +167,7 @@ def find_references(instances: Instances, schedule: ScheduleName = "wsd", warmup
 
 
 class _Best:
-    """The best setting so far."""
+    """Best setting so far, by instance."""
 
     def __init__(self, n: int) -> None:
         self.rate = np.full(n, 1e-3)

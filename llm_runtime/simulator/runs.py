@@ -31,12 +31,12 @@ from trainpilot.llm_runtime.simulator.sensors import CHANNELS, SimulatedInterval
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 VALIDATION_NOISE = 0.004
-"""Standard deviation of a validation loss around what was expected, in nats/token."""
+"""Standard deviation of a measured validation loss around the expected one, in nats/token."""
 PRUNING_BUMP = 40.0
-"""Loss that a pruning step costs at first, in nats/token per cubed share; it heals with further steps."""
+"""Temporary increase of the loss by a pruning step, in nats/token per cubed share; it decays with further steps."""
 HEALING_STEPS = 60.0
 SEQUENCE_LENGTH = 64
-"""Nominal: only ratios of tokens matter."""
+"""Nominal tokens per sequence; only ratios of tokens matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Pool:
         cls, n_instances: int, seed: int, calibrations: Sequence[FittedPhysics], widening: Widening | None = None,
         *, schedule: ScheduleName = "wsd", warmup_share: float = 0.1,
     ) -> Pool:  # fmt: skip
-        """Draw instances around calibrations and tune a static setting on each: about 2 s for a thousand."""
+        """Draw instances around calibrations and tune a static setting on each; about 2 s per thousand."""
         instances = draw_instances(n_instances, seed, calibrations, widening)
         return cls(instances=instances, references=find_references(instances, schedule, warmup_share))
 
@@ -59,20 +59,20 @@ class Pool:
         return len(self.instances)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
-        """Return itself: nothing in a pool ever changes, and copies of runs may share it."""
+        """Return the pool itself: it is immutable, so copies of runs can share it."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How runs begin."""
+    """Base schedule and starting learning rates of runs."""
 
     decisions: int = 50
     schedule: ScheduleName = "wsd"
     """Base schedule."""
     warmup_share: float = 0.1
     rates: tuple[float, float] = (1 / 30, 10.0)
-    """Starting learning rates over the tuned one, drawn evenly in the logarithm."""
+    """Range of starting learning rates relative to the tuned one, drawn log-uniformly."""
 
 
 class SimulatedRuns:
@@ -82,10 +82,10 @@ class SimulatedRuns:
     the row has had; so a row alone is exactly what it is among thousands.
 
     Args:
-        n_runs: Runs side by side.
-        seed: Decides everything that is drawn.
-        pool: What runs are drawn from; by default around the calibrations that come with trainpilot.
-        start: How runs begin.
+        n_runs: Number of runs in the batch.
+        seed: Seed of everything that is drawn.
+        pool: Instances to draw from; by default drawn around the shipped calibrations.
+        start: Base schedule and starting learning rates.
         first_row: Number of the first row.
     """
 
@@ -136,12 +136,12 @@ class SimulatedRuns:
 
     @property
     def best_learning_rate(self) -> Floats:
-        """The tuned static's learning rate, by the neutral rule at the starting batch."""
+        """The tuned static's learning rate, converted to the starting batch by the neutral rule."""
         return self.references.rate
 
     @property
     def start_learning_rate(self) -> Floats:
-        """Peak of the base schedule that each run was started with."""
+        """Peak of the base schedule at the start of each run."""
         return self.start_rate
 
     def begin(self, rows: Ints) -> None:
@@ -231,7 +231,7 @@ class SimulatedRuns:
         return changes
 
     def _expected(self) -> Floats:
-        """Return the expected training loss now, in nats/token."""
+        """Return the current expected training loss, in nats/token."""
         pruned = self.instances.pruning_cost * ((1.0 - self.sparsity) ** -2.0 - 1.0) / 0.235
         expected: Floats = loss(self.instances.physics, self.state) + pruned + self.bump
         return expected
@@ -294,14 +294,14 @@ class SimulatedRuns:
 
 
 def default_pool(n_instances: int = 256, seed: int = 0) -> Pool:
-    """Return a pool around the calibrations that come with trainpilot."""
+    """Return a pool of instances around the shipped calibrations."""
     from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
     return Pool.draw(n_instances, seed, shipped_physics())
 
 
 MASKED = "does not pay on this machine"
-"""Why a simulated run does not offer a precision."""
+"""Reason for a masked precision of a simulated run."""
 
 
 class OnePlant:
@@ -328,7 +328,7 @@ class OnePlant:
         )
 
     def advance(self, controls: Controls, share: float) -> Telemetry:
-        """Train for one interval, whatever `share` says: it is one over the decisions.
+        """Train for one interval. `share` is ignored; an interval is always one over the number of decisions.
 
         Raises:
             ValueError: the run has finished.
@@ -348,19 +348,19 @@ class OnePlant:
         return {"plants": deepcopy(self.plants), "finished": self.finished}
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a state that `snapshot` returned."""
+        """Restore a state that `snapshot` returned."""
         self.plants = deepcopy(snapshot["plants"])
         self.finished = snapshot["finished"]
 
 
 class SimulatedRun(OnePlant):
-    """One simulated run: what row `row` of `SimulatedRuns` trains first in an environment, under the same seed.
+    """One simulated run as a `Plant`: the first run of row `row` of `SimulatedRuns` with the same seed.
 
     Args:
-        seed: Decides everything that is drawn.
-        row: Which of the runs under this seed.
-        pool: What it is drawn from; by default around the calibrations that come with trainpilot.
-        start: How it begins.
+        seed: Seed of everything that is drawn.
+        row: Row of `SimulatedRuns`.
+        pool: Instances to draw from; by default drawn around the shipped calibrations.
+        start: Base schedule and range of starting learning rates.
     """
 
     def __init__(self, seed: int = 0, row: int = 0, pool: Pool | None = None, start: Start | None = None) -> None:
@@ -369,5 +369,5 @@ class SimulatedRun(OnePlant):
 
     @property
     def runs(self) -> SimulatedRuns:
-        """The run among its kind: its instance, its references, its state."""
+        """The batch of one run that holds the instance, references and state."""
         return cast("SimulatedRuns", self.plants)

@@ -1,4 +1,4 @@
-"""Sensors of simulated runs: what would be measured on them, noise included, as arrays with one row per run."""
+"""Simulate the sensors of runs: noisy measurements of loss, gradient and probe, as arrays with one row per run."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from trainpilot.llm_runtime.simulator.records import Bools, Floats, Rows
 CHANNELS = 12
 """Random numbers per run and interval."""
 TEXT_SPREAD = 1.5
-"""Neighbouring sequences come from the same documents, so that an interval's loss varies this much more."""
+"""Factor on the spread of an interval's loss, since neighbouring sequences come from the same documents."""
 
 
 @dataclass(kw_only=True)
 class Sensors(Rows):
-    """What the sensors of each run show; arrays of shape (n_runs,). Typical values are means over live runs."""
+    """Constants of the sensors of each run; arrays of shape (n_runs,). Typical values are means over live runs."""
 
     loss_spread: Floats
     """Standard deviation of one sequence's loss, in nats/token."""
     validation_gap: Floats
-    """Validation less training loss, in nats/token: the texts differ."""
+    """Validation loss minus training loss, in nats/token, since the texts differ."""
     noise_scale: Floats
-    """Gradient noise over signal power at the start, in sequences, as Adam's buffers show it."""
+    """Gradient noise over signal power at the start, in sequences, as estimated from Adam's buffers."""
     gradient_norm: Floats
     """Norm of the gradient at the start."""
     curvature: Floats
-    """Curvature term of the probe over the loss, at a relative update of 1 %."""
+    """Curvature term of the probe divided by the loss, at a relative update of 1 %."""
     curvature_memory: Floats
-    """How much the curvature has adapted to past updates: 0 not at all, 2 fully (the edge of stability)."""
+    """Strength of the curvature's adaptation to past updates: 0 for none, 2 for full (the edge of stability)."""
     probe_spread: Floats
-    """Spread of the probe's logarithm on one sequence."""
+    """Standard deviation of the probe's logarithm on one sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedInterval:
-    """What each run did in one interval; arrays of shape (n_runs,)."""
+    """Steps, batch, losses and rates of one interval of each run; arrays of shape (n_runs,)."""
 
     steps: Floats
     """Optimiser steps."""
@@ -67,11 +67,11 @@ def read_sensors(
     """Return the telemetry's fields of loss, gradient and probe.
 
     Args:
-        sensors: What the sensors show of the runs.
+        sensors: Constants of the sensors.
         physics: Parameters of the runs.
-        state: Where the runs are.
-        moments: Gradients of the interval.
-        interval: What was done.
+        state: State of the runs.
+        moments: Gradient powers of the interval.
+        interval: Steps, batch and losses of the interval.
         memory: Mean logarithm of past relative updates; changed in place.
         random: Standard normal numbers of shape (n_runs, CHANNELS).
     """

@@ -24,7 +24,7 @@ from policies import random_weights
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.ppo import PPOConfig, bundle_of, make_ppo
 from trainpilot.experiments.compare.execute import failed
-from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.energy.meter import RecordedMeter
 

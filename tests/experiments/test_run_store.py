@@ -11,7 +11,7 @@ from comparison_runs import CONFIG, made_result
 
 from trainpilot.experiments.compare.cases import model_file
 from trainpilot.experiments.compare.execute import failed
-from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import RunStore, run_key
 from trainpilot.llm_runtime.config import RunConfig
 

@@ -11,8 +11,8 @@ from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.reward import Reference
 from trainpilot.experiments.calibrate.calibration import load_calibrations
 from trainpilot.experiments.calibrate.runs import RunFile
-from trainpilot.experiments.compare.results import Comparison, RunResult
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import Comparison, RunResult
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.telemetry import Telemetry

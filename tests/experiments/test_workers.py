@@ -21,8 +21,8 @@ from live_runs import case
 from loky import BrokenProcessPool, ProcessPoolExecutor
 
 from trainpilot.experiments.compare.execute import execute
-from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.compare.scheduler import ATTEMPTS, run_workers
+from trainpilot.experiments.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.workers import Workers, report
 from trainpilot.llm_runtime.energy.meter import NoMeter
 from trainpilot.llm_runtime.process import use_threads
@@ -339,7 +339,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from live_runs import case
 from loky import BrokenProcessPool, ProcessPoolExecutor
-from trainpilot.experiments.compare.results import RunSpec
+from trainpilot.experiments.results import RunSpec
 from trainpilot.experiments.compare.scheduler import run_workers
 
 if __name__ == "__main__":

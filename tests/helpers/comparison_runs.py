@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from trainpilot.experiments.compare.cases import WARMUP_SHARES
 from trainpilot.experiments.compare.programs import ComparisonLedger
-from trainpilot.experiments.compare.results import Case, IntervalResult, RunResult, RunSpec, cost_key
 from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.experiments.results import Case, IntervalResult, RunResult, RunSpec, cost_key
 from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.timing import Cost

@@ -7,7 +7,7 @@ from typing import Any
 
 from comparison_runs import Run
 
-from trainpilot.experiments.compare.results import RunResult, RunSpec
+from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import run_key
 from trainpilot.experiments.workers import Workers
 

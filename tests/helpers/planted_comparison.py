@@ -11,7 +11,8 @@ import numpy as np
 
 from trainpilot.experiments.analysis.analyse import analyse
 from trainpilot.experiments.analysis.figures import Figures
-from trainpilot.experiments.compare.results import (
+from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.experiments.results import (
     Case,
     Comparison,
     IntervalResult,
@@ -24,7 +25,6 @@ from trainpilot.experiments.compare.results import (
     TunedBaseline,
     cost_key,
 )
-from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergySource
 from trainpilot.llm_runtime.timing import Cost

@@ -22,7 +22,8 @@ from trainpilot.experiments.analysis.figures import (
     SignTest,
     TargetFigures,
 )
-from trainpilot.experiments.compare.results import (
+from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.experiments.results import (
     Case,
     Comparison,
     IntervalResult,
@@ -34,7 +35,6 @@ from trainpilot.experiments.compare.results import (
     TunedBaseline,
     cost_key,
 )
-from trainpilot.experiments.costs.table import CostRow, CostTable
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.timing import Cost
 

@@ -10,7 +10,7 @@ from planted_comparison import EFFICIENCIES, STEP_J, STEP_S, STEP_TOKENS, TOKENS
 
 from trainpilot.experiments.analysis.analyse import analyse
 from trainpilot.experiments.analysis.figures import AXES, BASELINES, CaseFigures, Figures, MethodFigures, SanityCheck
-from trainpilot.experiments.compare.results import Comparison
+from trainpilot.experiments.results import Comparison
 
 RUN_S, RUN_J = TOKENS / STEP_TOKENS * STEP_S, TOKENS / STEP_TOKENS * STEP_J
 SMALL = {"cosine": 0.5, "tuned": 1.0, "policy:planted": 0.8}

@@ -12,9 +12,9 @@ from live_runs import case
 from trainpilot.experiments.analysis.figures import PARTS
 from trainpilot.experiments.analysis.modelled_cost import cumulative, modelled_cost
 from trainpilot.experiments.compare.execute import execute
-from trainpilot.experiments.compare.results import IntervalResult, RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.costs.measure import measure_cost_table
 from trainpilot.experiments.costs.table import CostRow, CostTable
+from trainpilot.experiments.results import IntervalResult, RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.timing import Cost
 

@@ -10,7 +10,7 @@ from planted_comparison import TUNING_SEED, Planted, note
 
 from trainpilot.experiments.analysis.analyse import analyse
 from trainpilot.experiments.analysis.figures import CaseFigures, Figures, MethodFigures
-from trainpilot.experiments.compare.results import Comparison, Role, TunedBaseline, cost_key
+from trainpilot.experiments.results import Comparison, Role, TunedBaseline, cost_key
 from trainpilot.llm_runtime.timing import Cost
 
 DOC = Path(__file__).resolve().parents[3] / "docs" / "measuring.md"

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoConfig
 
 from trainpilot.experiments.compare.cases import load_cases, text_digests
-from trainpilot.experiments.compare.results import Case
+from trainpilot.experiments.results import Case
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, load_corpus
 from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.models import load_model

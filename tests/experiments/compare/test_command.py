@@ -26,10 +26,10 @@ from trainpilot.experiments.compare import command
 from trainpilot.experiments.compare.command import runs_on_a_case
 from trainpilot.experiments.compare.execute import execute, failed
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS
-from trainpilot.experiments.compare.results import Comparison, RunResult, RunSpec
 from trainpilot.experiments.costs import measure as costs
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CompareOptions
+from trainpilot.experiments.results import Comparison, RunResult, RunSpec
 from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter

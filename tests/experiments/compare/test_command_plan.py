@@ -11,8 +11,8 @@ from comparison_runs import CASE, CONFIG, Bowl, drive, made_ledger, made_table, 
 from trainpilot.experiments.compare.command import estimate_workload, runs_on_a_case, seconds_of_a_run
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS, OPTIONAL, OPTIONAL_RUNS
 from trainpilot.experiments.compare.programs import TunedStatic
-from trainpilot.experiments.compare.results import cost_key
 from trainpilot.experiments.options import CompareOptions
+from trainpilot.experiments.results import cost_key
 
 TABLES = {cost_key(CONFIG): made_table(per_step=0.5, per_row=0.25)}
 """A step of 8 sequences takes 2.5 s."""

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.experiments.compare.execute import execute
-from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.replay import replay
+from trainpilot.experiments.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.energy.meter import NoMeter
 from trainpilot.llm_runtime.live_run import LiveRun

@@ -32,8 +32,8 @@ from trainpilot.experiments.compare.methods import (
     rests_on_search,
 )
 from trainpilot.experiments.compare.programs import direct_program, open_loop_program
-from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.compare.scheduler import run_workers
+from trainpilot.experiments.results import RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.run_store import run_key
 
 N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)

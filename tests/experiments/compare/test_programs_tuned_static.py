@@ -31,9 +31,9 @@ from trainpilot.experiments.compare.programs import (
     share_needed,
     untuned_curve,
 )
-from trainpilot.experiments.compare.results import Case, Row, RunResult, RunSpec, SteeringSpec, TunedBaseline
 from trainpilot.experiments.compare.search import Trials
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.results import Case, Row, RunResult, RunSpec, SteeringSpec, TunedBaseline
 from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.config import RunConfig
 

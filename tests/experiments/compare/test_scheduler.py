@@ -11,8 +11,8 @@ from comparison_runs import CONFIG, made_result
 from fake_workers import FakeWorkers
 
 from trainpilot.experiments.compare.execute import failed
-from trainpilot.experiments.compare.results import RunResult, RunSpec
 from trainpilot.experiments.compare.scheduler import Program, Scheduler
+from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import RunStore, run_key
 
 

@@ -12,7 +12,6 @@ from comparison_runs import CONFIG, TUNING_SEEDS, Bowl, Run, drive, made_result
 
 from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, StaticSetting
 from trainpilot.experiments.compare.execute import failed
-from trainpilot.experiments.compare.results import RunResult, RunSpec
 from trainpilot.experiments.compare.search import (
     MAX_MOVES,
     N_CONFIRMED,
@@ -22,6 +21,7 @@ from trainpilot.experiments.compare.search import (
     retune,
     tune,
 )
+from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 SETTING = StaticSetting(learning_rate=1e-2, batch_size=8, schedule="linear", warmup_share=0.1, precision="fp32")

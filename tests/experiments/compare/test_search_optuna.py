@@ -15,7 +15,6 @@ from comparison_runs import CASE, CONFIG, TUNING_SEEDS, Bowl, drive, made_ledger
 
 from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, WARMUP_SHARES, all_sizes
 from trainpilot.experiments.compare.programs import search_program
-from trainpilot.experiments.compare.results import RunResult, RunSpec, SteeringSpec, cost_key
 from trainpilot.experiments.compare.search import (
     GENERATIONS,
     HALVING_TRIALS,
@@ -34,6 +33,7 @@ from trainpilot.experiments.compare.search import (
     suggest,
     tpe,
 )
+from trainpilot.experiments.results import RunResult, RunSpec, SteeringSpec, cost_key
 from trainpilot.llm_runtime.models import PRESETS
 
 OTHER_SEEDS = (2_000, 2_001, 2_002)

@@ -10,10 +10,10 @@ from comparison_runs import CONFIG, made_interval
 from report_input import report_input
 
 from trainpilot.experiments.analysis.figures import Figures, MethodFigures
-from trainpilot.experiments.compare.results import Comparison, MethodNote, Row, RunResult
 from trainpilot.experiments.report.charts_controls import batch_ratio, learnt, rate_ratio
 from trainpilot.experiments.report.page import render
 from trainpilot.experiments.report.report_data import ReportData
+from trainpilot.experiments.results import Comparison, MethodNote, Row, RunResult
 
 TUNED_RATE = 1.5e-3
 """Of the made-up tuned static, at batch 8."""

@@ -1,12 +1,15 @@
 """Define the records of a comparison: specs and results of runs, cases, methods, tuned baselines, and the whole.
 
-A run's file holds a `RunResult`; `comparison.json`, the manifest, holds a `Comparison`.
+A run's file holds a `RunResult`; `comparison.json`, the manifest, holds a `Comparison`. A policy's place in it is its
+`PolicyName`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from trainpilot.llm_runtime.config import RunConfig
@@ -14,31 +17,31 @@ from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord, null_if_not_finite
 
 FORMAT = 1
-"""Raised when what a kept run means changes; older runs are then run again."""
+"""Version of the run files, to be raised when their meaning changes; runs of older versions are repeated."""
 
 Role = Literal["method", "sweep", "curve"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringSpec(JsonRecord):
-    """Who sets the controls during a run."""
+    """Kind and settings of the controller of a run."""
 
     kind: str = "keep"
     """`keep`, `plateau`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `policy` or `open-loop`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of that kind, as JSON values. Those named `path` say where a file lies and are no part of the run.
+    """Settings of that kind, as JSON values. `path` is the location of a file and not part of the run's key.
 
     A policy whose settings have no `guardrails` ran without them.
     """
     probe: bool = False
-    """Whether the curvature probe runs (and is paid for): only policies look at it."""
+    """Whether the curvature probe runs (and is charged); only policies use it."""
     evaluate_every: int = 10
-    """Decisions between two looks at the validation loss; the last interval always has one."""
+    """Decisions between two evaluations of the validation loss; the last interval is always evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec(JsonRecord):
-    """One run. Two specs with the same key are the same run, whatever case or method asked for them."""
+    """Specification of one run. Two specs with the same key are the same run, for any case or method."""
 
     config: RunConfig
     steering: SteeringSpec = field(default_factory=SteeringSpec)
@@ -53,22 +56,22 @@ class RunSpec(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalResult(JsonRecord):
-    """What is kept of one interval."""
+    """Stored telemetry of one interval."""
 
     tokens: int
     """Tokens trained on since the run's start, intervals that were rolled back included."""
     steps: int
     """Optimiser steps in this interval."""
     train_loss: float | None
-    """Mean training loss, in nats/token; `None` where it was not finite."""
+    """Mean training loss, in nats/token; `None` if it was not finite."""
     validation_loss: float | None
-    """Validation loss measured at the interval's end, in nats/token; `None` where nobody looked."""
+    """Validation loss at the interval's end, in nats/token; `None` if it was not measured."""
     learning_rate: float
     """Learning rate of the last step."""
     learning_rate_scale: float = 1.0
-    """Factor on the base schedule that was asked for."""
+    """Requested factor on the base schedule."""
     finishing: bool = False
-    """The cool-down has begun."""
+    """Whether the cool-down has begun."""
     batch_size: float
     """Mean sequences per step."""
     precision: str
@@ -76,7 +79,7 @@ class IntervalResult(JsonRecord):
     sparsity: float
     """Share of zero weights or of removed channels."""
     probe_sequences: int
-    """Sequences that the curvature probe looked at, three times each; 0 without one."""
+    """Sequences of the curvature probe, which makes three forward passes of each; 0 without a probe."""
     evaluation_sequences: int
     """Sequences of the validation at the interval's end; 0 without one."""
     time_s: float
@@ -92,7 +95,7 @@ class IntervalResult(JsonRecord):
 
 
 def _columns(intervals: Sequence[IntervalResult]) -> dict[str, list[Any]]:
-    """Return the intervals column by column, which is a fifth of the size; what is not finite becomes `None`."""
+    """Return the intervals as columns, which takes a fifth of the space; values that are not finite become `None`."""
     columns = {each.name: [getattr(interval, each.name) for interval in intervals] for each in fields(IntervalResult)}
     return {
         name: [null_if_not_finite(value) if isinstance(value, float) else value for value in column]
@@ -106,7 +109,7 @@ def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult(JsonRecord):
-    """What came out of one run. One JSON file."""
+    """Result of one run, stored as one JSON file."""
 
     key: str
     spec: RunSpec
@@ -126,7 +129,7 @@ class RunResult(JsonRecord):
     energy_source: str | None
     """`measured_counter`, `measured_power`, `estimated`, or `None` without a meter."""
     energy_shared: bool
-    """Other runs ran beside this one, so that the measured joules (and seconds) hold a part of theirs."""
+    """Whether other runs ran in parallel, so that the measured joules (and seconds) include part of theirs."""
     device: str
     """Device, cores and threads."""
     intervals: Annotated[tuple[IntervalResult, ...], JsonForm(write=_columns, read=_rows)]
@@ -172,38 +175,38 @@ class Row(JsonRecord):
     budget: float = 1.0
     """Share of the case's budget in tokens that this run was given."""
     counted_budget: float = 1.0
-    """Share of the case's budget that it is said to have used: differs from `budget` in planted checks alone."""
+    """Share of the case's budget that is counted as used; it differs from `budget` only in planted checks."""
     key: str
     """Names the run's file."""
 
 
 def cost_key(config: RunConfig) -> str:
-    """Return which cost table a run belongs to: models and sequence lengths have their own speeds."""
+    """Return the key of a run's cost table, which depends on model and sequence length."""
     return f"{config.model}, {config.sequence_length} tokens"
 
 
 UNTUNED = "cosine"
-"""The method that is called the untuned default: AdamW, cosine to 10 %, at the case's own settings."""
+"""Name of the untuned default: AdamW, cosine to 10 %, at the case's own settings."""
 TUNED = "tuned"
-"""The method that is called the tuned static baseline: the best setting for equal tokens."""
+"""Name of the tuned static baseline: the best setting for equal tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(JsonRecord):
-    """A model, a corpus, a budget and where a run starts."""
+    """A run that methods are compared on: model, text, budget, starting learning rate and batch."""
 
     name: str
     config: RunConfig
     """Seed 0; a method's run differs from it in the seed and in what the method sets."""
     architecture: str
-    """As transformers calls it: llama, gpt2, gpt_neox, qwen2, opt."""
+    """Name of the architecture in transformers: llama, gpt2, gpt_neox, qwen2, opt."""
     target_loss: float | None = None
-    """Validation loss whose price is reported; by default the untuned default's median final loss."""
+    """Validation loss for which the costs are reported; by default the untuned default's median final loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodNote(JsonRecord):
-    """What the report says about a method."""
+    """Description of a method in the report."""
 
     name: str
     title: str
@@ -233,12 +236,12 @@ class TunedBaseline(JsonRecord):
     n_trials: int
     """Runs that the search made."""
     on_edge: tuple[str, ...] = ()
-    """Settings whose best value lies on the edge of what was tried: the grid was too small there."""
+    """Settings whose best value lies on the edge of the tried values, so that the grid was too small."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(JsonRecord):
-    """Everything that was run for one report."""
+    """All runs of one report, with cases, methods and baselines."""
 
     cases: tuple[Case, ...]
     methods: tuple[MethodNote, ...]
@@ -248,3 +251,78 @@ class Comparison(JsonRecord):
     """Tuned settings by case."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Command, versions, machine, wall-clock seconds, jobs, threads."""
+
+
+# Names of policies --------------------------------------------------------------------------------------------------
+
+POLICY, OPEN_LOOP = "policy", "open-loop"
+START = "start="
+WITHOUT_GUARDRAILS = "unguarded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyName:
+    """The parts of `policy:FILE`; `@PREFERENCE`, `@start=F` and `@unguarded` may follow in any order."""
+
+    kind: str
+    """`policy` or `open-loop`."""
+    file: str
+    """A bundle's path, or the bare name of one that is shipped with trainpilot."""
+    preference: str = ""
+    """The preference as written; empty means the default one."""
+    start: float | None = None
+    """Starting learning rate over the tuned static's; `None` is the case's own rate."""
+    guarded: bool = True
+    """Whether the policy acts within guardrails, as it does in `replay` and in `Steering`."""
+
+    @classmethod
+    def parse(cls, name: str) -> PolicyName:
+        """Read a method's name.
+
+        Raises:
+            ValueError: no bundle is named, an option is given twice, or a start is no factor above 0.
+        """
+        kind, _, rest = name.partition(":")
+        file, *options = (part.strip() for part in rest.split("@"))
+        if not file:
+            raise ValueError(f"methods: {name!r} must name a bundle, as in {kind}:runs/agent/policy.safetensors")
+        starts = [option for option in options if option.startswith(START)]
+        unguarded = [option for option in options if option == WITHOUT_GUARDRAILS]
+        preferences = [option for option in options if option and option not in (*starts, *unguarded)]
+        if max(len(starts), len(preferences), len(unguarded)) > 1:
+            raise ValueError(
+                f"methods: {name!r} may hold one preference and one start, as in policy:FILE@time=1, "
+                f"and @{WITHOUT_GUARDRAILS} once"
+            )
+        start = _factor(name, starts[0].removeprefix(START)) if starts else None
+        if start is not None and kind == OPEN_LOOP:
+            raise ValueError(f"methods: an open loop has no start of its own, got {name!r}; leave out @{starts[0]}")
+        return cls(kind=kind, file=file, preference="".join(preferences), start=start, guarded=not unguarded)
+
+    @property
+    def short(self) -> str:
+        """A short name of the bundle: its folder's, as files are mostly called policy.safetensors."""
+        return Path(self.file).parent.name or Path(self.file).stem
+
+    @property
+    def family(self) -> str:
+        """Name of the Pareto front: one bundle from one start, under any preference."""
+        parts = [f"policy {self.file}"]
+        parts += [] if self.start is None else [f"from {self.start:g}"]
+        parts += [] if self.guarded else [WITHOUT_GUARDRAILS]
+        return " ".join(parts)
+
+
+def is_policy(name: str) -> bool:
+    """Return whether a method's name is one of a policy, or of its open loop."""
+    return name.startswith((f"{POLICY}:", f"{OPEN_LOOP}:"))
+
+
+def _factor(name: str, text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf:
+        raise ValueError(f"methods: start must be a factor above 0, as in @start=0.1, got {text!r} in {name!r}")
+    return factor

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from comparison_runs import CASE, CONFIG, made_interval, made_result
 
-from trainpilot.experiments.compare.results import (
+from trainpilot.experiments.results import (
     FORMAT,
     Comparison,
     MethodNote,
