@@ -31,7 +31,7 @@ _SPREADS = {
 
 @dataclass(kw_only=True)
 class CaseBatch(Rows):
-    """All that decides what the runs are; every array has shape (n_runs,)."""
+    """Law, budget, noise and machine of each run; every array has shape (n_runs,)."""
 
     law: LawBatch
     n_steps: Floats
