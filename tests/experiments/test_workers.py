@@ -38,7 +38,7 @@ def spec(seed: int) -> RunSpec:
 # With processes that are not there
 
 
-class FakeExecutor(ProcessPoolExecutor):
+class FakeExecutor(ProcessPoolExecutor):  # type: ignore[misc]
     """Runs nothing: every submission gets the next of `fates`, a process's death or a result."""
 
     def __init__(self, fates: list[str]) -> None:

@@ -22,7 +22,7 @@ class FakeWorkers(Workers[RunResult]):
     """
 
     def __init__(self, run: Run, jobs: int = 1, *, last_first: bool = False) -> None:
-        self.run, self.jobs, self.last_first = run, jobs, last_first
+        self.outcome, self.jobs, self.last_first = run, jobs, last_first
         self.under_way: list[RunSpec] = []
         self.started: list[RunSpec] = []
 
@@ -52,4 +52,4 @@ class FakeWorkers(Workers[RunResult]):
         self.started.append(spec)
 
     def finished(self) -> list[RunResult]:
-        return [self.run(self.under_way.pop(-1 if self.last_first else 0))]
+        return [self.outcome(self.under_way.pop(-1 if self.last_first else 0))]

@@ -51,8 +51,14 @@ def steer(settings: Any, **options: Any) -> LightningSteering:
 
 
 def trainer(*callbacks: Any, **options: Any) -> Any:
-    usual = {"accelerator": "cpu", "devices": 1, "max_epochs": -1, "gradient_clip_val": 1.0, "logger": False}
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    usual: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": -1,
+        "gradient_clip_val": 1.0,
+        "logger": False,
+    }
+    quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     return pl.Trainer(callbacks=list(callbacks), **usual | quiet | options)
 
 
