@@ -118,7 +118,7 @@ class GuardedController:
         self._refusals: Counter[str] = Counter()
         self._rollbacks: list[dict[str, Any]] = []
         self._before: RollbackPoint | None = None
-        self._point: RollbackPoint | None = None
+        self._rollback_point: RollbackPoint | None = None
         self._since: list[Action] = []
         """Actions since the snapshot, including the one that it was taken before."""
 
@@ -153,7 +153,7 @@ class GuardedController:
         if (reason := verdict.reason or broken) is None:
             return False, []
         harmed = verdict.kind != "go_on" or (self.watch is not None and self.watch.harmed)
-        if roll_back := harmed and self._point is not None:
+        if roll_back := harmed and self._rollback_point is not None:
             self._rollbacks.append({"after_decision": telemetry.decision, "reason": reason})
         return roll_back, [reason]
 
@@ -164,7 +164,10 @@ class GuardedController:
     @property
     def can_roll_back(self) -> bool:
         """Whether there is a snapshot, and the budget of rollbacks not more than used up."""
-        return self._point is not None and self.guardrails.history.rollbacks <= self.guardrails.settings.max_rollbacks
+        return (
+            self._rollback_point is not None
+            and self.guardrails.history.rollbacks <= self.guardrails.settings.max_rollbacks
+        )
 
     def _decide(self, reasons: list[str]) -> GuardedDecision:
         guardrails, watch = self.guardrails, self.watch
@@ -181,11 +184,11 @@ class GuardedController:
     def _wants_snapshot(self, action: Action) -> bool:
         if not self.guardrails.needs_snapshot(action):
             return False
-        if self._point is None or self.watch is None:
+        if self._rollback_point is None or self.watch is None:
             return True
         if self.watch.contract.from_start:
             return False
-        old = len(self._seen) - len(self._point.seen) >= self.guardrails.settings.snapshot_every
+        old = len(self._seen) - len(self._rollback_point.seen) >= self.guardrails.settings.snapshot_every
         return old and not self.guardrails.rising and not self.watch.endangered
 
     def _bounded(self) -> Decision:
@@ -229,7 +232,7 @@ class GuardedController:
 
     def snapshotted(self) -> None:
         """Record that the owner has copied the run, after `decide` and before the controls were applied."""
-        self._point = self._before
+        self._rollback_point = self._before
         self._since = self._since[-1:]
         self.guardrails.snapshot_taken()
 
@@ -253,7 +256,7 @@ class GuardedController:
         Raises:
             ValueError: there was no snapshot.
         """
-        point = self._point
+        point = self._rollback_point
         if point is None:
             raise ValueError("rolled_back needs a snapshot; call snapshotted where decide asked for one")
         self._go_back(point)
@@ -346,7 +349,7 @@ class GuardedController:
         self._policy.failures = state["failures"]
         self._refusals = Counter(state["refusals"])
         self._rollbacks = list(state["rollbacks"])
-        self._before = self._point = None
+        self._before = self._rollback_point = None
         self._since = []
 
     def _load_decision(self, stored: Mapping[str, Any] | None) -> None:

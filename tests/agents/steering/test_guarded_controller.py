@@ -300,7 +300,7 @@ def test_state_in_json_goes_on_as_if_nothing_had_happened() -> None:
     again.guarded.load_state_dict(state)
     again.telemetry = parts.telemetry
     # the snapshot stays with whoever took it; here it is known to both
-    again.snapshot, again.guarded._kept = parts.snapshot, parts.guarded._kept
+    again.snapshot, again.guarded._rollback_point = parts.snapshot, parts.guarded._rollback_point
     again.guarded.guardrails.past.since_snapshot = parts.guarded.guardrails.past.since_snapshot
     whole.train()
     again.train()
@@ -310,7 +310,7 @@ def test_state_in_json_goes_on_as_if_nothing_had_happened() -> None:
 
 
 @pytest.mark.parametrize("contract", [None, QualityContract(evidence_share=0.2)])
-def test_who_hears_all_news_stands_where_the_first_does(contract: QualityContract | None) -> None:
+def test_a_follower_of_all_broadcasts_has_the_state_of_the_first(contract: QualityContract | None) -> None:
     run = owner(RAISE, FragilePlant(most=2.0), contract, hold=1, max_rise=64.0)
     run.follower = owner(keep, ToyPlant(), contract, hold=1, max_rise=64.0).guarded
     run.train()
@@ -321,7 +321,7 @@ def test_who_hears_all_news_stands_where_the_first_does(contract: QualityContrac
     assert run.follower.summary() == run.guarded.summary()
 
 
-def test_news_do_not_grow_with_the_run() -> None:
+def test_broadcast_states_do_not_grow_with_the_run() -> None:
     run = owner(keep)
     run.follower = owner(keep).guarded
     run.train()
