@@ -25,7 +25,7 @@ from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.environments import DEFAULT_CASE, LiveTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.reward import OBJECTIVES, UTILITIES, ScalarReward
-from trainpilot.llm_runtime import live_run
+from trainpilot.llm_runtime import live_run, loop
 from trainpilot.llm_runtime.config import ControlLimits, Controls, Pruning, RunConfig
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry
@@ -38,7 +38,7 @@ PREFERENCE = Preference(quality=0.6, energy=0.3, time=0.1)
 def steady_machine() -> Iterator[None]:
     """Leave nothing to the machine: its memory use, and which precisions it measures to pay."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live_run, "memory_share", lambda device: 0.25)
+        patch.setattr(loop, "memory_share", lambda device: 0.25)
         patch.setattr(live_run, "masked_precisions", lambda *_: {"tf32": "no GPU", "fp16": "no GPU"})
         yield
 
@@ -299,7 +299,7 @@ def test_a_complete_cool_down_terminates(case: RunConfig) -> None:
     assert (terminated, truncated) == (True, False)
     assert info["effective"]["finishing"]
     assert isinstance(env.plant, LiveRun)
-    assert env.plant.sequences == 192
+    assert env.plant.progress.sequences == 192
     assert info["loss"] == env.plant.evaluate()
 
 
