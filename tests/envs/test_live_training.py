@@ -299,7 +299,7 @@ def test_a_complete_cool_down_terminates(case: RunConfig) -> None:
     assert (terminated, truncated) == (True, False)
     assert info["effective"]["finishing"]
     assert isinstance(env.plant, LiveRun)
-    assert env.plant.sequences == 192
+    assert env.plant.progress.sequences == 192
     assert info["loss"] == env.plant.evaluate()
 
 
