@@ -57,19 +57,29 @@ def budget_for_loss(loss: ArrayLike, budgets: ArrayLike, losses: ArrayLike, *, l
     Returns:
         Budgets of the broadcast shape; 0 for a loss that is not finite or not above 0.
     """
-    loss = np.asarray(loss, dtype=np.float64)
     with np.errstate(all="ignore"):
-        x, points, y = np.log(loss), np.log(losses), np.log(budgets)
-        found: Floats = np.full(np.broadcast_shapes(x.shape, points.shape[:-1]), np.nan)
-        for i in range(points.shape[-1] - 1):
-            fall = points[..., i] - points[..., i + 1]
-            piece = y[..., i] + (y[..., i + 1] - y[..., i]) / fall * (points[..., i] - x)
-            is_in_reach = (x < points[..., i] - 1e-12) | np.isnan(found)
-            found = np.where((fall > FLAT) & is_in_reach, piece, found)
-        flat = np.where(x <= points[..., 0], y[..., 0], -np.inf)
-        share = np.exp(np.where(np.isnan(found), flat, found))
+        points, budgets = _by_point(np.log(losses)), _by_point(np.log(budgets))
+        return _budget_for_loss(np.asarray(loss, dtype=np.float64), budgets, points, limits)
+
+
+def _budget_for_loss(loss: Floats, y: list[Floats], points: list[Floats], limits: tuple[float, float]) -> Floats:
+    """Return `budget_for_loss` of logarithms of budgets `y` and losses `points`, each a list by point of the curve."""
+    x = np.log(loss)
+    found: Floats = np.full(np.broadcast_shapes(x.shape, points[0].shape), np.nan)
+    for i in range(len(points) - 1):
+        fall = points[i] - points[i + 1]
+        piece = y[i] + (y[i + 1] - y[i]) / fall * (points[i] - x)
+        is_in_reach = (x < points[i] - 1e-12) | np.isnan(found)
+        found = np.where((fall > FLAT) & is_in_reach, piece, found)
+    flat = np.where(x <= points[0], y[0], -np.inf)
+    share = np.exp(np.where(np.isnan(found), flat, found))
     budget: Floats = np.where(np.isfinite(loss) & (loss > 0), np.clip(share, *limits), 0.0)
     return budget[()]
+
+
+def _by_point(values: Floats) -> list[Floats]:
+    """Return the values at each point of the curves, contiguous in memory."""
+    return list(np.ascontiguousarray(np.moveaxis(values, -1, 0)))
 
 
 def compute_equivalent(loss: ArrayLike, budgets: Sequence[float], losses: ArrayLike) -> Floats:
@@ -87,24 +97,27 @@ def compute_equivalent(loss: ArrayLike, budgets: Sequence[float], losses: ArrayL
     Returns:
         Shares in [0, MAX_QUALITY]; 0 for a loss that is not finite.
     """
-    return budget_for_loss(loss, *_points_in_order(budgets, np.asarray(losses, dtype=np.float64)), limits=BELIEVED)
-
-
-def _points_in_order(budgets: Sequence[float], losses: Floats) -> tuple[Floats, Floats]:
-    """Replace every point that is out of order by the next one in order, so that no piece begins there."""
     with np.errstate(all="ignore"):
-        points = np.log(losses)
-    kept = points > points[..., -1:] + FLAT
-    lowest = np.full(points.shape[:-1], np.inf)
-    for i in range(points.shape[-1] - 1):
-        kept[..., i] &= points[..., i] < lowest - FLAT
-        lowest = np.where(kept[..., i], points[..., i], lowest)
-    budgets_in_order: Floats = np.broadcast_to(np.asarray(budgets, dtype=np.float64), losses.shape).copy()
-    losses_in_order = losses.copy()
-    for values in (budgets_in_order, losses_in_order):
-        for i in reversed(range(points.shape[-1] - 1)):
-            values[..., i] = np.where(kept[..., i], values[..., i], values[..., i + 1])
-    return budgets_in_order, losses_in_order
+        points, y = _by_point(np.log(losses)), _by_point(np.log(budgets))
+        _put_in_order(points, y)
+        return _budget_for_loss(np.asarray(loss, dtype=np.float64), y, points, BELIEVED)
+
+
+def _put_in_order(points: list[Floats], y: list[Floats]) -> None:
+    """Replace every point that is out of order by the next one that is in order, so that no piece begins there.
+
+    Args:
+        points: Logarithms of losses, a list by point of the curve; changed.
+        y: Logarithms of budgets; changed.
+    """
+    lowest = np.full(points[0].shape, np.inf)
+    kept = []
+    for loss in points[:-1]:
+        kept.append((loss > points[-1] + FLAT) & (loss < lowest - FLAT))
+        lowest = np.where(kept[-1], loss, lowest)
+    for i in reversed(range(len(kept))):
+        if not np.all(kept[i]):
+            points[i], y[i] = np.where(kept[i], points[i], points[i + 1]), np.where(kept[i], y[i], y[i + 1])
 
 
 def worth(share: ArrayLike) -> Floats:

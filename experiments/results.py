@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord, null_if_not_finite
+from trainpilot.llm_runtime.schedules import EVALUATE_EVERY
 
 FORMAT = 1
 """Version of the run files, to be raised when their meaning changes; runs of older versions are repeated."""
@@ -35,7 +36,7 @@ class SteeringSpec(JsonRecord):
     """
     probe: bool = False
     """Whether the curvature probe runs (and is charged); only policies use it."""
-    evaluate_every: int = 10
+    evaluate_every: int = EVALUATE_EVERY
     """Decisions between two evaluations of the validation loss; the last interval is always evaluated."""
 
 

@@ -18,9 +18,6 @@ from trainpilot.llm_runtime.schedules import EVALUATE_EVERY, validation_due
 from trainpilot.llm_runtime.simulator.records import Bools, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
-EVALUATE_EVERY_IN_CALIBRATION = 5
-"""The same in the runs that a simulator is fitted to."""
-
 Decide = Callable[[Telemetry | None], Controls | None]
 """Takes the last interval's telemetry, `None` before the first; returns the next controls, or `None` to end the run."""
 

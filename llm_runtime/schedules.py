@@ -273,6 +273,8 @@ def sequences_probed(taken: ArrayLike) -> NDArray[np.float64]:
 
 EVALUATE_EVERY = 10
 """The validation loss is measured once in this many decisions, and at the end of the run."""
+EVALUATE_EVERY_IN_CALIBRATION = 5
+"""The same in the live runs that a simulator is fitted to, which need a finer curve."""
 
 
 def validation_due(decisions: ArrayLike, every: int = EVALUATE_EVERY) -> NDArray[np.bool_]:

@@ -268,26 +268,26 @@ def _code(precision: str) -> float | None:
 
 def scalars(record: DecisionRecord) -> dict[str, float]:
     """Return the values of one decision by tag; the tags are explained in `docs/metrics.md`."""
-    told, asked = record.telemetry, record.telemetry.requested
+    telemetry, requested = record.telemetry, record.telemetry.requested
     values: dict[str, float | None] = {
-        "loss/train": told.train_loss,
-        "loss/validation": told.validation_loss,
-        "controls_requested/learning_rate_scale": asked.learning_rate_scale,
-        "controls_requested/batch_size": asked.batch_size,
-        "controls_requested/precision": PRECISIONS.index(asked.precision),
-        "controls_requested/sparsity": asked.sparsity,
-        "controls_effective/learning_rate": told.learning_rate,
-        "controls_effective/batch_size": told.batch_size,
-        "controls_effective/sparsity": told.sparsity,
-        "controls_effective/finishing": told.finishing,
-        "gradient/norm": told.gradient_norm,
-        "gradient/noise_scale": told.noise_scale,
-        "energy/interval": told.energy_j,
-        "energy/power": told.power_w,
-        "speed/interval": told.time_s,
-        "speed/tokens_per_s": told.tokens_per_s,
-        "run/budget_used": told.budget_used,
-        "run/decision": told.decision,
+        "loss/train": telemetry.train_loss,
+        "loss/validation": telemetry.validation_loss,
+        "controls_requested/learning_rate_scale": requested.learning_rate_scale,
+        "controls_requested/batch_size": requested.batch_size,
+        "controls_requested/precision": PRECISIONS.index(requested.precision),
+        "controls_requested/sparsity": requested.sparsity,
+        "controls_effective/learning_rate": telemetry.learning_rate,
+        "controls_effective/batch_size": telemetry.batch_size,
+        "controls_effective/sparsity": telemetry.sparsity,
+        "controls_effective/finishing": telemetry.finishing,
+        "gradient/norm": telemetry.gradient_norm,
+        "gradient/noise_scale": telemetry.noise_scale,
+        "energy/interval": telemetry.energy_j,
+        "energy/power": telemetry.power_w,
+        "speed/interval": telemetry.time_s,
+        "speed/tokens_per_s": telemetry.tokens_per_s,
+        "run/budget_used": telemetry.budget_used,
+        "run/decision": telemetry.decision,
     }
     known = {TAGS[name].name: float(value) for name, value in values.items() if value is not None}
     return {name: value for name, value in known.items() if math.isfinite(value)}

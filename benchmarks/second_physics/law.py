@@ -11,7 +11,7 @@ change,
 
 `fit_published` fits the power-law noisy quadratic, the physics of the simulator, to published loss curves, and
 `PublishedPhysics` predicts the loss under other schedules. Six positive numbers reproduce the loss of one model on one
-corpus at one batch size under any schedule of moderate learning rates. The modes are those of `modes`; a step at
+corpus at one batch size under any schedule of moderate learning rates. The modes are those of `physics`; a step at
 learning rate l brings noise (l / l_ref)^2 and a path of top_rate l / l_ref. Letting the rates depend on a free power of
 the learning rate improves the fit to the training curves of the 25M and 100M models but not the prediction of the
 held-out ones, so there is no seventh number.

@@ -38,11 +38,11 @@ from trainpilot.experiments.run_store import versions
 from trainpilot.experiments.workers import Workers
 from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
-from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION
 from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.process import available_cores, use_threads
+from trainpilot.llm_runtime.schedules import EVALUATE_EVERY_IN_CALIBRATION
 from trainpilot.llm_runtime.simulator.physics import PARAMETERS
 
 MEANINGS = {"floor": "loss after endless training, nats/token"}

@@ -10,11 +10,12 @@ import numpy as np
 from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
 from trainpilot.experiments.calibrate.design import PRUNED_SHARE, CalibrationSetting, planned
 from trainpilot.llm_runtime.config import ControlLimits, Controls
-from trainpilot.llm_runtime.drive import EVALUATE_EVERY_IN_CALIBRATION, drive
+from trainpilot.llm_runtime.drive import drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
 from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.schedules import EVALUATE_EVERY_IN_CALIBRATION
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 

@@ -31,7 +31,7 @@ from trainpilot.llm_runtime.config import PRECISIONS, RunConfig
 N_METHODS = 3
 """Methods whose controls are shown."""
 FLOOR = 0.01
-"""Learning rates below this share of the starting one are not told apart: a schedule ends at zero."""
+"""Learning rates below this share of the starting one are not distinguished, as a schedule ends at zero."""
 GRID = tuple(index / 50 for index in range(51))
 """Shares of the budget at which the median over runs is taken."""
 HALF_STEP = 0.01

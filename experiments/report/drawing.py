@@ -132,7 +132,7 @@ def _local(tag: str) -> str:
 
 
 N_COLOURED = 6
-"""Methods with a colour of their own besides the two baselines: more cannot be told apart."""
+"""Methods with a colour of their own besides the two baselines: more could not be distinguished."""
 N_SUBJECTS = 3
 """Methods drawn as lines: more would hide each other."""
 MARKS = {

@@ -26,7 +26,7 @@ class Cell:
     interval: str = ""
     """Behind the text, fainter: `[0.98, 1.07]`."""
     title: str = ""
-    """What a pointer that rests on it is told."""
+    """Tooltip text."""
     tone: Tone = ""
     """Coloured where a figure clearly lies on one side of what it is compared with."""
 
@@ -61,7 +61,7 @@ def score(estimate: Estimate) -> Cell:
 
 
 def quantity(estimate: Estimate | None, unit: str, why_not: str) -> Cell:
-    """Return a time, an energy or a number of tokens with its unit; a pointer is told the interval."""
+    """Return a time, an energy or a number of tokens with its unit; the tooltip holds the interval."""
     if estimate is None or estimate.value is None:
         return dash(why_not)
     form = duration if unit == "s" else lambda value: si(value, unit)

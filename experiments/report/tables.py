@@ -47,7 +47,7 @@ class Column:
     over: str = ""
     """What stands above it and its neighbours of the same group."""
     title: str = ""
-    """What a pointer that rests on it is told."""
+    """Tooltip text."""
     left: bool = False
     """Holds words, which stand on the left."""
     wraps: bool = False
