@@ -1,4 +1,4 @@
-"""Observation fields: hand-worked values, unknown values, and the frozen table."""
+"""Observations: hand-worked values, unknown values, the frozen table, and the history they are computed from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from random_telemetry import random_run
 
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
 from trainpilot.envs.decision import N_STACK, DecisionState, Preference
-from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, RunHistory, RunView, encode
+from trainpilot.envs.observation import OBSERVATION_FIELDS, WINDOW, ObservationField, RunHistory, RunView, encode
 from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.simulator.records import ControlBatch, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -331,3 +331,97 @@ def test_many_runs_at_different_decisions_are_observed_like_each_alone() -> None
 
 
 OF_THE_STATE = KNOWN_AT_THE_START - {"budget_used"}
+
+
+# History of the runs ------------------------------------------------------------------------------------------------
+
+
+def seen(history: RunHistory, *runs: dict[str, Any]) -> None:
+    """Take in one interval of each run, with what shall differ."""
+    history.observe(TelemetryBatch.of([make_telemetry(**changes) for changes in runs]))
+
+
+def test_nothing_is_known_before_the_first_interval() -> None:
+    history = RunHistory(2)
+
+    assert history.started.tolist() == [False, False]
+    for values in (
+        history.newest("train_loss"),
+        history.before("steps"),
+        history.oldest("tokens"),
+        history.best("power_w"),
+    ):
+        assert np.isnan(values).all()
+
+
+def test_the_newest_and_the_one_before_are_kept_of_everything() -> None:
+    history = RunHistory(1)
+    seen(history, {"train_loss": 3.0, "steps": 5})
+    seen(history, {"train_loss": 2.0, "steps": 7, "noise_scale": None})
+
+    assert (history.newest("train_loss")[0], history.before("train_loss")[0]) == (2.0, 3.0)
+    assert (history.newest("steps")[0], history.before("steps")[0]) == (7, 5)
+    assert np.isnan(history.newest("noise_scale")[0])
+
+
+def test_what_the_probe_told_holds_until_it_looks_again() -> None:
+    history = RunHistory(2)
+    told = []
+    for curvature in (None, 0.5, None, None, 0.7):
+        seen(history, {"probe_quadratic": curvature}, {"probe_quadratic": None})
+        told.append(history.newest("probe_quadratic").tolist())
+    assert [one for one, _ in told] == pytest.approx([np.nan, 0.5, 0.5, 0.5, 0.7], nan_ok=True)
+    assert np.isnan([other for _, other in told]).all()
+    history.reset(np.array([0]))
+    seen(history, {"probe_quadratic": None}, {"probe_quadratic": 0.1})
+    assert history.newest("probe_quadratic").tolist() == pytest.approx([np.nan, 0.1], nan_ok=True)  # a new run
+
+
+def test_the_oldest_is_six_intervals_back_or_the_first() -> None:
+    history = RunHistory(1)
+    oldest = []
+    for loss in range(10, 0, -1):
+        seen(history, {"train_loss": float(loss)})
+        oldest.append(float(history.oldest("train_loss")[0]))
+
+    assert oldest == [10.0] * WINDOW + [9.0, 8.0, 7.0]
+
+
+def test_the_best_leaves_out_what_is_unknown_or_not_above_zero() -> None:
+    history = RunHistory(1)
+    best = []
+    for watts, joules in ((None, None), (50.0, 200.0), (0.0, -1.0), (80.0, 100.0), (None, 300.0)):
+        seen(history, {"power_w": watts, "energy_j": joules})
+        best.append((float(history.best("power_w")[0]), float(history.best("energy_per_token_j")[0])))
+
+    assert best[0] == pytest.approx((np.nan, np.nan), nan_ok=True)
+    # 1,000 tokens an interval
+    assert best[1:] == [(50.0, 0.2), (50.0, 0.2), (80.0, 0.1), (80.0, 0.1)]
+    assert history.best("tokens_per_s")[0] == 500.0
+
+
+def test_a_validation_loss_goes_with_the_training_loss_before_it() -> None:
+    history = RunHistory(2)
+    told: list[list[Any]] = []
+    for first, second in ((2.5, None), (2.5, None), (None, 2.2), (2.4, 2.2)):
+        seen(history, *({"validation_loss": v, "train_loss": 3.0 - 0.1 * len(told)} for v in (first, second)))
+        told.append([history.validation_loss.tolist(), history.train_loss_before_validation.tolist()])
+
+    assert told[1] == [pytest.approx([2.5, np.nan], nan_ok=True), pytest.approx([np.nan, np.nan], nan_ok=True)]
+    assert told[2] == [[2.5, 2.2], pytest.approx([np.nan, 2.9], nan_ok=True)]  # the first was measured before training
+    assert told[3] == [[2.4, 2.2], [pytest.approx(2.8), 2.9]]
+
+
+def test_a_run_that_begins_anew_knows_nothing_and_the_others_everything() -> None:
+    history = RunHistory(3)
+    for loss in (3.0, 2.0):
+        seen(history, *({"train_loss": loss + row, "validation_loss": loss, "learning_rate": loss} for row in range(3)))
+    history.reset(np.array([1]))
+
+    assert history.started.tolist() == [True, False, True]
+    assert history.newest("train_loss").tolist() == pytest.approx([2.0, np.nan, 4.0], nan_ok=True)
+    seen(history, *({"train_loss": 9.0, "learning_rate": 1.0}, {"train_loss": 9.0, "learning_rate": 1.0}, {}))
+    assert history.oldest("train_loss").tolist() == [3.0, 9.0, 5.0]
+    assert history.best("learning_rate").tolist() == [3.0, 1.0, 3.0]
+    assert history.validation_loss.tolist() == pytest.approx([2.0, np.nan, 2.0], nan_ok=True)
+    assert history.intervals.tolist() == [3, 1, 3]

@@ -1,14 +1,17 @@
-"""Factors of the base schedules and of the cool-down at chosen tokens, worked out by hand."""
+"""Schedules worked out by hand: learning rate, cool-down, and when the curvature is probed."""
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
+from live_runs import case, live_run
 
 from trainpilot.llm_runtime.config import RunConfig
-from trainpilot.llm_runtime.schedules import SCHEDULES, Cooldown, Schedule, ScheduleName
+from trainpilot.llm_runtime.schedules import SCHEDULES, Cooldown, Schedule, ScheduleName, probe_due, sequences_probed
 
 # 1,000 tokens of which 200 warm up: the decay runs over the 800 from 200 to 1,000.
 BY_HAND: dict[ScheduleName, dict[int, float]] = {
@@ -104,3 +107,27 @@ def test_run_config_makes_the_schedule_in_whole_sequences() -> None:
 def test_mean_of_the_linear_schedule_is_half() -> None:
     factors = [schedule(warmup_tokens=0).factor(tokens, 10) for tokens in range(0, 1_000, 10)]
     assert math.fsum(factors) / 100 == pytest.approx(0.505)  # the first step is whole, the last one hundredth
+
+
+# Probes -------------------------------------------------------------------------------------------------------------
+
+
+def test_probe_ends_each_interval_of_the_first_fifth_then_one_in_four() -> None:
+    decisions = np.arange(50)
+    due = np.flatnonzero(probe_due(decisions, decisions / 50))
+    assert due.tolist() == [*range(10), 12, 16, 20, 24, 28, 32, 36, 40, 44, 48]
+
+
+def test_probe_sees_a_two_hundredth_of_an_interval_at_least_one_sequence() -> None:
+    assert sequences_probed([0, 1, 100, 300, 1_000]).tolist() == [1, 1, 1, 2, 5]
+
+
+def test_a_live_run_probes_by_the_plan_and_says_on_how_much(tmp_path: Path) -> None:
+    run = live_run(case(tmp_path), probe=True)
+    looked, told = [], []
+    for _ in range(10):
+        telemetry = run.advance(run.config.start(), 0.1)
+        looked.append(run.sequences_probed)
+        told.append(telemetry.probe_linear is not None)
+    assert looked == [1, 1, 0, 0, 1, 0, 0, 0, 1, 0]
+    assert told == [count > 0 for count in looked]

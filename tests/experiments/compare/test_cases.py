@@ -1,22 +1,45 @@
-"""Cases are read with every name checked; what is judged shares neither text nor model with what is trained on."""
+"""Cases are read with every name checked; the settings and the model sizes that searches and sweeps may choose."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from comparison_runs import CONFIG
 from transformers import AutoConfig
 
-from trainpilot.experiments.compare.cases import load_cases, text_digests
+from trainpilot.experiments.compare.cases import (
+    DEPTHS,
+    LEARNING_RATE_STEP,
+    RESPECTS,
+    TUNED_SCHEDULES,
+    WARMUP_SHARES,
+    WIDTHS,
+    StaticSetting,
+    all_sizes,
+    batch_near,
+    can_vary,
+    grid,
+    load_cases,
+    model_file,
+    neighbours,
+    rounded,
+    text_digests,
+    with_size,
+)
 from trainpilot.experiments.results import Case
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, load_corpus
 from trainpilot.llm_runtime.data.text_sources import content_digest
-from trainpilot.llm_runtime.models import load_model
+from trainpilot.llm_runtime.models import PRESETS, load_model
 
 SETS = ("train", "test", "quick")
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -240,3 +263,218 @@ def test_a_cache_that_cannot_be_written(write: Write, tmp_path: Path, monkeypatc
     file = write({"cases": [{"name": "a", "model": LLAMA}]})
     with pytest.raises(ValueError, match=r"case a: model cannot be written to .*set TRAINPILOT_CACHE"):
         load_cases(file)
+
+
+# Static settings: the grid, the neighbours, the run of a setting ----------------------------------------------------
+
+
+SETTING = StaticSetting(learning_rate=1e-2, batch_size=8, schedule="linear", warmup_share=0.1, precision="fp32")
+
+
+# The grid
+
+
+def test_the_grid_leans_upwards_from_the_cases_own_rate() -> None:
+    settings = grid(CONFIG, ["fp32"])
+
+    assert len(settings) == len(set(settings)) == 5 * 3 * 3
+    assert {setting.learning_rate for setting in settings} == {3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2}
+    assert {setting.batch_size for setting in settings} == {4, 8, 16}
+    assert {setting.schedule for setting in settings} == set(TUNED_SCHEDULES)
+    assert {setting.warmup_share for setting in settings} == {0.1}
+
+
+def test_every_precision_that_pays_is_in_the_grid() -> None:
+    settings = grid(CONFIG, ["fp32", "bf16"])
+
+    assert Counter(setting.precision for setting in settings) == {"fp32": 45, "bf16": 45}
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(1, {1, 2}), (2, {1, 2, 4}), (3, {3, 6}), (40, {20, 40})])
+def test_batches_of_the_grid_are_whole_and_leave_sixteen_steps(batch_size: int, batches: set[int]) -> None:
+    config = replace(CONFIG, batch_size=batch_size, decisions=5)
+
+    assert {setting.batch_size for setting in grid(config, ["fp32"])} == batches
+
+
+def test_a_budget_of_a_few_steps_has_no_grid() -> None:
+    assert grid(replace(CONFIG, tokens=15 * 16, batch_size=1, decisions=1), ["fp32"]) == []
+
+
+def test_a_batch_leaves_sixteen_steps() -> None:
+    assert batch_near(50, CONFIG) == 50  # 50 x 16 tokens x 16 steps = 12,800
+    assert batch_near(51, CONFIG) is None
+    assert batch_near(1, CONFIG) == 1
+    assert batch_near(0.5, CONFIG) is None
+    assert batch_near(1.5, CONFIG) is None
+
+
+def test_rates_are_rounded_to_three_digits() -> None:
+    assert rounded(0.0123456) == 0.0123
+    assert rounded(1e-3 * math.sqrt(10) * math.sqrt(10)) == 1e-2
+
+
+# Neighbours
+
+
+def test_neighbours_differ_by_one_step_in_one_respect() -> None:
+    found = neighbours(SETTING, LEARNING_RATE_STEP, CONFIG)
+
+    assert found == [
+        replace(SETTING, learning_rate=3.16e-2),
+        replace(SETTING, learning_rate=3.16e-3),
+        replace(SETTING, batch_size=4),
+        replace(SETTING, batch_size=16),
+        replace(SETTING, warmup_share=0.05),
+        replace(SETTING, warmup_share=0.2),
+        replace(SETTING, schedule="cosine"),
+        replace(SETTING, schedule="wsd"),
+    ]
+
+
+@pytest.mark.parametrize("respect", RESPECTS)
+def test_neighbours_in_one_respect_differ_in_nothing_else(respect: str) -> None:
+    found = neighbours(SETTING, 2.0, CONFIG, [respect])
+
+    assert len(found) == 2
+    assert all(replace(one, **{respect: getattr(SETTING, respect)}) == SETTING != one for one in found)
+
+
+def test_neighbours_at_the_ends() -> None:
+    smallest = replace(SETTING, batch_size=1, warmup_share=WARMUP_SHARES[0])
+    largest = replace(SETTING, batch_size=32, warmup_share=WARMUP_SHARES[-1])
+
+    assert neighbours(smallest, 2.0, CONFIG, ["batch_size"]) == [replace(smallest, batch_size=2)]
+    assert neighbours(largest, 2.0, CONFIG, ["batch_size"]) == [replace(largest, batch_size=16)]
+    assert neighbours(smallest, 2.0, CONFIG, ["warmup_share"]) == [replace(smallest, warmup_share=0.05)]
+    assert neighbours(largest, 2.0, CONFIG, ["warmup_share"]) == [replace(largest, warmup_share=0.2)]
+
+
+def test_a_schedule_that_is_not_tuned_has_the_tuned_ones_for_neighbours() -> None:
+    constant = replace(SETTING, schedule="constant")
+
+    assert [one.schedule for one in neighbours(constant, 2.0, CONFIG, ["schedule"])] == list(TUNED_SCHEDULES)
+
+
+# Runs
+
+
+def test_a_setting_on_the_whole_budget() -> None:
+    config = replace(SETTING, batch_size=4, precision="bf16").on(CONFIG, seed=7)
+
+    assert config == replace(
+        CONFIG, base_learning_rate=1e-2, batch_size=4, schedule="linear", precision="bf16", warmup_tokens=1_280, seed=7
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "batch_size", "tokens", "decisions", "warmup_tokens"),
+    [
+        (0.25, 8, 3_200, 3, 320),  # 2.5 decisions, rounded up
+        (1.25, 8, 16_000, 10, 1_600),
+        (4.0, 8, 51_200, 10, 5_120),
+        (0.125, 32, 1_600, 2, 160),  # 1,600 tokens hold three steps of 512
+        (0.01, 8, 128, 1, 13),  # one step at least
+        (0.01, 32, 512, 1, 51),
+    ],
+)
+def test_a_setting_on_another_budget(
+    budget: float, batch_size: int, tokens: int, decisions: int, warmup_tokens: int
+) -> None:
+    config = replace(SETTING, batch_size=batch_size).on(CONFIG, budget=budget, seed=0)
+
+    assert (config.tokens, config.decisions, config.warmup_tokens) == (tokens, decisions, warmup_tokens)
+
+
+def test_warm_up_leaves_something_of_the_run() -> None:
+    config = replace(SETTING, batch_size=1, warmup_share=1.0).on(CONFIG, seed=0)
+
+    assert config.warmup_tokens == CONFIG.tokens - 1
+
+
+# Other sizes of a model ---------------------------------------------------------------------------------------------
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 64}
+
+
+def of(model: dict[str, Any]) -> RunConfig:
+    return replace(CONFIG, model=str(model_file(model)))
+
+
+def content(config: RunConfig) -> dict[str, Any]:
+    return json.loads(Path(config.model).read_text()) if config.model not in PRESETS else PRESETS[config.model]
+
+
+def test_sizes_worked_out_by_hand() -> None:
+    # llama-nano: hidden 64, feed-forward 192, 3 layers, 4 heads, so sizes are multiples of 8.
+    config = replace(CONFIG, model="llama-nano")
+
+    assert with_size(config, 1, 0) is config
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for width, depth, expected in (
+        (0.5, -1, (32, 96, 2, 4, 4)),
+        (1.5, 1, (96, 288, 4, 4, 4)),
+        (1.0, 1, (64, 192, 4, 4, 4)),
+    ):
+        changed = content(with_size(config, width, depth))
+        assert tuple(changed[name] for name in sizes) == expected
+
+
+def test_widths_are_rounded_to_twice_the_heads_and_layers_end_at_one() -> None:
+    # 48 x 1.5 = 72 = 9 x 8; 40 x 0.5 = 20 -> 2.5 x 8, rounded to the even 16; 8 x 0.5 -> not below 8.
+    assert content(with_size(of(GPT2), 1.5, 0))["n_embd"] == 72
+    assert content(with_size(of(GPT2 | {"n_embd": 40}), 0.5, 0))["n_embd"] == 16
+    assert content(with_size(of(GPT2 | {"n_embd": 8}), 0.5, 0))["n_embd"] == 8
+    assert content(with_size(of(GPT2), 1.0, -1))["n_layer"] == 1
+
+
+def test_only_the_model_changes() -> None:
+    config = of(GPT2)
+    changed = with_size(config, 0.5, 1)
+
+    assert replace(changed, model=config.model) == config
+    assert content_digest(changed) != content_digest(config)
+    assert with_size(config, 0.5, 1) == changed
+
+
+def test_all_sizes_begin_with_the_cases_own_and_hold_each_once() -> None:
+    config = replace(CONFIG, model="gpt2-nano")
+    sizes = all_sizes(config)
+
+    assert sizes[0] == config
+    assert len(sizes) == len(set(sizes)) == len(WIDTHS) * len(DEPTHS)
+    assert len(all_sizes(of(GPT2))) == 6  # one layer less than one is one
+
+
+@pytest.mark.parametrize("model", ["owner/name", "some/folder"])
+def test_a_model_that_is_not_trained_from_scratch_keeps_its_size(model: str) -> None:
+    config = replace(CONFIG, model=model)
+
+    assert not can_vary(config)
+    assert all_sizes(config) == (config,)
+    with pytest.raises(ValueError, match="width and depth are free only for models trained from scratch"):
+        with_size(config, 0.5, 0)
+
+
+def test_a_model_that_does_not_say_how_many_heads_it_has_keeps_its_size() -> None:
+    config = of({"model_type": "llama", "hidden_size": 48})
+
+    assert not can_vary(config)
+    assert all_sizes(config) == (config,)
+
+
+@pytest.mark.parametrize("case", load_cases("test"), ids=lambda case: case.name)
+def test_every_size_of_the_test_models_can_be_trained(case: Any) -> None:
+    parameters = {}
+    for width in WIDTHS:
+        for depth in DEPTHS:
+            sized = with_size(case.config, width, depth)
+            model = load_model(sized.model, seed=0)
+            parameters[width, depth] = model.n_parameters
+            assert model.model.config.hidden_size % model.model.config.num_attention_heads == 0
+
+    for depth in DEPTHS:
+        assert parameters[0.5, depth] < parameters[1.0, depth] < parameters[1.5, depth]
+    for width in WIDTHS:
+        assert parameters[width, -1] < parameters[width, 0] < parameters[width, 1]

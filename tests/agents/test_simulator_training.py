@@ -1,31 +1,42 @@
-"""An agent learns in the simulator, goes on where it was, and never sees what is hidden from it."""
+"""Agents learn in the simulator, resume, never see what is hidden, and get the same scores every time."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_plant_batch import some_actions
+from policies import random_weights
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.logging.tags import tags_of
 from trainpilot.agents.sb3_env import HiddenInputs, ScalarVecEnv, hidden_from, seen_inputs
 from trainpilot.agents.simulator_training import (
+    START_GROUPS,
     SimulatorAgent,
     SimulatorPPOConfig,
     SimulatorStage,
     ValidationSettings,
     best_weights,
+    evaluate_in_simulator,
     train_in_simulator,
 )
+from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.experiments import train_agent, workers
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.train_agent import physics_of, total_cost, train_agents
-from trainpilot.llm_runtime.simulator.runs import SimulatedRuns, default_pool
+from trainpilot.llm_runtime.simulator.records import Bools, Ints
+from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start, default_pool
 
 NAMES = [field.name for field in OBSERVATION_FIELDS]
 TINY = SimulatorStage(
@@ -175,3 +186,91 @@ def test_a_calibration_that_is_not_there_is_one_clear_line() -> None:
     assert len(physics_of(("shipped", "shipped"))) == 2 * len(physics_of("shipped"))
     with pytest.raises(ValueError, match=r"calibrations must be .*, got nowhere\.json"):
         physics_of(("nowhere.json",))
+
+
+# Scores -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pool() -> Pool:
+    return default_pool(24, seed=7)
+
+
+def keep(observations: np.ndarray, masks: Bools) -> Ints:
+    return np.tile(KEEP, (len(observations), 1))
+
+
+def first_then_keep(**choices: int) -> Callable[[np.ndarray, Bools], Ints]:
+    """Return a policy that takes other choices at its first decision only."""
+    fields = ("learning_rate", "batch_size", "precision", "pruning", "finish")
+    calls: list[int] = []
+
+    def act(observations: np.ndarray, masks: Bools) -> Ints:
+        actions = keep(observations, masks)
+        for name, choice in choices.items() if not calls else ():
+            actions[:, fields.index(name)] = choice
+        calls.append(1)
+        return actions
+
+    return act
+
+
+def test_keeping_the_best_learning_rate_comes_near_the_tuned_static(pool: Pool) -> None:
+    scores = evaluate_in_simulator(keep, pool, n_runs=48, start=Start(rates=(1.0, 1.0)))
+
+    assert scores.learning_rate_over_best == pytest.approx([1.0] * 50)
+    assert scores.batch_over_start == pytest.approx([1.0] * 50)
+    assert scores.diverged_share == 0
+    assert scores.by_start == {**dict.fromkeys(START_GROUPS), "near": scores.multiplier}
+    assert 0 <= scores.multiplier_p10 <= scores.multiplier <= 1.2
+    assert scores.score == pytest.approx((scores.multiplier + scores.multiplier_p10) / 2)
+
+
+def test_a_wrong_start_costs_and_a_step_towards_the_best_rate_pays(pool: Pool) -> None:
+    low = Start(rates=(0.1, 0.1))
+    wrong = evaluate_in_simulator(keep, pool, n_runs=48, start=low)
+    better = evaluate_in_simulator(first_then_keep(learning_rate=6), pool, n_runs=48, start=low)
+
+    assert wrong.by_start["far_below"] == wrong.multiplier
+    assert better.learning_rate_over_best == pytest.approx([0.2] * 50)
+    assert better.multiplier > wrong.multiplier
+
+
+def test_a_run_that_finishes_early_is_scored_as_it_ended(pool: Pool) -> None:
+    def finish(observations: np.ndarray, masks: Bools) -> Ints:
+        actions = keep(observations, masks)
+        actions[:, 4] = 1
+        return actions
+
+    early = evaluate_in_simulator(finish, pool, n_runs=16)
+    full = evaluate_in_simulator(keep, pool, n_runs=16)
+
+    assert len(early.learning_rate_over_best) < 50
+    assert early.time_over_reference < full.time_over_reference / 2
+    assert early.multiplier < full.multiplier
+
+
+def test_the_record_is_plain_json_and_the_same_every_time(pool: Pool) -> None:
+    bundle = PolicyBundle(random_weights())
+    one = evaluate_in_simulator(bundle, pool, seed=3, n_runs=8)
+
+    assert one == evaluate_in_simulator(bundle, pool, seed=3, n_runs=8)
+    assert one != evaluate_in_simulator(bundle, pool, seed=4, n_runs=8)
+    assert json.loads(json.dumps(one.to_json(), allow_nan=False))["n_runs"] == 8
+
+
+def test_many_rows_are_decided_as_one_is() -> None:
+    bundle, random = PolicyBundle(random_weights()), np.random.default_rng(0)
+    observations = random.uniform(-1, 1, (20, bundle.weights["hidden.0.weight"].shape[1])).astype(np.float32)
+    masks = random.random((20, sum(N_CHOICES))) < 0.6
+    masks[:, np.cumsum([0, *N_CHOICES[:-1]]) + np.array(KEEP)] = True
+
+    actions = bundle.choose(observations, masks)
+
+    assert [tuple(row) for row in actions] == [bundle.act(o, m) for o, m in zip(observations, masks, strict=True)]
+    assert some_actions(random, masks, N_CHOICES).shape == actions.shape
+
+
+def test_no_runs_are_refused(pool: Pool) -> None:
+    with pytest.raises(ValueError, match="n_runs must be at least 1, got 0"):
+        evaluate_in_simulator(keep, pool, n_runs=0)
