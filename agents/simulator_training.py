@@ -383,9 +383,7 @@ def train_in_simulator(
     validation = Validation(judge(stage, calibrations), stage.validation.every, seen)
     callbacks = [TrainingLog({"seed": seed, **asdict(stage)}), validation]
     meter = select_meter("cpu")
-    model, cost = train(
-        hidden_from(env, seen), config, folder, callbacks=callbacks, progress=progress, meter=meter
-    )  # fmt: skip
+    model, cost = train(hidden_from(env, seen), config, folder, callbacks=callbacks, progress=progress, meter=meter)
     if meter.read().source != "estimated":  # such a meter measures the whole machine
         cost = {**cost, "energy_j": cost["energy_j"] / side_by_side}
     meter.close()
@@ -402,9 +400,7 @@ def judge(stage: SimulatorStage, calibrations: Sequence[FittedPhysics]) -> Calla
     pool = stage.pool(settings.instances, settings.seed, calibrations)
 
     def score(bundle: PolicyBundle) -> SimulatorScores:
-        return evaluate_in_simulator(
-            bundle, pool, seed=settings.seed, n_runs=settings.instances, start=stage.start
-        )  # fmt: skip
+        return evaluate_in_simulator(bundle, pool, seed=settings.seed, n_runs=settings.instances, start=stage.start)
 
     return score
 

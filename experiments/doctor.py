@@ -26,7 +26,7 @@ from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime import energy
 from trainpilot.llm_runtime.config import PRECISIONS, Precision, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
-from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, MeterUnavailableError
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, MeterUnavailableError, energy_between
 from trainpilot.llm_runtime.files import cache_dir
 from trainpilot.llm_runtime.live_run import Trainer, resolve_device
 from trainpilot.llm_runtime.models import load_model
@@ -205,12 +205,11 @@ def _reading(meter: EnergyMeter | str, before: EnergyReading | None) -> Report:
     if isinstance(meter, str) or before is None:
         return {**empty, "description": str(meter), "way_out": _way_out(str(meter))}
     after = meter.read()
-    known = before.energy_j is not None and after.energy_j is not None
-    energy_j = after.energy_j - before.energy_j if known else None  # type: ignore[operator]
+    energy_j, source = energy_between(before, after)
     seconds = max(after.time_s - before.time_s, 1e-9)
     return {
         "available": energy_j is not None,
-        "source": after.source if known else None,
+        "source": source,
         "energy_j": energy_j,
         "power_w": None if energy_j is None else energy_j / seconds,
         "description": meter.description,

@@ -14,9 +14,8 @@ from rich.table import Table
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.agents.controller import Controller, DecisionRecord, keep
 from trainpilot.agents.logging.run_log import RunWriter
-from trainpilot.agents.rollback import RollbackController
-from trainpilot.agents.steering.guarded_controller import GuardedController
-from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
+from trainpilot.agents.steering.guarded_controller import GuardedController, RollbackController
+from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label, live_reference
 from trainpilot.envs.reward import Reference, RewardMeter
@@ -164,9 +163,10 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
         console.print(f"[dim]{options.out} is already finished[/dim]", soft_wrap=True)
         print_summary(summary, console)
         return summary
-    limits = run.limits() if bundle is not None else run.base_limits()
-    policy, bounds = (bundle.act, GuardrailSettings()) if bundle is not None else (keep, UNGUARDED)
-    controller = GuardedController(Controller(policy, limits, preference), Guardrails(bounds))
+    if bundle is not None:
+        controller = GuardedController.of_bundle(bundle, run.limits(), preference)
+    else:
+        controller = GuardedController(Controller(keep, run.base_limits(), preference), Guardrails(UNGUARDED))
     reference = _reference(config, console) if options.reference else None
     steered = SteeredRun(run, controller, folder, reference)
     steered.train(console)

@@ -210,7 +210,7 @@ class LiveRun:
         config: What is trained, on what, and how it starts.
         meter: Energy meter; by default the best one that the device has.
         clock: Returns seconds; replaced in tests.
-        probe: Whether to probe the curvature now and then (`probe_plan`).
+        probe: Whether to probe the curvature now and then (`schedules.probe_due`).
 
     Raises:
         ValueError: the model, the text or a setting cannot be used; the message says what to do.

@@ -505,7 +505,10 @@ class ControlledLoop:
         return moving | dict(self.model.named_buffers())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the states of model and optimizer do not hold, for a loop that goes on from a file."""
+        """Return what the states of model and optimizer do not hold, for a loop that goes on from a file.
+
+        The keys are those of version 0.1, so that checkpoints of either version can be read.
+        """
         return {
             "course": self.progress.state_dict(),
             "controls": asdict(self.controls),

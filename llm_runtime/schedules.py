@@ -1,4 +1,4 @@
-"""Schedules of a training run as pure functions: learning rate, budget, cool-down, pruning, probes and validations.
+"""Compute the schedules of a training run: learning rate, budget, cool-down, pruning, probes and validations.
 
 Live runs, steered loops and the simulator follow the same rules, and they are written here once:
 
@@ -273,8 +273,6 @@ def sequences_probed(taken: ArrayLike) -> NDArray[np.float64]:
 
 EVALUATE_EVERY = 10
 """The validation loss is measured once in this many decisions, and at the end of the run."""
-EVALUATE_EVERY_IN_CALIBRATION = 5
-"""The same in the live runs that a simulator is fitted to, which need a finer curve."""
 
 
 def validation_due(decisions: ArrayLike, every: int = EVALUATE_EVERY) -> NDArray[np.bool_]:

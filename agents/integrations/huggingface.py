@@ -110,9 +110,8 @@ class SteeringMixin(Trainer):
         self.settings = settings_for(steering, self._requested, self.args, self.train_dataset)
         check_model(self.model, self.settings)
         self._loss_shifts_labels = self._loss_shifts_labels or shifts_labels(self.model)
-        self.callback_handler.callbacks.insert(
-            0, StepEnd(self)
-        )  # before the others, which then see the state after the step
+        # Before the other callbacks, which then see the state after the step.
+        self.callback_handler.callbacks.insert(0, StepEnd(self))
 
     # What steers -----------------------------------------------------------------------------------------------------
 

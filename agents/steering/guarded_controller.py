@@ -1,7 +1,8 @@
 """A controller within guardrails: its decisions are bounded, and a decision that goes wrong is rolled back.
 
 `GuardedController` wraps a `Controller`. It answers with a `GuardedDecision`, which the owner of the run carries out:
-roll back, take a snapshot, apply the controls. `FaultTolerantPolicy` keeps the run going whatever the policy does.
+roll back, take a snapshot, apply the controls. `RollbackController` does so for a plant of ours.
+`FaultTolerantPolicy` keeps the run going whatever the policy does.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
-from trainpilot.agents.steering.guardrails import Guardrails, is_lost
+from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
-from trainpilot.envs.decision import Decision, DecisionState
+from trainpilot.envs.decision import Decision, DecisionState, Preference
 from trainpilot.envs.reward import RewardTerms
-from trainpilot.llm_runtime.config import Controls
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.telemetry import Plant, Snapshot, Telemetry
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,17 @@ class GuardedController:
         self._since: list[Action] = []
         """Actions since the snapshot, including the one that it was taken before."""
 
+    @classmethod
+    def of_bundle(
+        cls,
+        bundle: PolicyBundle,
+        limits: ControlLimits,
+        preference: Preference,
+        bounds: GuardrailSettings | None = None,
+    ) -> GuardedController:
+        """Return a bundle's policy within guardrails, by default the usual ones."""
+        return cls(Controller.of_bundle(bundle, limits, preference), Guardrails(bounds))
+
     @property
     def controls(self) -> Controls:
         """Controls in force."""
@@ -209,7 +222,10 @@ class GuardedController:
             return KEEP, ["everything refused: the quality contract gathers evidence under the base schedule"]
         allowed, refusals = self.guardrails.review(action, self.controller.state.situation())
         if self.watch is not None and allowed[FINISH] != KEEP[FINISH] and (reason := self.watch.refuses_finish()):
-            allowed, refusals = (*allowed[:FINISH], KEEP[FINISH]), [*refusals, f"finish cool down refused: {reason}"]
+            allowed, refusals = (
+                (*allowed[:FINISH], KEEP[FINISH], *allowed[FINISH + 1 :]),
+                [*refusals, f"finish cool down refused: {reason}"],
+            )
         return allowed, refusals
 
     def _carry_out(self, decision: Decision, held: Controls | None = None) -> None:
@@ -371,3 +387,38 @@ class GuardedController:
             "fallen_back_at_decision": self.fallen_back_at,
             "contract": self.watch.summary() if self.watch is not None else None,
         }
+
+
+class RollbackController:
+    """A guarded controller that copies and restores its plant itself, so that its decisions are controls alone.
+
+    Args:
+        guarded: Decides, and asks for snapshots and rollbacks.
+        plant: The run that it controls.
+    """
+
+    def __init__(self, guarded: GuardedController, plant: Plant) -> None:
+        self.guarded = guarded
+        self.plant = plant
+        self.snapshot: Snapshot | None = None
+        """The copy of the run that a rollback restores."""
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether a run that diverged now can be restored."""
+        return self.guarded.can_roll_back
+
+    def decide(self, telemetry: Telemetry | None) -> Controls:
+        """Return the controls of the next interval, after a rollback where one is due.
+
+        Args:
+            telemetry: The last interval's, `None` before the first.
+        """
+        decision = self.guarded.decide(telemetry)
+        if decision.roll_back and self.snapshot is not None:
+            self.plant.restore(self.snapshot)
+            return self.guarded.rolled_back()
+        if decision.snapshot:
+            self.snapshot = self.plant.snapshot()
+            self.guarded.snapshotted()
+        return decision.controls

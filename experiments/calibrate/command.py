@@ -29,7 +29,7 @@ from trainpilot.experiments.calibrate.calibration import (
     rank_correlation,
 )
 from trainpilot.experiments.calibrate.design import CalibrationSetting, design
-from trainpilot.experiments.calibrate.runs import WIDE_PROBE_SEQUENCES, RunFile, carry_out, run_key
+from trainpilot.experiments.calibrate.runs import EVALUATE_EVERY, WIDE_PROBE_SEQUENCES, RunFile, carry_out, run_key
 from trainpilot.experiments.costs.measure import measure_cost_table
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CalibrateOptions
@@ -42,7 +42,6 @@ from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.process import available_cores, use_threads
-from trainpilot.llm_runtime.schedules import EVALUATE_EVERY_IN_CALIBRATION
 from trainpilot.llm_runtime.simulator.physics import PARAMETERS
 
 MEANINGS = {"floor": "loss after endless training, nats/token"}
@@ -280,7 +279,7 @@ def _expected_s(prepared: PreparedCalibration, settings: Sequence[CalibrationSet
     total = 0.0
     for setting in settings:
         config, table = setting.config, prepared.table
-        looks = config.decisions // EVALUATE_EVERY_IN_CALIBRATION + 1
+        looks = config.decisions // EVALUATE_EVERY + 1
         total += table.step(config.batch_size, config.precision).time_s * config.n_sequences() / config.batch_size
         total += table.probe(WIDE_PROBE_SEQUENCES, config.batch_size).time_s * config.decisions
         total += table.evaluation(prepared.evaluation_sequences, config.batch_size).time_s * looks

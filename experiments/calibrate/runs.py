@@ -15,10 +15,11 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energ
 from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.schedules import EVALUATE_EVERY_IN_CALIBRATION
 from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
+EVALUATE_EVERY = 5
+"""Decisions between two evaluations of the validation loss: half as many as usual, as the fit needs a finer curve."""
 WIDE_PROBE_SEQUENCES = 16
 """Sequences of a second curvature probe; that in the telemetry takes one or two, which is mostly noise."""
 RATE_CHANGES, BATCH_CHANGES = 0.35, 0.12
@@ -82,7 +83,7 @@ def _measure(run: LiveRun, setting: CalibrationSetting) -> CalibrationRun:
     def decide(_: Telemetry | None) -> Controls:
         return next_controls(len(telemetry))
 
-    for interval in drive(run, decide, config.decisions, evaluate_every=EVALUATE_EVERY_IN_CALIBRATION):
+    for interval in drive(run, decide, config.decisions, evaluate_every=EVALUATE_EVERY):
         telemetry.append(interval.telemetry)
         probe = run.trainer.probe_on(run.stream.peek(WIDE_PROBE_SEQUENCES))
         wide.append(None if probe is None else (probe.linear, probe.quadratic))

@@ -11,13 +11,13 @@ from typing import Any
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller
 from trainpilot.agents.heuristics import HEURISTICS
-from trainpilot.agents.rollback import RollbackController, guarded_controller
+from trainpilot.agents.steering.guarded_controller import GuardedController, RollbackController
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
 from trainpilot.experiments.results import IntervalResult, RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.drive import RunController, drive
-from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -42,7 +42,7 @@ def _policy(settings: Mapping[str, Any], run: LiveRun) -> RunController:
     if "guardrails" not in settings:
         return Controller.of_bundle(bundle, limits, preference)
     bounds = GuardrailSettings(**settings["guardrails"])
-    return RollbackController(guarded_controller(bundle, limits, preference, bounds), run)
+    return RollbackController(GuardedController.of_bundle(bundle, limits, preference, bounds), run)
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,7 @@ class _Execution:
         before, start = run.meter.read(), run.clock()
         loss = run.evaluate()
         time_s, after = run.clock() - start, run.meter.read()
-        known = before.energy_j is not None and after.energy_j is not None
-        energy_j = after.energy_j - before.energy_j if known else None  # type: ignore[operator]
+        energy_j, _ = energy_between(before, after)
         self.evaluation = Evaluation(loss, time_s, energy_j, run.evaluation_sequences)
         return loss
 

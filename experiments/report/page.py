@@ -42,6 +42,7 @@ from trainpilot.experiments.report.tables import (
     run_files,
     settings_table,
     sweep_table,
+    write_sheets,
 )
 from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, RunResult
 from trainpilot.llm_runtime.files import whole_file, write_json
@@ -68,8 +69,6 @@ def write_report(
         figures: What came out.
         tensorboard: Whether to write every judged run's curves too.
     """
-    from trainpilot.experiments.report.tables import write_sheets
-
     data = ReportData(comparison, results, tables, figures)
     write_json(folder / "figures.json", figures.to_json())
     write_sheets(folder, data)
