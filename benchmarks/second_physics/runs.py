@@ -242,7 +242,9 @@ def interval_telemetry(
     std = cases.loss_spread / np.sqrt(batch)
     train_loss = interval.loss + std / np.sqrt(np.maximum(steps, 1.0)) * chance(1.0)
     seen_std = np.where(steps > 2, std * np.exp(chance(1.0) / np.sqrt(2 * np.maximum(steps, 1.0))), 0.0)
-    learning_rate = interval.last_rate * cases.unit * neutral_factor(controls.batch_size, cases.batch_size)
+    learning_rate = (
+        interval.last_rate * cases.unit * neutral_factor(controls.batch_size.astype(np.float64), cases.batch_size)
+    )
     height = interval.last_rate / cases.law.edge
     small = 1e-2 * np.minimum(height, 1.0) * np.exp(chance(0.1))  # slope along an update without curvature
     gradient_norm = cases.gradient_norm * np.sqrt(1.0 + interval.critical_batch / batch) * np.exp(chance(0.05))
