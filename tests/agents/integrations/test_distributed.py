@@ -22,6 +22,8 @@ from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 from trainpilot.llm_runtime.masks import Criterion
 
 Outcome = dict[str, Any]
+MOST_SEQUENCES = 16
+"""Largest batch of a step, in both processes together."""
 JOBS = (
     [
         "whole ddp",
@@ -98,7 +100,9 @@ def test_the_first_process_decides_for_all_and_all_tell_the_same(results: Result
 def test_what_is_measured_is_that_of_the_whole_batch(results: Results, kind: str) -> None:
     here, alone = results(f"whole {kind}")[0], results("alone")[0]
     for name in ("train_loss", "gradient_norm", "noise_scale"):
-        assert told(here, name) == pytest.approx(told(alone, name), rel=1e-3), name
+        # A noise scale near zero is the difference of two norms that are equal up to a few float32 roundings.
+        rounding = 4 * MOST_SEQUENCES * torch.finfo(torch.float32).eps if name == "noise_scale" else 0.0
+        assert told(here, name) == pytest.approx(told(alone, name), rel=1e-3, abs=rounding), name
     assert set(told(here, "validation_loss")) == {None, 0.5}  # the processes say 0 and 1
 
 
