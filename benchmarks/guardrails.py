@@ -92,18 +92,18 @@ def compared(
     runs: Runs, baselines: dict[str, Any], cases: Sequence[str], policy: str, preference: str
 ) -> dict[str, Any]:
     """Return all pairs of runs, with summaries by start, with and without an intervention, and over all."""
-    guarded = f"policy:{policy}@{preference}"
-    by_place = {(row.case, row.method, row.seed): runs.results.get(row.key) for row in runs.comparison.rows}
     pairs = []
     for case in cases:
         curve = next(
             c for c in baselines["curves"] if (c["case"], c["baseline"], c["axis"]) == (case, "tuned", "tokens")
         )
         for start in STARTS:
-            for seed in runs.comparison.seeds:
-                held, bare = (by_place[f"{case}.start-{start}", m, seed] for m in (guarded, f"{guarded}@unguarded"))
-                if held is not None and bare is not None:
-                    pairs.append({"case": case, "start": start, "seed": seed, **pair(held, bare, curve)})
+            forms = (f"policy:{policy}@{preference}", f"policy:{policy}@{preference}@unguarded")
+            held, bare = ({run.row.seed: run.result for run in runs.of(f"{case}.start-{start}", m)} for m in forms)
+            pairs += [
+                {"case": case, "start": start, "seed": seed, **pair(held[seed], bare[seed], curve)}
+                for seed in sorted(held.keys() & bare.keys())
+            ]
     interventions = {
         "refused or rolled back": [p for p in pairs if p["refusals"] or p["rollbacks"]],
         "nothing refused": [p for p in pairs if not (p["refusals"] or p["rollbacks"])],
