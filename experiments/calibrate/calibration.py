@@ -23,7 +23,7 @@ from trainpilot.experiments.costs.table import CostTable
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergySource
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord
-from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun
 
 
 class CalibratedPhysics(Protocol):

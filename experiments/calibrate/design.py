@@ -10,7 +10,7 @@ from typing import Literal
 from trainpilot.experiments.options import Effort
 from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
-from trainpilot.llm_runtime.simulator.fitting import Role
+from trainpilot.llm_runtime.simulator.evidence import Role
 
 ControlPlan = Literal["ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"]
 """`...-ramp`: the batch grows from an eighth of the starting batch to all or half of it, as under policies that save

@@ -15,7 +15,7 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energ
 from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 EVALUATE_EVERY = 5

@@ -1,22 +1,25 @@
-"""Fit the simulator's physics to live runs, by nonlinear least squares in the logarithms, with standard errors.
+"""Fit the simulator's physics to evidence of any kind, by nonlinear least squares in the logarithms.
 
-`CalibrationRun` is the record of a live run for fitting or testing. This module does not import torch.
+One fit takes whole curves, final losses, or both, of one model or of several. The parameters of several models hang
+together: each is a power of the number of weights times a small deviation of its own, so that what one model's evidence
+leaves open (final losses of one schedule do not determine the noise) comes from the others'. This module does not
+import torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 from scipy.optimize import OptimizeResult, least_squares
 
-from trainpilot.llm_runtime.config import RunConfig
-from trainpilot.llm_runtime.json_records import Float, JsonForm, JsonRecord
-from trainpilot.llm_runtime.schedules import Cooldown, Schedule, neutral_factor
+from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, Evidence, of_live_runs
 from trainpilot.llm_runtime.simulator.physics import (
+    ADDED,
     NAMES,
     NOT_FITTED,
     PARAMETERS,
@@ -26,68 +29,14 @@ from trainpilot.llm_runtime.simulator.physics import (
     advance,
     loss,
 )
-from trainpilot.llm_runtime.simulator.records import Floats
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.simulator.records import Floats, Ints
 
-Role = Literal["fit", "held-out"]
-
-
-def _finite_pair(pair: tuple[float, float]) -> list[float] | None:
-    return list(pair) if all(map(math.isfinite, pair)) else None
-
-
-Probe = Annotated[tuple[float, float], JsonForm(write=_finite_pair)]
-"""Linear and quadratic part of a curvature probe, in nats/token; `null` in JSON if one of them is not finite."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationRun(JsonRecord):
-    """Measurements of one live run, by interval."""
-
-    config: RunConfig
-    """Configuration of the run."""
-    telemetry: tuple[Telemetry, ...]
-    """Telemetry of each interval, including its controls; `diverged` of the last one is set if the run diverged."""
-    validation: tuple[tuple[int, Float], ...]
-    """Pairs of decisions so far (from 0) and validation loss in nats/token; NaN if the loss was not finite."""
-    wide_probe: tuple[Probe | None, ...]
-    """Linear and quadratic part of a curvature probe on more sequences than the telemetry's, after each interval."""
-    n_parameters: int
-    """Weights of the model at the start."""
-    role: Role
-    """Whether the run is for fitting, or held out for testing."""
-
-    def __post_init__(self) -> None:
-        if self.role not in get_args(Role):
-            raise ValueError(f"role must be one of {', '.join(get_args(Role))}, got {self.role!r}")
-        if len(self.wide_probe) != len(self.telemetry):
-            raise ValueError(
-                f"wide_probe must have one entry for each of the {len(self.telemetry)} intervals in telemetry, "
-                f"got {len(self.wide_probe)}; use None where there was no probe"
-            )
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the final training loss is not finite."""
-        return bool(self.telemetry) and self.telemetry[-1].diverged
-
-    @property
-    def final_loss(self) -> float:
-        """Validation loss at the end, in nats/token; NaN for a run that diverged."""
-        return math.nan if self.diverged or not self.validation else self.validation[-1][1]
-
-
-LOSS_SCALE = 0.03
-"""Scale of the residuals of validation losses, in nats/token: about the spread between seeds."""
-FINAL_WEIGHT = 3.0
-"""Factor on the weight of a run's last loss."""
-GOOD_WITHIN = 0.15
-"""Runs within this distance of the best one, in nats/token, have up to `GOOD_WEIGHT` times the weight."""
-GOOD_WEIGHT = 2.0
 UPDATE_SCALE = 0.5
 """Scale of the residuals of the logarithm of a relative update."""
-PRIOR_SCALE = 2.0
-"""Width of the prior around typical values, in the logarithm; it only matters for values that the runs leave open."""
+ROBUST_ABOVE = 1.0
+"""Residuals beyond this many tolerances count linearly, not squared."""
+FAILED = 100.0
+"""Residual, in tolerances, of a predicted loss that is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +52,8 @@ class FittedPhysics(JsonRecord):
     """Standard error of each parameter's logarithm, from the fit's Jacobian and the residuals' size."""
     correlation: tuple[tuple[float, ...], ...]
     """Correlation matrix of the logarithms, in the order of `PARAMETERS`."""
+    n_parameters: int | None = None
+    """Weights of the model; `None` if not noted."""
 
     def physics(self, n_runs: int) -> Physics:
         """Return the same physics for `n_runs` runs."""
@@ -110,27 +61,198 @@ class FittedPhysics(JsonRecord):
         initial, decay = np.full(n_runs, self.initial_loss), np.full(n_runs, self.weight_decay)
         return Physics(values=values, initial_loss=initial, weight_decay=decay)
 
+    def losses(self, evidence: Evidence) -> Floats:
+        """Return the expected loss before the first interval of each run and after each, in nats/token.
+
+        The shape is that of `evidence.losses`; the runs' models are ignored, all follow this physics.
+        """
+        return _simulate(self.physics(len(evidence)), evidence)[0]
+
     def predict(self, run: CalibrationRun) -> Floats:
         """Return the expected training loss of each interval, in nats/token, of shape (n_intervals,)."""
-        losses, _ = _simulate(self.physics(1), _RunInputs.of([run]))
+        losses = self.losses(of_live_runs([run]))
         mean: Floats = (losses[0, :-1] + losses[0, 1:]) / 2
         return mean[: len(run.telemetry)]
 
     def predict_final(self, run: CalibrationRun) -> float:
         """Return the expected loss after the last interval, in nats/token."""
-        losses, _ = _simulate(self.physics(1), _RunInputs.of([run]))
-        return float(losses[0, len(run.telemetry)])
+        return float(self.losses(of_live_runs([run]))[0, len(run.telemetry)])
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Return the physics that `to_json` gave. Raises `ValueError` for another set of parameters."""
-        if odd := set(content["values"]) ^ set(NAMES):
+        """Return the physics that `to_json` gave; parameters added since then get values without effect.
+
+        Raises:
+            ValueError: parameters are missing or unknown.
+        """
+        values = {**ADDED, **content["values"]}
+        if odd := set(values) ^ set(NAMES):
             raise ValueError(f"physics parameters missing or unknown: {', '.join(sorted(odd))}; calibrate anew")
-        return super().from_json(content)
+        uncertainty = dict.fromkeys(ADDED, 0.0) | dict(content["uncertainty"])
+        return super().from_json({**content, "values": values, "uncertainty": uncertainty})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeLaw(JsonRecord):
+    """Physics of models of any size on texts of one kind: each parameter is a power of the number of weights."""
+
+    reference: FittedPhysics
+    """Physics at `reference.n_parameters` weights."""
+    exponents: Mapping[str, float]
+    """Exponent of the number of weights, by the names in `PARAMETERS`."""
+    fitted_sizes: tuple[int, ...]
+    """Weights of the models that the law was fitted to, ascending; other sizes are interpolated or extrapolated."""
+
+    def at(self, n_parameters: int) -> FittedPhysics:
+        """Return the physics of a model of `n_parameters` weights."""
+        assert self.reference.n_parameters is not None
+        ratio = n_parameters / self.reference.n_parameters
+        values = {name: value * ratio ** self.exponents[name] for name, value in self.reference.values.items()}
+        return replace(self.reference, values=values, n_parameters=n_parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Result of a fit."""
+
+    physics: tuple[FittedPhysics, ...]
+    """Of each model, in their order."""
+    law: SizeLaw | None
+    """How the parameters depend on the size; `None` if there is one model only."""
+
+    def losses(self, evidence: Evidence) -> Floats:
+        """Return the expected losses of runs of the fitted models, in nats/token, as the shape of `evidence.losses`."""
+        models: Ints = evidence.model
+        values = {name: np.array([each.values[name] for each in self.physics])[models] for name in NAMES}
+        initial = np.array([each.initial_loss for each in self.physics])[models]
+        decay = np.array([each.weight_decay for each in self.physics])[models]
+        return _simulate(Physics(values=values, initial_loss=initial, weight_decay=decay), evidence)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model whose runs share their physics."""
+
+    n_parameters: int
+    """Weights."""
+    initial_loss: float
+    """Loss before training, in nats/token."""
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """Expectation of a fit before it sees evidence; widths are standard deviations of natural logarithms."""
+
+    centre: Mapping[str, float]
+    """Expected values at the mean size of the models; `floor` as a share of the lowest loss."""
+    width: Mapping[str, float]
+    """How far a parameter may be from its centre."""
+    exponent: Mapping[str, float] = field(default_factory=dict)
+    """Expected exponent of the number of weights; 0 if not given."""
+    exponent_width: Mapping[str, float] = field(default_factory=dict)
+    """How far an exponent may be from that; by default `EXPONENT_WIDTH`."""
+    deviation: Mapping[str, float] = field(default_factory=dict)
+    """How far one model may be from the law of all; by default `DEVIATION`."""
+
+
+EXPONENT_WIDTH = 0.3
+DEVIATION = 0.3
+NEARLY_FIXED = 1e-2
+"""Width of parameters that evidence does not determine."""
+
+LIVE_PRIOR = Prior(
+    centre={name: parameter.typical for name, parameter in PARAMETERS.items()},
+    width=dict.fromkeys(NAMES, 2.0) | dict.fromkeys(NOT_FITTED, NEARLY_FIXED),
+)
+"""For live runs of one small model: wide, so that it only matters for what the runs leave open."""
+
+_ANNEALING = (
+    "noise", "noise_power", "noise_growth", "settling", "slow_noise", "slow_spectrum",
+    "growth", "shrinking", "growth_power",
+)  # fmt: skip
+"""Parameters of noise and annealing, which only curves under different schedules determine."""
+
+SCALE_PRIOR = Prior(
+    centre=LIVE_PRIOR.centre | {"gradient_noise": 30.0, "floor": 0.9, "noise": 0.5, "settling": 0.1},
+    width=dict.fromkeys(NAMES, 1.5)
+    | dict.fromkeys(_ANNEALING, 1.0)
+    | {"spectrum": 0.5, "gradient_power": 0.5, "gradient_noise": 2.5, "floor": 0.3}
+    | dict.fromkeys((*NOT_FITTED, "update"), NEARLY_FIXED),
+    exponent={"floor": -0.07, "rate": 0.7, "update": 0.7, "stall_rate": -0.7},
+    exponent_width={"floor": 0.04} | dict.fromkeys(_ANNEALING, 0.2),
+    deviation={"floor": 0.05, "spectrum": 0.08}
+    | dict.fromkeys(_ANNEALING, 0.2)
+    | dict.fromkeys((*NOT_FITTED, "update"), NEARLY_FIXED),
+)
+"""For models of 10 M parameters and more. The best learning rate falls as about the 0.7th power of the weights (Li et
+al. 2025, arXiv 2503.04715), which `rate` and `stall_rate` express; the floor falls slowly (Hoffmann et al. 2022)."""
+
+
+def around(law: SizeLaw, n_parameters: int, *, width: float = 0.7, annealing_width: float = 0.1) -> Prior:
+    """Return a prior around a law, for evidence that determines only a part of the physics."""
+    reference = law.at(n_parameters)
+    widths = {name: min(SCALE_PRIOR.width[name], width) for name in NAMES}
+    widths |= dict.fromkeys(_ANNEALING, annealing_width)
+    return Prior(
+        centre={**reference.values, "floor": SCALE_PRIOR.centre["floor"]},
+        width=widths | {"floor": SCALE_PRIOR.width["floor"], "gradient_noise": 1.5},
+        exponent=law.exponents,
+        exponent_width=dict.fromkeys(NAMES, 0.1) | {"floor": 0.03},
+        deviation={**SCALE_PRIOR.deviation, **dict.fromkeys(_ANNEALING, annealing_width / 2)},
+    )
+
+
+def fit(
+    evidence: Evidence,
+    models: Sequence[Model],
+    prior: Prior = SCALE_PRIOR,
+    *,
+    starts: int = 1,
+    seed: int = 0,
+    max_steps: int = 60,
+    on_step: Callable[[], None] | None = None,
+) -> Fit:
+    """Fit the physics of all models to their evidence.
+
+    Args:
+        evidence: Runs; their `model` is an index of `models`.
+        models: Models, each with at least one run.
+        prior: Expectation before the evidence.
+        starts: Number of starting points of the search, the first at the prior's centre.
+        seed: Seed of the other starting points.
+        max_steps: Steps of the search from each starting point.
+        on_step: Called after each step of the search, for progress bars.
+
+    Raises:
+        ValueError: a model has no run with a measured loss.
+    """
+    known = np.isfinite(evidence.losses[:, 1:]).any(axis=1) & ~evidence.bound
+    for index, model in enumerate(models):
+        if not (known & (evidence.model == index)).any():
+            raise ValueError(f"evidence must hold a measured loss of each model, got none of {model.n_parameters:,}")
+    problem = _Problem(evidence, models, prior, on_step)
+    random = np.random.default_rng(seed)
+    best: OptimizeResult | None = None
+    for start in range(starts):
+        begin = problem.begin + (random.normal(0, 0.5, len(problem.begin)) * (problem.width > 0.1) if start else 0.0)
+        found = least_squares(
+            problem.residuals,
+            np.clip(begin, problem.low + 1e-3, problem.high - 1e-3),
+            jac=problem.jacobian,
+            bounds=(problem.low, problem.high),
+            x_scale=problem.width,
+            loss="soft_l1",
+            f_scale=ROBUST_ABOVE,
+            max_nfev=max_steps,
+        )
+        best = found if best is None or found.cost < best.cost else best
+    assert best is not None
+    return problem.fitted(best)
 
 
 def fit_physics(runs: Sequence[CalibrationRun], *, starts: int = 2, seed: int = 0) -> FittedPhysics:
-    """Fit the physics to the validation losses and relative updates of runs of one model on one text.
+    """Fit the physics to the validation losses and relative updates of live runs of one model on one text.
 
     Args:
         runs: At least six runs; those that diverged or were pruned are not used.
@@ -143,153 +265,161 @@ def fit_physics(runs: Sequence[CalibrationRun], *, starts: int = 2, seed: int = 
     usable = [run for run in runs if not run.diverged and run.telemetry[-1].sparsity == 0]
     if len(usable) < 6:
         raise ValueError(f"runs must hold at least 6 that neither diverged nor were pruned, got {len(usable)}")
-    problem = _Problem(usable)
-    random = np.random.default_rng(seed)
-    best: OptimizeResult | None = None
-    for start in range(starts):
-        shift = random.normal(0, 0.5, len(NAMES)) if start else 0.0
-        begin = np.clip(problem.typical + shift, problem.low + 1e-3, problem.high - 1e-3)
-        bounds = (problem.low, problem.high)
-        found = least_squares(problem.residuals, begin, loss="soft_l1", max_nfev=60, bounds=bounds)
-        best = found if best is None or found.cost < best.cost else best
-    assert best is not None
-    return problem.fitted(best)
+    evidence = of_live_runs(usable)
+    model = Model(
+        n_parameters=usable[0].n_parameters,
+        initial_loss=float(np.nanmean(evidence.losses[:, 0])),
+        weight_decay=usable[0].config.weight_decay,
+    )
+    return fit(evidence, [model], LIVE_PRIOR, starts=starts, seed=seed).physics[0]
 
 
 class _Problem:
-    """The residuals of a fit."""
+    """The residuals of a fit, and their derivatives.
 
-    def __init__(self, runs: Sequence[CalibrationRun]) -> None:
-        self.runs = _RunInputs.of(runs)
-        self.validation = _validation(runs, self.runs.steps.shape[1])
-        self.seen = np.isfinite(self.validation)
-        self.initial_loss = float(np.nanmean(self.validation[:, 0]))
-        self.least_loss = float(np.nanmin(self.validation))
+    The unknowns are, in this order: the logarithms of the parameters at the mean size; with several models also the
+    exponents of the size, and each model's deviations. A model's logarithms are therefore
+    x[parameter] + x[exponent] log(n / n_mean) + x[deviation].
+    """
+
+    def __init__(
+        self, evidence: Evidence, models: Sequence[Model], prior: Prior, on_step: Callable[[], None] | None
+    ) -> None:
+        self.evidence, self.models, self.on_step = evidence, models, on_step
+        sizes = np.log([model.n_parameters for model in models])
+        self.mean_size = float(sizes.mean())
+        self.sizes = sizes - self.mean_size
+        self.initial = np.array([model.initial_loss for model in models])
+        self.decay = np.array([model.weight_decay for model in models])
+        self.seen = np.isfinite(evidence.losses)
         self.seen[:, 0] = False  # the initial loss is not predicted
-        self.weights = np.where(_last(self.seen), FINAL_WEIGHT, 1.0) * _importance(self.validation, self.seen)
-        self.updates = _relative_updates(runs, self.runs)
-        self.low = np.log([p.low for p in PARAMETERS.values()])
-        self.high = np.log([p.high for p in PARAMETERS.values()])
-        self.typical = np.log([p.typical for p in PARAMETERS.values()])
-        self.prior_scale = np.array([1e-2 if name in NOT_FITTED else PRIOR_SCALE for name in NAMES])
-        self.weight_decay = runs[0].config.weight_decay
+        self.bound = np.broadcast_to(evidence.bound[:, None], self.seen.shape)[self.seen]
+        updates = np.isfinite(evidence.log_updates)
+        self.updates_seen = np.zeros_like(updates)
+        self.updates_seen[:, 5::4] = updates[:, 5::4]
+        owners = [np.broadcast_to(evidence.model[:, None], seen.shape)[seen] for seen in (self.seen, self.updates_seen)]
+        self.owner = np.concatenate(owners)
+        self._prepare(prior)
 
-    def physics(self, x: Floats) -> Physics:
-        n_runs = len(self.runs.steps)
-        values = {name: np.full(n_runs, value) for name, value in self.values(x).items()}
-        initial, decay = np.full(n_runs, self.initial_loss), np.full(n_runs, self.weight_decay)
-        return Physics(values=values, initial_loss=initial, weight_decay=decay)
+    def _prepare(self, prior: Prior) -> None:
+        measured = self.evidence.losses[~self.evidence.bound][:, 1:]
+        least = float(np.nanmin(measured))
+        centre = np.log([prior.centre[name] for name in NAMES])
+        low, high = (np.log([getattr(p, side) for p in PARAMETERS.values()]) for side in ("low", "high"))
+        floor = NAMES.index("floor")
+        for values in (centre, low, high):
+            values[floor] += math.log(least)
+        high[floor] += math.log(float(np.nanmax(self.evidence.best_of_cell())) / least)
+        width = np.array([prior.width[name] for name in NAMES])
+        parts = [(centre, width, low, high)]
+        if len(self.models) > 1:
+            many = len(self.models)
+            exponent = np.array([prior.exponent.get(name, 0.0) for name in NAMES])
+            spread = np.array([prior.exponent_width.get(name, EXPONENT_WIDTH) for name in NAMES])
+            deviation = np.tile([prior.deviation.get(name, DEVIATION) for name in NAMES], many)
+            free = np.full(len(NAMES), 10.0)
+            parts.append((exponent, spread, -free, free))
+            parts.append((np.zeros(len(deviation)), deviation, -np.tile(free, many), np.tile(free, many)))
+        self.begin, self.width, self.low, self.high = (np.concatenate(each) for each in zip(*parts, strict=True))
+        self.begin = np.clip(self.begin, self.low, self.high)
+        self.centre = self.begin.copy()
 
-    def values(self, x: Floats) -> dict[str, float]:
-        values = dict(zip(NAMES, np.exp(x).tolist(), strict=True))
-        return values | {"floor": values["floor"] * self.least_loss}
+    def logarithms(self, x: Floats) -> Floats:
+        """Return the logarithms of each model's parameters, of shape (n_models, n_parameters)."""
+        n = len(NAMES)
+        if len(self.models) == 1:
+            return x[None, :n]
+        deviations = x[2 * n :].reshape(len(self.models), n)
+        logarithms: Floats = x[:n] + x[n : 2 * n] * self.sizes[:, None] + deviations
+        return logarithms
 
     def residuals(self, x: Floats) -> Floats:
-        losses, updates = _simulate(self.physics(x), self.runs)
-        off = ((losses - self.validation) * self.weights)[self.seen] / LOSS_SCALE
-        off_updates = (updates - self.updates)[:, 5::4] / UPDATE_SCALE
-        prior = (x - self.typical) / self.prior_scale
-        return np.concatenate([off, off_updates[np.isfinite(off_updates)], prior])
+        return np.concatenate([self._data(self.logarithms(x)), (x - self.centre) / self.width])
 
-    def fitted(self, result: OptimizeResult) -> FittedPhysics:
+    def jacobian(self, x: Floats) -> Floats:
+        """Return the derivatives: one simulation for each parameter serves its exponent and deviations too."""
+        logarithms = self.logarithms(x)
+        at = self._data(logarithms)
+        n, many = len(NAMES), len(self.models)
+        slopes = np.zeros((len(at), len(x)))
+        for index, name in enumerate(NAMES):
+            if name in NOT_FITTED:
+                continue
+            moved = logarithms.copy()
+            moved[:, index] += _STEP
+            slope = (self._data(moved) - at) / _STEP
+            slopes[:, index] = slope
+            if many > 1:
+                slopes[:, n + index] = slope * self.sizes[self.owner]
+                slopes[np.arange(len(at)), 2 * n + self.owner * n + index] = slope
+        if self.on_step is not None:
+            self.on_step()
+        return np.concatenate([slopes, np.diag(1.0 / self.width)])
+
+    def _data(self, logarithms: Floats) -> Floats:
+        evidence = self.evidence
+        with np.errstate(all="ignore"):
+            losses, updates = _simulate(self._physics(logarithms, evidence.model), evidence)
+            off = ((losses - evidence.losses) / evidence.tolerance)[self.seen]
+            off = np.where(self.bound, np.minimum(off, 0.0), off)
+            off_updates = (updates - evidence.log_updates)[self.updates_seen] / UPDATE_SCALE
+        return np.nan_to_num(np.concatenate([off, off_updates]), nan=FAILED, posinf=FAILED, neginf=-FAILED)
+
+    def _physics(self, logarithms: Floats, models: Ints) -> Physics:
+        values = dict(zip(NAMES, np.exp(logarithms[models]).T.copy(), strict=True))
+        return Physics(values=values, initial_loss=self.initial[models], weight_decay=self.decay[models])
+
+    def fitted(self, result: OptimizeResult) -> Fit:
         covariance = np.linalg.pinv(result.jac.T @ result.jac) * max(2 * result.cost / len(result.fun), 1.0)
+        n, x = len(NAMES), result.x
+        values = np.exp(self.logarithms(x))
+        if len(self.models) == 1:
+            return Fit(physics=(self._record(values[0], covariance, self.models[0]),), law=None)
+        physics = []
+        for index, (model, size) in enumerate(zip(self.models, self.sizes, strict=True)):
+            turn = np.zeros((n, len(x)))
+            turn[:, :n], turn[:, n : 2 * n] = np.eye(n), size * np.eye(n)
+            turn[:, (2 + index) * n : (3 + index) * n] = np.eye(n)
+            physics.append(self._record(values[index], turn @ covariance @ turn.T, model))
+        middle = Model(
+            n_parameters=round(math.exp(self.mean_size)),
+            initial_loss=float(self.initial.mean()),
+            weight_decay=float(self.decay.mean()),
+        )
+        law = SizeLaw(
+            reference=self._record(np.exp(x[:n]), covariance[:n, :n], middle),
+            exponents=dict(zip(NAMES, x[n : 2 * n].tolist(), strict=True)),
+            fitted_sizes=tuple(sorted({model.n_parameters for model in self.models})),
+        )
+        return Fit(physics=tuple(physics), law=law)
+
+    def _record(self, values: Floats, covariance: Floats, model: Model) -> FittedPhysics:
         errors = np.sqrt(np.diag(covariance))
         correlation = covariance / np.outer(errors, errors)
         return FittedPhysics(
-            values=self.values(result.x),
-            initial_loss=self.initial_loss,
-            weight_decay=self.weight_decay,
+            values=dict(zip(NAMES, values.tolist(), strict=True)),
+            initial_loss=model.initial_loss,
+            weight_decay=model.weight_decay,
             uncertainty=dict(zip(NAMES, errors.tolist(), strict=True)),
             correlation=tuple(tuple(row) for row in correlation.round(3).tolist()),
+            n_parameters=model.n_parameters,
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _RunInputs:
-    """Controls of runs by interval; shorter runs are padded with empty intervals."""
-
-    steps: Floats
-    """Optimiser steps; all arrays have shape (n_runs, n_intervals)."""
-    learning_rate: Floats
-    """Mean learning rate over the interval."""
-    last_rate: Floats
-    """Learning rate of the last step."""
-    batch: Floats
-
-    @classmethod
-    def of(cls, runs: Sequence[CalibrationRun]) -> _RunInputs:
-        shape = (len(runs), max(len(run.telemetry) for run in runs))
-        steps, rate, last, batch = np.zeros(shape), np.zeros(shape), np.ones(shape), np.ones(shape)
-        for row, run in enumerate(runs):
-            used = slice(0, len(run.telemetry))
-            steps[row, used] = [each.steps for each in run.telemetry]
-            rate[row, used] = mean_rates(run.config, run.telemetry)
-            last[row, used] = [each.learning_rate for each in run.telemetry]
-            batch[row, used] = [each.batch_size for each in run.telemetry]
-        return cls(steps=steps, learning_rate=rate, last_rate=last, batch=batch)
+_STEP = 1e-4
+"""Step of the numerical derivatives, in the logarithm."""
 
 
-def mean_rates(config: RunConfig, telemetry: Sequence[Telemetry]) -> list[float]:
-    """Return the mean learning rate of each interval of a live run, including warm-up and decay within it."""
-    schedule, cooldown, tokens, rates = config.base_schedule(), None, 0, []
-    for each in telemetry:
-        step_tokens = each.interval_tokens / each.steps
-        if each.finishing and cooldown is None:
-            cooldown = Cooldown.begin(schedule, tokens, int(step_tokens))
-        begins = (int(tokens + i * step_tokens) for i in range(each.steps))
-        factors = [_factor(schedule, cooldown, at, int(step_tokens)) for at in begins]
-        scale = each.requested.learning_rate_scale * neutral_factor(each.requested.batch_size, config.batch_size)
-        rates.append(config.base_learning_rate * scale * math.fsum(factors) / each.steps)
-        tokens += each.interval_tokens
-    return rates
-
-
-def _factor(schedule: Schedule, cooldown: Cooldown | None, tokens: int, step_tokens: int) -> float:
-    return schedule.factor(tokens, step_tokens) if cooldown is None else cooldown.factor(tokens)
-
-
-def _simulate(physics: Physics, runs: _RunInputs) -> tuple[Floats, Floats]:
+def _simulate(physics: Physics, evidence: Evidence) -> tuple[Floats, Floats]:
     """Return losses before and after each interval, (n_runs, n_intervals + 1), and logarithms of relative updates."""
-    n_runs, n_intervals = runs.steps.shape
+    n_runs, n_intervals = evidence.steps.shape
     state = PhysicsState.fresh(n_runs)
     losses = np.empty((n_runs, n_intervals + 1))
     losses[:, 0] = physics.initial_loss
     updates = np.empty((n_runs, n_intervals))
     for t in range(n_intervals):
-        moments = advance(physics, state, runs.steps[:, t], runs.learning_rate[:, t], runs.batch[:, t])
+        moments = advance(physics, state, evidence.steps[:, t], evidence.learning_rate[:, t], evidence.batch[:, t])
         losses[:, t + 1] = loss(physics, state)
         size = physics.values["update"] * np.sqrt(moments.momentum_power / state.growth)
-        updates[:, t] = np.log(np.maximum(size * runs.last_rate[:, t] / RATE_UNIT, 1e-12))
+        updates[:, t] = np.log(np.maximum(size * evidence.last_rate[:, t] / RATE_UNIT, 1e-12))
     return losses, updates
-
-
-def _validation(runs: Sequence[CalibrationRun], n_intervals: int) -> Floats:
-    table = np.full((len(runs), n_intervals + 1), np.nan)
-    for row, run in enumerate(runs):
-        for decision, value in run.validation:
-            table[row, decision] = value
-    return table
-
-
-def _relative_updates(runs: Sequence[CalibrationRun], arrays: _RunInputs) -> Floats:
-    table = np.full(arrays.steps.shape, np.nan)
-    for row, run in enumerate(runs):
-        known = [each.relative_update if each.relative_update else np.nan for each in run.telemetry]
-        table[row, : len(known)] = np.log(known)
-    return table
-
-
-def _importance(validation: Floats, seen: np.ndarray) -> Floats:
-    """Return weights of shape (n_runs, 1); good settings have more weight, since a policy must distinguish them."""
-    final = np.array([row[known][-1] if known.any() else np.inf for row, known in zip(validation, seen, strict=True)])
-    weights: Floats = 1.0 + GOOD_WEIGHT * np.exp(-(final - final.min()) / GOOD_WITHIN)
-    return weights[:, None]
-
-
-def _last(seen: np.ndarray) -> np.ndarray:
-    """Return a mask of the same shape with only the last True of each row."""
-    last = np.zeros_like(seen)
-    for row, values in enumerate(seen):
-        if values.any():
-            last[row, np.flatnonzero(values)[-1]] = True
-    return last

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainpilot.llm_runtime.simulator import fitting
-from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from fakes import make_telemetry
 
 from trainpilot.experiments.calibrate.calibration import BestRate, best_rates, fit_error, rank_correlation
 from trainpilot.llm_runtime.config import RunConfig
-from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun
 
 CONFIG = RunConfig(tokens=10_000, batch_size=1, sequence_length=8, decisions=2)
 BOWL = FittedPhysics(best=1e-2, floor=2.0)

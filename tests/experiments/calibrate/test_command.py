@@ -26,7 +26,7 @@ from trainpilot.experiments.options import CalibrateOptions
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergyReading, EnergySource, NoMeter, RecordedMeter
 from trainpilot.llm_runtime.process import use_threads
-from trainpilot.llm_runtime.simulator.fitting import CalibrationRun
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 from trainpilot.llm_runtime.timing import Cost
 

@@ -12,7 +12,8 @@ from fakes import make_telemetry
 
 from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.schedules import Cooldown, ScheduleName
-from trainpilot.llm_runtime.simulator.fitting import CalibrationRun, FittedPhysics, fit_physics, mean_rates
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, mean_rates
+from trainpilot.llm_runtime.simulator.fitting import FittedPhysics, fit_physics
 from trainpilot.llm_runtime.simulator.physics import (
     NAMES,
     PARAMETERS,

@@ -171,24 +171,34 @@ def test_the_loss_is_its_floor_its_signal_and_its_noise() -> None:
     assert loss(physics, state)[0] == pytest.approx(1.5 + 4.5 / 4 + 0.125 + 2.0 * 0.5)
 
 
-def test_the_noise_floor_follows_the_learning_rate_at_once() -> None:
-    physics = made(noise=0.05, noise_power=1.0, **PLAIN)
+def test_noise_that_settles_at_once_follows_the_learning_rate() -> None:
+    physics = made(noise=0.05, noise_power=1.0, settling=1e3, **PLAIN)
     state = stepped(physics, steps=1_000, rate=4e-3)
     assert state.excess[0] == pytest.approx(0.2)
     advance(physics, state, one(1), one(1e-3), one(1))
     assert state.excess[0] == pytest.approx(0.05)
-    advance(physics, state, one(1), one(0.0), one(1))
-    assert state.excess[0] == 0.0
 
 
-def test_no_steps_change_nothing_but_the_noise_floor() -> None:
+def test_noise_approaches_its_floor_along_the_path() -> None:
+    physics = made(noise=0.05, noise_power=1.0, rate=0.01, settling=0.5, growth_power=0.0, **PLAIN)
+    state = stepped(physics, steps=10_000, rate=4e-3)
+    assert state.excess[0] == pytest.approx(0.2)
+    moments = advance(physics, state, one(20), one(1e-3), one(1))
+    path = 2 * 0.01 * 1.0 * 20 / np.sqrt(moments.signal_power[0] + moments.noise_power[0])
+    assert state.excess[0] == pytest.approx(0.05 + 0.15 * np.exp(-0.5 * path))
+    left = state.excess[0]
+    advance(physics, state, one(1_000), one(0.0), one(1))
+    assert state.excess[0] == left
+
+
+def test_no_steps_change_nothing() -> None:
     physics, state = made(), PhysicsState.fresh(1)
     advance(physics, state, one(30), one(2e-3), one(8))
-    before = (state.signal.copy(), state.noise.copy(), state.growth.copy(), state.steps.copy())
+    before = state.copy()
     advance(physics, state, one(0), one(2e-3), one(8))
 
-    for old, new in zip(before, (state.signal, state.noise, state.growth, state.steps), strict=True):
-        assert new == pytest.approx(old, abs=1e-15)
+    for name, old in vars(before).items():
+        assert getattr(state, name) == pytest.approx(old, abs=1e-15)
 
 
 def test_putting_and_taking_rows_move_everything_of_a_run() -> None:
@@ -209,7 +219,7 @@ def test_putting_and_taking_rows_move_everything_of_a_run() -> None:
 
 
 def test_halving_an_interval_changes_nothing_at_fixed_gradients() -> None:
-    physics = made(gradient_noise=5.0, gradient_power=0.0, scar=0.0, growth=0.0, slow_noise=1.0)
+    physics = made(gradient_noise=5.0, gradient_power=0.0, scar=0.0, growth=0.0, slow_noise=1.0, settling=1e3)
     whole = stepped(physics, steps=40, rate=3e-3, batch=8)
     halves = stepped(physics, steps=20, rate=3e-3, batch=8)
     advance(physics, halves, one(20), one(3e-3), one(8))
