@@ -1,36 +1,64 @@
-"""Measure how well the simulator's physics predicts losses that it was not fitted to: published curves and live runs.
+"""Measure how well the simulator's physics predicts losses that it was not fitted to.
 
-python benchmarks/simulator_fidelity.py --curves FOLDER [--calibrations FOLDER]
+    python benchmarks/simulator_fidelity.py --published FOLDER [--parts curves horizons sweep live] [--ship]
 
-FOLDER, or the environment variable TRAINPILOT_CURVES, holds csv_25 and csv_100 (or loss_curves_25m and
-loss_curves_100m): CSV files of step, lr and loss. They lie in loss_curve_repo of the public repository
-https://github.com/thu-yao-01-luo/MultiPowerLaw (MIT licence, Luo et al. 2025).
+FOLDER, or the environment variable TRAINPILOT_PUBLISHED, holds runs that others published; `_published.py` says which,
+and where they are from. The parts are
 
-The live runs are those of `trainpilot calibrate` for three models on two texts; missing ones are run first. If the
-command is interrupted, the same command resumes it. Losses agree between machines up to rounding.
+* `curves`: fit three loss curves of one model, predict its curves under six other schedules;
+* `horizons`: fit runs of two lengths over learning rate and cool-down, predict the other lengths;
+* `sweep`: fit final losses over learning rate, batch, budget and size together with those runs; then leave out the
+  largest budget, a batch, a learning rate, and the largest model, and predict them;
+* `live`: fit live runs of three small models on two texts, predict held-out ones. These are the runs of `trainpilot
+  calibrate`; missing ones are made first, and if the command is interrupted, the same command resumes them.
+
+Parts that are not asked for are kept from the last result. All fits take about half an hour on one core. `--ship` fits
+all published runs together and writes the physics that trainpilot ships.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _common import write_result
-from numpy.typing import NDArray
+from _common import RESULTS, write_result
+from _published import (
+    CURVE_FOLDERS,
+    CURVE_PARAMETERS,
+    FITTED_CURVES,
+    UNSEEN_CURVES,
+    ScheduleRun,
+    multi_power_curve,
+    of_schedule_runs,
+    schedule_runs,
+    step_law,
+)
 from rich.console import Console
-from second_physics.law import PublishedPhysics, fit_published
 
 from trainpilot.experiments.calibrate.calibration import FILE_NAME, Calibration, load_calibrations
 from trainpilot.experiments.calibrate.command import calibrate
+from trainpilot.experiments.fit_sweep import usable
 from trainpilot.experiments.options import CalibrateOptions
+from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.simulator.evidence import Evidence, of_curves
+from trainpilot.llm_runtime.simulator.fitting import Fit, Model, fit
+from trainpilot.llm_runtime.simulator.sweeps import (
+    NEAR,
+    FinalLoss,
+    borrowed_schedules,
+    bounds_outside,
+    by_cell,
+    of_final_losses,
+)
 
 MODELS = ("llama-nano", "gpt2-nano", "phi-nano")
 TEXTS = {
@@ -106,90 +134,272 @@ def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-FOLDERS = {"25M": ("csv_25", "loss_curves_25m"), "100M": ("csv_100", "loss_curves_100m")}
-"""Possible folder names of each model."""
-FITTED = ("cosine_24000", "constant_24000", "wsdcon_9")
-UNSEEN = ("constant_72000", "cosine_72000", "wsd_20000_24000", "wsdld_20000_24000", "wsdcon_3", "wsdcon_18")
-SOURCE = "https://github.com/thu-yao-01-luo/MultiPowerLaw"
-
-Curve = NDArray[np.float64]
-"""Steps, learning rates and losses, of shape (3, n_points)."""
+CURVE_LOSS, SWEEP_LOSS, SCHEDULE_LOSS = 11.0, 11.0, 10.9
+"""Losses before training, in nats/token: logarithms of the vocabularies."""
 
 
-def published(root: Path) -> dict[str, Any]:
+def curves(root: Path) -> dict[str, Any]:
     """Return and print the errors on each model's other schedules after a fit to three curves."""
-    models = {size: fit_folder(folder_of(root, size)) for size in FOLDERS}
-    for size, model in models.items():
+    models = {}
+    for size in CURVE_FOLDERS:
+        begin = time.perf_counter()
+        model = Model(n_parameters=CURVE_PARAMETERS[size], initial_loss=CURVE_LOSS)
+        fitted = fit(of_curves([multi_power_curve(root, size, name) for name in FITTED_CURVES]), [model])
+        fit_s = time.perf_counter() - begin
+        errors = {name: _curve_error(fitted, root, size, name) for name in (*FITTED_CURVES, *UNSEEN_CURVES)}
+        means = {
+            kind: float(np.mean([errors[name]["mean_absolute_error"] for name in names]))
+            for kind, names in (("fitted", FITTED_CURVES), ("unseen", UNSEEN_CURVES))
+        }
+        print(f"{size}: {means['unseen']:.4f} nats on unseen schedules, {means['fitted']:.4f} on the fitted ones")
+        models[size] = {
+            "physics": dict(fitted.physics[0].values),
+            "fit_s": fit_s,
+            "errors": errors,
+            "fitted_mean_absolute_error": means["fitted"],
+            "unseen_mean_absolute_error": means["unseen"],
+        }
+    return {"source": "https://github.com/thu-yao-01-luo/MultiPowerLaw", "unit": "nats/token", "models": models}
+
+
+def _curve_error(fitted: Fit, root: Path, size: str, name: str) -> dict[str, float]:
+    """Return the mean absolute error along the curve and the signed error at its end (positive: too high)."""
+    evidence = of_curves([multi_power_curve(root, size, name)])
+    predicted = fitted.losses(evidence)
+    off = (predicted - evidence.losses)[0, 1:]
+    end = float((evidence.at_end(predicted) - evidence.final)[0])
+    return {"mean_absolute_error": float(np.nanmean(np.abs(off))), "final_error": end}
+
+
+HORIZON_MODEL, HORIZON_TEXT = 123_587_328, "slimpajama"
+FITTED_HORIZONS = (25_000, 50_000)
+
+
+def horizons(root: Path) -> dict[str, Any]:
+    """Return and print the errors at each length of run after a fit to the runs of two lengths."""
+    runs = _horizon_runs(root)
+    fitted = fit(
+        of_schedule_runs([run for run in runs if run.horizon in FITTED_HORIZONS]),
+        [Model(n_parameters=HORIZON_MODEL, initial_loss=SCHEDULE_LOSS)],
+    )
+    found = {}
+    for horizon in sorted({run.horizon for run in runs}):
+        evidence = of_schedule_runs([run for run in runs if run.horizon == horizon])
+        predicted = fitted.losses(evidence)
+        off = evidence.at_end(predicted) - evidence.final
+        found[str(horizon)] = {
+            "fitted": horizon in FITTED_HORIZONS,
+            "n_runs": len(evidence),
+            "final_error": float(np.abs(off).mean()),
+            "bias": float(off.mean()),
+            "curve_error": float(np.nanmean(np.abs(predicted - evidence.losses)[:, 1:])),
+        }
         print(
-            f"{size}: mean absolute error {model['unseen_mean_absolute_error']:.4f} nats on unseen schedules, "
-            f"{model['fitted_mean_absolute_error']:.4f} on the fitted ones, fitted in {model['fit_s']:.1f} s"
+            f"{horizon} steps ({len(evidence)} runs): final losses off by {found[str(horizon)]['final_error']:.4f} nats"
         )
-    return {"source": SOURCE, "unit": "nats/token", "models": models}
-
-
-def folder_of(root: Path, size: str) -> Path:
-    """Return the folder with the curves of one model."""
-    found = [root / name for name in FOLDERS[size] if (root / name).is_dir()]
-    if not found:
-        raise SystemExit(f"--curves must name a folder that holds {' or '.join(FOLDERS[size])}, got {root}; {_HINT}")
-    return found[0]
-
-
-def fit_folder(folder: Path) -> dict[str, Any]:
-    """Fit the physics to three curves of one model and predict all its curves; errors in nats/token."""
-    curves = {name: read_curve(folder / f"{name}.csv") for name in (*FITTED, *UNSEEN)}
-    start = time.perf_counter()
-    steps, rates, losses = zip(*(curves[name] for name in FITTED), strict=True)
-    physics = fit_published(steps, rates, losses)
-    fit_s = time.perf_counter() - start
-    errors = {name: error(physics, curve) for name, curve in curves.items()}
     return {
-        "physics": {key: value for key, value in asdict(physics).items() if key != "covariance"},
-        "relative_standard_errors": physics.standard_errors,
-        "fit_s": fit_s,
-        "fitted": {name: errors[name] for name in FITTED},
-        "unseen": {name: errors[name] for name in UNSEEN},
-        "fitted_mean_absolute_error": mean_error(errors, FITTED),
-        "unseen_mean_absolute_error": mean_error(errors, UNSEEN),
+        "source": "https://github.com/fabian-sp/lr-scheduling",
+        "unit": "nats/token",
+        "horizons": found,
+        "wsd_over_cosine": _wsd_over_cosine(fitted, runs),
     }
 
 
-def error(physics: PublishedPhysics, curve: Curve) -> dict[str, float]:
-    """Return the mean absolute error over the curve and the signed error at its end (positive: predicted too high)."""
-    step, lr, loss = curve
-    misses = physics.predict(lr, step) - loss
-    return {"mean_absolute_error": float(np.abs(misses).mean()), "final_error": float(misses[-1])}
+def _wsd_over_cosine(fitted: Fit, runs: Sequence[ScheduleRun]) -> list[dict[str, float]]:
+    """Return the difference of WSD (a fifth of cool-down) and cosine (to zero), measured and predicted."""
+    found = []
+    for peak, horizon in sorted({(run.peak, run.horizon) for run in runs}):
+        at = [run for run in runs if (run.peak, run.horizon) == (peak, horizon)]
+        wsd = [run for run in at if run.schedule == "wsd" and run.decay_share == 0.2]
+        cosine = [run for run in at if run.schedule == "cos" and run.curve.learning_rate[-1] < 0.01 * peak]
+        if not wsd or not cosine:
+            continue
+        losses = [of_schedule_runs(each) for each in (wsd, cosine)]
+        predicted = [float(each.at_end(fitted.losses(each)).mean()) for each in losses]
+        measured = [float(each.final.mean()) for each in losses]
+        found.append(
+            {
+                "peak": peak,
+                "horizon": horizon,
+                "measured": measured[0] - measured[1],
+                "predicted": predicted[0] - predicted[1],
+            }
+        )
+    return found
 
 
-def mean_error(errors: dict[str, dict[str, float]], names: tuple[str, ...]) -> float:
-    """Return the unweighted mean over curves."""
-    return float(np.mean([errors[name]["mean_absolute_error"] for name in names]))
+def _horizon_runs(root: Path) -> list[ScheduleRun]:
+    return [run for run in schedule_runs(root) if run.n_parameters == HORIZON_MODEL and run.dataset == HORIZON_TEXT]
 
 
-def read_curve(path: Path) -> Curve:
-    """Read a CSV file with the columns step, lr and loss and one header line."""
-    if not path.is_file():
-        raise SystemExit(f"--curves must hold {path.parent.name}/{path.name}, found none; {_HINT}")
-    curve: Curve = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64).T
-    return curve
+HELD_BATCH, HELD_RATE = 192, 1.95e-3
 
 
-_HINT = f"get the curves from {SOURCE} (MIT licence)"
+def sweep(root: Path) -> dict[str, Any]:
+    """Return and print the errors of a fit to a sweep, and of predictions of what was left out of a fit."""
+    runs, curves_ = usable(step_law(root)), _horizon_runs(root)
+    largest = {n: max(run.steps * run.batch for run in runs if run.n_parameters == n) for n in _sizes(runs)}
+    left_out: dict[str, Callable[[FinalLoss], bool]] = {
+        "largest_budget": lambda run: run.steps * run.batch > 0.97 * largest[run.n_parameters],
+        "one_batch": lambda run: run.batch == HELD_BATCH,
+        "one_rate": lambda run: abs(run.learning_rate / HELD_RATE - 1) < 0.01,
+        "largest_model": lambda run: run.n_parameters == max(largest),
+    }
+    whole = _fit_sweep(runs, curves_)
+    found: dict[str, Any] = {
+        "source": "https://github.com/step-law/steplaw (arXiv 2503.04715)",
+        "unit": "nats/token",
+        "n_runs": len(runs),
+        "fitted": _cells(whole, runs),
+        "schedules": _schedules(whole, runs),
+        "left_out": {},
+    }
+    summary = found["fitted"]
+    print(f"sweep: {summary['near_error']:.4f} nats near the optimum, regret {summary['regret']:.4f}, "
+          f"promise outside {summary['promise']:.4f}")  # fmt: skip
+    for name, chosen in left_out.items():
+        partial = _fit_sweep([run for run in runs if not chosen(run)], curves_)
+        found["left_out"][name] = _left_out(partial, runs, [run for run in runs if chosen(run)])
+        print(f"left out {name}: {found['left_out'][name]['near_error']:.4f} nats near the optimum")
+    return found
+
+
+def _sizes(runs: Sequence[FinalLoss]) -> list[int]:
+    return sorted({run.n_parameters for run in runs})
+
+
+def _fit_sweep(runs: Sequence[FinalLoss], curves_: Sequence[ScheduleRun]) -> Fit:
+    """Fit the sweep together with whole curves under many schedules, which determine noise and annealing."""
+    sizes = _sizes(runs)
+    models = [Model(n_parameters=n, initial_loss=SWEEP_LOSS) for n in sizes]
+    parts = [
+        of_final_losses(runs, sizes),
+        borrowed_schedules(runs, sizes),
+        bounds_outside(runs, sizes),
+        of_schedule_runs(curves_, len(models)),
+    ]
+    return fit(Evidence.joined(parts), [*models, Model(n_parameters=HORIZON_MODEL, initial_loss=SCHEDULE_LOSS)])
+
+
+def _predicted(fitted: Fit, runs: Sequence[FinalLoss]) -> np.ndarray:
+    """Return the final losses; a model that was not fitted follows the law of sizes."""
+    known = {each.n_parameters: each for each in fitted.physics}
+    values = np.empty(len(runs))
+    for size in _sizes(runs):
+        rows = [row for row, run in enumerate(runs) if run.n_parameters == size]
+        assert fitted.law is not None
+        physics = known.get(size) or fitted.law.at(size)
+        evidence = of_final_losses([runs[row] for row in rows], [size])
+        values[rows] = evidence.at_end(physics.losses(evidence))
+    return values
+
+
+def _cells(fitted: Fit, runs: Sequence[FinalLoss]) -> dict[str, Any]:
+    """Return the errors near the optimum of each cell, and the regret of the setting that is predicted to be best."""
+    cells_ = []
+    for cell in by_cell(runs):
+        measured, predicted = np.array([run.final_loss for run in cell]), _predicted(fitted, cell)
+        near = measured < measured.min() + NEAR
+        cells_.append(
+            {
+                "n_parameters": cell[0].n_parameters,
+                "tokens": round(cell[0].steps * cell[0].batch * 2048, -8),
+                "near_error": float(np.abs(predicted - measured)[near].mean()),
+                "regret": float(measured[predicted.argmin()] - measured.min()),
+            }
+        )
+    bounds = bounds_outside(runs, _sizes(runs))
+    best = np.array([min(run.final_loss for run in cell) for cell in by_cell(runs)])
+    outside = best[bounds.cell] - bounds.at_end(fitted.losses(bounds))
+    means = {name: float(np.mean([each[name] for each in cells_])) for name in ("near_error", "regret")}
+    return {**means, "promise": float(outside.max()), "cells": cells_}
+
+
+def _schedules(fitted: Fit, runs: Sequence[FinalLoss]) -> dict[str, float]:
+    """Return the mean error against what published curves say about other schedules at each cell's best setting."""
+    borrowed = borrowed_schedules(runs, _sizes(runs))
+    off = borrowed.at_end(fitted.losses(borrowed)) - borrowed.final
+    exact = borrowed.tolerance[:, 0] < 0.02
+    return {"wsd_linear_cosine": float(np.abs(off[exact]).mean()), "constant": float(np.abs(off[~exact]).mean())}
+
+
+def _left_out(fitted: Fit, runs: Sequence[FinalLoss], out: Sequence[FinalLoss]) -> dict[str, float]:
+    chosen = set(map(id, out))
+    near, errors = [], []
+    for cell in by_cell(runs):
+        best = min(run.final_loss for run in cell)
+        inside = [run for run in cell if id(run) in chosen]
+        if inside:
+            errors.append(_predicted(fitted, inside) - [run.final_loss for run in inside])
+            near.append(np.array([run.final_loss < best + NEAR for run in inside]))
+    off, close = np.concatenate(errors), np.concatenate(near)
+    return {
+        "n_runs": len(off),
+        "n_near": int(close.sum()),
+        "near_error": float(np.abs(off[close]).mean()),
+        "near_bias": float(off[close].mean()),
+    }
+
+
+SHIPPED = Path(__file__).parent.parent / "llm_runtime" / "simulator" / "shipped" / "published" / "physics.json"
+SOURCES = {
+    "step-law": "Li et al. 2025, Step Law, https://github.com/step-law/steplaw, arXiv 2503.04715",
+    "schedules": "Schaipp et al. 2025, https://github.com/fabian-sp/lr-scheduling (MIT licence)",
+    "curves": "Luo et al. 2025, https://github.com/thu-yao-01-luo/MultiPowerLaw (MIT licence)",
+}
+
+
+def ship(root: Path) -> None:
+    """Fit all published runs together and write the fitted numbers with their sources."""
+    runs, studied = usable(step_law(root)), [run for run in schedule_runs(root) if run.dataset == HORIZON_TEXT]
+    sizes = _sizes(runs)
+    models = [(f"step-law-{n / 1e6:.0f}M", Model(n_parameters=n, initial_loss=SWEEP_LOSS)) for n in sizes]
+    parts = [of_final_losses(runs, sizes), borrowed_schedules(runs, sizes), bounds_outside(runs, sizes)]
+    for n in sorted({run.n_parameters for run in studied}):
+        parts.append(of_schedule_runs([run for run in studied if run.n_parameters == n], len(models)))
+        models.append((f"schedules-{n / 1e6:.0f}M", Model(n_parameters=n, initial_loss=SCHEDULE_LOSS)))
+    for size, n in CURVE_PARAMETERS.items():
+        names = (*FITTED_CURVES, *UNSEEN_CURVES)
+        parts.append(of_curves([multi_power_curve(root, size, name) for name in names], len(models)))
+        models.append((f"curves-{size}", Model(n_parameters=n, initial_loss=CURVE_LOSS)))
+    fitted = fit(Evidence.joined(parts), [model for _, model in models], max_steps=150)
+    assert fitted.law is not None
+    named = zip((name for name, _ in models), fitted.physics, strict=True)
+    record = {
+        "sources": SOURCES,
+        "models": {name: physics.to_json() for name, physics in named},
+        "law": fitted.law.to_json(),
+    }
+    write_json(SHIPPED, record)
+    print(f"physics: {SHIPPED}")
+
+
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"curves": curves, "horizons": horizons, "sweep": sweep}
 
 
 def main() -> None:
     """Fit, predict, and write `results/simulator_fidelity.json`."""
-    calibrations = Path("runs/calibrations")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", default=os.environ.get("TRAINPILOT_CURVES"), help="folder of the published curves")
-    parser.add_argument("--calibrations", type=Path, default=calibrations, help="where MODEL-TEXT/calibration.json lie")
+    parser.add_argument("--published", default=os.environ.get("TRAINPILOT_PUBLISHED"), help="folder of published runs")
+    parser.add_argument("--parts", nargs="+", default=[*PARTS, "live"], choices=[*PARTS, "live"])
+    parser.add_argument(
+        "--calibrations", type=Path, default=Path("runs/calibrations"), help="where MODEL-TEXT/calibration.json lie"
+    )
+    parser.add_argument("--ship", action="store_true", help="write the physics that trainpilot ships, and nothing else")
     options = parser.parse_args()
-    if options.curves is None:
-        raise SystemExit(f"--curves must name the folder of the published curves, got none; {_HINT}")
-    # The path of the curves on this machine does not belong in the result.
-    sys.argv = ["FOLDER" if argument == options.curves else argument for argument in sys.argv]
-    result = {"published": published(Path(options.curves)), "live": live(options.calibrations)}
-    print(write_result("simulator_fidelity", result, torch.device("cpu")))
+    if options.published is None:
+        raise SystemExit("--published must name the folder of published runs, got none; see benchmarks/_published.py")
+    # The path of the data on this machine does not belong in the result.
+    sys.argv = ["FOLDER" if argument == options.published else argument for argument in sys.argv]
+    if options.ship:
+        ship(Path(options.published))
+        return
+    kept = RESULTS / "simulator_fidelity.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    result = {name: known[name] for name in (*PARTS, "live") if name in known}
+    for name in options.parts:
+        result[name] = live(options.calibrations) if name == "live" else PARTS[name](Path(options.published))
+        print(write_result("simulator_fidelity", result, torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from trainpilot.experiments.options import (
     CompareOptions,
     DemoOptions,
     DoctorOptions,
+    FitSweepOptions,
     InspectOptions,
     ReplayOptions,
     TrainAgentOptions,
@@ -34,11 +35,12 @@ Command = (
     | Annotated[ReplayOptions, subcommand("replay")]
     | Annotated[CompareOptions, subcommand("compare")]
     | Annotated[CalibrateOptions, subcommand("calibrate")]
+    | Annotated[FitSweepOptions, subcommand("fit-sweep")]
     | Annotated[DoctorOptions, subcommand("doctor")]
     | Annotated[InspectOptions, subcommand("inspect")]
 )
 
-COMMANDS = ("demo", "train-agent", "replay", "compare", "calibrate", "doctor", "inspect")
+COMMANDS = ("demo", "train-agent", "replay", "compare", "calibrate", "fit-sweep", "doctor", "inspect")
 DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot demo`, then `trainpilot replay --help`."
 
 
@@ -80,6 +82,10 @@ def _run(options: object) -> None:
         from trainpilot.experiments.calibrate.command import calibrate
 
         calibrate(options, console)
+    elif isinstance(options, FitSweepOptions):
+        from trainpilot.experiments.fit_sweep import fit_sweep
+
+        fit_sweep(options, console)
     elif isinstance(options, DoctorOptions):
         _doctor(options, console)
     elif isinstance(options, InspectOptions):

@@ -309,7 +309,8 @@ class _Problem:
         floor = NAMES.index("floor")
         for values in (centre, low, high):
             values[floor] += math.log(least)
-        high[floor] += math.log(float(np.nanmax(self.evidence.best_of_cell())) / least)
+        best = self.evidence.best_of_cell()[~self.evidence.bound]
+        high[floor] += math.log(float(best[np.isfinite(best)].max()) / least)
         width = np.array([prior.width[name] for name in NAMES])
         parts = [(centre, width, low, high)]
         if len(self.models) > 1:
@@ -410,13 +411,30 @@ _STEP = 1e-4
 """Step of the numerical derivatives, in the logarithm."""
 
 
+BLOCK = 256
+"""Runs that are simulated together: as many as a processor's cache holds."""
+
+
 def _simulate(physics: Physics, evidence: Evidence) -> tuple[Floats, Floats]:
-    """Return losses before and after each interval, (n_runs, n_intervals + 1), and logarithms of relative updates."""
+    """Return losses before and after each interval, (n_runs, n_intervals + 1), and logarithms of relative updates.
+
+    Both are NaN after a run's end.
+    """
     n_runs, n_intervals = evidence.steps.shape
+    losses, updates = np.full((n_runs, n_intervals + 1), np.nan), np.full((n_runs, n_intervals), np.nan)
+    lengths = np.where(evidence.steps > 0, np.arange(1, n_intervals + 1), 0).max(axis=1, initial=0)
+    order = np.argsort(lengths, kind="stable")
+    for rows in np.split(order, np.arange(BLOCK, n_runs, BLOCK)):
+        block, used = evidence.take(rows), int(lengths[rows].max(initial=0))
+        losses[rows, : used + 1], updates[rows, :used] = _simulate_block(physics.take(rows), block, used)
+    return losses, updates
+
+
+def _simulate_block(physics: Physics, evidence: Evidence, n_intervals: int) -> tuple[Floats, Floats]:
+    n_runs = len(evidence)
     state = PhysicsState.fresh(n_runs)
-    losses = np.empty((n_runs, n_intervals + 1))
+    losses, updates = np.empty((n_runs, n_intervals + 1)), np.empty((n_runs, n_intervals))
     losses[:, 0] = physics.initial_loss
-    updates = np.empty((n_runs, n_intervals))
     for t in range(n_intervals):
         moments = advance(physics, state, evidence.steps[:, t], evidence.learning_rate[:, t], evidence.batch[:, t])
         losses[:, t + 1] = loss(physics, state)

@@ -141,8 +141,8 @@ def without_lost(runs: Sequence[FinalLoss]) -> list[FinalLoss]:
 
 
 SCHEDULE_DIFFERENCES: Mapping[str, tuple[float, float]] = {
-    "cosine": (0.0, 0.006), "cosine to 10 %": (0.027, 0.012), "linear": (0.0, 0.008), "wsd": (0.01, 0.01),
-    "constant": (0.2, 0.05),
+    "cosine": (0.0, 0.003), "cosine to 10 %": (0.027, 0.006), "linear": (0.0, 0.004), "wsd": (0.01, 0.005),
+    "constant": (0.2, 0.03),
 }  # fmt: skip
 """Final loss near the best learning rate over that of a cosine to zero, and tolerance, in nats/token.
 

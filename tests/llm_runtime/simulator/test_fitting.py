@@ -12,9 +12,18 @@ from fakes import make_telemetry
 
 from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.schedules import Cooldown, ScheduleName
-from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, mean_rates
-from trainpilot.llm_runtime.simulator.fitting import FittedPhysics, fit_physics
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, Evidence, mean_rates
+from trainpilot.llm_runtime.simulator.fitting import (
+    SCALE_PRIOR,
+    Fit,
+    FittedPhysics,
+    Model,
+    SizeLaw,
+    fit,
+    fit_physics,
+)
 from trainpilot.llm_runtime.simulator.physics import (
+    ADDED,
     NAMES,
     PARAMETERS,
     RATE_UNIT,
@@ -23,6 +32,8 @@ from trainpilot.llm_runtime.simulator.physics import (
     advance,
     loss,
 )
+from trainpilot.llm_runtime.simulator.shipped import shipped_physics
+from trainpilot.llm_runtime.simulator.sweeps import FinalLoss, of_final_losses
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 DECISIONS, SEQUENCES, LENGTH = 10, 1_600, 8
@@ -203,3 +214,93 @@ def test_the_mean_rate_follows_a_cool_down() -> None:
     # it lasts a fifth of 5 intervals: one, with factors 40/40 down to 1/40
     assert cooldown.end_tokens == 6 * 1_280
     assert mean_rates(of, finishing)[4:] == pytest.approx([1e-3, 1e-3 * 20.5 / 40])
+
+
+# Several models ---------------------------------------------------------------------------------------------
+
+SIZES = (50_000_000, 200_000_000)
+EXPONENTS = {"rate": 0.5, "stall_rate": -0.6, "floor": -0.06}
+
+
+def planted_law() -> SizeLaw:
+    values = {name: SCALE_PRIOR.centre[name] for name in NAMES} | {"floor": 2.4, "gradient_noise": 60.0}
+    reference = FittedPhysics(
+        values=values, initial_loss=10.9, weight_decay=0.1, uncertainty={}, correlation=(), n_parameters=100_000_000
+    )
+    return SizeLaw(reference=reference, exponents=dict.fromkeys(NAMES, 0.0) | EXPONENTS, fitted_sizes=SIZES)
+
+
+def planted_sweep(n_parameters: int) -> list[FinalLoss]:
+    asked = [
+        FinalLoss(
+            n_parameters=n_parameters, steps=round(5_120_000 / batch), learning_rate=rate, batch=batch, final_loss=0.0,
+            schedule=schedule, warmup_steps=200,
+        )
+        for schedule in ("cosine", "constant")
+        for rate in (3e-4, 1e-3, 2e-3)
+        for batch in (32, 128, 256)
+    ]  # fmt: skip
+    evidence = of_final_losses(asked, [n_parameters])
+    losses = evidence.at_end(planted_law().at(n_parameters).losses(evidence))
+    return [replace(run, final_loss=float(loss)) for run, loss in zip(asked, losses, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def joint() -> Fit:
+    runs = [run for size in SIZES for run in planted_sweep(size)]
+    models = [Model(n_parameters=size, initial_loss=10.9) for size in SIZES]
+    return fit(of_final_losses(runs, SIZES), models, max_steps=25)
+
+
+def test_two_models_are_fitted_together_and_a_third_follows_their_law(joint: Fit) -> None:
+    for size, physics in zip(SIZES, joint.physics, strict=True):
+        evidence = of_final_losses(planted_sweep(size), [size])
+        assert evidence.at_end(physics.losses(evidence)) == pytest.approx(evidence.final, abs=0.01)
+    assert joint.law is not None
+    assert joint.law.fitted_sizes == SIZES
+    evidence = of_final_losses(planted_sweep(100_000_000), [100_000_000])
+    assert evidence.at_end(joint.law.at(100_000_000).losses(evidence)) == pytest.approx(evidence.final, abs=0.03)
+
+
+def test_a_law_at_its_reference_is_its_reference_and_survives_json() -> None:
+    law = planted_law()
+    same = law.at(100_000_000)
+
+    assert dict(same.values) == pytest.approx(dict(law.reference.values))
+    assert law.at(400_000_000).values["rate"] == pytest.approx(2 * law.reference.values["rate"])
+    assert SizeLaw.from_json(json.loads(json.dumps(law.to_json()))) == law
+
+
+def test_a_fit_keeps_above_bounds_but_is_not_drawn_to_them() -> None:
+    runs = planted_sweep(SIZES[0])
+    inside = of_final_losses(runs, SIZES[:1])
+    free, loose = (
+        fit(Evidence.joined(parts), [Model(n_parameters=SIZES[0], initial_loss=10.9)], max_steps=6)
+        for parts in ([inside], [inside, _bound(runs[0], -1.0)])
+    )
+    tight = fit(
+        Evidence.joined([inside, _bound(runs[0], 0.05)]), [Model(n_parameters=SIZES[0], initial_loss=10.9)], max_steps=6
+    )
+    ends = [float(inside.at_end(each.losses(inside))[0]) for each in (free, loose, tight)]
+
+    assert ends[1] == pytest.approx(ends[0], abs=1e-6)
+    assert ends[2] > ends[0] + 0.005
+
+
+def _bound(run: FinalLoss, above: float) -> Evidence:
+    bound = of_final_losses([replace(run, final_loss=run.final_loss + above)], SIZES[:1])
+    bound.bound[:], bound.tolerance[:] = True, 0.001
+    return bound
+
+
+def test_every_model_needs_a_measured_loss() -> None:
+    evidence = of_final_losses(planted_sweep(SIZES[0]), SIZES)
+    with pytest.raises(ValueError, match="measured loss of each model, got none of 200,000,000"):
+        fit(evidence, [Model(n_parameters=size, initial_loss=10.9) for size in SIZES])
+
+
+def test_calibrations_from_before_a_parameter_was_added_still_load() -> None:
+    record = shipped_physics()[0].to_json()
+    del record["values"]["settling"], record["uncertainty"]["settling"]
+
+    assert FittedPhysics.from_json(record).values["settling"] == ADDED["settling"]
