@@ -2,14 +2,15 @@
 
 `OBSERVATION_FIELDS` holds name, unit, range, meaning and formula of each field. There are ratios and logarithms only,
 so that a value means the same on every model: no raw loss, norm or parameter count, and nothing that needs a reference
-run. `RunHistory` keeps the statistics of the telemetry that the formulas use. Every value is an array with one number
-per run, for one run as for thousands.
+run. A policy sees the fields of its own `ObservationTable`, which encodes them. `RunHistory` keeps the statistics of
+the telemetry that the formulas use. Every value is an array with one number per run, for one run as for thousands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -142,6 +143,13 @@ class RunView:
     """Weights of quality, energy and time, which sum to 1, shape (n_runs, 3)."""
 
 
+FieldGroup = Literal["basic"]
+GROUPS: tuple[FieldGroup, ...] = get_args(FieldGroup)
+"""Groups of fields. The basic ones belong to every table."""
+BASIC: tuple[FieldGroup, ...] = ("basic",)
+"""The group that versions up to 0.2 had alone."""
+
+
 @dataclass(frozen=True)
 class ObservationField:
     """One number of the observation: `value` clipped to [low, high] and scaled linearly to [-1, 1]."""
@@ -153,19 +161,41 @@ class ObservationField:
     meaning: str
     value: Callable[[RunView], Floats]
     """Raw values, shape (n_runs,), NaN while unknown; an unknown value is encoded as 0, the middle of the range."""
+    group: FieldGroup = "basic"
+    metered: bool = False
+    """Whether it depends on a clock, an energy meter or the memory in use, which never repeat exactly."""
 
     def scale(self, raw: ArrayLike) -> Floats:
         """Return the scaled values."""
         return _scale(np.asarray(raw, dtype=np.float64), self.low, self.high)
 
 
-def encode(view: RunView) -> Floats:
-    """Return the observations, float64 of shape (n_runs, n_fields), in [-1, 1]."""
-    raw = np.empty((len(OBSERVATION_FIELDS), len(view.precision_switches)))
-    with np.errstate(all="ignore"):  # infinite values are clipped, NaN is unknown
-        for row, field in zip(raw, OBSERVATION_FIELDS, strict=True):
-            row[:] = field.value(view)
-        return _scale(raw, _LOW, _HIGH).T
+class ObservationTable:
+    """The fields that a policy sees, in its order, and their encoding."""
+
+    def __init__(self, fields: Sequence[ObservationField]) -> None:
+        self.fields = tuple(fields)
+        self.names = tuple(field.name for field in fields)
+        self._low = np.array([[field.low] for field in fields], dtype=np.float64)
+        self._high = np.array([[field.high] for field in fields], dtype=np.float64)
+        self._metered = np.array([field.metered for field in fields], dtype=np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def encode(self, view: RunView) -> Floats:
+        """Return the observations, float64 of shape (n_runs, n_fields), in [-1, 1]."""
+        raw = np.empty((len(self.fields), len(view.precision_switches)))
+        with np.errstate(all="ignore"):  # infinite values are clipped, NaN is unknown
+            for row, field in zip(raw, self.fields, strict=True):
+                row[:] = field.value(view)
+            return _scale(raw, self._low, self._high).T
+
+    def blinded(self, observations: Floats, blind: Bools) -> Floats:
+        """Encode the metered fields of the runs in `blind` as unknown, in place, and return the observations."""
+        if blind.any():
+            observations[np.ix_(blind, self._metered)] = 0.0
+        return observations
 
 
 def _scale(raw: Floats, low: float | Floats, high: float | Floats) -> Floats:
@@ -274,11 +304,12 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
     _F("clipped_share", "share", 0, 1, "share of steps whose gradient was clipped", _newest("clipped_share")),
     _F("batch_scale", "log2 ratio", -4, 4, "batch over the starting batch",
        lambda v: _log2(v.controls.batch_size / v.limits.start.batch_size)),
-    _F("throughput", "ratio", 0, 1, "tokens/s over the best so far", lambda v: _over_best(v, "tokens_per_s")),
+    _F("throughput", "ratio", 0, 1, "tokens/s over the best so far", lambda v: _over_best(v, "tokens_per_s"),
+       metered=True),
     _F("energy_per_token", "log2 ratio", 0, 2, "joules per token over the best so far",
-       lambda v: _log2(_over_best(v, "energy_per_token_j"))),
-    _F("power", "ratio", 0, 1, "watts over the highest so far", lambda v: _over_best(v, "power_w")),
-    _F("memory", "share", 0, 1, "peak memory over the device's memory", _newest("memory_share")),
+       lambda v: _log2(_over_best(v, "energy_per_token_j")), metered=True),
+    _F("power", "ratio", 0, 1, "watts over the highest so far", lambda v: _over_best(v, "power_w"), metered=True),
+    _F("memory", "share", 0, 1, "peak memory over the device's memory", _newest("memory_share"), metered=True),
     *(_F(f"precision_{name}", "0 or 1", 0, 1, f"{name} is in force", _precision(i))
       for i, name in enumerate(PRECISIONS)),
     _F("precision_switches", "count", 0, 2, "switches of precision made",
@@ -292,7 +323,16 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
     *(_F(f"prefers_{name}", "weight", 0, 1, f"weight on {name} in the preference", _preference(i))
       for i, name in enumerate(("quality", "energy", "time"))),
 )  # fmt: skip
-"""Frozen surface: a bundle stores names and ranges and refuses to load when they differ."""
+"""Frozen surface: a bundle stores the names and ranges of its fields, and is refused where they are not found here.
+New fields go to the end."""
 
-_LOW = np.array([[field.low] for field in OBSERVATION_FIELDS], dtype=np.float64)
-_HIGH = np.array([[field.high] for field in OBSERVATION_FIELDS], dtype=np.float64)
+
+def fields_of(groups: Sequence[str] = GROUPS) -> tuple[ObservationField, ...]:
+    """Return the basic fields and those of some groups, in the order of the table.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    if unknown := sorted(set(groups) - set(GROUPS)):
+        raise ValueError(f"observe must name groups of observation fields ({', '.join(GROUPS)}), got {unknown[0]!r}")
+    return tuple(field for field in OBSERVATION_FIELDS if field.group == "basic" or field.group in groups)

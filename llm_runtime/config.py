@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, get_args, overload
 
@@ -67,6 +67,15 @@ class ControlLimits:
     """What the sparsity control does in this run."""
     decisions: int
     """Decisions in the whole run."""
+    timed_precisions: tuple[Precision, ...] = ()
+    """Precisions that are offered or not because of measured seconds."""
+
+    def untimed(self) -> ControlLimits:
+        """Return the limits of a run that must not depend on a clock: no precision is offered that was timed."""
+        reason = "the precision stays, as only a clock could say whether another pays"
+        return replace(
+            self, masked_precisions={**self.masked_precisions, **dict.fromkeys(self.timed_precisions, reason)}
+        )
 
 
 BATCH_RANGE = 16

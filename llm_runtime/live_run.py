@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from trainpilot.llm_runtime import optimizer as adam
-from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, RunConfig, batch_limits
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, Precision, RunConfig, batch_limits
 from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.data.corpus import Corpus, load_corpus
 from trainpilot.llm_runtime.energy import select_meter
@@ -256,7 +256,10 @@ class LiveRun:
 
     def limits(self) -> ControlLimits:
         """Return the limits of the controls; the first call measures which precisions pay (cached per device)."""
-        return replace(self.base_limits(), masked_precisions=self._masked_precisions())
+        limits = self.base_limits()
+        untimed = {*limits.masked_precisions, self.config.precision}
+        timed = tuple(name for name in PRECISIONS if name not in untimed)
+        return replace(limits, masked_precisions=self._masked_precisions(), timed_precisions=timed)
 
     def base_limits(self) -> ControlLimits:
         """Return the limits without measuring: only precisions that the device lacks are masked."""

@@ -33,7 +33,7 @@ class SteeringSettings:
     """Tokens of a sequence. Only the log and the schedule use it, so an estimate is enough."""
     policy: str | Policy = "default"
     """`default`, the file of a bundle, `none` for the base schedule without control, or a function of observation and
-    masks that returns an action."""
+    masks that returns an action. A function sees all observation fields, or those in its attribute `fields`."""
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None

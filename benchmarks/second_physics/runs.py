@@ -402,6 +402,7 @@ class MultiPowerRuns:
             min_batch_size=smallest,
             max_batch_size=largest,
             masked_precisions=masked,
+            timed_precisions=np.tile(np.arange(len(PRECISIONS)) > 0, (n, 1)),
             prunes=np.zeros(n, dtype=np.bool_),
             decisions=np.full(n, self.decisions),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -104,6 +104,8 @@ class LimitBatch(Rows):
     max_batch_size: Ints
     masked_precisions: Bools
     """True for precisions that are not available, shape (n_runs, number of precisions)."""
+    timed_precisions: Bools
+    """True for precisions that are offered or not because of measured seconds, of the same shape."""
     prunes: Bools
     """Whether the pruning control does anything."""
     decisions: Ints
@@ -117,9 +119,14 @@ class LimitBatch(Rows):
             min_batch_size=np.array([each.min_batch_size for each in limits], dtype=np.int64),
             max_batch_size=np.array([each.max_batch_size for each in limits], dtype=np.int64),
             masked_precisions=np.array([[name in each.masked_precisions for name in PRECISIONS] for each in limits]),
+            timed_precisions=np.array([[name in each.timed_precisions for name in PRECISIONS] for each in limits]),
             prunes=np.array([each.pruning != "none" for each in limits], dtype=np.bool_),
             decisions=np.array([each.decisions for each in limits], dtype=np.int64),
         )
+
+    def untimed(self, rows: Bools) -> LimitBatch:
+        """Return the limits with no timed precision on offer in these rows, as `ControlLimits.untimed`."""
+        return replace(self, masked_precisions=self.masked_precisions | (self.timed_precisions & rows[:, None]))
 
 
 @dataclass(kw_only=True)

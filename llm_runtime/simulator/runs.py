@@ -180,6 +180,7 @@ class SimulatedRuns:
             min_batch_size=low,
             max_batch_size=high,
             masked_precisions=self.instances.hardware.masked.copy(),
+            timed_precisions=np.tile(np.arange(len(PRECISIONS)) > 0, (n, 1)),
             prunes=self.instances.prunes.copy(),
             decisions=np.full(n, self.start.decisions),
         )
@@ -318,11 +319,13 @@ class OnePlant:
         """Return the control limits of the run."""
         limits = self.plants.limits()
         masked = zip(PRECISIONS, limits.masked_precisions[0], strict=True)
+        timed = zip(PRECISIONS, limits.timed_precisions[0], strict=True)
         return ControlLimits(
             start=limits.start.row(0),
             min_batch_size=int(limits.min_batch_size[0]),
             max_batch_size=int(limits.max_batch_size[0]),
             masked_precisions={name: MASKED for name, is_masked in masked if is_masked},
+            timed_precisions=tuple(name for name, is_timed in timed if is_timed),
             pruning="width" if limits.prunes[0] else "none",
             decisions=int(limits.decisions[0]),
         )

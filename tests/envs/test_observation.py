@@ -13,9 +13,18 @@ import pytest
 from fakes import START, make_limits, make_telemetry
 from random_telemetry import random_run
 
-from trainpilot.envs.action import ACTION_FIELDS, KEEP
+from trainpilot.envs.action import ACTION_FIELDS, FIRST_CHOICES, KEEP
 from trainpilot.envs.decision import N_STACK, DecisionState, Preference
-from trainpilot.envs.observation import OBSERVATION_FIELDS, WINDOW, ObservationField, RunHistory, RunView, encode
+from trainpilot.envs.observation import (
+    GROUPS,
+    OBSERVATION_FIELDS,
+    WINDOW,
+    ObservationField,
+    ObservationTable,
+    RunHistory,
+    RunView,
+    fields_of,
+)
 from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.simulator.records import ControlBatch, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -24,6 +33,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "fields.json"
 OBSERVED = Path(__file__).parents[1] / "golden" / "observations.json"
 """Observations of four random runs, recorded when each field was computed from the records of one run."""
 FIELDS = {field.name: field for field in OBSERVATION_FIELDS}
+encode = ObservationTable(OBSERVATION_FIELDS).encode
 BUDGET_USED = 0
 
 
@@ -273,6 +283,56 @@ def test_an_observation_does_not_change_afterwards() -> None:
     state.observe(make_telemetry(budget_used=0.9))
 
     assert (before == copy).all()
+
+
+METERED = {"throughput", "energy_per_token", "power", "memory"}
+
+
+def test_the_metered_fields_are_unknown_to_a_run_for_quality_alone() -> None:
+    for preference, blind in ((Preference(quality=3, energy=0, time=0), True), (Preference(), False)):
+        fast, slow = DecisionState(make_limits(), preference), DecisionState(make_limits(), preference)
+        slow.observe(make_telemetry(time_s=9.0, energy_j=500.0, power_w=80.0, memory_share=0.9))
+        fast.observe(make_telemetry())
+        differing = {name for name, value in fast.fields().items() if value != slow.fields()[name]}
+
+        assert differing == (set() if blind else {"memory"})  # the others are over their best so far
+        assert [fast.fields()[name] for name in METERED] == (
+            [0.0] * len(METERED) if blind else pytest.approx([fast.fields()[name] for name in METERED])
+        )
+    assert {name for name, field in FIELDS.items() if field.metered} == METERED
+
+
+def test_a_run_for_quality_alone_keeps_the_precision_unless_it_was_offered_untimed() -> None:
+    limits = make_limits(timed_precisions=("bf16",), masked_precisions={"tf32": "measured here", "fp16": "not here"})
+    seeing, blind = (DecisionState(limits, each) for each in (Preference(), Preference(quality=1, energy=0, time=0)))
+    first = FIRST_CHOICES[2]
+
+    assert seeing.action_masks()[first : first + 5].tolist() == [True, False, False, True, False]
+    assert blind.action_masks()[first : first + 5].tolist() == [True, False, False, False, False]
+    assert "only a clock" in str(blind.mask_reasons()[2][3])
+    assert blind.anew().limits == blind.limits
+    offered = DecisionState(make_limits(), Preference(quality=1, energy=0, time=0))
+    assert offered.action_masks()[first : first + 5].tolist() == [True, False, True, True, True]
+
+
+def test_a_policy_sees_the_fields_that_it_names_in_its_order() -> None:
+    chosen = tuple(FIELDS[name] for name in ("prefers_time", "budget_used"))
+    state, everything = (DecisionState(make_limits(), Preference(), fields) for fields in (chosen, OBSERVATION_FIELDS))
+    for each in (state, everything):
+        each.observe(make_telemetry(budget_used=0.75))
+
+    assert state.fields() == {name: everything.fields()[name] for name in ("prefers_time", "budget_used")}
+    assert state.observation().shape == (N_STACK * 2,)
+    assert state.observation()[-1] == 0.5
+
+
+def test_groups_select_fields_and_the_basic_ones_stay() -> None:
+    assert fields_of() == OBSERVATION_FIELDS
+    assert {field.group for field in fields_of(())} == {"basic"}
+    for group in GROUPS:
+        assert {field.group for field in fields_of((group,))} == {"basic", group}
+    with pytest.raises(ValueError, match=r"observe must name groups of observation fields .*, got 'mood'"):
+        fields_of(("mood",))
 
 
 def test_names_are_unique_and_ranges_are_ranges() -> None:

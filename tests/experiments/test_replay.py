@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,12 +139,37 @@ def test_a_steered_run_says_which_policy_under_which_schedule(
     assert "policy_digest was" in capsys.readouterr().err
 
 
+def steps_of(folder: Path) -> list[tuple[float, dict[str, Any]]]:
+    """Return training loss and requested controls of every interval."""
+    intervals = [json.loads(line)["telemetry"] for line in (folder / "telemetry.jsonl").open()]
+    return [(each["train_loss"], each["requested"]) for each in intervals]
+
+
+BLIND = ("--policy", "default", "--preference", "quality=1")
+
+
+def test_the_shipped_policy_repeats_a_run_for_quality_alone_to_the_last_bit(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINPILOT_CACHE", str(workplace / "cache"))
+    for name in ("one", "other"):
+        shutil.rmtree(workplace / "cache", ignore_errors=True)  # what was timed in one run does not help the other
+        assert run_here(command(workplace, name, *BLIND), monkeypatch) == 0
+    one, other = summary(workplace / "one"), summary(workplace / "other")
+
+    assert steps_of(workplace / "one") == steps_of(workplace / "other")
+    assert one["n_changes"] > 5
+    assert one["time_s"] != other["time_s"]
+    for name in ("final_validation_loss", "final_test_loss", "final_controls", "n_decisions"):
+        assert one[name] == other[name], name
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["none", "bundle"])
+@pytest.mark.parametrize("policy", ["none", "bundle", "default"])
 def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     zigzag_bundle(workplace / "policy.safetensors")
-    chosen = "none" if policy == "none" else str(workplace / "policy.safetensors")
-    more = ("--policy", chosen, "--pruning", "magnitude")
+    chosen = policy if policy != "bundle" else str(workplace / "policy.safetensors")
+    more = BLIND if policy == "default" else ("--policy", chosen, "--pruning", "magnitude")
     size = {"tokens": 102_400, "decisions": 40}
     whole = run(command(workplace, "whole", *more, **size))
     assert whole.returncode == 0, whole.stderr
@@ -162,11 +188,7 @@ def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, mon
     expected, found = summary(workplace / "whole"), summary(workplace / "cut")
     for name in ("final_validation_loss", "final_test_loss", "initial_validation_loss", "n_decisions", "n_changes"):
         assert found[name] == expected[name], name
-    losses = [
-        [json.loads(line)["telemetry"]["train_loss"] for line in (workplace / out / "telemetry.jsonl").open()]
-        for out in ("whole", "cut")
-    ]
-    assert losses[0] == losses[1]
+    assert steps_of(workplace / "whole") == steps_of(workplace / "cut")
     assert found["n_changes"] > 5 or policy == "none"
     assert not checkpoint.exists()
 

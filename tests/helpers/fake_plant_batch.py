@@ -55,6 +55,7 @@ class ToyPlants:
             min_batch_size=np.full(n, 2),
             max_batch_size=np.where(tight, 8, 32),
             masked_precisions=masked,
+            timed_precisions=np.zeros_like(masked),
             prunes=~tight,
             decisions=np.full(n, self.decisions),
         )
