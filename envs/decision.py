@@ -106,16 +106,16 @@ def draw_weights(random: np.random.Generator, n_runs: int, least_quality: float 
     return np.stack([quality, energy, 1.0 - quality - energy], axis=1)
 
 
-def blind_to_clocks(preference: Floats) -> Bools:
-    """Return which runs see no clock, no meter and no memory: those with a preference for quality alone.
+def blind_to_clocks(limits: LimitBatch, preference: Floats) -> Bools:
+    """Return which runs see no clock, no meter and no memory: those with a budget in tokens and for quality alone.
 
-    Their budget is in tokens, so nothing that they are asked for depends on seconds or joules, and without these a run
-    repeats to the last bit on a CPU.
+    Nothing that they are asked for depends on seconds or joules; without these they repeat to the last bit on a CPU.
 
     Args:
+        limits: Control limits of the runs.
         preference: Weights of quality, energy and time, shape (n_runs, 3).
     """
-    return np.asarray((preference[:, 1:] == 0).all(axis=1))
+    return np.asarray((preference[:, 1:] == 0).all(axis=1) & ~limits.measured_budget)
 
 
 N_STACK = 6
@@ -136,7 +136,7 @@ class DecisionStates:
     ) -> None:
         n_runs = len(limits.decisions)
         self.table = ObservationTable(fields)
-        self.blind: Bools = blind_to_clocks(preference)
+        self.blind: Bools = blind_to_clocks(limits, preference)
         """Runs that see no clock and no meter."""
         self.limits = limits.untimed(self.blind)
         self.preference = preference
@@ -154,7 +154,7 @@ class DecisionStates:
         fresh = DecisionStates(limits.take(rows), preference, self.table.fields)
         self.preference = self.preference.copy()
         self.preference[rows] = preference
-        self.blind = blind_to_clocks(self.preference)
+        self.blind = blind_to_clocks(limits, self.preference)
         self.limits = limits.untimed(self.blind)
         self.controls = self.controls.copy()
         self.controls.put(rows, fresh.controls)

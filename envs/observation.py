@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.schedules import learning_rate
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
 
 WINDOW = 7
@@ -143,7 +144,7 @@ class RunView:
     """Weights of quality, energy and time, which sum to 1, shape (n_runs, 3)."""
 
 
-FieldGroup = Literal["basic"]
+FieldGroup = Literal["basic", "law"]
 GROUPS: tuple[FieldGroup, ...] = get_args(FieldGroup)
 """Groups of fields. The basic ones belong to every table."""
 BASIC: tuple[FieldGroup, ...] = ("basic",)
@@ -267,6 +268,18 @@ def _noise_ratio(view: RunView) -> Floats:
     return _log10(_ratio(view.history.newest("noise_scale"), view.history.newest("batch_size")))
 
 
+def _rate_over_law(view: RunView) -> Floats:
+    """Learning rate at the peak of the schedule, under the present controls, over the advised one."""
+    controls, limits = view.controls, view.limits
+    start = limits.start.batch_size
+    over, scale = limits.learning_rate_over_law, controls.learning_rate_scale
+    return learning_rate(over, scale, 1.0, controls.batch_size.astype(np.float64), start)
+
+
+def _batch_over_law(view: RunView) -> Floats:
+    return view.limits.batch_over_law * view.controls.batch_size / view.limits.start.batch_size
+
+
 def _precision(index: int) -> Callable[[RunView], Floats]:
     return lambda view: np.asarray(view.controls.precision == index, dtype=np.float64)
 
@@ -322,6 +335,10 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
       for i, field in enumerate(ACTION_FIELDS)),
     *(_F(f"prefers_{name}", "weight", 0, 1, f"weight on {name} in the preference", _preference(i))
       for i, name in enumerate(("quality", "energy", "time"))),
+    _F("learning_rate_over_law", "log2 ratio", -8, 8, "learning rate at the schedule's peak over what a scaling law "
+       "advises", lambda v: np.log2(_rate_over_law(v)), group="law"),
+    _F("batch_over_law", "log2 ratio", -8, 8, "batch in tokens over what a scaling law advises",
+       lambda v: np.log2(_batch_over_law(v)), group="law"),
 )  # fmt: skip
 """Frozen surface: a bundle stores the names and ranges of its fields, and is refused where they are not found here.
 New fields go to the end."""

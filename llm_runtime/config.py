@@ -69,6 +69,12 @@ class ControlLimits:
     """Decisions in the whole run."""
     timed_precisions: tuple[Precision, ...] = ()
     """Precisions that are offered or not because of measured seconds."""
+    measured_budget: bool = False
+    """Whether the budget is in seconds or joules and not in tokens."""
+    learning_rate_over_law: float | None = None
+    """Peak learning rate at the start over the one that a scaling law advises; `None` where none applies."""
+    batch_over_law: float | None = None
+    """Batch at the start over the advised one, in tokens."""
 
     def untimed(self) -> ControlLimits:
         """Return the limits of a run that must not depend on a clock: no precision is offered that was timed."""

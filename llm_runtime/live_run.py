@@ -30,11 +30,12 @@ from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
 from trainpilot.llm_runtime.interval import StepRecord
 from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
-from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
+from trainpilot.llm_runtime.models import LoadedModel, body_parameters, context_length, load_model
 from trainpilot.llm_runtime.optimizer import averaged_weights
 from trainpilot.llm_runtime.precision import lacking, masked_precisions
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process import RandomState
+from trainpilot.llm_runtime.scaling_laws import Advice, step_law
 from trainpilot.llm_runtime.schedules import BudgetProgress, sequences_probed
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
@@ -263,7 +264,7 @@ class LiveRun:
 
     def base_limits(self) -> ControlLimits:
         """Return the limits without measuring: only precisions that the device lacks are masked."""
-        config = self.config
+        config, advice = self.config, self.advice()
         smallest, largest = batch_limits(config.batch_size, config.n_sequences() // config.decisions)
         if config.optimizer != "adamw":  # only AdamW can take another batch
             smallest = largest = config.batch_size
@@ -274,7 +275,15 @@ class LiveRun:
             masked_precisions=lacking(self.device),
             pruning=config.pruning,
             decisions=config.decisions,
+            learning_rate_over_law=None if advice is None else config.base_learning_rate / advice.learning_rate,
+            batch_over_law=None if advice is None else config.batch_size * config.sequence_length / advice.batch_tokens,
         )
+
+    def advice(self) -> Advice | None:
+        """Return what a scaling law advises; `None` for a pretrained model or another optimizer than AdamW."""
+        if self.loaded.pretrained or self.config.optimizer != "adamw":
+            return None
+        return step_law(body_parameters(self.loaded.model), self.config.tokens)
 
     def advance(self, controls: Controls, share: float) -> Telemetry:
         """Train on `share` of the budget under `controls`, at least one step, and return what was measured.

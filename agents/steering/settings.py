@@ -6,7 +6,7 @@ policy, the number of decisions and the base schedule. `control_limits` says wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Precision, batch_limits
 from trainpilot.llm_runtime.loop import ControlledLoop, MaskPruning
+from trainpilot.llm_runtime.models import body_parameters
 from trainpilot.llm_runtime.precision import lacking
+from trainpilot.llm_runtime.scaling_laws import step_law
 from trainpilot.llm_runtime.schedules import BudgetProgress, Schedule
 
 
@@ -30,7 +32,8 @@ class SteeringSettings:
     batch_size: int
     """Sequences of an optimiser step at the start, of all processes and accumulated micro-batches together."""
     sequence_length: int = 1
-    """Tokens of a sequence. Only the log and the schedule use it, so an estimate is enough."""
+    """Tokens of a sequence. Only the log, the schedule and the advice of a scaling law use it, so an estimate is
+    enough; 1 is taken for unknown."""
     policy: str | Policy = "default"
     """`default`, the file of a bundle, `none` for the base schedule without control, or a function of observation and
     masks that returns an action. A function sees all observation fields, or those in its attribute `fields`."""
@@ -169,6 +172,21 @@ def control_limits(settings: SteeringSettings, loop: ControlledLoop, decisions: 
         pruning=settings.pruning,
         decisions=decisions,
     )
+
+
+def with_law(
+    limits: ControlLimits, settings: SteeringSettings, loop: ControlledLoop, *, fine_tuning: bool
+) -> ControlLimits:
+    """Return the limits with the start of the run over what a scaling law advises.
+
+    None applies to a pretrained model, to another optimizer than Adam, or where the length of a sequence is unknown.
+    """
+    if fine_tuning or not loop.changes_batch or settings.sequence_length == 1:
+        return replace(limits, learning_rate_over_law=None, batch_over_law=None)
+    advice = step_law(body_parameters(loop.model), loop.progress.schedule.budget_tokens)
+    tokens = settings.batch_size * settings.sequence_length
+    over = loop.peak / advice.learning_rate
+    return replace(limits, learning_rate_over_law=over, batch_over_law=tokens / advice.batch_tokens)
 
 
 def _masked_precisions(offered: tuple[Precision, ...], device: torch.device) -> dict[Precision, str]:

@@ -106,6 +106,12 @@ class LimitBatch(Rows):
     """True for precisions that are not available, shape (n_runs, number of precisions)."""
     timed_precisions: Bools
     """True for precisions that are offered or not because of measured seconds, of the same shape."""
+    measured_budget: Bools
+    """Whether the budget is in seconds or joules and not in tokens."""
+    learning_rate_over_law: Floats
+    """Peak learning rate at the start over the advised one; NaN where no law applies."""
+    batch_over_law: Floats
+    """Batch at the start over the advised one, in tokens."""
     prunes: Bools
     """Whether the pruning control does anything."""
     decisions: Ints
@@ -120,6 +126,9 @@ class LimitBatch(Rows):
             max_batch_size=np.array([each.max_batch_size for each in limits], dtype=np.int64),
             masked_precisions=np.array([[name in each.masked_precisions for name in PRECISIONS] for each in limits]),
             timed_precisions=np.array([[name in each.timed_precisions for name in PRECISIONS] for each in limits]),
+            measured_budget=np.array([each.measured_budget for each in limits], dtype=np.bool_),
+            learning_rate_over_law=np.array([_number(each.learning_rate_over_law) for each in limits]),
+            batch_over_law=np.array([_number(each.batch_over_law) for each in limits]),
             prunes=np.array([each.pruning != "none" for each in limits], dtype=np.bool_),
             decisions=np.array([each.decisions for each in limits], dtype=np.int64),
         )

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
-from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, probe_due, sequences_probed
+from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, neutral_factor, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
 from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
@@ -73,6 +73,8 @@ class Start:
     warmup_share: float = 0.1
     rates: tuple[float, float] = (1 / 30, 10.0)
     """Range of starting learning rates relative to the tuned one, drawn log-uniformly."""
+    advice_error: float = 10.0
+    """A scaling law's advice is off by up to this factor in both directions, drawn log-uniformly for each run."""
 
 
 class SimulatedRuns:
@@ -104,6 +106,8 @@ class SimulatedRuns:
         self.instances = self.pool.instances.take(self.index)
         self.references = self.pool.references.take(self.index)
         self.start_rate: Floats = np.ones(n_runs)
+        self.advice_error: Floats = np.ones((n_runs, 2))
+        """Advised over tuned learning rate and batch."""
         self.state = PhysicsState.fresh(n_runs)
         self.progress = Progress.fresh(n_runs, self.start.decisions)
         self.memory: Floats = np.zeros(n_runs)
@@ -148,12 +152,13 @@ class SimulatedRuns:
         """Begin new runs in these rows."""
         self.episodes[rows] += 1
         self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
-        drawn = uniforms(self.keys[rows], 0, 2)
+        drawn = uniforms(self.keys[rows], 0, 4)
         self.index[rows] = (drawn[:, 0] * len(self.pool)).astype(np.int64)
         self.instances.put(rows, self.pool.instances.take(self.index[rows]))
         self.references.put(rows, self.pool.references.take(self.index[rows]))
         low, high = np.log(self.start.rates)
         self.start_rate[rows] = self.references.rate[rows] * np.exp(low + (high - low) * drawn[:, 1])
+        self.advice_error[rows] = self.start.advice_error ** (2 * drawn[:, 2:] - 1)
         self._restart(rows)
 
     def _restart(self, rows: Ints) -> None:
@@ -167,7 +172,9 @@ class SimulatedRuns:
     def limits(self) -> LimitBatch:
         """Return the control limits of each run."""
         low, high = self.instances.batch_limits(self.start.decisions)
-        n = self.n_runs
+        n, start_batch = self.n_runs, self.instances.start_batch
+        advised_batch = self.references.batch * self.advice_error[:, 1]
+        tuned_rate = self.references.rate * neutral_factor(self.references.batch, start_batch)
         begin = ControlBatch(
             learning_rate_scale=np.ones(n),
             batch_size=self.instances.start_batch.copy(),
@@ -181,6 +188,9 @@ class SimulatedRuns:
             max_batch_size=high,
             masked_precisions=self.instances.hardware.masked.copy(),
             timed_precisions=np.tile(np.arange(len(PRECISIONS)) > 0, (n, 1)),
+            measured_budget=np.zeros(n, dtype=np.bool_),
+            learning_rate_over_law=self.start_rate / (tuned_rate * self.advice_error[:, 0]),
+            batch_over_law=start_batch / advised_batch,
             prunes=self.instances.prunes.copy(),
             decisions=np.full(n, self.start.decisions),
         )
@@ -326,6 +336,9 @@ class OnePlant:
             max_batch_size=int(limits.max_batch_size[0]),
             masked_precisions={name: MASKED for name, is_masked in masked if is_masked},
             timed_precisions=tuple(name for name, is_timed in timed if is_timed),
+            measured_budget=bool(limits.measured_budget[0]),
+            learning_rate_over_law=_known(limits.learning_rate_over_law[0]),
+            batch_over_law=_known(limits.batch_over_law[0]),
             pruning="width" if limits.prunes[0] else "none",
             decisions=int(limits.decisions[0]),
         )
@@ -354,6 +367,10 @@ class OnePlant:
         """Restore a state that `snapshot` returned."""
         self.plants = deepcopy(snapshot["plants"])
         self.finished = snapshot["finished"]
+
+
+def _known(value: np.float64) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 class SimulatedRun(OnePlant):

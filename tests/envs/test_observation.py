@@ -16,6 +16,7 @@ from random_telemetry import random_run
 from trainpilot.envs.action import ACTION_FIELDS, FIRST_CHOICES, KEEP
 from trainpilot.envs.decision import N_STACK, DecisionState, Preference
 from trainpilot.envs.observation import (
+    BASIC,
     GROUPS,
     OBSERVATION_FIELDS,
     WINDOW,
@@ -188,6 +189,16 @@ def test_what_is_in_force_is_told_before_the_first_interval() -> None:
     assert [raw(name, controls=controls, precision_switches=1) for name in names] == [0, 0, 1, 0, 1, 1]
 
 
+def test_the_start_over_the_law_follows_the_controls() -> None:
+    limits = make_limits(learning_rate_over_law=0.5, batch_over_law=4.0)
+    controls = Controls(batch_size=32, learning_rate_scale=8.0)  # from 8 sequences: four times the batch
+
+    # 0.5 x 8 x sqrt(4) = 8, and 4 x 4 = 16
+    assert raw("learning_rate_over_law", limits=limits) == -1.0
+    assert raw("learning_rate_over_law", limits=limits, controls=controls) == pytest.approx(3.0)
+    assert raw("batch_over_law", limits=limits, controls=controls) == pytest.approx(4.0)
+
+
 def test_last_action_and_preference_are_passed_on() -> None:
     state = DecisionState(make_limits(), Preference(quality=0.6, energy=0.3, time=0.1))
     state.decide((6, 0, 3, 0, 0))
@@ -233,6 +244,7 @@ def test_what_was_not_measured_is_unknown() -> None:
 
     assert unknown == {
         *("validation_gap", "relative_update", "curvature", "noise_scale", "energy_per_token", "power", "memory"),
+        *("learning_rate_over_law", "batch_over_law"),
     }
     assert all(encode(view(bare))[0, i] == 0.0 for i, name in enumerate(FIELDS) if name in unknown)
 
@@ -358,7 +370,10 @@ def test_the_tables_are_those_of_the_shipped_policies() -> None:
 
 def test_the_observations_are_those_that_the_shipped_policies_learnt_from() -> None:
     recorded = json.loads(OBSERVED.read_text(encoding="utf-8"))
-    present = [[list(state.fields().values()) for state, _ in random_run(seed)] for seed in range(len(recorded))]
+    names = [field.name for field in fields_of(BASIC)]  # those that there were when they were recorded
+    present = [
+        [[state.fields()[name] for name in names] for state, _ in random_run(seed)] for seed in range(len(recorded))
+    ]
 
     assert np.abs(np.array(present) - np.array(recorded)).max() < 1e-12
 

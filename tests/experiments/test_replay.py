@@ -22,6 +22,8 @@ from trainpilot.experiments import run_store
 from trainpilot.experiments.cli import main
 from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import ReplayOptions
+from trainpilot.llm_runtime.models import body_parameters_of
+from trainpilot.llm_runtime.scaling_laws import step_law
 
 COMMAND = [sys.executable, "-m", "trainpilot.experiments.cli", "replay"]
 CONFIG = {
@@ -117,6 +119,22 @@ def test_the_policy_brings_its_base_schedule_and_options_win() -> None:
     assert chosen(wsd, warmup_tokens=0) == ("wsd", 0)
     assert ReplayOptions(out=Path("x")).run_config(40, wsd).decisions == 40
     assert ReplayOptions(out=Path("x"), decisions=30).run_config(40, wsd).decisions == 30
+
+
+def test_auto_starts_at_what_the_law_advises(workplace: Path) -> None:
+    def chosen(**options: Any) -> tuple[int, float]:
+        model = str(workplace / "model.json")
+        config = ReplayOptions(out=Path("x"), model=model, tokens=204_800, sequence_length=32, **options).run_config(50)
+        return config.batch_size, config.base_learning_rate
+
+    n_parameters = body_parameters_of(str(workplace / "model.json"))
+    assert n_parameters is not None
+    advice = step_law(n_parameters, 204_800)  # 625 tokens, 19.5 sequences
+    assert chosen(batch_size="auto", base_learning_rate="auto") == (16, advice.learning_rate_at(512.0))
+    assert chosen(batch_size=32, base_learning_rate="auto") == (32, advice.learning_rate)
+    assert chosen(batch_size="auto") == (16, 1e-3)
+    with pytest.raises(ValueError, match="must be numbers for a pretrained model, got 'auto'"):
+        ReplayOptions(out=Path("x"), model="some/model", batch_size="auto").run_config(50)
 
 
 def test_a_steered_run_says_which_policy_under_which_schedule(

@@ -56,6 +56,9 @@ class ToyPlants:
             max_batch_size=np.where(tight, 8, 32),
             masked_precisions=masked,
             timed_precisions=np.zeros_like(masked),
+            measured_budget=np.zeros(n, dtype=np.bool_),
+            learning_rate_over_law=np.full(n, np.nan),
+            batch_over_law=np.full(n, np.nan),
             prunes=~tight,
             decisions=np.full(n, self.decisions),
         )
