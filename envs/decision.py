@@ -26,7 +26,8 @@ from trainpilot.envs.action import (
     decode_batch,
     mask_reasons,
 )
-from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, ObservationTable, RunHistory, RunView
+from trainpilot.envs.history import RunHistory
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, ObservationTable, RunView
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.simulator.records import (
     Bools,
@@ -168,7 +169,7 @@ class DecisionStates:
 
     def observe(self, telemetry: TelemetryBatch) -> None:
         """Add the interval that has just ended, of every run, to the history."""
-        self.history.observe(telemetry)
+        self.history.observe(telemetry, self.controls)
         self.newest = self._encode()
         width, before = len(self.table), self._stack
         self._stack = np.empty_like(before)
