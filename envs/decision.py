@@ -28,6 +28,7 @@ from trainpilot.envs.action import (
 )
 from trainpilot.envs.history import RunHistory
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, ObservationTable, RunView
+from trainpilot.envs.prices import PriceBook
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.simulator.records import (
     Bools,
@@ -143,6 +144,8 @@ class DecisionStates:
         self.preference = preference
         self.controls = limits.start
         self.history = RunHistory(n_runs)
+        priced = any(field.group == "prices" for field in fields)
+        self.prices = PriceBook(self.limits) if priced else None
         self.precision_switches: Ints = np.zeros(n_runs, dtype=np.int64)
         self.last_action: Ints = np.tile(KEEP, (n_runs, 1))
         self.newest: Floats = self._encode()
@@ -160,6 +163,8 @@ class DecisionStates:
         self.controls = self.controls.copy()
         self.controls.put(rows, fresh.controls)
         self.history.reset(rows)
+        if self.prices is not None:
+            self.prices.begin(rows, limits.take(rows))
         self.precision_switches[rows] = 0
         self.last_action[rows] = KEEP
         self.newest[rows] = fresh.newest
@@ -170,6 +175,8 @@ class DecisionStates:
     def observe(self, telemetry: TelemetryBatch) -> None:
         """Add the interval that has just ended, of every run, to the history."""
         self.history.observe(telemetry, self.controls)
+        if self.prices is not None:
+            self.prices.observe(telemetry)
         self.newest = self._encode()
         width, before = len(self.table), self._stack
         self._stack = np.empty_like(before)
@@ -219,6 +226,7 @@ class DecisionStates:
     def _encode(self) -> Floats:
         view = RunView(
             history=self.history,
+            prices=self.prices,
             limits=self.limits,
             controls=self.controls,
             precision_switches=self.precision_switches,

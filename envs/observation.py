@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.history import EXTREMES, Extreme, RunHistory
+from trainpilot.envs.prices import QUANTITIES, PriceBook
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.schedules import learning_rate
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch
@@ -30,6 +31,8 @@ class RunView:
     """Everything that observations may depend on."""
 
     history: RunHistory
+    prices: PriceBook | None
+    """Price list of the runs; `None` where no field asks for it."""
     limits: LimitBatch
     controls: ControlBatch
     """Controls in force."""
@@ -40,7 +43,7 @@ class RunView:
     """Weights of quality, energy and time, which sum to 1, shape (n_runs, 3)."""
 
 
-FieldGroup = Literal["basic", "law", "history"]
+FieldGroup = Literal["basic", "law", "history", "prices"]
 GROUPS: tuple[FieldGroup, ...] = get_args(FieldGroup)
 """Groups of fields. The basic ones belong to every table."""
 BASIC: tuple[FieldGroup, ...] = ("basic",)
@@ -192,6 +195,15 @@ _PRESENT: dict[str, Callable[[RunView], Floats]] = {
 }
 
 
+def _price(quantity: int, place: int) -> Callable[[RunView], Floats]:
+    def value(view: RunView) -> Floats:
+        assert view.prices is not None
+        compared: Floats = view.prices.over_present[quantity, place]
+        return compared
+
+    return value
+
+
 def _slope_at(name: Extreme) -> Callable[[RunView], Floats]:
     return lambda view: view.history.summary.slope_at(name)
 
@@ -270,6 +282,13 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
            f"fall of the logarithm of the training loss while the {name.replace('_', ' ')} was in force",
            _slope_at(name), group="history"),
     )),
+    *(_F(f"{quantity}_{name}", "log2 ratio", -2, 2, f"{quantity} of a token {where} over those of one now",
+         _price(index, place), group="prices", metered=True)
+      for index, quantity in enumerate(QUANTITIES)
+      for place, (name, where) in enumerate([
+          ("half", "at half the batch"), ("double", "at double the batch"),
+          *((precision, f"in {precision}") for precision in PRECISIONS),
+      ])),
 )  # fmt: skip
 """Frozen surface: a bundle stores the names and ranges of its fields, and is refused where they are not found here.
 New fields go to the end."""

@@ -52,6 +52,18 @@ class Controls(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepPrice(JsonRecord):
+    """What a training step costs at a batch and precision."""
+
+    batch_size: int
+    """Sequences."""
+    precision: Precision
+    time_s: float
+    energy_j: float | None
+    """`None` where nothing measured it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlLimits:
     """What a controller may choose from in a run, and why it may not choose the rest."""
 
@@ -75,6 +87,8 @@ class ControlLimits:
     """Peak learning rate at the start over the one that a scaling law advises; `None` where none applies."""
     batch_over_law: float | None = None
     """Batch at the start over the advised one, in tokens."""
+    prices: tuple[StepPrice, ...] = ()
+    """What was measured before the start, at half, at the same and at double the starting batch."""
 
     def untimed(self) -> ControlLimits:
         """Return the limits of a run that must not depend on a clock: no precision is offered that was timed."""

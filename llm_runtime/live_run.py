@@ -9,9 +9,10 @@ Shapes: B sequences, b sequences of a micro-batch, T tokens of a sequence, V voc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,26 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from trainpilot.llm_runtime import optimizer as adam
-from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, Precision, RunConfig, batch_limits
+from trainpilot.llm_runtime.config import (
+    PRECISIONS,
+    ControlLimits,
+    Controls,
+    Precision,
+    RunConfig,
+    StepPrice,
+    batch_limits,
+)
 from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.data.corpus import Corpus, load_corpus
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
+from trainpilot.llm_runtime.files import cache_dir, digest
 from trainpilot.llm_runtime.interval import StepRecord
 from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
 from trainpilot.llm_runtime.models import LoadedModel, body_parameters, context_length, load_model
 from trainpilot.llm_runtime.optimizer import averaged_weights
-from trainpilot.llm_runtime.precision import lacking, masked_precisions
+from trainpilot.llm_runtime.precision import lacking, masked_precisions, measured_on, synchronise
+from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process import RandomState
 from trainpilot.llm_runtime.scaling_laws import Advice, step_law
@@ -256,11 +267,16 @@ class LiveRun:
         return max(1, int(wanted) // self.config.sequence_length)
 
     def limits(self) -> ControlLimits:
-        """Return the limits of the controls; the first call measures which precisions pay (cached per device)."""
+        """Return the limits of the controls, and the price list of the start; the first call measures what pays.
+
+        It is kept for later runs on the same device.
+        """
         limits = self.base_limits()
         untimed = {*limits.masked_precisions, self.config.precision}
         timed = tuple(name for name in PRECISIONS if name not in untimed)
-        return replace(limits, masked_precisions=self._masked_precisions(), timed_precisions=timed)
+        masked, seconds = self._measured_precisions()
+        prices = self._measured_prices(limits, seconds)
+        return replace(limits, masked_precisions=masked, timed_precisions=timed, prices=prices)
 
     def base_limits(self) -> ControlLimits:
         """Return the limits without measuring: only precisions that the device lacks are masked."""
@@ -358,14 +374,64 @@ class LiveRun:
         self.target_share = snapshot["target_share"]
         self.validation_loss = snapshot["validation_loss"]
 
-    def _masked_precisions(self) -> dict[Precision, str]:
+    @property
+    def _key(self) -> str:
+        """What the seconds of a step depend on, besides the device."""
+        config = self.config
+        return f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
+
+    def _measured_precisions(self) -> tuple[dict[Precision, str], Mapping[Precision, float]]:
+        """Return the precisions that are masked, and the seconds of a step in each that the device has."""
         config = self.config
         batch = self.stream.peek(config.batch_size)
-        key = f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
         with self.random_state.apart():
-            reasons = masked_precisions(self.device, lambda precision: self.trainer.rehearse(batch, precision), key)
+            reasons, seconds = masked_precisions(self.device, partial(self.trainer.rehearse, batch), self._key)
         reasons.pop(config.precision, None)
-        return reasons
+        return reasons, seconds
+
+    def _measured_prices(self, limits: ControlLimits, seconds: Mapping[Precision, float]) -> tuple[StepPrice, ...]:
+        """Return the prices of the batches, and those of the other precisions as their ratios to the starting one."""
+        config, prices = self.config, self._measured_batches(limits)
+        now = {each.batch_size: each.time_s for each in prices}.get(config.batch_size, seconds[config.precision])
+        return prices + tuple(
+            StepPrice(
+                batch_size=config.batch_size,
+                precision=precision,
+                time_s=now * time_s / seconds[config.precision],
+                energy_j=None,
+            )
+            for precision, time_s in seconds.items()
+            if precision != config.precision or not prices
+        )
+
+    def _measured_batches(self, limits: ControlLimits) -> tuple[StepPrice, ...]:
+        """Return the prices at half, the same and double the batch, if the run is long enough to measure them."""
+        config, trainer, before = self.config, self.trainer, self.trainer.micro_batch_size
+        batches = [config.batch_size // 2, config.batch_size, 2 * config.batch_size]
+        if batches[0] < limits.min_batch_size or batches[2] > limits.max_batch_size:
+            return ()
+
+        def rehearse(sequences: np.ndarray) -> None:
+            trainer.rehearse(sequences, config.precision)
+            if trainer.micro_batch_size != before:
+                raise ValueError("memory ran out")
+
+        key = measured_on(self.device, f"{self._key}|{config.precision}|{self.meter.description}")
+        try:
+            with self.random_state.apart():
+                return batch_prices(
+                    {size: partial(rehearse, self.stream.peek(size)) for size in batches},
+                    config.precision,
+                    self.meter,
+                    rounds=affordable_rounds(batches, config.n_sequences()),
+                    path=cache_dir() / "prices" / f"{digest(key, 10)}.json",
+                    label=key,
+                    wait=partial(synchronise, self.device),
+                )
+        except ValueError:
+            return ()
+        finally:
+            trainer.micro_batch_size = before
 
 
 def resolve_device(name: str) -> torch.device:

@@ -54,8 +54,12 @@ def name_of(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if tf32 else "fp32"
 
 
-def masked_precisions(device: torch.device, step: Callable[[Precision], None], model_key: str) -> dict[Precision, str]:
-    """Return the precisions that should not be offered, each with the reason: not available, or measured as too slow.
+def masked_precisions(
+    device: torch.device, step: Callable[[Precision], None], model_key: str
+) -> tuple[dict[Precision, str], Mapping[Precision, float]]:
+    """Return the precisions that should not be offered, and the seconds of a step in each that the device has.
+
+    A precision comes with the reason: not available, or measured as too slow.
 
     Args:
         device: Where the model lives.
@@ -68,14 +72,14 @@ def masked_precisions(device: torch.device, step: Callable[[Precision], None], m
         ratio = value / seconds["fp32"]
         if precision != "fp32" and ratio > PAYS_BELOW:
             reasons[precision] = f"measured here: {ratio:.2f} of the fp32 step time"
-    return reasons
+    return reasons, seconds
 
 
 def cached_step_seconds(
     device: torch.device, step: Callable[[Precision], None], model_key: str, precisions: list[Precision]
 ) -> Mapping[Precision, float]:
     """Return seconds per step for each precision, measured once per device and model."""
-    label = f"{device_name(device)}|{torch.__version__}|{torch.get_num_threads()}|{model_key}"
+    label = measured_on(device, model_key)
     path = cache_dir() / "precision" / f"{digest(label, 10)}.json"
     try:
         seconds: dict[Precision, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
@@ -96,6 +100,11 @@ def measure_step_seconds(
     passes = {precision: partial(step, precision) for precision in precisions}
     seconds = alternating_seconds(passes, rounds=rounds, wait=partial(synchronise, device))
     return {precision: statistics.median(values) for precision, values in seconds.items()}
+
+
+def measured_on(device: torch.device, what: str) -> str:
+    """Return a label of a measurement: what decides the seconds of a step."""
+    return f"{device_name(device)}|{torch.__version__}|{torch.get_num_threads()}|{what}"
 
 
 def synchronise(device: torch.device) -> None:

@@ -406,6 +406,7 @@ class MultiPowerRuns:
             measured_budget=np.zeros(n, dtype=np.bool_),
             learning_rate_over_law=np.full(n, np.nan),
             batch_over_law=np.full(n, np.nan),
+            prices=np.full((n, 2, len(PRECISIONS), 3), np.nan),
             prunes=np.zeros(n, dtype=np.bool_),
             decisions=np.full(n, self.decisions),
         )  # fmt: skip

@@ -112,6 +112,9 @@ class LimitBatch(Rows):
     """Peak learning rate at the start over the advised one; NaN where no law applies."""
     batch_over_law: Floats
     """Batch at the start over the advised one, in tokens."""
+    prices: Floats
+    """Seconds and joules per sequence measured before the start, at each precision, at each of `PRICED_BATCHES`; shape
+    (n_runs, 2, number of precisions, 3), NaN where unknown."""
     prunes: Bools
     """Whether the pruning control does anything."""
     decisions: Ints
@@ -129,6 +132,7 @@ class LimitBatch(Rows):
             measured_budget=np.array([each.measured_budget for each in limits], dtype=np.bool_),
             learning_rate_over_law=np.array([_number(each.learning_rate_over_law) for each in limits]),
             batch_over_law=np.array([_number(each.batch_over_law) for each in limits]),
+            prices=np.array([_prices(each) for each in limits]),
             prunes=np.array([each.pruning != "none" for each in limits], dtype=np.bool_),
             decisions=np.array([each.decisions for each in limits], dtype=np.int64),
         )
@@ -136,6 +140,20 @@ class LimitBatch(Rows):
     def untimed(self, rows: Bools) -> LimitBatch:
         """Return the limits with no timed precision on offer in these rows, as `ControlLimits.untimed`."""
         return replace(self, masked_precisions=self.masked_precisions | (self.timed_precisions & rows[:, None]))
+
+
+PRICED_BATCHES = (0.5, 1.0, 2.0)
+"""Batches over the starting one whose price may be known at the start."""
+
+
+def _prices(limits: ControlLimits) -> Floats:
+    prices = np.full((2, len(PRECISIONS), len(PRICED_BATCHES)), np.nan)
+    for each in limits.prices:
+        factor = each.batch_size / limits.start.batch_size
+        if factor in PRICED_BATCHES:
+            place = PRECISIONS.index(each.precision), PRICED_BATCHES.index(factor)
+            prices[:, *place] = np.array([each.time_s, _number(each.energy_j)]) / each.batch_size
+    return prices
 
 
 @dataclass(kw_only=True)

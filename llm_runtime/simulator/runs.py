@@ -12,12 +12,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, StepPrice
 from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, neutral_factor, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
 from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import (
+    PRICED_BATCHES,
     Bools,
     ControlBatch,
     Floats,
@@ -35,6 +36,11 @@ VALIDATION_NOISE = 0.004
 PRUNING_BUMP = 40.0
 """Temporary increase of the loss by a pruning step, in nats/token per cubed share; it decays with further steps."""
 HEALING_STEPS = 60.0
+TIME_NOISE, POWER_NOISE = 0.03, 0.02
+"""Standard deviations of the logarithm of measured seconds and watts."""
+PRICED_SHARE = 0.75
+"""Share of the runs that are long enough to measure prices at the start."""
+PRICE_COUNTER = 5000
 SEQUENCE_LENGTH = 64
 """Nominal tokens per sequence; only ratios of tokens matter."""
 
@@ -108,6 +114,8 @@ class SimulatedRuns:
         self.start_rate: Floats = np.ones(n_runs)
         self.advice_error: Floats = np.ones((n_runs, 2))
         """Advised over tuned learning rate and batch."""
+        self.prices: Floats = np.full((n_runs, 2, len(PRECISIONS), len(PRICED_BATCHES)), np.nan)
+        """What a price measurement before the start has found, as in `LimitBatch`."""
         self.state = PhysicsState.fresh(n_runs)
         self.progress = Progress.fresh(n_runs, self.start.decisions)
         self.memory: Floats = np.zeros(n_runs)
@@ -152,14 +160,30 @@ class SimulatedRuns:
         """Begin new runs in these rows."""
         self.episodes[rows] += 1
         self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
-        drawn = uniforms(self.keys[rows], 0, 4)
+        drawn = uniforms(self.keys[rows], 0, 5)
         self.index[rows] = (drawn[:, 0] * len(self.pool)).astype(np.int64)
         self.instances.put(rows, self.pool.instances.take(self.index[rows]))
         self.references.put(rows, self.pool.references.take(self.index[rows]))
         low, high = np.log(self.start.rates)
         self.start_rate[rows] = self.references.rate[rows] * np.exp(low + (high - low) * drawn[:, 1])
-        self.advice_error[rows] = self.start.advice_error ** (2 * drawn[:, 2:] - 1)
+        self.advice_error[rows] = self.start.advice_error ** (2 * drawn[:, 2:4] - 1)
+        self.prices[rows] = np.where(drawn[:, 4, None, None, None] < PRICED_SHARE, self._priced(rows), np.nan)
         self._restart(rows)
+
+    def _priced(self, rows: Ints) -> Floats:
+        """Return measured prices of these rows at the start, with the noise of their telemetry."""
+        hardware, batch = self.instances.hardware.take(rows), self.instances.start_batch[rows].astype(np.float64)
+        n, dense = len(rows), np.zeros(len(rows))
+        noise = normals(self.keys[rows], PRICE_COUNTER, 2 * len(PRECISIONS) * len(PRICED_BATCHES))
+        noise = noise.reshape(n, 2, len(PRECISIONS), len(PRICED_BATCHES))
+        prices = np.exp(np.array([TIME_NOISE, POWER_NOISE])[:, None, None] * noise)
+        for place, factor in enumerate(PRICED_BATCHES):
+            prices[:, 1, :, place] *= hardware.power_w(factor * batch)[:, None]
+            for index in range(len(PRECISIONS)):
+                step_s = hardware.step_s(factor * batch, np.full(n, index), dense)
+                prices[:, 0, index, place] *= step_s / (factor * batch)
+        prices[:, 1] *= prices[:, 0]
+        return np.where(hardware.masked[:, None, :, None], np.nan, prices)
 
     def _restart(self, rows: Ints) -> None:
         self.state.restart(rows)
@@ -191,6 +215,7 @@ class SimulatedRuns:
             measured_budget=np.zeros(n, dtype=np.bool_),
             learning_rate_over_law=self.start_rate / (tuned_rate * self.advice_error[:, 0]),
             batch_over_law=start_batch / advised_batch,
+            prices=self.prices.copy(),
             prunes=self.instances.prunes.copy(),
             decisions=np.full(n, self.start.decisions),
         )
@@ -260,12 +285,12 @@ class SimulatedRuns:
         self, interval: SimulatedInterval, sequences: Floats, switches: Floats, random: Floats
     ) -> dict[str, Floats]:
         hardware = self.instances.hardware
-        jitter = np.exp(0.03 * random[:, 9])
+        jitter = np.exp(TIME_NOISE * random[:, 9])
         training_s = hardware.step_s(interval.batch, self.precision, self.sparsity) * interval.steps
         probe_s = np.where(interval.probed, hardware.probe_s(sequences_probed(sequences), self.sparsity), 0.0)
         switch_s = hardware.switch_s * switches
         time_s = (training_s + probe_s) * jitter + switch_s
-        power_w = hardware.power_w(interval.batch) * np.exp(0.02 * random[:, 10])
+        power_w = hardware.power_w(interval.batch) * np.exp(POWER_NOISE * random[:, 10])
         return {
             "time_s": time_s,
             "probe_time_s": probe_s,
@@ -339,6 +364,7 @@ class OnePlant:
             measured_budget=bool(limits.measured_budget[0]),
             learning_rate_over_law=_known(limits.learning_rate_over_law[0]),
             batch_over_law=_known(limits.batch_over_law[0]),
+            prices=_step_prices(limits),
             pruning="width" if limits.prunes[0] else "none",
             decisions=int(limits.decisions[0]),
         )
@@ -367,6 +393,19 @@ class OnePlant:
         """Restore a state that `snapshot` returned."""
         self.plants = deepcopy(snapshot["plants"])
         self.finished = snapshot["finished"]
+
+
+def _step_prices(limits: LimitBatch) -> tuple[StepPrice, ...]:
+    """Return the prices of the only run that are known."""
+    start_batch = int(limits.start.batch_size[0])
+    found = []
+    for index, precision in enumerate(PRECISIONS):
+        for place, factor in enumerate(PRICED_BATCHES):
+            (seconds, joules), batch = limits.prices[0, :, index, place], int(factor * start_batch)
+            time_s, energy_j = _known(seconds * batch), _known(joules * batch)
+            if batch and time_s is not None:
+                found.append(StepPrice(batch_size=batch, precision=precision, time_s=time_s, energy_j=energy_j))
+    return tuple(found)
 
 
 def _known(value: np.float64) -> float | None:

@@ -25,7 +25,8 @@ from trainpilot.envs.observation import (
     RunView,
     fields_of,
 )
-from trainpilot.llm_runtime.config import Controls
+from trainpilot.envs.prices import PriceBook
+from trainpilot.llm_runtime.config import Controls, Precision, StepPrice
 from trainpilot.llm_runtime.simulator.records import ControlBatch, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -44,8 +45,12 @@ def view(*telemetry: Telemetry, **overrides: Any) -> RunView:
     values = quiet | overrides
     for interval in telemetry:
         history.observe(TelemetryBatch.of([interval]), ControlBatch.of([values["controls"]]))
+    prices = PriceBook(LimitBatch.of([values["limits"]]))
+    for interval in telemetry:
+        prices.observe(TelemetryBatch.of([interval]))
     return RunView(
         history=history,
+        prices=prices,
         limits=LimitBatch.of([values["limits"]]),
         controls=ControlBatch.of([values["controls"]]),
         precision_switches=np.array([values["precision_switches"]]),
@@ -220,6 +225,20 @@ def test_extremes_are_over_the_present_controls() -> None:
     assert [seen[name] for name in names] == pytest.approx([1.0, 0.0, 1.0, 0.0])
 
 
+def test_prices_are_told_by_quantity_batch_and_precision() -> None:
+    def price(batch: int, time_s: float, energy_j: float, precision: Precision = "fp32") -> StepPrice:
+        return StepPrice(batch_size=batch, precision=precision, time_s=time_s, energy_j=energy_j)
+
+    measured = (price(4, 8.0, 16.0), price(8, 8.0, 64.0), price(16, 16.0, 64.0), price(8, 4.0, 64.0, "bf16"))
+    seen = {name: raw(name, limits=make_limits(prices=measured)) for name in PRICES}
+
+    # seconds a sequence 2, 1, 1 and 0.5 in bf16; joules 4, 8, 4 and 8, where the line through both ends is 4 + 0 / B
+    assert seen["seconds_half"] == pytest.approx(math.log2(1 + (2 - 1) / (1 / 4 - 1 / 16) / 8))
+    assert seen["seconds_bf16"] == -1.0
+    assert (seen["joules_half"], seen["joules_double"], seen["joules_bf16"]) == (0.0, 0.0, 0.0)
+    assert seen["seconds_tf32"] is None
+
+
 def test_last_action_and_preference_are_passed_on() -> None:
     state = DecisionState(make_limits(), Preference(quality=0.6, energy=0.3, time=0.1))
     state.decide((6, 0, 3, 0, 0))
@@ -266,6 +285,7 @@ def test_what_was_not_measured_is_unknown() -> None:
     assert unknown == {
         *("validation_gap", "relative_update", "curvature", "noise_scale", "energy_per_token", "power", "memory"),
         *("learning_rate_over_law", "batch_over_law"),
+        *(PRICES - {"seconds_fp32"}),
     }
     assert all(encode(view(bare))[0, i] == 0.0 for i, name in enumerate(FIELDS) if name in unknown)
 
@@ -319,6 +339,7 @@ def test_an_observation_does_not_change_afterwards() -> None:
 
 
 METERED = {"throughput", "energy_per_token", "power", "memory"}
+PRICES = {field.name for field in fields_of(("prices",)) if field.group == "prices"}
 
 
 def test_the_metered_fields_are_unknown_to_a_run_for_quality_alone() -> None:
@@ -332,7 +353,8 @@ def test_the_metered_fields_are_unknown_to_a_run_for_quality_alone() -> None:
         assert [fast.fields()[name] for name in METERED] == (
             [0.0] * len(METERED) if blind else pytest.approx([fast.fields()[name] for name in METERED])
         )
-    assert {name for name, field in FIELDS.items() if field.metered} == METERED
+    assert {name for name, field in FIELDS.items() if field.metered} == METERED | PRICES
+    assert len(PRICES) == 12
 
 
 def test_a_run_for_quality_alone_keeps_the_precision_unless_it_was_offered_untimed() -> None:
@@ -403,17 +425,23 @@ def test_many_runs_at_different_decisions_are_observed_like_each_alone() -> None
     alone = [[(state.fields(), state.controls) for state, _ in random_run(seed)] for seed in range(6)]
     intervals = [[telemetry for _, telemetry in random_run(seed)][1:] for seed in range(6)]
     states = [next(state for state, _ in random_run(seed, decisions=0)) for seed in range(6)]
-    history = RunHistory(6)
+    limits = LimitBatch.of([state.limits for state in states])
+    history, prices = RunHistory(6), PriceBook(limits)
     for step in range(20):  # run i begins anew after 12 intervals, the first time after 12 - i
         decisions = [(step + row) % 12 for row in range(6)]
-        history.reset(np.array([row for row in range(6) if decisions[row] == 0], dtype=np.int64))
+        ended = np.array([row for row in range(6) if decisions[row] == 0], dtype=np.int64)
+        history.reset(ended)
         now = [intervals[row][decision] for row, decision in enumerate(decisions)]
         controls = ControlBatch.of([alone[row][decision + 1][1] for row, decision in enumerate(decisions)])
-        history.observe(TelemetryBatch.of([each for each in now if each is not None]), controls)
+        telemetry = TelemetryBatch.of([each for each in now if each is not None])
+        prices.begin(ended, limits.take(ended))
+        prices.observe(telemetry)
+        history.observe(telemetry, controls)
         seen = encode(
             RunView(
                 history=history,
-                limits=LimitBatch.of([state.limits for state in states]),
+                prices=prices,
+                limits=limits,
                 controls=controls,
                 precision_switches=np.zeros(6, dtype=np.int64),
                 last_action=np.zeros((6, len(ACTION_FIELDS))),

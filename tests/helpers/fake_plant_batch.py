@@ -59,6 +59,7 @@ class ToyPlants:
             measured_budget=np.zeros(n, dtype=np.bool_),
             learning_rate_over_law=np.full(n, np.nan),
             batch_over_law=np.full(n, np.nan),
+            prices=np.full((n, 2, len(PRECISIONS), 3), np.nan),
             prunes=~tight,
             decisions=np.full(n, self.decisions),
         )

@@ -1,4 +1,4 @@
-"""Simulated runs carry an advice that is off by a drawn factor from their tuned static."""
+"""What simulated runs know at the start: a law's advice that is off by a drawn factor, and a price list with noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from trainpilot.llm_runtime.schedules import neutral_factor
-from trainpilot.llm_runtime.simulator.runs import OnePlant, Pool, SimulatedRuns, Start, default_pool
+from trainpilot.llm_runtime.simulator.records import LimitBatch
+from trainpilot.llm_runtime.simulator.runs import (
+    POWER_NOISE,
+    PRICED_SHARE,
+    TIME_NOISE,
+    OnePlant,
+    Pool,
+    SimulatedRuns,
+    Start,
+    default_pool,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +57,28 @@ def test_a_new_run_has_a_new_error_and_a_single_one_the_same(pool: Pool) -> None
     again = SimulatedRuns(3, 5, pool)
     again.begin(np.arange(3))
     assert again.limits().learning_rate_over_law[2] == single.learning_rate_over_law
+
+
+def test_prices_at_the_start_are_those_of_the_hardware_with_the_noise_of_telemetry(pool: Pool) -> None:
+    runs = SimulatedRuns(2_000, 3, pool)
+    prices, hardware, batch = runs.limits().prices, runs.instances.hardware, runs.instances.start_batch
+    priced = ~np.isnan(prices[:, 0, 0, 1])
+
+    assert priced.mean() == pytest.approx(PRICED_SHARE, abs=0.03)
+    for index, place, factor in ((0, 0, 0.5), (0, 2, 2.0), (2, 1, 1.0)):
+        size, offered = factor * batch, priced & ~hardware.masked[:, index]
+        step_s = hardware.step_s(size, np.full(2_000, index), np.zeros(2_000))
+        off_s = np.log(prices[:, 0, index, place] * size / step_s)[offered]
+        off_w = np.log(prices[:, 1, index, place] / prices[:, 0, index, place] / hardware.power_w(size))[offered]
+        assert off_s.std() == pytest.approx(TIME_NOISE, rel=0.15)
+        assert off_w.std() == pytest.approx(POWER_NOISE, rel=0.15)
+        assert abs(off_s.mean()) < 0.005
+    assert np.isnan(prices[hardware.masked[:, 2], :, 2]).all()
+
+
+def test_a_single_run_has_the_price_list_of_its_row(pool: Pool) -> None:
+    runs = SimulatedRuns(8, 5, pool)
+    runs.begin(np.arange(8))  # as the constructor of a single plant does
+    for row, prices in enumerate(runs.limits().prices):
+        limits = OnePlant(SimulatedRuns(1, 5, pool, first_row=row)).limits()
+        assert LimitBatch.of([limits]).prices[0] == pytest.approx(prices, nan_ok=True)
