@@ -9,7 +9,7 @@ Shapes: B sequences, b sequences of a micro-batch, T tokens of a sequence, V voc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -42,7 +42,7 @@ from trainpilot.llm_runtime.interval import StepRecord
 from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
 from trainpilot.llm_runtime.models import LoadedModel, body_parameters, context_length, load_model
 from trainpilot.llm_runtime.optimizer import averaged_weights
-from trainpilot.llm_runtime.precision import lacking, masked_precisions, measured_on, synchronise
+from trainpilot.llm_runtime.precision import kept_step_seconds, lacking, masked_precisions, measured_on, synchronise
 from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process import RandomState
@@ -274,9 +274,8 @@ class LiveRun:
         limits = self.base_limits()
         untimed = {*limits.masked_precisions, self.config.precision}
         timed = tuple(name for name in PRECISIONS if name not in untimed)
-        masked, seconds = self._measured_precisions()
-        prices = self._measured_prices(limits, seconds)
-        return replace(limits, masked_precisions=masked, timed_precisions=timed, prices=prices)
+        masked = self._masked_precisions()
+        return replace(limits, masked_precisions=masked, timed_precisions=timed, prices=self._prices(limits))
 
     def base_limits(self) -> ControlLimits:
         """Return the limits without measuring: only precisions that the device lacks are masked."""
@@ -380,18 +379,20 @@ class LiveRun:
         config = self.config
         return f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
 
-    def _measured_precisions(self) -> tuple[dict[Precision, str], Mapping[Precision, float]]:
-        """Return the precisions that are masked, and the seconds of a step in each that the device has."""
+    def _masked_precisions(self) -> dict[Precision, str]:
         config = self.config
         batch = self.stream.peek(config.batch_size)
         with self.random_state.apart():
-            reasons, seconds = masked_precisions(self.device, partial(self.trainer.rehearse, batch), self._key)
+            reasons = masked_precisions(self.device, partial(self.trainer.rehearse, batch), self._key)
         reasons.pop(config.precision, None)
-        return reasons, seconds
+        return reasons
 
-    def _measured_prices(self, limits: ControlLimits, seconds: Mapping[Precision, float]) -> tuple[StepPrice, ...]:
-        """Return the prices of the batches, and those of the other precisions as their ratios to the starting one."""
+    def _prices(self, limits: ControlLimits) -> tuple[StepPrice, ...]:
+        """Return the prices of the batches, and those of the other precisions by their ratios to the starting one."""
         config, prices = self.config, self._measured_batches(limits)
+        seconds = kept_step_seconds(self.device, self._key)
+        if config.precision not in seconds:
+            return prices
         now = {each.batch_size: each.time_s for each in prices}.get(config.batch_size, seconds[config.precision])
         return prices + tuple(
             StepPrice(

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -54,12 +55,8 @@ def name_of(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if tf32 else "fp32"
 
 
-def masked_precisions(
-    device: torch.device, step: Callable[[Precision], None], model_key: str
-) -> tuple[dict[Precision, str], Mapping[Precision, float]]:
-    """Return the precisions that should not be offered, and the seconds of a step in each that the device has.
-
-    A precision comes with the reason: not available, or measured as too slow.
+def masked_precisions(device: torch.device, step: Callable[[Precision], None], model_key: str) -> dict[Precision, str]:
+    """Return the precisions that should not be offered, each with the reason: not available, or measured as too slow.
 
     Args:
         device: Where the model lives.
@@ -72,7 +69,7 @@ def masked_precisions(
         ratio = value / seconds["fp32"]
         if precision != "fp32" and ratio > PAYS_BELOW:
             reasons[precision] = f"measured here: {ratio:.2f} of the fp32 step time"
-    return reasons, seconds
+    return reasons
 
 
 def cached_step_seconds(
@@ -80,17 +77,27 @@ def cached_step_seconds(
 ) -> Mapping[Precision, float]:
     """Return seconds per step for each precision, measured once per device and model."""
     label = measured_on(device, model_key)
-    path = cache_dir() / "precision" / f"{digest(label, 10)}.json"
-    try:
-        seconds: dict[Precision, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        if set(seconds) == set(precisions) and all(value > 0 for value in seconds.values()):
-            return seconds
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # never measured here, or a damaged file: measure again
+    kept = kept_step_seconds(device, model_key)
+    if set(kept) == set(precisions):
+        return kept
     seconds = measure_step_seconds(device, step, precisions)
     with suppress(OSError):  # a cache that cannot be written only costs time
-        write_json(path, {"measured": label, "seconds": seconds})
+        write_json(_kept_in(label), {"measured": label, "seconds": seconds})
     return seconds
+
+
+def kept_step_seconds(device: torch.device, model_key: str) -> Mapping[Precision, float]:
+    """Return what `cached_step_seconds` has measured before; nothing where it has not, or the file is damaged."""
+    try:
+        text = _kept_in(measured_on(device, model_key)).read_text(encoding="utf-8")
+        seconds: dict[Precision, float] = json.loads(text)["seconds"]
+        return seconds if all(value > 0 for value in seconds.values()) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _kept_in(label: str) -> Path:
+    return cache_dir() / "precision" / f"{digest(label, 10)}.json"
 
 
 def measure_step_seconds(
