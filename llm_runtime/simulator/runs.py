@@ -198,7 +198,7 @@ class SimulatedRuns:
         low, high = self.instances.batch_limits(self.start.decisions)
         n, start_batch = self.n_runs, self.instances.start_batch
         advised_batch = self.references.batch * self.advice_error[:, 1]
-        tuned_rate = self.references.rate * neutral_factor(self.references.batch, start_batch)
+        tuned_rate = self.references.rate * neutral_factor(self.references.batch.astype(np.float64), start_batch)
         begin = ControlBatch(
             learning_rate_scale=np.ones(n),
             batch_size=self.instances.start_batch.copy(),

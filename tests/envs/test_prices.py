@@ -123,6 +123,7 @@ def test_another_precision_at_another_batch() -> None:
 
 def test_probe_and_switching_are_no_part_of_the_price() -> None:
     plain, costly = book(), book()
+    extra: dict[str, Any]
     for prices, extra in ((plain, {}), (costly, {"probe_time_s": 0.7, "switch_time_s": 0.3})):
         seen(prices, 8)
         more = sum(extra.values())

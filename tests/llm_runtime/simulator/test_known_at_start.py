@@ -27,7 +27,9 @@ def pool() -> Pool:
 def test_without_error_the_advice_is_the_tuned_static(pool: Pool) -> None:
     runs = SimulatedRuns(64, 3, pool, Start(advice_error=1.0))
     limits, tuned = runs.limits(), runs.references
-    at_start = limits.learning_rate_over_law * neutral_factor(tuned.batch, runs.instances.start_batch)
+    at_start = limits.learning_rate_over_law * neutral_factor(
+        tuned.batch.astype(np.float64), runs.instances.start_batch
+    )
 
     assert at_start == pytest.approx(runs.start_learning_rate / runs.best_learning_rate)
     assert limits.batch_over_law * tuned.batch == pytest.approx(runs.instances.start_batch)
@@ -61,7 +63,11 @@ def test_a_new_run_has_a_new_error_and_a_single_one_the_same(pool: Pool) -> None
 
 def test_prices_at_the_start_are_those_of_the_hardware_with_the_noise_of_telemetry(pool: Pool) -> None:
     runs = SimulatedRuns(2_000, 3, pool)
-    prices, hardware, batch = runs.limits().prices, runs.instances.hardware, runs.instances.start_batch
+    prices, hardware, batch = (
+        runs.limits().prices,
+        runs.instances.hardware,
+        runs.instances.start_batch.astype(np.float64),
+    )
     priced = ~np.isnan(prices[:, 0, 0, 1])
 
     assert priced.mean() == pytest.approx(PRICED_SHARE, abs=0.03)
