@@ -123,12 +123,10 @@ def test_another_precision_at_another_batch() -> None:
 
 def test_probe_and_switching_are_no_part_of_the_price() -> None:
     plain, costly = book(), book()
-    extra: dict[str, Any]
-    for prices, extra in ((plain, {}), (costly, {"probe_time_s": 0.7, "switch_time_s": 0.3})):
+    for prices, probe_s, switch_s in ((plain, 0.0, 0.0), (costly, 0.7, 0.3)):
         seen(prices, 8)
-        more = sum(extra.values())
-        time_s = 10 * step_s(16) + more
-        seen(prices, 16, **extra, time_s=time_s, energy_j=50 * time_s)
+        time_s = 10 * step_s(16) + probe_s + switch_s
+        seen(prices, 16, probe_time_s=probe_s, switch_time_s=switch_s, time_s=time_s, energy_j=50 * time_s)
 
     assert costly.over_present == pytest.approx(plain.over_present, nan_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ class Clock:
             self.calls.append(batch_size)
             self.now_s += overhead_s + sequence_s * batch_size
 
-        return {size: lambda size=size: take(size) for size in (4, 8, 16)}
+        return {size: partial(take, size) for size in (4, 8, 16)}
 
 
 @pytest.fixture
@@ -91,11 +92,8 @@ def test_what_was_measured_is_kept_and_nothing_is_measured_without_rounds(clock:
     assert measure(clock, path, rounds=0) == ()
 
 
-LONG: dict[str, Any] = {
-    "tokens": 16 * 4_200,
-    "batch_size": 2,
-    "decisions": 100,
-}  # 4,200 sequences: three rounds of 7 are 0.5 %
+LONG: dict[str, Any] = {"tokens": 16 * 4_200, "batch_size": 2, "decisions": 100}
+"""4,200 sequences: three rounds of 7 are 0.5 %."""
 
 
 def test_a_long_run_has_a_price_list_and_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
