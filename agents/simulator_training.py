@@ -301,6 +301,8 @@ class SimulatorStage:
     """Decisions per run."""
     least_quality: float = 0.5
     """Least weight of quality in a preference that is drawn."""
+    quality_alone: float = 0.0
+    """Share of the drawn preferences that are for quality alone, whose runs are blind to clocks and meters."""
     utility: str = "linear"
     """How the three objectives become one number."""
     observe: tuple[str, ...] = GROUPS
@@ -324,8 +326,7 @@ class SimulatorStage:
             raise ValueError(f"simulator.start_rates must be two rising positive numbers, got {self.start_rates}")
         if not 0 < self.widening.budget[0] <= self.widening.budget[1] or self.widening.spread < 0:
             raise ValueError(f"simulator.widening must have a rising budget and a spread >= 0, got {self.widening}")
-        if not 0 <= self.least_quality <= 1:
-            raise ValueError(f"simulator.least_quality must be in [0, 1], got {self.least_quality}")
+        self._check_shares()
         if self.validation.seed in self.agents:
             raise ValueError(f"validation.seed must be none of the agents' own seeds, got {self.validation.seed}")
         if self.keep is not None and self.keep not in self.agents:
@@ -333,6 +334,11 @@ class SimulatorStage:
         if self.utility not in UTILITIES:
             raise ValueError(f"simulator.utility must be one of {', '.join(UTILITIES)}, got {self.utility!r}")
         self.seen()
+
+    def _check_shares(self) -> None:
+        for name in ("least_quality", "quality_alone"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"simulator.{name} must be in [0, 1], got {getattr(self, name)}")
 
     @property
     def fields(self) -> tuple[ObservationField, ...]:
@@ -400,7 +406,9 @@ def train_in_simulator(
     """
     seen, fields = stage.seen(), stage.fields
     runs = SimulatedRuns(stage.n_runs, seed, stage.pool(stage.instances, seed, calibrations), stage.start)
-    simulated = VectorSimulatedTraining(runs, least_quality=stage.least_quality, fields=fields)
+    simulated = VectorSimulatedTraining(
+        runs, least_quality=stage.least_quality, fields=fields, quality_alone=stage.quality_alone
+    )
     env = ScalarVecEnv(simulated, stage.utility)
     config = SimulatorPPOConfig(**{**asdict(stage.ppo), "seed": seed})
     validation = Validation(judge(stage, calibrations), stage.validation.every, seen, fields)

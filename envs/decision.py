@@ -97,13 +97,23 @@ class Preference:
         return f"quality={quality:.3g},energy={energy:.3g},time={time:.3g}"
 
 
-def draw_weights(random: np.random.Generator, n_runs: int, least_quality: float = 0.5) -> Floats:
+def draw_weights(
+    random: np.random.Generator, n_runs: int, least_quality: float = 0.5, quality_alone: float = 0.0
+) -> Floats:
     """Draw preferences for training: quality weighs at least `least_quality`, energy and time share the rest at random.
+
+    Args:
+        random: Random numbers.
+        n_runs: Number of preferences.
+        least_quality: Least weight of quality.
+        quality_alone: Share of the runs that are for quality alone, and so blind to clocks and meters.
 
     Returns:
         Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
     """
     quality = random.uniform(least_quality, 1.0, n_runs)
+    if quality_alone:
+        quality = np.where(random.random(n_runs) < quality_alone, 1.0, quality)
     energy = random.uniform(0.0, 1.0 - quality)
     return np.stack([quality, energy, 1.0 - quality - energy], axis=1)
 

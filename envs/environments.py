@@ -369,6 +369,7 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
         preference: Fixed preference; `None` draws one per episode.
         least_quality: Least weight of quality in a preference that is drawn.
         fields: Observation fields, in the order of the observation.
+        quality_alone: Share of the drawn preferences that are for quality alone: such runs see no clock and no meter.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -379,12 +380,15 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
         preference: Preference | None = None,
         least_quality: float = 0.5,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+        *,
+        quality_alone: float = 0.0,
     ) -> None:
-        if not 0 <= least_quality <= 1:
-            raise ValueError(f"least_quality must be in [0, 1], got {least_quality}")
+        for name, share in (("least_quality", least_quality), ("quality_alone", quality_alone)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {share}")
         self.plants = plants
         self.preference = preference
-        self.least_quality = least_quality
+        self.least_quality, self.quality_alone = least_quality, quality_alone
         self.num_envs = plants.n_runs
         self.fields = tuple(fields)
         self.single_observation_space = observation_space(self.fields)
@@ -425,7 +429,7 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
     def _weights(self, n_runs: int) -> Floats:
         if self.preference is not None:
             return np.tile(self.preference.weights(), (n_runs, 1))
-        return draw_weights(self.np_random, n_runs, self.least_quality)
+        return draw_weights(self.np_random, n_runs, self.least_quality, self.quality_alone)
 
     @staticmethod
     def _infos(runs: SteeredRuns, interval: IntervalBatch) -> dict[str, Any]:

@@ -160,14 +160,14 @@ class SimulatedRuns:
         """Begin new runs in these rows."""
         self.episodes[rows] += 1
         self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
-        drawn = uniforms(self.keys[rows], 0, 5)
+        drawn = uniforms(self.keys[rows], 0, 6)
         self.index[rows] = (drawn[:, 0] * len(self.pool)).astype(np.int64)
         self.instances.put(rows, self.pool.instances.take(self.index[rows]))
         self.references.put(rows, self.pool.references.take(self.index[rows]))
         low, high = np.log(self.start.rates)
         self.start_rate[rows] = self.references.rate[rows] * np.exp(low + (high - low) * drawn[:, 1])
         self.advice_error[rows] = self.start.advice_error ** (2 * drawn[:, 2:4] - 1)
-        self.prices[rows] = np.where(drawn[:, 4, None, None, None] < PRICED_SHARE, self._priced(rows), np.nan)
+        self.prices[rows] = np.where(drawn[:, 5, None, None, None] < PRICED_SHARE, self._priced(rows), np.nan)
         self._restart(rows)
 
     def _priced(self, rows: Ints) -> Floats:
