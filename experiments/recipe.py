@@ -77,9 +77,7 @@ class Recipe:
         base, cases = self.base_schedule, self._cases()
         if base is None:
             return cases
-        return tuple(
-            replace(case, schedule=base.schedule, warmup_tokens=base.warmup_tokens(case.tokens)) for case in cases
-        )
+        return tuple(base.on(case) for case in cases)
 
     def reference_cases(self) -> tuple[RunConfig, ...]:
         """Return the reference run of each live case."""

@@ -57,6 +57,8 @@ def summarise(
         "text": list(options.text),
         "device": device_label(run.config),
         "tokens": last.tokens,
+        "budget": run.config.budget,
+        "budget_spent": run.spent,
         "initial_validation_loss": initial_loss,
         "final_validation_loss": None if last.diverged else run.validation_loss,
         "final_test_loss": None if last.diverged else run.test(),
