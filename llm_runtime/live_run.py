@@ -159,16 +159,27 @@ class Trainer(ControlledLoop):
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.autocast("fp32"))
-            return float(self._mean_loss(batch))
+            return float(self._mean_loss(batch, self._evaluated_at_once))
+
+    @property
+    def _evaluated_at_once(self) -> int:
+        """Sequences that an evaluation takes through the model at once.
+
+        Where a budget in seconds or joules pays for it, at least the starting batch: its cost is then known, and low.
+        """
+        if self.config.budget is None or self.micro_batch_size is not None:
+            return self.micro_batch
+        return max(self.config.batch_size, self.micro_batch)
 
     def probe_on(self, sequences: np.ndarray) -> ProbeResult | None:
         """Probe the curvature along the last update on sequences of shape (n, T + 1); `None` if it cannot be done."""
         batch = torch.from_numpy(sequences).to(self.device)
-        return self.curvature(lambda: adam.update_direction(self.optimizer), lambda: self._mean_loss(batch))
+        update = partial(adam.update_direction, self.optimizer)
+        return self.curvature(update, lambda: self._mean_loss(batch, self.micro_batch))
 
-    def _mean_loss(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of a batch of any size, taken through the model in micro-batches, a scalar."""
-        parts = torch.split(batch, self.micro_batch)
+    def _mean_loss(self, batch: torch.Tensor, at_once: int) -> torch.Tensor:
+        """Return the mean loss of a batch of any size, taken through the model in parts, a scalar."""
+        parts = torch.split(batch, at_once)
         losses = [self.loss(part).double() * (len(part) / len(batch)) for part in parts]
         return torch.stack(losses).sum()
 
@@ -314,10 +325,9 @@ class LiveRun:
 
     @property
     def evaluation_sequences(self) -> int:
-        """Sequences of one evaluation; a budget in seconds or joules pays for them, so then no more than a tenth."""
-        wanted = min(max(EVALUATION_SHARE * self.tokens, MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
-        if self.config.budget is not None:
-            wanted = min(wanted, self.tokens / 10)
+        """Sequences of one evaluation; no lower bound holds where a budget in seconds or joules pays for it."""
+        least = MIN_EVALUATION_TOKENS if self.config.budget is None else 0
+        wanted = min(max(EVALUATION_SHARE * self.tokens, least), MAX_EVALUATION_TOKENS)
         return max(1, int(wanted) // self.config.sequence_length)
 
     def limits(self) -> ControlLimits:

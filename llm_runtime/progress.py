@@ -346,18 +346,20 @@ class MeasuredProgress(BudgetProgress):
     # Steps and intervals ---------------------------------------------------------------------------------------------
 
     def begin_interval(self, end_share: float | None = None, *, reading: bool = True) -> None:
-        """Begin an interval that ends at a share of the budget; by default all that are left are equal."""
+        """Begin an interval that ends at a share of the budget; by default all that are left are equal.
+
+        What has been used since the last one ended, or since an evaluation, is part of it.
+        """
+        ended = self._used
         if reading:
             self.read()
         self._first, self._steps, self._until_reading = self._used, 0, 1
         self.begun = self.position
         planned = (self.decision + 1) / self.decisions if end_share is None else end_share
         before = self.decision / self.decisions if end_share is None else self._planned
-        left = 1 - before
-        part = (planned - before) / left if left > 1e-9 else 1.0
-        rest = max(1 - self._used, 0.0)
-        self._end_share = min(self._used + part * rest if part < 1 - 1e-9 else 1.0, self._run_end)
-        self._planned = planned
+        part = (planned - before) / (1 - before) if before < 1 - 1e-9 else 1.0
+        end = ended + part * max(1 - ended, 0.0) if part < 1 - 1e-9 else 1.0
+        self._end_share, self._planned = min(end, self._run_end), planned
 
     def begin_step(self) -> None:
         """Begin a step: seconds and joules are counted from here on, if they are not already."""
