@@ -68,8 +68,9 @@ def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progres
         initial = plant.evaluate()
         intervals = _base_run(plant, config)
         losses.append(intervals[-1].loss)
-    telemetry = [interval.telemetry for interval in intervals]
+    telemetry, budget = [interval.telemetry for interval in intervals], config.measured_budget()
     return Reference(
+        currency="tokens" if budget is None else budget.currency,
         budgets=BUDGET_SHARES,
         losses=tuple(losses),
         initial_loss=initial,

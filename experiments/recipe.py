@@ -45,7 +45,7 @@ class Recipe:
     threads: int = 1
     """Torch threads per process."""
     utility: str = "linear"
-    """Scalarisation of the three objectives: linear, tchebycheff, constrained or product."""
+    """Scalarisation of the three objectives: linear, logarithmic, tchebycheff, constrained or product."""
 
     def __post_init__(self) -> None:
         for name in ("n_envs", "threads"):

@@ -96,7 +96,7 @@ def test_a_run_ends_within_half_a_step_of_its_budget(cost: float) -> None:
     assert run.clock.now_s == pytest.approx(100, abs=cost / 2 + 1e-9)
 
 
-def test_steps_that_become_dearer_or_stall_change_the_number_of_steps_and_not_the_end() -> None:
+def test_dearer_steps_and_stalls_change_the_number_of_steps_not_the_end() -> None:
     run = Run()
     steps = [run.interval(0.1), run.interval(0.25), run.interval(0.2)]
     run.pass_by(10.0)  # something outside of the steps
@@ -117,7 +117,7 @@ def test_what_one_interval_uses_too_much_the_others_share() -> None:
     assert ends == pytest.approx([54.0, 77.0, 100.0], abs=0.3)
 
 
-def test_an_evaluation_before_the_first_step_is_free_and_its_cost_is_kept_for_the_last() -> None:
+def test_the_first_evaluation_is_free_and_its_cost_is_kept_for_the_last() -> None:
     run = Run()
     run.evaluate(6.0)
     run.pass_by(1_000.0)  # before the first step, too

@@ -67,7 +67,7 @@ def test_steps_of_a_second_and_two_joules(budget: str, steps: int) -> None:
     assert loop.steering.summary()["budget_used"] == pytest.approx(1.0)
 
 
-def test_what_happens_before_the_first_step_is_no_cost_and_what_happens_in_between_is() -> None:
+def test_what_comes_before_the_first_step_is_free() -> None:
     loop = Clocked()
     loop.clock.now_s += 1_000.0
     loop.train(steps=20)
