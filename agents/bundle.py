@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.numpy import save as to_bytes
 from trainpilot.envs.action import ACTION_FIELDS, split_choices
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.files import digest, whole_file
 from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
 
@@ -88,6 +89,13 @@ class BaseSchedule:
         share = self.warmup_share
         if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share < 1):
             raise ValueError(f"warmup_share must be a number in [0, 1), got {share!r}")
+
+    def on(self, config: RunConfig) -> RunConfig:
+        """Return a run with this base schedule."""
+        if config.budget is not None:
+            return replace(config, schedule=self.schedule, warmup_tokens=None, warmup_share=self.warmup_share)
+        tokens = self.warmup_tokens(config.tokens)
+        return replace(config, schedule=self.schedule, warmup_tokens=tokens, warmup_share=None)
 
     def warmup_tokens(self, tokens: int) -> int:
         """Return the tokens of warm-up under a budget of `tokens`."""

@@ -25,6 +25,7 @@ from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import GROUPS, OBSERVATION_FIELDS, ObservationField, fields_of
 from trainpilot.envs.reward import UTILITIES, compute_equivalent
 from trainpilot.envs.runs import IntervalBatch, SteeredRuns
+from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.files import load_checkpoint
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
@@ -299,6 +300,8 @@ class SimulatorStage:
     """The schedule that the policy multiplies. It is saved in the bundle, and live runs follow it too."""
     decisions: int = 50
     """Decisions per run."""
+    currencies: tuple[Currency, ...] = ("tokens",)
+    """What the runs' budgets are counted in: `tokens`, `time_s`, `energy_j`; each run draws one of them."""
     least_quality: float = 0.5
     """Least weight of quality in a preference that is drawn."""
     quality_alone: float = 0.0
@@ -334,6 +337,7 @@ class SimulatorStage:
         if self.utility not in UTILITIES:
             raise ValueError(f"simulator.utility must be one of {', '.join(UTILITIES)}, got {self.utility!r}")
         self.seen()
+        _ = self.start
 
     def _check_shares(self) -> None:
         for name in ("least_quality", "quality_alone"):
@@ -359,14 +363,24 @@ class SimulatorStage:
         """Schedule, decisions and starting learning rates of the simulated runs."""
         base = self.base_schedule
         return Start(
-            decisions=self.decisions, schedule=base.schedule, warmup_share=base.warmup_share, rates=self.start_rates
+            decisions=self.decisions,
+            schedule=base.schedule,
+            warmup_share=base.warmup_share,
+            rates=self.start_rates,
+            currencies=self.currencies,
         )
 
     def pool(self, n_instances: int, seed: int, calibrations: Sequence[FittedPhysics]) -> Pool:
         """Draw instances, and tune a static schedule on each."""
-        base = self.base_schedule
-        schedule, share = base.schedule, base.warmup_share
-        return Pool.draw(n_instances, seed, calibrations, self.widening, schedule=schedule, warmup_share=share)
+        return Pool.draw(
+            n_instances,
+            seed,
+            calibrations,
+            self.widening,
+            schedule=self.base_schedule.schedule,
+            warmup_share=self.base_schedule.warmup_share,
+            currencies=self.currencies,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

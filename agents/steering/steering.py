@@ -46,7 +46,9 @@ from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGro
 from trainpilot.llm_runtime.schedules import validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
 
-MUST_STAY = ("sequences", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning")
+MUST_STAY = (
+    "sequences", "budget", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning",
+)  # fmt: skip
 """Settings that must be the same where a run goes on from a saved state."""
 MAX_RISE = 2.0
 """Largest factor above the user's learning rate on a pretrained model: a much higher one undoes what it has learnt."""
@@ -144,7 +146,7 @@ class Steering:
         settings, loop = self.settings, self.loop
         return RunFacts(
             n_parameters=sum(p.numel() for p in loop.model.parameters()),
-            budget_tokens=self.progress.schedule.budget_tokens,
+            budget_tokens=None if settings.sequences is None else settings.sequences * settings.sequence_length,
             sequences=settings.sequences,
             batch_size=settings.batch_size,
             sequence_length=settings.sequence_length,
@@ -174,7 +176,7 @@ class Steering:
 
     @property
     def end_sequences(self) -> int:
-        """Sequences at which the run ends: the budget, or the end of the cool-down."""
+        """Sequences at which the run ends: the budget, or the end of the cool-down; else an estimate."""
         return self.progress.end
 
     @property
@@ -239,7 +241,7 @@ class Steering:
         """
         self._step_open = False
         self.loop.end_step(gradient_norm, sequences)
-        if self.sequences >= self.progress.interval_end:
+        if self.progress.interval_over:
             self.loop.raise_masks(1.0)
             self._end_interval()
 
@@ -442,6 +444,8 @@ class Steering:
             "decisions": len(intervals),
             "sequences": self.sequences,
             "tokens": self.progress.tokens,
+            "budget": self.settings.budget,
+            "budget_used": self.progress.used,
             "time_s": sum(each.time_s for each in intervals),
             "energy_j": sum_known(each.energy_j for each in intervals),
             "energy_source": intervals[-1].energy_source if intervals else None,

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 
+from trainpilot.llm_runtime.budget import CURRENCIES, Currency
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, StepPrice
 from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, neutral_factor, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
@@ -41,6 +42,8 @@ TIME_NOISE, POWER_NOISE = 0.03, 0.02
 PRICED_SHARE = 0.75
 """Share of the runs that are long enough to measure prices at the start."""
 PRICE_COUNTER = 5000
+LEAST_STEPS = 0.25
+"""Least steps of an interval under a budget in seconds or joules, whatever a step costs."""
 SEQUENCE_LENGTH = 64
 """Nominal tokens per sequence; only ratios of tokens matter."""
 
@@ -51,15 +54,32 @@ class Pool:
 
     instances: Instances
     references: References
+    """Under budgets in tokens."""
+    measured: Mapping[Currency, References] = field(default_factory=dict)
+    """Under budgets in seconds or joules, where runs are drawn with them."""
 
     @classmethod
     def draw(
         cls, n_instances: int, seed: int, calibrations: Sequence[FittedPhysics], widening: Widening | None = None,
-        *, schedule: ScheduleName = "wsd", warmup_share: float = 0.1,
+        *, schedule: ScheduleName = "wsd", warmup_share: float = 0.1, currencies: Sequence[Currency] = ("tokens",),
     ) -> Pool:  # fmt: skip
-        """Draw instances around calibrations and tune a static setting on each; about 2 s per thousand."""
+        """Draw instances around calibrations and tune a static setting on each; about 2 s per thousand and currency."""
         instances = draw_instances(n_instances, seed, calibrations, widening)
-        return cls(instances=instances, references=find_references(instances, schedule, warmup_share))
+        found = {each: find_references(instances, schedule, warmup_share, each) for each in {*currencies, "tokens"}}
+        return cls(instances=instances, references=found.pop("tokens"), measured=found)
+
+    def references_in(self, currency: Currency) -> References:
+        """Return the tuned statics under budgets in a currency.
+
+        Raises:
+            ValueError: the pool was drawn without it.
+        """
+        found = self.references if currency == "tokens" else self.measured.get(currency)
+        if found is None:
+            raise ValueError(
+                f"currencies must be among those that the pool was drawn with, got {currency}; give them to Pool.draw"
+            )
+        return found
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -81,6 +101,13 @@ class Start:
     """Range of starting learning rates relative to the tuned one, drawn log-uniformly."""
     advice_error: float = 10.0
     """A scaling law's advice is off by up to this factor in both directions, drawn log-uniformly for each run."""
+    currencies: tuple[Currency, ...] = ("tokens",)
+    """What the budgets are counted in; each run draws one."""
+
+    def __post_init__(self) -> None:
+        if not self.currencies or set(self.currencies) - set(CURRENCIES):
+            found = ", ".join(self.currencies) or "none"
+            raise ValueError(f"currencies must be some of {', '.join(CURRENCIES)}, got {found}")
 
 
 class SimulatedRuns:
@@ -105,6 +132,13 @@ class SimulatedRuns:
         self.pool = pool if pool is not None else default_pool()
         self.start = start or Start()
         self.table = ScheduleTable.of(self.start.schedule, self.start.warmup_share, self.start.decisions)
+        self.currency: Ints = np.zeros(n_runs, dtype=np.int64)
+        """What the budget of each run is counted in, as an index into `CURRENCIES`."""
+        self.budget: Floats = np.ones(n_runs)
+        """Budget in sequences, seconds or joules."""
+        self._tuned = [
+            (each, self.pool.references_in(each), self.pool.instances.budget(each)) for each in self.start.currencies
+        ]
         self.rows: Ints = np.arange(first_row, first_row + n_runs)
         self.episodes: Ints = np.zeros(n_runs, dtype=np.int64)
         self.keys = run_keys(seed, self.rows, self.episodes)
@@ -163,7 +197,7 @@ class SimulatedRuns:
         drawn = uniforms(self.keys[rows], 0, 6)
         self.index[rows] = (drawn[:, 0] * len(self.pool)).astype(np.int64)
         self.instances.put(rows, self.pool.instances.take(self.index[rows]))
-        self.references.put(rows, self.pool.references.take(self.index[rows]))
+        self._draw_currency(rows, drawn[:, 4])
         low, high = np.log(self.start.rates)
         self.start_rate[rows] = self.references.rate[rows] * np.exp(low + (high - low) * drawn[:, 1])
         self.advice_error[rows] = self.start.advice_error ** (2 * drawn[:, 2:4] - 1)
@@ -184,6 +218,16 @@ class SimulatedRuns:
                 prices[:, 0, index, place] *= step_s / (factor * batch)
         prices[:, 1] *= prices[:, 0]
         return np.where(hardware.masked[:, None, :, None], np.nan, prices)
+
+    def _draw_currency(self, rows: Ints, drawn: Floats) -> None:
+        """Draw what the budgets in these rows are counted in, and put the tuned statics for it there."""
+        chosen = (drawn * len(self._tuned)).astype(np.int64)
+        for number, (currency, references, budgets) in enumerate(self._tuned):
+            mine = rows[chosen == number]
+            index = self.index[mine]
+            self.currency[mine] = CURRENCIES.index(currency)
+            self.references.put(mine, references.take(index))
+            self.budget[mine] = budgets[index]
 
     def _restart(self, rows: Ints) -> None:
         self.state.restart(rows)
@@ -212,7 +256,7 @@ class SimulatedRuns:
             max_batch_size=high,
             masked_precisions=self.instances.hardware.masked.copy(),
             timed_precisions=np.tile(np.arange(len(PRECISIONS)) > 0, (n, 1)),
-            measured_budget=np.zeros(n, dtype=np.bool_),
+            measured_budget=self.currency != CURRENCIES.index("tokens"),
             learning_rate_over_law=self.start_rate / (tuned_rate * self.advice_error[:, 0]),
             batch_over_law=start_batch / advised_batch,
             prices=self.prices.copy(),
@@ -227,9 +271,10 @@ class SimulatedRuns:
         batch = controls.batch_size.astype(np.float64)
         scale, start_batch = controls.learning_rate_scale, self.instances.start_batch
         rate = learning_rate(self.start_rate, scale, 1.0, batch, start_batch)  # at the schedule's peak
-        sequences = length * self.instances.sequences / self.start.decisions
-        steps = sequences / batch
         switches = self._switch(controls)
+        random = normals(self.keys, 1 + self.decision, CHANNELS)
+        sequences = self._sequences(length, batch, switches, random)
+        steps = sequences / batch
         before = self._expected()
         with np.errstate(over="ignore", invalid="ignore"):
             moments = advance(self.instances.physics, self.state, steps, rate * mean, batch)
@@ -244,7 +289,6 @@ class SimulatedRuns:
                 loss_fall=before - after,
                 probed=probe_due(self.decision, self.progress.position / self.start.decisions),
             )
-            random = normals(self.keys, 1 + self.decision, CHANNELS)
             fields = read_sensors(
                 self.instances.sensors, self.instances.physics, self.state, moments, interval,
                 memory=self.memory, random=random,
@@ -266,6 +310,21 @@ class SimulatedRuns:
         self.batch, self.precision = controls.batch_size.copy(), controls.precision.copy()
         return changes
 
+    def _sequences(self, length: Floats, batch: Floats, switches: Floats, random: Floats) -> Floats:
+        """Return the sequences of the next interval; those that fit into its seconds or joules under such budgets."""
+        sequences = length * self.instances.sequences / self.start.decisions
+        measured = self.currency != CURRENCIES.index("tokens")
+        if not measured.any():
+            return sequences
+        hardware, amount = self.instances.hardware, length * self.budget / self.start.decisions
+        in_joules = self.currency == CURRENCIES.index("energy_j")
+        time_s = np.where(in_joules, amount / (hardware.power_w(batch) * _power_noise(random)), amount)
+        probed = probe_due(self.decision, self.progress.position / self.start.decisions)
+        probe_s = np.where(probed, hardware.probe_s(sequences_probed(sequences), self.sparsity), 0.0)
+        training_s = (time_s - hardware.switch_s * switches) / _time_noise(random) - probe_s
+        steps = np.maximum(training_s / hardware.step_s(batch, self.precision, self.sparsity), LEAST_STEPS)
+        return np.where(measured, steps * batch, sequences)
+
     def _expected(self) -> Floats:
         """Return the current expected training loss, in nats/token."""
         pruned = self.instances.pruning_cost * ((1.0 - self.sparsity) ** -2.0 - 1.0) / 0.235
@@ -285,12 +344,11 @@ class SimulatedRuns:
         self, interval: SimulatedInterval, sequences: Floats, switches: Floats, random: Floats
     ) -> dict[str, Floats]:
         hardware = self.instances.hardware
-        jitter = np.exp(TIME_NOISE * random[:, 9])
         training_s = hardware.step_s(interval.batch, self.precision, self.sparsity) * interval.steps
         probe_s = np.where(interval.probed, hardware.probe_s(sequences_probed(sequences), self.sparsity), 0.0)
         switch_s = hardware.switch_s * switches
-        time_s = (training_s + probe_s) * jitter + switch_s
-        power_w = hardware.power_w(interval.batch) * np.exp(POWER_NOISE * random[:, 10])
+        time_s = (training_s + probe_s) * _time_noise(random) + switch_s
+        power_w = hardware.power_w(interval.batch) * _power_noise(random)
         return {
             "time_s": time_s,
             "probe_time_s": probe_s,
@@ -327,6 +385,16 @@ class SimulatedRuns:
             finished=finished,
             diverged=self.diverged.copy(),
         )
+
+
+def _time_noise(random: Floats) -> Floats:
+    """Return the factors on the seconds of an interval."""
+    return np.exp(TIME_NOISE * random[:, 9])
+
+
+def _power_noise(random: Floats) -> Floats:
+    """Return the factors on the watts of an interval."""
+    return np.exp(POWER_NOISE * random[:, 10])
 
 
 def default_pool(n_instances: int = 256, seed: int = 0) -> Pool:

@@ -22,6 +22,7 @@ from trainpilot.experiments import run_store
 from trainpilot.experiments.cli import main
 from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import ReplayOptions
+from trainpilot.llm_runtime.energy.meter import NoMeter
 from trainpilot.llm_runtime.models import body_parameters_of
 from trainpilot.llm_runtime.scaling_laws import step_law
 
@@ -242,6 +243,8 @@ def test_a_finished_run_is_not_run_again_and_no_other_runs_in_its_folder(
         (("--policy", "nowhere"), "no policy named 'nowhere' comes with trainpilot"),
         (("--tokens", "many"), "--tokens"),
         (("--tokens", "100"), "tokens must give every decision at least one step"),
+        (("--tokens", "600s"), "--tokens"),
+        (("--budget", "600s"), "tokens cannot be combined with budget, got 20480 and 600s; give one"),
         (("--text", "nowhere.txt"), "nowhere.txt"),
         (("--model", "nowhere.json"), "no file nowhere.json"),
         (("--preference", "speed=1"), "preference must look like"),
@@ -265,6 +268,72 @@ def test_bad_input_is_one_line_and_exit_code_2(
     said = capsys.readouterr().err
     assert message in said
     assert said.startswith("trainpilot: ")
+    assert said.count("\n") == 1
+    assert not (workplace / "run").exists()
+
+
+def under(budget: str, place: Path, *more: str) -> list[str]:
+    """Return a replay under a budget in place of tokens."""
+    arguments = command(place, "run", *more)
+    at = arguments.index("--tokens")
+    return [*arguments[:at], "--budget", budget, *arguments[at + 2 :]]
+
+
+def test_a_replay_ends_with_its_seconds(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(under("5s", workplace, "--policy", "default", "--decisions", "50"), monkeypatch) == 0
+    found = summary(workplace / "run")
+    assert found["budget"] == "5s"
+    assert found["budget_spent"] == pytest.approx(5.0, rel=0.1)
+    assert 40 <= found["n_decisions"] <= 50  # an interval has at least one step
+    assert "used of the budget of 5s" in " ".join(capsys.readouterr().out.split())
+    lines = [json.loads(line)["telemetry"] for line in (workplace / "run" / "telemetry.jsonl").open()]
+    assert lines[-1]["budget_used"] == pytest.approx(1.0, abs=0.02)
+    assert lines[-1]["finished"]
+
+
+def test_a_budget_in_tokens_is_tokens(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_here(under("20.48k", workplace), monkeypatch) == 0
+    found = summary(workplace / "run")
+    assert (found["tokens"], found["budget"], found["budget_spent"]) == (20_480, None, None)
+    assert run_here(command(workplace, "run"), monkeypatch) == 0, "the same settings: it is finished already"
+
+
+SHARE = "give warmup_share"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("0s",), "budget must be above 0, got 0s"),
+        (("-5s",), "or joules such as 50kJ, got '-5s'"),
+        (("ten minutes",), "budget must be tokens such as 1M, seconds such as 600s"),
+        (("9s", "--warmup-tokens", "100"), f"warmup_tokens must be left out under budget 9s, got 100; {SHARE}"),
+        (("9s", "--warmup-share", "1"), "warmup_share must be in [0, 1), got 1.0"),
+    ],
+)
+def test_a_bad_budget_is_one_line_and_exit_code_2(
+    workplace: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_here(under(arguments[0], workplace, *arguments[1:]), monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (workplace / "run").exists()
+
+
+def test_joules_without_a_meter_are_one_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainpilot.llm_runtime.live_run.select_meter", lambda device: NoMeter("none here"))
+    assert run_here(under("5kJ", workplace), monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "budget in joules needs a meter that counts them, got none (energy unknown: none here)" in said
     assert said.count("\n") == 1
     assert not (workplace / "run").exists()
 
