@@ -357,7 +357,16 @@ def test_the_metered_fields_are_unknown_to_a_run_for_quality_alone() -> None:
     assert len(PRICES) == 12
 
 
-def test_a_run_for_quality_alone_keeps_the_precision_unless_it_was_offered_untimed() -> None:
+def test_a_budget_in_seconds_or_joules_needs_eyes_even_for_quality_alone() -> None:
+    limits = make_limits(measured_budget=True, timed_precisions=("bf16",))
+    state = DecisionState(limits, Preference(quality=1, energy=0, time=0))
+    state.observe(make_telemetry())
+
+    assert state.fields()["throughput"] == 1.0
+    assert state.limits == limits
+
+
+def test_quality_alone_keeps_the_precision_unless_offered_untimed() -> None:
     limits = make_limits(timed_precisions=("bf16",), masked_precisions={"tf32": "measured here", "fp16": "not here"})
     seeing, blind = (DecisionState(limits, each) for each in (Preference(), Preference(quality=1, energy=0, time=0)))
     first = FIRST_CHOICES[2]

@@ -167,7 +167,7 @@ def steps_of(folder: Path) -> list[tuple[float, dict[str, Any]]]:
 BLIND = ("--policy", "default", "--preference", "quality=1")
 
 
-def test_the_shipped_policy_repeats_a_run_for_quality_alone_to_the_last_bit(
+def test_the_shipped_policy_repeats_a_run_to_the_last_bit(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRAINPILOT_CACHE", str(workplace / "cache"))

@@ -61,7 +61,7 @@ def test_a_new_run_has_a_new_error_and_a_single_one_the_same(pool: Pool) -> None
     assert again.limits().learning_rate_over_law[2] == single.learning_rate_over_law
 
 
-def test_prices_at_the_start_are_those_of_the_hardware_with_the_noise_of_telemetry(pool: Pool) -> None:
+def test_prices_at_the_start_are_the_hardware_s_with_telemetry_s_noise(pool: Pool) -> None:
     runs = SimulatedRuns(2_000, 3, pool)
     prices, hardware, batch = (
         runs.limits().prices,
