@@ -167,9 +167,7 @@ def steps_of(folder: Path) -> list[tuple[float, dict[str, Any]]]:
 BLIND = ("--policy", "default", "--preference", "quality=1")
 
 
-def test_the_shipped_policy_repeats_a_run_to_the_last_bit(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shipped_policy_repeats_a_run_to_the_last_bit(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINPILOT_CACHE", str(workplace / "cache"))
     for name in ("one", "other"):
         shutil.rmtree(workplace / "cache", ignore_errors=True)  # what was timed in one run does not help the other
