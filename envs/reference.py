@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from trainpilot.envs.reward import Reference
 from trainpilot.llm_runtime.config import RunConfig
@@ -42,7 +42,7 @@ def reference_for(
     Raises:
         ValueError: the base schedule itself diverges on this case.
     """
-    path = cache_dir() / "reference" / f"{digest([FORMAT, asdict(config), setting], 10)}.json"
+    path = cache_dir() / "reference" / f"{digest([FORMAT, config.settings(), setting], 10)}.json"
     kept = Reference.read(path)
     if kept is not None:
         return kept
@@ -63,13 +63,14 @@ def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progres
     initial = 0.0
     for share in BUDGET_SHARES:
         if progress is not None:
-            progress(f"reference {config.model}, {share:.0%} of {config.tokens:,} tokens")
+            progress(f"reference {config.model}, {share:.0%} of {config.budget or f'{config.tokens:,} tokens'}")
         plant = make_plant(_shortened(config, share))
         initial = plant.evaluate()
         intervals = _base_run(plant, config)
         losses.append(intervals[-1].loss)
-    telemetry = [interval.telemetry for interval in intervals]
+    telemetry, budget = [interval.telemetry for interval in intervals], config.measured_budget()
     return Reference(
+        currency="tokens" if budget is None else budget.currency,
         budgets=BUDGET_SHARES,
         losses=tuple(losses),
         initial_loss=initial,
@@ -82,8 +83,10 @@ def run_reference(config: RunConfig, make_plant: PlantFactory, progress: Progres
 
 def _shortened(config: RunConfig, share: float) -> RunConfig:
     """Return the case with `share` of its budget and with intervals of the same length, so fewer of them."""
-    warmup = None if config.warmup_tokens is None else round(config.warmup_tokens * share)
     decisions = max(1, int(config.decisions * share))  # rounding up could leave intervals without a step
+    if (budget := config.measured_budget()) is not None:
+        return replace(config, budget=str(budget * share), decisions=decisions)
+    warmup = None if config.warmup_tokens is None else round(config.warmup_tokens * share)
     tokens = max(round(config.tokens * share), config.batch_size * config.sequence_length)
     return replace(config, tokens=tokens, decisions=decisions, warmup_tokens=warmup)
 
@@ -110,7 +113,7 @@ def live_plant() -> PlantFactory:
         device = str(resolve_device(config.device))
         if device not in meters:
             meters[device] = select_meter(device)
-        return LiveRun(config, meter=meters[device])
+        return LiveRun(config, meter=meters[device], counts_pauses=False)
 
     return make
 

@@ -4,7 +4,8 @@ Everything here works on arrays with one row per run; a single run is one row. F
 
 * `budget_for_loss`: the budget at which a curve of losses over budgets reaches a loss. It is used wherever trainpilot
   converts a loss to compute.
-* `compute_equivalent` and `worth`: the quality of a loss relative to a reference.
+* `compute_equivalent` and `worth`: the quality of a loss relative to a reference. Both are in shares of the budget, and
+  hold for budgets in tokens, seconds and joules alike: the reference ran under budgets of the same currency.
 * `ReferenceBatch.reward`: the reward vector of an interval; `RewardMeter` computes it for a single run.
 * `Scalariser`: converts the reward vector to a scalar by one of `UTILITIES`; `ScalarReward` is the Gymnasium wrapper
   that applies it.
@@ -21,6 +22,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike
 
+from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -170,6 +172,8 @@ class ReferenceBatch:
 class Reference(JsonRecord):
     """Losses and costs of the base schedule on one case."""
 
+    currency: Currency = "tokens"
+    """What the budgets are counted in: the run's own currency."""
     budgets: tuple[float, ...]
     """Shares of the full budget, ascending to 1."""
     losses: tuple[float, ...]
@@ -284,6 +288,23 @@ def linear(outcome: Outcome, weights: Weights) -> Floats:
     return np.asarray((weights * outcome.vector()).sum(axis=-1))[()]
 
 
+LEAST_SHARE = 0.01
+"""Smallest compute-equivalent that the logarithmic utility tells from smaller ones."""
+
+
+def logarithmic(outcome: Outcome, weights: Weights) -> Floats:
+    """Return w_q log c - w_e E - w_t T: the logarithm of the compute-equivalent c less the weighted costs.
+
+    Of runs that gain as they use, c = g E = g T with any g, the best uses the share w_q / (1 - w_q) of the reference's
+    costs, at most all: it moves gradually with the weights. The weighted sum of c itself jumps there from the shortest
+    run to the longest as w_q crosses 1/2, and so does the product c^w_q E^-w_e T^-w_t. Diverged runs are the worst.
+    """
+    quality = np.asarray(outcome.quality)
+    log_share = np.where(quality > 1, quality - 1, np.log(np.maximum(quality, LEAST_SHARE)))  # the inverse of `worth`
+    log_share = np.where(quality < 0, np.log(LEAST_SHARE) + quality, log_share)
+    return linear(Outcome(log_share, outcome.energy, outcome.time), weights)
+
+
 def tchebycheff(outcome: Outcome, weights: Weights, rho: float = 0.05) -> Floats:
     """Return the augmented Tchebycheff utility, -(max_i w_i (z_i - f_i) + rho sum_i w_i (z_i - f_i)).
 
@@ -324,6 +345,7 @@ def _weighted_cost(outcome: Outcome, weights: Weights) -> Floats:
 
 UTILITIES: dict[str, Utility] = {
     "linear": linear,
+    "logarithmic": logarithmic,
     "tchebycheff": tchebycheff,
     "constrained": constrained,
     "product": product,

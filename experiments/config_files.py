@@ -44,6 +44,10 @@ def run_config(content: Mapping[str, Any], where: str) -> RunConfig:
     Raises:
         ValueError: a field is unknown or a value wrong; the message begins with `where`.
     """
+    if content.get("budget") is not None and content.get("tokens") is not None:
+        raise ValueError(
+            f"{where}: tokens cannot be combined with budget, got {content['tokens']} and {content['budget']}; give one"
+        )
     text = {"text": [content["text"]]} if isinstance(content.get("text"), str) else {}
     return validated(RunConfig, {**content, **text}, where)
 

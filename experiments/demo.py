@@ -58,7 +58,7 @@ def run_options(policy: str, out: Path, options: DemoOptions, **changes: Any) ->
     """Return the options of one run of the demo."""
     settings: dict[str, Any] = {
         "model": MODEL,
-        "tokens": TOKENS,
+        **({"tokens": TOKENS} if options.budget is None else {"budget": options.budget}),
         "batch_size": 8,
         "sequence_length": 128,
         "base_learning_rate": UNTUNED_RATE,
@@ -71,7 +71,11 @@ def run_options(policy: str, out: Path, options: DemoOptions, **changes: Any) ->
 def _swept(rate: float, options: DemoOptions, console: Console) -> Summary:
     from trainpilot.experiments.replay import replay
 
-    wsd = {"base_learning_rate": rate, "schedule": "wsd", "warmup_tokens": int(SWEEP_WARMUP_SHARE * TOKENS)}
+    wsd: dict[str, Any] = {"base_learning_rate": rate, "schedule": "wsd"}
+    if options.budget is None:
+        wsd["warmup_tokens"] = int(SWEEP_WARMUP_SHARE * TOKENS)
+    else:
+        wsd["warmup_share"] = SWEEP_WARMUP_SHARE
     summary = replay(run_options("none", options.out / f"sweep-{rate:g}", options, **wsd), Console(quiet=True))
     loss = summary["final_validation_loss"]
     reached = "diverged" if loss is None else f"{loss:.4f} nats/token"

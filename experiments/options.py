@@ -7,13 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
+from trainpilot.llm_runtime.budget import Budget
 from trainpilot.llm_runtime.config import Precision, Pruning, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 Effort = Literal["quick", "standard"]
+
+
+def tokens_in(text: str) -> int:
+    """Return the tokens that a text such as `500000` or `1M` names. Raises `ValueError` for any other."""
+    budget = Budget.parse(text)
+    if budget.currency != "tokens":
+        raise ValueError(
+            f"tokens must be a number such as 500000 or 1M, got {text!r}; --budget takes seconds and joules"
+        )
+    return int(budget.amount)
+
 
 Model = Annotated[
     str,
@@ -26,6 +39,16 @@ Text = Annotated[
     tuple[str, ...],
     tyro.conf.arg(
         help="Text: `stdlib`, `stdlib:asyncio,json`, `python-docs`, UTF-8 files, folders, globs, or `hub:OWNER/NAME`."
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TOKENS",
+        instance_from_str=lambda args: tokens_in(args[0]),
+        is_instance=lambda value: value is None or isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
     ),
 ]
 SequenceLength = Annotated[int, tyro.conf.arg(help="Tokens per sequence.")]
@@ -45,6 +68,7 @@ class ReplayOptions:
 
       trainpilot replay --policy none --model llama-micro --out runs/base
       trainpilot replay --policy default --model gpt2-micro --text docs/*.md --out runs/steered
+      trainpilot replay --policy default --model llama-micro --budget 10min --out runs/ten-minutes
       trainpilot replay --policy runs/agent/policy.safetensors --model gpt2-micro --out runs/mine
     """
 
@@ -54,18 +78,25 @@ class ReplayOptions:
     """`none` for the plain base schedule, `default` for the policy that comes with trainpilot, or a bundle's file."""
     model: Model = RunConfig.model
     text: Text = RunConfig.text
-    tokens: int = RunConfig.tokens
-    """Budget in tokens."""
-    batch_size: int = RunConfig.batch_size
-    """Starting batch, in sequences."""
+    tokens: Tokens = None
+    """Budget in tokens, such as 500000 or 1M; a million without --budget."""
+    budget: str | None = None
+    """Budget in seconds (600s, 10min, 2h), joules (50kJ, 1.5MJ) or tokens (1M). The run ends when it is used up, and
+    its schedule with it."""
+    batch_size: int | Literal["auto"] = RunConfig.batch_size
+    """Starting batch, in sequences, or `auto` for the power of two nearest to what Step Law advises for this budget."""
     sequence_length: SequenceLength = RunConfig.sequence_length
-    base_learning_rate: float = RunConfig.base_learning_rate
-    """Peak learning rate of the base schedule."""
+    base_learning_rate: float | Literal["auto"] = RunConfig.base_learning_rate
+    """Peak learning rate of the base schedule, or `auto` for what Step Law advises for this model and budget: a start
+    without a sweep, for models trained from scratch. Below 100 M parameters the law is extrapolated: at 0.2 M its rate
+    is 2 to 10 times too high, which the policy is there to correct, and its batch of the right order."""
     schedule: ScheduleName | None = None
     """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero), constant; by default the one that
     the policy was trained on, linear without a policy."""
     warmup_tokens: int | None = None
     """Tokens of linear warm-up; by default the policy's share of the budget, 2 % without a policy."""
+    warmup_share: float | None = None
+    """The same as a share of the budget, whatever that is counted in."""
     precision: Precision = RunConfig.precision
     """Starting precision of the matrix products."""
     pruning: Pruning = RunConfig.pruning
@@ -92,16 +123,63 @@ class ReplayOptions:
         Raises:
             ValueError: a bad setting.
         """
-        schedule, warmup_tokens = self.schedule, self.warmup_tokens
+        schedule, warmup_tokens, warmup_share = self.schedule, self.warmup_tokens, self.warmup_share
+        tokens, budget = self._budget()
         if base is not None:
             schedule = base.schedule if schedule is None else schedule
-            warmup_tokens = base.warmup_tokens(self.tokens) if warmup_tokens is None else warmup_tokens
+            if warmup_tokens is None and warmup_share is None:
+                in_tokens = budget is None
+                warmup_tokens = base.warmup_tokens(tokens) if in_tokens else None
+                warmup_share = None if in_tokens else base.warmup_share
+        decisions = decisions if self.decisions is None else self.decisions
         return _run_config(
             self,
+            tokens=tokens,
+            budget=budget,
             schedule=RunConfig.schedule if schedule is None else schedule,
             warmup_tokens=warmup_tokens,
-            decisions=decisions if self.decisions is None else self.decisions,
+            warmup_share=warmup_share,
+            decisions=decisions,
+            **self._start(decisions),
         )
+
+    def _start(self, decisions: int) -> dict[str, Any]:
+        """Return batch size and learning rate, those of a scaling law where an option is `auto`."""
+        batch_size, learning_rate = self.batch_size, self.base_learning_rate
+        if "auto" in (batch_size, learning_rate):
+            from trainpilot.llm_runtime.models import body_parameters_of
+            from trainpilot.llm_runtime.scaling_laws import step_law
+
+            tokens, budget = self._budget()
+            if budget is not None:
+                raise ValueError(
+                    f"base_learning_rate and batch_size must be numbers under budget {budget}, got 'auto', as the law "
+                    "needs a budget in tokens; give --tokens"
+                )
+            n_parameters = body_parameters_of(self.model)
+            if n_parameters is None:
+                raise ValueError(
+                    "base_learning_rate and batch_size must be numbers for a pretrained model, got 'auto', as the law "
+                    "is of training from scratch; try --base-learning-rate 1e-4"
+                )
+            advice, length = step_law(n_parameters, tokens), max(self.sequence_length, 1)
+            if batch_size == "auto":
+                n_sequences = tokens // length
+                batch_size = advice.batch_size(
+                    sequence_length=length, n_sequences=n_sequences, decisions=max(decisions, 1)
+                )
+            if learning_rate == "auto":
+                learning_rate = advice.learning_rate_at(float(batch_size * length))
+        return {"batch_size": batch_size, "base_learning_rate": learning_rate}
+
+    def _budget(self) -> tuple[int, str | None]:
+        """Return the budget in tokens, and the one in seconds or joules, if it is in these."""
+        if self.budget is None:
+            return RunConfig.tokens if self.tokens is None else self.tokens, None
+        if self.tokens is not None:
+            raise ValueError(f"tokens cannot be combined with budget, got {self.tokens} and {self.budget}; give one")
+        budget = Budget.parse(self.budget)
+        return (int(budget.amount), None) if budget.currency == "tokens" else (RunConfig.tokens, str(budget))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +267,8 @@ class DemoOptions:
     """Seeds the runs."""
     policy: str = "default"
     """The policy that steers: `default`, or a bundle's file."""
+    budget: str | None = None
+    """Budget of each of the seven runs, such as 30s or 200k; 600k tokens by default."""
 
 
 @dataclass(frozen=True)

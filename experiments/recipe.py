@@ -45,7 +45,7 @@ class Recipe:
     threads: int = 1
     """Torch threads per process."""
     utility: str = "linear"
-    """Scalarisation of the three objectives: linear, tchebycheff, constrained or product."""
+    """Scalarisation of the three objectives: linear, logarithmic, tchebycheff, constrained or product."""
 
     def __post_init__(self) -> None:
         for name in ("n_envs", "threads"):
@@ -77,9 +77,7 @@ class Recipe:
         base, cases = self.base_schedule, self._cases()
         if base is None:
             return cases
-        return tuple(
-            replace(case, schedule=base.schedule, warmup_tokens=base.warmup_tokens(case.tokens)) for case in cases
-        )
+        return tuple(base.on(case) for case in cases)
 
     def reference_cases(self) -> tuple[RunConfig, ...]:
         """Return the reference run of each live case."""

@@ -57,6 +57,8 @@ def summarise(
         "text": list(options.text),
         "device": device_label(run.config),
         "tokens": last.tokens,
+        "budget": run.config.budget,
+        "budget_spent": run.spent,
         "initial_validation_loss": initial_loss,
         "final_validation_loss": None if last.diverged else run.validation_loss,
         "final_test_loss": None if last.diverged else run.test(),
@@ -128,7 +130,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
-    return [
+    rows = [
         ("validation loss, nats/token", _shown("final_validation_loss", "{:.4f}")),
         ("test loss, nats/token", _shown("final_test_loss", "{:.4f}")),
         ("tokens", _shown("tokens", "{:,}")),
@@ -136,6 +138,9 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]],
         (f"energy, J ({summary['energy_source'] or 'no meter'})", _shown("energy_j", "{:.1f}")),
         (f"CO2e, g at {summary['grid_intensity_g_per_kwh']:g} g/kWh", _shown("co2e_g", "{:.3f}")),
     ]
+    if summary.get("budget") is not None:  # version 0.1 did not write it
+        rows.insert(3, (f"used of the budget of {summary['budget']}", _shown("budget_spent", "{:.2f}")))
+    return rows
 
 
 def _shown(name: str, form: str) -> Callable[[dict[str, Any]], str]:

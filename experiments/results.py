@@ -50,7 +50,7 @@ class RunSpec(JsonRecord):
     def key(self, content: str) -> str:
         """Return the name of the run's file; `content` is the digest of its text and its model."""
         settings = {name: value for name, value in self.steering.settings.items() if name != "path"}
-        config = {name: value for name, value in asdict(self.config).items() if name not in ("model", "text")}
+        config = {name: value for name, value in self.config.settings().items() if name not in ("model", "text")}
         label = [FORMAT, content, config, asdict(self.steering) | {"settings": settings}]
         return digest(label, 10)
 

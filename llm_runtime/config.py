@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainpilot.llm_runtime.budget import Budget
 from trainpilot.llm_runtime.json_records import JsonRecord
-from trainpilot.llm_runtime.schedules import SCHEDULES, Schedule, ScheduleName
+from trainpilot.llm_runtime.schedules import PARTS, SCHEDULES, Schedule, ScheduleName
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Pruning = Literal["none", "magnitude", "evolution", "width"]
@@ -52,6 +53,18 @@ class Controls(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepPrice(JsonRecord):
+    """What a training step costs at a batch and precision."""
+
+    batch_size: int
+    """Sequences."""
+    precision: Precision
+    time_s: float
+    energy_j: float | None
+    """`None` where nothing measured it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlLimits:
     """What a controller may choose from in a run, and why it may not choose the rest."""
 
@@ -67,6 +80,23 @@ class ControlLimits:
     """What the sparsity control does in this run."""
     decisions: int
     """Decisions in the whole run."""
+    timed_precisions: tuple[Precision, ...] = ()
+    """Precisions that are offered or not because of measured seconds."""
+    measured_budget: bool = False
+    """Whether the budget is in seconds or joules and not in tokens."""
+    learning_rate_over_law: float | None = None
+    """Peak learning rate at the start over the one that a scaling law advises; `None` where none applies."""
+    batch_over_law: float | None = None
+    """Batch at the start over the advised one, in tokens."""
+    prices: tuple[StepPrice, ...] = ()
+    """What was measured before the start, at half, at the same and at double the starting batch."""
+
+    def untimed(self) -> ControlLimits:
+        """Return the limits of a run that must not depend on a clock: no precision is offered that was timed."""
+        reason = "the precision stays, as only a clock could say whether another pays"
+        return replace(
+            self, masked_precisions={**self.masked_precisions, **dict.fromkeys(self.timed_precisions, reason)}
+        )
 
 
 BATCH_RANGE = 16
@@ -111,7 +141,9 @@ class RunConfig(JsonRecord):
     text: tuple[str, ...] = ("stdlib",)
     """`stdlib`, parts of it (`stdlib:asyncio,json`), `python-docs`, UTF-8 files, folders, globs, `hub:OWNER/NAME`."""
     tokens: int = 1_000_000
-    """Budget in tokens."""
+    """Budget in tokens. Not read under a `budget` in seconds or joules: how many fit into it shows at its end."""
+    budget: str | None = None
+    """Budget in seconds or joules, such as `600s`, `2h` or `50kJ`; by default it is in `tokens`."""
     batch_size: int = 16
     """Starting batch, in sequences."""
     sequence_length: int = 128
@@ -122,6 +154,8 @@ class RunConfig(JsonRecord):
     """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero) or constant."""
     warmup_tokens: int | None = None
     """Tokens of linear warm-up; by default 2 % of the budget."""
+    warmup_share: float | None = None
+    """The same as a share of the budget in [0, 1), whatever that is counted in."""
     precision: Precision = "fp32"
     """Starting precision."""
     pruning: Pruning = "none"
@@ -148,6 +182,9 @@ class RunConfig(JsonRecord):
         self._check_choices()
         self._check_counts()
         self._check_optimiser()
+        self._check_warmup()
+        if self.measured_budget() is not None:
+            return
         needed = self.decisions * self.batch_size * self.sequence_length
         if self.tokens < needed:
             raise ValueError(
@@ -157,6 +194,17 @@ class RunConfig(JsonRecord):
             )
         if self.warmup_tokens is not None and not 0 <= self.warmup_tokens < self.tokens:
             raise ValueError(f"warmup_tokens must be in [0, tokens), got {self.warmup_tokens}")
+
+    def _check_warmup(self) -> None:
+        tokens, share = self.warmup_tokens, self.warmup_share
+        if share is not None and not (_is_number(share) and 0 <= share < 1):
+            raise ValueError(f"warmup_share must be in [0, 1), got {share!r}")
+        if tokens is not None and share is not None:
+            raise ValueError(f"warmup_tokens cannot be combined with warmup_share, got {tokens} and {share}; give one")
+        if tokens is not None and self.measured_budget() is not None:
+            raise ValueError(
+                f"warmup_tokens must be left out under budget {self.budget}, got {tokens}; give warmup_share"
+            )
 
     def _check_choices(self) -> None:
         choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "pruning": PRUNINGS, "optimizer": OPTIMIZERS}
@@ -188,22 +236,52 @@ class RunConfig(JsonRecord):
         if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay!r}")
 
+    def measured_budget(self) -> Budget | None:
+        """Return the budget in seconds or joules; `None` where it is in tokens.
+
+        Raises:
+            ValueError: `budget` is not in seconds or joules.
+        """
+        if self.budget is None:
+            return None
+        budget = Budget.parse(self.budget)
+        if budget.currency == "tokens":
+            raise ValueError(
+                f"budget must be in seconds or joules, got {self.budget!r}; give tokens={budget.amount:.0f}"
+            )
+        return budget
+
     def n_sequences(self) -> int:
-        """Return the budget in sequences."""
+        """Return the budget in sequences. Raises `ValueError` where it is not in tokens."""
+        if self.budget is not None:
+            raise ValueError(f"budget must be in tokens for that, got {self.budget}; give tokens instead")
         return self.tokens // self.sequence_length
 
     def warmup(self) -> int:
-        """Return the tokens of warm-up."""
-        return self.tokens // 50 if self.warmup_tokens is None else self.warmup_tokens
+        """Return the tokens of warm-up, or the `PARTS` of a budget in seconds or joules."""
+        whole = self.tokens if self.budget is None else PARTS
+        if self.warmup_share is not None:
+            return int(self.warmup_share * whole)
+        return whole // 50 if self.warmup_tokens is None else self.warmup_tokens
 
     def base_schedule(self) -> Schedule:
-        """Return the base schedule over the budget in whole sequences."""
+        """Return the base schedule: over the budget in whole sequences, or over its `PARTS`."""
+        if self.budget is not None:
+            return Schedule(name=self.schedule, budget_tokens=PARTS, warmup_tokens=self.warmup())
         tokens = self.n_sequences() * self.sequence_length
         return Schedule(name=self.schedule, budget_tokens=tokens, warmup_tokens=self.warmup())
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields as plain values; those that version 0.1 did not have only where they are set."""
+        fields = asdict(self)
+        return {name: value for name, value in fields.items() if name not in _NEWER or value is not None}
 
     def start(self) -> Controls:
         """Return the controls that leave the base schedule untouched."""
         return Controls(batch_size=self.batch_size, precision=self.precision)
+
+
+_NEWER = ("budget", "warmup_share")
 
 
 def _is_number(value: object) -> bool:

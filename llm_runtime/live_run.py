@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,34 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from trainpilot.llm_runtime import optimizer as adam
-from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, RunConfig, batch_limits
+from trainpilot.llm_runtime.budget import Budget
+from trainpilot.llm_runtime.config import (
+    PRECISIONS,
+    ControlLimits,
+    Controls,
+    Precision,
+    RunConfig,
+    StepPrice,
+    batch_limits,
+)
 from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.data.corpus import Corpus, load_corpus
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
+from trainpilot.llm_runtime.files import cache_dir, digest
 from trainpilot.llm_runtime.interval import StepRecord
 from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
-from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
+from trainpilot.llm_runtime.models import LoadedModel, body_parameters, context_length, load_model
 from trainpilot.llm_runtime.optimizer import averaged_weights
-from trainpilot.llm_runtime.precision import lacking, masked_precisions
+from trainpilot.llm_runtime.precision import kept_step_seconds, lacking, masked_precisions, measured_on, synchronise
+from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process import RandomState
-from trainpilot.llm_runtime.schedules import BudgetProgress, sequences_probed
+from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, TokenProgress
+from trainpilot.llm_runtime.scaling_laws import Advice, step_law
+from trainpilot.llm_runtime.schedules import sequences_probed
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
+from trainpilot.llm_runtime.timing import Cost, alternate
 
 
 class Trainer(ControlledLoop):
@@ -50,7 +65,8 @@ class Trainer(ControlledLoop):
         clock: Returns seconds.
 
     Raises:
-        ValueError: the device lacks the starting precision, or the model cannot be pruned as asked.
+        ValueError: the device lacks the starting precision, the model cannot be pruned as asked, or the budget is in
+            joules, and no meter counts them.
     """
 
     model: PreTrainedModel
@@ -67,12 +83,7 @@ class Trainer(ControlledLoop):
         super().__init__(
             model,
             adam.make_optimizer(model, config),
-            BudgetProgress(
-                schedule=config.base_schedule(),
-                budget=config.n_sequences(),
-                sequence_length=config.sequence_length,
-                decisions=config.decisions,
-            ),
+            progress_of(config),
             config.start(),
             pruning=config.pruning,
             meter=meter or NoMeter("this trainer has no meter"),
@@ -158,16 +169,27 @@ class Trainer(ControlledLoop):
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.autocast("fp32"))
-            return float(self._mean_loss(batch))
+            return float(self._mean_loss(batch, self._evaluated_at_once))
+
+    @property
+    def _evaluated_at_once(self) -> int:
+        """Sequences that an evaluation takes through the model at once.
+
+        Where a budget in seconds or joules pays for it, at least the starting batch: its cost is then known, and low.
+        """
+        if self.config.budget is None or self.micro_batch_size is not None:
+            return self.micro_batch
+        return max(self.config.batch_size, self.micro_batch)
 
     def probe_on(self, sequences: np.ndarray) -> ProbeResult | None:
         """Probe the curvature along the last update on sequences of shape (n, T + 1); `None` if it cannot be done."""
         batch = torch.from_numpy(sequences).to(self.device)
-        return self.curvature(lambda: adam.update_direction(self.optimizer), lambda: self._mean_loss(batch))
+        update = partial(adam.update_direction, self.optimizer)
+        return self.curvature(update, lambda: self._mean_loss(batch, self.micro_batch))
 
-    def _mean_loss(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of a batch of any size, taken through the model in micro-batches, a scalar."""
-        parts = torch.split(batch, self.micro_batch)
+    def _mean_loss(self, batch: torch.Tensor, at_once: int) -> torch.Tensor:
+        """Return the mean loss of a batch of any size, taken through the model in parts, a scalar."""
+        parts = torch.split(batch, at_once)
         losses = [self.loss(part).double() * (len(part) / len(batch)) for part in parts]
         return torch.stack(losses).sum()
 
@@ -196,11 +218,27 @@ class Trainer(ControlledLoop):
         self.micro_batch_size = snapshot["micro_batch_size"]
 
 
+def progress_of(config: RunConfig) -> BudgetProgress:
+    """Return the beginning of a run's budget."""
+    budget, length = config.measured_budget(), config.sequence_length
+    if budget is not None:
+        schedule, decisions = config.base_schedule(), config.decisions
+        return MeasuredProgress(schedule=schedule, sequence_length=length, decisions=decisions, budget=budget)
+    return TokenProgress(
+        schedule=config.base_schedule(),
+        budget=config.n_sequences(),
+        sequence_length=length,
+        decisions=config.decisions,
+    )
+
+
 TokenArray = NDArray[np.unsignedinteger[Any]]
 
 EVALUATION_SHARE = 0.02
-"""An evaluation takes this share of the budget in tokens, within the two bounds below."""
+"""An evaluation takes this share of the run's tokens, within the two bounds below."""
 MIN_EVALUATION_TOKENS, MAX_EVALUATION_TOKENS = 8_192, 262_144
+STEP_VISIT_S = 0.05
+"""Seconds for which steps are timed on end before a run under a budget in seconds or joules."""
 
 
 class LiveRun:
@@ -211,6 +249,7 @@ class LiveRun:
         meter: Energy meter; by default the best one that the device has.
         clock: Returns seconds; replaced in tests.
         probe: Whether to probe the curvature now and then (`schedules.probe_due`).
+        counts_pauses: Whether the time between two calls counts too, under a budget in seconds or joules.
 
     Raises:
         ValueError: the model, the text or a setting cannot be used; the message says what to do.
@@ -223,8 +262,10 @@ class LiveRun:
         meter: EnergyMeter | None = None,
         clock: Callable[[], float] = time.perf_counter,
         probe: bool = True,
+        counts_pauses: bool = True,
     ) -> None:
         self.config = config
+        self.counts_pauses = counts_pauses
         self.device = resolve_device(config.device)
         self.clock = clock
         self.probing = probe and config.optimizer == "adamw"  # the last update is read from AdamW's buffers
@@ -242,6 +283,45 @@ class LiveRun:
         self.sequences_probed = 0
         """Sequences that the curvature probe of the last interval took; 0 where there was none."""
         self.validation_loss: float | None = None
+        self.tokens = self._expected_tokens()
+        """Tokens of the whole run; under a budget in seconds or joules an estimate, from the cost of a first step."""
+
+    def _expected_tokens(self) -> int:
+        """Return the tokens of the whole run, and begin a budget in seconds or joules with the cost of a step."""
+        config, progress = self.config, self.progress
+        if not isinstance(progress, MeasuredProgress):
+            return config.tokens
+        cost = self._step_cost(progress.budget)
+        used = cost.time_s if progress.currency == "time_s" else cost.energy_j or cost.time_s
+        progress.expect(used, config.batch_size)
+        return max(int(progress.budget.amount / used * config.batch_size), 1) * config.sequence_length
+
+    def _step_cost(self, budget: Budget) -> Cost:
+        """Return the cost of a forward and backward pass of the starting batch, measured once on a machine."""
+        meter = self.meter if budget.currency == "energy_j" else NoMeter("seconds need none")
+        label = measured_on(self.device, f"{self._key}|{self.config.precision}|{meter.description}")
+        path = cache_dir() / "step_cost" / f"{digest(label, 10)}.json"
+        if (kept := Cost.read(path)) is not None and kept.time_s > 0:
+            return kept
+        batch, precision = self.stream.peek(self.config.batch_size), self.config.precision
+        with self.random_state.apart():
+            measured = alternate(
+                {"step": lambda: self.trainer.rehearse(batch, precision)},
+                meter,
+                visit_s=max(STEP_VISIT_S, meter.resolution_s),
+                limit_s=STEP_VISIT_S,
+                wait=partial(synchronise, self.device),
+                clock=self.clock,
+            )
+        cost = measured["step"].cost
+        with suppress(OSError):  # a cache that cannot be written only costs time
+            cost.write(path)
+        return cost
+
+    @property
+    def spent(self) -> float | None:
+        """Seconds or joules used when they were last read, of a budget in these; `None` for tokens."""
+        return self.progress.spent if isinstance(self.progress, MeasuredProgress) else None
 
     @property
     def finished(self) -> bool:
@@ -250,18 +330,27 @@ class LiveRun:
 
     @property
     def evaluation_sequences(self) -> int:
-        """Sequences of one evaluation."""
-        wanted = min(max(EVALUATION_SHARE * self.config.tokens, MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
+        """Sequences of one evaluation; no lower bound holds where a budget in seconds or joules pays for it."""
+        least = MIN_EVALUATION_TOKENS if self.config.budget is None else 0
+        wanted = min(max(EVALUATION_SHARE * self.tokens, least), MAX_EVALUATION_TOKENS)
         return max(1, int(wanted) // self.config.sequence_length)
 
     def limits(self) -> ControlLimits:
-        """Return the limits of the controls; the first call measures which precisions pay (cached per device)."""
-        return replace(self.base_limits(), masked_precisions=self._masked_precisions())
+        """Return the limits of the controls, and the price list of the start; the first call measures what pays.
+
+        It is kept for later runs on the same device.
+        """
+        limits = self.base_limits()
+        untimed = {*limits.masked_precisions, self.config.precision}
+        timed = tuple(name for name in PRECISIONS if name not in untimed)
+        masked = self._masked_precisions()
+        return replace(limits, masked_precisions=masked, timed_precisions=timed, prices=self._prices(limits))
 
     def base_limits(self) -> ControlLimits:
         """Return the limits without measuring: only precisions that the device lacks are masked."""
-        config = self.config
-        smallest, largest = batch_limits(config.batch_size, config.n_sequences() // config.decisions)
+        config, advice = self.config, self.advice()
+        sequences = self.tokens // config.sequence_length
+        smallest, largest = batch_limits(config.batch_size, sequences // config.decisions)
         if config.optimizer != "adamw":  # only AdamW can take another batch
             smallest = largest = config.batch_size
         return ControlLimits(
@@ -271,7 +360,16 @@ class LiveRun:
             masked_precisions=lacking(self.device),
             pruning=config.pruning,
             decisions=config.decisions,
+            measured_budget=config.budget is not None,
+            learning_rate_over_law=None if advice is None else config.base_learning_rate / advice.learning_rate,
+            batch_over_law=None if advice is None else config.batch_size * config.sequence_length / advice.batch_tokens,
         )
+
+    def advice(self) -> Advice | None:
+        """Return what a scaling law advises; `None` for a pretrained model or another optimizer than AdamW."""
+        if self.loaded.pretrained or self.config.optimizer != "adamw":
+            return None
+        return step_law(body_parameters(self.loaded.model), self.tokens)
 
     def advance(self, controls: Controls, share: float) -> Telemetry:
         """Train on `share` of the budget under `controls`, at least one step, and return what was measured.
@@ -284,20 +382,26 @@ class LiveRun:
         trainer, progress = self.trainer, self.progress
         trainer.begin_interval(controls, end_share=self.target_share + share)
         self.target_share += share
-        end, first = trainer.interval_end, True
+        first = True
         with self.random_state.in_force():
-            while first or progress.sequences < end:
+            while first or not progress.interval_over:
                 first = False
                 batch_size = trainer.begin_step()
                 record = trainer.step(self.stream.take(batch_size))
                 trainer.end_step(record.gradient_norm, batch_size, record.loss)
         trainer.raise_masks(1.0)
         self._probe()
-        return trainer.end_interval(
+        telemetry = trainer.end_interval(
             validation_loss=self.validation_loss,
             epochs_seen=self.stream.epochs_seen,
             micro_batch_size=trainer.micro_batch,
         )
+        self._pause()
+        return telemetry
+
+    def _pause(self) -> None:
+        if not self.counts_pauses:
+            self.progress.suspend()
 
     def _probe(self) -> None:
         """Probe the curvature where that is due, on the sequences that come next in the stream."""
@@ -308,17 +412,19 @@ class LiveRun:
 
     def evaluate(self) -> float:
         """Return the validation loss on fixed windows in float32, in nats/token."""
-        self.validation_loss = self._evaluate(self.corpus.validation)
+        with self.trainer.evaluation():
+            self.validation_loss = self._evaluate(self.corpus.validation)
+        self._pause()
         return self.validation_loss
 
     def test(self) -> float:
-        """Return the loss on the test split, in nats/token. For reports only: no decision may see it."""
-        return self._evaluate(self.corpus.test)
+        """Return the loss on the test split, in nats/token. For reports only: no decision sees it, no budget pays."""
+        with self.trainer.evaluation(counts=False):
+            return self._evaluate(self.corpus.test)
 
     def _evaluate(self, tokens: TokenArray) -> float:
-        with self.trainer.evaluation():
-            windows = fixed_batch(tokens, self.config.sequence_length, self.evaluation_sequences)
-            return self.trainer.evaluate(windows)
+        windows = fixed_batch(tokens, self.config.sequence_length, self.evaluation_sequences)
+        return self.trainer.evaluate(windows)
 
     def save(self, folder: Path) -> None:
         """Write the model as `evaluate` sees it (schedule-free's averaged weights), for plain transformers."""
@@ -346,14 +452,66 @@ class LiveRun:
         self.target_share = snapshot["target_share"]
         self.validation_loss = snapshot["validation_loss"]
 
+    @property
+    def _key(self) -> str:
+        """What the seconds of a step depend on, besides the device."""
+        config = self.config
+        return f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
+
     def _masked_precisions(self) -> dict[Precision, str]:
         config = self.config
         batch = self.stream.peek(config.batch_size)
-        key = f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
         with self.random_state.apart():
-            reasons = masked_precisions(self.device, lambda precision: self.trainer.rehearse(batch, precision), key)
+            reasons = masked_precisions(self.device, partial(self.trainer.rehearse, batch), self._key)
         reasons.pop(config.precision, None)
         return reasons
+
+    def _prices(self, limits: ControlLimits) -> tuple[StepPrice, ...]:
+        """Return the prices of the batches, and those of the other precisions by their ratios to the starting one."""
+        config, prices = self.config, self._measured_batches(limits)
+        seconds = kept_step_seconds(self.device, self._key)
+        if config.precision not in seconds:
+            return prices
+        now = {each.batch_size: each.time_s for each in prices}.get(config.batch_size, seconds[config.precision])
+        return prices + tuple(
+            StepPrice(
+                batch_size=config.batch_size,
+                precision=precision,
+                time_s=now * time_s / seconds[config.precision],
+                energy_j=None,
+            )
+            for precision, time_s in seconds.items()
+            if precision != config.precision or not prices
+        )
+
+    def _measured_batches(self, limits: ControlLimits) -> tuple[StepPrice, ...]:
+        """Return the prices at half, the same and double the batch, if the run is long enough to measure them."""
+        config, trainer, before = self.config, self.trainer, self.trainer.micro_batch_size
+        batches = [config.batch_size // 2, config.batch_size, 2 * config.batch_size]
+        if batches[0] < limits.min_batch_size or batches[2] > limits.max_batch_size:
+            return ()
+
+        def rehearse(sequences: np.ndarray) -> None:
+            trainer.rehearse(sequences, config.precision)
+            if trainer.micro_batch_size != before:
+                raise ValueError("memory ran out")
+
+        key = measured_on(self.device, f"{self._key}|{config.precision}|{self.meter.description}")
+        try:
+            with self.random_state.apart():
+                return batch_prices(
+                    {size: partial(rehearse, self.stream.peek(size)) for size in batches},
+                    config.precision,
+                    self.meter,
+                    rounds=affordable_rounds(batches, self.tokens // config.sequence_length),
+                    path=cache_dir() / "prices" / f"{digest(key, 10)}.json",
+                    label=key,
+                    wait=partial(synchronise, self.device),
+                )
+        except ValueError:
+            return ()
+        finally:
+            trainer.micro_batch_size = before
 
 
 def resolve_device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -30,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
 from trainpilot.llm_runtime import width as channels
+from trainpilot.llm_runtime.budget import Gauge
 from trainpilot.llm_runtime.config import Controls, Precision, Pruning
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
@@ -37,10 +39,10 @@ from trainpilot.llm_runtime.interval import IntervalRecorder, memory_share
 from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
-from trainpilot.llm_runtime.process_group import OneProcess, ProcessGroup
+from trainpilot.llm_runtime.process_group import IntervalShare, OneProcess, ProcessGroup
+from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress
 from trainpilot.llm_runtime.schedules import (
     MASK_UPDATES,
-    BudgetProgress,
     cubic_sparsity,
     learning_rate,
     mask_updates_due,
@@ -76,7 +78,7 @@ class ControlledLoop:
 
     Raises:
         ValueError: the optimizer belongs to another loop, has no parameters, has parameters that are not the model's,
-            or has no learning rate above 0.
+            or has no learning rate above 0; or the budget is in joules, and no meter counts them.
     """
 
     def __init__(
@@ -131,11 +133,13 @@ class ControlledLoop:
         self.recorder = IntervalRecorder(
             optimizer, self.device, stopwatch, gradient_clip=gradient_clip, ranks=self.ranks
         )
+        if isinstance(progress, MeasuredProgress):
+            wait = partial(synchronise, self.device)
+            progress.gauge = Gauge(progress.currency, clock, stopwatch.meter, total=self._of_all_processes, wait=wait)
         self.probe_wanted = False
         """Whether the curvature is to be probed before this step's first backward pass."""
         self.probe_sequences = 1
         """Number of sequences that are enough for a probe in this process."""
-        self._end_share: float | None = None
         self._before: list[tuple[nn.Parameter, Tensor]] = []
         """Weights before the newest step, where the next step may begin with a probe."""
         self._output_precision: str = start.precision
@@ -263,11 +267,6 @@ class ControlledLoop:
 
     # An interval -----------------------------------------------------------------------------------------------------
 
-    @property
-    def interval_end(self) -> int:
-        """Sequences at which the present interval ends."""
-        return self.progress.interval_end if self._end_share is None else self.progress.end_after(self._end_share)
-
     def begin_interval(
         self,
         controls: Controls,
@@ -294,7 +293,7 @@ class ControlledLoop:
         self.apply(controls)
         if controls.finish:
             self.progress.begin_cooldown(controls.batch_size)
-        self._end_share = end_share
+        self.progress.begin_interval(end_share, reading=not at_first_step)
         self.recorder.switch_s = self.recorder.seconds() - start_s
 
     def begin_step(self) -> int:
@@ -307,13 +306,13 @@ class ControlledLoop:
         """
         self.ranks.reshard(self.model)
         progress = self.progress
-        batch_size = min(int(self.controls.batch_size), progress.end - progress.sequences)
+        batch_size = progress.step_sequences(int(self.controls.batch_size))
         self.recorder.begin_step()
+        progress.begin_step()
         if self.probes:
             self._prepare_probe(batch_size)
         self.set_learning_rate(self.learning_rate())
-        begun_at, end = self.recorder.start_sequences, self.interval_end
-        self.raise_masks((progress.sequences - begun_at) / max(end - begun_at, 1))
+        self.raise_masks(progress.interval_progress)
         return batch_size
 
     def end_step(self, gradient_norm: Tensor, sequences: int, loss: Tensor | None = None) -> None:
@@ -328,7 +327,7 @@ class ControlledLoop:
             ValueError: the step was not begun, or it has no loss.
         """
         self.apply_masks()
-        self.progress.sequences += sequences
+        self.progress.end_step(sequences)
         self.recorder.end_step(gradient_norm, sequences, loss)
 
     def drop_step(self) -> None:
@@ -381,18 +380,31 @@ class ControlledLoop:
         self.recorder.evaluation_s += self.recorder.stopwatch.resume()
 
     @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Measure the time of an evaluation between two intervals."""
+    def evaluation(self, *, counts: bool = True) -> Iterator[None]:
+        """Measure the time of an evaluation between two intervals.
+
+        Args:
+            counts: Whether a budget in seconds or joules pays for it, and keeps as much for the one after the end.
+        """
         start_s = self.recorder.seconds()
+        before = self.progress.read()
+        if not counts:
+            self.progress.suspend()
         yield
         self.recorder.evaluation_s += self.recorder.seconds() - start_s
+        if counts:
+            self.progress.end_evaluation(before)
+
+    def _of_all_processes(self, time_s: float, energy_j: float | None) -> tuple[float, float | None]:
+        mine = IntervalShare(losses=[], probe=None, time_s=time_s, energy_j=energy_j)
+        share = self.ranks.all_reduce_interval(mine, self.recorder.stopwatch.meter)
+        return share.time_s, share.energy_j
 
     # The curvature probe ---------------------------------------------------------------------------------------------
 
     def probe_due(self) -> bool:
         """Return whether the present interval is one of those that are probed."""
-        recorder = self.recorder
-        return bool(probe_due(recorder.decision, recorder.start_sequences / self.progress.budget))
+        return bool(probe_due(self.recorder.decision, self.progress.begun_share))
 
     def curvature(
         self, updates: Callable[[], list[tuple[nn.Parameter, Tensor]]], loss: Callable[[], Tensor]
@@ -452,15 +464,14 @@ class ControlledLoop:
         The probe takes the beginning of the first micro-batch of that step, which has not been trained on: fresh text,
         without taking any from the loop. So the weights are kept before the last step but one.
         """
-        sequences, end, recorder = self.progress.sequences, self.interval_end, self.recorder
-        last = sequences + batch_size >= end
+        progress, recorder = self.progress, self.recorder
+        last = progress.ends_within(1, batch_size)
         self.probe_wanted = bool(last and self._before and recorder.probe is None)
         if self.probe_wanted:
             wanted = int(sequences_probed(recorder.sequences + batch_size))
             self.probe_sequences = -(-wanted // self.ranks.world_size)
             return
-        next_is_last = sequences + 2 * batch_size >= end
-        keep = next_is_last and self.probe_due()
+        keep = progress.ends_within(2, batch_size) and self.probe_due()
         self._before = [(p, p.detach().clone()) for p in self.parameters()] if keep else []
 
     # Copies ----------------------------------------------------------------------------------------------------------
@@ -529,7 +540,8 @@ class ControlledLoop:
             state: From `state_dict`.
             same_interval: Go on within the interval. Without it, the interval is measured anew from here on.
         """
-        self.progress.load_state_dict(state["course"])
+        start = state["readings"]["start_sequences"] * self.progress.sequence_length
+        self.progress.load_state_dict({"begun": start, **state["course"]})  # version 0.1 did not write it
         self.controls = Controls(**state["controls"])
         own = state["levers"]
         if self.masks is not None:
@@ -540,6 +552,7 @@ class ControlledLoop:
         if not same_interval:
             self.recorder.begin(self.progress.sequences, self.sparsity(), at_first_step=True)
             self.recorder.decision = self.progress.decision
+            self.progress.begun = self.progress.position
             return
         self.recorder.load_state_dict(state["readings"])
         before = [weights.clone().to(self.device) for weights in state["readings"]["before"]]

@@ -1,10 +1,11 @@
-"""Compute the schedules of a training run: learning rate, budget, cool-down, pruning, probes and validations.
+"""Compute the schedules of a training run: learning rate, cool-down, pruning, probes and validations.
 
-Live runs, steered loops and the simulator follow the same rules, and they are written here once:
+Live runs, steered loops and the simulator follow the same rules, and they are written here once. Schedules count
+tokens; under a budget in seconds or joules they count `PARTS` of it instead.
+
 
 * `learning_rate`: base rate x scale x schedule factor x neutral factor of the batch.
 * `Schedule`, `Cooldown`: the schedule factor as a function of the tokens trained on.
-* `BudgetProgress`: where a run stands in its budget, where its interval ends and where the run ends.
 * `mask_updates_due`, `cubic_sparsity`: in which steps pruning raises the sparsity along an interval.
 * `probe_due`, `sequences_probed`, `validation_due`: when a run is probed and validated, and on how much.
 
@@ -14,8 +15,7 @@ Loads numpy, but not torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, overload
 
 import numpy as np
@@ -69,6 +69,10 @@ def learning_rate(base: Any, scale: Any, factor: Any, batch_size: Any, start_bat
         start_batch_size: Sequences per optimizer step at the beginning of the run.
     """
     return base * scale * factor * neutral_factor(batch_size, start_batch_size)
+
+
+PARTS = 1_000_000_000
+"""A budget in seconds or joules is counted in so many parts, which take the place of tokens in its schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,86 +166,6 @@ def mask_updates_due(progress: float) -> int:
     The first is due before the first step; all are due at the end.
     """
     return min(int(progress * MASK_UPDATES) + 1, MASK_UPDATES)
-
-
-@dataclass(kw_only=True)
-class BudgetProgress:
-    """Where a run stands in its budget of sequences: intervals, cool-down, and the end."""
-
-    schedule: Schedule
-    """The base schedule, in tokens. A cool-down replaces it."""
-    budget: int
-    """Sequences of the whole run."""
-    sequence_length: int
-    """Tokens of a sequence."""
-    decisions: int
-    """Number of intervals in the run."""
-    grain: int = 1
-    """Intervals and the run end only after a multiple of this number of sequences."""
-    sequences: int = 0
-    """Sequences trained on so far."""
-    decision: int = 0
-    """Number of intervals that have ended, which is also the index of the present one."""
-    cooldown: Cooldown | None = None
-    """The cool-down, once it has begun."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on, by the nominal length of a sequence."""
-        return self.sequences * self.sequence_length
-
-    @property
-    def used(self) -> float:
-        """Share of the budget that is used up, in [0, 1]."""
-        return self.sequences / self.budget
-
-    @property
-    def end(self) -> int:
-        """Sequences at which the run ends: the budget, or the end of the cool-down."""
-        if self.cooldown is None:
-            return self._rounded_up(self.budget)
-        return self._rounded_up(-(-self.cooldown.end_tokens // self.sequence_length))
-
-    @property
-    def finished(self) -> bool:
-        """Whether the budget is used up or the cool-down complete."""
-        return self.sequences >= self.end
-
-    @property
-    def interval_end(self) -> int:
-        """Sequences at which the present interval ends, if all intervals are equal shares of the budget."""
-        return self._end_of((self.decision + 1) * self.budget / self.decisions)
-
-    def end_after(self, share: float) -> int:
-        """Return the sequences at which an interval ends that reaches to a share of the budget, or to the end."""
-        return self._end_of(share * self.budget)
-
-    def _end_of(self, sequences: float) -> int:
-        return self._rounded_up(min(round(sequences), self.end))
-
-    def _rounded_up(self, sequences: int) -> int:
-        return min(-(-sequences // self.grain) * self.grain, self.budget)
-
-    def factor(self, batch_size: int) -> float:
-        """Return the factor on the learning rate of a step of `batch_size` sequences, in [0, 1]."""
-        if self.cooldown is not None:
-            return self.cooldown.factor(self.tokens)
-        return self.schedule.factor(self.tokens, batch_size * self.sequence_length)
-
-    def begin_cooldown(self, batch_size: int) -> None:
-        """Begin the cool-down with steps of `batch_size` sequences, unless it has begun."""
-        if self.cooldown is None:
-            self.cooldown = Cooldown.begin(self.schedule, self.tokens, batch_size * self.sequence_length)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position in the budget as plain JSON values."""
-        cooldown = asdict(self.cooldown) if self.cooldown is not None else None
-        return {"sequences": self.sequences, "decision": self.decision, "cooldown": cooldown}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to the position that `state_dict` returned."""
-        self.sequences, self.decision = state["sequences"], state["decision"]
-        self.cooldown = Cooldown(**state["cooldown"]) if state["cooldown"] is not None else None
 
 
 PROBE_PASSES = 3

@@ -20,7 +20,7 @@ class Telemetry(JsonRecord):
     decision: int
     """Which interval, from 0."""
     budget_used: Float
-    """Share of the token budget used at the interval's end, in [0, 1]."""
+    """Share of the budget used at the interval's end, in [0, 1]: of its tokens, or of its seconds or joules."""
     tokens: int
     """Tokens trained on since the run's start."""
     interval_tokens: int

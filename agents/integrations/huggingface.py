@@ -65,7 +65,8 @@ from trainpilot.llm_runtime.loop import eval_mode
 class SteeringMixin(Trainer):
     """Makes a Trainer a steered one; put it in front of the Trainer's own class.
 
-    The run ends when its budget of sequences is used up; until then `state.max_steps` is an estimate. An epoch's end
+    The run ends when its budget of sequences is used up; until then `state.max_steps` is an estimate. Under a budget in
+    seconds or joules the steps or epochs of the arguments are only an estimate too. An epoch's end
     does not cut a step short: the step takes the rest of its batch from the next epoch. Evaluation runs in float32.
 
     Args:
@@ -117,13 +118,12 @@ class SteeringMixin(Trainer):
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """Take over the data loader, and announce one endless epoch to the loop; steering ends it."""
-        settings = self.settings
+        sequences, batch_size = self.settings.known_sequences(), self.settings.batch_size
         self.stream = SampleStream(dataloader, args.per_device_train_batch_size)
-        self.epoch_sequences = epoch_sequences(dataloader, args) or settings.sequences
-        epochs = -(-settings.sequences // self.epoch_sequences)
-        steps = -(-settings.sequences // settings.batch_size)
+        self.epoch_sequences = epoch_sequences(dataloader, args) or sequences
+        epochs, steps = -(-sequences // self.epoch_sequences), -(-sequences // batch_size)
         endless = sys.maxsize
-        return epochs, endless, self.epoch_sequences, settings.sequences, settings.batch_size, endless, steps
+        return epochs, endless, self.epoch_sequences, sequences, batch_size, endless, steps
 
     def _inner_training_loop(self, *args: Any, **named: Any) -> Any:
         """Train, and release model, optimiser and data afterwards, also after an error."""

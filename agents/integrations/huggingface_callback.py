@@ -304,6 +304,11 @@ def aligned_settings(
         ValueError: the given settings cannot be followed exactly.
     """
     wanted = settings_fields(given)
+    if wanted.get("budget") is not None:
+        raise ValueError(
+            f"budget must be in sequences with SteeringCallback, whose Trainer counts steps, got {wanted['budget']}; "
+            "use SteeredTrainer"
+        )
     clip = wanted.pop("gradient_clip", SteeringSettings.gradient_clip)
     if args.max_grad_norm:
         raise ValueError(
@@ -365,7 +370,7 @@ def _in_powers_of_two(settings: SteeringSettings, requested: RequestedRun) -> tu
             "gradient_accumulation_steps must be a power of two and agree with batch_size for SteeringCallback, got "
             f"{accumulate} micro-batches of {requested.unit} and batch_size {settings.batch_size}"
         )
-    share = settings.sequences // _decisions(settings)
+    share = settings.known_sequences() // _decisions(settings)
     smallest_offered, largest_offered = batch_limits(start, share)
     most = min(settings.max_batch_size or largest_offered, share)
     least = settings.min_batch_size or smallest_offered
@@ -374,7 +379,7 @@ def _in_powers_of_two(settings: SteeringSettings, requested: RequestedRun) -> tu
         grain *= 2
     while smallest % (2 * requested.unit) == 0 and smallest // 2 >= least:
         smallest //= 2
-    sequences = settings.sequences // grain * grain
+    sequences = settings.known_sequences() // grain * grain
     return replace(settings, sequences=sequences, min_batch_size=smallest, max_batch_size=grain), grain
 
 
@@ -407,7 +412,7 @@ def check_plain(
             "precisions must be one, unless the callback knows the Trainer; set callback.trainer = trainer, got "
             + ", ".join(settings.precisions)
         )
-    needed = settings.sequences // requested.unit
+    needed = settings.known_sequences() // requested.unit
     if streams and args.max_steps < needed:
         raise ValueError(
             f"max_steps must be at least {needed}, the budget in micro-batches, for data without a length, got "

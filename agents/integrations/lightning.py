@@ -49,7 +49,8 @@ class LightningSteering(pl.Callback):
     Decisions go to the Trainer's loggers, under the names of the table in `docs/metrics.md`.
 
     The budget is `max_steps` or `max_epochs` at the starting batch, unless `sequences` is given. With smaller batches
-    the run takes more steps than `max_steps`.
+    the run takes more steps than `max_steps`. Under a `budget` in seconds or joules set `max_epochs=-1`, so that the
+    data do not end before it.
 
     A checkpoint between two steps is complete: `Trainer.fit(..., ckpt_path=...)` resumes bit for bit if the data loader
     has `__len__`, `state_dict` and `load_state_dict`. For other loaders Lightning starts the data of the epoch again,

@@ -19,6 +19,7 @@ FAST_DEV_RUN: dict[str, Any] = {
     "policy": "none",
     "decisions": 1,
     "sequences": None,
+    "budget": None,
     "batch_size": None,
     "min_batch_size": None,
     "max_batch_size": None,
@@ -164,7 +165,8 @@ def settings_for(trainer: pl.Trainer, given: GivenSettings, info: LoaderInfo, pl
             f"each of {info.world_size} processes, got {batch_size}"
         )
     wanted["min_batch_size"] = _least_batch(wanted.get("min_batch_size"), batch_size, info)
-    wanted["sequences"] = _budget(wanted.get("sequences"), info.limits(batch_size))
+    if wanted.get("budget") is None:
+        wanted["sequences"] = _budget(wanted.get("sequences"), info.limits(batch_size))
     wanted["precisions"] = _precisions(wanted.get("precisions"), starting_precision(plugin))
     return SteeringSettings(**wanted)
 

@@ -139,7 +139,7 @@ _RUN_GROUPS = (
     ),
     _group(
         "run", "run", "Progress of the run.",
-        ("budget_used", _SHARE, "tokens trained on over the token budget"),
+        ("budget_used", _SHARE, "share of the budget that is used: of its tokens, or of its seconds or joules"),
         ("decision", "count", "number of the interval, from 0"),
         ("steps", "count", "optimiser steps in the interval"),
         ("epochs", "passes", "passes over the training split since the start"),

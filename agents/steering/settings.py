@@ -6,7 +6,7 @@ policy, the number of decisions and the base schedule. `control_limits` says wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,25 +15,40 @@ from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
 from trainpilot.agents.controller import Policy, keep
 from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.agents.steering.guardrails import GuardrailSettings
-from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Precision, batch_limits
+from trainpilot.llm_runtime.budget import Budget
+from trainpilot.llm_runtime.config import (
+    BATCH_RANGE,
+    PRECISIONS,
+    STEPS_PER_INTERVAL,
+    ControlLimits,
+    Precision,
+    batch_limits,
+)
 from trainpilot.llm_runtime.loop import ControlledLoop, MaskPruning
+from trainpilot.llm_runtime.models import body_parameters
 from trainpilot.llm_runtime.precision import lacking
-from trainpilot.llm_runtime.schedules import BudgetProgress, Schedule
+from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, TokenProgress
+from trainpilot.llm_runtime.scaling_laws import step_law
+from trainpilot.llm_runtime.schedules import PARTS, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringSettings:
-    """Settings of a steered run: budget, start, policy and bounds."""
+    """Settings of a steered run: budget (`sequences`, or `budget`), start, policy and bounds."""
 
-    sequences: int
-    """Budget in sequences; a sequence that is seen twice counts twice."""
+    sequences: int | None = None
+    """Budget in sequences; a sequence that is seen twice counts twice. Under a `budget` in seconds or joules an
+    estimate, which bounds the largest batch; it may be left out then."""
+    budget: str | None = None
+    """Budget in seconds or joules, such as `600s`, `2h` or `50kJ`; by default it is in `sequences`."""
     batch_size: int
     """Sequences of an optimiser step at the start, of all processes and accumulated micro-batches together."""
     sequence_length: int = 1
-    """Tokens of a sequence. Only the log and the schedule use it, so an estimate is enough."""
+    """Tokens of a sequence. Only the log, the schedule and the advice of a scaling law use it, so an estimate is
+    enough; 1 is taken for unknown."""
     policy: str | Policy = "default"
     """`default`, the file of a bundle, `none` for the base schedule without control, or a function of observation and
-    masks that returns an action."""
+    masks that returns an action. A function sees all observation fields, or those in its attribute `fields`."""
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
@@ -45,7 +60,8 @@ class SteeringSettings:
     min_batch_size: int | None = None
     """Smallest batch size that the policy may choose; by default a sixteenth of the first."""
     max_batch_size: int | None = None
-    """Largest batch size; by default 16 times the first, but at most a quarter of an interval."""
+    """Largest batch size; by default 16 times the first, but at most a quarter of an interval, if `sequences` is known.
+    """
     precisions: tuple[Precision, ...] = ("fp32",)
     """Precisions that may be used, the first at the start. Offer bf16 where you know that it pays."""
     pruning: MaskPruning = "none"
@@ -63,9 +79,13 @@ class SteeringSettings:
     """Refuse to steer a run unlike those that the policy was trained on, instead of warning."""
 
     def __post_init__(self) -> None:
-        for name in ("sequences", "batch_size", "sequence_length"):
+        if self.measured_budget() is None and self.sequences is None:
+            raise ValueError(
+                "sequences, the budget, must be given, got None; or give a budget such as '600s' or '50kJ'"
+            )
+        for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
-        for name in ("decisions", "min_batch_size", "max_batch_size"):
+        for name in ("sequences", "decisions", "min_batch_size", "max_batch_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -79,12 +99,34 @@ class SteeringSettings:
         if self.min_batch_size is not None and self.min_batch_size > self.batch_size:
             raise ValueError(f"min_batch_size must be at most batch_size {self.batch_size}, got {self.min_batch_size}")
 
+    def measured_budget(self) -> Budget | None:
+        """Return the budget in seconds or joules; `None` where it is in sequences.
+
+        Raises:
+            ValueError: `budget` is not in seconds or joules.
+        """
+        if self.budget is None:
+            return None
+        budget = Budget.parse(self.budget)
+        if budget.currency == "tokens":
+            raise ValueError(f"budget must be in seconds or joules, got {self.budget!r}; give sequences instead")
+        return budget
+
+    def known_sequences(self) -> int:
+        """Return `sequences`. Raises `ValueError` where they are not known."""
+        if self.sequences is None:
+            raise ValueError(f"sequences must be given here, as an estimate under budget {self.budget}, got None")
+        return self.sequences
+
     def check_steps(self, decisions: int) -> None:
-        """Raise `ValueError` if the budget is too small for a step in every interval."""
-        if self.sequences < decisions * self.batch_size:
+        """Raise `ValueError` if the budget in sequences is too small for a step in every interval."""
+        if self.budget is not None:
+            return
+        sequences = self.known_sequences()
+        if sequences < decisions * self.batch_size:
             raise ValueError(
                 f"sequences must give every decision at least one step: {decisions} decisions x batch_size "
-                f"{self.batch_size} = {decisions * self.batch_size:,}, got {self.sequences:,}; "
+                f"{self.batch_size} = {decisions * self.batch_size:,}, got {sequences:,}; "
                 "train for longer, or lower decisions or batch_size"
             )
 
@@ -125,16 +167,26 @@ class ResolvedSettings:
 
     def progress(self, settings: SteeringSettings, grain: int) -> BudgetProgress:
         """Return the budget of a run of which nothing is used."""
-        length, tokens = settings.sequence_length, settings.sequences * settings.sequence_length
-        warmup_tokens = self.base.warmup_tokens(tokens)
-        schedule = Schedule(name=self.base.schedule, budget_tokens=tokens, warmup_tokens=warmup_tokens)
-        return BudgetProgress(
-            schedule=schedule,
-            budget=settings.sequences,
+        length, measured = settings.sequence_length, settings.measured_budget()
+        if measured is not None:
+            return MeasuredProgress(
+                schedule=self._schedule(PARTS),
+                budget=measured,
+                sequence_length=length,
+                decisions=self.decisions,
+                expected_sequences=settings.sequences,
+            )
+        sequences = settings.known_sequences()
+        return TokenProgress(
+            schedule=self._schedule(sequences * length),
+            budget=sequences,
             sequence_length=length,
             decisions=self.decisions,
             grain=grain,
         )
+
+    def _schedule(self, whole: int) -> Schedule:
+        return Schedule(name=self.base.schedule, budget_tokens=whole, warmup_tokens=self.base.warmup_tokens(whole))
 
 
 def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
@@ -168,7 +220,25 @@ def control_limits(settings: SteeringSettings, loop: ControlledLoop, decisions: 
         masked_precisions=_masked_precisions(settings.precisions, loop.device),
         pruning=settings.pruning,
         decisions=decisions,
+        measured_budget=settings.budget is not None,
     )
+
+
+def with_law(
+    limits: ControlLimits, settings: SteeringSettings, loop: ControlledLoop, *, fine_tuning: bool
+) -> ControlLimits:
+    """Return the limits with the start of the run over what a scaling law advises.
+
+    None applies to a pretrained model, to another optimizer than Adam, or where the sequences or their length are
+    unknown.
+    """
+    length, sequences = settings.sequence_length, settings.sequences
+    if fine_tuning or not loop.changes_batch or length == 1 or sequences is None:
+        return replace(limits, learning_rate_over_law=None, batch_over_law=None)
+    advice = step_law(body_parameters(loop.model), sequences * length)
+    tokens = settings.batch_size * settings.sequence_length
+    over = loop.peak / advice.learning_rate
+    return replace(limits, learning_rate_over_law=over, batch_over_law=tokens / advice.batch_tokens)
 
 
 def _masked_precisions(offered: tuple[Precision, ...], device: torch.device) -> dict[Precision, str]:
@@ -183,7 +253,8 @@ def _masked_precisions(offered: tuple[Precision, ...], device: torch.device) -> 
 
 def _batches(settings: SteeringSettings, decisions: int, processes: int) -> tuple[int, int]:
     """Return the smallest and the largest batch."""
-    smallest, largest = batch_limits(settings.batch_size, settings.sequences // decisions)
+    unbounded = decisions * STEPS_PER_INTERVAL * BATCH_RANGE * settings.batch_size
+    smallest, largest = batch_limits(settings.batch_size, (settings.sequences or unbounded) // decisions)
     smallest = max(settings.min_batch_size or smallest, _least_shared(settings.batch_size, processes))
     return smallest, settings.max_batch_size or largest
 

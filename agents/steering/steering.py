@@ -31,16 +31,24 @@ from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
-from trainpilot.agents.steering.settings import ResolvedSettings, SteeringSettings, control_limits, name_of
+from trainpilot.agents.steering.settings import (
+    ResolvedSettings,
+    SteeringSettings,
+    control_limits,
+    name_of,
+    with_law,
+)
 from trainpilot.envs.decision import Preference
-from trainpilot.llm_runtime.config import Controls, Precision
+from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode
 from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGroup
 from trainpilot.llm_runtime.schedules import validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
 
-MUST_STAY = ("sequences", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning")
+MUST_STAY = (
+    "sequences", "budget", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning",
+)  # fmt: skip
 """Settings that must be the same where a run goes on from a saved state."""
 MAX_RISE = 2.0
 """Largest factor above the user's learning rate on a pretrained model: a much higher one undoes what it has learnt."""
@@ -104,8 +112,9 @@ class Steering:
         self.progress = self.loop.progress
         self.rollback_copy = RollbackCopy(self.loop, data)
         preference = Preference.parse(settings.preference)
-        controller = Controller(resolved.policy, control_limits(settings, self.loop, resolved.decisions), preference)
         self.fine_tuning = is_pretrained(model) if settings.fine_tuning is None else settings.fine_tuning
+        limits = control_limits(settings, self.loop, resolved.decisions)
+        controller = Controller(resolved.policy, self._with_law(limits), preference)
         guardrails = Guardrails(self._bounds(), base_learning_rate=self.loop.peak)
         self.controller = GuardedController(controller, guardrails, settings.contract)
         self.validation_loss: float | None = None
@@ -122,6 +131,9 @@ class Steering:
         self._apply(self._broadcast(lambda: self.controller.decide(None)))
         self.loop.attach()
 
+    def _with_law(self, limits: ControlLimits) -> ControlLimits:
+        return with_law(limits, self.settings, self.loop, fine_tuning=self.fine_tuning)
+
     def _bounds(self) -> GuardrailSettings:
         """Return the bounds of the policy: those of the settings, and tighter ones for a pretrained model."""
         if self.settings.policy == "none":
@@ -134,7 +146,7 @@ class Steering:
         settings, loop = self.settings, self.loop
         return RunFacts(
             n_parameters=sum(p.numel() for p in loop.model.parameters()),
-            budget_tokens=self.progress.schedule.budget_tokens,
+            budget_tokens=None if settings.sequences is None else settings.sequences * settings.sequence_length,
             sequences=settings.sequences,
             batch_size=settings.batch_size,
             sequence_length=settings.sequence_length,
@@ -164,7 +176,7 @@ class Steering:
 
     @property
     def end_sequences(self) -> int:
-        """Sequences at which the run ends: the budget, or the end of the cool-down."""
+        """Sequences at which the run ends: the budget, or the end of the cool-down; else an estimate."""
         return self.progress.end
 
     @property
@@ -229,7 +241,7 @@ class Steering:
         """
         self._step_open = False
         self.loop.end_step(gradient_norm, sequences)
-        if self.sequences >= self.progress.interval_end:
+        if self.progress.interval_over:
             self.loop.raise_masks(1.0)
             self._end_interval()
 
@@ -401,6 +413,8 @@ class Steering:
         self.fine_tuning = state["fine_tuning"]  # a model from scratch looks pretrained by now
         guardrails = self.controller.guardrails
         guardrails.settings, guardrails.base_learning_rate = self._bounds(), self.loop.peak
+        before = self.controller.controller.state
+        before.limits = self._with_law(before.limits)
         self.controller.load_state_dict(state["controller"])
         self._step_open = False
         self.rollback_copy.rolled_back = list(state["spoilt"])
@@ -430,6 +444,8 @@ class Steering:
             "decisions": len(intervals),
             "sequences": self.sequences,
             "tokens": self.progress.tokens,
+            "budget": self.settings.budget,
+            "budget_used": self.progress.used,
             "time_s": sum(each.time_s for each in intervals),
             "energy_j": sum_known(each.energy_j for each in intervals),
             "energy_source": intervals[-1].energy_source if intervals else None,

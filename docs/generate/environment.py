@@ -35,9 +35,18 @@ def action_table() -> str:
 def observation_table() -> str:
     """Return the table of observation fields with unit, range and meaning."""
     return table(
-        ("Num", "Field", "Unit", "Low", "High", "Meaning"),
+        ("Num", "Field", "Group", "Unit", "Low", "High", "Meaning", "Metered"),
         (
-            (i, f"`{field.name}`", field.unit, f"{field.low:g}", f"{field.high:g}", field.meaning)
+            (
+                i,
+                f"`{field.name}`",
+                field.group,
+                field.unit,
+                f"{field.low:g}",
+                f"{field.high:g}",
+                field.meaning,
+                "yes" if field.metered else "",
+            )
             for i, field in enumerate(OBSERVATION_FIELDS)
         ),
     )
@@ -91,7 +100,7 @@ def _introduction() -> str:
 
 Generated from the tables in `envs/` by `python -m docs.generate.environment`; edit it there.
 
-An episode of `trainpilot/LiveTraining-v0` is one training run of one language model. Its token budget is divided into
+An episode of `trainpilot/LiveTraining-v0` is one training run of one language model. Its budget is divided into
 `decisions` intervals of equal length, and before each interval the agent sets the controls. The agent *multiplies* the
 case's base schedule (by default warm-up, then linear to zero): an agent that always keeps reproduces that schedule. A
 case is a `trainpilot.llm_runtime.RunConfig`. Before the first episode of a case, its *reference* is run: the untouched
@@ -143,6 +152,10 @@ Every field is a ratio or a logarithm, so that it means the same on every model,
 raw value x is clipped to [low, high] and scaled by 2 (x - low)/(high - low) - 1. A value that is unknown or not finite
 becomes 0, the middle of the range.
 
+The argument `fields` selects some of the fields; a policy bundle lists those that it sees. A *metered* field depends on
+a clock, an energy meter or the memory in use, which never repeat exactly. A run under a token budget with a preference
+for quality alone is blind to these: they are encoded as unknown, and no precision is offered that a clock had to judge.
+
 {observation_table()}"""
 
 
@@ -176,9 +189,14 @@ the reward vectors.
 | Utility | Formula |
 | --- | --- |
 | `linear` | w'f |
+| `logarithmic` | w_q log c - w_e E - w_t T, with E and T energy and time over the reference's |
 | `tchebycheff` | -(max_i w_i (z_i - f_i) + 0.05 sum_i w_i (z_i - f_i)), z = (1, -0.5, -0.5) |
 | `constrained` | saving of energy and time, minus 10 x the excess over 0.01 nats/token of loss and 5 % of time |
 | `product` | -P^1.5 (a T + b E): perplexity, time and energy over the reference's (Wallace et al. 2025) |
+
+Where quality and costs grow alike, `linear` is a knife's edge: the best length of a run jumps from the shortest to the
+whole budget as the weight of quality crosses a half. Under `logarithmic` it is w_q / (1 - w_q) of the budget, at most
+all. A budget in the currency that is cared for needs neither: quality alone, under `RunConfig(budget="600s")`.
 
 ## Episode
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class RunFile(JsonRecord):
 def run_key(setting: CalibrationSetting, content: str) -> str:
     """Return the digest of everything that determines a run's result; `content` is the digest of text and model."""
     steered = {name: getattr(setting, name) for name in ("walk", "plan", "prune")}
-    decisive = {"config": asdict(setting.config), **steered, "content": content}
+    decisive = {"config": setting.config.settings(), **steered, "content": content}
     return digest(decisive)
 
 

@@ -158,6 +158,11 @@ def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
     cases = load_cases(options.cases)
     chosen = choose_methods(options.methods)
     for case in cases:
+        if case.config.budget is not None:
+            raise ValueError(
+                f"case {case.name}: budget must be in tokens to be compared, got {case.config.budget}; give tokens, "
+                "which the report counts in seconds and joules too"
+            )
         run_key(chosen.any_spec(case))  # checks that the text can be read
         _check_search(case, chosen)
     with console.status("precisions") as status:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
@@ -54,6 +55,14 @@ class Hardware(Rows):
         seconds: Floats = self.overhead_s + self.sequence_s * batch / speed * (1.0 - self.width_share * sparsity)
         return seconds
 
+    def sequence_cost(self, batch: Floats, currency: Currency) -> Floats:
+        """Return the cost of a sequence in a step of `batch` at the first precision: seconds, joules, or 1."""
+        if currency == "tokens":
+            return np.ones_like(batch)
+        zeros = np.zeros_like(batch)
+        seconds = self.step_s(batch, zeros.astype(np.int64), zeros) / batch
+        return seconds if currency == "time_s" else seconds * self.power_w(batch)
+
     def probe_s(self, sequences: Floats, sparsity: Floats) -> Floats:
         """Return the seconds of a curvature probe: forward passes at the first precision, and their overhead."""
         passes = self.overhead_s + self.sequence_s * sequences * (1.0 - self.width_share * sparsity)
@@ -85,7 +94,7 @@ class Instances(Rows):
     sensors: Sensors
     hardware: Hardware
     sequences: Floats
-    """Budget in sequences."""
+    """Budget in sequences. One in seconds or joules is what they cost at the starting batch (`budget`)."""
     data: Floats
     """Sequences in the text; if there are fewer than in the budget, the text is repeated."""
     overfitting: Floats
@@ -97,6 +106,16 @@ class Instances(Rows):
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def budget(self, currency: Currency) -> Floats:
+        """Return the budget in sequences, or the seconds or joules that these cost at the starting batch."""
+        return self.sequences * self.hardware.sequence_cost(self.start_batch.astype(np.float64), currency)
+
+    def static_sequences(self, batch: Floats, currency: Currency) -> Floats:
+        """Return the sequences that the budget is enough for in steps of `batch` at the first precision."""
+        if currency == "tokens":
+            return self.sequences
+        return self.budget(currency) / self.hardware.sequence_cost(batch, currency)
 
     def batch_limits(self, decisions: int) -> tuple[Ints, Ints]:
         """Return the smallest and the largest batch, by the rules of live runs."""

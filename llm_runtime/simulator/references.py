@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName, neutral_factor
 from trainpilot.llm_runtime.simulator.instances import Instances
 from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
@@ -116,7 +117,13 @@ class References(Rows):
 
 
 def static_losses(
-    instances: Instances, rate: Floats, batch: Floats, table: ScheduleTable, share: float = 1.0
+    instances: Instances,
+    rate: Floats,
+    batch: Floats,
+    table: ScheduleTable,
+    share: float = 1.0,
+    *,
+    currency: Currency = "tokens",
 ) -> Floats:
     """Return the final validation losses of static settings, in nats/token; infinite for diverging ones.
 
@@ -126,9 +133,10 @@ def static_losses(
         batch: Sequences per step.
         table: Schedule of the whole run.
         share: Budget of the run as a share of the instance's.
+        currency: What the budget is counted in.
     """
     state = PhysicsState.fresh(len(instances))
-    sequences = instances.sequences * share
+    sequences = instances.static_sequences(batch, currency) * share
     steps = sequences / len(table.mean) / batch
     with np.errstate(over="ignore", invalid="ignore"):
         for factor in table.mean:
@@ -144,20 +152,26 @@ def overfit(instances: Instances, sequences: Floats) -> Floats:
     return instances.overfitting * repeated**1.3
 
 
-def find_references(instances: Instances, schedule: ScheduleName = "wsd", warmup_share: float = 0.1) -> References:
-    """Tune learning rate and batch of each instance on a grid, and the learning rate at the smaller budgets."""
+def find_references(
+    instances: Instances, schedule: ScheduleName = "wsd", warmup_share: float = 0.1, currency: Currency = "tokens"
+) -> References:
+    """Tune learning rate and batch of each instance on a grid, and the learning rate at the smaller budgets.
+
+    In tokens small batches are best: the search ends at twice the starting batch. In seconds and joules it tries all.
+    """
     table = ScheduleTable.of(schedule, warmup_share, DECISIONS)
     best = _Best(len(instances))
     low, high = instances.batch_limits(DECISIONS)
-    for power in range(7):
+    largest = np.minimum(high, 2 * instances.start_batch) if currency == "tokens" else high
+    for power in range(int(np.log2(np.max(largest / low))) + 1):
         doubled = low * 2.0**power
-        batch = np.where(doubled <= np.minimum(high, 2 * instances.start_batch), doubled, low)
+        batch = np.where(doubled <= largest, doubled, low)
         for at_start in FIRST_RATES:
-            _try(best, instances, at_start, batch, table)
+            _try(best, instances, at_start, batch, table, currency=currency)
     for factor in FINE_FACTORS:
-        _try(best, instances, best.rate * factor, best.batch, table)
-    shorter = [_shorter(best, instances, table, share) for share in BUDGET_SHARES[:-1]]
-    time_s, energy_j = _cost(instances, best.batch)
+        _try(best, instances, best.rate * factor, best.batch, table, currency=currency)
+    shorter = [_shorter(best, instances, table, share, currency) for share in BUDGET_SHARES[:-1]]
+    time_s, energy_j = _cost(instances, best.batch, currency)
     return References(
         rate=best.rate,
         batch=best.batch.astype(np.int64),
@@ -176,24 +190,32 @@ class _Best:
         self.loss = np.full(n, np.inf)
 
 
-def _try(best: _Best, instances: Instances, at_start: Floats | float, batch: Floats, table: ScheduleTable) -> None:
+def _try(
+    best: _Best,
+    instances: Instances,
+    at_start: Floats | float,
+    batch: Floats,
+    table: ScheduleTable,
+    *,
+    currency: Currency,
+) -> None:
     rate = at_start * neutral_factor(batch, instances.start_batch)
-    losses = static_losses(instances, rate, batch, table)
+    losses = static_losses(instances, rate, batch, table, currency=currency)
     better = losses < best.loss
     best.rate = np.where(better, at_start, best.rate)
     best.batch = np.where(better, batch, best.batch)
     best.loss = np.where(better, losses, best.loss)
 
 
-def _shorter(best: _Best, instances: Instances, table: ScheduleTable, share: float) -> Floats:
-    rate = best.rate * neutral_factor(best.batch, instances.start_batch)
-    found = [static_losses(instances, rate * factor, best.batch, table, share) for factor in (0.56, 1.0, 1.8, 3.2)]
+def _shorter(best: _Best, instances: Instances, table: ScheduleTable, share: float, currency: Currency) -> Floats:
+    rate, factors = best.rate * neutral_factor(best.batch, instances.start_batch), (0.56, 1.0, 1.8, 3.2)
+    found = [static_losses(instances, rate * factor, best.batch, table, share, currency=currency) for factor in factors]
     least: Floats = np.minimum.reduce(found)
     return least
 
 
-def _cost(instances: Instances, batch: Floats) -> tuple[Floats, Floats]:
+def _cost(instances: Instances, batch: Floats, currency: Currency) -> tuple[Floats, Floats]:
     zeros = np.zeros(len(instances))
     step_s = instances.hardware.step_s(batch, zeros.astype(np.int64), zeros)
-    time_s = step_s * instances.sequences / batch
+    time_s = step_s * instances.static_sequences(batch, currency) / batch
     return time_s, time_s * instances.hardware.power_w(batch)

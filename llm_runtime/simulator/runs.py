@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 
-from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
-from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, probe_due, sequences_probed
+from trainpilot.llm_runtime.budget import CURRENCIES, Currency
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, StepPrice
+from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, neutral_factor, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
 from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import (
+    PRICED_BATCHES,
     Bools,
     ControlBatch,
     Floats,
@@ -35,6 +37,13 @@ VALIDATION_NOISE = 0.004
 PRUNING_BUMP = 40.0
 """Temporary increase of the loss by a pruning step, in nats/token per cubed share; it decays with further steps."""
 HEALING_STEPS = 60.0
+TIME_NOISE, POWER_NOISE = 0.03, 0.02
+"""Standard deviations of the logarithm of measured seconds and watts."""
+PRICED_SHARE = 0.75
+"""Share of the runs that are long enough to measure prices at the start."""
+PRICE_COUNTER = 5000
+LEAST_STEPS = 0.25
+"""Least steps of an interval under a budget in seconds or joules, whatever a step costs."""
 SEQUENCE_LENGTH = 64
 """Nominal tokens per sequence; only ratios of tokens matter."""
 
@@ -45,15 +54,32 @@ class Pool:
 
     instances: Instances
     references: References
+    """Under budgets in tokens."""
+    measured: Mapping[Currency, References] = field(default_factory=dict)
+    """Under budgets in seconds or joules, where runs are drawn with them."""
 
     @classmethod
     def draw(
         cls, n_instances: int, seed: int, calibrations: Sequence[FittedPhysics], widening: Widening | None = None,
-        *, schedule: ScheduleName = "wsd", warmup_share: float = 0.1,
+        *, schedule: ScheduleName = "wsd", warmup_share: float = 0.1, currencies: Sequence[Currency] = ("tokens",),
     ) -> Pool:  # fmt: skip
-        """Draw instances around calibrations and tune a static setting on each; about 2 s per thousand."""
+        """Draw instances around calibrations and tune a static setting on each; about 2 s per thousand and currency."""
         instances = draw_instances(n_instances, seed, calibrations, widening)
-        return cls(instances=instances, references=find_references(instances, schedule, warmup_share))
+        found = {each: find_references(instances, schedule, warmup_share, each) for each in {*currencies, "tokens"}}
+        return cls(instances=instances, references=found.pop("tokens"), measured=found)
+
+    def references_in(self, currency: Currency) -> References:
+        """Return the tuned statics under budgets in a currency.
+
+        Raises:
+            ValueError: the pool was drawn without it.
+        """
+        found = self.references if currency == "tokens" else self.measured.get(currency)
+        if found is None:
+            raise ValueError(
+                f"currencies must be among those that the pool was drawn with, got {currency}; give them to Pool.draw"
+            )
+        return found
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -73,6 +99,15 @@ class Start:
     warmup_share: float = 0.1
     rates: tuple[float, float] = (1 / 30, 10.0)
     """Range of starting learning rates relative to the tuned one, drawn log-uniformly."""
+    advice_error: float = 10.0
+    """A scaling law's advice is off by up to this factor in both directions, drawn log-uniformly for each run."""
+    currencies: tuple[Currency, ...] = ("tokens",)
+    """What the budgets are counted in; each run draws one."""
+
+    def __post_init__(self) -> None:
+        if not self.currencies or set(self.currencies) - set(CURRENCIES):
+            found = ", ".join(self.currencies) or "none"
+            raise ValueError(f"currencies must be some of {', '.join(CURRENCIES)}, got {found}")
 
 
 class SimulatedRuns:
@@ -97,6 +132,13 @@ class SimulatedRuns:
         self.pool = pool if pool is not None else default_pool()
         self.start = start or Start()
         self.table = ScheduleTable.of(self.start.schedule, self.start.warmup_share, self.start.decisions)
+        self.currency: Ints = np.zeros(n_runs, dtype=np.int64)
+        """What the budget of each run is counted in, as an index into `CURRENCIES`."""
+        self.budget: Floats = np.ones(n_runs)
+        """Budget in sequences, seconds or joules."""
+        self._tuned = [
+            (each, self.pool.references_in(each), self.pool.instances.budget(each)) for each in self.start.currencies
+        ]
         self.rows: Ints = np.arange(first_row, first_row + n_runs)
         self.episodes: Ints = np.zeros(n_runs, dtype=np.int64)
         self.keys = run_keys(seed, self.rows, self.episodes)
@@ -104,6 +146,10 @@ class SimulatedRuns:
         self.instances = self.pool.instances.take(self.index)
         self.references = self.pool.references.take(self.index)
         self.start_rate: Floats = np.ones(n_runs)
+        self.advice_error: Floats = np.ones((n_runs, 2))
+        """Advised over tuned learning rate and batch."""
+        self.prices: Floats = np.full((n_runs, 2, len(PRECISIONS), len(PRICED_BATCHES)), np.nan)
+        """What a price measurement before the start has found, as in `LimitBatch`."""
         self.state = PhysicsState.fresh(n_runs)
         self.progress = Progress.fresh(n_runs, self.start.decisions)
         self.memory: Floats = np.zeros(n_runs)
@@ -148,13 +194,40 @@ class SimulatedRuns:
         """Begin new runs in these rows."""
         self.episodes[rows] += 1
         self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
-        drawn = uniforms(self.keys[rows], 0, 2)
+        drawn = uniforms(self.keys[rows], 0, 6)
         self.index[rows] = (drawn[:, 0] * len(self.pool)).astype(np.int64)
         self.instances.put(rows, self.pool.instances.take(self.index[rows]))
-        self.references.put(rows, self.pool.references.take(self.index[rows]))
+        self._draw_currency(rows, drawn[:, 4])
         low, high = np.log(self.start.rates)
         self.start_rate[rows] = self.references.rate[rows] * np.exp(low + (high - low) * drawn[:, 1])
+        self.advice_error[rows] = self.start.advice_error ** (2 * drawn[:, 2:4] - 1)
+        self.prices[rows] = np.where(drawn[:, 5, None, None, None] < PRICED_SHARE, self._priced(rows), np.nan)
         self._restart(rows)
+
+    def _priced(self, rows: Ints) -> Floats:
+        """Return measured prices of these rows at the start, with the noise of their telemetry."""
+        hardware, batch = self.instances.hardware.take(rows), self.instances.start_batch[rows].astype(np.float64)
+        n, dense = len(rows), np.zeros(len(rows))
+        noise = normals(self.keys[rows], PRICE_COUNTER, 2 * len(PRECISIONS) * len(PRICED_BATCHES))
+        noise = noise.reshape(n, 2, len(PRECISIONS), len(PRICED_BATCHES))
+        prices = np.exp(np.array([TIME_NOISE, POWER_NOISE])[:, None, None] * noise)
+        for place, factor in enumerate(PRICED_BATCHES):
+            prices[:, 1, :, place] *= hardware.power_w(factor * batch)[:, None]
+            for index in range(len(PRECISIONS)):
+                step_s = hardware.step_s(factor * batch, np.full(n, index), dense)
+                prices[:, 0, index, place] *= step_s / (factor * batch)
+        prices[:, 1] *= prices[:, 0]
+        return np.where(hardware.masked[:, None, :, None], np.nan, prices)
+
+    def _draw_currency(self, rows: Ints, drawn: Floats) -> None:
+        """Draw what the budgets in these rows are counted in, and put the tuned statics for it there."""
+        chosen = (drawn * len(self._tuned)).astype(np.int64)
+        for number, (currency, references, budgets) in enumerate(self._tuned):
+            mine = rows[chosen == number]
+            index = self.index[mine]
+            self.currency[mine] = CURRENCIES.index(currency)
+            self.references.put(mine, references.take(index))
+            self.budget[mine] = budgets[index]
 
     def _restart(self, rows: Ints) -> None:
         self.state.restart(rows)
@@ -167,7 +240,9 @@ class SimulatedRuns:
     def limits(self) -> LimitBatch:
         """Return the control limits of each run."""
         low, high = self.instances.batch_limits(self.start.decisions)
-        n = self.n_runs
+        n, start_batch = self.n_runs, self.instances.start_batch
+        advised_batch = self.references.batch * self.advice_error[:, 1]
+        tuned_rate = self.references.rate * neutral_factor(self.references.batch.astype(np.float64), start_batch)
         begin = ControlBatch(
             learning_rate_scale=np.ones(n),
             batch_size=self.instances.start_batch.copy(),
@@ -180,6 +255,11 @@ class SimulatedRuns:
             min_batch_size=low,
             max_batch_size=high,
             masked_precisions=self.instances.hardware.masked.copy(),
+            timed_precisions=np.tile(np.arange(len(PRECISIONS)) > 0, (n, 1)),
+            measured_budget=self.currency != CURRENCIES.index("tokens"),
+            learning_rate_over_law=self.start_rate / (tuned_rate * self.advice_error[:, 0]),
+            batch_over_law=start_batch / advised_batch,
+            prices=self.prices.copy(),
             prunes=self.instances.prunes.copy(),
             decisions=np.full(n, self.start.decisions),
         )
@@ -191,9 +271,10 @@ class SimulatedRuns:
         batch = controls.batch_size.astype(np.float64)
         scale, start_batch = controls.learning_rate_scale, self.instances.start_batch
         rate = learning_rate(self.start_rate, scale, 1.0, batch, start_batch)  # at the schedule's peak
-        sequences = length * self.instances.sequences / self.start.decisions
-        steps = sequences / batch
         switches = self._switch(controls)
+        random = normals(self.keys, 1 + self.decision, CHANNELS)
+        sequences = self._sequences(length, batch, switches, random)
+        steps = sequences / batch
         before = self._expected()
         with np.errstate(over="ignore", invalid="ignore"):
             moments = advance(self.instances.physics, self.state, steps, rate * mean, batch)
@@ -208,7 +289,6 @@ class SimulatedRuns:
                 loss_fall=before - after,
                 probed=probe_due(self.decision, self.progress.position / self.start.decisions),
             )
-            random = normals(self.keys, 1 + self.decision, CHANNELS)
             fields = read_sensors(
                 self.instances.sensors, self.instances.physics, self.state, moments, interval,
                 memory=self.memory, random=random,
@@ -230,6 +310,21 @@ class SimulatedRuns:
         self.batch, self.precision = controls.batch_size.copy(), controls.precision.copy()
         return changes
 
+    def _sequences(self, length: Floats, batch: Floats, switches: Floats, random: Floats) -> Floats:
+        """Return the sequences of the next interval; those that fit into its seconds or joules under such budgets."""
+        sequences = length * self.instances.sequences / self.start.decisions
+        measured = self.currency != CURRENCIES.index("tokens")
+        if not measured.any():
+            return sequences
+        hardware, amount = self.instances.hardware, length * self.budget / self.start.decisions
+        in_joules = self.currency == CURRENCIES.index("energy_j")
+        time_s = np.where(in_joules, amount / (hardware.power_w(batch) * _power_noise(random)), amount)
+        probed = probe_due(self.decision, self.progress.position / self.start.decisions)
+        probe_s = np.where(probed, hardware.probe_s(sequences_probed(sequences), self.sparsity), 0.0)
+        training_s = (time_s - hardware.switch_s * switches) / _time_noise(random) - probe_s
+        steps = np.maximum(training_s / hardware.step_s(batch, self.precision, self.sparsity), LEAST_STEPS)
+        return np.where(measured, steps * batch, sequences)
+
     def _expected(self) -> Floats:
         """Return the current expected training loss, in nats/token."""
         pruned = self.instances.pruning_cost * ((1.0 - self.sparsity) ** -2.0 - 1.0) / 0.235
@@ -249,12 +344,11 @@ class SimulatedRuns:
         self, interval: SimulatedInterval, sequences: Floats, switches: Floats, random: Floats
     ) -> dict[str, Floats]:
         hardware = self.instances.hardware
-        jitter = np.exp(0.03 * random[:, 9])
         training_s = hardware.step_s(interval.batch, self.precision, self.sparsity) * interval.steps
         probe_s = np.where(interval.probed, hardware.probe_s(sequences_probed(sequences), self.sparsity), 0.0)
         switch_s = hardware.switch_s * switches
-        time_s = (training_s + probe_s) * jitter + switch_s
-        power_w = hardware.power_w(interval.batch) * np.exp(0.02 * random[:, 10])
+        time_s = (training_s + probe_s) * _time_noise(random) + switch_s
+        power_w = hardware.power_w(interval.batch) * _power_noise(random)
         return {
             "time_s": time_s,
             "probe_time_s": probe_s,
@@ -293,6 +387,16 @@ class SimulatedRuns:
         )
 
 
+def _time_noise(random: Floats) -> Floats:
+    """Return the factors on the seconds of an interval."""
+    return np.exp(TIME_NOISE * random[:, 9])
+
+
+def _power_noise(random: Floats) -> Floats:
+    """Return the factors on the watts of an interval."""
+    return np.exp(POWER_NOISE * random[:, 10])
+
+
 def default_pool(n_instances: int = 256, seed: int = 0) -> Pool:
     """Return a pool of instances around the shipped calibrations."""
     from trainpilot.llm_runtime.simulator.shipped import shipped_physics
@@ -318,11 +422,17 @@ class OnePlant:
         """Return the control limits of the run."""
         limits = self.plants.limits()
         masked = zip(PRECISIONS, limits.masked_precisions[0], strict=True)
+        timed = zip(PRECISIONS, limits.timed_precisions[0], strict=True)
         return ControlLimits(
             start=limits.start.row(0),
             min_batch_size=int(limits.min_batch_size[0]),
             max_batch_size=int(limits.max_batch_size[0]),
             masked_precisions={name: MASKED for name, is_masked in masked if is_masked},
+            timed_precisions=tuple(name for name, is_timed in timed if is_timed),
+            measured_budget=bool(limits.measured_budget[0]),
+            learning_rate_over_law=_known(limits.learning_rate_over_law[0]),
+            batch_over_law=_known(limits.batch_over_law[0]),
+            prices=_step_prices(limits),
             pruning="width" if limits.prunes[0] else "none",
             decisions=int(limits.decisions[0]),
         )
@@ -351,6 +461,23 @@ class OnePlant:
         """Restore a state that `snapshot` returned."""
         self.plants = deepcopy(snapshot["plants"])
         self.finished = snapshot["finished"]
+
+
+def _step_prices(limits: LimitBatch) -> tuple[StepPrice, ...]:
+    """Return the prices of the only run that are known."""
+    start_batch = int(limits.start.batch_size[0])
+    found = []
+    for index, precision in enumerate(PRECISIONS):
+        for place, factor in enumerate(PRICED_BATCHES):
+            (seconds, joules), batch = limits.prices[0, :, index, place], int(factor * start_batch)
+            time_s, energy_j = _known(seconds * batch), _known(joules * batch)
+            if batch and time_s is not None:
+                found.append(StepPrice(batch_size=batch, precision=precision, time_s=time_s, energy_j=energy_j))
+    return tuple(found)
+
+
+def _known(value: np.float64) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 class SimulatedRun(OnePlant):

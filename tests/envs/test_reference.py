@@ -52,6 +52,19 @@ def test_the_base_schedule_is_run_at_three_budgets() -> None:
     assert reference.quality(reference.losses[-1]) == pytest.approx(1.0)
 
 
+def test_under_a_budget_in_seconds_the_three_budgets_are_in_seconds() -> None:
+    factory = CountingFactory()
+    reference = run_reference(replace(TOY_CASE, budget="10s", warmup_share=0.1), factory)
+
+    assert [(case.budget, case.decisions, case.warmup_share) for case in factory.cases] == [
+        ("2.5s", 5, 0.1),
+        ("5s", 10, 0.1),
+        ("10s", 20, 0.1),
+    ]
+    assert (reference.currency, reference.budgets) == ("time_s", (0.25, 0.5, 1.0))
+    assert Reference.from_json(reference.to_json()) == reference
+
+
 def test_progress_is_told_before_each_run() -> None:
     lines: list[str] = []
     run_reference(TOY_CASE, ToyPlant, lines.append)

@@ -21,10 +21,12 @@ from trainpilot.envs.reward import (
     RewardMeter,
     RewardTerms,
     ScalarReward,
+    Utility,
     budget_for_loss,
     compute_equivalent,
     constrained,
     linear,
+    logarithmic,
     product,
     tchebycheff,
     worth,
@@ -190,6 +192,30 @@ def test_linear_is_the_weighted_sum() -> None:
     assert linear(OUTCOME, WEIGHTS) == pytest.approx(0.08)  # 0.40 - 0.18 - 0.14
 
 
+def test_logarithmic_is_the_log_of_the_compute_equivalent_less_the_costs() -> None:
+    assert logarithmic(OUTCOME, WEIGHTS) == pytest.approx(0.5 * math.log(0.8) - 0.18 - 0.14)
+    # Quality above 1 is 1 + log c already.
+    assert logarithmic(replace(OUTCOME, quality=1.2), WEIGHTS) == pytest.approx(0.5 * 0.2 - 0.32)
+    hopeless = logarithmic(replace(OUTCOME, quality=1e-6), WEIGHTS)
+    assert hopeless == pytest.approx(0.5 * math.log(0.01) - 0.32)
+    assert logarithmic(replace(OUTCOME, quality=DIVERGED_QUALITY), WEIGHTS) == pytest.approx(hopeless - 0.5)
+
+
+def best_share(utility: Utility, weight: float, gain: float) -> float:
+    """Return the share of the reference's costs at which a run is best, whose quality grows as they do."""
+    shares = np.linspace(0.05, 1.0, 96)
+    outcome = Outcome(worth(gain * shares), -shares, -shares)
+    weights = np.tile([weight, (1 - weight) / 2, (1 - weight) / 2], (len(shares), 1))
+    return float(shares[utility(outcome, weights).argmax()])
+
+
+@pytest.mark.parametrize("gain", [0.9, 1.0])
+def test_under_logarithmic_the_best_length_moves_gradually(gain: float) -> None:
+    lengths = [best_share(logarithmic, weight, gain) for weight in (0.2, 0.3, 0.4, 0.5, 0.6)]
+    assert lengths == pytest.approx([0.25, 3 / 7, 2 / 3, 1.0, 1.0], abs=0.01)
+    assert [best_share(linear, weight, 1.0) for weight in (0.49, 0.51)] == pytest.approx([0.05, 1.0])
+
+
 def test_tchebycheff_is_the_largest_shortfall_and_a_little_of_all() -> None:
     # from the ideal (1, -0.5, -0.5): 0.5 x 0.2 = 0.10, 0.3 x 0.1 = 0.03, 0.2 x 0.2 = 0.04
     assert tchebycheff(OUTCOME, WEIGHTS) == pytest.approx(-(0.10 + 0.05 * 0.17))
@@ -222,7 +248,8 @@ def test_every_utility_takes_a_preference_for_quality_alone(utility: object) -> 
 
 
 def test_an_unknown_utility_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="utility must be one of linear, tchebycheff, constrained, product, got 'sum'"):
+    names = "linear, logarithmic, tchebycheff, constrained, product"
+    with pytest.raises(ValueError, match=f"utility must be one of {names}, got 'sum'"):
         ScalarReward(LiveTraining(make_plant=ToyPlant), "sum")
 
 

@@ -131,6 +131,13 @@ def test_all_runs_differ_only_in_what_they_compare(
     assert steered.probe
 
 
+def test_all_runs_of_a_demo_may_have_a_budget_in_seconds(runs: list[ReplayOptions], tmp_path: Path) -> None:
+    demo(DemoOptions(out=tmp_path / "out", budget="30s"), Console(quiet=True))
+    configs = [run.run_config(50) for run in runs]
+    assert {config.budget for config in configs} == {"30s"}
+    assert {config.warmup_share for config in configs[2:]} == {0.1}
+
+
 def test_a_demo_without_its_policy_runs_nothing(
     runs: list[ReplayOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

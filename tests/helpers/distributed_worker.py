@@ -43,6 +43,8 @@ SAVED_AT = 28
 """Steps after which a run is saved and killed: in the midst of an interval, before a probe."""
 SPOILT_AT = 20
 """The step in which one process gets a loss that is no number."""
+SECONDS = 3
+"""Budget of a run in seconds."""
 JOULES = (10.0, 30.0)
 """What the meter of each process counts between two readings."""
 
@@ -50,13 +52,16 @@ JOULES = (10.0, 30.0)
 class SharedLoop:
     """A plain loop, alone or as one of the processes that share its batches."""
 
-    def __init__(self, config: RunConfig, kind: str, rank: int = 0, energy_of: Any = None) -> None:
+    def __init__(
+        self, config: RunConfig, kind: str, rank: int = 0, energy_of: Any = None, budget: str | None = None
+    ) -> None:
         run = live_run(config)
         self.rank, self.kind = rank, kind
         self.stream = BatchStream(run.corpus.train, config.sequence_length, config.seed)
         self.model, self.steps, self.spoilt_at = run.loaded.model.train(), 0, -1
         self.settings = SteeringSettings(
             sequences=config.n_sequences(),
+            budget=budget,
             batch_size=config.batch_size,
             sequence_length=config.sequence_length,
             policy=Script(CHANGES) if rank == 0 else Script([FASTER] * len(CHANGES)),
@@ -66,7 +71,7 @@ class SharedLoop:
             pruning="magnitude",
             guardrails=GuardrailSettings(max_reversals=99, spike=99),
         )
-        self.meter = RecordedMeter([_reading(i * JOULES[rank]) for i in range(200)])
+        self.meter = RecordedMeter([_reading(i * JOULES[rank]) for i in range(10_000)])
         self.steering = self._steer(config, energy_of)
 
     def _steer(self, config: RunConfig, energy_of: Any) -> Steering:
@@ -172,6 +177,16 @@ def spoilt(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, A
     return loop.outcome()
 
 
+def timed(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, Any]:
+    """Train for so many seconds; the second process waits a little after each step."""
+    loop = SharedLoop(config, kind, rank, budget=f"{SECONDS}s")
+    start_s = time.perf_counter()
+    while not loop.steering.finished:
+        loop.one_step()
+        time.sleep(0.002 * rank)
+    return loop.outcome() | {"wall_s": time.perf_counter() - start_s, "steps": loop.steps}
+
+
 def misused(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, Any]:
     """Return what is said to bad uses."""
     says: dict[str, Any] = {}
@@ -226,7 +241,8 @@ def lightning(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str
 
 
 JOBS = {
-    "whole": whole_run, "first": first_half, "second": second_half, "spoilt": spoilt, "misused": misused,
+    "whole": whole_run, "first": first_half, "second": second_half, "spoilt": spoilt, "timed": timed,
+    "misused": misused,
     "pruned": pruned, "lightning": lightning,
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from trainpilot.llm_runtime.config import ControlLimits, Controls, RunConfig
-from trainpilot.llm_runtime.energy.meter import EnergyReading, RecordedMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, RecordedMeter
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 START = Controls(batch_size=8)
@@ -75,6 +75,32 @@ class FixedClock:
     def __call__(self) -> float:
         self._calls += 1
         return self._calls * self._step_s
+
+
+class SetClock:
+    """Tells the seconds that it was set to."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class SetMeter(EnergyMeter):
+    """Tells the joules that it was set to; `None` says that it fails."""
+
+    def __init__(self, energy_j: float | None = 0.0) -> None:
+        self.energy_j = energy_j
+        self.readings = 0
+
+    @property
+    def description(self) -> str:
+        return "a meter that a test sets"
+
+    def read(self) -> EnergyReading:
+        self.readings += 1
+        return EnergyReading(time_s=0.0, energy_j=self.energy_j, source="measured_counter")
 
 
 def steady_meter(step_j: float = 5.0, readings: int = 2_000) -> RecordedMeter:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from distributed_worker import CHANGES, INTERVAL, PROCESSES, SharedLoop, in_two_processes
+from distributed_worker import CHANGES, INTERVAL, PROCESSES, SECONDS, SharedLoop, in_two_processes
 from fake_nvml import UUIDS, FakeNvml
 from live_runs import LLAMA, case
 from torch import nn
@@ -33,6 +33,7 @@ JOBS = (
         "spoilt fsdp",
         "whole accelerate",
         "whole accelerate-fsdp",
+        "timed ddp",
         "misused fsdp",
         "pruned fsdp",
     ],
@@ -141,6 +142,16 @@ def test_a_loss_that_one_process_cannot_compute_takes_all_back(results: Results)
     assert far(first, second) == 0.0
     assert all(weights.isfinite().all() for weights in first["weights"])
     assert first["summary"]["sequences"] == INTERVAL * (len(CHANGES) + 1)
+
+
+@pytest.mark.slow
+def test_a_budget_in_seconds_ends_all_processes_at_the_same_step(results: Results) -> None:
+    first, second = results("timed ddp")
+    assert first["records"] == second["records"]
+    assert first["steps"] == second["steps"]
+    assert far(first, second) == 0.0
+    assert first["summary"]["budget_used"] == pytest.approx(1.0, abs=0.02)
+    assert first["wall_s"] == pytest.approx(SECONDS, rel=0.15)
 
 
 @pytest.mark.slow
