@@ -50,8 +50,6 @@ N_MODES = 48
 DECADES = 7
 """The slowest mode is this many decades below the fastest."""
 
-_TINY = 1e-300  # replaces a rate of zero, where (1 - e^-r) / r has the limit 1
-
 
 def mode_rates(n_modes: int = N_MODES, decades: float = DECADES) -> Floats:
     """Return the relaxation rates u_i, evenly spaced in the logarithm and descending from 1, of shape (n_modes,)."""
@@ -71,32 +69,6 @@ def mode_weights(rates: Floats, exponent: ArrayLike) -> Floats:
     weights: Floats = rates ** np.asarray(exponent, dtype=np.float64)[..., None]
     weights /= weights.sum(axis=-1, keepdims=True)
     return weights
-
-
-def step_modes(signal: Floats, noise: Floats, rates: Floats, path: ArrayLike, injected: ArrayLike) -> None:
-    """Advance signal and noise over a stretch of constant learning rate, exactly and in place.
-
-    With r = 2 u x path, the n single steps of the stretch are equivalent, in the limit of small steps, to
-
-        a <- a e^-r    and    q <- q e^-r + injected (1 - e^-r) / r
-
-    Args:
-        signal: a, of shape (n_runs, n_modes); or (n_modes,) for one run.
-        noise: q, of the same shape.
-        rates: u, of shape (n_modes,) or (n_runs, n_modes).
-        path: Learning rate times steps, the learning rate in units of the inverse rate of the fastest mode; 0 leaves
-            the signal unchanged. Of shape (n_runs,), or a number.
-        injected: Noise of a step times the number of steps, without decay. Of the same shape.
-    """
-    r = np.asarray(path, dtype=np.float64)[..., None] * (2.0 * rates)
-    np.maximum(r, _TINY, out=r)
-    faded = np.expm1(-r)  # e^-r - 1, exact where r is small
-    gain = np.asarray(injected, dtype=np.float64)[..., None] / r
-    gain *= faded
-    faded += 1.0
-    signal *= faded
-    noise *= faded
-    noise -= gain
 
 
 RATE_UNIT = 1e-3

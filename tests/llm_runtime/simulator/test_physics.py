@@ -9,12 +9,16 @@ import pytest
 from numpy.typing import ArrayLike
 
 from trainpilot.llm_runtime.simulator.physics import (
+    DECADES,
+    N_MODES,
     PARAMETERS,
     RELATIVE_RATES,
     Physics,
     PhysicsState,
     advance,
     loss,
+    mode_rates,
+    mode_weights,
 )
 from trainpilot.llm_runtime.simulator.records import Floats
 from trainpilot.llm_runtime.simulator.references import ScheduleTable
@@ -213,6 +217,22 @@ def test_putting_and_taking_rows_move_everything_of_a_run() -> None:
         assert (getattr(taken, name)[0] == getattr(other, name)[0]).all()
     taken.values["rate"][:] = 9.0
     assert many.values["rate"].tolist() == [0.2, 0.1, 0.2]
+
+
+def test_rates_fall_from_one_over_seven_decades_in_equal_ratios() -> None:
+    rates = mode_rates()
+
+    assert rates.shape == (N_MODES,)
+    assert rates[0] == 1.0
+    assert rates[-1] == pytest.approx(10.0**-DECADES)
+    assert np.ptp(rates[1:] / rates[:-1]) < 1e-12
+
+
+def test_weights_are_powers_of_the_rates_that_sum_to_one() -> None:
+    rates = np.array([1.0, 0.25])
+
+    assert mode_weights(rates, 0.5) == pytest.approx([2 / 3, 1 / 3])
+    assert mode_weights(rates, np.array([0.5, 1.0])) == pytest.approx(np.array([[2 / 3, 1 / 3], [0.8, 0.2]]))
 
 
 # Properties -------------------------------------------------------------------------------------------------
