@@ -17,7 +17,7 @@ from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
-from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, Physics
+from trainpilot.llm_runtime.simulator.physics import ADDED, NAMES, PARAMETERS, Physics
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 from trainpilot.llm_runtime.simulator.sensors import Sensors
 
@@ -82,6 +82,8 @@ SCARS = (1e-3, 0.3)
 """Range of the lasting damage of too large first steps, which calibrations do not determine."""
 RATE_SPAN = 5.0
 """Best learning rates are varied by up to this factor in both directions around the calibrations."""
+ALARM = 0.5
+"""Strength of the edge's precursors around calibrations, which have no edge."""
 UPDATE_SPREAD = 0.25
 """Spread of the relative update size, which limits how well it predicts the best learning rate of a new model."""
 
@@ -158,17 +160,24 @@ def draw_instances(
 
 
 def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedPhysics], spread: float) -> Physics:
-    """Interpolate between pairs of calibrations (their parameters are correlated), and perturb each parameter."""
-    table = np.log([[each.values[name] for name in NAMES] for each in calibrations])
+    """Interpolate between pairs of calibrations (their parameters are correlated), and perturb each parameter.
+
+    Parameters added since version 0.1 are not perturbed, so that instances of older calibrations stay what they were.
+    """
+    names = [name for name in NAMES if name not in ADDED]
+    table = np.log([[each.values[name] for name in names] for each in calibrations])
     initial = np.log([each.initial_loss for each in calibrations])
     one, other = random.integers(len(calibrations), size=(2, n))
     share = random.random(n)
     width = spread * LEAST_SPREAD
     drawn = share[:, None] * table[one] + (1 - share[:, None]) * table[other]
-    values = dict(zip(NAMES, np.exp(drawn + width * random.normal(size=drawn.shape)).T, strict=True))
-    for name, parameter in PARAMETERS.items():
+    values = dict(zip(names, np.exp(drawn + width * random.normal(size=drawn.shape)).T, strict=True))
+    for name in names:
         if name != "floor":
-            values[name] = np.clip(values[name], parameter.low, parameter.high)
+            values[name] = np.clip(values[name], PARAMETERS[name].low, PARAMETERS[name].high)
+    for name in ADDED:
+        added = np.log([each.values[name] for each in calibrations])
+        values[name] = np.exp(share * added[one] + (1 - share) * added[other])
     values["scar"] = _between(random, n, *SCARS)
     first = np.exp(share * initial[one] + (1 - share) * initial[other] + width / 2 * random.normal(size=n))
     values["floor"] = np.clip(values["floor"], 0.15 * first, 0.6 * first)
@@ -204,6 +213,7 @@ def _sensors(random: np.random.Generator, n: int, spread: float) -> Sensors:
         curvature=around(2.5e-3, 0.5),
         curvature_memory=random.uniform(0.8, 1.5, n),
         probe_spread=around(0.8, 0.2),
+        alarm=np.full(n, ALARM),
     )
 
 
