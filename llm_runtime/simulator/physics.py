@@ -163,7 +163,7 @@ EDGE = tuple(name for name in NAMES if name.startswith("edge_"))
 """Parameters of the edge, whose typical values put it out of reach."""
 NOT_FITTED = ("scar", "youth", *EDGE)
 """Parameters that the runs of a calibration do not determine."""
-ADDED: Mapping[str, float] = {"settling": 1e3} | {name: PARAMETERS[name].typical for name in EDGE}
+ADDED: Mapping[str, float] = {"settling": 1e9} | {name: PARAMETERS[name].typical for name in EDGE}
 """Parameters that older calibrations lack, with values that change nothing: noise follows at once, and no edge."""
 RELATIVE_RATES = mode_rates()
 
