@@ -45,7 +45,7 @@ modes are a state that can be stepped under any controls. Noisy quadratic model:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -177,10 +177,16 @@ class Physics(Rows):
     initial_loss: Floats
     weight_decay: Floats
     """Weight decay of the optimiser, per unit of learning rate."""
+    left: InitVar[Floats | None] = None
+    """What an earlier training has left of each mode, over a fresh model's, (n_runs, n_modes); `None` if there was
+    none. `initial_loss` is the loss after it."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, left: Floats | None) -> None:
         v = self.values
         self.shares = mode_weights(RELATIVE_RATES, v["spectrum"])
+        if left is not None:
+            self.shares = self.shares * left
+            self.shares /= self.shares.sum(axis=1, keepdims=True)
         self.slow_shares = mode_weights(RELATIVE_RATES, v["slow_spectrum"])
         self.stall = RELATIVE_RATES ** -v["stall_slow"][:, None]
         power = self.shares * RELATIVE_RATES
