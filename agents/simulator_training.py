@@ -296,6 +296,8 @@ class SimulatorStage:
     """How far from the calibrations instances are drawn."""
     start_rates: tuple[float, float] = (1 / 30, 10.0)
     """Starting learning rates over the tuned one, drawn evenly in the logarithm."""
+    start_advised: float = 0.0
+    """Share of runs that start at a scaling law's learning rate instead, with the error of its advice."""
     base_schedule: BaseSchedule = field(default_factory=lambda: BaseSchedule(schedule="wsd", warmup_share=0.1))
     """The schedule that the policy multiplies. It is saved in the bundle, and live runs follow it too."""
     decisions: int = 50
@@ -327,8 +329,6 @@ class SimulatorStage:
             raise ValueError(f"simulator.ppo.total_decisions must be at least 1, got {self.ppo.total_decisions}")
         if not 0 < self.start_rates[0] <= self.start_rates[1]:
             raise ValueError(f"simulator.start_rates must be two rising positive numbers, got {self.start_rates}")
-        if not 0 < self.widening.budget[0] <= self.widening.budget[1] or self.widening.spread < 0:
-            raise ValueError(f"simulator.widening must have a rising budget and a spread >= 0, got {self.widening}")
         self._check_shares()
         if self.validation.seed in self.agents:
             raise ValueError(f"validation.seed must be none of the agents' own seeds, got {self.validation.seed}")
@@ -340,7 +340,7 @@ class SimulatorStage:
         _ = self.start
 
     def _check_shares(self) -> None:
-        for name in ("least_quality", "quality_alone"):
+        for name in ("least_quality", "quality_alone", "start_advised"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"simulator.{name} must be in [0, 1], got {getattr(self, name)}")
 
@@ -367,6 +367,7 @@ class SimulatorStage:
             schedule=base.schedule,
             warmup_share=base.warmup_share,
             rates=self.start_rates,
+            advised=self.start_advised,
             currencies=self.currencies,
         )
 

@@ -103,6 +103,13 @@ class SizeLaw(JsonRecord):
     fitted_sizes: tuple[int, ...]
     """Weights of the models that the law was fitted to, ascending; other sizes are interpolated or extrapolated."""
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the law that `to_json` gave; parameters added since then get values without effect."""
+        reference = {**content["reference"], "values": {**ADDED, **content["reference"]["values"]}}
+        exponents = {**dict.fromkeys(ADDED, 0.0), **content["exponents"]}
+        return super().from_json({**content, "reference": reference, "exponents": exponents})
+
     def at(self, n_parameters: int) -> FittedPhysics:
         """Return the physics of a model of `n_parameters` weights."""
         assert self.reference.n_parameters is not None

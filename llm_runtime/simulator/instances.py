@@ -14,13 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainpilot.llm_runtime.budget import Currency
-from trainpilot.llm_runtime.config import PRECISIONS, batch_limits
+from trainpilot.llm_runtime.config import PRECISIONS, STEPS_PER_INTERVAL, batch_limits
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
-from trainpilot.llm_runtime.simulator.physics import NAMES, PARAMETERS, Physics
+from trainpilot.llm_runtime.simulator.physics import ADDED, NAMES, PARAMETERS, Physics
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 from trainpilot.llm_runtime.simulator.sensors import Sensors
 
+TINY, SCRATCH, FINE_TUNING = range(3)
+"""Kinds of instances: around calibrations of tiny live runs; at the scale of published runs, and fine-tuning there."""
+SEQUENCE_LENGTH = 64.0
+"""Nominal tokens per sequence of tiny models; only ratios of tokens matter."""
 FORWARD_SHARE = 1 / 3
 """Time of a forward pass as a share of a step; the backward pass takes twice as long."""
 PROBE_COPIES = 0.6
@@ -82,6 +86,8 @@ SCARS = (1e-3, 0.3)
 """Range of the lasting damage of too large first steps, which calibrations do not determine."""
 RATE_SPAN = 5.0
 """Best learning rates are varied by up to this factor in both directions around the calibrations."""
+ALARM = 0.5
+"""Strength of the edge's precursors around calibrations, which have no edge."""
 UPDATE_SPREAD = 0.25
 """Spread of the relative update size, which limits how well it predicts the best learning rate of a new model."""
 
@@ -104,6 +110,19 @@ class Instances(Rows):
     pruning_cost: Floats
     """Permanent increase of the loss when a tenth of the channels is removed, in nats/token."""
 
+    kind: Ints
+    """`TINY`, `SCRATCH` or `FINE_TUNING`."""
+    n_parameters: Floats
+    """Weights; NaN where not drawn."""
+    sequence_length: Floats
+    """Tokens per sequence; nominal for tiny models, where only ratios of tokens matter."""
+    machine_batches: Ints
+    """Smallest and largest batch that the machine runs, (n_instances, 2); 0 where the range of live runs holds."""
+    advice: Floats
+    """Learning rate and batch in sequences that a scaling law advises, (n_instances, 2); NaN without."""
+    searched_rate: Floats
+    """Middle of the range of learning rates in which the best one is searched."""
+
     def __len__(self) -> int:
         return len(self.sequences)
 
@@ -118,8 +137,12 @@ class Instances(Rows):
         return self.budget(currency) / self.hardware.sequence_cost(batch, currency)
 
     def batch_limits(self, decisions: int) -> tuple[Ints, Ints]:
-        """Return the smallest and the largest batch, by the rules of live runs."""
-        return batch_limits(self.start_batch, self.sequences.astype(np.int64) // decisions)
+        """Return the smallest and the largest batch: by the rules of live runs, or what the machine runs."""
+        per_interval = self.sequences.astype(np.int64) // decisions
+        low, high = batch_limits(self.start_batch, per_interval)
+        machine = self.machine_batches
+        most = np.maximum(np.minimum(machine[:, 1], per_interval // STEPS_PER_INTERVAL), self.start_batch)
+        return np.where(machine[:, 0] > 0, machine[:, 0], low), np.where(machine[:, 0] > 0, most, high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +153,22 @@ class Widening:
     """Factor on the perturbation of every parameter; 0 draws the calibrations themselves."""
     budget: tuple[float, float] = (800.0, 12_000.0)
     """Range of budgets in sequences, drawn log-uniformly."""
+    scratch: float = 0.0
+    """Share of instances of 10 M to 10 B weights around published runs instead, trained from scratch."""
+    fine_tuning: float = 0.0
+    """Share of instances of that size that fine-tune a trained model."""
+    edges: float = 0.0
+    """Share of instances with an edge, at 1.5 to 30 times the best learning rate."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget[0] <= self.budget[1] or self.spread < 0:
+            raise ValueError(f"simulator.widening must have a rising budget and a spread >= 0, got {self}")
+        shares = (self.scratch, self.fine_tuning, self.edges)
+        if min(shares) < 0 or max(self.edges, self.scratch + self.fine_tuning) > 1:
+            raise ValueError(
+                "simulator.widening must have scratch, fine_tuning and edges >= 0, edges at most 1, and scratch + "
+                f"fine_tuning at most 1, got {self}"
+            )
 
 
 def draw_instances(
@@ -140,7 +179,7 @@ def draw_instances(
         raise ValueError("calibrations must hold at least one, got none; run trainpilot calibrate first")
     widening = widening or Widening()
     random = np.random.default_rng(seed)
-    sequences = _between(random, n_instances, *widening.budget).round()
+    sequences = between(random, n_instances, *widening.budget).round()
     start_batch = _start_batches(random, sequences)
     repeats = random.random(n_instances) < 0.25
     data = np.where(repeats, sequences * np.exp(random.uniform(np.log(0.15), 0, n_instances)), 100 * sequences)
@@ -150,34 +189,47 @@ def draw_instances(
         hardware=_hardware(random, n_instances),
         sequences=sequences,
         data=data,
-        overfitting=_between(random, n_instances, 0.002, 0.05),
+        overfitting=between(random, n_instances, 0.002, 0.05),
         start_batch=start_batch,
         prunes=random.random(n_instances) < 0.25,
-        pruning_cost=_between(random, n_instances, 0.003, 0.05),
+        pruning_cost=between(random, n_instances, 0.003, 0.05),
+        kind=np.full(n_instances, TINY),
+        n_parameters=np.full(n_instances, np.nan),
+        sequence_length=np.full(n_instances, SEQUENCE_LENGTH),
+        machine_batches=np.zeros((n_instances, 2), dtype=np.int64),
+        advice=np.full((n_instances, 2), np.nan),
+        searched_rate=np.full(n_instances, np.nan),
     )
 
 
 def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedPhysics], spread: float) -> Physics:
-    """Interpolate between pairs of calibrations (their parameters are correlated), and perturb each parameter."""
-    table = np.log([[each.values[name] for name in NAMES] for each in calibrations])
+    """Interpolate between pairs of calibrations (their parameters are correlated), and perturb each parameter.
+
+    Parameters added since version 0.1 are not perturbed, so that instances of older calibrations stay what they were.
+    """
+    names = [name for name in NAMES if name not in ADDED]
+    table = np.log([[each.values[name] for name in names] for each in calibrations])
     initial = np.log([each.initial_loss for each in calibrations])
     one, other = random.integers(len(calibrations), size=(2, n))
     share = random.random(n)
     width = spread * LEAST_SPREAD
     drawn = share[:, None] * table[one] + (1 - share[:, None]) * table[other]
-    values = dict(zip(NAMES, np.exp(drawn + width * random.normal(size=drawn.shape)).T, strict=True))
-    for name, parameter in PARAMETERS.items():
+    values = dict(zip(names, np.exp(drawn + width * random.normal(size=drawn.shape)).T, strict=True))
+    for name in names:
         if name != "floor":
-            values[name] = np.clip(values[name], parameter.low, parameter.high)
-    values["scar"] = _between(random, n, *SCARS)
+            values[name] = np.clip(values[name], PARAMETERS[name].low, PARAMETERS[name].high)
+    for name in ADDED:
+        added = np.log([each.values[name] for each in calibrations])
+        values[name] = np.exp(share * added[one] + (1 - share) * added[other])
+    values["scar"] = between(random, n, *SCARS)
     first = np.exp(share * initial[one] + (1 - share) * initial[other] + width / 2 * random.normal(size=n))
     values["floor"] = np.clip(values["floor"], 0.15 * first, 0.6 * first)
-    _rescale(values, np.exp(random.uniform(-1.0, 1.0, n) * np.log(RATE_SPAN)))
+    rescale(values, np.exp(random.uniform(-1.0, 1.0, n) * np.log(RATE_SPAN)))
     values["update"] = values["update"] * np.exp(UPDATE_SPREAD * spread * random.normal(size=n))
     return Physics(values=values, initial_loss=first, weight_decay=np.full(n, 0.1))
 
 
-def _rescale(values: dict[str, Floats], factor: Floats) -> None:
+def rescale(values: dict[str, Floats], factor: Floats) -> None:
     """Change the unit of learning rates: a run at l / factor becomes what it was at l.
 
     Observations are ratios and do not change, but no single learning rate is good for all models any more.
@@ -204,11 +256,12 @@ def _sensors(random: np.random.Generator, n: int, spread: float) -> Sensors:
         curvature=around(2.5e-3, 0.5),
         curvature_memory=random.uniform(0.8, 1.5, n),
         probe_spread=around(0.8, 0.2),
+        alarm=np.full(n, ALARM),
     )
 
 
 def _hardware(random: np.random.Generator, n: int) -> Hardware:
-    sequence_s = _between(random, n, 5e-4, 5e-3)
+    sequence_s = between(random, n, 5e-4, 5e-3)
     speed = np.ones((n, len(PRECISIONS)))
     masked = np.ones((n, len(PRECISIONS)), dtype=np.bool_)
     masked[:, PRECISIONS.index("fp32")] = False
@@ -217,17 +270,17 @@ def _hardware(random: np.random.Generator, n: int) -> Hardware:
         column = PRECISIONS.index(name)
         speed[:, column] = random.uniform(low, high, n)
         masked[:, column] = ~(gpu & (random.random(n) < 0.7))
-    idle = _between(random, n, 5.0, 100.0)
+    idle = between(random, n, 5.0, 100.0)
     return Hardware(
-        overhead_s=sequence_s * _between(random, n, 0.5, 64.0),
+        overhead_s=sequence_s * between(random, n, 0.5, 64.0),
         sequence_s=sequence_s,
         speed=speed,
         masked=masked,
         width_share=random.uniform(0.3, 0.7, n),
         idle_w=idle,
-        load_w=idle * _between(random, n, 1.05, 7.0),
-        switch_s=sequence_s * _between(random, n, 0.1, 20.0),
-        memory_share=_between(random, n, 0.01, 0.6),
+        load_w=idle * between(random, n, 1.05, 7.0),
+        switch_s=sequence_s * between(random, n, 0.1, 20.0),
+        memory_share=between(random, n, 0.01, 0.6),
     )
 
 
@@ -239,7 +292,8 @@ def _start_batches(random: np.random.Generator, sequences: Floats) -> Ints:
     return batches
 
 
-def _between(random: np.random.Generator, n: int, low: float, high: float) -> Floats:
+def between(random: np.random.Generator, n: int, low: float, high: float) -> Floats:
+    """Return log-uniform numbers from `low` to `high`."""
     drawn: Floats = np.exp(random.uniform(np.log(low), np.log(high), n))
     return drawn
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName, neutral_factor
-from trainpilot.llm_runtime.simulator.instances import Instances
+from trainpilot.llm_runtime.simulator.instances import TINY, Instances
 from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 
@@ -99,6 +99,9 @@ DECISIONS = 50
 FIRST_RATES = np.geomspace(1e-4, 0.1, 13)
 """Learning rates of the coarse search, at the instance's own batch, in factors of 1.8."""
 FINE_FACTORS = (0.75, 1.33)
+LOWER_FACTORS = (0.03, 0.1, 0.3)
+WIDE_RATES = np.geomspace(10**-1.5, 10**1.5, 13)
+"""Learning rates of the search for larger models, at each batch, over the rate where it is expected."""
 
 
 @dataclass(kw_only=True)
@@ -157,19 +160,15 @@ def find_references(
 ) -> References:
     """Tune learning rate and batch of each instance on a grid, and the learning rate at the smaller budgets.
 
-    In tokens small batches are best: the search ends at twice the starting batch. In seconds and joules it tries all.
+    In tokens small batches are best for tiny models: there the search ends at twice the starting batch. In seconds and
+    joules, and for larger models, it tries all.
     """
     table = ScheduleTable.of(schedule, warmup_share, DECISIONS)
+    tiny = instances.kind == TINY
     best = _Best(len(instances))
-    low, high = instances.batch_limits(DECISIONS)
-    largest = np.minimum(high, 2 * instances.start_batch) if currency == "tokens" else high
-    for power in range(int(np.log2(np.max(largest / low))) + 1):
-        doubled = low * 2.0**power
-        batch = np.where(doubled <= largest, doubled, low)
-        for at_start in FIRST_RATES:
-            _try(best, instances, at_start, batch, table, currency=currency)
-    for factor in FINE_FACTORS:
-        _try(best, instances, best.rate * factor, best.batch, table, currency=currency)
+    for mine, search in ((tiny, _search), (~tiny, _search_wide)):
+        if (rows := np.flatnonzero(mine)).size:
+            best.put(rows, search(instances.take(rows), table, currency))
     shorter = [_shorter(best, instances, table, share, currency) for share in BUDGET_SHARES[:-1]]
     time_s, energy_j = _cost(instances, best.batch, currency)
     return References(
@@ -181,7 +180,39 @@ def find_references(
     )
 
 
-class _Best:
+def _search(instances: Instances, table: ScheduleTable, currency: Currency) -> _Best:
+    best = _Best(len(instances))
+    low, high = instances.batch_limits(DECISIONS)
+    largest = np.minimum(high, 2 * instances.start_batch) if currency == "tokens" else high
+    for power in range(int(np.log2(np.max(largest / low))) + 1):
+        doubled = low * 2.0**power
+        batch = np.where(doubled <= largest, doubled, low)
+        for at_start in FIRST_RATES:
+            _try(best, instances, at_start, batch, table, currency=currency)
+    for factor in FINE_FACTORS:
+        _try(best, instances, best.rate * factor, best.batch, table, currency=currency)
+    return best
+
+
+def _search_wide(instances: Instances, table: ScheduleTable, currency: Currency) -> _Best:
+    """Search three decades of learning rates and the machine's batches: coarsely, then finely around the best."""
+    best = _Best(len(instances))
+    low, high = (limit.astype(np.float64) for limit in instances.batch_limits(DECISIONS))
+    for power in range(0, int(np.log2(np.max(high / low))) + 2, 2):
+        batch = np.minimum(low * 2.0**power, high)
+        for rate in WIDE_RATES[:, None] * instances.searched_rate:
+            _try(best, instances, rate / neutral_factor(batch, instances.start_batch), batch, table, currency=currency)
+    centre, middle = best.rate, best.batch
+    for halving in (0.5, 2.0):
+        batch = np.clip(middle * halving, low, high)
+        for factor in (0.56, 1.0, 1.78):
+            _try(best, instances, centre * neutral_factor(middle, batch) * factor, batch, table, currency=currency)
+    for factor in (*FINE_FACTORS, 0.87, 1.15):
+        _try(best, instances, best.rate * factor, best.batch, table, currency=currency)
+    return best
+
+
+class _Best(Rows):
     """Best setting so far, by instance."""
 
     def __init__(self, n: int) -> None:
@@ -211,6 +242,10 @@ def _shorter(best: _Best, instances: Instances, table: ScheduleTable, share: flo
     rate, factors = best.rate * neutral_factor(best.batch, instances.start_batch), (0.56, 1.0, 1.8, 3.2)
     found = [static_losses(instances, rate * factor, best.batch, table, share, currency=currency) for factor in factors]
     least: Floats = np.minimum.reduce(found)
+    if (rows := np.flatnonzero(instances.kind != TINY)).size:  # a shorter warm-up may need a far lower rate
+        some, slow, batch = instances.take(rows), rate[rows], best.batch[rows]
+        lower = [static_losses(some, slow * factor, batch, table, share, currency=currency) for factor in LOWER_FACTORS]
+        least[rows] = np.minimum.reduce([least[rows], *lower])
     return least
 
 

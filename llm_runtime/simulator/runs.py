@@ -16,7 +16,17 @@ from trainpilot.llm_runtime.budget import CURRENCIES, Currency
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, StepPrice
 from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, neutral_factor, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
-from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
+from trainpilot.llm_runtime.simulator.instances import (
+    FINE_TUNING,
+    SCRATCH,
+    TINY,
+    Instances,
+    Widening,
+    draw_instances,
+    normals,
+    run_keys,
+    uniforms,
+)
 from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import (
     PRICED_BATCHES,
@@ -29,6 +39,7 @@ from trainpilot.llm_runtime.simulator.records import (
     TelemetryBatch,
 )
 from trainpilot.llm_runtime.simulator.references import Progress, References, ScheduleTable, find_references, overfit
+from trainpilot.llm_runtime.simulator.scales import draw_scales, place_edges
 from trainpilot.llm_runtime.simulator.sensors import CHANNELS, SimulatedInterval, read_sensors
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
@@ -44,8 +55,6 @@ PRICED_SHARE = 0.75
 PRICE_COUNTER = 5000
 LEAST_STEPS = 0.25
 """Least steps of an interval under a budget in seconds or joules, whatever a step costs."""
-SEQUENCE_LENGTH = 64
-"""Nominal tokens per sequence; only ratios of tokens matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +71,30 @@ class Pool:
     def draw(
         cls, n_instances: int, seed: int, calibrations: Sequence[FittedPhysics], widening: Widening | None = None,
         *, schedule: ScheduleName = "wsd", warmup_share: float = 0.1, currencies: Sequence[Currency] = ("tokens",),
+        published: Sequence[FittedPhysics] | None = None,
     ) -> Pool:  # fmt: skip
-        """Draw instances around calibrations and tune a static setting on each; about 2 s per thousand and currency."""
+        """Draw instances and tune a static setting on each.
+
+        That takes about 2 s per thousand instances around calibrations and currency, and half a minute per thousand
+        larger ones.
+
+        Args:
+            n_instances: Number of instances.
+            seed: Seed of the draw.
+            calibrations: Physics that tiny instances are drawn around.
+            widening: Width of the distribution, and shares of other kinds of instances.
+            schedule: Schedule of the tuned statics.
+            warmup_share: Share of the budget that they warm up.
+            currencies: What budgets may be counted in.
+            published: Physics that larger instances are drawn around; by default `published_sweeps`.
+        """
+        widening = widening or Widening()
         instances = draw_instances(n_instances, seed, calibrations, widening)
+        random = np.random.default_rng([seed, 1])
+        instances = _with_scales(instances, widening, random, published)
+        if widening.edges or widening.fine_tuning:
+            free = find_references(instances, schedule, warmup_share)
+            instances = place_edges(instances, free, random, widening.edges)
         found = {each: find_references(instances, schedule, warmup_share, each) for each in {*currencies, "tokens"}}
         return cls(instances=instances, references=found.pop("tokens"), measured=found)
 
@@ -89,6 +119,27 @@ class Pool:
         return self
 
 
+def _with_scales(
+    instances: Instances,
+    widening: Widening,
+    random: np.random.Generator,
+    published: Sequence[FittedPhysics] | None,
+) -> Instances:
+    """Replace shares of the instances by larger ones."""
+    if widening.scratch + widening.fine_tuning == 0:
+        return instances
+    if published is None:
+        from trainpilot.llm_runtime.simulator.shipped import published_sweeps
+
+        published = published_sweeps()
+    drawn = random.random(len(instances))
+    larger = np.where(drawn < widening.scratch, SCRATCH, FINE_TUNING)
+    kind = np.where(drawn < widening.scratch + widening.fine_tuning, larger, TINY)
+    rows = np.flatnonzero(kind != TINY)
+    instances.put(rows, draw_scales(kind[rows], random, published, widening.spread))
+    return instances
+
+
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """Base schedule and starting learning rates of runs."""
@@ -101,10 +152,14 @@ class Start:
     """Range of starting learning rates relative to the tuned one, drawn log-uniformly."""
     advice_error: float = 10.0
     """A scaling law's advice is off by up to this factor in both directions, drawn log-uniformly for each run."""
+    advised: float = 0.0
+    """Share of runs that start at the advised learning rate instead, with the advice's error, where a law advises."""
     currencies: tuple[Currency, ...] = ("tokens",)
     """What the budgets are counted in; each run draws one."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.advised <= 1:
+            raise ValueError(f"advised must be a share from 0 to 1, got {self.advised}")
         if not self.currencies or set(self.currencies) - set(CURRENCIES):
             found = ", ".join(self.currencies) or "none"
             raise ValueError(f"currencies must be some of {', '.join(CURRENCIES)}, got {found}")
@@ -194,15 +249,23 @@ class SimulatedRuns:
         """Begin new runs in these rows."""
         self.episodes[rows] += 1
         self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
-        drawn = uniforms(self.keys[rows], 0, 6)
+        drawn = uniforms(self.keys[rows], 0, 7)
         self.index[rows] = (drawn[:, 0] * len(self.pool)).astype(np.int64)
         self.instances.put(rows, self.pool.instances.take(self.index[rows]))
         self._draw_currency(rows, drawn[:, 4])
         low, high = np.log(self.start.rates)
         self.start_rate[rows] = self.references.rate[rows] * np.exp(low + (high - low) * drawn[:, 1])
         self.advice_error[rows] = self.start.advice_error ** (2 * drawn[:, 2:4] - 1)
+        if self.start.advised:
+            self._start_as_advised(rows[drawn[:, 6] < self.start.advised])
         self.prices[rows] = np.where(drawn[:, 5, None, None, None] < PRICED_SHARE, self._priced(rows), np.nan)
         self._restart(rows)
+
+    def _start_as_advised(self, rows: Ints) -> None:
+        """Let these runs start at the advised learning rate, neutrally lower at a smaller batch than the advised one."""
+        rate, batch = (self._advice() * self.advice_error)[rows].T
+        at_start = rate * np.minimum(neutral_factor(self.instances.start_batch[rows].astype(np.float64), batch), 1.0)
+        self.start_rate[rows] = np.where(np.isnan(at_start), self.start_rate[rows], at_start)
 
     def _priced(self, rows: Ints) -> Floats:
         """Return measured prices of these rows at the start, with the noise of their telemetry."""
@@ -241,8 +304,7 @@ class SimulatedRuns:
         """Return the control limits of each run."""
         low, high = self.instances.batch_limits(self.start.decisions)
         n, start_batch = self.n_runs, self.instances.start_batch
-        advised_batch = self.references.batch * self.advice_error[:, 1]
-        tuned_rate = self.references.rate * neutral_factor(self.references.batch.astype(np.float64), start_batch)
+        advised_rate, advised_batch = (self._advice() * self.advice_error).T
         begin = ControlBatch(
             learning_rate_scale=np.ones(n),
             batch_size=self.instances.start_batch.copy(),
@@ -257,12 +319,22 @@ class SimulatedRuns:
             masked_precisions=self.instances.hardware.masked.copy(),
             timed_precisions=np.tile(np.arange(len(PRECISIONS)) > 0, (n, 1)),
             measured_budget=self.currency != CURRENCIES.index("tokens"),
-            learning_rate_over_law=self.start_rate / (tuned_rate * self.advice_error[:, 0]),
+            learning_rate_over_law=self.start_rate / advised_rate,
             batch_over_law=start_batch / advised_batch,
             prices=self.prices.copy(),
             prunes=self.instances.prunes.copy(),
             decisions=np.full(n, self.start.decisions),
         )
+
+    def _advice(self) -> Floats:
+        """Return a law's learning rate and batch for each run, (n_runs, 2), before the error; NaN for fine-tuning.
+
+        For tiny models, of which published laws know nothing, they are the tuned ones.
+        """
+        batch = self.references.batch.astype(np.float64)
+        tuned_rate = self.references.rate * neutral_factor(batch, self.instances.start_batch)
+        tuned = np.stack([tuned_rate, batch], axis=1)
+        return np.where(self.instances.kind[:, None] == TINY, tuned, self.instances.advice)
 
     def advance(self, controls: ControlBatch) -> TelemetryBatch:
         """Train every run for one interval, or to the end of its cool-down."""
@@ -371,8 +443,8 @@ class SimulatedRuns:
             **costs,
             decision=self.decision - 1,
             budget_used=self.progress.position / self.start.decisions,
-            tokens=np.rint(self.used * SEQUENCE_LENGTH),
-            interval_tokens=np.rint(sequences * SEQUENCE_LENGTH),
+            tokens=np.rint(self.used * self.instances.sequence_length),
+            interval_tokens=np.rint(sequences * self.instances.sequence_length),
             steps=np.maximum(np.rint(interval.steps), 1.0),
             epochs_seen=self.used / self.instances.data,
             validation_loss=self.validation_loss.copy(),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from trainpilot.llm_runtime.schedules import sequences_probed
-from trainpilot.llm_runtime.simulator.physics import MOMENTUM_NOISE, RATE_UNIT, Moments, Physics, PhysicsState
+from trainpilot.llm_runtime.simulator.physics import MOMENTUM_NOISE, RATE_UNIT, Moments, Physics, PhysicsState, edge
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Rows
 
 CHANNELS = 12
 """Random numbers per run and interval."""
 TEXT_SPREAD = 1.5
 """Factor on the spread of an interval's loss, since neighbouring sequences come from the same documents."""
+ALARM_FROM = 0.2
+"""Precursors of the edge begin at this share of it."""
+SPIKE = 0.15
+"""Height of the largest spike of an interval at the edge, in nats/token."""
 
 
 @dataclass(kw_only=True)
@@ -34,6 +38,9 @@ class Sensors(Rows):
     """Strength of the curvature's adaptation to past updates: 0 for none, 2 for full (the edge of stability)."""
     probe_spread: Floats
     """Standard deviation of the probe's logarithm on one sequence."""
+    alarm: Floats
+    """Strength of the precursors: how much loss spread, gradient norm and curvature have risen at the edge, as a share
+    of their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,20 +83,43 @@ def read_sensors(
         random: Standard normal numbers of shape (n_runs, CHANNELS).
     """
     steps, batch = np.maximum(interval.steps, 1.0), interval.batch
+    alarm = _alarm(sensors, physics, state, interval, random[:, 11])
+    sensors = _alarmed(sensors, 1.0 + alarm)
     spread = sensors.loss_spread / np.sqrt(batch)
     mean = interval.mean_loss + TEXT_SPREAD * spread / np.sqrt(steps) * random[:, 0]
     measured = spread * np.exp(0.7 / np.sqrt(2 * steps) * random[:, 1])
     update = _relative_update(physics, state, moments, interval, random[:, 2])
     linear, quadratic = _probe(sensors, interval, update, memory, random)
+    largest = measured * np.sqrt(2 * np.log(np.maximum(steps, 1.5))) * np.exp(0.2 * random[:, 3])
     return {
         "train_loss": mean,
         "train_loss_std": np.where(steps > 2, measured, 0.0),
-        "train_loss_max": mean + measured * np.sqrt(2 * np.log(np.maximum(steps, 1.5))) * np.exp(0.2 * random[:, 3]),
+        "train_loss_max": mean + largest + SPIKE * alarm,
         **_gradients(sensors, state, moments, interval, random),
         "relative_update": np.where(interval.probed, update, np.nan),
         "probe_linear": linear,
         "probe_quadratic": quadratic,
     }
+
+
+def _alarm(
+    sensors: Sensors, physics: Physics, state: PhysicsState, interval: SimulatedInterval, random: Floats
+) -> Floats:
+    """Return how much the edge is felt: 0 below `ALARM_FROM` of it, about `sensors.alarm` at it, and noisy."""
+    near = interval.last_rate / RATE_UNIT / edge(physics, interval.batch, state.steps)
+    felt = np.clip(1.0 - np.log(np.maximum(near, 1e-12)) / np.log(ALARM_FROM), 0.0, 2.0)
+    alarm: Floats = sensors.alarm * felt**2 * np.exp(0.5 * random)
+    return alarm
+
+
+def _alarmed(sensors: Sensors, lifted: Floats) -> Sensors:
+    """Return the sensors of runs near their edge: spread of the loss, gradient norm and curvature are lifted."""
+    return replace(
+        sensors,
+        loss_spread=sensors.loss_spread * lifted,
+        gradient_norm=sensors.gradient_norm * lifted,
+        curvature=sensors.curvature * lifted,
+    )
 
 
 def _relative_update(

@@ -26,6 +26,13 @@ def published_physics() -> Mapping[str, FittedPhysics]:
 
 
 @lru_cache
+def published_sweeps() -> tuple[FittedPhysics, ...]:
+    """Return physics of the published models whose learning rate and batch were both varied, smallest first."""
+    found = [physics for name, physics in published_physics().items() if name.startswith("step-law")]
+    return tuple(sorted(found, key=lambda physics: physics.n_parameters or 0))
+
+
+@lru_cache
 def shipped_law() -> SizeLaw:
     """Return how the physics of the published runs depend on the number of weights."""
     return SizeLaw.from_json(_published()["law"])

@@ -1,0 +1,281 @@
+"""Draw instances of 10 M to 10 B weights: training from scratch around published runs, and fine-tuning.
+
+Weights and tokens are drawn, and most else follows from them: physics from the published models, taken to that size;
+batch and learning rate at the start from Step Law; seconds and watts from the machines that such a model is trained on.
+What does not follow is drawn around it. When `references.find_references` has tuned the static setting of each,
+`place_edges` puts the best learning rate of fine-tuning where people find it, and the edge at its distance from the
+best rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trainpilot.llm_runtime.config import PRECISIONS, STEPS_PER_INTERVAL
+from trainpilot.llm_runtime.scaling_laws import step_law
+from trainpilot.llm_runtime.schedules import neutral_factor
+from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
+from trainpilot.llm_runtime.simulator.instances import (
+    FINE_TUNING,
+    Hardware,
+    Instances,
+    between,
+    rescale,
+)
+from trainpilot.llm_runtime.simulator.physics import (
+    EDGE,
+    NAMES,
+    NOT_FITTED,
+    PARAMETERS,
+    RATE_UNIT,
+    RELATIVE_RATES,
+    Physics,
+)
+from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+from trainpilot.llm_runtime.simulator.references import References
+from trainpilot.llm_runtime.simulator.sensors import Sensors
+
+WEIGHTS = (1e7, 1e10)
+TOKENS_PER_WEIGHT = (5.0, 300.0)
+MOST_TOKENS = 1e12
+SEQUENCE_LENGTHS = (512, 1024, 2048, 4096)
+PUBLISHED_SEQUENCE = 2048
+"""Tokens of a sequence in the units of the published physics."""
+LARGEST_BATCH = 16_384
+"""Sequences."""
+DECISIONS = 50
+RATE_OF_SIZE = 0.713
+"""The best learning rate falls with this power of the weights (Step Law)."""
+RATE_OF_TOKENS, BATCH_OF_TOKENS = 0.307, 0.571
+"""Powers of the budget with which best learning rate and batch rise (Step Law)."""
+PUBLISHED_TOKENS = (8e9, 5e10)
+"""Budgets that all published models were trained with."""
+FLOOR_OF_SIZE, FLOOR_OF_TOKENS = -0.1, -0.04
+"""Exponents of the loss: of weights, and of budgets beyond the published ones."""
+PARAMETER_SPREAD = 0.06
+"""Standard deviation, per unit of spread, of the perturbation of each parameter's logarithm."""
+RATE_SPREAD = 0.3
+"""Spread of the logarithm of best learning rates around the law's."""
+WARMUP_STEPS = (100.0, 3_000.0)
+"""Range of the steps until the edge has risen; published runs needed 500 to 1,000."""
+EDGE_OVER_BEST = (1.5, 30.0)
+"""Range of the edge over the best learning rate at the best batch."""
+FRESH_LOSS = 10.9
+"""Loss of a model without training, in nats/token: the logarithm of a vocabulary of 54 k."""
+FINE_TUNED_RATES, LORA_RATES = (1e-5, 2e-4), (5e-5, 2e-3)
+"""Ranges of best learning rates of fine-tuning, of all weights and of low-rank adapters."""
+LORA_SHARE = 0.3
+"""Share of fine-tuning that trains low-rank adapters."""
+
+
+def draw_scales(
+    kinds: Ints, random: np.random.Generator, published: Sequence[FittedPhysics], spread: float
+) -> Instances:
+    """Draw instances of these kinds, `SCRATCH` or `FINE_TUNING`, still without edge.
+
+    Args:
+        kinds: Kind of each instance.
+        random: Random numbers.
+        published: Physics of models whose learning rate and batch were varied; at least one, with its weights.
+        spread: Factor on every perturbation of what follows from the size.
+    """
+    n, tuned = len(kinds), kinds == FINE_TUNING
+    weights = between(random, n, *WEIGHTS)
+    length = random.choice(SEQUENCE_LENGTHS, n).astype(np.float64)
+    tokens = np.minimum(weights * between(random, n, *TOKENS_PER_WEIGHT), MOST_TOKENS)
+    epochs = np.where(tuned, between(random, n, 1.0, 6.0), 1.0)
+    epochs = np.where(~tuned & (random.random(n) < 0.15), between(random, n, 1.0, 6.0), epochs)
+    sequences = np.where(tuned, between(random, n, 1e3, 1e5) * epochs, tokens / length).round()
+    data = np.where(epochs > 1, sequences / epochs, 100 * sequences)
+    advised = [step_law(*pair) for pair in zip(weights, sequences * length, strict=True)]
+    rate = np.array([each.learning_rate for each in advised])
+    batch = np.array([each.batch_tokens for each in advised]) / length
+    batch = np.where(tuned, between(random, n, 8.0, 128.0), batch)
+    start, limits, devices = _batches(random, sequences, batch, weights)
+    physics = _physics(random, weights, sequences * length, length, published, spread=spread)
+    known = np.where(tuned[:, None], np.nan, np.stack([rate, batch], axis=1))
+    return Instances(
+        physics=_pretrained(random, physics, tuned),
+        sensors=_sensors(random, physics, spread),
+        hardware=_hardware(random, weights, length, start, devices),
+        sequences=sequences,
+        data=data,
+        overfitting=np.where(tuned, between(random, n, 0.005, 0.15), between(random, n, 0.002, 0.05)),
+        start_batch=start,
+        prunes=np.zeros(n, dtype=np.bool_),
+        pruning_cost=between(random, n, 0.003, 0.05),
+        kind=kinds,
+        n_parameters=weights,
+        sequence_length=length,
+        machine_batches=limits,
+        advice=known,
+        searched_rate=rate,
+    )
+
+
+def place_edges(instances: Instances, references: References, random: np.random.Generator, edges: float) -> Instances:
+    """Return instances with the best learning rates of fine-tuning in their ranges, and with an edge in some.
+
+    Args:
+        instances: Instances without edge, of any kind.
+        references: Their tuned statics.
+        random: Random numbers.
+        edges: Share of instances that get an edge.
+    """
+    instances = instances.copy()
+    physics, n = instances.physics, len(instances)
+    batch, start = references.batch.astype(np.float64), instances.start_batch
+    best = references.rate * neutral_factor(batch, start)
+    tuned = instances.kind == FINE_TUNING
+    adapters = random.random(n) < LORA_SHARE
+    wanted = np.where(adapters, between(random, n, *LORA_RATES), between(random, n, *FINE_TUNED_RATES))
+    factor = np.where(tuned, best / wanted, 1.0)
+    rescale(physics.values, factor)
+    instances.searched_rate = instances.searched_rate / factor
+    steps = instances.sequences / start
+    exponent, over = between(random, n, 0.01, 0.4), between(random, n, *EDGE_OVER_BEST)
+    unlearnt = (FRESH_LOSS - physics.values["floor"]) / physics.amplitude  # a trained model loses more than it gained
+    drawn = {
+        "edge_rate": best / factor * over / RATE_UNIT / batch**exponent,
+        "edge_batch": exponent,
+        "edge_warmup": np.clip(between(random, n, *WARMUP_STEPS), 1.0, 0.15 * steps + 1.0),
+        "edge_patience": np.maximum(steps * between(random, n, 0.002, 0.05), 1.0),
+        "edge_damage": between(random, n, 0.3, 1.5) * np.where(tuned, unlearnt, 1.0),
+    }
+    with_edge = random.random(n) < edges
+    for name in EDGE:
+        physics.values[name] = np.where(with_edge, drawn[name], physics.values[name])
+    return instances
+
+
+def _physics(
+    random: np.random.Generator,
+    weights: Floats,
+    tokens: Floats,
+    length: Floats,
+    published: Sequence[FittedPhysics],
+    *,
+    spread: float,
+) -> Physics:
+    """Interpolate between pairs of published models, take them to each size, and perturb each parameter.
+
+    With the size go the floor and the unit of learning rates. A budget beyond the published ones becomes the nearest of
+    them in other units: its batches, steps and learning rates correspond to those of Step Law. So nothing else is
+    extrapolated; the physics themselves, at budgets far from the published ones, have spurious optima at small batches.
+    """
+    n = len(weights)
+    sizes = np.log([each.n_parameters or np.nan for each in published])
+    one, other = random.integers(len(published), size=(2, n))
+    share = random.random(n)
+
+    def drawn(numbers: Floats) -> Floats:
+        mixed: Floats = share * numbers[one] + (1 - share) * numbers[other]
+        return mixed
+
+    values: dict[str, Floats] = {}
+    for name in NAMES:
+        known = np.log([each.values[name] for each in published])
+        width = 0.0 if name in NOT_FITTED else spread * PARAMETER_SPREAD
+        values[name] = np.exp(drawn(known) + width * random.normal(size=n))
+        if name != "floor":
+            values[name] = np.clip(values[name], PARAMETERS[name].low, PARAMETERS[name].high)
+    grown = np.log(weights) - drawn(sizes)
+    initial = np.exp(drawn(np.log([each.initial_loss for each in published])) + 0.03 * random.normal(size=n))
+    values["floor"] = np.clip(values["floor"] * np.exp(FLOOR_OF_SIZE * grown), 0.8, 0.6 * initial)
+    beyond = np.clip(tokens, *PUBLISHED_TOKENS) / tokens
+    values["floor"] *= beyond**-FLOOR_OF_TOKENS
+    _stretch(values, beyond**BATCH_OF_TOKENS * length / PUBLISHED_SEQUENCE, beyond ** (1.0 - BATCH_OF_TOKENS))
+    unit = RATE_OF_SIZE * grown + RATE_OF_TOKENS * np.log(beyond) + spread * RATE_SPREAD * random.normal(size=n)
+    rescale(values, np.exp(unit))
+    return Physics(values=values, initial_loss=initial, weight_decay=np.full(n, published[0].weight_decay))
+
+
+def _stretch(values: dict[str, Floats], batch: Floats, steps: Floats) -> None:
+    """Change the units of batches and steps: a batch and a step become what `batch` and `steps` of them were."""
+    values["gradient_noise"] /= batch
+    values["stall_rate"] *= batch ** (values["stall_batch"] / values["stall_power"])
+    for name in ("rate", "growth", "shrinking"):
+        values[name] *= steps
+    values["youth"] /= steps
+
+
+def _pretrained(random: np.random.Generator, physics: Physics, tuned: Bools) -> Physics:
+    """Give a head start to some: their modes are used up as far as an earlier training went, but for a new text."""
+    n = len(tuned)
+    path, shift = between(random, n, 1e3, 1e6), between(random, n, 0.01, 0.15)
+    used = np.exp(-path[:, None] * RELATIVE_RATES)
+    left = np.where(tuned[:, None], used + shift[:, None] * (1.0 - used), 1.0)
+    initial = physics.values["floor"] + physics.amplitude * (physics.shares * left).sum(axis=1)
+    return Physics(
+        values=physics.values,
+        initial_loss=np.where(tuned, initial, physics.initial_loss),
+        weight_decay=np.where(tuned, 0.01, physics.weight_decay),
+        left=left,
+    )
+
+
+def _batches(
+    random: np.random.Generator, sequences: Floats, advised: Floats, weights: Floats
+) -> tuple[Ints, Ints, Floats]:
+    """Return starting batches around the advised ones, what the machine runs, (n, 2), and its number of devices."""
+    n = len(sequences)
+    most = np.minimum(np.log2(sequences / DECISIONS / STEPS_PER_INTERVAL), np.log2(LARGEST_BATCH))
+    most = np.floor(np.maximum(most, 0.0))
+    start = np.clip(np.round(np.log2(advised) + random.normal(size=n)), 0.0, most)
+    devices = np.exp2(np.clip(np.round(np.log2(weights / 2.5e8) + random.uniform(-1.0, 3.0, n)), 0.0, 10.0))
+    least = np.clip(np.round(np.log2(devices) - random.uniform(0.0, 3.0, n)), 0.0, np.maximum(start - 1.0, 0.0))
+    largest = np.clip(start + np.round(random.uniform(1.0, 7.0, n)), start, np.maximum(most, start))
+    limits: Ints = np.exp2(np.stack([least, largest], axis=1)).astype(np.int64)
+    return np.exp2(start).astype(np.int64), limits, devices
+
+
+def _hardware(random: np.random.Generator, weights: Floats, length: Floats, start: Ints, devices: Floats) -> Hardware:
+    """Return GPUs whose throughput has half its height at a batch of some tokens on each, and that draw much at once.
+
+    Measured on A40, V100 and RTX 6000 (You et al. 2023, Zeus, Apache-2.0): a step of BERT has half its throughput at
+    less than 1 k to about 3 k tokens, and then draws 0.65 to 0.95 of the watts of a large batch. Devices that exchange
+    gradients need more.
+    """
+    n = len(weights)
+    sequence_s = 6.0 * weights * length / (devices * between(random, n, 2e13, 3e14))
+    half = devices * between(random, n, 500.0, 30_000.0) / length
+    speed = np.ones((n, len(PRECISIONS)))
+    masked = np.ones((n, len(PRECISIONS)), dtype=np.bool_)
+    masked[:, PRECISIONS.index("fp32")] = False
+    for name, low, high in (("tf32", 1.1, 2.0), ("bf16", 1.2, 3.0), ("fp16", 1.1, 2.8)):
+        column = PRECISIONS.index(name)
+        speed[:, column] = random.uniform(low, high, n)
+        masked[:, column] = random.random(n) < 0.3
+    load = devices * between(random, n, 200.0, 700.0)
+    return Hardware(
+        overhead_s=sequence_s * half,
+        sequence_s=sequence_s,
+        speed=speed,
+        masked=masked,
+        width_share=random.uniform(0.3, 0.7, n),
+        idle_w=load * random.uniform(0.35, 0.95, n),
+        load_w=load,
+        switch_s=sequence_s * start * between(random, n, 0.1, 20.0),
+        memory_share=between(random, n, 0.05, 0.9),
+    )
+
+
+def _sensors(random: np.random.Generator, physics: Physics, spread: float) -> Sensors:
+    n = len(physics.initial_loss)
+
+    def around(typical: float | Floats, width: float) -> Floats:
+        drawn: Floats = typical * np.exp(width * spread * random.normal(size=n))
+        return drawn
+
+    return Sensors(
+        loss_spread=around(0.4, 0.3),
+        validation_gap=0.04 * spread * random.normal(size=n),
+        noise_scale=around(physics.values["gradient_noise"], 0.5),
+        gradient_norm=around(2.0, 0.7),
+        curvature=around(2.5e-3, 0.5),
+        curvature_memory=random.uniform(0.8, 1.5, n),
+        probe_spread=around(0.8, 0.2),
+        alarm=between(random, n, 0.1, 1.0),
+    )
