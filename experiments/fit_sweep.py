@@ -28,15 +28,20 @@ from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.files import whole_file, write_json
 from trainpilot.llm_runtime.schedules import ScheduleName
 from trainpilot.llm_runtime.simulator.evidence import Evidence
-from trainpilot.llm_runtime.simulator.fitting import LIVE_PRIOR, Fit, Model, Prior, SizeLaw, around, fit
+from trainpilot.llm_runtime.simulator.fitting import LIVE_PRIOR, Fit, FittedPhysics, Model, Prior, SizeLaw, around, fit
+from trainpilot.llm_runtime.simulator.physics import RATE_UNIT
 from trainpilot.llm_runtime.simulator.records import Floats
 from trainpilot.llm_runtime.simulator.shipped import shipped_law
 from trainpilot.llm_runtime.simulator.sweeps import (
+    EDGE_EXPONENT,
     NEAR,
+    Edge,
     FinalLoss,
     borrowed_schedules,
     bounds_outside,
+    by_cell,
     cells,
+    edges,
     of_final_losses,
     without_lost,
 )
@@ -81,7 +86,10 @@ def fit_sweep(options: FitSweepOptions, console: Console) -> None:
     used = usable(sweep.runs)
     with progress_bar(console, "fit", MAX_STEPS) as advance:
         fitted = fit_final_losses(
-            used, initial_loss=options.initial_loss, weight_decay=options.weight_decay, on_step=_Counter(advance).step
+            sweep.runs,
+            initial_loss=options.initial_loss,
+            weight_decay=options.weight_decay,
+            on_step=_Counter(advance).step,
         )
     errors = [_error(fitted, used, cell) for cell in dict.fromkeys(cells(used))]
     console.print(_table(errors))
@@ -119,8 +127,10 @@ def fit_final_losses(
 ) -> Fit:
     """Fit the physics to final losses; what they leave open comes from published sweeps and curves.
 
+    Lost runs are not fitted, but tell beyond which learning rate runs are lost.
+
     Args:
-        runs: Runs that trained, of one model or several.
+        runs: Runs of one model or several.
         initial_loss: Loss before training, in nats/token; final losses hardly depend on it.
         weight_decay: Of the optimiser, per unit of learning rate.
         on_step: Called after each of at most `MAX_STEPS` steps of the search.
@@ -128,21 +138,55 @@ def fit_final_losses(
     Raises:
         ValueError: there are fewer than `LEAST_RUNS` runs.
     """
-    if len(runs) < LEAST_RUNS:
+    used = usable(runs)
+    if len(used) < LEAST_RUNS:
         raise ValueError(
-            f"the sweep must have at least {LEAST_RUNS} runs that trained, got {len(runs)}; runs count if their "
+            f"the sweep must have at least {LEAST_RUNS} runs that trained, got {len(used)}; runs count if their "
             "loss is known, not far above the best of their budget, and they outlast their warm-up"
         )
-    sizes = sorted({run.n_parameters for run in runs})
+    sizes = sorted({run.n_parameters for run in used})
     models = [Model(n_parameters=n, initial_loss=initial_loss, weight_decay=weight_decay) for n in sizes]
-    parts = [of_final_losses(runs, sizes), borrowed_schedules(runs, sizes), bounds_outside(runs, sizes)]
+    parts = [of_final_losses(used, sizes), borrowed_schedules(used, sizes), bounds_outside(used, sizes)]
     evidence = Evidence.joined([part for part in parts if len(part)])
-    return fit(evidence, models, _prior(sizes), max_steps=MAX_STEPS, on_step=on_step)
+    fitted = fit(evidence, models, _prior(used, sizes), max_steps=MAX_STEPS, on_step=on_step)
+    return _with_edges(fitted, edges(runs))
 
 
-def _prior(sizes: Sequence[int]) -> Prior:
+def _with_edges(fitted: Fit, found: Mapping[int, Edge]) -> Fit:
+    """Return the fit with the edges that were found; the other models' follow from these by `EDGE_EXPONENT`."""
+    if not found:
+        return fitted
+    log_sizes = np.log(list(found))
+    log_rates = np.log([edge.learning_rate for edge in found.values()])
+    at_one = float(np.mean(log_rates - EDGE_EXPONENT * log_sizes))
+    usual = float(np.median([edge.excess for edge in found.values()]))
+
+    def of(physics: FittedPhysics) -> FittedPhysics:
+        assert physics.n_parameters is not None
+        rate = math.exp(at_one + EDGE_EXPONENT * math.log(physics.n_parameters))
+        edge = found.get(physics.n_parameters, Edge(learning_rate=rate, excess=usual))
+        signal = physics.initial_loss - physics.values["floor"]
+        values = {"edge_rate": edge.learning_rate / RATE_UNIT, "edge_damage": edge.excess / signal}
+        return replace(physics, values={**physics.values, **values})
+
+    law = fitted.law
+    if law is not None:
+        law = replace(law, reference=of(law.reference), exponents={**law.exponents, "edge_rate": EDGE_EXPONENT})
+    return Fit(physics=tuple(of(each) for each in fitted.physics), law=law)
+
+
+def _prior(runs: Sequence[FinalLoss], sizes: Sequence[int]) -> Prior:
     middle = round(math.exp(float(np.mean(np.log(sizes)))))
-    return around(shipped_law(), middle) if middle >= SMALL else LIVE_PRIOR
+    if middle < SMALL:
+        return LIVE_PRIOR
+    best = [min(cell, key=lambda run: run.final_loss) for cell in by_cell(runs)]
+    physics = [shipped_law().at(run.n_parameters) for run in best]
+    ends = [of_final_losses([run], [run.n_parameters]) for run in best]
+    shares = [each.values["floor"] / end.at_end(each.losses(end))[0] for each, end in zip(physics, ends, strict=True)]
+    lowest = min(run.final_loss for run in best)
+    return around(
+        shipped_law(), middle, float(np.mean(shares)) * float(np.mean([run.final_loss for run in best])) / lowest
+    )
 
 
 def usable(runs: Sequence[FinalLoss]) -> list[FinalLoss]:
@@ -171,7 +215,8 @@ def _law(fitted: Fit) -> SizeLaw:
         return fitted.law
     [only] = fitted.physics
     assert only.n_parameters is not None
-    return replace(shipped_law(), reference=only, fitted_sizes=(only.n_parameters,))
+    exponents = {**shipped_law().exponents, "edge_rate": EDGE_EXPONENT}
+    return SizeLaw(reference=only, exponents=exponents, fitted_sizes=(only.n_parameters,))
 
 
 def _error(fitted: Fit, runs: Sequence[FinalLoss], cell: object) -> dict[str, Any]:

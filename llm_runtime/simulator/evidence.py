@@ -223,9 +223,9 @@ def _factor(schedule: Schedule, cooldown: Cooldown | None, tokens: int, step_tok
 
 CURVE_TOLERANCE = 0.004
 """Tolerance of a loss curve's points, in nats/token."""
-CURVE_WORTH = 8.0
+CURVE_WORTH = 15.0
 """A curve counts as this many independent losses, as neighbouring points err together."""
-MAX_POINTS = 60
+MAX_POINTS = 100
 """Longer curves are thinned out to about this many points."""
 
 

@@ -196,17 +196,21 @@ SCALE_PRIOR = Prior(
 al. 2025, arXiv 2503.04715), which `rate` and `stall_rate` express; the floor falls slowly (Hoffmann et al. 2022)."""
 
 
-def around(law: SizeLaw, n_parameters: int, *, width: float = 0.7, annealing_width: float = 0.1) -> Prior:
-    """Return a prior around a law, for evidence that determines only a part of the physics."""
-    reference = law.at(n_parameters)
-    widths = {name: min(SCALE_PRIOR.width[name], width) for name in NAMES}
-    widths |= dict.fromkeys(_ANNEALING, annealing_width)
+def around(law: SizeLaw, n_parameters: int, floor_share: float) -> Prior:
+    """Return a prior around a law, for evidence that determines only a part of the physics.
+
+    Args:
+        law: Law of similar models.
+        n_parameters: Mean size of the models, in weights.
+        floor_share: Expected floor over the lowest loss; losses on other texts differ, their shares hardly.
+    """
+    widths = {name: min(SCALE_PRIOR.width[name], 0.7) for name in NAMES} | dict.fromkeys(_ANNEALING, 0.1)
     return Prior(
-        centre={**reference.values, "floor": SCALE_PRIOR.centre["floor"]},
-        width=widths | {"floor": SCALE_PRIOR.width["floor"], "gradient_noise": 1.5},
+        centre={**law.at(n_parameters).values, "floor": floor_share},
+        width=widths | {"floor": 0.05, "gradient_noise": 1.5},
         exponent=law.exponents,
-        exponent_width=dict.fromkeys(NAMES, 0.1) | {"floor": 0.03},
-        deviation={**SCALE_PRIOR.deviation, **dict.fromkeys(_ANNEALING, annealing_width / 2)},
+        exponent_width=dict.fromkeys(NAMES, 0.05) | {"floor": 0.02},
+        deviation={**SCALE_PRIOR.deviation, **dict.fromkeys(_ANNEALING, 0.05)},
     )
 
 

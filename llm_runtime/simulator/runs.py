@@ -262,7 +262,7 @@ class SimulatedRuns:
         self._restart(rows)
 
     def _start_as_advised(self, rows: Ints) -> None:
-        """Let these runs start at the advised learning rate, neutrally lower at a smaller batch than the advised one."""
+        """Let these runs start at the advised learning rate, neutrally lower at a batch below the advised one."""
         rate, batch = (self._advice() * self.advice_error)[rows].T
         at_start = rate * np.minimum(neutral_factor(self.instances.start_batch[rows].astype(np.float64), batch), 1.0)
         self.start_rate[rows] = np.where(np.isnan(at_start), self.start_rate[rows], at_start)

@@ -140,6 +140,58 @@ def without_lost(runs: Sequence[FinalLoss]) -> list[FinalLoss]:
     return kept
 
 
+EDGE_EXPONENT = -0.55
+"""The learning rate beyond which runs are lost, as a power of the number of weights: 0.013 (N / 268 M)^-0.55 in models
+of 215 to 429 M parameters at all batches and budgets (read off the data of Li et al. 2025, arXiv 2503.04715)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """Where runs of one model are lost."""
+
+    learning_rate: float
+    """Runs with a higher peak are lost."""
+    excess: float
+    """Median loss of lost runs over the best of their cell, in nats/token."""
+
+
+def edges(runs: Sequence[FinalLoss]) -> dict[int, Edge]:
+    """Return the edge of each model that lost runs at high learning rates, by its number of weights.
+
+    The edge divides the lost runs from the others with the fewest exceptions. Runs below the best learning rate of
+    their cell do not count, as they may just have learnt too little; nor do lost runs without a loss for the excess.
+    """
+    high: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for cell in by_cell(runs):
+        known = [run for run in cell if math.isfinite(run.final_loss)]
+        if known:
+            best = min(known, key=_loss)
+            high[best.n_parameters] += [
+                (run.learning_rate, run.final_loss - best.final_loss)
+                for run in cell
+                if run.learning_rate >= best.learning_rate
+            ]
+    found = {}
+    for n_parameters, settings in high.items():
+        rates, excess = np.array(settings).T.reshape(2, -1)
+        lost = ~(excess <= LOST)
+        if not lost.any():
+            continue
+        tried = np.unique(rates)
+        between = np.sqrt(tried * np.concatenate([tried[:1] / 2, tried[:-1]]))
+        wrong = [(lost & (rates < at)).sum() + (~lost & (rates > at)).sum() for at in between]
+        known_excess = excess[lost & np.isfinite(excess)]
+        found[n_parameters] = Edge(
+            learning_rate=float(between[int(np.argmin(wrong))]),
+            excess=float(np.median(known_excess)) if known_excess.size else USUAL_EXCESS,
+        )
+    return found
+
+
+USUAL_EXCESS = 4.0
+"""Loss of a lost run over the best of its cell, in nats/token, where none was noted; published ones are 3 to 5."""
+
+
 SCHEDULE_DIFFERENCES: Mapping[str, tuple[float, float]] = {
     "cosine": (0.0, 0.003), "cosine to 10 %": (0.027, 0.006), "linear": (0.0, 0.004), "wsd": (0.01, 0.005),
     "constant": (0.2, 0.03),

@@ -165,3 +165,21 @@ def test_shipped_physics_of_published_runs_are_named_after_their_source() -> Non
     assert {name.split("-")[0] for name in models} == {"step", "schedules", "curves"}
     assert set(shipped_law().fitted_sizes) == sizes
     assert replace(shipped_law().reference, n_parameters=None).values.keys() == models["curves-25M"].values.keys()
+
+
+def test_settings_beyond_the_edge_of_lost_runs_are_predicted_to_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "MAX_STEPS", 2)
+    runs = [
+        FinalLoss(
+            n_parameters=N, steps=SEQUENCES // batch, learning_rate=rate, batch=batch, final_loss=measured(rate, batch),
+            warmup_steps=100,
+        )
+        for rate, batch in SETTINGS
+    ]  # fmt: skip
+    lost = [replace(run, learning_rate=8e-3, final_loss=7.5) for run in runs[:2]]
+    hot = [replace(runs[0], n_parameters=n, learning_rate=6e-3) for n in (N, 4 * N)]
+    without, within = (predict(command.fit_final_losses(known), hot) for known in (runs, [*runs, *lost]))
+
+    assert (without < 4).all()
+    assert within[0] == pytest.approx(7.5, abs=0.6)
+    assert within[1] > 6  # a larger model's edge is lower

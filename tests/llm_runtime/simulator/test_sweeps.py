@@ -14,11 +14,13 @@ from trainpilot.llm_runtime.simulator.sweeps import (
     LOST,
     PROMISE,
     SCHEDULE_DIFFERENCES,
+    Edge,
     FinalLoss,
     borrowed_schedules,
     bounds_outside,
     by_cell,
     cells,
+    edges,
     of_final_losses,
     rate_at,
     without_lost,
@@ -107,3 +109,14 @@ def test_bounds_lie_outside_of_the_sweep_just_below_its_best() -> None:
     assert bounds.batch.min() < 32
     assert bounds.batch.max() > 100
     assert peaks.max() > 3e-3
+
+
+def test_the_edge_divides_lost_runs_from_the_others() -> None:
+    lost = [
+        replace(run, learning_rate=9e-3, final_loss=loss) for run, loss in zip(GRID, (7.0, 7.4, math.nan), strict=False)
+    ]
+    slow = [replace(GRID[0], learning_rate=1e-5, final_loss=4.0)]  # has learnt too little
+    found = edges([*GRID, *lost, *slow])
+
+    assert found == {N: Edge(learning_rate=pytest.approx(math.sqrt(3e-3 * 9e-3)), excess=pytest.approx(4.2))}
+    assert edges([*GRID, *slow]) == {}
