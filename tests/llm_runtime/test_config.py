@@ -94,7 +94,7 @@ def test_warm_up_is_given_once_and_as_a_share_of_seconds(settings: dict[str, Any
         RunConfig(**settings)
 
 
-def test_what_earlier_versions_did_not_have_is_written_only_where_it_is_set() -> None:
+def test_newer_fields_are_written_only_where_they_are_set() -> None:
     assert not {"budget", "warmup_share"} & {*RunConfig().to_json(), *RunConfig().settings()}
     config = RunConfig(budget="9s", warmup_share=0.1)
     assert config.to_json()["budget"] == config.settings()["budget"] == "9s"
