@@ -1,7 +1,8 @@
 """Save a trained policy as one small file, and load it without running any code from it.
 
 A bundle is a safetensors file: the weights of the policy network, and a JSON text in the header. The JSON holds the
-tables of actions and observations, which must match this version, and the policy's provenance.
+table of actions, which must match this version, the observation fields that the policy sees, which this version must
+know, and the policy's provenance.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from safetensors.numpy import save as to_bytes
 
 from trainpilot.envs.action import ACTION_FIELDS, split_choices
 from trainpilot.envs.decision import N_STACK
-from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.files import digest, whole_file
 from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
@@ -60,13 +61,17 @@ def policy_digest(path: Path) -> str:
     return digest(path.read_bytes())
 
 
-def field_tables() -> dict[str, Any]:
-    """Return the tables of a policy's inputs and outputs, which must match between a bundle and this version."""
+def field_tables(fields: Sequence[ObservationField] = OBSERVATION_FIELDS) -> dict[str, Any]:
+    """Return the tables of outputs and inputs of a policy with these observation fields, as a bundle holds them."""
     return {
         "actions": [{"name": f.name, "choices": list(f.choices)} for f in ACTION_FIELDS],
-        "observations": [{"name": f.name, "low": f.low, "high": f.high} for f in OBSERVATION_FIELDS],
+        "observations": [_entry(each) for each in fields],
         "n_stack": N_STACK,
     }
+
+
+def _entry(field: ObservationField) -> dict[str, Any]:
+    return {"name": field.name, "low": field.low, "high": field.high}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +110,8 @@ class PolicyBundle:
     """`hidden.I.weight`, `hidden.I.bias`, `action.weight`, `action.bias`, float32."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Training cases, preference range, decisions per run, versions and training cost, as plain JSON values."""
+    fields: tuple[ObservationField, ...] = OBSERVATION_FIELDS
+    """Observation fields that the policy sees, in the order of its inputs."""
 
     @property
     def decisions(self) -> int:
@@ -143,7 +150,7 @@ class PolicyBundle:
 
     def save(self, path: Path) -> None:
         """Write the bundle; an interrupted write leaves no damaged file."""
-        content = {"format": FORMAT, "fields": field_tables(), "provenance": dict(self.provenance)}
+        content = {"format": FORMAT, "fields": field_tables(self.fields), "provenance": dict(self.provenance)}
         metadata = {"trainpilot": json.dumps(content, allow_nan=False)}
         weights = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in self.weights.items()}
         with whole_file(path) as temporary:
@@ -158,9 +165,9 @@ class PolicyBundle:
                 version.
         """
         content, weights = _read(path)
-        _check_fields(path, content)
-        _check_weights(path, weights)
-        bundle = cls(weights, content.get("provenance", {}))
+        fields = _checked_fields(path, content)
+        _check_weights(path, weights, len(fields))
+        bundle = cls(weights, content.get("provenance", {}), fields)
         _check_base_schedule(path, bundle)
         return bundle
 
@@ -189,15 +196,39 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return content, weights
 
 
-def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
+def _checked_fields(path: Path, content: Mapping[str, Any]) -> tuple[ObservationField, ...]:
+    """Return the observation fields that a bundle lists, looked up by name."""
     if content.get("format") != FORMAT:
         raise ValueError(f"policy: {path} has format {content.get('format')!r}, expected {FORMAT}; retrain it")
     stored, expected = content.get("fields", {}), field_tables()
-    for table in ("actions", "observations"):
-        if difference := _first_difference(stored.get(table, []), expected[table]):
+    listed = stored.get("observations", [])
+    differences = {
+        "actions": _first_difference(stored.get("actions", []), expected["actions"]),
+        "observations": _first_unknown(listed, expected["observations"]),
+    }
+    for table, difference in differences.items():
+        if difference:
             raise ValueError(f"policy: {path} does not fit this version: {table}: {difference}; retrain it")
     if stored.get("n_stack") != N_STACK:
         raise ValueError(f"policy: {path} has n_stack {stored.get('n_stack')}, expected {N_STACK}; retrain it")
+    known = {each.name: each for each in OBSERVATION_FIELDS}
+    return tuple(known[entry["name"]] for entry in listed)
+
+
+def _first_unknown(stored: Sequence[Any], known: Sequence[Any]) -> str | None:
+    """Return what is wrong with the observation fields of a bundle: each must be known, and be listed once."""
+    by_name = {entry["name"]: entry for entry in known}
+    names = [entry.get("name") if isinstance(entry, dict) else entry for entry in stored]
+    if not names:
+        return "there are none"
+    for entry, name in zip(stored, names, strict=True):
+        if name not in by_name:
+            return f"{name!r} is unknown"
+        if entry != by_name[name]:
+            return f"{name!r} is {entry}, expected {by_name[name]}"
+        if names.count(name) > 1:
+            return f"{name!r} is listed twice"
+    return None
 
 
 def _first_difference(stored: Sequence[Any], expected: Sequence[Any]) -> str | None:
@@ -213,8 +244,8 @@ def _first_difference(stored: Sequence[Any], expected: Sequence[Any]) -> str | N
     return None
 
 
-def _check_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    size = N_STACK * len(OBSERVATION_FIELDS)
+def _check_weights(path: Path, weights: Mapping[str, np.ndarray], n_fields: int) -> None:
+    size = N_STACK * n_fields
     names = sorted(name for name in weights if name.startswith("hidden.") and name.endswith(".weight"))
     layers = [f"hidden.{index}" for index in range(len(names))] + ["action"]
     n_choices = sum(len(f.choices) for f in ACTION_FIELDS)

@@ -13,6 +13,7 @@ import numpy as np
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, Reasons
 from trainpilot.envs.decision import Decision, DecisionState, Preference
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.json_records import JsonRecord
@@ -69,6 +70,17 @@ Policy = Callable[[np.ndarray, np.ndarray], Action]
 """Takes the observation and the masks, returns an action."""
 
 
+def seen_by(policy: Policy) -> tuple[ObservationField, ...]:
+    """Return the observation fields that a policy sees, in its order.
+
+    They are its attribute `fields`, or that of the object whose method it is, such as a bundle.
+    Without one it sees all.
+    """
+    owner = policy if hasattr(policy, "fields") else getattr(policy, "__self__", None)
+    fields: tuple[ObservationField, ...] = getattr(owner, "fields", OBSERVATION_FIELDS)
+    return fields
+
+
 def keep(observation: np.ndarray, masks: np.ndarray) -> Action:
     """Return the action that changes nothing, so that the run follows its base schedule."""
     return KEEP
@@ -80,12 +92,12 @@ class Controller:
     Args:
         policy: `keep`, `PolicyBundle.act`, or any function of observation and masks.
         limits: Range of each control in this run.
-        preference: Weights on quality, energy and time.
+        preference: Weights on quality, energy and time. For quality alone the policy is blind to clocks and meters.
     """
 
     def __init__(self, policy: Policy, limits: ControlLimits, preference: Preference) -> None:
         self.policy = policy
-        self.state = DecisionState(limits, preference)
+        self.state = DecisionState(limits, preference, seen_by(policy))
         self.decision: Decision | None = None
 
     @classmethod

@@ -16,9 +16,8 @@ from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.action import ACTION_FIELDS, FIRST_CHOICES, split_choices
 from trainpilot.envs.decision import N_STACK
-from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.observation import ObservationField
 
-FIELDS = tuple(field.name for field in OBSERVATION_FIELDS)
 CONTROLS = tuple(field.name for field in ACTION_FIELDS)
 ROUNDING = 1e-3
 """Effects below this log-odds difference may come from the summation order in float32."""
@@ -41,6 +40,8 @@ class Push:
 class Explanation:
     """Effects of all fields on all decisions of a run, as arrays over D decisions, A controls and F fields."""
 
+    fields: tuple[ObservationField, ...]
+    """Observation fields that the policy sees."""
     observations: np.ndarray
     """Newest observation at each decision, scaled, float64 of shape (D, F)."""
     choices: np.ndarray
@@ -70,7 +71,7 @@ class Explanation:
         ]
 
     def _push(self, decision: int, index: int, effect: float) -> Push:
-        field, column = OBSERVATION_FIELDS[index], self.observations[:, index]
+        field, column = self.fields[index], self.observations[:, index]
         value, mean = (field.low + (x + 1) / 2 * (field.high - field.low) for x in (column[decision], column.mean()))
         return Push(field=field.name, value=float(value), mean=float(mean), effect=effect)
 
@@ -80,7 +81,7 @@ class Explanation:
         for index, control in enumerate(CONTROLS):
             free = self.effects[self.rivals[:, index] >= 0, index]
             if len(free):
-                table[control] = dict(zip(FIELDS, np.abs(free).mean(axis=0).tolist(), strict=True))
+                table[control] = dict(zip(names_of(self.fields), np.abs(free).mean(axis=0).tolist(), strict=True))
         return table
 
 
@@ -88,9 +89,9 @@ def explain(bundle: PolicyBundle, records: Sequence[DecisionRecord]) -> Explanat
     """Compute the effects of all observation fields on the decisions of one complete run.
 
     Raises:
-        ValueError: `records` is empty, or the observations do not have the fields of this version.
+        ValueError: `records` is empty, or the observations do not have the fields of the policy.
     """
-    newest = _newest(records)
+    newest = _newest(records, names_of(bundle.fields))
     stacks = _stacks(newest)
     choices = np.array([record.requested for record in records])
     logits = bundle.logits(stacks.reshape(len(stacks), -1))
@@ -98,6 +99,7 @@ def explain(bundle: PolicyBundle, records: Sequence[DecisionRecord]) -> Explanat
     odds = _log_odds(logits, choices, rivals)
     without = _log_odds(bundle.logits(_ablated(stacks)), choices[:, None], rivals[:, None])  # (D, F, A)
     return Explanation(
+        fields=bundle.fields,
         observations=newest,
         choices=choices,
         rivals=rivals,
@@ -109,19 +111,24 @@ def explain(bundle: PolicyBundle, records: Sequence[DecisionRecord]) -> Explanat
 def input_shares(bundle: PolicyBundle) -> dict[str, float]:
     """Return the norm of each field's weights in the first layer over the sum of all norms, largest first."""
     first = bundle.weights["hidden.0.weight" if "hidden.0.weight" in bundle.weights else "action.weight"]
-    norms = np.sqrt(np.square(first.reshape(len(first), N_STACK, len(FIELDS)), dtype=np.float64).sum(axis=(0, 1)))
-    shares = dict(zip(FIELDS, (norms / max(norms.sum(), 1e-30)).tolist(), strict=True))
+    names = names_of(bundle.fields)
+    norms = np.sqrt(np.square(first.reshape(len(first), N_STACK, len(names)), dtype=np.float64).sum(axis=(0, 1)))
+    shares = dict(zip(names, (norms / max(norms.sum(), 1e-30)).tolist(), strict=True))
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def _newest(records: Sequence[DecisionRecord]) -> np.ndarray:
+def names_of(fields: Sequence[ObservationField]) -> tuple[str, ...]:
+    """Return the names of observation fields."""
+    return tuple(field.name for field in fields)
+
+
+def _newest(records: Sequence[DecisionRecord], names: Sequence[str]) -> np.ndarray:
     if not records:
         raise ValueError("records must hold at least one decision, got none")
     for record in records:
-        if set(record.observation) != set(FIELDS):
-            differing = ", ".join(sorted(set(record.observation) ^ set(FIELDS)))
-            raise ValueError(f"records must have this version's observation fields, got a difference in {differing}")
-    return np.array([[record.observation[name] for name in FIELDS] for record in records])
+        if differing := ", ".join(sorted(set(record.observation) ^ set(names))):
+            raise ValueError(f"records must have the policy's observation fields, got a difference in {differing}")
+    return np.array([[record.observation[name] for name in names] for record in records])
 
 
 def _stacks(newest: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
 
@@ -256,8 +257,10 @@ class _CheckpointAndCost(BaseCallback):
                 callback.restore(state["callbacks"][name])
 
 
-def bundle_of(model: MaskablePPO, provenance: Mapping[str, Any]) -> PolicyBundle:
-    """Return the policy network of an agent as a bundle."""
+def bundle_of(
+    model: MaskablePPO, provenance: Mapping[str, Any], fields: tuple[ObservationField, ...] = OBSERVATION_FIELDS
+) -> PolicyBundle:
+    """Return the policy network of an agent that sees these observation fields as a bundle."""
     weights: dict[str, np.ndarray] = {}
     linears = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, torch.nn.Linear)]
     for index, layer in enumerate(linears):
@@ -265,4 +268,4 @@ def bundle_of(model: MaskablePPO, provenance: Mapping[str, Any]) -> PolicyBundle
         weights[f"hidden.{index}.bias"] = layer.bias.detach().numpy()
     weights["action.weight"] = _action_layer(model).weight.detach().numpy()
     weights["action.bias"] = _action_layer(model).bias.detach().numpy()
-    return PolicyBundle({name: value.copy() for name, value in weights.items()}, provenance)
+    return PolicyBundle({name: value.copy() for name, value in weights.items()}, provenance, fields)

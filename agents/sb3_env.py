@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.environments import VectorSimulatedTraining
-from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reward import OBJECTIVES, RewardInfo, Scalariser
 from trainpilot.llm_runtime.simulator.records import Bools
 
@@ -125,17 +126,20 @@ class ScalarVecEnv(VecEnv):
 FIRST_LAYER = "hidden.0.weight"
 
 
-def seen_inputs(hide: Sequence[str] = (), stack: int = N_STACK) -> Bools:
+def seen_inputs(
+    hide: Sequence[str] = (), stack: int = N_STACK, fields: Sequence[ObservationField] = OBSERVATION_FIELDS
+) -> Bools:
     """Return which inputs an agent sees, bool of shape (N_STACK * n_fields,).
 
     Args:
         hide: Names of observation fields to hide.
         stack: Number of the newest observations to show.
+        fields: Observation fields of the agent.
 
     Raises:
         ValueError: a field is unknown, or `stack` is out of range.
     """
-    known = [field.name for field in OBSERVATION_FIELDS]
+    known = [field.name for field in fields]
     if unknown := sorted(set(hide) - set(known)):
         raise ValueError(f"hide must name observation fields ({', '.join(known)}), got {unknown[0]!r}")
     if not 1 <= stack <= N_STACK:
@@ -175,4 +179,4 @@ def without_inputs(bundle: PolicyBundle, seen: Bools) -> PolicyBundle:
     """Return the policy with zero weights on hidden inputs; they were 0 in training, so it acts as it did there."""
     name = FIRST_LAYER if FIRST_LAYER in bundle.weights else "action.weight"
     weights = {**bundle.weights, name: np.where(seen, bundle.weights[name], np.float32(0))}
-    return PolicyBundle(weights, bundle.provenance)
+    return replace(bundle, weights=weights)

@@ -22,6 +22,7 @@ from trainpilot.agents.ppo import PPOConfig, RememberedCallback, bundle_of, trai
 from trainpilot.agents.sb3_env import ScalarVecEnv, hidden_from, seen_inputs, without_inputs
 from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.environments import VectorSimulatedTraining
+from trainpilot.envs.observation import GROUPS, OBSERVATION_FIELDS, ObservationField, fields_of
 from trainpilot.envs.reward import UTILITIES, compute_equivalent
 from trainpilot.envs.runs import IntervalBatch, SteeredRuns
 from trainpilot.llm_runtime.budget import Currency
@@ -87,6 +88,7 @@ def evaluate_in_simulator(
     seed: int = 0,
     n_runs: int = 512,
     start: Start | None = None,
+    fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
 ) -> SimulatorScores:
     """Control simulated runs to their ends with a policy, and score it.
 
@@ -97,6 +99,7 @@ def evaluate_in_simulator(
         seed: Seeds the draw of the runs, their starting learning rates and all their noise.
         n_runs: Number of runs.
         start: Schedule, decisions and range of starting learning rates.
+        fields: Observation fields that a function sees; a bundle has its own.
 
     Raises:
         ValueError: `n_runs` is not at least 1.
@@ -104,8 +107,8 @@ def evaluate_in_simulator(
     if n_runs < 1:
         raise ValueError(f"n_runs must be at least 1, got {n_runs}")
     plants = SimulatedRuns(n_runs, seed, pool, start)
-    act = policy.choose if isinstance(policy, PolicyBundle) else policy
-    runs = SteeredRuns(plants, np.tile(preference.weights(), (n_runs, 1)))
+    act, fields = (policy.choose, policy.fields) if isinstance(policy, PolicyBundle) else (policy, fields)
+    runs = SteeredRuns(plants, np.tile(preference.weights(), (n_runs, 1)), fields)
     outcomes = _Outcomes(plants)
     while not outcomes.ended.all():
         interval = runs.advance(act(runs.states.observation(), runs.states.action_masks()))
@@ -175,13 +178,21 @@ class Validation(RememberedCallback):
         judge: Scores a policy.
         every: Rollouts between two validations.
         seen: Inputs that the policy sees.
+        fields: Observation fields of the policy.
     """
 
-    def __init__(self, judge: Callable[[PolicyBundle], SimulatorScores], every: int, seen: Bools) -> None:
+    def __init__(
+        self,
+        judge: Callable[[PolicyBundle], SimulatorScores],
+        every: int,
+        seen: Bools,
+        fields: tuple[ObservationField, ...] = OBSERVATION_FIELDS,
+    ) -> None:
         super().__init__()
         self.judge = judge
         self.every = every
         self.seen = seen
+        self.fields = fields
         self.rollouts = 0
         self.last = -1
         """Decisions at the last validation."""
@@ -199,7 +210,7 @@ class Validation(RememberedCallback):
     def best_bundle(self, model: MaskablePPO) -> PolicyBundle:
         """Put the best weights into the model, and return its policy."""
         model.policy.load_state_dict(self.best["policy"])
-        return bundle_of(model, {})
+        return bundle_of(model, {}, self.fields)
 
     def _on_step(self) -> bool:
         return True
@@ -220,7 +231,7 @@ class Validation(RememberedCallback):
         if self.model.num_timesteps == self.last:
             return
         self.last = self.model.num_timesteps
-        scores = self.judge(without_inputs(bundle_of(self.model, {}), self.seen))
+        scores = self.judge(without_inputs(bundle_of(self.model, {}, self.fields), self.seen))
         if not self.best or scores.score > self.best["score"]:
             weights = {name: value.clone() for name, value in self.model.policy.state_dict().items()}
             plain = scores.to_json()
@@ -293,8 +304,12 @@ class SimulatorStage:
     """What the runs' budgets are counted in: `tokens`, `time_s`, `energy_j`; each run draws one of them."""
     least_quality: float = 0.5
     """Least weight of quality in a preference that is drawn."""
+    quality_alone: float = 0.0
+    """Share of the drawn preferences that are for quality alone, whose runs are blind to clocks and meters."""
     utility: str = "linear"
     """How the three objectives become one number."""
+    observe: tuple[str, ...] = GROUPS
+    """Groups of observation fields that the agent has beside the basic ones."""
     hide: tuple[str, ...] = ()
     """Observation fields that are hidden from the agent."""
     stack: int = N_STACK
@@ -314,16 +329,29 @@ class SimulatorStage:
             raise ValueError(f"simulator.start_rates must be two rising positive numbers, got {self.start_rates}")
         if not 0 < self.widening.budget[0] <= self.widening.budget[1] or self.widening.spread < 0:
             raise ValueError(f"simulator.widening must have a rising budget and a spread >= 0, got {self.widening}")
-        if not 0 <= self.least_quality <= 1:
-            raise ValueError(f"simulator.least_quality must be in [0, 1], got {self.least_quality}")
+        self._check_shares()
         if self.validation.seed in self.agents:
             raise ValueError(f"validation.seed must be none of the agents' own seeds, got {self.validation.seed}")
         if self.keep is not None and self.keep not in self.agents:
             raise ValueError(f"simulator.keep must be the seed of an agent, {list(self.agents)}, got {self.keep}")
         if self.utility not in UTILITIES:
             raise ValueError(f"simulator.utility must be one of {', '.join(UTILITIES)}, got {self.utility!r}")
-        seen_inputs(self.hide, self.stack)
+        self.seen()
         _ = self.start
+
+    def _check_shares(self) -> None:
+        for name in ("least_quality", "quality_alone"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"simulator.{name} must be in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def fields(self) -> tuple[ObservationField, ...]:
+        """Observation fields of the agents."""
+        return fields_of(self.observe)
+
+    def seen(self) -> Bools:
+        """Return which inputs the agents see, as `seen_inputs` does."""
+        return seen_inputs(self.hide, self.stack, self.fields)
 
     @property
     def agents(self) -> range:
@@ -390,11 +418,14 @@ def train_in_simulator(
         side_by_side: Number of agents that are trained at once. Each counts an equal part of the joules of a meter
             that measures the whole machine.
     """
-    seen = seen_inputs(stage.hide, stage.stack)
+    seen, fields = stage.seen(), stage.fields
     runs = SimulatedRuns(stage.n_runs, seed, stage.pool(stage.instances, seed, calibrations), stage.start)
-    env = ScalarVecEnv(VectorSimulatedTraining(runs, least_quality=stage.least_quality), stage.utility)
+    simulated = VectorSimulatedTraining(
+        runs, least_quality=stage.least_quality, fields=fields, quality_alone=stage.quality_alone
+    )
+    env = ScalarVecEnv(simulated, stage.utility)
     config = SimulatorPPOConfig(**{**asdict(stage.ppo), "seed": seed})
-    validation = Validation(judge(stage, calibrations), stage.validation.every, seen)
+    validation = Validation(judge(stage, calibrations), stage.validation.every, seen, fields)
     callbacks = [TrainingLog({"seed": seed, **asdict(stage)}), validation]
     meter = select_meter("cpu")
     model, cost = train(hidden_from(env, seen), config, folder, callbacks=callbacks, progress=progress, meter=meter)

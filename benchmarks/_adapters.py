@@ -44,6 +44,7 @@ class Asked:
 
     def __init__(self) -> None:
         self.bundle, self.asked = PolicyBundle.load(policy_path("default")), 0
+        self.fields = self.bundle.fields
 
     def __call__(self, observation: np.ndarray, masks: np.ndarray) -> Action:
         """Return an action that leaves the work per step unchanged."""

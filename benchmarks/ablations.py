@@ -197,7 +197,7 @@ def _train(task: tuple[SimulatorStage, str, int, Path]) -> tuple[Path, str, int,
         "scores": dict(agent.scores),
         "training_cost": {key: value if np.isfinite(value) else None for key, value in agent.cost.items()},
     }
-    PolicyBundle(agent.bundle.weights, provenance).save(path)
+    replace(agent.bundle, provenance=provenance).save(path)
     return path, name, seed, f"multiplier {agent.scores['multiplier']:.3f} on validation runs"
 
 

@@ -195,7 +195,7 @@ def bundles(options: argparse.Namespace, console: Console) -> dict[int, Path]:
     for agent in train_agents(stage, options.agents / "simulator", console):
         found[agent.seed] = options.agents / "simulator" / str(agent.seed) / "policy.safetensors"
         provenance = {"decisions": stage.decisions, "base_schedule": vars(stage.base_schedule)}
-        PolicyBundle(agent.bundle.weights, provenance).save(found[agent.seed])
+        replace(agent.bundle, provenance=provenance).save(found[agent.seed])
     return found
 
 

@@ -6,6 +6,7 @@ the controllers of live runs use the same two classes, so that a policy sees in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,9 @@ from trainpilot.envs.action import (
     decode_batch,
     mask_reasons,
 )
-from trainpilot.envs.observation import OBSERVATION_FIELDS, RunHistory, RunView, encode
+from trainpilot.envs.history import RunHistory
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, ObservationTable, RunView
+from trainpilot.envs.prices import PriceBook
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.simulator.records import (
     Bools,
@@ -94,15 +97,37 @@ class Preference:
         return f"quality={quality:.3g},energy={energy:.3g},time={time:.3g}"
 
 
-def draw_weights(random: np.random.Generator, n_runs: int, least_quality: float = 0.5) -> Floats:
+def draw_weights(
+    random: np.random.Generator, n_runs: int, least_quality: float = 0.5, quality_alone: float = 0.0
+) -> Floats:
     """Draw preferences for training: quality weighs at least `least_quality`, energy and time share the rest at random.
+
+    Args:
+        random: Random numbers.
+        n_runs: Number of preferences.
+        least_quality: Least weight of quality.
+        quality_alone: Share of the runs that are for quality alone, and so blind to clocks and meters.
 
     Returns:
         Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
     """
     quality = random.uniform(least_quality, 1.0, n_runs)
+    if quality_alone:
+        quality = np.where(random.random(n_runs) < quality_alone, 1.0, quality)
     energy = random.uniform(0.0, 1.0 - quality)
     return np.stack([quality, energy, 1.0 - quality - energy], axis=1)
+
+
+def blind_to_clocks(limits: LimitBatch, preference: Floats) -> Bools:
+    """Return which runs see no clock, no meter and no memory: those with a budget in tokens and for quality alone.
+
+    Nothing that they are asked for depends on seconds or joules; without these they repeat to the last bit on a CPU.
+
+    Args:
+        limits: Control limits of the runs.
+        preference: Weights of quality, energy and time, shape (n_runs, 3).
+    """
+    return np.asarray((preference[:, 1:] == 0).all(axis=1) & ~limits.measured_budget)
 
 
 N_STACK = 6
@@ -115,30 +140,41 @@ class DecisionStates:
     Args:
         limits: Control limits of the runs.
         preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
+        fields: Observation fields that the policy sees, in its order.
     """
 
-    def __init__(self, limits: LimitBatch, preference: Floats) -> None:
+    def __init__(
+        self, limits: LimitBatch, preference: Floats, fields: Sequence[ObservationField] = OBSERVATION_FIELDS
+    ) -> None:
         n_runs = len(limits.decisions)
-        self.limits = limits
+        self.table = ObservationTable(fields)
+        self.blind: Bools = blind_to_clocks(limits, preference)
+        """Runs that see no clock and no meter."""
+        self.limits = limits.untimed(self.blind)
         self.preference = preference
         self.controls = limits.start
         self.history = RunHistory(n_runs)
+        priced = any(field.group == "prices" for field in fields)
+        self.prices = PriceBook(self.limits) if priced else None
         self.precision_switches: Ints = np.zeros(n_runs, dtype=np.int64)
         self.last_action: Ints = np.tile(KEEP, (n_runs, 1))
-        self.newest: Floats = encode(self._view())
+        self.newest: Floats = self._encode()
         """Newest observation, shape (n_runs, n_fields)."""
         self._stack = _first_stack(self.newest)
         self._masks: Bools | None = None
 
     def begin(self, rows: Ints, limits: LimitBatch, preference: Floats) -> None:
         """Begin new runs in these rows; `limits` is of all runs, `preference` of the new ones."""
-        fresh = DecisionStates(limits.take(rows), preference)
-        self.limits = limits
+        fresh = DecisionStates(limits.take(rows), preference, self.table.fields)
         self.preference = self.preference.copy()
         self.preference[rows] = preference
+        self.blind = blind_to_clocks(limits, self.preference)
+        self.limits = limits.untimed(self.blind)
         self.controls = self.controls.copy()
         self.controls.put(rows, fresh.controls)
         self.history.reset(rows)
+        if self.prices is not None:
+            self.prices.begin(rows, limits.take(rows))
         self.precision_switches[rows] = 0
         self.last_action[rows] = KEEP
         self.newest[rows] = fresh.newest
@@ -148,9 +184,11 @@ class DecisionStates:
 
     def observe(self, telemetry: TelemetryBatch) -> None:
         """Add the interval that has just ended, of every run, to the history."""
-        self.history.observe(telemetry)
-        self.newest = encode(self._view())
-        width, before = len(OBSERVATION_FIELDS), self._stack
+        self.history.observe(telemetry, self.controls)
+        if self.prices is not None:
+            self.prices.observe(telemetry)
+        self.newest = self._encode()
+        width, before = len(self.table), self._stack
         self._stack = np.empty_like(before)
         self._stack[:, :-width] = before[:, width:]
         self._stack[:, -width:] = self.newest
@@ -195,15 +233,17 @@ class DecisionStates:
         self.controls = controls
         self._masks = None
 
-    def _view(self) -> RunView:
-        return RunView(
+    def _encode(self) -> Floats:
+        view = RunView(
             history=self.history,
+            prices=self.prices,
             limits=self.limits,
             controls=self.controls,
             precision_switches=self.precision_switches,
             last_action=self.last_action / (np.array(N_CHOICES) - 1),
             preference=self.preference,
         )
+        return self.table.blinded(self.table.encode(view), self.blind)
 
 
 def _first_stack(first: Floats) -> NDArray[np.float32]:
@@ -225,11 +265,20 @@ class Decision:
 class DecisionState:
     """Decision state of one run: a row of `DecisionStates`, with the reasons of masks in words."""
 
-    def __init__(self, limits: ControlLimits, preference: Preference) -> None:
-        self.limits = limits
+    def __init__(
+        self,
+        limits: ControlLimits,
+        preference: Preference,
+        fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+    ) -> None:
+        self._states = DecisionStates(LimitBatch.of([limits]), preference.weights()[None], fields)
+        self.limits = limits.untimed() if self._states.blind[0] else limits
         self.preference = preference
         self.telemetry: list[Telemetry] = []
-        self._states = DecisionStates(LimitBatch.of([limits]), preference.weights()[None])
+
+    def anew(self) -> DecisionState:
+        """Return the state of the same run before its first decision."""
+        return DecisionState(self.limits, self.preference, self._states.table.fields)
 
     @property
     def controls(self) -> Controls:
@@ -258,7 +307,7 @@ class DecisionState:
 
     def fields(self) -> dict[str, float]:
         """Return the newest observation by field name, scaled."""
-        return dict(zip((field.name for field in OBSERVATION_FIELDS), self._states.newest[0].tolist(), strict=True))
+        return dict(zip(self._states.table.names, self._states.newest[0].tolist(), strict=True))
 
     def mask_reasons(self) -> Reasons:
         """Return why each choice is masked now."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from trainpilot.envs.action import N_CHOICES
 from trainpilot.envs.decision import N_STACK, Decision, DecisionState, Preference, draw_weights
-from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reference import PlantFactory, live_plant, live_reference, run_reference
 from trainpilot.envs.reward import (
     DIVERGED_LOSS_INCREASE,
@@ -49,9 +49,9 @@ def action_space() -> spaces.MultiDiscrete:
     return spaces.MultiDiscrete(list(N_CHOICES))
 
 
-def observation_space() -> spaces.Box:
-    """Return the stacked observation, in [-1, 1]."""
-    return spaces.Box(-1.0, 1.0, (N_STACK * len(OBSERVATION_FIELDS),), np.float32)
+def observation_space(fields: Sequence[ObservationField] = OBSERVATION_FIELDS) -> spaces.Box:
+    """Return the stacked observation of these fields, in [-1, 1]."""
+    return spaces.Box(-1.0, 1.0, (N_STACK * len(fields),), np.float32)
 
 
 def reward_space() -> spaces.Box:
@@ -66,9 +66,10 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012, Gymnasium's own form
 
-    def __init__(self) -> None:
+    def __init__(self, fields: Sequence[ObservationField] = OBSERVATION_FIELDS) -> None:
+        self.fields = tuple(fields)
         self.action_space = action_space()
-        self.observation_space = observation_space()
+        self.observation_space = observation_space(self.fields)
         self.reward_space = reward_space()
         self.reward_dim = 3
         self._drop_run()
@@ -81,7 +82,7 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _begin(self, plant: Plant, reference: Reference, preference: Preference) -> np.ndarray:
         """Start an episode with a new run, and return its first observation."""
         self.plant, self.reference = plant, reference
-        self.state = DecisionState(plant.limits(), preference)
+        self.state = DecisionState(plant.limits(), preference, self.fields)
         self._meter = RewardMeter(reference)
         self._intervals = drive(plant, lambda _: self.state.controls, self.state.limits.decisions)
         return self.state.observation()
@@ -166,7 +167,7 @@ class LiveTraining(TrainingEnv):
 
     ## Observation space
 
-    `Box(-1, 1, (6 * 34,), float32)`: the last six observations, the newest last. Each field is a ratio or a
+    `Box(-1, 1, (6 * 60,), float32)`: the last six observations, the newest last. Each field is a ratio or a
     logarithm, clipped to its range and scaled linearly to [-1, 1]; what is unknown is 0. The fields with unit, range
     and meaning are `trainpilot.envs.observation.OBSERVATION_FIELDS`, printed in `docs/environment.md`.
 
@@ -204,6 +205,7 @@ class LiveTraining(TrainingEnv):
     | make_plant | callable | LiveRun | makes the plant for a case |
     | threads | int or None | None | torch threads of this process; None leaves them alone |
     | reference_cases | sequence of RunConfig or None | None | reference run of each case; None: the case itself |
+    | fields | sequence of ObservationField | all | observation fields, in the order of the observation |
 
     `reset(options={"case": i, "preference": Preference(...)})` selects instead of drawing.
 
@@ -219,8 +221,10 @@ class LiveTraining(TrainingEnv):
         make_plant: PlantFactory | None = None,
         threads: int | None = None,
         reference_cases: Sequence[RunConfig] | None = None,
+        *,
+        fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
     ) -> None:
-        super().__init__()
+        super().__init__(fields)
         if not cases:
             raise ValueError("cases must name at least one run, got none")
         self.cases = tuple(cases)
@@ -297,6 +301,7 @@ class SimulatedTraining(TrainingEnv):
     |---|---|---|---|
     | preference | Preference or None | None | fixed preference; None draws one per episode |
     | make_plant | callable | the simulator | makes plants of one run from a seed |
+    | fields | sequence of ObservationField | all | observation fields, in the order of the observation |
 
     `reset(options={"preference": Preference(...), "plant_seed": i})` selects instead of drawing.
 
@@ -305,8 +310,13 @@ class SimulatedTraining(TrainingEnv):
     * v0: first version
     """
 
-    def __init__(self, preference: Preference | None = None, make_plant: PlantMaker | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        preference: Preference | None = None,
+        make_plant: PlantMaker | None = None,
+        fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+    ) -> None:
+        super().__init__(fields)
         self.preference = preference
         self._make_plant = make_plant or simulated_plant
 
@@ -358,20 +368,30 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
         plants: The simulated runs. `reset` starts new ones in all rows, drawn by the plants' own seed.
         preference: Fixed preference; `None` draws one per episode.
         least_quality: Least weight of quality in a preference that is drawn.
+        fields: Observation fields, in the order of the observation.
+        quality_alone: Share of the drawn preferences that are for quality alone: such runs see no clock and no meter.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
     def __init__(
-        self, plants: ReferencedPlants, preference: Preference | None = None, least_quality: float = 0.5
+        self,
+        plants: ReferencedPlants,
+        preference: Preference | None = None,
+        least_quality: float = 0.5,
+        fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+        *,
+        quality_alone: float = 0.0,
     ) -> None:
-        if not 0 <= least_quality <= 1:
-            raise ValueError(f"least_quality must be in [0, 1], got {least_quality}")
+        for name, share in (("least_quality", least_quality), ("quality_alone", quality_alone)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {share}")
         self.plants = plants
         self.preference = preference
-        self.least_quality = least_quality
+        self.least_quality, self.quality_alone = least_quality, quality_alone
         self.num_envs = plants.n_runs
-        self.single_observation_space = observation_space()
+        self.fields = tuple(fields)
+        self.single_observation_space = observation_space(self.fields)
         self.single_action_space = action_space()
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -384,7 +404,7 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
     ) -> tuple[Observations, dict[str, Any]]:
         """Begin every run; `seed` decides the preferences."""
         super().reset(seed=seed)
-        self.runs = SteeredRuns(self.plants, self._weights(self.num_envs))
+        self.runs = SteeredRuns(self.plants, self._weights(self.num_envs), self.fields)
         return self.runs.states.observation(), {"preference": self.runs.states.preference}
 
     def step(self, actions: Ints) -> tuple[Observations, Floats, Bools, Bools, dict[str, Any]]:  # type: ignore[override]
@@ -409,7 +429,7 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
     def _weights(self, n_runs: int) -> Floats:
         if self.preference is not None:
             return np.tile(self.preference.weights(), (n_runs, 1))
-        return draw_weights(self.np_random, n_runs, self.least_quality)
+        return draw_weights(self.np_random, n_runs, self.least_quality, self.quality_alone)
 
     @staticmethod
     def _infos(runs: SteeredRuns, interval: IntervalBatch) -> dict[str, Any]:

@@ -1,127 +1,26 @@
-"""Observations: the table of fields, and the history of telemetry that they are computed from.
+"""Observations: the table of fields, and their encoding as the input of a policy.
 
 `OBSERVATION_FIELDS` holds name, unit, range, meaning and formula of each field. There are ratios and logarithms only,
 so that a value means the same on every model: no raw loss, norm or parameter count, and nothing that needs a reference
-run. `RunHistory` keeps the statistics of the telemetry that the formulas use. Every value is an array with one number
-per run, for one run as for thousands.
+run. A policy sees the fields of its own `ObservationTable`, which encodes them. The formulas use the statistics that
+`history.RunHistory` keeps. Every value is an array with one number per run, for one run as for thousands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.history import EXTREMES, Extreme, RunHistory
+from trainpilot.envs.prices import QUANTITIES, PriceBook
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch, TelemetryBatch
-
-WINDOW = 7
-"""Intervals kept of the fields in `SLOW`: the newest, and the six before."""
-SLOW = ("train_loss", "tokens")
-"""Fields kept that long. Of all others, the newest interval and the one before are kept."""
-PROBED = ("relative_update", "probe_linear", "probe_quadratic")
-"""Fields not measured in every interval: the latest known value counts."""
-BEST = {
-    "learning_rate": np.fmax,
-    "tokens_per_s": np.fmax,
-    "energy_per_token_j": np.fmin,
-    "power_w": np.fmax,
-}
-"""Fields kept at their best so far, and what is best. Values that are unknown or not above 0 do not count."""
-
-_COLUMNS = tuple(field.name for field in fields(TelemetryBatch) if field.type == "Floats")
-_NAMES = (*_COLUMNS, "tokens_per_s", "energy_per_token_j")
-_INDEX = {name: index for index, name in enumerate(_NAMES)}
-
-
-class RunHistory:
-    """Rolling per-run statistics of telemetry: newest, previous, oldest in the window, best so far.
-
-    Runs need not be at the same decision. Unknown is NaN.
-    """
-
-    def __init__(self, n_runs: int) -> None:
-        self.intervals: Ints = np.zeros(n_runs, dtype=np.int64)
-        """Intervals so far of each run."""
-        self.validation_loss: Floats = np.full(n_runs, np.nan)
-        """Latest validation loss, in nats/token."""
-        self.train_loss_before_validation: Floats = np.full(n_runs, np.nan)
-        """Training loss of the interval before it was measured; NaN where that was before the first."""
-        self._newest = np.full((len(_NAMES), n_runs), np.nan)
-        self._before = self._newest.copy()
-        self._past = np.full((len(SLOW), WINDOW, n_runs), np.nan)
-        self._best = {name: np.full(n_runs, np.nan) for name in BEST}
-
-    @property
-    def started(self) -> Bools:
-        """Whether a run has had an interval."""
-        return self.intervals > 0
-
-    def newest(self, name: str) -> Floats:
-        """Return a value of the newest interval: any number of `TelemetryBatch`, or one of `BEST`."""
-        values: Floats = self._newest[_INDEX[name]]
-        return values
-
-    def before(self, name: str) -> Floats:
-        """Return the same of the interval before the newest."""
-        values: Floats = self._before[_INDEX[name]]
-        return values
-
-    def oldest(self, name: str) -> Floats:
-        """Return one of `SLOW` six intervals before the newest, or in the first interval of a younger run."""
-        values: Floats = self._past[SLOW.index(name), 0]
-        return values
-
-    def best(self, name: str) -> Floats:
-        """Return one of `BEST` at its best so far."""
-        return self._best[name]
-
-    def observe(self, telemetry: TelemetryBatch) -> None:
-        """Add the interval that has just ended, of every run."""
-        self._note_validation(telemetry.validation_loss)
-        self._before, self._newest = self._newest, _numbers(telemetry)
-        for name in PROBED:
-            now, before = self._newest[_INDEX[name]], self._before[_INDEX[name]]
-            now[:] = np.where(np.isnan(now), before, now)
-        for name, better in BEST.items():
-            now = self.newest(name)
-            self._best[name] = better(self._best[name], np.where(now > 0, now, np.nan))
-        self._shift(np.stack([self.newest(name) for name in SLOW]))
-        self.intervals = self.intervals + 1
-
-    def reset(self, rows: Ints) -> None:
-        """Forget the runs in these rows: new ones begin there."""
-        self.intervals[rows] = 0
-        for values in (self.validation_loss, self.train_loss_before_validation, *self._best.values()):
-            values[rows] = np.nan
-        self._newest[:, rows] = self._before[:, rows] = np.nan
-
-    def _note_validation(self, loss: Floats) -> None:
-        new = ~np.isnan(loss) & (loss != self.validation_loss)
-        self.validation_loss = np.where(new, loss, self.validation_loss)
-        self.train_loss_before_validation = np.where(new, self.newest("train_loss"), self.train_loss_before_validation)
-
-    def _shift(self, now: Floats) -> None:
-        """Drop the oldest of the window; a run's first interval fills it."""
-        self._past = np.concatenate([self._past[:, 1:], now[:, None]], axis=1)
-        first = ~self.started
-        if first.any():
-            self._past[:, :, first] = now[:, None, first]
-
-
-def _numbers(telemetry: TelemetryBatch) -> Floats:
-    """Return the rows of `_NAMES`, shape (number of names, n_runs)."""
-    rows = np.empty((len(_NAMES), len(telemetry.decision)))
-    for index, name in enumerate(_COLUMNS):
-        rows[index] = getattr(telemetry, name)
-    with np.errstate(invalid="ignore", over="ignore"):
-        rows[-2] = telemetry.interval_tokens / np.maximum(telemetry.time_s, 1e-9)
-        rows[-1] = telemetry.energy_j / np.maximum(telemetry.interval_tokens, 1.0)
-    return rows
-
+from trainpilot.llm_runtime.schedules import learning_rate
+from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch
 
 UPHILL = 5.0
 """Value reported for the curvature when the loss rises along the last update: none can be fitted then."""
@@ -132,6 +31,8 @@ class RunView:
     """Everything that observations may depend on."""
 
     history: RunHistory
+    prices: PriceBook | None
+    """Price list of the runs; `None` where no field asks for it."""
     limits: LimitBatch
     controls: ControlBatch
     """Controls in force."""
@@ -140,6 +41,13 @@ class RunView:
     """Last choice of each action field over its number of choices less one, in [0, 1], shape (n_runs, n_actions)."""
     preference: Floats
     """Weights of quality, energy and time, which sum to 1, shape (n_runs, 3)."""
+
+
+FieldGroup = Literal["basic", "law", "history", "prices"]
+GROUPS: tuple[FieldGroup, ...] = get_args(FieldGroup)
+"""Groups of fields. The basic ones belong to every table."""
+BASIC: tuple[FieldGroup, ...] = ("basic",)
+"""The group that versions up to 0.2 had alone."""
 
 
 @dataclass(frozen=True)
@@ -153,19 +61,41 @@ class ObservationField:
     meaning: str
     value: Callable[[RunView], Floats]
     """Raw values, shape (n_runs,), NaN while unknown; an unknown value is encoded as 0, the middle of the range."""
+    group: FieldGroup = "basic"
+    metered: bool = False
+    """Whether it depends on a clock, an energy meter or the memory in use, which never repeat exactly."""
 
     def scale(self, raw: ArrayLike) -> Floats:
         """Return the scaled values."""
         return _scale(np.asarray(raw, dtype=np.float64), self.low, self.high)
 
 
-def encode(view: RunView) -> Floats:
-    """Return the observations, float64 of shape (n_runs, n_fields), in [-1, 1]."""
-    raw = np.empty((len(OBSERVATION_FIELDS), len(view.precision_switches)))
-    with np.errstate(all="ignore"):  # infinite values are clipped, NaN is unknown
-        for row, field in zip(raw, OBSERVATION_FIELDS, strict=True):
-            row[:] = field.value(view)
-        return _scale(raw, _LOW, _HIGH).T
+class ObservationTable:
+    """The fields that a policy sees, in its order, and their encoding."""
+
+    def __init__(self, fields: Sequence[ObservationField]) -> None:
+        self.fields = tuple(fields)
+        self.names = tuple(field.name for field in fields)
+        self._low = np.array([[field.low] for field in fields], dtype=np.float64)
+        self._high = np.array([[field.high] for field in fields], dtype=np.float64)
+        self._metered = np.array([field.metered for field in fields], dtype=np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def encode(self, view: RunView) -> Floats:
+        """Return the observations, float64 of shape (n_runs, n_fields), in [-1, 1]."""
+        raw = np.empty((len(self.fields), len(view.precision_switches)))
+        with np.errstate(all="ignore"):  # infinite values are clipped, NaN is unknown
+            for row, field in zip(raw, self.fields, strict=True):
+                row[:] = field.value(view)
+            return _scale(raw, self._low, self._high).T
+
+    def blinded(self, observations: Floats, blind: Bools) -> Floats:
+        """Encode the metered fields of the runs in `blind` as unknown, in place, and return the observations."""
+        if blind.any():
+            observations[np.ix_(blind, self._metered)] = 0.0
+        return observations
 
 
 def _scale(raw: Floats, low: float | Floats, high: float | Floats) -> Floats:
@@ -237,6 +167,47 @@ def _noise_ratio(view: RunView) -> Floats:
     return _log10(_ratio(view.history.newest("noise_scale"), view.history.newest("batch_size")))
 
 
+def _rate_over_law(view: RunView) -> Floats:
+    """Learning rate at the peak of the schedule, under the present controls, over the advised one."""
+    controls, limits = view.controls, view.limits
+    start = limits.start.batch_size
+    over, scale = limits.learning_rate_over_law, controls.learning_rate_scale
+    return learning_rate(over, scale, 1.0, controls.batch_size.astype(np.float64), start)
+
+
+def _batch_over_law(view: RunView) -> Floats:
+    return view.limits.batch_over_law * view.controls.batch_size / view.limits.start.batch_size
+
+
+def _since_best(view: RunView) -> Floats:
+    return view.history.newest("budget_used") - view.history.summary.best_at
+
+
+def _over_present(name: Extreme) -> Callable[[RunView], Floats]:
+    """Log2 of an extreme of a control over its present value."""
+    present = _PRESENT[EXTREMES[name][0]]
+    return lambda view: view.history.summary.extreme(name) - np.log2(present(view))
+
+
+_PRESENT: dict[str, Callable[[RunView], Floats]] = {
+    "learning_rate_scale": lambda view: view.controls.learning_rate_scale,
+    "batch_size": lambda view: view.controls.batch_size.astype(np.float64),
+}
+
+
+def _price(quantity: int, place: int) -> Callable[[RunView], Floats]:
+    def value(view: RunView) -> Floats:
+        assert view.prices is not None
+        compared: Floats = view.prices.over_present[quantity, place]
+        return compared
+
+    return value
+
+
+def _slope_at(name: Extreme) -> Callable[[RunView], Floats]:
+    return lambda view: view.history.summary.slope_at(name)
+
+
 def _precision(index: int) -> Callable[[RunView], Floats]:
     return lambda view: np.asarray(view.controls.precision == index, dtype=np.float64)
 
@@ -274,11 +245,12 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
     _F("clipped_share", "share", 0, 1, "share of steps whose gradient was clipped", _newest("clipped_share")),
     _F("batch_scale", "log2 ratio", -4, 4, "batch over the starting batch",
        lambda v: _log2(v.controls.batch_size / v.limits.start.batch_size)),
-    _F("throughput", "ratio", 0, 1, "tokens/s over the best so far", lambda v: _over_best(v, "tokens_per_s")),
+    _F("throughput", "ratio", 0, 1, "tokens/s over the best so far", lambda v: _over_best(v, "tokens_per_s"),
+       metered=True),
     _F("energy_per_token", "log2 ratio", 0, 2, "joules per token over the best so far",
-       lambda v: _log2(_over_best(v, "energy_per_token_j"))),
-    _F("power", "ratio", 0, 1, "watts over the highest so far", lambda v: _over_best(v, "power_w")),
-    _F("memory", "share", 0, 1, "peak memory over the device's memory", _newest("memory_share")),
+       lambda v: _log2(_over_best(v, "energy_per_token_j")), metered=True),
+    _F("power", "ratio", 0, 1, "watts over the highest so far", lambda v: _over_best(v, "power_w"), metered=True),
+    _F("memory", "share", 0, 1, "peak memory over the device's memory", _newest("memory_share"), metered=True),
     *(_F(f"precision_{name}", "0 or 1", 0, 1, f"{name} is in force", _precision(i))
       for i, name in enumerate(PRECISIONS)),
     _F("precision_switches", "count", 0, 2, "switches of precision made",
@@ -291,8 +263,43 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
       for i, field in enumerate(ACTION_FIELDS)),
     *(_F(f"prefers_{name}", "weight", 0, 1, f"weight on {name} in the preference", _preference(i))
       for i, name in enumerate(("quality", "energy", "time"))),
+    _F("learning_rate_over_law", "log2 ratio", -8, 8, "learning rate at the schedule's peak over what a scaling law "
+       "advises", lambda v: np.log2(_rate_over_law(v)), group="law"),
+    _F("batch_over_law", "log2 ratio", -8, 8, "batch in tokens over what a scaling law advises",
+       lambda v: np.log2(_batch_over_law(v)), group="law"),
+    _F("loss_above_best", "log ratio", 0, 0.5, "training loss over the lowest of an interval so far",
+       lambda v: np.log(v.history.newest("train_loss") / v.history.summary.best_loss), group="history"),
+    _F("since_best", "share", 0, 1, "share of the budget since that lowest loss", _since_best, group="history"),
+    _F("loss_slope_quarter", "1/e-fold of tokens", -1, 1, "fall of the logarithm of the training loss, where older "
+       "intervals fade over a quarter of the budget", lambda v: v.history.summary.slope, group="history"),
+    _F("spikes", "log2(1 + intervals)", 0, 5, "intervals so far with a spike: a step loss far above the mean",
+       lambda v: np.log2(1 + v.history.summary.spikes), group="history"),
+    *(field for name, (control, sign) in EXTREMES.items() for field in (
+        _F(name, "log2 ratio", min(6 * sign, 0), max(6 * sign, 0),
+           f"{name.partition('_')[0]} {control.replace('_', ' ')} so far over the present one", _over_present(name),
+           group="history"),
+        _F(f"slope_at_{name}", "1/e-fold of tokens", -1, 1,
+           f"fall of the logarithm of the training loss while the {name.replace('_', ' ')} was in force",
+           _slope_at(name), group="history"),
+    )),
+    *(_F(f"{quantity}_{name}", "log2 ratio", -2, 2, f"{quantity} of a token {where} over those of one now",
+         _price(index, place), group="prices", metered=True)
+      for index, quantity in enumerate(QUANTITIES)
+      for place, (name, where) in enumerate([
+          ("half", "at half the batch"), ("double", "at double the batch"),
+          *((precision, f"in {precision}") for precision in PRECISIONS),
+      ])),
 )  # fmt: skip
-"""Frozen surface: a bundle stores names and ranges and refuses to load when they differ."""
+"""Frozen surface: a bundle stores the names and ranges of its fields, and is refused where they are not found here.
+New fields go to the end."""
 
-_LOW = np.array([[field.low] for field in OBSERVATION_FIELDS], dtype=np.float64)
-_HIGH = np.array([[field.high] for field in OBSERVATION_FIELDS], dtype=np.float64)
+
+def fields_of(groups: Sequence[str] = GROUPS) -> tuple[ObservationField, ...]:
+    """Return the basic fields and those of some groups, in the order of the table.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    if unknown := sorted(set(groups) - set(GROUPS)):
+        raise ValueError(f"observe must name groups of observation fields ({', '.join(GROUPS)}), got {unknown[0]!r}")
+    return tuple(field for field in OBSERVATION_FIELDS if field.group == "basic" or field.group in groups)

@@ -5,12 +5,14 @@ A single run is stepped by `environments.TrainingEnv`, with the same decisions (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from trainpilot.envs.decision import DecisionStates
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reward import DIVERGED_LOSS_INCREASE, ReferenceBatch
 from trainpilot.llm_runtime.drive import evaluation_due
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
@@ -82,13 +84,19 @@ class SteeredRuns:
     Args:
         plants: Plants to steer. All runs are restarted.
         preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
+        fields: Observation fields that the policy sees, in its order.
     """
 
-    def __init__(self, plants: ReferencedPlants, preference: Floats) -> None:
+    def __init__(
+        self,
+        plants: ReferencedPlants,
+        preference: Floats,
+        fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+    ) -> None:
         n_runs = plants.n_runs
         self.plants = plants
         plants.begin(np.arange(n_runs))
-        self.states = DecisionStates(plants.limits(), preference)
+        self.states = DecisionStates(plants.limits(), preference, fields)
         self.outcome: Floats = np.zeros((n_runs, 3))
         """Sum of the rewards of each run so far."""
         self.energy_j: Floats = np.zeros(n_runs)

@@ -83,11 +83,13 @@ class ReplayOptions:
     budget: str | None = None
     """Budget in seconds (600s, 10min, 2h), joules (50kJ, 1.5MJ) or tokens (1M). The run ends when it is used up, and
     its schedule with it."""
-    batch_size: int = RunConfig.batch_size
-    """Starting batch, in sequences."""
+    batch_size: int | Literal["auto"] = RunConfig.batch_size
+    """Starting batch, in sequences, or `auto` for the power of two nearest to what Step Law advises for this budget."""
     sequence_length: SequenceLength = RunConfig.sequence_length
-    base_learning_rate: float = RunConfig.base_learning_rate
-    """Peak learning rate of the base schedule."""
+    base_learning_rate: float | Literal["auto"] = RunConfig.base_learning_rate
+    """Peak learning rate of the base schedule, or `auto` for what Step Law advises for this model and budget: a start
+    without a sweep, for models trained from scratch. Below 100 M parameters the law is extrapolated: at 0.2 M its rate
+    is 2 to 10 times too high, which the policy is there to correct, and its batch of the right order."""
     schedule: ScheduleName | None = None
     """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero), constant; by default the one that
     the policy was trained on, linear without a policy."""
@@ -129,6 +131,7 @@ class ReplayOptions:
                 in_tokens = budget is None
                 warmup_tokens = base.warmup_tokens(tokens) if in_tokens else None
                 warmup_share = None if in_tokens else base.warmup_share
+        decisions = decisions if self.decisions is None else self.decisions
         return _run_config(
             self,
             tokens=tokens,
@@ -136,8 +139,38 @@ class ReplayOptions:
             schedule=RunConfig.schedule if schedule is None else schedule,
             warmup_tokens=warmup_tokens,
             warmup_share=warmup_share,
-            decisions=decisions if self.decisions is None else self.decisions,
+            decisions=decisions,
+            **self._start(decisions),
         )
+
+    def _start(self, decisions: int) -> dict[str, Any]:
+        """Return batch size and learning rate, those of a scaling law where an option is `auto`."""
+        batch_size, learning_rate = self.batch_size, self.base_learning_rate
+        if "auto" in (batch_size, learning_rate):
+            from trainpilot.llm_runtime.models import body_parameters_of
+            from trainpilot.llm_runtime.scaling_laws import step_law
+
+            tokens, budget = self._budget()
+            if budget is not None:
+                raise ValueError(
+                    f"base_learning_rate and batch_size must be numbers under budget {budget}, got 'auto', as the law "
+                    "needs a budget in tokens; give --tokens"
+                )
+            n_parameters = body_parameters_of(self.model)
+            if n_parameters is None:
+                raise ValueError(
+                    "base_learning_rate and batch_size must be numbers for a pretrained model, got 'auto', as the law "
+                    "is of training from scratch; try --base-learning-rate 1e-4"
+                )
+            advice, length = step_law(n_parameters, tokens), max(self.sequence_length, 1)
+            if batch_size == "auto":
+                n_sequences = tokens // length
+                batch_size = advice.batch_size(
+                    sequence_length=length, n_sequences=n_sequences, decisions=max(decisions, 1)
+                )
+            if learning_rate == "auto":
+                learning_rate = advice.learning_rate_at(float(batch_size * length))
+        return {"batch_size": batch_size, "base_learning_rate": learning_rate}
 
     def _budget(self) -> tuple[int, str | None]:
         """Return the budget in tokens, and the one in seconds or joules, if it is in these."""

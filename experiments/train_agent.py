@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import bundle_of, side_by_side, train
 from trainpilot.agents.sb3_env import hidden_from, seen_inputs, without_inputs
 from trainpilot.agents.simulator_training import SimulatorAgent, SimulatorStage, best_weights, train_in_simulator
-from trainpilot.envs.decision import Preference
+from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.environments import LiveTraining
+from trainpilot.envs.observation import BASIC, GROUPS, fields_of
 from trainpilot.envs.reference import live_plant, live_reference
 from trainpilot.envs.reward import Reference, RewardMeter, ScalarReward
 from trainpilot.experiments.calibrate.calibration import SHIPPED, load_calibrations
@@ -30,6 +31,7 @@ from trainpilot.experiments.run_store import claim_folder, versions
 from trainpilot.experiments.workers import Workers, report
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.drive import drive
+from trainpilot.llm_runtime.files import load_checkpoint
 from trainpilot.llm_runtime.process import available_cores, use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
@@ -150,7 +152,7 @@ def simulator_stage(stage: SimulatorStage, options: TrainAgentOptions, console: 
     for agent in agents:
         console.print(_scores_line(agent), highlight=False, soft_wrap=True)
     kept = next((agent for agent in agents if agent.seed == stage.keep), agents[0])
-    bundle = PolicyBundle(kept.bundle.weights, _simulator_provenance(options.recipe, stage, agents, kept))
+    bundle = replace(kept.bundle, provenance=_simulator_provenance(options.recipe, stage, agents, kept))
     bundle.save(folder / POLICY)
     return PolicyBundle.load(folder / POLICY)
 
@@ -193,15 +195,18 @@ def live_stage(
     cases, against = recipe.live_cases(), recipe.reference_cases()
     references = run_references(against, recipe, console)
     log = TrainingLog({"recipe": options.recipe, **asdict(recipe.ppo)})
-    seen = seen_inputs() if recipe.simulator is None else seen_inputs(recipe.simulator.hide, recipe.simulator.stack)
+    groups = _groups(recipe, options.out)
+    fields = fields_of(groups)
+    seen = seen_inputs(fields=fields) if recipe.simulator is None else recipe.simulator.seen()
     start = _start(options.out, simulated)
-    env = hidden_from(side_by_side(partial(_make_env, cases, against, recipe), recipe.n_envs), seen)
+    env = hidden_from(side_by_side(partial(_make_env, cases, against, recipe, groups), recipe.n_envs), seen)
     try:
         with progress_bar(console, "PPO on live runs, decisions", recipe.ppo.total_decisions) as advance:
             model, cost = train(env, recipe.ppo, options.out, callbacks=[log], progress=advance, start=start)
     finally:
         env.close()
-    bundle = without_inputs(bundle_of(model, _provenance(options.recipe, recipe, cases, cost, simulated)), seen)
+    provenance = _provenance(options.recipe, recipe, cases, cost, simulated)
+    bundle = without_inputs(bundle_of(model, provenance, fields), seen)
     records = greedy_run(bundle, cases[0], references[0])
     log.log_greedy_run(records, references[0])
     return bundle
@@ -227,8 +232,20 @@ def run_references(cases: Sequence[RunConfig], recipe: Recipe, console: Console)
     return [found[case] for case in cases]
 
 
-def _make_env(cases: Sequence[RunConfig], against: Sequence[RunConfig], recipe: Recipe) -> ScalarReward:
-    return ScalarReward(LiveTraining(cases, threads=recipe.threads, reference_cases=against), recipe.utility)
+def _groups(recipe: Recipe, out: Path) -> Sequence[str]:
+    """Return the groups of observation fields of the live stage, which goes on with those that it began with."""
+    if recipe.simulator is not None:
+        return recipe.simulator.observe
+    checkpoint = load_checkpoint(out / "checkpoint.pt")
+    inputs = None if checkpoint is None else checkpoint["policy"]["mlp_extractor.policy_net.0.weight"].shape[1]
+    return BASIC if inputs == N_STACK * len(fields_of(BASIC)) else GROUPS  # version 0.2 had the basic fields alone
+
+
+def _make_env(
+    cases: Sequence[RunConfig], against: Sequence[RunConfig], recipe: Recipe, groups: Sequence[str]
+) -> ScalarReward:
+    env = LiveTraining(cases, threads=recipe.threads, reference_cases=against, fields=fields_of(groups))
+    return ScalarReward(env, recipe.utility)
 
 
 def greedy_run(bundle: PolicyBundle, case: RunConfig, reference: Reference) -> list[DecisionRecord]:

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from trainpilot.llm_runtime.config import ControlLimits, Controls, RunConfig
     from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
     from trainpilot.llm_runtime.live_run import LiveRun
-    from trainpilot.llm_runtime.models import load_model
+    from trainpilot.llm_runtime.models import body_parameters, load_model
+    from trainpilot.llm_runtime.scaling_laws import Advice, step_law
     from trainpilot.llm_runtime.schedules import Schedule
     from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 __all__ = [
+    "Advice",
     "ControlLimits",
     "Controls",
     "EnergyMeter",
@@ -27,15 +29,18 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "Telemetry",
+    "body_parameters",
     "load_model",
     "select_meter",
+    "step_law",
 ]
 
 _NAMES = {
     "config": ["ControlLimits", "Controls", "RunConfig"],
     "energy": ["EnergyMeter", "EnergyReading", "select_meter"],
     "live_run": ["LiveRun"],
-    "models": ["load_model"],
+    "models": ["body_parameters", "load_model"],
+    "scaling_laws": ["Advice", "step_law"],
     "schedules": ["Schedule"],
     "telemetry": ["Plant", "Telemetry"],
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args, overload
 
@@ -53,6 +53,18 @@ class Controls(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepPrice(JsonRecord):
+    """What a training step costs at a batch and precision."""
+
+    batch_size: int
+    """Sequences."""
+    precision: Precision
+    time_s: float
+    energy_j: float | None
+    """`None` where nothing measured it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlLimits:
     """What a controller may choose from in a run, and why it may not choose the rest."""
 
@@ -68,6 +80,23 @@ class ControlLimits:
     """What the sparsity control does in this run."""
     decisions: int
     """Decisions in the whole run."""
+    timed_precisions: tuple[Precision, ...] = ()
+    """Precisions that are offered or not because of measured seconds."""
+    measured_budget: bool = False
+    """Whether the budget is in seconds or joules and not in tokens."""
+    learning_rate_over_law: float | None = None
+    """Peak learning rate at the start over the one that a scaling law advises; `None` where none applies."""
+    batch_over_law: float | None = None
+    """Batch at the start over the advised one, in tokens."""
+    prices: tuple[StepPrice, ...] = ()
+    """What was measured before the start, at half, at the same and at double the starting batch."""
+
+    def untimed(self) -> ControlLimits:
+        """Return the limits of a run that must not depend on a clock: no precision is offered that was timed."""
+        reason = "the precision stays, as only a clock could say whether another pays"
+        return replace(
+            self, masked_precisions={**self.masked_precisions, **dict.fromkeys(self.timed_precisions, reason)}
+        )
 
 
 BATCH_RANGE = 16

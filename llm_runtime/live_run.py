@@ -25,7 +25,15 @@ from transformers import PreTrainedModel
 
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime.budget import Budget
-from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, RunConfig, batch_limits
+from trainpilot.llm_runtime.config import (
+    PRECISIONS,
+    ControlLimits,
+    Controls,
+    Precision,
+    RunConfig,
+    StepPrice,
+    batch_limits,
+)
 from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.data.corpus import Corpus, load_corpus
 from trainpilot.llm_runtime.energy import select_meter
@@ -33,12 +41,14 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
 from trainpilot.llm_runtime.files import cache_dir, digest
 from trainpilot.llm_runtime.interval import StepRecord
 from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
-from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model
+from trainpilot.llm_runtime.models import LoadedModel, body_parameters, context_length, load_model
 from trainpilot.llm_runtime.optimizer import averaged_weights
-from trainpilot.llm_runtime.precision import device_name, lacking, masked_precisions, synchronise
+from trainpilot.llm_runtime.precision import kept_step_seconds, lacking, masked_precisions, measured_on, synchronise
+from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process import RandomState
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, TokenProgress
+from trainpilot.llm_runtime.scaling_laws import Advice, step_law
 from trainpilot.llm_runtime.schedules import sequences_probed
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 from trainpilot.llm_runtime.timing import Cost, alternate
@@ -289,8 +299,7 @@ class LiveRun:
     def _step_cost(self, budget: Budget) -> Cost:
         """Return the cost of a forward and backward pass of the starting batch, measured once on a machine."""
         meter = self.meter if budget.currency == "energy_j" else NoMeter("seconds need none")
-        machine = f"{device_name(self.device)}|{torch.__version__}|{torch.get_num_threads()}"
-        label = [machine, self._key(), self.config.precision, meter.description]
+        label = measured_on(self.device, f"{self._key}|{self.config.precision}|{meter.description}")
         path = cache_dir() / "step_cost" / f"{digest(label, 10)}.json"
         if (kept := Cost.read(path)) is not None and kept.time_s > 0:
             return kept
@@ -308,10 +317,6 @@ class LiveRun:
         with suppress(OSError):  # a cache that cannot be written only costs time
             cost.write(path)
         return cost
-
-    def _key(self) -> str:
-        config = self.config
-        return f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
 
     @property
     def spent(self) -> float | None:
@@ -331,12 +336,19 @@ class LiveRun:
         return max(1, int(wanted) // self.config.sequence_length)
 
     def limits(self) -> ControlLimits:
-        """Return the limits of the controls; the first call measures which precisions pay (cached per device)."""
-        return replace(self.base_limits(), masked_precisions=self._masked_precisions())
+        """Return the limits of the controls, and the price list of the start; the first call measures what pays.
+
+        It is kept for later runs on the same device.
+        """
+        limits = self.base_limits()
+        untimed = {*limits.masked_precisions, self.config.precision}
+        timed = tuple(name for name in PRECISIONS if name not in untimed)
+        masked = self._masked_precisions()
+        return replace(limits, masked_precisions=masked, timed_precisions=timed, prices=self._prices(limits))
 
     def base_limits(self) -> ControlLimits:
         """Return the limits without measuring: only precisions that the device lacks are masked."""
-        config = self.config
+        config, advice = self.config, self.advice()
         sequences = self.tokens // config.sequence_length
         smallest, largest = batch_limits(config.batch_size, sequences // config.decisions)
         if config.optimizer != "adamw":  # only AdamW can take another batch
@@ -348,7 +360,16 @@ class LiveRun:
             masked_precisions=lacking(self.device),
             pruning=config.pruning,
             decisions=config.decisions,
+            measured_budget=config.budget is not None,
+            learning_rate_over_law=None if advice is None else config.base_learning_rate / advice.learning_rate,
+            batch_over_law=None if advice is None else config.batch_size * config.sequence_length / advice.batch_tokens,
         )
+
+    def advice(self) -> Advice | None:
+        """Return what a scaling law advises; `None` for a pretrained model or another optimizer than AdamW."""
+        if self.loaded.pretrained or self.config.optimizer != "adamw":
+            return None
+        return step_law(body_parameters(self.loaded.model), self.tokens)
 
     def advance(self, controls: Controls, share: float) -> Telemetry:
         """Train on `share` of the budget under `controls`, at least one step, and return what was measured.
@@ -431,14 +452,66 @@ class LiveRun:
         self.target_share = snapshot["target_share"]
         self.validation_loss = snapshot["validation_loss"]
 
+    @property
+    def _key(self) -> str:
+        """What the seconds of a step depend on, besides the device."""
+        config = self.config
+        return f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
+
     def _masked_precisions(self) -> dict[Precision, str]:
         config = self.config
         batch = self.stream.peek(config.batch_size)
         with self.random_state.apart():
-            rehearse = partial(self.trainer.rehearse, batch)
-            reasons = masked_precisions(self.device, rehearse, self._key())
+            reasons = masked_precisions(self.device, partial(self.trainer.rehearse, batch), self._key)
         reasons.pop(config.precision, None)
         return reasons
+
+    def _prices(self, limits: ControlLimits) -> tuple[StepPrice, ...]:
+        """Return the prices of the batches, and those of the other precisions by their ratios to the starting one."""
+        config, prices = self.config, self._measured_batches(limits)
+        seconds = kept_step_seconds(self.device, self._key)
+        if config.precision not in seconds:
+            return prices
+        now = {each.batch_size: each.time_s for each in prices}.get(config.batch_size, seconds[config.precision])
+        return prices + tuple(
+            StepPrice(
+                batch_size=config.batch_size,
+                precision=precision,
+                time_s=now * time_s / seconds[config.precision],
+                energy_j=None,
+            )
+            for precision, time_s in seconds.items()
+            if precision != config.precision or not prices
+        )
+
+    def _measured_batches(self, limits: ControlLimits) -> tuple[StepPrice, ...]:
+        """Return the prices at half, the same and double the batch, if the run is long enough to measure them."""
+        config, trainer, before = self.config, self.trainer, self.trainer.micro_batch_size
+        batches = [config.batch_size // 2, config.batch_size, 2 * config.batch_size]
+        if batches[0] < limits.min_batch_size or batches[2] > limits.max_batch_size:
+            return ()
+
+        def rehearse(sequences: np.ndarray) -> None:
+            trainer.rehearse(sequences, config.precision)
+            if trainer.micro_batch_size != before:
+                raise ValueError("memory ran out")
+
+        key = measured_on(self.device, f"{self._key}|{config.precision}|{self.meter.description}")
+        try:
+            with self.random_state.apart():
+                return batch_prices(
+                    {size: partial(rehearse, self.stream.peek(size)) for size in batches},
+                    config.precision,
+                    self.meter,
+                    rounds=affordable_rounds(batches, self.tokens // config.sequence_length),
+                    path=cache_dir() / "prices" / f"{digest(key, 10)}.json",
+                    label=key,
+                    wait=partial(synchronise, self.device),
+                )
+        except ValueError:
+            return ()
+        finally:
+            trainer.micro_batch_size = before
 
 
 def resolve_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer, Tokenizer
@@ -84,14 +85,46 @@ def load_model(name: str, seed: int) -> LoadedModel:
     Raises:
         ValueError: there is no such model, the config is wrong, or the Hub cannot be reached.
     """
+    config = _config_from_scratch(name)
+    return _from_pretrained(name) if config is None else _from_scratch(config, seed)
+
+
+def _config_from_scratch(name: str) -> PretrainedConfig | None:
+    """Return the config of a model that gets new weights; `None` for one that comes with its weights."""
     if name in PRESETS:
-        return _from_scratch(_build_config(PRESETS[name], name), seed)
+        return _build_config(PRESETS[name], name)
     path = Path(name)
     if path.suffix == ".json":
-        return _from_scratch(_read_config(path), seed)
+        return _read_config(path)
     if path.is_dir() and not _has_weights(path):
-        return _from_scratch(_read_config(path / "config.json"), seed)
-    return _from_pretrained(name)
+        return _read_config(path / "config.json")
+    return None
+
+
+def body_parameters(model: nn.Module) -> int:
+    """Return the number of parameters without all embeddings and the output layer, which is the N of scaling laws."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    outputs = [module for module in last if module.out_features in {each.num_embeddings for each in embeddings}]
+    left_out = {id(p) for module in (*embeddings, *outputs) for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
+
+
+def body_parameters_of(name: str) -> int | None:
+    """Return the same of a model by its name, without making its weights; `None` for one that comes with its weights.
+
+    Raises:
+        ValueError: there is no such model, or the config is wrong.
+    """
+    config = _config_from_scratch(name)
+    if config is None:
+        return None
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # as below
+        raise ValueError(f"model: no causal model can be built from this config: {_one_line(error)}") from error
+    return body_parameters(model)
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -75,18 +76,28 @@ def cached_step_seconds(
     device: torch.device, step: Callable[[Precision], None], model_key: str, precisions: list[Precision]
 ) -> Mapping[Precision, float]:
     """Return seconds per step for each precision, measured once per device and model."""
-    label = f"{device_name(device)}|{torch.__version__}|{torch.get_num_threads()}|{model_key}"
-    path = cache_dir() / "precision" / f"{digest(label, 10)}.json"
-    try:
-        seconds: dict[Precision, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        if set(seconds) == set(precisions) and all(value > 0 for value in seconds.values()):
-            return seconds
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # never measured here, or a damaged file: measure again
+    label = measured_on(device, model_key)
+    kept = kept_step_seconds(device, model_key)
+    if set(kept) == set(precisions):
+        return kept
     seconds = measure_step_seconds(device, step, precisions)
     with suppress(OSError):  # a cache that cannot be written only costs time
-        write_json(path, {"measured": label, "seconds": seconds})
+        write_json(_kept_in(label), {"measured": label, "seconds": seconds})
     return seconds
+
+
+def kept_step_seconds(device: torch.device, model_key: str) -> Mapping[Precision, float]:
+    """Return what `cached_step_seconds` has measured before; nothing where it has not, or the file is damaged."""
+    try:
+        text = _kept_in(measured_on(device, model_key)).read_text(encoding="utf-8")
+        seconds: dict[Precision, float] = json.loads(text)["seconds"]
+        return seconds if all(value > 0 for value in seconds.values()) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _kept_in(label: str) -> Path:
+    return cache_dir() / "precision" / f"{digest(label, 10)}.json"
 
 
 def measure_step_seconds(
@@ -96,6 +107,11 @@ def measure_step_seconds(
     passes = {precision: partial(step, precision) for precision in precisions}
     seconds = alternating_seconds(passes, rounds=rounds, wait=partial(synchronise, device))
     return {precision: statistics.median(values) for precision, values in seconds.items()}
+
+
+def measured_on(device: torch.device, what: str) -> str:
+    """Return a label of a measurement: what decides the seconds of a step."""
+    return f"{device_name(device)}|{torch.__version__}|{torch.get_num_threads()}|{what}"
 
 
 def synchronise(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from steering_loops import Loop
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.envs.environments import SimulatedTraining
+from trainpilot.envs.observation import BASIC, fields_of
 from trainpilot.experiments import cli
 from trainpilot.experiments.calibrate import command as calibrate_command
 from trainpilot.experiments.calibrate.calibration import load_calibrations
@@ -177,7 +178,8 @@ def test_calibration_goes_into_the_simulator(place: Path) -> None:
     [physics] = physics_of(["calibration"])
     stored, simulated = read(place / "calibration" / "calibration.json"), read(place / "calibration" / "simulated.json")
     pool = Pool.draw(4, 0, [physics])
-    env = SimulatedTraining(make_plant=lambda seed: SimulatedRuns(n_runs=1, seed=seed, pool=pool))
+    fields = fields_of(BASIC)  # those of version 0.1
+    env = SimulatedTraining(make_plant=lambda seed: SimulatedRuns(n_runs=1, seed=seed, pool=pool), fields=fields)
     observations = [env.reset(seed=0)[0]]
     observations += [env.step(np.array(action))[0] for action in SIMULATED_ACTIONS]
 

@@ -20,7 +20,7 @@ from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
-from trainpilot.envs.decision import Decision, DecisionState, Preference
+from trainpilot.envs.decision import Decision, Preference
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.telemetry import Plant, Snapshot, Telemetry
@@ -296,8 +296,7 @@ class GuardedController:
 
     def _replay(self, seen: list[int]) -> None:
         """Give the controller a new state that has made these decisions and observed these intervals."""
-        before = self.controller.state
-        self.controller.state = state = DecisionState(before.limits, before.preference)
+        self.controller.state = state = self.controller.state.anew()
         self._seen = seen
         for place in seen:
             self.controller.repeat(self.records[place])

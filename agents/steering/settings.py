@@ -6,7 +6,7 @@ policy, the number of decisions and the base schedule. `control_limits` says wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,10 @@ from trainpilot.llm_runtime.config import (
     batch_limits,
 )
 from trainpilot.llm_runtime.loop import ControlledLoop, MaskPruning
+from trainpilot.llm_runtime.models import body_parameters
 from trainpilot.llm_runtime.precision import lacking
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, TokenProgress
+from trainpilot.llm_runtime.scaling_laws import step_law
 from trainpilot.llm_runtime.schedules import PARTS, Schedule
 
 
@@ -42,10 +44,11 @@ class SteeringSettings:
     batch_size: int
     """Sequences of an optimiser step at the start, of all processes and accumulated micro-batches together."""
     sequence_length: int = 1
-    """Tokens of a sequence. Only the log and the schedule use it, so an estimate is enough."""
+    """Tokens of a sequence. Only the log, the schedule and the advice of a scaling law use it, so an estimate is
+    enough; 1 is taken for unknown."""
     policy: str | Policy = "default"
     """`default`, the file of a bundle, `none` for the base schedule without control, or a function of observation and
-    masks that returns an action."""
+    masks that returns an action. A function sees all observation fields, or those in its attribute `fields`."""
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
@@ -217,7 +220,25 @@ def control_limits(settings: SteeringSettings, loop: ControlledLoop, decisions: 
         masked_precisions=_masked_precisions(settings.precisions, loop.device),
         pruning=settings.pruning,
         decisions=decisions,
+        measured_budget=settings.budget is not None,
     )
+
+
+def with_law(
+    limits: ControlLimits, settings: SteeringSettings, loop: ControlledLoop, *, fine_tuning: bool
+) -> ControlLimits:
+    """Return the limits with the start of the run over what a scaling law advises.
+
+    None applies to a pretrained model, to another optimizer than Adam, or where the sequences or their length are
+    unknown.
+    """
+    length, sequences = settings.sequence_length, settings.sequences
+    if fine_tuning or not loop.changes_batch or length == 1 or sequences is None:
+        return replace(limits, learning_rate_over_law=None, batch_over_law=None)
+    advice = step_law(body_parameters(loop.model), sequences * length)
+    tokens = settings.batch_size * settings.sequence_length
+    over = loop.peak / advice.learning_rate
+    return replace(limits, learning_rate_over_law=over, batch_over_law=tokens / advice.batch_tokens)
 
 
 def _masked_precisions(offered: tuple[Precision, ...], device: torch.device) -> dict[Precision, str]:

@@ -31,9 +31,15 @@ from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
-from trainpilot.agents.steering.settings import ResolvedSettings, SteeringSettings, control_limits, name_of
+from trainpilot.agents.steering.settings import (
+    ResolvedSettings,
+    SteeringSettings,
+    control_limits,
+    name_of,
+    with_law,
+)
 from trainpilot.envs.decision import Preference
-from trainpilot.llm_runtime.config import Controls, Precision
+from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode
 from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGroup
@@ -106,8 +112,9 @@ class Steering:
         self.progress = self.loop.progress
         self.rollback_copy = RollbackCopy(self.loop, data)
         preference = Preference.parse(settings.preference)
-        controller = Controller(resolved.policy, control_limits(settings, self.loop, resolved.decisions), preference)
         self.fine_tuning = is_pretrained(model) if settings.fine_tuning is None else settings.fine_tuning
+        limits = control_limits(settings, self.loop, resolved.decisions)
+        controller = Controller(resolved.policy, self._with_law(limits), preference)
         guardrails = Guardrails(self._bounds(), base_learning_rate=self.loop.peak)
         self.controller = GuardedController(controller, guardrails, settings.contract)
         self.validation_loss: float | None = None
@@ -123,6 +130,9 @@ class Steering:
             warnings.warn(message, stacklevel=2)
         self._apply(self._broadcast(lambda: self.controller.decide(None)))
         self.loop.attach()
+
+    def _with_law(self, limits: ControlLimits) -> ControlLimits:
+        return with_law(limits, self.settings, self.loop, fine_tuning=self.fine_tuning)
 
     def _bounds(self) -> GuardrailSettings:
         """Return the bounds of the policy: those of the settings, and tighter ones for a pretrained model."""
@@ -403,6 +413,8 @@ class Steering:
         self.fine_tuning = state["fine_tuning"]  # a model from scratch looks pretrained by now
         guardrails = self.controller.guardrails
         guardrails.settings, guardrails.base_learning_rate = self._bounds(), self.loop.peak
+        before = self.controller.controller.state
+        before.limits = self._with_law(before.limits)
         self.controller.load_state_dict(state["controller"])
         self._step_open = False
         self.rollback_copy.rolled_back = list(state["spoilt"])

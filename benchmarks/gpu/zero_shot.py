@@ -21,6 +21,7 @@ from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import PPOConfig, bundle_of, make_ppo, train
 from trainpilot.envs.environments import LiveTraining
+from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reference import live_reference
 from trainpilot.envs.reward import ScalarReward
 from trainpilot.experiments.analysis.figures import AXES
@@ -240,15 +241,14 @@ def fine_tune(bundle: PolicyBundle, setup: GpuSetup, precision: Precision, folde
     cases = cases_for(bundle, setup, precision)
     against = replace(cases[0], base_learning_rate=setup.tuning.learning_rate)
     config = ppo_config(bundle, setup, left_s)
-    env = one_live_env(cases, against)
+    env = one_live_env(cases, against, bundle.fields)
     log = TrainingLog({"recipe": RECIPE, **asdict(config)})
     start = weights_from(bundle, make_ppo(env, config))
     model, cost = train(env, config, folder, callbacks=[log], progress=_say(config), start=start)
     if model.num_timesteps < config.total_decisions:
         raise TimeIsUpError
-    tuned = PolicyBundle(
-        bundle_of(model, {}).weights, _provenance(bundle, setup, cases=cases, config=config, cost=cost, against=against)
-    )
+    provenance = _provenance(bundle, setup, cases=cases, config=config, cost=cost, against=against)
+    tuned = bundle_of(model, provenance, bundle.fields)
     tuned.save(folder / POLICY)
     return tuned
 
@@ -268,9 +268,11 @@ def ppo_config(bundle: PolicyBundle, setup: GpuSetup, time_limit_s: float) -> PP
     )
 
 
-def one_live_env(cases: tuple[RunConfig, ...], against: RunConfig) -> VecEnv:
+def one_live_env(
+    cases: tuple[RunConfig, ...], against: RunConfig, fields: Sequence[ObservationField] = OBSERVATION_FIELDS
+) -> VecEnv:
     """Return one environment in this process; with two runs on one GPU, each would measure the other's energy, too."""
-    make = partial(LiveTraining, cases, reference_cases=[against] * len(cases))
+    make = partial(LiveTraining, cases, reference_cases=[against] * len(cases), fields=fields)
     return VecMonitor(DummyVecEnv([lambda: ScalarReward(make(), "linear")]))
 
 

@@ -35,9 +35,18 @@ def action_table() -> str:
 def observation_table() -> str:
     """Return the table of observation fields with unit, range and meaning."""
     return table(
-        ("Num", "Field", "Unit", "Low", "High", "Meaning"),
+        ("Num", "Field", "Group", "Unit", "Low", "High", "Meaning", "Metered"),
         (
-            (i, f"`{field.name}`", field.unit, f"{field.low:g}", f"{field.high:g}", field.meaning)
+            (
+                i,
+                f"`{field.name}`",
+                field.group,
+                field.unit,
+                f"{field.low:g}",
+                f"{field.high:g}",
+                field.meaning,
+                "yes" if field.metered else "",
+            )
             for i, field in enumerate(OBSERVATION_FIELDS)
         ),
     )
@@ -142,6 +151,10 @@ MaskablePPO. The choice that keeps is always allowed. A masked choice that is ta
 Every field is a ratio or a logarithm, so that it means the same on every model, and no field needs the reference. A
 raw value x is clipped to [low, high] and scaled by 2 (x - low)/(high - low) - 1. A value that is unknown or not finite
 becomes 0, the middle of the range.
+
+The argument `fields` selects some of the fields; a policy bundle lists those that it sees. A *metered* field depends on
+a clock, an energy meter or the memory in use, which never repeat exactly. A run under a token budget with a preference
+for quality alone is blind to these: they are encoded as unknown, and no precision is offered that a clock had to judge.
 
 {observation_table()}"""
 

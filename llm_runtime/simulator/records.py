@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -104,6 +104,17 @@ class LimitBatch(Rows):
     max_batch_size: Ints
     masked_precisions: Bools
     """True for precisions that are not available, shape (n_runs, number of precisions)."""
+    timed_precisions: Bools
+    """True for precisions that are offered or not because of measured seconds, of the same shape."""
+    measured_budget: Bools
+    """Whether the budget is in seconds or joules and not in tokens."""
+    learning_rate_over_law: Floats
+    """Peak learning rate at the start over the advised one; NaN where no law applies."""
+    batch_over_law: Floats
+    """Batch at the start over the advised one, in tokens."""
+    prices: Floats
+    """Seconds and joules per sequence measured before the start, at each precision, at each of `PRICED_BATCHES`; shape
+    (n_runs, 2, number of precisions, 3), NaN where unknown."""
     prunes: Bools
     """Whether the pruning control does anything."""
     decisions: Ints
@@ -117,9 +128,32 @@ class LimitBatch(Rows):
             min_batch_size=np.array([each.min_batch_size for each in limits], dtype=np.int64),
             max_batch_size=np.array([each.max_batch_size for each in limits], dtype=np.int64),
             masked_precisions=np.array([[name in each.masked_precisions for name in PRECISIONS] for each in limits]),
+            timed_precisions=np.array([[name in each.timed_precisions for name in PRECISIONS] for each in limits]),
+            measured_budget=np.array([each.measured_budget for each in limits], dtype=np.bool_),
+            learning_rate_over_law=np.array([_number(each.learning_rate_over_law) for each in limits]),
+            batch_over_law=np.array([_number(each.batch_over_law) for each in limits]),
+            prices=np.array([_prices(each) for each in limits]),
             prunes=np.array([each.pruning != "none" for each in limits], dtype=np.bool_),
             decisions=np.array([each.decisions for each in limits], dtype=np.int64),
         )
+
+    def untimed(self, rows: Bools) -> LimitBatch:
+        """Return the limits with no timed precision on offer in these rows, as `ControlLimits.untimed`."""
+        return replace(self, masked_precisions=self.masked_precisions | (self.timed_precisions & rows[:, None]))
+
+
+PRICED_BATCHES = (0.5, 1.0, 2.0)
+"""Batches over the starting one whose price may be known at the start."""
+
+
+def _prices(limits: ControlLimits) -> Floats:
+    prices = np.full((2, len(PRECISIONS), len(PRICED_BATCHES)), np.nan)
+    for each in limits.prices:
+        factor = each.batch_size / limits.start.batch_size
+        if factor in PRICED_BATCHES:
+            place = PRECISIONS.index(each.precision), PRICED_BATCHES.index(factor)
+            prices[:, *place] = np.array([each.time_s, _number(each.energy_j)]) / each.batch_size
+    return prices
 
 
 @dataclass(kw_only=True)

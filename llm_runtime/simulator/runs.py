@@ -13,12 +13,13 @@ from typing import Any, cast
 import numpy as np
 
 from trainpilot.llm_runtime.budget import CURRENCIES, Currency
-from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
-from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, probe_due, sequences_probed
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, StepPrice
+from trainpilot.llm_runtime.schedules import ScheduleName, learning_rate, neutral_factor, probe_due, sequences_probed
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Instances, Widening, draw_instances, normals, run_keys, uniforms
 from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import (
+    PRICED_BATCHES,
     Bools,
     ControlBatch,
     Floats,
@@ -36,6 +37,11 @@ VALIDATION_NOISE = 0.004
 PRUNING_BUMP = 40.0
 """Temporary increase of the loss by a pruning step, in nats/token per cubed share; it decays with further steps."""
 HEALING_STEPS = 60.0
+TIME_NOISE, POWER_NOISE = 0.03, 0.02
+"""Standard deviations of the logarithm of measured seconds and watts."""
+PRICED_SHARE = 0.75
+"""Share of the runs that are long enough to measure prices at the start."""
+PRICE_COUNTER = 5000
 LEAST_STEPS = 0.25
 """Least steps of an interval under a budget in seconds or joules, whatever a step costs."""
 SEQUENCE_LENGTH = 64
@@ -93,6 +99,8 @@ class Start:
     warmup_share: float = 0.1
     rates: tuple[float, float] = (1 / 30, 10.0)
     """Range of starting learning rates relative to the tuned one, drawn log-uniformly."""
+    advice_error: float = 10.0
+    """A scaling law's advice is off by up to this factor in both directions, drawn log-uniformly for each run."""
     currencies: tuple[Currency, ...] = ("tokens",)
     """What the budgets are counted in; each run draws one."""
 
@@ -138,6 +146,10 @@ class SimulatedRuns:
         self.instances = self.pool.instances.take(self.index)
         self.references = self.pool.references.take(self.index)
         self.start_rate: Floats = np.ones(n_runs)
+        self.advice_error: Floats = np.ones((n_runs, 2))
+        """Advised over tuned learning rate and batch."""
+        self.prices: Floats = np.full((n_runs, 2, len(PRECISIONS), len(PRICED_BATCHES)), np.nan)
+        """What a price measurement before the start has found, as in `LimitBatch`."""
         self.state = PhysicsState.fresh(n_runs)
         self.progress = Progress.fresh(n_runs, self.start.decisions)
         self.memory: Floats = np.zeros(n_runs)
@@ -182,13 +194,30 @@ class SimulatedRuns:
         """Begin new runs in these rows."""
         self.episodes[rows] += 1
         self.keys[rows] = run_keys(self.seed, self.rows[rows], self.episodes[rows])
-        drawn = uniforms(self.keys[rows], 0, 5)
+        drawn = uniforms(self.keys[rows], 0, 6)
         self.index[rows] = (drawn[:, 0] * len(self.pool)).astype(np.int64)
         self.instances.put(rows, self.pool.instances.take(self.index[rows]))
         self._draw_currency(rows, drawn[:, 4])
         low, high = np.log(self.start.rates)
         self.start_rate[rows] = self.references.rate[rows] * np.exp(low + (high - low) * drawn[:, 1])
+        self.advice_error[rows] = self.start.advice_error ** (2 * drawn[:, 2:4] - 1)
+        self.prices[rows] = np.where(drawn[:, 5, None, None, None] < PRICED_SHARE, self._priced(rows), np.nan)
         self._restart(rows)
+
+    def _priced(self, rows: Ints) -> Floats:
+        """Return measured prices of these rows at the start, with the noise of their telemetry."""
+        hardware, batch = self.instances.hardware.take(rows), self.instances.start_batch[rows].astype(np.float64)
+        n, dense = len(rows), np.zeros(len(rows))
+        noise = normals(self.keys[rows], PRICE_COUNTER, 2 * len(PRECISIONS) * len(PRICED_BATCHES))
+        noise = noise.reshape(n, 2, len(PRECISIONS), len(PRICED_BATCHES))
+        prices = np.exp(np.array([TIME_NOISE, POWER_NOISE])[:, None, None] * noise)
+        for place, factor in enumerate(PRICED_BATCHES):
+            prices[:, 1, :, place] *= hardware.power_w(factor * batch)[:, None]
+            for index in range(len(PRECISIONS)):
+                step_s = hardware.step_s(factor * batch, np.full(n, index), dense)
+                prices[:, 0, index, place] *= step_s / (factor * batch)
+        prices[:, 1] *= prices[:, 0]
+        return np.where(hardware.masked[:, None, :, None], np.nan, prices)
 
     def _draw_currency(self, rows: Ints, drawn: Floats) -> None:
         """Draw what the budgets in these rows are counted in, and put the tuned statics for it there."""
@@ -211,7 +240,9 @@ class SimulatedRuns:
     def limits(self) -> LimitBatch:
         """Return the control limits of each run."""
         low, high = self.instances.batch_limits(self.start.decisions)
-        n = self.n_runs
+        n, start_batch = self.n_runs, self.instances.start_batch
+        advised_batch = self.references.batch * self.advice_error[:, 1]
+        tuned_rate = self.references.rate * neutral_factor(self.references.batch.astype(np.float64), start_batch)
         begin = ControlBatch(
             learning_rate_scale=np.ones(n),
             batch_size=self.instances.start_batch.copy(),
@@ -224,6 +255,11 @@ class SimulatedRuns:
             min_batch_size=low,
             max_batch_size=high,
             masked_precisions=self.instances.hardware.masked.copy(),
+            timed_precisions=np.tile(np.arange(len(PRECISIONS)) > 0, (n, 1)),
+            measured_budget=self.currency != CURRENCIES.index("tokens"),
+            learning_rate_over_law=self.start_rate / (tuned_rate * self.advice_error[:, 0]),
+            batch_over_law=start_batch / advised_batch,
+            prices=self.prices.copy(),
             prunes=self.instances.prunes.copy(),
             decisions=np.full(n, self.start.decisions),
         )
@@ -353,12 +389,12 @@ class SimulatedRuns:
 
 def _time_noise(random: Floats) -> Floats:
     """Return the factors on the seconds of an interval."""
-    return np.exp(0.03 * random[:, 9])
+    return np.exp(TIME_NOISE * random[:, 9])
 
 
 def _power_noise(random: Floats) -> Floats:
     """Return the factors on the watts of an interval."""
-    return np.exp(0.02 * random[:, 10])
+    return np.exp(POWER_NOISE * random[:, 10])
 
 
 def default_pool(n_instances: int = 256, seed: int = 0) -> Pool:
@@ -386,11 +422,17 @@ class OnePlant:
         """Return the control limits of the run."""
         limits = self.plants.limits()
         masked = zip(PRECISIONS, limits.masked_precisions[0], strict=True)
+        timed = zip(PRECISIONS, limits.timed_precisions[0], strict=True)
         return ControlLimits(
             start=limits.start.row(0),
             min_batch_size=int(limits.min_batch_size[0]),
             max_batch_size=int(limits.max_batch_size[0]),
             masked_precisions={name: MASKED for name, is_masked in masked if is_masked},
+            timed_precisions=tuple(name for name, is_timed in timed if is_timed),
+            measured_budget=bool(limits.measured_budget[0]),
+            learning_rate_over_law=_known(limits.learning_rate_over_law[0]),
+            batch_over_law=_known(limits.batch_over_law[0]),
+            prices=_step_prices(limits),
             pruning="width" if limits.prunes[0] else "none",
             decisions=int(limits.decisions[0]),
         )
@@ -419,6 +461,23 @@ class OnePlant:
         """Restore a state that `snapshot` returned."""
         self.plants = deepcopy(snapshot["plants"])
         self.finished = snapshot["finished"]
+
+
+def _step_prices(limits: LimitBatch) -> tuple[StepPrice, ...]:
+    """Return the prices of the only run that are known."""
+    start_batch = int(limits.start.batch_size[0])
+    found = []
+    for index, precision in enumerate(PRECISIONS):
+        for place, factor in enumerate(PRICED_BATCHES):
+            (seconds, joules), batch = limits.prices[0, :, index, place], int(factor * start_batch)
+            time_s, energy_j = _known(seconds * batch), _known(joules * batch)
+            if batch and time_s is not None:
+                found.append(StepPrice(batch_size=batch, precision=precision, time_s=time_s, energy_j=energy_j))
+    return tuple(found)
+
+
+def _known(value: np.float64) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 class SimulatedRun(OnePlant):

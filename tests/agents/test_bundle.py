@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import make_limits
 from policies import N_CHOICES, N_INPUTS, random_weights
 from safetensors.numpy import save_file
 
 from trainpilot.agents import bundle as bundle_module
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, field_tables, policy_digest, policy_path
+from trainpilot.agents.controller import Controller, keep
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
+from trainpilot.envs.decision import N_STACK, Preference
+from trainpilot.envs.observation import OBSERVATION_FIELDS
 
 
 def write_raw(path: Path, weights: dict[str, np.ndarray], content: object) -> None:
@@ -90,15 +94,47 @@ def test_a_wrong_header_is_refused(tmp_path: Path, content: object, message: str
 
 def test_changed_fields_are_refused_by_name(tmp_path: Path) -> None:
     tables = field_tables()
-    tables["observations"] = [f for f in tables["observations"] if f["name"] != "curvature"]
-    write_raw(tmp_path / "p.safetensors", random_weights(), header(fields=tables))
-    with pytest.raises(ValueError, match="observations: 'curvature' is missing"):
-        PolicyBundle.load(tmp_path / "p.safetensors")
-    tables = field_tables()
+    curvature = next(f for f in tables["observations"] if f["name"] == "curvature")
+    for change, message in (
+        ({"name": "mood"}, "observations: 'mood' is unknown"),
+        ({"high": 7}, "observations: 'curvature' is .*'high': 7.*, expected .*'high': 5"),
+        ({"name": "noise_scale", "low": -2, "high": 3}, "observations: 'noise_scale' is listed twice"),
+    ):
+        changed = [{**f, **change} if f == curvature else f for f in tables["observations"]]
+        write_raw(tmp_path / "p.safetensors", random_weights(), header(fields={**tables, "observations": changed}))
+        with pytest.raises(ValueError, match=message) as caught:
+            PolicyBundle.load(tmp_path / "p.safetensors")
+        assert "\n" not in str(caught.value)
     tables["actions"][0]["choices"][0] = "x0.25"
     write_raw(tmp_path / "q.safetensors", random_weights(), header(fields=tables))
     with pytest.raises(ValueError, match=r"actions: 'learning_rate' is .*x0\.25"):
         PolicyBundle.load(tmp_path / "q.safetensors")
+
+
+def test_a_bundle_may_list_fewer_fields_in_an_order_of_its_own(tmp_path: Path) -> None:
+    fields = (OBSERVATION_FIELDS[3], OBSERVATION_FIELDS[0])
+    weights = {"action.weight": np.ones((N_CHOICES, N_STACK * 2), np.float32), "action.bias": np.zeros(N_CHOICES, "f4")}
+    PolicyBundle(weights, {}, fields).save(tmp_path / "p.safetensors")
+    loaded = PolicyBundle.load(tmp_path / "p.safetensors")
+
+    assert loaded.fields == fields
+    state = Controller.of_bundle(loaded, make_limits(), Preference()).state
+    assert list(state.fields()) == [field.name for field in fields]
+    assert loaded.act(state.observation(), state.action_masks())
+    tables = {**field_tables(fields), "observations": []}
+    write_raw(tmp_path / "q.safetensors", weights, header(fields=tables))
+    with pytest.raises(ValueError, match="observations: there are none"):
+        PolicyBundle.load(tmp_path / "q.safetensors")
+
+
+def test_the_shipped_policy_sees_the_fields_that_it_learnt_from() -> None:
+    bundle = PolicyBundle.load(policy_path("default"))
+    recorded = json.loads((Path(__file__).parents[1] / "golden" / "fields.json").read_text())["observation"]
+    state = Controller.of_bundle(bundle, make_limits(), Preference()).state
+
+    assert [field.name for field in bundle.fields] == list(state.fields()) == [each["name"] for each in recorded[:34]]
+    assert Controller(bundle.act, make_limits(), Preference()).state.observation().size == N_STACK * 34
+    assert Controller(keep, make_limits(), Preference()).state.observation().size == N_INPUTS
 
 
 def test_wrong_weights_are_refused(tmp_path: Path) -> None:

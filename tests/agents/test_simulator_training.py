@@ -31,7 +31,7 @@ from trainpilot.agents.simulator_training import (
 from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.environments import VectorSimulatedTraining
-from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.observation import OBSERVATION_FIELDS, fields_of
 from trainpilot.experiments import train_agent, workers
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.train_agent import physics_of, total_cost, train_agents
@@ -274,3 +274,23 @@ def test_many_rows_are_decided_as_one_is() -> None:
 def test_no_runs_are_refused(pool: Pool) -> None:
     with pytest.raises(ValueError, match="n_runs must be at least 1, got 0"):
         evaluate_in_simulator(keep, pool, n_runs=0)
+
+
+def test_a_stage_selects_groups_of_observation_fields() -> None:
+    without_prices = replace(TINY, observe=("law", "history"), hide=())
+
+    assert {field.group for field in without_prices.fields} == {"basic", "law", "history"}
+    assert without_prices.seen().size == N_STACK * len(without_prices.fields)
+    assert SimulatorStage().fields == OBSERVATION_FIELDS
+    with pytest.raises(ValueError, match="observe must name groups"):
+        replace(TINY, observe=("mood",))
+    with pytest.raises(ValueError, match="hide must name observation fields"):
+        replace(TINY, observe=(), hide=("seconds_half",))
+
+
+def test_an_agent_s_bundle_lists_the_fields_that_it_saw(tmp_path: Path) -> None:
+    stage = replace(TINY, observe=("law",), hide=(), quality_alone=0.5)
+    agent = train_in_simulator(stage, 1, physics_of("shipped"), tmp_path / "agent")
+    agent.bundle.save(tmp_path / "policy.safetensors")
+
+    assert PolicyBundle.load(tmp_path / "policy.safetensors").fields == fields_of(("law",))

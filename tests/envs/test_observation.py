@@ -13,10 +13,20 @@ import pytest
 from fakes import START, make_limits, make_telemetry
 from random_telemetry import random_run
 
-from trainpilot.envs.action import ACTION_FIELDS, KEEP
+from trainpilot.envs.action import ACTION_FIELDS, FIRST_CHOICES, KEEP
 from trainpilot.envs.decision import N_STACK, DecisionState, Preference
-from trainpilot.envs.observation import OBSERVATION_FIELDS, WINDOW, ObservationField, RunHistory, RunView, encode
-from trainpilot.llm_runtime.config import Controls
+from trainpilot.envs.history import RunHistory
+from trainpilot.envs.observation import (
+    BASIC,
+    GROUPS,
+    OBSERVATION_FIELDS,
+    ObservationField,
+    ObservationTable,
+    RunView,
+    fields_of,
+)
+from trainpilot.envs.prices import PriceBook
+from trainpilot.llm_runtime.config import Controls, Precision, StepPrice
 from trainpilot.llm_runtime.simulator.records import ControlBatch, LimitBatch, TelemetryBatch
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -24,18 +34,23 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "fields.json"
 OBSERVED = Path(__file__).parents[1] / "golden" / "observations.json"
 """Observations of four random runs, recorded when each field was computed from the records of one run."""
 FIELDS = {field.name: field for field in OBSERVATION_FIELDS}
+encode = ObservationTable(OBSERVATION_FIELDS).encode
 BUDGET_USED = 0
 
 
 def view(*telemetry: Telemetry, **overrides: Any) -> RunView:
     """Return what is seen of one run after these intervals."""
     history = RunHistory(1)
-    for interval in telemetry:
-        history.observe(TelemetryBatch.of([interval]))
     quiet: dict[str, Any] = {"limits": make_limits(), "controls": START, "precision_switches": 0}
     values = quiet | overrides
+    for interval in telemetry:
+        history.observe(TelemetryBatch.of([interval]), ControlBatch.of([values["controls"]]))
+    prices = PriceBook(LimitBatch.of([values["limits"]]))
+    for interval in telemetry:
+        prices.observe(TelemetryBatch.of([interval]))
     return RunView(
         history=history,
+        prices=prices,
         limits=LimitBatch.of([values["limits"]]),
         controls=ControlBatch.of([values["controls"]]),
         precision_switches=np.array([values["precision_switches"]]),
@@ -178,6 +193,52 @@ def test_what_is_in_force_is_told_before_the_first_interval() -> None:
     assert [raw(name, controls=controls, precision_switches=1) for name in names] == [0, 0, 1, 0, 1, 1]
 
 
+def test_the_start_over_the_law_follows_the_controls() -> None:
+    limits = make_limits(learning_rate_over_law=0.5, batch_over_law=4.0)
+    controls = Controls(batch_size=32, learning_rate_scale=8.0)  # from 8 sequences: four times the batch
+
+    # 0.5 x 8 x sqrt(4) = 8, and 4 x 4 = 16
+    assert raw("learning_rate_over_law", limits=limits) == -1.0
+    assert raw("learning_rate_over_law", limits=limits, controls=controls) == pytest.approx(3.0)
+    assert raw("batch_over_law", limits=limits, controls=controls) == pytest.approx(4.0)
+
+
+def test_the_whole_run_is_told_beside_the_present() -> None:
+    run = falling(3.0, 2.0, 2.0 * math.e**0.25)
+    run = [replace(each, budget_used=0.1 * (i + 1)) for i, each in enumerate(run)]
+
+    assert raw("loss_above_best", *run) == pytest.approx(0.25)
+    assert raw("since_best", *run) == pytest.approx(0.1)
+    assert raw("spikes", *run, replace(run[-1], train_loss_max=9.0)) == 1.0  # log2(1 + 1)
+    assert raw("slope_at_lowest_rate", *run[:2]) == pytest.approx(math.log(3 / 2) / math.log(2))
+
+
+def test_extremes_are_over_the_present_controls() -> None:
+    state = DecisionState(make_limits(), Preference())
+    for action in ((6, 2, 0, 0, 0), (6, 2, 0, 0, 0), (0, 0, 0, 0, 0)):  # twice doubled, once halved
+        state.decide(action)
+        state.observe(make_telemetry())
+    seen = {name: FIELDS[name].low + (value + 1) / 2 * (FIELDS[name].high - FIELDS[name].low)
+            for name, value in state.fields().items()}  # fmt: skip
+
+    names = ("highest_rate", "lowest_rate", "largest_batch", "smallest_batch")
+    assert [seen[name] for name in names] == pytest.approx([1.0, 0.0, 1.0, 0.0])
+
+
+def test_prices_are_told_by_quantity_batch_and_precision() -> None:
+    def price(batch: int, time_s: float, energy_j: float, precision: Precision = "fp32") -> StepPrice:
+        return StepPrice(batch_size=batch, precision=precision, time_s=time_s, energy_j=energy_j)
+
+    measured = (price(4, 8.0, 16.0), price(8, 8.0, 64.0), price(16, 16.0, 64.0), price(8, 4.0, 64.0, "bf16"))
+    seen = {name: raw(name, limits=make_limits(prices=measured)) for name in PRICES}
+
+    # seconds a sequence 2, 1, 1 and 0.5 in bf16; joules 4, 8, 4 and 8, where the line through both ends is 4 + 0 / B
+    assert seen["seconds_half"] == pytest.approx(math.log2(1 + (2 - 1) / (1 / 4 - 1 / 16) / 8))
+    assert seen["seconds_bf16"] == -1.0
+    assert (seen["joules_half"], seen["joules_double"], seen["joules_bf16"]) == (0.0, 0.0, 0.0)
+    assert seen["seconds_tf32"] is None
+
+
 def test_last_action_and_preference_are_passed_on() -> None:
     state = DecisionState(make_limits(), Preference(quality=0.6, energy=0.3, time=0.1))
     state.decide((6, 0, 3, 0, 0))
@@ -223,6 +284,8 @@ def test_what_was_not_measured_is_unknown() -> None:
 
     assert unknown == {
         *("validation_gap", "relative_update", "curvature", "noise_scale", "energy_per_token", "power", "memory"),
+        *("learning_rate_over_law", "batch_over_law"),
+        *(PRICES - {"seconds_fp32"}),
     }
     assert all(encode(view(bare))[0, i] == 0.0 for i, name in enumerate(FIELDS) if name in unknown)
 
@@ -275,6 +338,67 @@ def test_an_observation_does_not_change_afterwards() -> None:
     assert (before == copy).all()
 
 
+METERED = {"throughput", "energy_per_token", "power", "memory"}
+PRICES = {field.name for field in fields_of(("prices",)) if field.group == "prices"}
+
+
+def test_the_metered_fields_are_unknown_to_a_run_for_quality_alone() -> None:
+    for preference, blind in ((Preference(quality=3, energy=0, time=0), True), (Preference(), False)):
+        fast, slow = DecisionState(make_limits(), preference), DecisionState(make_limits(), preference)
+        slow.observe(make_telemetry(time_s=9.0, energy_j=500.0, power_w=80.0, memory_share=0.9))
+        fast.observe(make_telemetry())
+        differing = {name for name, value in fast.fields().items() if value != slow.fields()[name]}
+
+        assert differing == (set() if blind else {"memory"})  # the others are over their best so far
+        assert [fast.fields()[name] for name in METERED] == (
+            [0.0] * len(METERED) if blind else pytest.approx([fast.fields()[name] for name in METERED])
+        )
+    assert {name for name, field in FIELDS.items() if field.metered} == METERED | PRICES
+    assert len(PRICES) == 12
+
+
+def test_a_budget_in_seconds_or_joules_needs_eyes_even_for_quality_alone() -> None:
+    limits = make_limits(measured_budget=True, timed_precisions=("bf16",))
+    state = DecisionState(limits, Preference(quality=1, energy=0, time=0))
+    state.observe(make_telemetry())
+
+    assert state.fields()["throughput"] == 1.0
+    assert state.limits == limits
+
+
+def test_quality_alone_keeps_the_precision_unless_offered_untimed() -> None:
+    limits = make_limits(timed_precisions=("bf16",), masked_precisions={"tf32": "measured here", "fp16": "not here"})
+    seeing, blind = (DecisionState(limits, each) for each in (Preference(), Preference(quality=1, energy=0, time=0)))
+    first = FIRST_CHOICES[2]
+
+    assert seeing.action_masks()[first : first + 5].tolist() == [True, False, False, True, False]
+    assert blind.action_masks()[first : first + 5].tolist() == [True, False, False, False, False]
+    assert "only a clock" in str(blind.mask_reasons()[2][3])
+    assert blind.anew().limits == blind.limits
+    offered = DecisionState(make_limits(), Preference(quality=1, energy=0, time=0))
+    assert offered.action_masks()[first : first + 5].tolist() == [True, False, True, True, True]
+
+
+def test_a_policy_sees_the_fields_that_it_names_in_its_order() -> None:
+    chosen = tuple(FIELDS[name] for name in ("prefers_time", "budget_used"))
+    state, everything = (DecisionState(make_limits(), Preference(), fields) for fields in (chosen, OBSERVATION_FIELDS))
+    for each in (state, everything):
+        each.observe(make_telemetry(budget_used=0.75))
+
+    assert state.fields() == {name: everything.fields()[name] for name in ("prefers_time", "budget_used")}
+    assert state.observation().shape == (N_STACK * 2,)
+    assert state.observation()[-1] == 0.5
+
+
+def test_groups_select_fields_and_the_basic_ones_stay() -> None:
+    assert fields_of() == OBSERVATION_FIELDS
+    assert {field.group for field in fields_of(())} == {"basic"}
+    for group in GROUPS:
+        assert {field.group for field in fields_of((group,))} == {"basic", group}
+    with pytest.raises(ValueError, match=r"observe must name groups of observation fields .*, got 'mood'"):
+        fields_of(("mood",))
+
+
 def test_names_are_unique_and_ranges_are_ranges() -> None:
     assert len(FIELDS) == len(OBSERVATION_FIELDS)
     assert all(field.low < field.high for field in OBSERVATION_FIELDS)
@@ -298,26 +422,36 @@ def test_the_tables_are_those_of_the_shipped_policies() -> None:
 
 def test_the_observations_are_those_that_the_shipped_policies_learnt_from() -> None:
     recorded = json.loads(OBSERVED.read_text(encoding="utf-8"))
-    present = [[list(state.fields().values()) for state, _ in random_run(seed)] for seed in range(len(recorded))]
+    names = [field.name for field in fields_of(BASIC)]  # those that there were when they were recorded
+    present = [
+        [[state.fields()[name] for name in names] for state, _ in random_run(seed)] for seed in range(len(recorded))
+    ]
 
     assert np.abs(np.array(present) - np.array(recorded)).max() < 1e-12
 
 
 def test_many_runs_at_different_decisions_are_observed_like_each_alone() -> None:
-    alone = [[state.fields() for state, _ in random_run(seed)] for seed in range(6)]
+    alone = [[(state.fields(), state.controls) for state, _ in random_run(seed)] for seed in range(6)]
     intervals = [[telemetry for _, telemetry in random_run(seed)][1:] for seed in range(6)]
     states = [next(state for state, _ in random_run(seed, decisions=0)) for seed in range(6)]
-    history = RunHistory(6)
+    limits = LimitBatch.of([state.limits for state in states])
+    history, prices = RunHistory(6), PriceBook(limits)
     for step in range(20):  # run i begins anew after 12 intervals, the first time after 12 - i
         decisions = [(step + row) % 12 for row in range(6)]
-        history.reset(np.array([row for row in range(6) if decisions[row] == 0], dtype=np.int64))
+        ended = np.array([row for row in range(6) if decisions[row] == 0], dtype=np.int64)
+        history.reset(ended)
         now = [intervals[row][decision] for row, decision in enumerate(decisions)]
-        history.observe(TelemetryBatch.of([each for each in now if each is not None]))
+        controls = ControlBatch.of([alone[row][decision + 1][1] for row, decision in enumerate(decisions)])
+        telemetry = TelemetryBatch.of([each for each in now if each is not None])
+        prices.begin(ended, limits.take(ended))
+        prices.observe(telemetry)
+        history.observe(telemetry, controls)
         seen = encode(
             RunView(
                 history=history,
-                limits=LimitBatch.of([state.limits for state in states]),
-                controls=ControlBatch.of([START] * 6),
+                prices=prices,
+                limits=limits,
+                controls=controls,
                 precision_switches=np.zeros(6, dtype=np.int64),
                 last_action=np.zeros((6, len(ACTION_FIELDS))),
                 preference=np.zeros((6, 3)),
@@ -325,103 +459,9 @@ def test_many_runs_at_different_decisions_are_observed_like_each_alone() -> None
         )
         whole = [row for row in range(6) if decisions[row] <= step]  # observed from their beginning
         for row in whole:
-            expected = alone[row][decisions[row] + 1]
+            expected, _ = alone[row][decisions[row] + 1]
             same = {name: seen[row, i] for i, name in enumerate(FIELDS) if name not in OF_THE_STATE}
             assert same == pytest.approx({name: expected[name] for name in same}, abs=1e-12)
 
 
 OF_THE_STATE = KNOWN_AT_THE_START - {"budget_used"}
-
-
-# History of the runs ------------------------------------------------------------------------------------------------
-
-
-def seen(history: RunHistory, *runs: dict[str, Any]) -> None:
-    """Take in one interval of each run, with what shall differ."""
-    history.observe(TelemetryBatch.of([make_telemetry(**changes) for changes in runs]))
-
-
-def test_nothing_is_known_before_the_first_interval() -> None:
-    history = RunHistory(2)
-
-    assert history.started.tolist() == [False, False]
-    for values in (
-        history.newest("train_loss"),
-        history.before("steps"),
-        history.oldest("tokens"),
-        history.best("power_w"),
-    ):
-        assert np.isnan(values).all()
-
-
-def test_the_newest_and_the_one_before_are_kept_of_everything() -> None:
-    history = RunHistory(1)
-    seen(history, {"train_loss": 3.0, "steps": 5})
-    seen(history, {"train_loss": 2.0, "steps": 7, "noise_scale": None})
-
-    assert (history.newest("train_loss")[0], history.before("train_loss")[0]) == (2.0, 3.0)
-    assert (history.newest("steps")[0], history.before("steps")[0]) == (7, 5)
-    assert np.isnan(history.newest("noise_scale")[0])
-
-
-def test_what_the_probe_told_holds_until_it_looks_again() -> None:
-    history = RunHistory(2)
-    told = []
-    for curvature in (None, 0.5, None, None, 0.7):
-        seen(history, {"probe_quadratic": curvature}, {"probe_quadratic": None})
-        told.append(history.newest("probe_quadratic").tolist())
-    assert [one for one, _ in told] == pytest.approx([np.nan, 0.5, 0.5, 0.5, 0.7], nan_ok=True)
-    assert np.isnan([other for _, other in told]).all()
-    history.reset(np.array([0]))
-    seen(history, {"probe_quadratic": None}, {"probe_quadratic": 0.1})
-    assert history.newest("probe_quadratic").tolist() == pytest.approx([np.nan, 0.1], nan_ok=True)  # a new run
-
-
-def test_the_oldest_is_six_intervals_back_or_the_first() -> None:
-    history = RunHistory(1)
-    oldest = []
-    for loss in range(10, 0, -1):
-        seen(history, {"train_loss": float(loss)})
-        oldest.append(float(history.oldest("train_loss")[0]))
-
-    assert oldest == [10.0] * WINDOW + [9.0, 8.0, 7.0]
-
-
-def test_the_best_leaves_out_what_is_unknown_or_not_above_zero() -> None:
-    history = RunHistory(1)
-    best = []
-    for watts, joules in ((None, None), (50.0, 200.0), (0.0, -1.0), (80.0, 100.0), (None, 300.0)):
-        seen(history, {"power_w": watts, "energy_j": joules})
-        best.append((float(history.best("power_w")[0]), float(history.best("energy_per_token_j")[0])))
-
-    assert best[0] == pytest.approx((np.nan, np.nan), nan_ok=True)
-    # 1,000 tokens an interval
-    assert best[1:] == [(50.0, 0.2), (50.0, 0.2), (80.0, 0.1), (80.0, 0.1)]
-    assert history.best("tokens_per_s")[0] == 500.0
-
-
-def test_a_validation_loss_goes_with_the_training_loss_before_it() -> None:
-    history = RunHistory(2)
-    told: list[list[Any]] = []
-    for first, second in ((2.5, None), (2.5, None), (None, 2.2), (2.4, 2.2)):
-        seen(history, *({"validation_loss": v, "train_loss": 3.0 - 0.1 * len(told)} for v in (first, second)))
-        told.append([history.validation_loss.tolist(), history.train_loss_before_validation.tolist()])
-
-    assert told[1] == [pytest.approx([2.5, np.nan], nan_ok=True), pytest.approx([np.nan, np.nan], nan_ok=True)]
-    assert told[2] == [[2.5, 2.2], pytest.approx([np.nan, 2.9], nan_ok=True)]  # the first was measured before training
-    assert told[3] == [[2.4, 2.2], [pytest.approx(2.8), 2.9]]
-
-
-def test_a_run_that_begins_anew_knows_nothing_and_the_others_everything() -> None:
-    history = RunHistory(3)
-    for loss in (3.0, 2.0):
-        seen(history, *({"train_loss": loss + row, "validation_loss": loss, "learning_rate": loss} for row in range(3)))
-    history.reset(np.array([1]))
-
-    assert history.started.tolist() == [True, False, True]
-    assert history.newest("train_loss").tolist() == pytest.approx([2.0, np.nan, 4.0], nan_ok=True)
-    seen(history, *({"train_loss": 9.0, "learning_rate": 1.0}, {"train_loss": 9.0, "learning_rate": 1.0}, {}))
-    assert history.oldest("train_loss").tolist() == [3.0, 9.0, 5.0]
-    assert history.best("learning_rate").tolist() == [3.0, 1.0, 3.0]
-    assert history.validation_loss.tolist() == pytest.approx([2.0, np.nan, 2.0], nan_ok=True)
-    assert history.intervals.tolist() == [3, 1, 3]

@@ -213,6 +213,19 @@ def test_a_preference_is_drawn_per_episode_or_fixed() -> None:
         VectorSimulatedTraining(ToyPlants(1), least_quality=1.5)
 
 
+def test_a_share_of_the_preferences_is_for_quality_alone() -> None:
+    weights = draw_weights(np.random.default_rng(0), 10_000, 0.2, 0.25)
+    alone = weights[:, 0] == 1.0
+
+    assert alone.mean() == pytest.approx(0.25, abs=0.02)
+    assert (weights[alone, 1:] == 0).all()
+    assert (weights[~alone, 0] < 1).all()
+    env = VectorSimulatedTraining(ToyPlants(4), quality_alone=1.0)
+    assert (env.reset(seed=0)[1]["preference"] == [1, 0, 0]).all()
+    with pytest.raises(ValueError, match=r"quality_alone must be in \[0, 1\], got -1"):
+        VectorSimulatedTraining(ToyPlants(1), quality_alone=-1)
+
+
 def test_weights_are_drawn_like_a_preference() -> None:
     many = draw_weights(np.random.default_rng(0), 10_000, 0.2)
     one = draw_weights(np.random.default_rng(7), 1)[0]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from trainpilot.experiments.cli import main
 from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.llm_runtime.energy.meter import NoMeter
+from trainpilot.llm_runtime.models import body_parameters_of
+from trainpilot.llm_runtime.scaling_laws import step_law
 
 COMMAND = [sys.executable, "-m", "trainpilot.experiments.cli", "replay"]
 CONFIG = {
@@ -119,6 +122,22 @@ def test_the_policy_brings_its_base_schedule_and_options_win() -> None:
     assert ReplayOptions(out=Path("x"), decisions=30).run_config(40, wsd).decisions == 30
 
 
+def test_auto_starts_at_what_the_law_advises(workplace: Path) -> None:
+    def chosen(**options: Any) -> tuple[int, float]:
+        model = str(workplace / "model.json")
+        config = ReplayOptions(out=Path("x"), model=model, tokens=204_800, sequence_length=32, **options).run_config(50)
+        return config.batch_size, config.base_learning_rate
+
+    n_parameters = body_parameters_of(str(workplace / "model.json"))
+    assert n_parameters is not None
+    advice = step_law(n_parameters, 204_800)  # 625 tokens, 19.5 sequences
+    assert chosen(batch_size="auto", base_learning_rate="auto") == (16, advice.learning_rate_at(512.0))
+    assert chosen(batch_size=32, base_learning_rate="auto") == (32, advice.learning_rate)
+    assert chosen(batch_size="auto") == (16, 1e-3)
+    with pytest.raises(ValueError, match="must be numbers for a pretrained model, got 'auto'"):
+        ReplayOptions(out=Path("x"), model="some/model", batch_size="auto").run_config(50)
+
+
 def test_a_steered_run_says_which_policy_under_which_schedule(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,12 +158,35 @@ def test_a_steered_run_says_which_policy_under_which_schedule(
     assert "policy_digest was" in capsys.readouterr().err
 
 
+def steps_of(folder: Path) -> list[tuple[float, dict[str, Any]]]:
+    """Return training loss and requested controls of every interval."""
+    intervals = [json.loads(line)["telemetry"] for line in (folder / "telemetry.jsonl").open()]
+    return [(each["train_loss"], each["requested"]) for each in intervals]
+
+
+BLIND = ("--policy", "default", "--preference", "quality=1")
+
+
+def test_the_shipped_policy_repeats_a_run_to_the_last_bit(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINPILOT_CACHE", str(workplace / "cache"))
+    for name in ("one", "other"):
+        shutil.rmtree(workplace / "cache", ignore_errors=True)  # what was timed in one run does not help the other
+        assert run_here(command(workplace, name, *BLIND), monkeypatch) == 0
+    one, other = summary(workplace / "one"), summary(workplace / "other")
+
+    assert steps_of(workplace / "one") == steps_of(workplace / "other")
+    assert one["n_changes"] > 5
+    assert one["time_s"] != other["time_s"]
+    for name in ("final_validation_loss", "final_test_loss", "final_controls", "n_decisions"):
+        assert one[name] == other[name], name
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["none", "bundle"])
+@pytest.mark.parametrize("policy", ["none", "bundle", "default"])
 def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     zigzag_bundle(workplace / "policy.safetensors")
-    chosen = "none" if policy == "none" else str(workplace / "policy.safetensors")
-    more = ("--policy", chosen, "--pruning", "magnitude")
+    chosen = policy if policy != "bundle" else str(workplace / "policy.safetensors")
+    more = BLIND if policy == "default" else ("--policy", chosen, "--pruning", "magnitude")
     size = {"tokens": 102_400, "decisions": 40}
     whole = run(command(workplace, "whole", *more, **size))
     assert whole.returncode == 0, whole.stderr
@@ -163,11 +205,7 @@ def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, mon
     expected, found = summary(workplace / "whole"), summary(workplace / "cut")
     for name in ("final_validation_loss", "final_test_loss", "initial_validation_loss", "n_decisions", "n_changes"):
         assert found[name] == expected[name], name
-    losses = [
-        [json.loads(line)["telemetry"]["train_loss"] for line in (workplace / out / "telemetry.jsonl").open()]
-        for out in ("whole", "cut")
-    ]
-    assert losses[0] == losses[1]
+    assert steps_of(workplace / "whole") == steps_of(workplace / "cut")
     assert found["n_changes"] > 5 or policy == "none"
     assert not checkpoint.exists()
 

@@ -10,10 +10,11 @@ from policies import N_CHOICES
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.explain import FIELDS
 from trainpilot.envs.action import ACTION_FIELDS, FIRST_CHOICES
 from trainpilot.envs.decision import N_STACK
+from trainpilot.envs.observation import OBSERVATION_FIELDS
 
+FIELDS = tuple(field.name for field in OBSERVATION_FIELDS)
 N_FIELDS = len(FIELDS)
 KEEP_RATE, DOUBLE_RATE = 3, 6
 KEEP_BATCH = FIRST_CHOICES[1] + 1

@@ -55,6 +55,11 @@ class ToyPlants:
             min_batch_size=np.full(n, 2),
             max_batch_size=np.where(tight, 8, 32),
             masked_precisions=masked,
+            timed_precisions=np.zeros_like(masked),
+            measured_budget=np.zeros(n, dtype=np.bool_),
+            learning_rate_over_law=np.full(n, np.nan),
+            batch_over_law=np.full(n, np.nan),
+            prices=np.full((n, 2, len(PRECISIONS), 3), np.nan),
             prunes=~tight,
             decisions=np.full(n, self.decisions),
         )

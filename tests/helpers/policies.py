@@ -10,7 +10,7 @@ import numpy as np
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import N_STACK
-from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.observation import OBSERVATION_FIELDS, fields_of
 
 N_INPUTS = N_STACK * len(OBSERVATION_FIELDS)
 N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
@@ -19,17 +19,15 @@ N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
 def zigzag_bundle(path: Path, **provenance: Any) -> None:
     """Write a policy that moves all it can, from inputs that repeat exactly: no seconds, joules or memory."""
     random = np.random.default_rng(5)
-    noisy = {"throughput", "energy_per_token", "power", "memory"}
-    weight = random.normal(0, 2, (16, N_INPUTS)).astype(np.float32)
-    for stack in range(N_STACK):
-        for index, field in enumerate(OBSERVATION_FIELDS):
-            if field.name in noisy:
-                weight[:, stack * len(OBSERVATION_FIELDS) + index] = 0
+    fields = fields_of(("basic",))
+    metered = np.tile([field.metered for field in fields], N_STACK)
+    weight = np.where(metered, 0, random.normal(0, 2, (16, N_STACK * len(fields)))).astype(np.float32)
     action = random.normal(0, 1, (N_CHOICES, 16)).astype(np.float32)
     bias = np.zeros(N_CHOICES, np.float32)
     bias[-1] = -100  # never finish early
     weights = {"hidden.0.weight": weight, "hidden.0.bias": np.zeros(16, np.float32)}
-    PolicyBundle({**weights, "action.weight": action, "action.bias": bias}, {"decisions": 20, **provenance}).save(path)
+    weights |= {"action.weight": action, "action.bias": bias}
+    PolicyBundle(weights, {"decisions": 20, **provenance}, fields).save(path)
 
 
 def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
