@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat, TypedDict
+from typing import Any, ClassVar, SupportsFloat, TypedDict
 
 import gymnasium
 import numpy as np
@@ -171,6 +171,8 @@ class ReferenceBatch:
 @dataclass(frozen=True, kw_only=True)
 class Reference(JsonRecord):
     """Losses and costs of the base schedule on one case."""
+
+    left_out_at_default: ClassVar[tuple[str, ...]] = ("currency",)
 
     currency: Currency = "tokens"
     """What the budgets are counted in: the run's own currency."""

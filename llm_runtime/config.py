@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
-from typing import Any, Literal, get_args, overload
+from typing import Any, ClassVar, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,6 +135,8 @@ OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(JsonRecord):
     """One run, also called a case: one training of one model on one corpus under one budget."""
+
+    left_out_at_default: ClassVar[tuple[str, ...]] = ("budget", "warmup_share")
 
     model: str = "llama-nano"
     """A preset, a config JSON (trained from scratch), a local model folder or a Hub id (fine-tuned)."""
@@ -273,15 +275,12 @@ class RunConfig(JsonRecord):
 
     def settings(self) -> dict[str, Any]:
         """Return the fields as plain values; those that version 0.1 did not have only where they are set."""
-        fields = asdict(self)
-        return {name: value for name, value in fields.items() if name not in _NEWER or value is not None}
+        newer = self.left_out_at_default
+        return {name: value for name, value in asdict(self).items() if name not in newer or value is not None}
 
     def start(self) -> Controls:
         """Return the controls that leave the base schedule untouched."""
         return Controls(batch_size=self.batch_size, precision=self.precision)
-
-
-_NEWER = ("budget", "warmup_share")
 
 
 def _is_number(value: object) -> bool:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
@@ -24,6 +24,24 @@ class JsonRecord:
     """Base of dataclasses that are written as JSON. Nested dataclasses, tuples and mappings are converted too."""
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+    left_out_at_default: ClassVar[tuple[str, ...]] = ()
+    """Fields that JSON leaves out at their default: those that version 0.1 did not have. So its files stay the same."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable[[Any], Any]) -> Any:
+        """Return pydantic's schema of the record."""
+        schema, names = handler(source), cls.left_out_at_default
+        if names:
+            from pydantic_core import core_schema
+
+            defaults = {each.name: each.default for each in fields(source) if each.name in names}
+
+            def written(record: Any, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+                dull = {name for name, default in defaults.items() if getattr(record, name) == default}
+                return {name: value for name, value in write(record).items() if name not in dull}
+
+            schema["serialization"] = core_schema.wrap_serializer_function_ser_schema(written)
+        return schema
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, the fields in their order."""

@@ -12,6 +12,7 @@ import pytest
 
 from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.live_run import resolve_device
+from trainpilot.llm_runtime.schedules import PARTS
 
 WHOLE = "must be a whole number of at least"
 
@@ -43,6 +44,10 @@ BAD: list[tuple[str, Any, str]] = [
     ("optimizer", "sgd", "optimizer must be one of adamw, schedule-free, prodigy, got 'sgd'"),
     ("text", (), "text must name at least one source, got none; the default is 'stdlib'"),
     ("warmup_tokens", -1, "warmup_tokens must be in [0, tokens), got -1"),
+    ("warmup_share", 1.0, "warmup_share must be in [0, 1), got 1.0"),
+    ("warmup_share", math.nan, "warmup_share must be in [0, 1), got nan"),
+    ("budget", "0s", "budget must be above 0, got 0s"),
+    ("budget", "1M", "budget must be in seconds or joules, got '1M'; give tokens=1000000"),
     ("warmup_tokens", 1_000_000, "warmup_tokens must be in [0, tokens), got 1000000"),
 ]
 
@@ -59,6 +64,42 @@ def test_budget_gives_every_decision_a_step() -> None:
         RunConfig(tokens=51_199, batch_size=16, sequence_length=64, decisions=50)
     assert "50 decisions x batch_size 16 x sequence_length 64 = 51,200, got 51,199" in str(raised.value)
     assert "raise the budget or lower one of the three" in str(raised.value)
+
+
+def test_a_budget_in_seconds_takes_the_place_of_tokens() -> None:
+    config = RunConfig(budget="10min", batch_size=1_000, warmup_share=0.1)  # tokens would be too few for that batch
+    budget = config.measured_budget()
+    assert budget is not None
+    assert (budget.amount, budget.currency) == (600.0, "time_s")
+    schedule = config.base_schedule()
+    assert (schedule.budget_tokens, schedule.warmup_tokens) == (PARTS, PARTS // 10)
+    assert RunConfig(budget="50kJ").base_schedule().warmup_tokens == PARTS // 50
+    assert RunConfig(warmup_share=0.1).warmup() == 100_000
+    with pytest.raises(ValueError, match=r"^budget must be in tokens for that, got 10min; give tokens instead$"):
+        config.n_sequences()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"warmup_tokens": 5, "warmup_share": 0.1},
+            "warmup_tokens cannot be combined with warmup_share, got 5 and 0.1",
+        ),
+        ({"warmup_tokens": 5, "budget": "9s"}, "warmup_tokens must be left out under budget 9s, got 5"),
+    ],
+)
+def test_warm_up_is_given_once_and_as_a_share_of_seconds(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}; give"):
+        RunConfig(**settings)
+
+
+def test_newer_fields_are_written_only_where_they_are_set() -> None:
+    assert not {"budget", "warmup_share"} & {*RunConfig().to_json(), *RunConfig().settings()}
+    config = RunConfig(budget="9s", warmup_share=0.1)
+    assert config.to_json()["budget"] == config.settings()["budget"] == "9s"
+    assert RunConfig.from_json(config.to_json()) == config
+    assert RunConfig.from_json(RunConfig().to_json()) == RunConfig()
 
 
 @pytest.mark.parametrize("optimizer", ["schedule-free", "prodigy"])

@@ -65,13 +65,15 @@ def test_a_fit_of_lightning_ends_with_its_seconds(config: RunConfig) -> None:
 
     given = {"budget": f"{SECONDS:g}s", "sequence_length": 16, "policy": Script([KEEP]), "decisions": 10}
     callback = steer(given)
-    data = torch.from_numpy(loop.stream.take(100))
+    data: Any = torch.from_numpy(loop.stream.take(100))
     start_s = time.perf_counter()
     trainer(callback).fit(Module(), torch.utils.data.DataLoader(data, batch_size=4))
     assert time.perf_counter() - start_s == pytest.approx(SECONDS, rel=2 * NEAR)
-    assert callback.steering.finished
-    assert callback.steering.sequences > 100, "one epoch after the other"
-    assert callback.steering.summary()["budget_used"] == pytest.approx(1.0, abs=0.03)
+    steering = callback.steering
+    assert steering is not None
+    assert steering.finished
+    assert steering.sequences > 100, "one epoch after the other"
+    assert steering.summary()["budget_used"] == pytest.approx(1.0, abs=0.03)
 
 
 def test_a_plain_trainer_that_counts_steps_refuses(config: RunConfig, tmp_path: Path) -> None:

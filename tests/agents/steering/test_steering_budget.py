@@ -93,7 +93,7 @@ def test_a_saved_loop_goes_on_with_what_was_left() -> None:
     loop = Clocked()
     loop.train(steps=37)
     file = io.BytesIO()
-    state = {"model": loop.model, "optimizer": loop.steering.loop.optimizer, "steering": loop.steering}
+    state: dict[str, Any] = {"model": loop.model, "optimizer": loop.steering.loop.optimizer, "steering": loop.steering}
     torch.save({name: part.state_dict() for name, part in state.items()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)

@@ -79,7 +79,7 @@ def test_the_tuned_static_is_tuned_for_the_currency() -> None:
 @pytest.mark.parametrize("currency", CURRENCIES)
 def test_the_tuned_static_is_worth_its_whole_budget_in_its_currency(currency: Currency) -> None:
     runs = many(currency)
-    loss, time_s, energy_j = trained(runs, runs.references.batch)
+    loss, time_s, energy_j = trained(runs, runs.references.batch.astype(np.float64))
     share = compute_equivalent(loss, BUDGET_SHARES, runs.reference_losses)
     assert np.median(share) == pytest.approx(1.0, abs=0.06)  # probes and switches are not in the reference
     assert time_s == pytest.approx(runs.reference_time_s, rel=0.06)
