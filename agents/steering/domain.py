@@ -12,6 +12,8 @@ SHIPPED_PARAMETERS = (130_000, 240_000)
 """Parameters of the models behind the calibrations that come with trainpilot."""
 SIMULATED_BATCHES = (4, 32)
 """Starting batches that the simulator draws, in sequences."""
+LARGER_MODELS, LARGER_BATCHES, LARGER_BUDGETS = (1e7, 1e10), (1, 16_384), (1e3, 2e9)
+"""Weights, starting batches and sequences that the simulator draws beyond the calibrations, where it is asked to."""
 SIMULATED_OPTIMIZERS = ("Adam", "AdamW")
 
 _UNLIKE = "its observations are ratios, so it may carry over, but that was not measured"
@@ -88,10 +90,18 @@ def _of_simulator(simulator: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": list(SIMULATED_OPTIMIZERS),
         "fine_tuning": False,
     }
-    if budget := (simulator.get("widening") or {}).get("budget"):
+    widening = simulator.get("widening") or {}
+    if budget := widening.get("budget"):
         known["sequences"] = list(budget)
     if simulator.get("calibrations") == "shipped":
         known["n_parameters"] = list(SHIPPED_PARAMETERS)
+    scratch, fine_tuning = (widening.get(name, 0.0) for name in ("scratch", "fine_tuning"))
+    if scratch or fine_tuning:
+        larger = {"batch_size": LARGER_BATCHES, "n_parameters": LARGER_MODELS, "sequences": LARGER_BUDGETS}
+        for name, (low, high) in larger.items():
+            known[name] = [min(known.get(name, [low])[0], low), high]
+    if fine_tuning:
+        del known["fine_tuning"]  # it learnt on both
     return known
 
 

@@ -131,9 +131,9 @@ PARAMETERS: Mapping[str, Parameter] = {
 DIVERGED_FACTOR = 1.3
 """A run whose loss reaches this many times the initial one has diverged."""
 NAMES = tuple(PARAMETERS)
-EDGE = tuple(name for name in NAMES if name.startswith("edge_"))
+EDGE: tuple[str, ...] = tuple(name for name in NAMES if name.startswith("edge_"))
 """Parameters of the edge, whose typical values put it out of reach."""
-NOT_FITTED = ("scar", "youth", *EDGE)
+NOT_FITTED: tuple[str, ...] = ("scar", "youth", *EDGE)
 """Parameters that the runs of a calibration do not determine."""
 ADDED: Mapping[str, float] = {"settling": 1e9} | {name: PARAMETERS[name].typical for name in EDGE}
 """Parameters that older calibrations lack, with values that change nothing: noise follows at once, and no edge."""

@@ -92,7 +92,7 @@ class Pool:
         instances = draw_instances(n_instances, seed, calibrations, widening)
         random = np.random.default_rng([seed, 1])
         instances = _with_scales(instances, widening, random, published)
-        if widening.edges or widening.fine_tuning:
+        if widening.edges or (instances.kind != TINY).any():
             free = find_references(instances, schedule, warmup_share)
             instances = place_edges(instances, free, random, widening.edges)
         found = {each: find_references(instances, schedule, warmup_share, each) for each in {*currencies, "tokens"}}
@@ -262,7 +262,7 @@ class SimulatedRuns:
         self._restart(rows)
 
     def _start_as_advised(self, rows: Ints) -> None:
-        """Let these runs start at the advised learning rate, neutrally lower at a batch below the advised one."""
+        """Start these runs at the advised learning rate, neutrally lower where the batch is below the advised one."""
         rate, batch = (self._advice() * self.advice_error)[rows].T
         at_start = rate * np.minimum(neutral_factor(self.instances.start_batch[rows].astype(np.float64), batch), 1.0)
         self.start_rate[rows] = np.where(np.isnan(at_start), self.start_rate[rows], at_start)

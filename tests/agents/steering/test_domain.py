@@ -78,6 +78,18 @@ def test_bundle_without_a_domain_has_it_derived_from_its_simulator() -> None:
     assert domain_of(provenance | {"domain": {"sequences": [1, 2]}})["sequences"] == [1, 2]
 
 
+def test_larger_instances_widen_the_derived_domain() -> None:
+    widening = {"spread": 1.0, "budget": [800.0, 12000.0], "scratch": 0.5, "fine_tuning": 0.0}
+    domain = domain_of({"simulator": {"calibrations": "shipped", "widening": widening}})
+
+    assert domain["n_parameters"] == [130_000, 1e10]
+    assert domain["batch_size"] == [1, 16_384]
+    assert domain["sequences"][0] == 800.0
+    assert domain["fine_tuning"] is False
+    tuned = domain_of({"simulator": {"calibrations": "shipped", "widening": widening | {"fine_tuning": 0.2}}})
+    assert "fine_tuning" not in tuned
+
+
 def test_the_policy_that_comes_with_trainpilot_has_a_domain() -> None:
     bundle = PolicyBundle.load(policy_path("default"))
     assert bundle.base_schedule is not None
