@@ -327,7 +327,7 @@ def _run(row: Mapping[str, str], defaults: Defaults, unit: int, path: Path, line
 
     tokens_per_step = number("batch_sequences") * number("sequence_length")
     steps = number("steps") if _given(row, "steps") else number("tokens") / tokens_per_step
-    schedule = row["schedule"].strip() if _given(row, "schedule") else defaults.schedule
+    schedule: Any = row["schedule"].strip() if _given(row, "schedule") else defaults.schedule
     if schedule not in get_args(ScheduleName):
         raise ValueError(
             f"schedule must be one of {', '.join(get_args(ScheduleName))}, got {schedule!r} in {path}:{line}"

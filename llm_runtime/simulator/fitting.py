@@ -168,8 +168,9 @@ DEVIATION = 0.3
 NEARLY_FIXED = 1e-2
 """Width of parameters that evidence does not determine."""
 
+_TYPICAL = {name: parameter.typical for name, parameter in PARAMETERS.items()}
 LIVE_PRIOR = Prior(
-    centre={name: parameter.typical for name, parameter in PARAMETERS.items()},
+    centre=_TYPICAL,
     width=dict.fromkeys(NAMES, 2.0) | dict.fromkeys(NOT_FITTED, NEARLY_FIXED),
 )
 """For live runs of one small model: wide, so that it only matters for what the runs leave open."""
@@ -181,7 +182,7 @@ _ANNEALING = (
 """Parameters of noise and annealing, which only curves under different schedules determine."""
 
 SCALE_PRIOR = Prior(
-    centre=LIVE_PRIOR.centre | {"gradient_noise": 30.0, "floor": 0.9, "noise": 0.5, "settling": 0.1},
+    centre=_TYPICAL | {"gradient_noise": 30.0, "floor": 0.9, "noise": 0.5, "settling": 0.1},
     width=dict.fromkeys(NAMES, 1.5)
     | dict.fromkeys(_ANNEALING, 1.0)
     | {"spectrum": 0.5, "gradient_power": 0.5, "gradient_noise": 2.5, "floor": 0.3}
@@ -366,7 +367,8 @@ class _Problem:
                 slopes[np.arange(len(at)), 2 * n + self.owner * n + index] = slope
         if self.on_step is not None:
             self.on_step()
-        return np.concatenate([slopes, np.diag(1.0 / self.width)])
+        prior: Floats = np.diag(1.0 / self.width)
+        return np.concatenate([slopes, prior])
 
     def _data(self, logarithms: Floats) -> Floats:
         evidence = self.evidence
@@ -375,7 +377,8 @@ class _Problem:
             off = ((losses - evidence.losses) / evidence.tolerance)[self.seen]
             off = np.where(self.bound, np.minimum(off, 0.0), off)
             off_updates = (updates - evidence.log_updates)[self.updates_seen] / UPDATE_SCALE
-        return np.nan_to_num(np.concatenate([off, off_updates]), nan=FAILED, posinf=FAILED, neginf=-FAILED)
+        data: Floats = np.concatenate([off, off_updates])
+        return np.nan_to_num(data, nan=FAILED, posinf=FAILED, neginf=-FAILED)
 
     def _physics(self, logarithms: Floats, models: Ints) -> Physics:
         values = dict(zip(NAMES, np.exp(logarithms[models]).T.copy(), strict=True))
