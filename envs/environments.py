@@ -167,7 +167,7 @@ class LiveTraining(TrainingEnv):
 
     ## Observation space
 
-    `Box(-1, 1, (6 * 60,), float32)`: the last six observations, the newest last. Each field is a ratio or a
+    `Box(-1, 1, (6 * 62,), float32)`: the last six observations, the newest last. Each field is a ratio or a
     logarithm, clipped to its range and scaled linearly to [-1, 1]; what is unknown is 0. The fields with unit, range
     and meaning are `trainpilot.envs.observation.OBSERVATION_FIELDS`, printed in `docs/environment.md`.
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.history import EXTREMES, Extreme, RunHistory
 from trainpilot.envs.prices import QUANTITIES, PriceBook
+from trainpilot.llm_runtime.budget import CURRENCIES, Currency
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.schedules import learning_rate
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch
@@ -43,7 +44,7 @@ class RunView:
     """Weights of quality, energy and time, which sum to 1, shape (n_runs, 3)."""
 
 
-FieldGroup = Literal["basic", "law", "history", "prices"]
+FieldGroup = Literal["basic", "law", "history", "prices", "currency"]
 GROUPS: tuple[FieldGroup, ...] = get_args(FieldGroup)
 """Groups of fields. The basic ones belong to every table."""
 BASIC: tuple[FieldGroup, ...] = ("basic",)
@@ -208,6 +209,13 @@ def _slope_at(name: Extreme) -> Callable[[RunView], Floats]:
     return lambda view: view.history.summary.slope_at(name)
 
 
+_UNITS: dict[str, Currency] = {"seconds": "time_s", "joules": "energy_j"}
+
+
+def _currency(currency: Currency) -> Callable[[RunView], Floats]:
+    return lambda view: np.asarray(view.limits.currency == CURRENCIES.index(currency), dtype=np.float64)
+
+
 def _precision(index: int) -> Callable[[RunView], Floats]:
     return lambda view: np.asarray(view.controls.precision == index, dtype=np.float64)
 
@@ -222,7 +230,7 @@ def _preference(index: int) -> Callable[[RunView], Floats]:
 
 _F = ObservationField
 OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
-    _F("budget_used", "share", 0, 1, "share of the token budget used", _budget_used),
+    _F("budget_used", "share", 0, 1, "share of the budget used, in its currency", _budget_used),
     _F("loss_slope_fast", "1/e-fold of tokens", -1, 1, "relative fall of the training loss since the last interval",
        lambda v: _slope(v, v.history.before)),
     _F("loss_slope_slow", "1/e-fold of tokens", -1, 1, "the same over the last six intervals",
@@ -289,6 +297,9 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
           ("half", "at half the batch"), ("double", "at double the batch"),
           *((precision, f"in {precision}") for precision in PRECISIONS),
       ])),
+    *(_F(f"budget_in_{unit}", "0 or 1", 0, 1, f"the budget is in {unit}, and not in tokens", _currency(currency),
+         group="currency")
+      for unit, currency in _UNITS.items()),
 )  # fmt: skip
 """Frozen surface: a bundle stores the names and ranges of its fields, and is refused where they are not found here.
 New fields go to the end."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from trainpilot.llm_runtime.budget import Budget
+from trainpilot.llm_runtime.budget import Budget, Currency
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.schedules import PARTS, SCHEDULES, Schedule, ScheduleName
 
@@ -82,8 +82,8 @@ class ControlLimits:
     """Decisions in the whole run."""
     timed_precisions: tuple[Precision, ...] = ()
     """Precisions that are offered or not because of measured seconds."""
-    measured_budget: bool = False
-    """Whether the budget is in seconds or joules and not in tokens."""
+    currency: Currency = "tokens"
+    """What the budget is counted in."""
     learning_rate_over_law: float | None = None
     """Peak learning rate at the start over the one that a scaling law advises; `None` where none applies."""
     batch_over_law: float | None = None

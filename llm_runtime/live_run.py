@@ -360,7 +360,7 @@ class LiveRun:
             masked_precisions=lacking(self.device),
             pruning=config.pruning,
             decisions=config.decisions,
-            measured_budget=config.budget is not None,
+            currency=self.progress.currency,
             learning_rate_over_law=None if advice is None else config.base_learning_rate / advice.learning_rate,
             batch_over_law=None if advice is None else config.batch_size * config.sequence_length / advice.batch_tokens,
         )

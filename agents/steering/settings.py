@@ -220,7 +220,7 @@ def control_limits(settings: SteeringSettings, loop: ControlledLoop, decisions: 
         masked_precisions=_masked_precisions(settings.precisions, loop.device),
         pruning=settings.pruning,
         decisions=decisions,
-        measured_budget=settings.budget is not None,
+        currency=loop.progress.currency,
     )
 
 

@@ -403,7 +403,7 @@ class MultiPowerRuns:
             max_batch_size=largest,
             masked_precisions=masked,
             timed_precisions=np.tile(np.arange(len(PRECISIONS)) > 0, (n, 1)),
-            measured_budget=np.zeros(n, dtype=np.bool_),
+            currency=np.zeros(n, dtype=np.int64),
             learning_rate_over_law=np.full(n, np.nan),
             batch_over_law=np.full(n, np.nan),
             prices=np.full((n, 2, len(PRECISIONS), 3), np.nan),

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from trainpilot.llm_runtime.budget import CURRENCIES
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.energy.meter import EnergySource
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -106,8 +107,8 @@ class LimitBatch(Rows):
     """True for precisions that are not available, shape (n_runs, number of precisions)."""
     timed_precisions: Bools
     """True for precisions that are offered or not because of measured seconds, of the same shape."""
-    measured_budget: Bools
-    """Whether the budget is in seconds or joules and not in tokens."""
+    currency: Ints
+    """What the budget is counted in, as an index into `CURRENCIES`."""
     learning_rate_over_law: Floats
     """Peak learning rate at the start over the advised one; NaN where no law applies."""
     batch_over_law: Floats
@@ -129,13 +130,18 @@ class LimitBatch(Rows):
             max_batch_size=np.array([each.max_batch_size for each in limits], dtype=np.int64),
             masked_precisions=np.array([[name in each.masked_precisions for name in PRECISIONS] for each in limits]),
             timed_precisions=np.array([[name in each.timed_precisions for name in PRECISIONS] for each in limits]),
-            measured_budget=np.array([each.measured_budget for each in limits], dtype=np.bool_),
+            currency=np.array([CURRENCIES.index(each.currency) for each in limits], dtype=np.int64),
             learning_rate_over_law=np.array([_number(each.learning_rate_over_law) for each in limits]),
             batch_over_law=np.array([_number(each.batch_over_law) for each in limits]),
             prices=np.array([_prices(each) for each in limits]),
             prunes=np.array([each.pruning != "none" for each in limits], dtype=np.bool_),
             decisions=np.array([each.decisions for each in limits], dtype=np.int64),
         )
+
+    @property
+    def measured_budget(self) -> Bools:
+        """Whether the budget is in seconds or joules and not in tokens."""
+        return np.asarray(self.currency != CURRENCIES.index("tokens"))
 
     def untimed(self, rows: Bools) -> LimitBatch:
         """Return the limits with no timed precision on offer in these rows, as `ControlLimits.untimed`."""

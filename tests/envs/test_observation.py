@@ -267,7 +267,7 @@ def test_a_refused_choice_is_not_told_as_the_last_action() -> None:
 
 KNOWN_AT_THE_START = {
     *("budget_used", "learning_rate_scale", "batch_scale", "precision_switches", "finishing"),
-    *(name for name in FIELDS if name.startswith(("precision_", "last_", "prefers_"))),
+    *(name for name in FIELDS if name.startswith(("precision_", "last_", "prefers_", "budget_in_"))),
 }
 
 
@@ -358,12 +358,20 @@ def test_the_metered_fields_are_unknown_to_a_run_for_quality_alone() -> None:
 
 
 def test_a_budget_in_seconds_or_joules_needs_eyes_even_for_quality_alone() -> None:
-    limits = make_limits(measured_budget=True, timed_precisions=("bf16",))
+    limits = make_limits(currency="time_s", timed_precisions=("bf16",))
     state = DecisionState(limits, Preference(quality=1, energy=0, time=0))
     state.observe(make_telemetry())
 
     assert state.fields()["throughput"] == 1.0
     assert state.limits == limits
+
+
+@pytest.mark.parametrize(
+    ("currency", "flags"), [("tokens", (-1.0, -1.0)), ("time_s", (1.0, -1.0)), ("energy_j", (-1.0, 1.0))]
+)
+def test_a_policy_sees_what_the_budget_is_counted_in(currency: str, flags: tuple[float, float]) -> None:
+    seen = DecisionState(make_limits(currency=currency), Preference()).fields()
+    assert (seen["budget_in_seconds"], seen["budget_in_joules"]) == flags
 
 
 def test_quality_alone_keeps_the_precision_unless_offered_untimed() -> None:

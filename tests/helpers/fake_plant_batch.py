@@ -56,7 +56,7 @@ class ToyPlants:
             max_batch_size=np.where(tight, 8, 32),
             masked_precisions=masked,
             timed_precisions=np.zeros_like(masked),
-            measured_budget=np.zeros(n, dtype=np.bool_),
+            currency=np.zeros(n, dtype=np.int64),
             learning_rate_over_law=np.full(n, np.nan),
             batch_over_law=np.full(n, np.nan),
             prices=np.full((n, 2, len(PRECISIONS), 3), np.nan),
