@@ -116,7 +116,7 @@ def test_without_edges_nobody_has_one(pool: Pool) -> None:
     assert (pool.instances.physics.values["edge_rate"] < 1e8).all()
 
 
-def test_machines_have_half_their_throughput_at_some_tokens_and_draw_much_at_once(pool: Pool) -> None:
+def test_machines_saturate_at_some_tokens_and_draw_much_at_once(pool: Pool) -> None:
     hardware, n = pool.instances.hardware, len(pool)
     half = hardware.overhead_s / hardware.sequence_s
     whole_s = hardware.step_s(half, np.zeros(n, dtype=np.int64), np.zeros(n))
@@ -190,7 +190,7 @@ def test_larger_models_and_budgets_end_lower(pool: Pool) -> None:
     assert (np.diff(np.median(references.losses, axis=0)) < 0).all()
 
 
-def test_the_edge_is_at_its_distance_and_relatively_farther_at_small_batches(pool: Pool) -> None:
+def test_the_edge_is_farther_from_the_best_rate_at_small_batches(pool: Pool) -> None:
     scratch, references = of_kind(pool, SCRATCH)
     never = np.full(len(scratch), 1e12)
     batch = references.batch.astype(np.float64)
