@@ -13,7 +13,7 @@ import pytest
 from trainpilot.agents.controller import Controller, keep
 from trainpilot.agents.heuristics import OpenLoop, SchedulePoint
 from trainpilot.envs.decision import Preference
-from trainpilot.envs.observation import PROBED
+from trainpilot.envs.history import PROBED
 from trainpilot.llm_runtime.config import PRECISIONS, Controls
 from trainpilot.llm_runtime.schedules import SCHEDULES, Cooldown, Schedule, ScheduleName, probe_due
 from trainpilot.llm_runtime.simulator.instances import draw_instances

@@ -96,7 +96,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[ReplayOptions]:
 
     def fake(options: ReplayOptions, console: Console) -> Any:
         made.append(options)
-        return summary(2.0 + options.base_learning_rate, rate=options.base_learning_rate)
+        rate = options.base_learning_rate
+        assert rate != "auto"
+        return summary(2.0 + rate, rate=rate)
 
     monkeypatch.setattr(replay, "replay", fake)
     return made

@@ -44,7 +44,7 @@ VALUES = {
 """Rounded numbers of a fit to sweeps of two models over learning rate, batch and budget (Step Law)."""
 PUBLISHED = [
     FittedPhysics(
-        values=ADDED | COMMON | values, initial_loss=11.0, weight_decay=0.1, uncertainty={}, correlation=(),
+        values={**ADDED, **COMMON, **values}, initial_loss=11.0, weight_decay=0.1, uncertainty={}, correlation=(),
         n_parameters=size,
     )
     for size, values in VALUES.items()
