@@ -12,8 +12,8 @@ and where they are from. The parts are
 * `live`: fit live runs of three small models on two texts, predict held-out ones. These are the runs of `trainpilot
   calibrate`; missing ones are made first, and if the command is interrupted, the same command resumes them.
 
-Parts that are not asked for are kept from the last result. All fits take about half an hour on one core. `--ship` fits
-all published runs together and writes the physics that trainpilot ships.
+Parts that are not asked for are kept from the last result, each with its date and versions. All fits take about half an
+hour on one core. `--ship` fits all published runs together and writes the physics that trainpilot ships.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from trainpilot.experiments.calibrate.calibration import FILE_NAME, Calibration,
 from trainpilot.experiments.calibrate.command import calibrate
 from trainpilot.experiments.fit_sweep import usable
 from trainpilot.experiments.options import CalibrateOptions
+from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.simulator.evidence import Evidence, of_curves
 from trainpilot.llm_runtime.simulator.fitting import Fit, Model, fit
@@ -398,7 +400,8 @@ def main() -> None:
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     result = {name: known[name] for name in (*PARTS, "live") if name in known}
     for name in options.parts:
-        result[name] = live(options.calibrations) if name == "live" else PARTS[name](Path(options.published))
+        made = live(options.calibrations) if name == "live" else PARTS[name](Path(options.published))
+        result[name] = {"date": datetime.now(UTC).date().isoformat(), "versions": versions(), **made}
         print(write_result("simulator_fidelity", result, torch.device("cpu")))
 
 

@@ -366,10 +366,11 @@ class LiveRun:
         )
 
     def advice(self) -> Advice | None:
-        """Return what a scaling law advises; `None` for a pretrained model or another optimizer than AdamW."""
-        if self.loaded.pretrained or self.config.optimizer != "adamw":
+        """Return what a scaling law advises; `None` for a pretrained or bodiless model or an optimizer but AdamW."""
+        n_parameters = body_parameters(self.loaded.model)
+        if self.loaded.pretrained or self.config.optimizer != "adamw" or not n_parameters:
             return None
-        return step_law(body_parameters(self.loaded.model), self.tokens)
+        return step_law(n_parameters, self.tokens)
 
     def advance(self, controls: Controls, share: float) -> Telemetry:
         """Train on `share` of the budget under `controls`, at least one step, and return what was measured.

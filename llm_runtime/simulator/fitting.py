@@ -163,7 +163,8 @@ class Prior:
     """How far one model may be from the law of all; by default `DEVIATION`."""
 
 
-EXPONENT_WIDTH = 0.3
+EXPONENT_WIDTH = 0.05
+"""Width of exponents of the size: narrow, as models of different sizes are often trained on different texts."""
 DEVIATION = 0.3
 NEARLY_FIXED = 1e-2
 """Width of parameters that evidence does not determine."""
@@ -188,13 +189,14 @@ SCALE_PRIOR = Prior(
     | {"spectrum": 0.5, "gradient_power": 0.5, "gradient_noise": 2.5, "floor": 0.3}
     | dict.fromkeys((*NOT_FITTED, "update"), NEARLY_FIXED),
     exponent={"floor": -0.07, "rate": 0.7, "update": 0.7, "stall_rate": -0.7},
-    exponent_width={"floor": 0.04} | dict.fromkeys(_ANNEALING, 0.2),
+    exponent_width={"floor": 0.015},
     deviation={"floor": 0.05, "spectrum": 0.08}
     | dict.fromkeys(_ANNEALING, 0.2)
     | dict.fromkeys((*NOT_FITTED, "update"), NEARLY_FIXED),
 )
 """For models of 10 M parameters and more. The best learning rate falls as about the 0.7th power of the weights (Li et
-al. 2025, arXiv 2503.04715), which `rate` and `stall_rate` express; the floor falls slowly (Hoffmann et al. 2022)."""
+al. 2025, arXiv 2503.04715), which `rate` and `stall_rate` express; the floor falls slowly (Hoffmann et al. 2022).
+Models left out of a fit are predicted far better with exponents that stay close to these."""
 
 
 def around(law: SizeLaw, n_parameters: int, floor_share: float) -> Prior:

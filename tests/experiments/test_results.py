@@ -64,9 +64,13 @@ def test_a_key_is_a_file_name_and_the_same_on_every_machine() -> None:
 
 
 def test_the_key_tells_what_every_field_of_the_run_is() -> None:
-    assert {field.name for field in fields(RunConfig)} == {*OTHER, "model", "text"}
+    shares = {"budget": "60s", "warmup_share": 0.3}  # neither goes with a warm-up in tokens
+    assert {field.name for field in fields(RunConfig)} == {*OTHER, *shares, "model", "text"}
 
     keys = [RunSpec(config=replace(CONFIG, **{name: value})).key("content") for name, value in OTHER.items()]
+    without = replace(CONFIG, warmup_tokens=None)
+    of_shares = [RunSpec(config=replace(without, **{name: value})).key("content") for name, value in shares.items()]
+    assert len({RunSpec(config=without).key("content"), *of_shares}) == 1 + len(shares)
 
     assert len({SPEC.key("content"), *keys}) == 1 + len(OTHER)
 
