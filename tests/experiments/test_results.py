@@ -64,7 +64,7 @@ def test_a_key_is_a_file_name_and_the_same_on_every_machine() -> None:
 
 
 def test_the_key_tells_what_every_field_of_the_run_is() -> None:
-    shares = {"budget": "60s", "warmup_share": 0.3}  # neither goes with a warm-up in tokens
+    shares: dict[str, Any] = {"budget": "60s", "warmup_share": 0.3}  # neither goes with a warm-up in tokens
     assert {field.name for field in fields(RunConfig)} == {*OTHER, *shares, "model", "text"}
 
     keys = [RunSpec(config=replace(CONFIG, **{name: value})).key("content") for name, value in OTHER.items()]
