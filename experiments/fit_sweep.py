@@ -305,7 +305,8 @@ def read_sweep(path: Path, defaults: Defaults, *, known: bool = True, length: in
             reader = csv.DictReader(file)
             columns, rows = reader.fieldnames or [], tuple(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"sweep must be a CSV file, got {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"sweep must be a CSV file that can be read, got {path}: {reason}") from None
     missing = [name for name in (*NEEDED, *(["final_loss"] if known else [])) if name not in columns]
     if not {"steps", "tokens"} & set(columns):
         missing.append("steps or tokens")

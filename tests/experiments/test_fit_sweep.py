@@ -145,7 +145,9 @@ def test_bad_values_name_column_value_and_line(tmp_path: Path, changes: dict[str
 
 
 def test_missing_columns_files_and_runs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"sweep must be a CSV file, got .*nothing\.csv"):
+    with pytest.raises(
+        ValueError, match=r"sweep must be a CSV file that can be read, got .*nothing\.csv: No such file"
+    ):
         read_sweep(tmp_path / "nothing.csv", DEFAULTS)
     without = row(1e-3, 64)
     del without["final_loss"], without["parameters"]
