@@ -27,6 +27,8 @@ from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
 
 POLICIES = Path(__file__).with_name("policies")
 """Folder of the policies that are shipped with trainpilot."""
+FIRST_LAYER = "hidden.0.weight"
+"""Name of the first layer's weights, where there is a hidden layer."""
 FORMAT = 1
 MAX_BYTES = 16 * 2**20
 """Largest file that is read as a bundle; policy networks are much smaller."""

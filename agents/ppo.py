@@ -17,8 +17,9 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 
-from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.bundle import FIRST_LAYER, PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
@@ -103,8 +104,14 @@ def side_by_side(make_env: Callable[[], Env[np.ndarray, np.ndarray]], n_envs: in
     return VecMonitor(SubprocVecEnv([make_env] * n_envs, start_method="spawn"))
 
 
-def make_ppo(env: VecEnv, config: PPOConfig) -> MaskablePPO:
-    """Return a new agent, whose untrained policy mostly chooses "keep"."""
+def make_ppo(env: VecEnv, config: PPOConfig, privileged: int = 0) -> MaskablePPO:
+    """Return a new agent, whose untrained policy mostly chooses "keep".
+
+    Args:
+        env: Vectorised environment with scalar rewards and `action_masks`.
+        config: Settings of PPO.
+        privileged: Number of inputs at the end of the observation that only the value network sees.
+    """
     model = MaskablePPO(
         "MlpPolicy",
         env,
@@ -124,7 +131,22 @@ def make_ppo(env: VecEnv, config: PPOConfig) -> MaskablePPO:
     )
     with torch.no_grad():
         _action_layer(model).bias.copy_(torch.from_numpy(initial_bias(config)))
+    if privileged:
+        _hide_from_policy(model, privileged)
     return model
+
+
+def _hide_from_policy(model: MaskablePPO, privileged: int) -> None:
+    """Show zeros to the first layer of the policy network instead of the last inputs, and zero its weights on them."""
+    first = model.policy.mlp_extractor.policy_net[0] if model.policy.net_arch else model.policy.action_net
+    assert isinstance(first, torch.nn.Linear)
+    with torch.no_grad():
+        first.weight[:, -privileged:] = 0.0
+
+    def hidden(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.pad(inputs[0][:, :-privileged], (0, privileged))
+
+    first.register_forward_pre_hook(hidden)
 
 
 def _action_layer(model: MaskablePPO) -> torch.nn.Linear:
@@ -153,6 +175,7 @@ def train(
     progress: Callable[[int], None] | None = None,
     start: Mapping[str, torch.Tensor] | None = None,
     meter: EnergyMeter | None = None,
+    privileged: int = 0,
 ) -> tuple[MaskablePPO, dict[str, float]]:
     """Train up to `config.total_decisions`, from the checkpoint in `folder` if there is one.
 
@@ -165,11 +188,12 @@ def train(
         start: Initial weights of policy and value network where there is no checkpoint.
         meter: Measures joules and seconds of this process; needed where the runs are simulated. By default the joules
             and seconds of the runs themselves are added up.
+        privileged: Number of inputs at the end of the observation that only the value network sees.
 
     Returns:
         The agent, and the cost of its training: decisions, episodes, joules (NaN where unknown), seconds.
     """
-    model = make_ppo(env, config)
+    model = make_ppo(env, config, privileged)
     if start is not None:
         model.policy.load_state_dict(start)
     bookkeeping = _CheckpointAndCost(folder / "checkpoint.pt", progress, config.time_limit_s, callbacks, meter)
@@ -260,7 +284,7 @@ class _CheckpointAndCost(BaseCallback):
 def bundle_of(
     model: MaskablePPO, provenance: Mapping[str, Any], fields: tuple[ObservationField, ...] = OBSERVATION_FIELDS
 ) -> PolicyBundle:
-    """Return the policy network of an agent that sees these observation fields as a bundle."""
+    """Return the policy network of an agent with these observation fields as a bundle, without privileged inputs."""
     weights: dict[str, np.ndarray] = {}
     linears = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, torch.nn.Linear)]
     for index, layer in enumerate(linears):
@@ -268,4 +292,6 @@ def bundle_of(
         weights[f"hidden.{index}.bias"] = layer.bias.detach().numpy()
     weights["action.weight"] = _action_layer(model).weight.detach().numpy()
     weights["action.bias"] = _action_layer(model).bias.detach().numpy()
+    first = FIRST_LAYER if linears else "action.weight"
+    weights[first] = weights[first][:, : N_STACK * len(fields)]
     return PolicyBundle({name: value.copy() for name, value in weights.items()}, provenance, fields)

@@ -1,6 +1,7 @@
 """Adapt thousands of simulated runs to Stable-Baselines3's `VecEnv` interface, with scalar rewards.
 
-Also hide observation fields and older observations from an agent, both in training and in its bundle.
+Also hide observation fields and older observations from an agent, both in training and in its bundle, and show its
+value network more than its policy sees.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import Any
 
 import numpy as np
 from gymnasium import Wrapper
+from gymnasium.spaces import Box
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn, VecEnvWrapper
 
-from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.bundle import FIRST_LAYER, PolicyBundle
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reward import OBJECTIVES, RewardInfo, Scalariser
 from trainpilot.llm_runtime.simulator.records import Bools
+from trainpilot.llm_runtime.simulator.runs import PRIVILEGED, SimulatedRuns
 
 
 class ScalarVecEnv(VecEnv):
@@ -123,7 +126,39 @@ class ScalarVecEnv(VecEnv):
         return [None] * self.num_envs
 
 
-FIRST_LAYER = "hidden.0.weight"
+class PrivilegedVecEnv(VecEnvWrapper):
+    """Simulated runs whose observations end with numbers that only the value network of an agent may see.
+
+    Args:
+        venv: Adapts a `VectorSimulatedTraining`, wrapped or not.
+        runs: Its simulated runs.
+    """
+
+    def __init__(self, venv: VecEnv, runs: SimulatedRuns) -> None:
+        space = venv.observation_space
+        assert isinstance(space, Box)
+        ends = (
+            np.concatenate([end, np.full(PRIVILEGED, sign)]) for end, sign in ((space.low, -1.0), (space.high, 1.0))
+        )
+        low, high = ends
+        super().__init__(venv, observation_space=Box(low.astype(np.float32), high.astype(np.float32)))
+        self.runs = runs
+
+    def reset(self) -> np.ndarray:
+        """Start new runs, and return their observations."""
+        return self._extended(self.venv.reset())
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Train every run for one interval, and return observations, rewards, dones and infos.
+
+        Only the observations are extended, and not the last ones of runs that have ended: PPO does not look at these.
+        """
+        observation, rewards, dones, infos = self.venv.step_wait()
+        return self._extended(observation), rewards, dones, infos
+
+    def _extended(self, observation: object) -> np.ndarray:
+        assert isinstance(observation, np.ndarray)
+        return np.concatenate([observation, self.runs.privileged().astype(np.float32)], axis=1)
 
 
 def seen_inputs(

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sb3_contrib import MaskablePPO
+from stable_baselines3.common.vec_env import VecEnv
 
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle
 from trainpilot.agents.logging.tags import TAGS
 from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import PPOConfig, RememberedCallback, bundle_of, train
-from trainpilot.agents.sb3_env import ScalarVecEnv, hidden_from, seen_inputs, without_inputs
+from trainpilot.agents.sb3_env import PrivilegedVecEnv, ScalarVecEnv, hidden_from, seen_inputs, without_inputs
 from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import GROUPS, OBSERVATION_FIELDS, ObservationField, fields_of
@@ -32,7 +34,7 @@ from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Widening
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
-from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
+from trainpilot.llm_runtime.simulator.runs import PRIVILEGED, Pool, SimulatedRuns, Start
 
 QUALITY_ALONE = Preference(quality=1.0, energy=0.0, time=0.0)
 START_GROUPS = {
@@ -316,6 +318,8 @@ class SimulatorStage:
     """Observation fields that are hidden from the agent."""
     stack: int = N_STACK
     """Number of the newest observations that it sees."""
+    privileged_critic: bool = True
+    """Whether the value network sees the instance too: its best setting, its edge and the loss left to gain."""
     ppo: SimulatorPPOConfig = field(default_factory=SimulatorPPOConfig)
     """Settings of PPO."""
     validation: ValidationSettings = field(default_factory=ValidationSettings)
@@ -424,12 +428,15 @@ def train_in_simulator(
     simulated = VectorSimulatedTraining(
         runs, least_quality=stage.least_quality, fields=fields, quality_alone=stage.quality_alone
     )
-    env = ScalarVecEnv(simulated, stage.utility)
+    env: VecEnv = hidden_from(ScalarVecEnv(simulated, stage.utility), seen)
+    if stage.privileged_critic:
+        env = PrivilegedVecEnv(env, runs)
     config = SimulatorPPOConfig(**{**asdict(stage.ppo), "seed": seed})
     validation = Validation(judge(stage, calibrations), stage.validation.every, seen, fields)
     callbacks = [TrainingLog({"seed": seed, **asdict(stage)}), validation]
     meter = select_meter("cpu")
-    model, cost = train(hidden_from(env, seen), config, folder, callbacks=callbacks, progress=progress, meter=meter)
+    privileged = PRIVILEGED if stage.privileged_critic else 0
+    model, cost = train(env, config, folder, callbacks=callbacks, progress=progress, meter=meter, privileged=privileged)
     if meter.read().source != "estimated":  # such a meter measures the whole machine
         cost = {**cost, "energy_j": cost["energy_j"] / side_by_side}
     meter.close()
@@ -451,8 +458,12 @@ def judge(stage: SimulatorStage, calibrations: Sequence[FittedPhysics]) -> Calla
     return score
 
 
-def best_weights(folder: Path) -> dict[str, Any]:
+def best_weights(folder: Path, n_inputs: int) -> dict[str, Any]:
     """Return the best weights of policy and value network of the agent that was trained in `folder`.
+
+    Args:
+        folder: Folder of its checkpoint.
+        n_inputs: Inputs of the policy network. Weights on privileged inputs, which live runs lack, are left out.
 
     Raises:
         ValueError: its checkpoint is missing or damaged.
@@ -460,5 +471,9 @@ def best_weights(folder: Path) -> dict[str, Any]:
     state = load_checkpoint(folder / "checkpoint.pt")
     if state is None:
         raise ValueError(f"out: {folder / 'checkpoint.pt'} is gone; remove the folder above it to train anew")
-    weights: dict[str, Any] = state["callbacks"][Validation.__name__]["best"]["policy"]
-    return weights
+    weights: dict[str, torch.Tensor] = state["callbacks"][Validation.__name__]["best"]["policy"]
+    wide = n_inputs + PRIVILEGED
+    return {
+        name: value[:, :n_inputs] if value.ndim == 2 and value.shape[1] == wide else value
+        for name, value in weights.items()
+    }

@@ -198,7 +198,7 @@ def live_stage(
     groups = _groups(recipe, options.out)
     fields = fields_of(groups)
     seen = seen_inputs(fields=fields) if recipe.simulator is None else recipe.simulator.seen()
-    start = _start(options.out, simulated)
+    start = _start(options.out, simulated, seen.size)
     env = hidden_from(side_by_side(partial(_make_env, cases, against, recipe, groups), recipe.n_envs), seen)
     try:
         with progress_bar(console, "PPO on live runs, decisions", recipe.ppo.total_decisions) as advance:
@@ -212,10 +212,10 @@ def live_stage(
     return bundle
 
 
-def _start(out: Path, simulated: PolicyBundle | None) -> dict[str, Any] | None:
+def _start(out: Path, simulated: PolicyBundle | None, n_inputs: int) -> dict[str, Any] | None:
     if simulated is None or (out / "checkpoint.pt").is_file():
         return None
-    return best_weights(out / "simulator" / str(simulated.provenance["simulator_seed"]))
+    return best_weights(out / "simulator" / str(simulated.provenance["simulator_seed"]), n_inputs)
 
 
 def run_references(cases: Sequence[RunConfig], recipe: Recipe, console: Console) -> list[Reference]:

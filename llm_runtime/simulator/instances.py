@@ -158,11 +158,24 @@ class Widening:
     fine_tuning: float = 0.0
     """Share of instances of that size that fine-tune a trained model."""
     edges: float = 0.0
-    """Share of instances with an edge, at 1.5 to 30 times the best learning rate."""
+    """Share of instances with an edge."""
+    edge_over_best: tuple[float, float] = (1.5, 30.0)
+    """Range of the edge over the best learning rate at the best batch, drawn log-uniformly."""
+    weights: tuple[float, float] = (1e7, 1e10)
+    """Range of the weights of larger instances, drawn log-uniformly."""
+    tokens_per_weight: tuple[float, float] = (5.0, 300.0)
+    """Range of their budgets from scratch in tokens per weight, drawn log-uniformly."""
+    published: tuple[str, ...] = ()
+    """Names of the published models that larger instances are drawn around, such as `step-law-215M`; by default all
+    whose learning rate and batch were varied. A model that is left out can test a policy."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget[0] <= self.budget[1] or self.spread < 0:
-            raise ValueError(f"simulator.widening must have a rising budget and a spread >= 0, got {self}")
+        for name in ("budget", "edge_over_best", "weights", "tokens_per_weight"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"simulator.widening.{name} must be two rising positive numbers, got {(low, high)}")
+        if self.spread < 0:
+            raise ValueError(f"simulator.widening.spread must be at least 0, got {self.spread}")
         shares = (self.scratch, self.fine_tuning, self.edges)
         if min(shares) < 0 or max(self.edges, self.scratch + self.fine_tuning) > 1:
             raise ValueError(

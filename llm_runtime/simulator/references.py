@@ -12,7 +12,7 @@ import numpy as np
 
 from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName, neutral_factor
-from trainpilot.llm_runtime.simulator.instances import TINY, Instances
+from trainpilot.llm_runtime.simulator.instances import FINE_TUNING, TINY, Instances
 from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 
@@ -100,6 +100,9 @@ FIRST_RATES = np.geomspace(1e-4, 0.1, 13)
 """Learning rates of the coarse search, at the instance's own batch, in factors of 1.8."""
 FINE_FACTORS = (0.75, 1.33)
 LOWER_FACTORS = (0.03, 0.1, 0.3)
+FINE_TUNING_GAIN = 0.01
+"""Least gain of a doubled budget in fine-tuning, as a share of the loss. There more budget may gain nothing or do harm,
+and a compute-equivalent would call a loss that is hardly higher worthless."""
 WIDE_RATES = np.geomspace(10**-1.5, 10**1.5, 13)
 """Learning rates of the search for larger models, at each batch, over the rate where it is expected."""
 
@@ -112,7 +115,8 @@ class References(Rows):
     """Tuned learning rate, converted to the instance's starting batch by the neutral rule."""
     batch: Ints
     losses: Floats
-    """Loss at each of `BUDGET_SHARES`, tuned at each budget, shape (n_instances, 3), in nats/token."""
+    """Loss at each of `BUDGET_SHARES`, tuned at each budget, shape (n_instances, 3), in nats/token. Those of smaller
+    budgets are raised where fine-tuning gains less than `FINE_TUNING_GAIN` from a doubling."""
     time_s: Floats
     """Seconds of the tuned static's run, the unit of a policy's time."""
     energy_j: Floats
@@ -170,11 +174,14 @@ def find_references(
         if (rows := np.flatnonzero(mine)).size:
             best.put(rows, search(instances.take(rows), table, currency))
     shorter = [_shorter(best, instances, table, share, currency) for share in BUDGET_SHARES[:-1]]
+    losses = np.stack([*shorter, best.loss], axis=1)
+    least = best.loss[:, None] * (1.0 + FINE_TUNING_GAIN * np.log2(1.0 / np.array(BUDGET_SHARES)))
+    losses = np.where((instances.kind == FINE_TUNING)[:, None], np.maximum(losses, least), losses)
     time_s, energy_j = _cost(instances, best.batch, currency)
     return References(
         rate=best.rate,
         batch=best.batch.astype(np.int64),
-        losses=np.stack([*shorter, best.loss], axis=1),
+        losses=losses,
         time_s=time_s,
         energy_j=energy_j,
     )

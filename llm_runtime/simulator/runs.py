@@ -27,7 +27,7 @@ from trainpilot.llm_runtime.simulator.instances import (
     run_keys,
     uniforms,
 )
-from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, RATE_UNIT, PhysicsState, advance, edge, loss
 from trainpilot.llm_runtime.simulator.records import (
     PRICED_BATCHES,
     Bools,
@@ -53,6 +53,8 @@ TIME_NOISE, POWER_NOISE = 0.03, 0.02
 PRICED_SHARE = 0.75
 """Share of the runs that are long enough to measure prices at the start."""
 PRICE_COUNTER = 5000
+PRIVILEGED = 11
+"""Numbers of `SimulatedRuns.privileged`."""
 LEAST_STEPS = 0.25
 """Least steps of an interval under a budget in seconds or joules, whatever a step costs."""
 
@@ -94,7 +96,7 @@ class Pool:
         instances = _with_scales(instances, widening, random, published)
         if widening.edges or (instances.kind != TINY).any():
             free = find_references(instances, schedule, warmup_share)
-            instances = place_edges(instances, free, random, widening.edges)
+            instances = place_edges(instances, free, random, widening)
         found = {each: find_references(instances, schedule, warmup_share, each) for each in {*currencies, "tokens"}}
         return cls(instances=instances, references=found.pop("tokens"), measured=found)
 
@@ -131,12 +133,12 @@ def _with_scales(
     if published is None:
         from trainpilot.llm_runtime.simulator.shipped import published_sweeps
 
-        published = published_sweeps()
+        published = published_sweeps(widening.published)
     drawn = random.random(len(instances))
     larger = np.where(drawn < widening.scratch, SCRATCH, FINE_TUNING)
     kind = np.where(drawn < widening.scratch + widening.fine_tuning, larger, TINY)
     rows = np.flatnonzero(kind != TINY)
-    instances.put(rows, draw_scales(kind[rows], random, published, widening.spread))
+    instances.put(rows, draw_scales(kind[rows], random, published, widening))
     return instances
 
 
@@ -402,6 +404,37 @@ class SimulatedRuns:
         pruned = self.instances.pruning_cost * ((1.0 - self.sparsity) ** -2.0 - 1.0) / 0.235
         expected: Floats = loss(self.instances.physics, self.state) + pruned + self.bump
         return expected
+
+    def privileged(self) -> Floats:
+        """Return what no live run knows of itself, for the value network of an agent in training.
+
+        The kind of the instance, its best learning rate and batch, its edge, how much compute matters, the loss left
+        to gain, and the state of the physics.
+
+        Returns:
+            Shape (n_runs, PRIVILEGED), in [-1, 1].
+        """
+        physics, start = self.instances.physics, self.instances.start_batch
+        batch = self.references.batch.astype(np.float64)
+        best = self.references.rate * neutral_factor(batch, start)
+        highest = edge(physics, batch, np.full(self.n_runs, np.inf)) * RATE_UNIT
+        quarter, _, whole = self.references.losses.T
+        columns = [
+            self.instances.kind == TINY,
+            self.instances.kind == FINE_TUNING,
+            np.log2(self.references.rate / self.start_rate) / 6,
+            np.log2(batch / start) / 6,
+            np.log10(highest / best) / 1.5,
+            5 * np.log(quarter / whole),
+            5 * np.log(self.expected_loss / whole),
+            np.log10(1 + self.instances.sequences / self.instances.data),
+            physics.values["edge_damage"] * self.state.damage,
+            np.log10(1 + self.state.scar),
+            self.state.excess,
+        ]
+        with np.errstate(invalid="ignore"):
+            known = np.nan_to_num(np.stack(columns, axis=1).astype(np.float64), nan=1.0)
+        return np.clip(known, -1.0, 1.0)
 
     def evaluate(self, rows: Ints | None = None) -> Floats:
         """Measure the validation loss of these rows (of all by default) and return it, in nats/token."""

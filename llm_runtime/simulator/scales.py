@@ -22,6 +22,7 @@ from trainpilot.llm_runtime.simulator.instances import (
     SCRATCH,
     Hardware,
     Instances,
+    Widening,
     between,
     rescale,
 )
@@ -38,8 +39,6 @@ from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.simulator.references import References
 from trainpilot.llm_runtime.simulator.sensors import Sensors
 
-WEIGHTS = (1e7, 1e10)
-TOKENS_PER_WEIGHT = (5.0, 300.0)
 MOST_TOKENS = 1e12
 SEQUENCE_LENGTHS = (512, 1024, 2048, 4096)
 PUBLISHED_SEQUENCE = 2048
@@ -63,8 +62,6 @@ WARMUP_STEPS = (100.0, 3_000.0)
 """Range of the steps until the edge has risen; published runs needed 500 to 1,000."""
 FAR = 8.0
 """Factor between a best setting and Step Law's that no published model of these sizes has."""
-EDGE_OVER_BEST = (1.5, 30.0)
-"""Range of the edge over the best learning rate at the best batch."""
 FRESH_LOSS = 10.9
 """Loss of a model without training, in nats/token: the logarithm of a vocabulary of 54 k."""
 FINE_TUNED_RATES, LORA_RATES = (1e-5, 2e-4), (5e-5, 2e-3)
@@ -74,7 +71,7 @@ LORA_SHARE = 0.3
 
 
 def draw_scales(
-    kinds: Ints, random: np.random.Generator, published: Sequence[FittedPhysics], spread: float
+    kinds: Ints, random: np.random.Generator, published: Sequence[FittedPhysics], widening: Widening
 ) -> Instances:
     """Draw instances of these kinds, `SCRATCH` or `FINE_TUNING`, still without edge.
 
@@ -82,12 +79,12 @@ def draw_scales(
         kinds: Kind of each instance.
         random: Random numbers.
         published: Physics of models whose learning rate and batch were varied; at least one, with its weights.
-        spread: Factor on every perturbation of what follows from the size.
+        widening: Ranges of weights and budgets, and the spread of what follows from them.
     """
-    n, tuned = len(kinds), kinds == FINE_TUNING
-    weights = between(random, n, *WEIGHTS)
+    n, tuned, spread = len(kinds), kinds == FINE_TUNING, widening.spread
+    weights = between(random, n, *widening.weights)
     length = random.choice(SEQUENCE_LENGTHS, n).astype(np.float64)
-    tokens = np.minimum(weights * between(random, n, *TOKENS_PER_WEIGHT), MOST_TOKENS)
+    tokens = np.minimum(weights * between(random, n, *widening.tokens_per_weight), MOST_TOKENS)
     epochs = np.where(tuned, between(random, n, 1.0, 6.0), 1.0)
     epochs = np.where(~tuned & (random.random(n) < 0.15), between(random, n, 1.0, 6.0), epochs)
     sequences = np.where(tuned, between(random, n, 1e3, 1e5) * epochs, tokens / length).round()
@@ -118,7 +115,9 @@ def draw_scales(
     )
 
 
-def place_edges(instances: Instances, references: References, random: np.random.Generator, edges: float) -> Instances:
+def place_edges(
+    instances: Instances, references: References, random: np.random.Generator, widening: Widening
+) -> Instances:
     """Return instances with the best learning rates of fine-tuning in their ranges, and with an edge in some.
 
     Where physics were perturbed to a best setting that is far from all that was published, another instance takes their
@@ -128,7 +127,7 @@ def place_edges(instances: Instances, references: References, random: np.random.
         instances: Instances without edge, of any kind.
         references: Their tuned statics.
         random: Random numbers.
-        edges: Share of instances that get an edge.
+        widening: Share of instances that get an edge, and its distance from the best learning rate.
     """
     instances, references = instances.copy(), references.copy()
     odd, others = _odd(instances, references)
@@ -146,7 +145,7 @@ def place_edges(instances: Instances, references: References, random: np.random.
     rescale(physics.values, factor)
     instances.searched_rate = instances.searched_rate / factor
     steps = instances.sequences / start
-    exponent, over = between(random, n, 0.01, 0.4), between(random, n, *EDGE_OVER_BEST)
+    exponent, over = between(random, n, 0.01, 0.4), between(random, n, *widening.edge_over_best)
     unlearnt = (FRESH_LOSS - physics.values["floor"]) / physics.amplitude  # a trained model loses more than it gained
     drawn = {
         "edge_rate": best / factor * over / RATE_UNIT / batch**exponent,
@@ -155,7 +154,7 @@ def place_edges(instances: Instances, references: References, random: np.random.
         "edge_patience": np.maximum(steps * between(random, n, 0.002, 0.05), 1.0),
         "edge_damage": between(random, n, 0.3, 1.5) * np.where(tuned, unlearnt, 1.0),
     }
-    with_edge = random.random(n) < edges
+    with_edge = random.random(n) < widening.edges
     for name in EDGE:
         physics.values[name] = np.where(with_edge, drawn[name], physics.values[name])
     return instances

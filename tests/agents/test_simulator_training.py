@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fake_plant_batch import some_actions
 from policies import random_weights
 from rich.console import Console
@@ -17,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.logging.tags import tags_of
-from trainpilot.agents.sb3_env import HiddenInputs, ScalarVecEnv, hidden_from, seen_inputs
+from trainpilot.agents.ppo import bundle_of, make_ppo
+from trainpilot.agents.sb3_env import HiddenInputs, PrivilegedVecEnv, ScalarVecEnv, hidden_from, seen_inputs
 from trainpilot.agents.simulator_training import (
     START_GROUPS,
     SimulatorAgent,
@@ -36,7 +38,7 @@ from trainpilot.experiments import train_agent, workers
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.train_agent import physics_of, total_cost, train_agents
 from trainpilot.llm_runtime.simulator.records import Bools, Ints
-from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start, default_pool
+from trainpilot.llm_runtime.simulator.runs import PRIVILEGED, Pool, SimulatedRuns, Start, default_pool
 
 NAMES = [field.name for field in OBSERVATION_FIELDS]
 TINY = SimulatorStage(
@@ -81,14 +83,45 @@ def test_a_trained_agent_is_not_trained_again(agent: SimulatorAgent, folder: Pat
 
 
 def test_the_best_weights_are_kept_with_those_of_the_value_network(agent: SimulatorAgent, folder: Path) -> None:
-    weights = best_weights(folder)
+    n_inputs = N_STACK * len(NAMES)
+    weights = best_weights(folder, n_inputs)
 
-    assert any("value_net" in name for name in weights)
+    first = [value for name, value in weights.items() if name.endswith("_net.0.weight")]
+    assert [tuple(value.shape) for value in first] == [(16, n_inputs)] * 2  # policy and value, less what is privileged
     kept = weights["action_net.weight"].numpy()
     np.testing.assert_array_equal(kept, agent.bundle.weights["action.weight"])
     assert agent.scores["n_runs"] == 16
     with pytest.raises(ValueError, match="is gone"):
-        best_weights(folder / "nowhere")
+        best_weights(folder / "nowhere", n_inputs)
+
+
+def test_only_the_value_network_sees_what_is_privileged() -> None:
+    runs = SimulatedRuns(4, 0, default_pool(8))
+    env = PrivilegedVecEnv(ScalarVecEnv(VectorSimulatedTraining(runs)), runs)
+    model = make_ppo(env, SimulatorPPOConfig(hidden=(8,)), PRIVILEGED)
+    seen = torch.as_tensor(env.reset())
+    other = seen.clone()
+    other[:, -PRIVILEGED:] += 0.5
+
+    assert seen.shape == (4, N_STACK * len(NAMES) + PRIVILEGED)
+    actor = [model.policy.get_distribution(each).distributions[0].logits for each in (seen, other)]
+    torch.testing.assert_close(*actor, rtol=0, atol=0)
+    assert (model.policy.predict_values(seen) != model.policy.predict_values(other)).all()
+    bundle = bundle_of(model, {})
+    logits = torch.as_tensor(bundle.logits(seen[:, :-PRIVILEGED].numpy())[:, : N_CHOICES[0]])
+    torch.testing.assert_close(logits.log_softmax(dim=1), actor[0], rtol=0, atol=1e-5)
+
+
+def test_what_is_privileged_tells_one_instance_from_another() -> None:
+    runs = SimulatedRuns(64, 0, default_pool(64))
+    known = runs.privileged()
+
+    assert known.shape == (64, PRIVILEGED)
+    assert (np.abs(known) <= 1).all()
+    rate = np.clip(np.log2(runs.best_learning_rate / runs.start_learning_rate) / 6, -1, 1)
+    np.testing.assert_allclose(known[:, 2], rate)
+    assert (known[:, 0] == 1).all()  # tiny models, without an edge within reach
+    assert (known[:, 4] == 1).all()
 
 
 def test_the_bundle_ignores_exactly_what_was_hidden(agent: SimulatorAgent) -> None:

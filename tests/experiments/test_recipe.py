@@ -74,7 +74,7 @@ def test_changes_reach_the_simulator_stage() -> None:
         ("simulator: {start_rates: [10, 1]}\n", [], "start_rates must be two rising positive numbers"),
         ("simulator: {utility: best}\n", [], "simulator.utility must be one of linear"),
         ("simulator: {validation: {seed: 1}}\n", [], "validation.seed must be none of the agents' own seeds, got 1"),
-        ("simulator: {widening: {spread: -1}}\n", [], "widening must have a rising budget and a spread >= 0"),
+        ("simulator: {widening: {spread: -1}}\n", [], "widening.spread must be at least 0, got -1"),
         ("simulator: {widening: {edges: 2}}\n", [], "edges at most 1, and scratch .* at most 1, got"),
         ("simulator: {widening: {scratch: 0.6, fine_tuning: 0.6}}\n", [], "scratch . fine_tuning at most 1, got"),
         ("simulator: {start_advised: -1}\n", [], r"start_advised must be in \[0, 1\], got -1"),

@@ -26,10 +26,19 @@ def published_physics() -> Mapping[str, FittedPhysics]:
 
 
 @lru_cache
-def published_sweeps() -> tuple[FittedPhysics, ...]:
-    """Return physics of the published models whose learning rate and batch were both varied, smallest first."""
-    found = [physics for name, physics in published_physics().items() if name.startswith("step-law")]
-    return tuple(sorted(found, key=lambda physics: physics.n_parameters or 0))
+def published_sweeps(names: tuple[str, ...] = ()) -> tuple[FittedPhysics, ...]:
+    """Return physics of the published models whose learning rate and batch were both varied, smallest first.
+
+    Args:
+        names: Names of some of them; by default all.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    known = {name: physics for name, physics in published_physics().items() if name.startswith("step-law")}
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"published must be names among {', '.join(known)}, got {unknown[0]!r}")
+    return tuple(sorted((known[name] for name in names or known), key=lambda physics: physics.n_parameters or 0))
 
 
 @lru_cache

@@ -14,13 +14,10 @@ from trainpilot.llm_runtime.simulator.records import Floats
 from trainpilot.llm_runtime.simulator.references import References, ScheduleTable, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
 from trainpilot.llm_runtime.simulator.scales import (
-    EDGE_OVER_BEST,
     FINE_TUNED_RATES,
     LORA_RATES,
     MOST_TOKENS,
     SEQUENCE_LENGTHS,
-    TOKENS_PER_WEIGHT,
-    WEIGHTS,
     _stretch,
 )
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
@@ -87,10 +84,12 @@ def test_sizes_budgets_and_batches_are_in_their_ranges(pool: Pool) -> None:
     tokens = scratch.sequences * scratch.sequence_length
     low, high = scratch.batch_limits(50)
 
-    assert WEIGHTS[0] <= scratch.n_parameters.min() < 3e8 < scratch.n_parameters.max() <= WEIGHTS[1]
+    least, most = Widening().weights
+    assert least <= scratch.n_parameters.min() < 3e8 < scratch.n_parameters.max() <= most
     assert (tokens <= 1.001 * MOST_TOKENS).all()
     over = tokens / scratch.n_parameters
-    assert TOKENS_PER_WEIGHT[0] * 0.99 <= over.min() < 40 < over.max() <= TOKENS_PER_WEIGHT[1] * 1.01
+    least, most = Widening().tokens_per_weight
+    assert least * 0.99 <= over.min() < 40 < over.max() <= most * 1.01
     assert set(scratch.sequence_length) <= set(SEQUENCE_LENGTHS)
     assert (low <= scratch.start_batch).all()
     assert (scratch.start_batch <= high).all()
@@ -197,7 +196,7 @@ def test_the_edge_is_farther_from_the_best_rate_at_small_batches(pool: Pool) -> 
     over = edge(scratch.physics, batch, never) * 1e-3 / best_rate(scratch, references)
     # the distance was drawn at the best rate without an edge, which may have been nearer to it
     assert over.min() > 1.0
-    assert over.max() < 3 * EDGE_OVER_BEST[1]
+    assert over.max() < 3 * Widening().edge_over_best[1]
     assert np.quantile(over, 0.1) < 4
     assert np.quantile(over, 0.9) > 10
 
@@ -281,3 +280,11 @@ def test_runs_far_beyond_their_edge_are_lost_and_tuned_ones_are_not(pool: Pool) 
 
     assert lost[0] == 0.0
     assert lost[1] > 0.9
+
+
+def test_a_doubling_counts_for_something_in_fine_tuning() -> None:
+    pool = Pool.draw(40, 3, shipped_physics(), Widening(fine_tuning=1.0), published=PUBLISHED)
+    quarter, half, whole = pool.references.losses.T
+
+    assert (half >= 1.01 * whole * (1 - 1e-12)).all()
+    assert (quarter >= 1.02 * whole * (1 - 1e-12)).all()
