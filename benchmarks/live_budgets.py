@@ -255,7 +255,7 @@ def run(programs: Sequence[CaseAtBudget], out: Path, jobs: int) -> None:
             ended = "diverged" if result.final_validation_loss is None else f"loss {result.final_validation_loss:.3f}"
             advance(
                 min(seen, total),
-                f"{seen} runs  {result.spec.config.text[0]} {result.failure or ended}{' (kept)' * kept}",
+                f"{seen} runs  {result.failure or ended}{' (kept)' * kept}",
             )
 
         Scheduler(workers, store, take).run([each.program() for each in programs])
