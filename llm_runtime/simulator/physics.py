@@ -130,6 +130,8 @@ PARAMETERS: Mapping[str, Parameter] = {
 
 DIVERGED_FACTOR = 1.3
 """A run whose loss reaches this many times the initial one has diverged."""
+DEAD = 0.1
+"""A run of which learning rates beyond the edge have killed this share counts as diverged, too."""
 NAMES = tuple(PARAMETERS)
 EDGE: tuple[str, ...] = tuple(name for name in NAMES if name.startswith("edge_"))
 """Parameters of the edge, whose typical values put it out of reach."""

@@ -13,7 +13,7 @@ import numpy as np
 from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, Schedule, ScheduleName, neutral_factor
 from trainpilot.llm_runtime.simulator.instances import FINE_TUNING, TINY, Instances
-from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, PhysicsState, advance, loss
+from trainpilot.llm_runtime.simulator.physics import DEAD, DIVERGED_FACTOR, PhysicsState, advance, loss
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 
 _TOKENS = 1_000_000  # of a nominal budget: factors depend on shares only
@@ -150,7 +150,8 @@ def static_losses(
             advance(instances.physics, state, steps, rate * factor, batch)
         final = loss(instances.physics, state)
     final = final + instances.sensors.validation_gap + overfit(instances, sequences)
-    return np.where(np.isfinite(final) & (final < DIVERGED_FACTOR * instances.physics.initial_loss), final, np.inf)
+    lives = np.isfinite(final) & (final < DIVERGED_FACTOR * instances.physics.initial_loss) & (state.damage <= DEAD)
+    return np.where(lives, final, np.inf)
 
 
 def overfit(instances: Instances, sequences: Floats) -> Floats:

@@ -27,7 +27,7 @@ from trainpilot.llm_runtime.simulator.instances import (
     run_keys,
     uniforms,
 )
-from trainpilot.llm_runtime.simulator.physics import DIVERGED_FACTOR, RATE_UNIT, PhysicsState, advance, edge, loss
+from trainpilot.llm_runtime.simulator.physics import DEAD, DIVERGED_FACTOR, RATE_UNIT, PhysicsState, advance, edge, loss
 from trainpilot.llm_runtime.simulator.records import (
     PRICED_BATCHES,
     Bools,
@@ -368,7 +368,7 @@ class SimulatedRuns:
                 memory=self.memory, random=random,
             )  # fmt: skip
         self.expected_loss = after
-        self.diverged |= ~(after < DIVERGED_FACTOR * self.instances.physics.initial_loss)
+        self.diverged |= ~(after < DIVERGED_FACTOR * self.instances.physics.initial_loss) | (self.state.damage > DEAD)
         self.progress.position += length
         costs = self._costs(interval, sequences, switches, random)
         return self._telemetry(controls, interval, sequences, fields, costs)
