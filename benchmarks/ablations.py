@@ -4,7 +4,8 @@
     python benchmarks/ablations.py --live [--cases test] [--from runs/baselines]
 
 Every variant is a shortened simulator stage of the recipe with one change. It is tested on simulated runs that are not
-used for training, and in a second physics (the Multi-Power Law) that no training uses. The first command takes about
+used for training: around the shipped calibrations, on plants of a published model that was left out, and under budgets
+in seconds; and in a second physics (the Multi-Power Law) that no training uses. The first command takes about
 half an hour on two cores; if it is interrupted, the same command resumes it. The second command steers live test cases
 with the policies of the first, by means of `trainpilot compare`.
 """
@@ -24,10 +25,11 @@ import numpy as np
 import torch
 from _common import write_result
 from _simulated import TEST_INSTANCES, TEST_SEED, StaticGrid, estimate, line, rounded, unseen_pool
+from policy_at_scale import EDGES, LEFT_OUT, at_scale
 from policy_in_simulator import RunSet, multi_power_run_set, simulator_run_set, steered
 from zero_shot import estimate_record, load
 
-from trainpilot.agents.bundle import PolicyBundle
+from trainpilot.agents.bundle import BaseSchedule, PolicyBundle
 from trainpilot.agents.simulator_training import SimulatorStage, train_in_simulator
 from trainpilot.experiments.analysis.method_figures import MethodOnCase, method_on_case
 from trainpilot.experiments.analysis.modelled_cost import Runs
@@ -38,9 +40,14 @@ from trainpilot.experiments.results import TUNED, UNTUNED
 from trainpilot.experiments.run_store import claim_folder
 from trainpilot.experiments.train_agent import physics_of
 from trainpilot.experiments.workers import Workers
+from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.process import use_threads
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
+from trainpilot.llm_runtime.simulator.instances import Widening
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
+from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
+from trainpilot.llm_runtime.simulator.shipped import shipped_physics
 
 STARTS = ("0.1", "1", "10")
 """Starting learning rates relative to that of the tuned static."""
@@ -105,12 +112,15 @@ VARIANTS: Mapping[str, str] = {
     "no-noise-scale": "without the gradient noise scale",
     "no-stack": "the newest observation alone",
     "no-randomisation": "one calibration as it was fitted, always the same physics",
-}
-HIDDEN: Mapping[str, tuple[str, ...]] = {
-    "no-probe": ("curvature", "relative_update"),
-    "no-noise-scale": ("noise_scale",),
+    "no-law": "without a scaling law's advice",
+    "no-prices": "without the price list",
+    "no-history": "without the summaries of the whole run",
+    "no-edges": "no instance has an edge",
+    "no-privileged-critic": "the value network sees what the policy sees",
 }
 POLICY = "policy.safetensors"
+WIDE_SEED = 20_243
+"""Seed of the test instances of other scales and under budgets in seconds."""
 
 
 def main() -> None:
@@ -157,13 +167,23 @@ def _options() -> argparse.Namespace:
 
 def changed(stage: SimulatorStage, variant: str) -> SimulatorStage:
     """Return the simulator stage of a variant; its calibrations are chosen by `calibrations_of`."""
-    if variant in HIDDEN:
-        return replace(stage, hide=HIDDEN[variant])
-    if variant == "no-stack":
-        return replace(stage, stack=1)
-    if variant == "no-randomisation":
-        return replace(stage, widening=replace(stage.widening, spread=0.0))
-    return stage
+    changes: dict[str, dict[str, Any]] = {
+        "no-probe": {"hide": ("curvature", "relative_update")},
+        "no-noise-scale": {"hide": ("noise_scale",)},
+        "no-stack": {"stack": 1},
+        "no-randomisation": {"widening": replace(stage.widening, spread=0.0)},
+        "no-law": {"observe": without(stage.observe, "law")},
+        "no-prices": {"observe": without(stage.observe, "prices")},
+        "no-history": {"observe": without(stage.observe, "history")},
+        "no-edges": {"widening": replace(stage.widening, edges=0.0)},
+        "no-privileged-critic": {"privileged_critic": False},
+    }
+    return replace(stage, **changes.get(variant, {}))
+
+
+def without(groups: Sequence[str], group: str) -> tuple[str, ...]:
+    """Return groups of observation fields less one of them."""
+    return tuple(each for each in groups if each != group)
 
 
 def calibrations_of(stage: SimulatorStage, variant: str) -> tuple[FittedPhysics, ...]:
@@ -214,6 +234,8 @@ def _tested(files: Mapping[str, Sequence[Path]], options: argparse.Namespace) ->
     run_sets = {
         "simulator": simulator_run_set(pool, StaticGrid.search(pool.instances), base, options.runs),
         "multi_power_law": multi_power_run_set(options.runs),
+        "at_scale": wide_run_set(at_scale(LEFT_OUT, (EDGES[0], EDGES[-1])), base, options),
+        "seconds": wide_run_set(Widening(spread=1.0, scratch=0.4, edges=0.5), base, options, "time_s"),
     }
     result: dict[str, Any] = {
         "training": {"decisions": options.decisions, "seeds": options.seeds, "recipe": options.recipe},
@@ -228,6 +250,25 @@ def _tested(files: Mapping[str, Sequence[Path]], options: argparse.Namespace) ->
     return result
 
 
+def wide_run_set(
+    widening: Widening, base: BaseSchedule, options: argparse.Namespace, currency: Currency = "tokens"
+) -> RunSet:
+    """Return runs of other scales or under budgets in another currency, against statics tuned for it."""
+    pool = Pool.draw(
+        options.instances, WIDE_SEED, shipped_physics(), widening, schedule=base.schedule,
+        warmup_share=base.warmup_share, currencies=(currency,),
+    )  # fmt: skip
+    start = Start(schedule=base.schedule, warmup_share=base.warmup_share, rates=(0.1, 10.0), currencies=(currency,))
+    runs = SimulatedRuns(options.runs, WIDE_SEED, pool, start)
+    return RunSet(
+        fresh=lambda: SimulatedRuns(options.runs, WIDE_SEED, pool, start),
+        shares=BUDGET_SHARES,
+        curve=np.minimum.accumulate(runs.reference_losses, axis=1),
+        group=runs.index.copy(),
+        start=runs.start_rate / runs.best_learning_rate,
+    )
+
+
 def _multipliers(run_set: RunSet, bundle: PolicyBundle) -> Floats:
     outcome = steered(run_set, bundle)
     return run_set.multiplier(outcome.loss, outcome.used)
@@ -236,6 +277,7 @@ def _multipliers(run_set: RunSet, bundle: PolicyBundle) -> Floats:
 def _figures(run_set: RunSet, multiplier: Floats, full: Floats | None) -> dict[str, Any]:
     """Return a variant's figures; `multiplier` has shape (seeds, n_runs)."""
     summary = run_set.summarise(multiplier)
+    summary["diverged"] = rounded(float(np.mean(multiplier == 0)))
     summary["median_by_seed"] = [rounded(float(np.median(each))) for each in multiplier]
     if full is not None and full is not multiplier:
         summary["over_full"] = _over(multiplier, full, run_set.group)
@@ -251,11 +293,18 @@ def _over(multiplier: Floats, full: Floats, group: Ints) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Return the figures as a Markdown table."""
-    rows = ["| Variant | Simulator | 10th percentile | Over full | Multi-Power Law | Over full |", "|---" * 6 + "|"]
+    physics = ("simulator", "multi_power_law", "at_scale", "seconds")
+    rows = [
+        f"| Variant | {' | '.join(f'{name} | over full' for name in physics)} |",
+        "|---" * (1 + 2 * len(physics)) + "|",
+    ]
     for name, figures in result["variants"].items():
-        sim, law = figures["simulator"], figures["multi_power_law"]
-        cells = [_cell(sim["median"]), f"{sim['p10']['value']:.2f}", _cell(sim.get("over_full"))]
-        cells += [_cell(law["median"]), _cell(law.get("over_full"))]
+        cells = []
+        for each in physics:
+            found = figures[each]
+            p10, diverged = found["p10"]["value"], found["diverged"]
+            cells += [f"{found['median']['value']:.2f}, p10 {p10:.2f}, diverged {diverged:.1%}"]
+            cells += [_cell(found.get("over_full"))]
         rows.append(f"| {name}: {figures['about']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

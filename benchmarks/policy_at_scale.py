@@ -13,30 +13,38 @@ It takes about ten minutes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from _common import write_result
-from _simulated import by_policy, estimate, held, middle, rounded, steer, tenth
+from _simulated import by_policy, estimate, expected_loss, held, middle, rounded, steer, tenth
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
+from trainpilot.agents.steering.guarded_controller import GuardedController, RollbackController
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reward import compute_equivalent
+from trainpilot.llm_runtime.drive import drive
 from trainpilot.llm_runtime.process import use_threads
-from trainpilot.llm_runtime.schedules import BUDGET_SHARES, neutral_factor
+from trainpilot.llm_runtime.schedules import BUDGET_SHARES, ScheduleName, neutral_factor
 from trainpilot.llm_runtime.simulator.instances import Widening
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints
 from trainpilot.llm_runtime.simulator.references import ScheduleTable, static_losses
-from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
+from trainpilot.llm_runtime.simulator.runs import OnePlant, Pool, SimulatedRuns, Start
 from trainpilot.llm_runtime.simulator.shipped import published_physics, shipped_physics
 
+LEFT_OUT = "step-law-429M"
+"""Published model that the default recipe leaves out."""
 QUALITY = Preference(quality=1, energy=0, time=0)
 TOKENS = (4e9, 1e11)
 EDGES = (2.0, 4.0, 16.0)
 """Edge over the best learning rate at the best batch."""
+OTHER_BASES: tuple[tuple[ScheduleName, float], ...] = tuple(
+    (name, warmup) for name in ("wsd", "cosine", "linear") for warmup in (0.02, 0.1)
+)
+"""Schedules of the second look, with their shares of warm-up."""
 STARTS: Mapping[str, Start] = {
     "off": Start(rates=(0.1, 10.0)),
     "advised": Start(advised=1.0, advice_error=10.0),
@@ -77,6 +85,52 @@ class Runs:
         loss = static_losses(instances, rate, batch, table)
         over_best = rate / (runs.best_learning_rate * neutral_factor(runs.references.batch.astype(np.float64), start))
         return Judged.of(runs, loss, np.ones(runs.n_runs), over_best, [])
+
+    def best_static(self, bases: Sequence[tuple[ScheduleName, float]]) -> Judged:
+        """Return the best static setting of each plant over several schedules, tuned around that of the tuned static.
+
+        Not a method but a second look: how much of a policy's gain is that of another schedule.
+        """
+        runs = self.fresh()
+        instances, start = runs.instances, runs.instances.start_batch
+        low, high = instances.batch_limits(runs.start.decisions)
+        loss = np.full(runs.n_runs, np.inf)
+        for name, warmup_share in bases:
+            table = ScheduleTable.of(name, warmup_share, runs.start.decisions)
+            for factor in (0.5, 1.0, 2.0):
+                batch = np.clip(runs.references.batch * factor, low, high)
+                for rate in (0.5, 0.7, 1.0, 1.4, 2.0):
+                    at_batch = rate * runs.best_learning_rate * neutral_factor(batch, start)
+                    loss = np.minimum(loss, static_losses(instances, at_batch, batch, table))
+        ones = np.ones(runs.n_runs)
+        return Judged.of(runs, loss, ones, ones, [])
+
+    def guarded(self, policy: PolicyBundle, n_runs: int) -> Judged:
+        """Steer some runs one by one within guardrails, as the product ships."""
+        parts = [self._one_guarded(policy, row) for row in range(n_runs)]
+        return Judged(
+            multiplier=np.concatenate([part.multiplier for part in parts]),
+            lost=np.concatenate([part.lost for part in parts]),
+            over_best=np.concatenate([part.over_best for part in parts]),
+            index=np.concatenate([part.index for part in parts]),
+            controls=[],
+        )
+
+    def _one_guarded(self, policy: PolicyBundle, row: int) -> Judged:
+        common = self.fresh()
+        plant = OnePlant(SimulatedRuns(1, common.seed, common.pool, common.start, first_row=row))
+        controller = RollbackController(GuardedController.of_bundle(policy, plant.limits(), QUALITY), plant)
+        tokens, loss = 0.0, np.full(1, np.inf)
+        for interval in drive(
+            plant, controller.decide, common.start.decisions, can_roll_back=lambda: controller.can_roll_back
+        ):
+            tokens += interval.telemetry.interval_tokens
+            if interval.telemetry.finished and not interval.telemetry.diverged:
+                loss = expected_loss(plant.plants, np.arange(1))
+        runs = plant.plants
+        assert isinstance(runs, SimulatedRuns)
+        budget = runs.instances.sequences * runs.instances.sequence_length
+        return Judged.of(runs, loss, tokens / budget, runs.start_rate / runs.best_learning_rate, [])
 
 
 DEAD = 0.01
@@ -199,8 +253,10 @@ def targets(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def judge(policy: PolicyBundle | None, sets: list[Runs], law: list[Judged] | None) -> tuple[list[Judged], Any]:
-    """Return the runs of one method, and its figures."""
+def judge(
+    policy: PolicyBundle | None, sets: list[Runs], law: list[Judged] | None, n_guarded: int = 0
+) -> dict[str, Any]:
+    """Return the figures of one method: a policy, or no steering at all."""
     judged = [runs.judged(policy) for runs in sets]
     by_set = list(zip(sets, judged, strict=True))
     found: dict[str, Any] = {
@@ -221,16 +277,19 @@ def judge(policy: PolicyBundle | None, sets: list[Runs], law: list[Judged] | Non
     if law is not None:
         found["against_law"] = against_law([one for runs, one in by_set if runs.start != "off"], law)
         found["targets"] = targets(found)
-    return judged, found
+    if policy is not None and n_guarded:
+        found["guarded"] = figures(Judged.pooled([runs.guarded(policy, n_guarded) for runs in sets]))
+    return found
 
 
 def main() -> None:
     """Draw the plants, steer them, and write `results/policy_at_scale.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", default="default", help="names or files, with commas between them")
-    parser.add_argument("--model", default="step-law-429M", help="published model that the plants are drawn around")
+    parser.add_argument("--model", default=LEFT_OUT, help="published model that the plants are drawn around")
     parser.add_argument("--instances", type=int, default=300, help="plants per edge")
     parser.add_argument("--runs", type=int, default=600, help="runs per edge and kind of start")
+    parser.add_argument("--guarded", type=int, default=50, help="runs per edge and kind of start within guardrails")
     parser.add_argument("--dry", action="store_true", help="write no result")
     options = parser.parse_args()
     use_threads(1)
@@ -243,14 +302,20 @@ def main() -> None:
     sets = run_sets(options.model, options.instances, options.runs)
     law = [runs.as_advised() for runs in sets if runs.start != "off"]
     result["law"] = {"all": figures(Judged.pooled(law))}
-    _, result["untuned"] = judge(None, sets, None)
-    for name in ("law", "untuned"):
+    result["untuned"] = judge(None, sets, None)
+    result["best static of several schedules"] = {
+        "schedules": [list(base) for base in OTHER_BASES],
+        "all": figures(Judged.pooled([runs.best_static(OTHER_BASES) for runs in sets])),
+    }
+    for name in ("law", "untuned", "best static of several schedules"):
         print(line(name, result[name]))
     for name in options.policies.split(","):
         path = policy_path(name)
-        _, found = judge(PolicyBundle.load(path), sets, law)
+        found = judge(PolicyBundle.load(path), sets, law, options.guarded)
         result["policies"][name] = {"digest": policy_digest(path), **found}
         print(line(name, found))
+        if "guarded" in found:
+            print(line("  within guardrails", {"all": found["guarded"]}))
         for wanted in found["targets"]:
             print(f"    {'yes' if wanted['reached'] else 'NO ':3}  {wanted['what']}: {wanted['found']:.4g}")
     if not options.dry:
@@ -259,19 +324,9 @@ def main() -> None:
 
 def run_sets(model: str, n_instances: int, n_runs: int) -> list[Runs]:
     """Return the runs under every edge from every kind of start, on plants drawn around one published model."""
-    physics = published_physics()[model]
-    weights = float(physics.n_parameters or 0)
     sets = []
     for number, over in enumerate(EDGES):
-        widening = Widening(
-            scratch=1.0,
-            edges=1.0,
-            edge_over_best=(over, over),
-            weights=(weights, weights),
-            tokens_per_weight=(TOKENS[0] / weights, TOKENS[1] / weights),
-            published=(model,),
-        )
-        pool = Pool.draw(n_instances, POOL_SEED + number, shipped_physics(), widening)
+        pool = Pool.draw(n_instances, POOL_SEED + number, shipped_physics(), at_scale(model, (over, over)))
         for name, start in STARTS.items():
 
             def fresh(pool: Pool = pool, start: Start = start) -> SimulatedRuns:
@@ -279,6 +334,19 @@ def run_sets(model: str, n_instances: int, n_runs: int) -> list[Runs]:
 
             sets.append(Runs(edge=over, start=name, fresh=fresh))
     return sets
+
+
+def at_scale(model: str, edge_over_best: tuple[float, float]) -> Widening:
+    """Return plants of a published model's size with an edge, drawn around this model alone."""
+    weights = float(published_physics()[model].n_parameters or 0)
+    return Widening(
+        scratch=1.0,
+        edges=1.0,
+        edge_over_best=edge_over_best,
+        weights=(weights, weights),
+        tokens_per_weight=(TOKENS[0] / weights, TOKENS[1] / weights),
+        published=(model,),
+    )
 
 
 def line(name: str, found: Mapping[str, Any]) -> str:
