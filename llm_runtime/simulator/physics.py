@@ -113,9 +113,10 @@ PARAMETERS: Mapping[str, Parameter] = {
     "growth": Parameter(0.006, 1e-6, 1.0, "growth of the squared weights by a step of the rate unit"),
     "shrinking": Parameter(1.0, 0.05, 4.0, "shrinking by weight decay, over the nominal rate"),
     "growth_power": Parameter(2.0, 0.1, 3.0, "w: how much grown weights slow progress down"),
-    "noise": Parameter(0.05, 1e-4, 2.0, "noise floor at the rate unit, nats/token"),
+    "noise": Parameter(0.05, 1e-4, 20.0, "noise floor at the rate unit in steps of one sequence, nats/token"),
     "noise_power": Parameter(0.9, 0.1, 2.0, "e: how the noise floor rises with the learning rate"),
     "noise_growth": Parameter(1.0, 0.02, 5.0, "n: how much grown weights lower it"),
+    "noise_batch": Parameter(0.5, 1e-300, 2.0, "j: how much a larger batch lowers the noise floor at the same rate"),
     "settling": Parameter(0.1, 1e-3, 1e3, "how fast the noise follows the learning rate, over the fastest mode"),
     "slow_noise": Parameter(0.01, 1e-6, 1e3, "weight of the noise that gathers in modes"),
     "slow_spectrum": Parameter(0.5, 0.2, 3.0, "kappa: its exponent"),
@@ -135,10 +136,12 @@ DEAD = 0.1
 NAMES = tuple(PARAMETERS)
 EDGE: tuple[str, ...] = tuple(name for name in NAMES if name.startswith("edge_"))
 """Parameters of the edge, whose typical values put it out of reach."""
-NOT_FITTED: tuple[str, ...] = ("scar", "youth", *EDGE)
-"""Parameters that the runs of a calibration do not determine."""
-ADDED: Mapping[str, float] = {"settling": 1e9} | {name: PARAMETERS[name].typical for name in EDGE}
-"""Parameters that older calibrations lack, with values that change nothing: noise follows at once, and no edge."""
+NOT_FITTED: tuple[str, ...] = ("scar", "youth", "noise_batch", *EDGE)
+"""Parameters that the runs of a calibration do not determine. With `noise_batch` at 1/2, a change of the batch is
+neutral to noise if the learning rate changes with its square root, as theory has it for Adam (Malladi et al. 2022)."""
+ADDED: Mapping[str, float] = {"settling": 1e9, "noise_batch": 1e-300} | {name: PARAMETERS[name].typical for name in EDGE}
+"""Parameters that older calibrations lack, with values that change nothing: noise follows at once and at any batch, and
+there is no edge."""
 RELATIVE_RATES = mode_rates()
 
 
@@ -242,7 +245,8 @@ def advance(physics: Physics, state: PhysicsState, steps: Floats, learning_rate:
     state.damage += (1.0 - state.damage) * _killed(physics, state, steps, rate, batch)
     state.steps += steps
     settled = 1.0 - np.exp(-0.02 * state.steps)
-    noise_floor = v["noise"] * (rate * state.growth ** (-v["noise_growth"] / 2)) ** v["noise_power"] * settled
+    at_one = rate * batch ** -v["noise_batch"]  # as noisy in steps of one sequence
+    noise_floor = v["noise"] * (at_one * state.growth ** (-v["noise_growth"] / 2)) ** v["noise_power"] * settled
     state.excess += (noise_floor - state.excess) * -np.expm1(-v["settling"] * path)
     return moments
 
