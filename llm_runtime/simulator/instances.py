@@ -82,6 +82,8 @@ class Hardware(Rows):
 
 LEAST_SPREAD = 0.15
 """Standard deviation, per unit of spread, of the perturbation of each parameter's logarithm around the calibrations."""
+CALIBRATED_BATCH = 8.0
+"""Typical batch of calibrations, in sequences."""
 SCARS = (1e-3, 0.3)
 """Range of the lasting damage of too large first steps, which calibrations do not determine."""
 RATE_SPAN = 5.0
@@ -161,6 +163,9 @@ class Widening:
     """Share of instances with an edge."""
     edge_over_best: tuple[float, float] = (1.5, 30.0)
     """Range of the edge over the best learning rate at the best batch, drawn log-uniformly."""
+    noise_batch: tuple[float, float] = (0.0, 0.0)
+    """Range of `noise_batch` of instances around calibrations, which they do not determine; their noise stays what it
+    is at a batch of 8 sequences."""
     weights: tuple[float, float] = (1e7, 1e10)
     """Range of the weights of larger instances, drawn log-uniformly."""
     tokens_per_weight: tuple[float, float] = (5.0, 300.0)
@@ -174,6 +179,8 @@ class Widening:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"simulator.widening.{name} must be two rising positive numbers, got {(low, high)}")
+        if not 0 <= self.noise_batch[0] <= self.noise_batch[1]:
+            raise ValueError(f"simulator.widening.noise_batch must be two rising numbers >= 0, got {self.noise_batch}")
         if self.spread < 0:
             raise ValueError(f"simulator.widening.spread must be at least 0, got {self.spread}")
         shares = (self.scratch, self.fine_tuning, self.edges)
@@ -196,7 +203,7 @@ def draw_instances(
     start_batch = _start_batches(random, sequences)
     repeats = random.random(n_instances) < 0.25
     data = np.where(repeats, sequences * np.exp(random.uniform(np.log(0.15), 0, n_instances)), 100 * sequences)
-    return Instances(
+    instances = Instances(
         physics=_physics(random, n_instances, calibrations, widening.spread),
         sensors=_sensors(random, n_instances, widening.spread),
         hardware=_hardware(random, n_instances),
@@ -213,6 +220,11 @@ def draw_instances(
         advice=np.full((n_instances, 2), np.nan),
         searched_rate=np.full(n_instances, np.nan),
     )
+    if widening.noise_batch[1] > 0:
+        values, exponent = instances.physics.values, random.uniform(*widening.noise_batch, n_instances)
+        values["noise"] *= CALIBRATED_BATCH ** (exponent * values["noise_power"])
+        values["noise_batch"] = exponent
+    return instances
 
 
 def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedPhysics], spread: float) -> Physics:

@@ -25,8 +25,10 @@ Effects of an AdamW step of learning rate l on B sequences, with the source of e
   lies at 0.013 (N / 268 M)^-0.55 at all batches from 64 k to 8 M tokens, so that its distance from the best learning
   rate, which falls with the batch, grows from 3-6x at 524 k tokens and more to 16-23x at 131 k and less. Fits leave
   runs beyond the edge out and do not determine it: it is drawn.
-* *Noise.* A floor noise (l / W^n)^e that the loss approaches along the path of the steps, settling times as fast as the
-  fastest mode; so a cool-down takes its time. A slow part accumulates in modes.
+* *Noise.* A floor noise (l B^-j / W^n)^e that the loss approaches along the path of the steps, settling times as fast
+  as the fastest mode; so a cool-down takes its time. A slow part accumulates in modes. With j = 1/2 a batch that
+  changes with its neutral learning rate is no quieter. Runs of one batch do not determine j; where it is 0, a small
+  batch in the cool-down gains what no real run does.
 
 Normalisation, growth and slow noise are taken from the literature (Zhang et al. 2019, Li et al. 2025; growth is that of
 scale-invariant weights, van Laarhoven 2017); the stalling term and all exponents are fitted to live runs of small
@@ -139,7 +141,9 @@ EDGE: tuple[str, ...] = tuple(name for name in NAMES if name.startswith("edge_")
 NOT_FITTED: tuple[str, ...] = ("scar", "youth", "noise_batch", *EDGE)
 """Parameters that the runs of a calibration do not determine. With `noise_batch` at 1/2, a change of the batch is
 neutral to noise if the learning rate changes with its square root, as theory has it for Adam (Malladi et al. 2022)."""
-ADDED: Mapping[str, float] = {"settling": 1e9, "noise_batch": 1e-300} | {name: PARAMETERS[name].typical for name in EDGE}
+ADDED: Mapping[str, float] = {"settling": 1e9, "noise_batch": 1e-300} | {
+    name: PARAMETERS[name].typical for name in EDGE
+}
 """Parameters that older calibrations lack, with values that change nothing: noise follows at once and at any batch, and
 there is no edge."""
 RELATIVE_RATES = mode_rates()

@@ -34,10 +34,11 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 def test_the_default_recipe_is_a_simulator_stage_alone() -> None:
     recipe = load_recipe("default")
     assert recipe.simulator is not None
-    assert recipe.simulator.ppo.total_decisions == 10_000_000
+    assert recipe.simulator.ppo.total_decisions == 15_000_000
     assert recipe.simulator.widening.spread == 1.0
     assert recipe.ppo.total_decisions == 0
-    assert list(recipe.simulator.agents) == [0, 1, 2, 3]
+    assert list(recipe.simulator.agents) == [0, 1]
+    assert "step-law-429M" not in recipe.simulator.widening.published
     assert recipe.live_cases() == ()
 
 
@@ -74,6 +75,8 @@ def test_changes_reach_the_simulator_stage() -> None:
         ("simulator: {start_rates: [10, 1]}\n", [], "start_rates must be two rising positive numbers"),
         ("simulator: {utility: best}\n", [], "simulator.utility must be one of linear"),
         ("simulator: {validation: {seed: 1}}\n", [], "validation.seed must be none of the agents' own seeds, got 1"),
+        ("simulator: {widening: {noise_batch: [0.5, 0.1]}}\n", [], "widening.noise_batch must be two rising numbers"),
+        ("simulator: {widening: {weights: [1e9, 1e8]}}\n", [], "widening.weights must be two rising positive numbers"),
         ("simulator: {widening: {spread: -1}}\n", [], "widening.spread must be at least 0, got -1"),
         ("simulator: {widening: {edges: 2}}\n", [], "edges at most 1, and scratch .* at most 1, got"),
         ("simulator: {widening: {scratch: 0.6, fine_tuning: 0.6}}\n", [], "scratch . fine_tuning at most 1, got"),

@@ -195,6 +195,17 @@ def test_noise_approaches_its_floor_along_the_path() -> None:
     assert state.excess[0] == left
 
 
+def test_noise_is_the_same_at_another_batch_with_the_neutral_rate() -> None:
+    physics = made(noise=0.05, noise_power=0.8, noise_batch=0.5, settling=1e3, **PLAIN)
+    small = stepped(physics, 1e4, rate=1e-3, batch=4.0)
+    large = stepped(physics, 1e4, rate=2e-3, batch=16.0)
+    same_rate = stepped(physics, 1e4, rate=1e-3, batch=16.0)
+
+    assert small.excess == pytest.approx(0.05 * 4**-0.4)
+    assert large.excess == pytest.approx(small.excess)
+    assert same_rate.excess == pytest.approx(small.excess * 4**-0.4)
+
+
 def test_no_steps_change_nothing() -> None:
     physics, state = made(), PhysicsState.fresh(1)
     advance(physics, state, one(30), one(2e-3), one(8))
@@ -321,7 +332,7 @@ def test_where_noise_dominates_only_the_neutral_rate_counts() -> None:
 
 
 def test_where_the_signal_dominates_steps_count_and_the_batch_does_not() -> None:
-    physics = made(gradient_noise=1e-9, stall_rate=1e9)
+    physics = made(gradient_noise=1e-9, stall_rate=1e9, noise_batch=0.0)
     finals = [trained(physics, 1e-3, batch=batch, sequences=batch * 250)[-1, 0] for batch in (4, 8, 16, 32)]
 
     assert finals == pytest.approx([finals[0]] * 4, abs=1e-6)

@@ -8,7 +8,15 @@ import pytest
 from trainpilot.llm_runtime.scaling_laws import step_law
 from trainpilot.llm_runtime.schedules import neutral_factor
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
-from trainpilot.llm_runtime.simulator.instances import FINE_TUNING, SCRATCH, TINY, Instances, Widening, rescale
+from trainpilot.llm_runtime.simulator.instances import (
+    FINE_TUNING,
+    SCRATCH,
+    TINY,
+    Instances,
+    Widening,
+    draw_instances,
+    rescale,
+)
 from trainpilot.llm_runtime.simulator.physics import ADDED, Physics, PhysicsState, advance, edge, loss
 from trainpilot.llm_runtime.simulator.records import Floats
 from trainpilot.llm_runtime.simulator.references import References, ScheduleTable, static_losses
@@ -20,7 +28,7 @@ from trainpilot.llm_runtime.simulator.scales import (
     SEQUENCE_LENGTHS,
     _stretch,
 )
-from trainpilot.llm_runtime.simulator.shipped import shipped_physics
+from trainpilot.llm_runtime.simulator.shipped import published_sweeps, shipped_physics
 
 TABLE = ScheduleTable.of("wsd", 0.1, 50)
 COMMON = {"scar": 1e-6, "youth": 20.0, "slow_noise": 0.0114, "slow_spectrum": 0.447}
@@ -288,3 +296,22 @@ def test_a_doubling_counts_for_something_in_fine_tuning() -> None:
 
     assert (half >= 1.01 * whole * (1 - 1e-12)).all()
     assert (quarter >= 1.02 * whole * (1 - 1e-12)).all()
+
+
+def test_noise_at_another_batch_is_drawn_around_that_of_calibrations() -> None:
+    known, drawn = (
+        draw_instances(50, 3, shipped_physics(), Widening(noise_batch=(0.0, most))).physics.values
+        for most in (0.0, 0.5)
+    )
+    at_eight = drawn["noise"] * (8.0 ** -drawn["noise_batch"]) ** drawn["noise_power"]
+
+    np.testing.assert_allclose(at_eight, known["noise"])
+    assert 0 < drawn["noise_batch"].min() < 0.1 < 0.4 < drawn["noise_batch"].max() < 0.5
+    np.testing.assert_array_equal(drawn["rate"], known["rate"])
+
+
+def test_published_models_are_chosen_by_name() -> None:
+    assert [round((each.n_parameters or 0) / 1e6) for each in published_sweeps()] == [215, 268, 429]
+    assert [round((each.n_parameters or 0) / 1e6) for each in published_sweeps(("step-law-429M",))] == [429]
+    with pytest.raises(ValueError, match="published must be names among step-law-215M, .*, got 'step-law-7B'"):
+        published_sweeps(("step-law-7B",))
