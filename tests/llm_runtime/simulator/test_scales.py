@@ -306,12 +306,12 @@ def test_noise_at_another_batch_is_drawn_around_that_of_calibrations() -> None:
     at_eight = drawn["noise"] * (8.0 ** -drawn["noise_batch"]) ** drawn["noise_power"]
 
     np.testing.assert_allclose(at_eight, known["noise"])
-    assert 0 < drawn["noise_batch"].min() < 0.1 < 0.4 < drawn["noise_batch"].max() < 0.5
+    assert 0 < drawn["noise_batch"].min() < 0.25 < drawn["noise_batch"].max() < 0.5
     np.testing.assert_array_equal(drawn["rate"], known["rate"])
 
 
 def test_published_models_are_chosen_by_name() -> None:
     assert [round((each.n_parameters or 0) / 1e6) for each in published_sweeps()] == [215, 268, 429]
     assert [round((each.n_parameters or 0) / 1e6) for each in published_sweeps(("step-law-429M",))] == [429]
-    with pytest.raises(ValueError, match="published must be names among step-law-215M, .*, got 'step-law-7B'"):
+    with pytest.raises(ValueError, match=r"published must be names among step-law-215M, .*, got 'step-law-7B'"):
         published_sweeps(("step-law-7B",))
