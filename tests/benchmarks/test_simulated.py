@@ -221,4 +221,7 @@ def test_every_variant_changes_one_thing(modules: Any) -> None:
     assert changed["no-noise-scale"] == replace(stage, hide=("noise_scale",))
     assert changed["no-stack"] == replace(stage, stack=1)
     assert changed["no-randomisation"].widening.spread == 0
+    assert changed["no-law"].observe == ("basic", "history", "prices", "currency")
+    assert changed["no-edges"].widening.edges == 0
+    assert not changed["no-privileged-critic"].privileged_critic
     assert len(modules.ablations.calibrations_of(stage, "no-randomisation")) == 1
