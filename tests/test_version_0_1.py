@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from steering_loops import Loop
 
+from trainpilot.agents import bundle as bundles
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.envs.environments import SimulatedTraining
 from trainpilot.envs.observation import BASIC, fields_of
@@ -41,9 +42,10 @@ OTHER_CPU = 1e-5
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a copy of the files, which is the current folder: their paths are relative."""
+    """Return a copy of the files, which is the current folder: their paths are relative. Its policy is the default."""
     shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bundles, "POLICIES", tmp_path)
     return tmp_path
 
 
