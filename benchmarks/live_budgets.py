@@ -1,12 +1,14 @@
 """Measure policies zero-shot on the live test cases at several budgets, against a static setting tuned at each budget.
 
-    python benchmarks/live_budgets.py [--budgets 1 8] [--policies default] [--cases llama,gpt-neox] [--jobs 1]
+    python benchmarks/live_budgets.py [--budgets 1 8] [--seconds] [--policies default] [--cases llama,gpt-neox]
 
 Around the tuned static of `baselines.py`, learning rate and batch are tuned again at each budget, with the seed of that
 search; the best setting is judged with other seeds, at the whole and at half of the budget. Policies start at 0.1, 1
 and 10 times the tuned learning rate (`--starts`) at the case's own batch, within guardrails, and are asked for quality
 alone. A run's multiplier is the share of the budget that the tuned static needs for its loss: in the logarithm it is
-interpolated between both budgets, and extrapolated beyond them. Runs lie in OUT; the same command resumes.
+interpolated between both budgets, and extrapolated beyond them. With `--seconds`, policies also get the seconds that
+the static tuned for seconds takes, as measured in the same command, and are compared with that one. Runs lie in OUT;
+the same command resumes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import numpy as np
 import torch
 from _common import write_result
 from _simulated import rounded
-from guardrails import tuned_rate
 from rich.console import Console
 
 from trainpilot.agents.bundle import policy_digest, policy_path
@@ -62,12 +63,20 @@ class CaseAtBudget:
     """Setting that was tuned at the case's own budget."""
     policies: Mapping[str, Mapping[float, Any]]
     """Methods by policy and start."""
+    seconds: float | None = None
+    """Budget in seconds, where it is not in tokens: what the tuned static takes."""
+    in_seconds: bool = False
     tuned: StaticSetting | None = None
     tried: dict[StaticSetting, float] = field(default_factory=dict)
     """Losses of the search."""
     static: dict[float, list[float]] = field(default_factory=dict)
     """Losses of the tuned static by share of the budget, in the order of the seeds."""
     steered: dict[str, dict[float, list[RunResult]]] = field(default_factory=dict)
+
+    @property
+    def axis(self) -> str:
+        """What the budget is counted in."""
+        return "time_s" if self.in_seconds else "tokens"
 
     @property
     def estimated_runs(self) -> int:
@@ -81,11 +90,21 @@ class CaseAtBudget:
         for share in (HALF, 1.0):
             results = yield [self._spec(self.tuned, seed, share) for seed in self.seeds]
             self.static[share] = [final_loss(result) for result in results]
+            if self.in_seconds:
+                self.seconds = median(seconds_of(result) for result in results)
         for policy, methods in self.policies.items():
             for start, method in methods.items():
-                specs = [method.placed(self.first).spec(self.case, seed) for seed in self.seeds]
+                specs = [self._within(method.placed(self.first).spec(self.case, seed)) for seed in self.seeds]
                 results = yield specs
                 self.steered.setdefault(policy, {})[start] = results
+
+    def _within(self, spec: RunSpec) -> RunSpec:
+        """Return a run with the budget in seconds, where there is one."""
+        if self.seconds is None:
+            return spec
+        share = spec.config.warmup() / spec.config.tokens
+        config = replace(spec.config, budget=f"{self.seconds:.2f}s", warmup_tokens=None, warmup_share=share)
+        return replace(spec, config=config)
 
     def _tune(self) -> Wave:
         if self.budget == 1:
@@ -121,6 +140,8 @@ class CaseAtBudget:
             return 0.0
         shares, losses = (HALF, 1.0), [fmean(self.static[share]) for share in (HALF, 1.0)]
         needed = float(budget_for_loss(result.final_validation_loss, shares, losses, limits=FARTHEST))
+        if self.seconds is not None:
+            return needed * self.seconds / seconds_of(result)
         return needed * self.case.config.tokens / result.tokens
 
     def figures(self) -> dict[str, Any]:
@@ -129,7 +150,9 @@ class CaseAtBudget:
         return {
             "case": self.case.name,
             "budget": self.budget,
+            "axis": self.axis,
             "tokens": self.case.config.tokens,
+            "seconds": None if self.seconds is None else rounded(self.seconds),
             "tuned": {
                 "learning_rate": rounded(self.tuned.learning_rate),
                 "batch_size": self.tuned.batch_size,
@@ -157,11 +180,16 @@ class CaseAtBudget:
         }
 
 
-def first_setting(baselines: Mapping[str, Any], case: Case) -> StaticSetting:
-    """Return the setting that was tuned at the case's own budget."""
-    found = next(each for each in baselines["tuned"][case.name] if each["axis"] == "tokens")
+def seconds_of(result: RunResult) -> float:
+    """Return the seconds of a run, evaluation apart."""
+    return sum(interval.time_s for interval in result.intervals)
+
+
+def first_setting(baselines: Mapping[str, Any], case: Case, axis: str = "tokens") -> StaticSetting:
+    """Return the setting that was tuned at the case's own budget, for tokens or for seconds (`time_s`)."""
+    found = next(each for each in baselines["tuned"][case.name] if each["axis"] == axis)
     return StaticSetting(
-        learning_rate=tuned_rate(dict(baselines), case.name),
+        learning_rate=float(found["base_learning_rate"]),
         batch_size=found["batch_size"],
         schedule=found["schedule"],
         warmup_share=found["warmup_share"],
@@ -199,7 +227,8 @@ def summary(cases: Sequence[Mapping[str, Any]], policy: str) -> dict[str, Any]:
 def main() -> None:
     """Run what is missing, and write `results/live_budgets.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 8.0])
+    parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 8.0])
+    parser.add_argument("--seconds", action="store_true", help="budgets in seconds too, at the cases' own size")
     parser.add_argument("--policies", default="default", help="names or files, with commas between them; may be empty")
     parser.add_argument("--set", dest="cases", default="test", help="case set of `trainpilot compare`, or a file")
     parser.add_argument("--cases", dest="names", default="", help="names of some cases, with commas between them")
@@ -214,16 +243,24 @@ def main() -> None:
     policies = [name for name in options.policies.split(",") if name]
     chosen = [case for case in load_cases(options.cases) if not options.names or case.name in options.names.split(",")]
     programs = []
-    for budget in options.budgets:
+    kinds = [(budget, "tokens") for budget in options.budgets] + [(1.0, "time_s")] * options.seconds
+    for budget, axis in kinds:
         for case in chosen:
             config = replace(case.config, tokens=round(case.config.tokens * budget))
             methods = {
                 name: {start: policy_method(f"policy:{name}@quality=1@start={start:g}") for start in options.starts}
                 for name in policies
             }
-            setting, longer = first_setting(baselines, case), replace(case, config=config)
+            setting, longer = first_setting(baselines, case, axis), replace(case, config=config)
             programs.append(
-                CaseAtBudget(case=longer, budget=budget, seeds=range(options.seeds), first=setting, policies=methods)
+                CaseAtBudget(
+                    case=longer,
+                    budget=budget,
+                    seeds=range(options.seeds),
+                    first=setting,
+                    policies=methods,
+                    in_seconds=axis == "time_s",
+                )
             )
     run(programs, options.out, options.jobs)
     found = [each.figures() for each in programs]
@@ -232,8 +269,13 @@ def main() -> None:
         "starts": options.starts,
         "policies": {name: policy_digest(policy_path(name)) for name in policies},
         "summary": {
-            f"{budget:g}": {name: summary([c for c in found if c["budget"] == budget], name) for name in policies}
-            for budget in options.budgets
+            f"{budget:g} x {axis}": {
+                name: summary(
+                    [c for c, p in zip(found, programs, strict=True) if (p.budget, p.axis) == (budget, axis)], name
+                )
+                for name in policies
+            }
+            for budget, axis in kinds
         },
         "cases": found,
     }
