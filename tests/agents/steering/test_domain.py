@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,4 +99,5 @@ def test_the_policy_that_comes_with_trainpilot_has_a_domain() -> None:
         base_schedule=bundle.base_schedule,
     )  # fmt: skip
     assert check_domain(bundle, inside) == []
-    assert len(check_domain(bundle, RunFacts(n_parameters=10**9, optimizer="SGD"))) == 2
+    assert check_domain(bundle, replace(inside, n_parameters=10**9, sequences=10**7, batch_size=512)) == []
+    assert len(check_domain(bundle, RunFacts(n_parameters=10**11, optimizer="SGD"))) == 2

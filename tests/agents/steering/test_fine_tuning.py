@@ -95,5 +95,6 @@ def test_bounds_are_counted_from_the_user_s_rate() -> None:
 
 def test_the_policy_s_domain_names_it(tmp_path: Path) -> None:
     config = case(tmp_path, LLAMA, tokens=64_000, batch_size=4, decisions=50)
+    scratch_alone = Path(__file__).parents[2] / "golden" / "version_0_1" / "default.safetensors"
     with pytest.warns(UserWarning, match="fine_tuning True is outside of False"):
-        Loop(config, "default", fine_tuning=True)
+        Loop(config, str(scratch_alone), fine_tuning=True)
