@@ -141,7 +141,7 @@ class CaseAtBudget:
         shares, losses = (HALF, 1.0), [fmean(self.static[share]) for share in (HALF, 1.0)]
         needed = float(budget_for_loss(result.final_validation_loss, shares, losses, limits=FARTHEST))
         if self.seconds is not None:
-            return needed * self.seconds / seconds_of(result)
+            return needed  # it was given all of them
         return needed * self.case.config.tokens / result.tokens
 
     def figures(self) -> dict[str, Any]:
