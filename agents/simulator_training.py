@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -471,7 +470,7 @@ def best_weights(folder: Path, n_inputs: int) -> dict[str, Any]:
     state = load_checkpoint(folder / "checkpoint.pt")
     if state is None:
         raise ValueError(f"out: {folder / 'checkpoint.pt'} is gone; remove the folder above it to train anew")
-    weights: dict[str, torch.Tensor] = state["callbacks"][Validation.__name__]["best"]["policy"]
+    weights: dict[str, Any] = state["callbacks"][Validation.__name__]["best"]["policy"]
     wide = n_inputs + PRIVILEGED
     return {
         name: value[:, :n_inputs] if value.ndim == 2 and value.shape[1] == wide else value
