@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,8 @@ def test_only_the_value_network_sees_what_is_privileged() -> None:
     other[:, -PRIVILEGED:] += 0.5
 
     assert seen.shape == (4, N_STACK * len(NAMES) + PRIVILEGED)
-    actor = [model.policy.get_distribution(each).distributions[0].logits for each in (seen, other)]
+    asked: list[Any] = [model.policy.get_distribution(each) for each in (seen, other)]
+    actor = [each.distributions[0].logits for each in asked]
     torch.testing.assert_close(*actor, rtol=0, atol=0)
     assert (model.policy.predict_values(seen) != model.policy.predict_values(other)).all()
     bundle = bundle_of(model, {})
