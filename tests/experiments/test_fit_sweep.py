@@ -22,6 +22,8 @@ N, LENGTH = 150_000_000, 1_024
 DEFAULTS = Defaults(schedule="cosine", warmup_steps=100, end_learning_rate=0.0)
 COLUMNS = ("parameters", "tokens", "learning_rate", "batch_sequences", "sequence_length", "steps", "final_loss")
 SETTINGS = [(rate, batch) for rate in (3e-4, 1e-3, 2e-3) for batch in (32, 64, 128)]
+AROUND_BEST = [(rate, batch) for rate in (2e-3, 8e-3, 3.2e-2) for batch in (64, 256, 1024)]
+"""Settings with the best inside: a fit promises nothing better outside of what was tried."""
 SEQUENCES = 640_000
 
 
@@ -50,8 +52,8 @@ def row(rate: float, batch: int, sequences: int = SEQUENCES, **changes: object) 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
-    file = write(folder / "sweep.csv", [row(*setting) for setting in SETTINGS])
-    asked = [row(1.5e-3, 96, SEQUENCES), row(1e-3, 64, 4 * SEQUENCES), row(1e-3, 64, parameters=4 * N)]
+    file = write(folder / "sweep.csv", [row(*setting) for setting in AROUND_BEST])
+    asked = [row(1.2e-2, 384, SEQUENCES), row(8e-3, 256, 4 * SEQUENCES), row(8e-3, 256, parameters=4 * N)]
     for each in asked:
         del each["final_loss"]
     larger = write(folder / "other.csv", [each | {"note": "mine"} for each in asked])
@@ -71,8 +73,8 @@ def test_settings_that_were_not_fitted_are_predicted(fitted: Path) -> None:
     losses = [float(each["predicted_loss"]) for each in rows]
 
     assert list(rows[0]) == [name for name in COLUMNS if name != "final_loss"] + ["note", "predicted_loss"]
-    assert losses[0] == pytest.approx(measured(1.5e-3, 96), abs=0.01)
-    assert losses[1] == pytest.approx(measured(1e-3, 64, 4 * SEQUENCES), abs=0.03)
+    assert losses[0] == pytest.approx(measured(1.2e-2, 384), abs=0.01)
+    assert losses[1] == pytest.approx(measured(8e-3, 256, 4 * SEQUENCES), abs=0.03)
     assert losses[2] < losses[0]  # a larger model
 
 
@@ -85,7 +87,7 @@ def test_the_record_holds_physics_and_errors(fitted: Path) -> None:
     [cell] = record["cells"]
     assert cell["near_error"] < 0.005
     assert cell["regret"] < 0.005
-    assert cell["n_runs"] == len(SETTINGS)
+    assert cell["n_runs"] == len(AROUND_BEST)
 
 
 def test_batches_count_in_the_most_frequent_sequence_length(tmp_path: Path) -> None:
