@@ -137,11 +137,9 @@ class PrivilegedVecEnv(VecEnvWrapper):
     def __init__(self, venv: VecEnv, runs: SimulatedRuns) -> None:
         space = venv.observation_space
         assert isinstance(space, Box)
-        ends = (
-            np.concatenate([end, np.full(PRIVILEGED, sign)]) for end, sign in ((space.low, -1.0), (space.high, 1.0))
-        )
-        low, high = ends
-        super().__init__(venv, observation_space=Box(low.astype(np.float32), high.astype(np.float32)))
+        ends = np.ones(PRIVILEGED, dtype=np.float32)
+        wider = Box(np.concatenate([space.low, -ends]), np.concatenate([space.high, ends]))
+        super().__init__(venv, observation_space=wider)
         self.runs = runs
 
     def reset(self) -> np.ndarray:

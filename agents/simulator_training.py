@@ -34,6 +34,7 @@ from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Widening
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import PRIVILEGED, Pool, SimulatedRuns, Start
+from trainpilot.llm_runtime.simulator.shipped import published_sweeps
 
 QUALITY_ALONE = Preference(quality=1.0, energy=0.0, time=0.0)
 START_GROUPS = {
@@ -341,6 +342,7 @@ class SimulatorStage:
             raise ValueError(f"simulator.utility must be one of {', '.join(UTILITIES)}, got {self.utility!r}")
         self.seen()
         _ = self.start
+        published_sweeps(self.widening.published)  # raises for a name that is not known
 
     def _check_shares(self) -> None:
         for name in ("least_quality", "quality_alone", "start_advised"):

@@ -33,15 +33,18 @@ def write_result(name: str, result: dict[str, Any], device: torch.device) -> Pat
     """Write `results/NAME.json` and return its path."""
     path = RESULTS / f"{name}.json"
     header = {
-        "command": " ".join(["python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))]).replace(
-            "python ", "python benchmarks/", 1
-        ),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_portable, sys.argv[1:])]),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(device),
         "versions": versions(),
     }
     write_json(path, {**header, **result})
     return path
+
+
+def _portable(argument: str) -> str:
+    """Return an argument, or the last part of a path that only this machine has."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _processor() -> str:

@@ -54,6 +54,8 @@ POOL_SEED, RUNS_SEED = 20_241, 11
 """No recipe trains or selects with these."""
 RIGHT = 2.0
 """Factor of the best learning rate within which a start counts as right."""
+DEAD = 0.01
+"""Share of the budget: a run whose loss the tuned static reaches with less is counted as diverged."""
 MEDIAN, TENTH, DIVERGED, LOST = 0.95, 0.8, 0.005, 0.02
 """Targets: least median and 10th percentile of the multiplier, largest share of diverged runs, and largest loss
 against the law's static where its advice is right."""
@@ -107,7 +109,8 @@ class Runs:
 
     def guarded(self, policy: PolicyBundle, n_runs: int) -> Judged:
         """Steer some runs one by one within guardrails, as the product ships."""
-        parts = [self._one_guarded(policy, row) for row in range(n_runs)]
+        common = self.fresh()
+        parts = [self._one_guarded(policy, common, row) for row in range(n_runs)]
         return Judged(
             multiplier=np.concatenate([part.multiplier for part in parts]),
             lost=np.concatenate([part.lost for part in parts]),
@@ -116,8 +119,8 @@ class Runs:
             controls=[],
         )
 
-    def _one_guarded(self, policy: PolicyBundle, row: int) -> Judged:
-        common = self.fresh()
+    @staticmethod
+    def _one_guarded(policy: PolicyBundle, common: SimulatedRuns, row: int) -> Judged:
         plant = OnePlant(SimulatedRuns(1, common.seed, common.pool, common.start, first_row=row))
         controller = RollbackController(GuardedController.of_bundle(policy, plant.limits(), QUALITY), plant)
         tokens, loss = 0.0, np.full(1, np.inf)
@@ -131,10 +134,6 @@ class Runs:
         assert isinstance(runs, SimulatedRuns)
         budget = runs.instances.sequences * runs.instances.sequence_length
         return Judged.of(runs, loss, tokens / budget, runs.start_rate / runs.best_learning_rate, [])
-
-
-DEAD = 0.01
-"""Share of the budget: a run whose loss the tuned static reaches with less is counted as diverged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +155,7 @@ class Judged:
     ) -> Judged:
         """Compare final losses of runs that used a share of their budgets with the tuned static.
 
-        The edge kills a run without ending it: what the tuned static reaches with hardly any budget counts as diverged.
+        A run that ends where the tuned static is with hardly any budget counts as diverged, too.
         """
         equivalent = compute_equivalent(loss, BUDGET_SHARES, runs.reference_losses)
         return cls(

@@ -76,6 +76,11 @@ def test_changes_reach_the_simulator_stage() -> None:
         ("simulator: {utility: best}\n", [], "simulator.utility must be one of linear"),
         ("simulator: {validation: {seed: 1}}\n", [], "validation.seed must be none of the agents' own seeds, got 1"),
         ("simulator: {widening: {noise_batch: [0.5, 0.1]}}\n", [], "widening.noise_batch must be two rising numbers"),
+        (
+            "simulator: {widening: {published: [step-law-7B]}}\n",
+            [],
+            "published must be names among .*got 'step-law-7B'",
+        ),
         ("simulator: {widening: {weights: [1e9, 1e8]}}\n", [], "widening.weights must be two rising positive numbers"),
         ("simulator: {widening: {spread: -1}}\n", [], "widening.spread must be at least 0, got -1"),
         ("simulator: {widening: {edges: 2}}\n", [], "edges at most 1, and scratch .* at most 1, got"),

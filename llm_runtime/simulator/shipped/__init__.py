@@ -37,7 +37,7 @@ def published_sweeps(names: tuple[str, ...] = ()) -> tuple[FittedPhysics, ...]:
     """
     known = {name: physics for name, physics in published_physics().items() if name.startswith("step-law")}
     if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"published must be names among {', '.join(known)}, got {unknown[0]!r}")
+        raise ValueError(f"simulator.widening.published must be names among {', '.join(known)}, got {unknown[0]!r}")
     return tuple(sorted((known[name] for name in names or known), key=lambda physics: physics.n_parameters or 0))
 
 

@@ -313,5 +313,7 @@ def test_noise_at_another_batch_is_drawn_around_that_of_calibrations() -> None:
 def test_published_models_are_chosen_by_name() -> None:
     assert [round((each.n_parameters or 0) / 1e6) for each in published_sweeps()] == [215, 268, 429]
     assert [round((each.n_parameters or 0) / 1e6) for each in published_sweeps(("step-law-429M",))] == [429]
-    with pytest.raises(ValueError, match=r"published must be names among step-law-215M, .*, got 'step-law-7B'"):
+    with pytest.raises(
+        ValueError, match=r"widening.published must be names among step-law-215M, .*, got 'step-law-7B'"
+    ):
         published_sweeps(("step-law-7B",))
