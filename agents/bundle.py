@@ -126,6 +126,15 @@ class PolicyBundle:
         stored = self.provenance.get("base_schedule")
         return None if stored is None else BaseSchedule(**stored)
 
+    @property
+    def start_scale(self) -> float:
+        """Learning-rate scale that runs begin with, before the first decision: 1 is the base schedule's own rate.
+
+        A policy that begins lower and doubles the rate where the run bears it is not hurt by a rate that was far too
+        high, and loses next to nothing where it was right.
+        """
+        return float(self.provenance.get("start_scale", 1.0))
+
     def logits(self, observation: np.ndarray) -> np.ndarray:
         """Return the logits of all choices, float32 of shape (..., sum of choices), for observations (..., inputs)."""
         x = observation.astype(np.float32)
@@ -171,6 +180,7 @@ class PolicyBundle:
         _check_weights(path, weights, len(fields))
         bundle = cls(weights, content.get("provenance", {}), fields)
         _check_base_schedule(path, bundle)
+        _check_start_scale(path, bundle)
         return bundle
 
 
@@ -268,3 +278,9 @@ def _check_base_schedule(path: Path, bundle: PolicyBundle) -> None:
         _ = bundle.base_schedule
     except (TypeError, ValueError) as error:
         raise ValueError(f"policy: {path}: base_schedule: {error}; retrain it") from error
+
+
+def _check_start_scale(path: Path, bundle: PolicyBundle) -> None:
+    stored = bundle.provenance.get("start_scale", 1.0)
+    if not (isinstance(stored, int | float) and 0 < stored <= 1):
+        raise ValueError(f"policy: {path}: start_scale must be a number in (0, 1], got {stored!r}; retrain it")

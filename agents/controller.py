@@ -81,6 +81,15 @@ def seen_by(policy: Policy) -> tuple[ObservationField, ...]:
     return fields
 
 
+def start_scale_of(policy: Policy) -> float:
+    """Return the learning-rate scale that a policy's runs begin with, before its first decision.
+
+    It is the attribute `start_scale` of the policy, or of the object whose method it is. Without one it is 1.
+    """
+    owner = policy if hasattr(policy, "start_scale") else getattr(policy, "__self__", None)
+    return float(getattr(owner, "start_scale", 1.0))
+
+
 def keep(observation: np.ndarray, masks: np.ndarray) -> Action:
     """Return the action that changes nothing, so that the run follows its base schedule."""
     return KEEP
@@ -97,7 +106,7 @@ class Controller:
 
     def __init__(self, policy: Policy, limits: ControlLimits, preference: Preference) -> None:
         self.policy = policy
-        self.state = DecisionState(limits, preference, seen_by(policy))
+        self.state = DecisionState(limits, preference, seen_by(policy), start_scale_of(policy))
         self.decision: Decision | None = None
 
     @classmethod

@@ -91,6 +91,7 @@ def evaluate_in_simulator(
     n_runs: int = 512,
     start: Start | None = None,
     fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+    start_scale: float | None = None,
 ) -> SimulatorScores:
     """Control simulated runs to their ends with a policy, and score it.
 
@@ -102,6 +103,7 @@ def evaluate_in_simulator(
         n_runs: Number of runs.
         start: Schedule, decisions and range of starting learning rates.
         fields: Observation fields that a function sees; a bundle has its own.
+        start_scale: Learning-rate scale that the runs begin with; by default the bundle's, and 1 for a function.
 
     Raises:
         ValueError: `n_runs` is not at least 1.
@@ -110,7 +112,9 @@ def evaluate_in_simulator(
         raise ValueError(f"n_runs must be at least 1, got {n_runs}")
     plants = SimulatedRuns(n_runs, seed, pool, start)
     act, fields = (policy.choose, policy.fields) if isinstance(policy, PolicyBundle) else (policy, fields)
-    runs = SteeredRuns(plants, np.tile(preference.weights(), (n_runs, 1)), fields)
+    if start_scale is None:
+        start_scale = policy.start_scale if isinstance(policy, PolicyBundle) else 1.0
+    runs = SteeredRuns(plants, np.tile(preference.weights(), (n_runs, 1)), fields, start_scale)
     outcomes = _Outcomes(plants)
     while not outcomes.ended.all():
         interval = runs.advance(act(runs.states.observation(), runs.states.action_masks()))
@@ -302,6 +306,9 @@ class SimulatorStage:
     """Share of runs that start at a scaling law's learning rate instead, with the error of its advice."""
     base_schedule: BaseSchedule = field(default_factory=lambda: BaseSchedule(schedule="wsd", warmup_share=0.1))
     """The schedule that the policy multiplies. It is saved in the bundle, and live runs follow it too."""
+    start_scale: float = 1.0
+    """Learning-rate scale that runs begin with, before the first decision. It is saved in the bundle, and live runs
+    begin with it too."""
     decisions: int = 50
     """Decisions per run."""
     currencies: tuple[Currency, ...] = ("tokens",)
@@ -333,6 +340,8 @@ class SimulatorStage:
             raise ValueError(f"simulator.ppo.total_decisions must be at least 1, got {self.ppo.total_decisions}")
         if not 0 < self.start_rates[0] <= self.start_rates[1]:
             raise ValueError(f"simulator.start_rates must be two rising positive numbers, got {self.start_rates}")
+        if not 0 < self.start_scale <= 1:
+            raise ValueError(f"simulator.start_scale must be in (0, 1], got {self.start_scale}")
         self._check_shares()
         if self.validation.seed in self.agents:
             raise ValueError(f"validation.seed must be none of the agents' own seeds, got {self.validation.seed}")
@@ -427,7 +436,11 @@ def train_in_simulator(
     seen, fields = stage.seen(), stage.fields
     runs = SimulatedRuns(stage.n_runs, seed, stage.pool(stage.instances, seed, calibrations), stage.start)
     simulated = VectorSimulatedTraining(
-        runs, least_quality=stage.least_quality, fields=fields, quality_alone=stage.quality_alone
+        runs,
+        least_quality=stage.least_quality,
+        fields=fields,
+        quality_alone=stage.quality_alone,
+        start_scale=stage.start_scale,
     )
     env: VecEnv = hidden_from(ScalarVecEnv(simulated, stage.utility), seen)
     if stage.privileged_critic:
@@ -454,7 +467,14 @@ def judge(stage: SimulatorStage, calibrations: Sequence[FittedPhysics]) -> Calla
     pool = stage.pool(settings.instances, settings.seed, calibrations)
 
     def score(bundle: PolicyBundle) -> SimulatorScores:
-        return evaluate_in_simulator(bundle, pool, seed=settings.seed, n_runs=settings.instances, start=stage.start)
+        return evaluate_in_simulator(
+            bundle,
+            pool,
+            seed=settings.seed,
+            n_runs=settings.instances,
+            start=stage.start,
+            start_scale=stage.start_scale,
+        )
 
     return score
 

@@ -62,7 +62,8 @@ class ByPolicy:
 
     def __init__(self, bundle: PolicyBundle, preference: Preference, limits: LimitBatch) -> None:
         self.act = bundle.choose
-        self.states = DecisionStates(limits, np.tile(preference.weights(), (len(limits.decisions), 1)), bundle.fields)
+        weights = np.tile(preference.weights(), (len(limits.decisions), 1))
+        self.states = DecisionStates(limits, weights, bundle.fields, bundle.start_scale)
 
     def decide(self) -> ControlBatch:
         """Return the controls of the next interval."""

@@ -7,7 +7,7 @@ the controllers of live runs use the same two classes, so that a policy sees in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,18 +141,26 @@ class DecisionStates:
         limits: Control limits of the runs.
         preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
         fields: Observation fields that the policy sees, in its order.
+        start_scale: Learning-rate scale in force before the first decision.
     """
 
     def __init__(
-        self, limits: LimitBatch, preference: Floats, fields: Sequence[ObservationField] = OBSERVATION_FIELDS
+        self,
+        limits: LimitBatch,
+        preference: Floats,
+        fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+        start_scale: float = 1.0,
     ) -> None:
         n_runs = len(limits.decisions)
+        self.start_scale = start_scale
         self.table = ObservationTable(fields)
         self.blind: Bools = blind_to_clocks(limits, preference)
         """Runs that see no clock and no meter."""
         self.limits = limits.untimed(self.blind)
         self.preference = preference
         self.controls = limits.start
+        if start_scale != 1.0:
+            self.controls = replace(limits.start, learning_rate_scale=np.full(n_runs, start_scale))
         self.history = RunHistory(n_runs)
         priced = any(field.group == "prices" for field in fields)
         self.prices = PriceBook(self.limits) if priced else None
@@ -165,7 +173,7 @@ class DecisionStates:
 
     def begin(self, rows: Ints, limits: LimitBatch, preference: Floats) -> None:
         """Begin new runs in these rows; `limits` is of all runs, `preference` of the new ones."""
-        fresh = DecisionStates(limits.take(rows), preference, self.table.fields)
+        fresh = DecisionStates(limits.take(rows), preference, self.table.fields, self.start_scale)
         self.preference = self.preference.copy()
         self.preference[rows] = preference
         self.blind = blind_to_clocks(limits, self.preference)
@@ -270,15 +278,16 @@ class DecisionState:
         limits: ControlLimits,
         preference: Preference,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+        start_scale: float = 1.0,
     ) -> None:
-        self._states = DecisionStates(LimitBatch.of([limits]), preference.weights()[None], fields)
+        self._states = DecisionStates(LimitBatch.of([limits]), preference.weights()[None], fields, start_scale)
         self.limits = limits.untimed() if self._states.blind[0] else limits
         self.preference = preference
         self.telemetry: list[Telemetry] = []
 
     def anew(self) -> DecisionState:
         """Return the state of the same run before its first decision."""
-        return DecisionState(self.limits, self.preference, self._states.table.fields)
+        return DecisionState(self.limits, self.preference, self._states.table.fields, self._states.start_scale)
 
     @property
     def controls(self) -> Controls:

@@ -66,8 +66,8 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012, Gymnasium's own form
 
-    def __init__(self, fields: Sequence[ObservationField] = OBSERVATION_FIELDS) -> None:
-        self.fields = tuple(fields)
+    def __init__(self, fields: Sequence[ObservationField] = OBSERVATION_FIELDS, start_scale: float = 1.0) -> None:
+        self.fields, self.start_scale = tuple(fields), start_scale
         self.action_space = action_space()
         self.observation_space = observation_space(self.fields)
         self.reward_space = reward_space()
@@ -82,7 +82,7 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _begin(self, plant: Plant, reference: Reference, preference: Preference) -> np.ndarray:
         """Start an episode with a new run, and return its first observation."""
         self.plant, self.reference = plant, reference
-        self.state = DecisionState(plant.limits(), preference, self.fields)
+        self.state = DecisionState(plant.limits(), preference, self.fields, self.start_scale)
         self._meter = RewardMeter(reference)
         self._intervals = drive(plant, lambda _: self.state.controls, self.state.limits.decisions)
         return self.state.observation()
@@ -206,6 +206,7 @@ class LiveTraining(TrainingEnv):
     | threads | int or None | None | torch threads of this process; None leaves them alone |
     | reference_cases | sequence of RunConfig or None | None | reference run of each case; None: the case itself |
     | fields | sequence of ObservationField | all | observation fields, in the order of the observation |
+    | start_scale | float | 1 | learning-rate scale in force before the first decision |
 
     `reset(options={"case": i, "preference": Preference(...)})` selects instead of drawing.
 
@@ -223,8 +224,9 @@ class LiveTraining(TrainingEnv):
         reference_cases: Sequence[RunConfig] | None = None,
         *,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+        start_scale: float = 1.0,
     ) -> None:
-        super().__init__(fields)
+        super().__init__(fields, start_scale)
         if not cases:
             raise ValueError("cases must name at least one run, got none")
         self.cases = tuple(cases)
@@ -302,6 +304,7 @@ class SimulatedTraining(TrainingEnv):
     | preference | Preference or None | None | fixed preference; None draws one per episode |
     | make_plant | callable | the simulator | makes plants of one run from a seed |
     | fields | sequence of ObservationField | all | observation fields, in the order of the observation |
+    | start_scale | float | 1 | learning-rate scale in force before the first decision |
 
     `reset(options={"preference": Preference(...), "plant_seed": i})` selects instead of drawing.
 
@@ -315,8 +318,9 @@ class SimulatedTraining(TrainingEnv):
         preference: Preference | None = None,
         make_plant: PlantMaker | None = None,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+        start_scale: float = 1.0,
     ) -> None:
-        super().__init__(fields)
+        super().__init__(fields, start_scale)
         self.preference = preference
         self._make_plant = make_plant or simulated_plant
 
@@ -370,6 +374,7 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
         least_quality: Least weight of quality in a preference that is drawn.
         fields: Observation fields, in the order of the observation.
         quality_alone: Share of the drawn preferences that are for quality alone: such runs see no clock and no meter.
+        start_scale: Learning-rate scale in force before the first decision.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -382,13 +387,14 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
         *,
         quality_alone: float = 0.0,
+        start_scale: float = 1.0,
     ) -> None:
         for name, share in (("least_quality", least_quality), ("quality_alone", quality_alone)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {share}")
         self.plants = plants
         self.preference = preference
-        self.least_quality, self.quality_alone = least_quality, quality_alone
+        self.least_quality, self.quality_alone, self.start_scale = least_quality, quality_alone, start_scale
         self.num_envs = plants.n_runs
         self.fields = tuple(fields)
         self.single_observation_space = observation_space(self.fields)
@@ -404,7 +410,7 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
     ) -> tuple[Observations, dict[str, Any]]:
         """Begin every run; `seed` decides the preferences."""
         super().reset(seed=seed)
-        self.runs = SteeredRuns(self.plants, self._weights(self.num_envs), self.fields)
+        self.runs = SteeredRuns(self.plants, self._weights(self.num_envs), self.fields, self.start_scale)
         return self.runs.states.observation(), {"preference": self.runs.states.preference}
 
     def step(self, actions: Ints) -> tuple[Observations, Floats, Bools, Bools, dict[str, Any]]:  # type: ignore[override]

@@ -85,6 +85,7 @@ class SteeredRuns:
         plants: Plants to steer. All runs are restarted.
         preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
         fields: Observation fields that the policy sees, in its order.
+        start_scale: Learning-rate scale in force before the first decision.
     """
 
     def __init__(
@@ -92,11 +93,12 @@ class SteeredRuns:
         plants: ReferencedPlants,
         preference: Floats,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+        start_scale: float = 1.0,
     ) -> None:
         n_runs = plants.n_runs
         self.plants = plants
         plants.begin(np.arange(n_runs))
-        self.states = DecisionStates(plants.limits(), preference, fields)
+        self.states = DecisionStates(plants.limits(), preference, fields, start_scale)
         self.outcome: Floats = np.zeros((n_runs, 3))
         """Sum of the rewards of each run so far."""
         self.energy_j: Floats = np.zeros(n_runs)

@@ -172,6 +172,7 @@ def _simulator_provenance(
         **_common_provenance(name, stage.least_quality, stage.utility),
         "decisions": stage.decisions,
         "base_schedule": asdict(stage.base_schedule),
+        "start_scale": stage.start_scale,
         "training_cases": [],
         "simulator": asdict(stage),
         "simulator_seed": kept.seed,
@@ -244,7 +245,14 @@ def _groups(recipe: Recipe, out: Path) -> Sequence[str]:
 def _make_env(
     cases: Sequence[RunConfig], against: Sequence[RunConfig], recipe: Recipe, groups: Sequence[str]
 ) -> ScalarReward:
-    env = LiveTraining(cases, threads=recipe.threads, reference_cases=against, fields=fields_of(groups))
+    start_scale = 1.0 if recipe.simulator is None else recipe.simulator.start_scale
+    env = LiveTraining(
+        cases,
+        threads=recipe.threads,
+        reference_cases=against,
+        fields=fields_of(groups),
+        start_scale=start_scale,
+    )
     return ScalarReward(env, recipe.utility)
 
 

@@ -59,12 +59,17 @@ class Hardware(Rows):
         seconds: Floats = self.overhead_s + self.sequence_s * batch / speed * (1.0 - self.width_share * sparsity)
         return seconds
 
-    def sequence_cost(self, batch: Floats, currency: Currency) -> Floats:
-        """Return the cost of a sequence in a step of `batch` at the first precision: seconds, joules, or 1."""
+    def fastest_precision(self) -> Ints:
+        """Return the precision of each machine at which a step takes the least time, shape (n_runs,)."""
+        fastest: Ints = np.where(self.masked, 0.0, self.speed).argmax(axis=1)
+        return fastest
+
+    def sequence_cost(self, batch: Floats, currency: Currency, precision: Ints | None = None) -> Floats:
+        """Return the cost of a sequence in a step of `batch`, by default at the first precision: seconds, joules, 1."""
         if currency == "tokens":
             return np.ones_like(batch)
-        zeros = np.zeros_like(batch)
-        seconds = self.step_s(batch, zeros.astype(np.int64), zeros) / batch
+        precision = np.zeros(len(batch), dtype=np.int64) if precision is None else precision
+        seconds = self.step_s(batch, precision, np.zeros_like(batch)) / batch
         return seconds if currency == "time_s" else seconds * self.power_w(batch)
 
     def probe_s(self, sequences: Floats, sparsity: Floats) -> Floats:
@@ -133,10 +138,10 @@ class Instances(Rows):
         return self.sequences * self.hardware.sequence_cost(self.start_batch.astype(np.float64), currency)
 
     def static_sequences(self, batch: Floats, currency: Currency) -> Floats:
-        """Return the sequences that the budget is enough for in steps of `batch` at the first precision."""
+        """Return the sequences that the budget is enough for in steps of `batch` at the fastest precision."""
         if currency == "tokens":
             return self.sequences
-        return self.budget(currency) / self.hardware.sequence_cost(batch, currency)
+        return self.budget(currency) / self.hardware.sequence_cost(batch, currency, self.hardware.fastest_precision())
 
     def batch_limits(self, decisions: int) -> tuple[Ints, Ints]:
         """Return the smallest and the largest batch: by the rules of live runs, or what the machine runs."""

@@ -166,7 +166,7 @@ def find_references(
     """Tune learning rate and batch of each instance on a grid, and the learning rate at the smaller budgets.
 
     In tokens small batches are best for tiny models: there the search ends at twice the starting batch. In seconds and
-    joules, and for larger models, it tries all.
+    joules, and for larger models, it tries all. Under budgets in seconds and joules the precision is the fastest.
     """
     table = ScheduleTable.of(schedule, warmup_share, DECISIONS)
     tiny = instances.kind == TINY
@@ -258,7 +258,8 @@ def _shorter(best: _Best, instances: Instances, table: ScheduleTable, share: flo
 
 
 def _cost(instances: Instances, batch: Floats, currency: Currency) -> tuple[Floats, Floats]:
-    zeros = np.zeros(len(instances))
-    step_s = instances.hardware.step_s(batch, zeros.astype(np.int64), zeros)
+    hardware, n = instances.hardware, len(instances)
+    precision = np.zeros(n, dtype=np.int64) if currency == "tokens" else hardware.fastest_precision()
+    step_s = hardware.step_s(batch, precision, np.zeros(n))
     time_s = step_s * instances.static_sequences(batch, currency) / batch
-    return time_s, time_s * instances.hardware.power_w(batch)
+    return time_s, time_s * hardware.power_w(batch)

@@ -68,6 +68,10 @@ FINE_TUNED_RATES, LORA_RATES = (1e-5, 2e-4), (5e-5, 2e-3)
 """Ranges of best learning rates of fine-tuning, of all weights and of low-rank adapters."""
 LORA_SHARE = 0.3
 """Share of fine-tuning that trains low-rank adapters."""
+EARLIER_STEPS = 20_000
+"""Steps of the training that fine-tuning begins after."""
+EARLIER_MOMENTUM_POWER = 0.1
+"""Typical power of Adam's first moment in it, over that of a gradient."""
 
 
 def draw_scales(
@@ -97,7 +101,7 @@ def draw_scales(
     physics = _physics(random, weights, sequences * length, length, published, spread=spread)
     known = np.where(tuned[:, None], np.nan, np.stack([rate, batch], axis=1))
     return Instances(
-        physics=_pretrained(random, physics, tuned),
+        physics=_pretrained(random, physics, tuned, rate),
         sensors=_sensors(random, physics, spread),
         hardware=_hardware(random, weights, length, start, devices),
         sequences=sequences,
@@ -222,9 +226,18 @@ def _stretch(values: dict[str, Floats], batch: Floats, steps: Floats) -> None:
     values["youth"] /= steps
 
 
-def _pretrained(random: np.random.Generator, physics: Physics, tuned: Bools) -> Physics:
-    """Give a head start to some: their modes are used up as far as an earlier training went, but for a new text."""
+def _pretrained(random: np.random.Generator, physics: Physics, tuned: Bools, rate: Floats) -> Physics:
+    """Give a head start to some: their modes are used up as far as an earlier training went, but for a new text.
+
+    Their weights have grown in it, at the learning rate `rate`, and are the unit of those to come. Their noise is
+    proportional to the learning rate: the power of published runs, fitted within a factor of ten of their best rates,
+    would let the loss rise above that of the given model at rates too low to change it.
+    """
     n = len(tuned)
+    _grow(physics, tuned, rate / RATE_UNIT)
+    v, unit = physics.values, rate / RATE_UNIT
+    v["noise"] = np.where(tuned, v["noise"] * unit ** (v["noise_power"] - 1.0), v["noise"])
+    v["noise_power"] = np.where(tuned, 1.0, v["noise_power"])
     path, shift = between(random, n, 1e3, 1e6), between(random, n, 0.01, 0.15)
     used = np.exp(-path[:, None] * RELATIVE_RATES)
     left = np.where(tuned[:, None], used + shift[:, None] * (1.0 - used), 1.0)
@@ -235,6 +248,20 @@ def _pretrained(random: np.random.Generator, physics: Physics, tuned: Bools) -> 
         weight_decay=np.where(tuned, 0.01, physics.weight_decay),
         left=left,
     )
+
+
+def _grow(physics: Physics, grown: Bools, rate: Floats) -> None:
+    """Take weights that an earlier training at `rate`, in rate units, has made grow as the unit of some physics."""
+    v = physics.values
+    shrinking = 2.0 * RATE_UNIT * physics.weight_decay * v["shrinking"] * rate
+    left = np.exp(-shrinking * EARLIER_STEPS)
+    squared = left + v["growth"] * EARLIER_MOMENTUM_POWER * rate**2 * (1.0 - left) / shrinking
+    weights = np.where(grown, np.sqrt(squared), 1.0)
+    v["rate"] *= weights ** -v["growth_power"]
+    v["stall_rate"] *= weights ** v["stall_growth"]
+    v["noise"] *= weights ** (-v["noise_growth"] * v["noise_power"])
+    v["growth"] /= weights**2
+    v["update"] /= weights
 
 
 def _batches(
