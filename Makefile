@@ -9,8 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FOLDERS := llm_runtime envs agents experiments
-# Not those that need a GPU, or a model to be installed first.
-BENCHMARKS := $(filter-out benchmarks/gpu_check.py benchmarks/smollm2.py benchmarks/_%.py,$(wildcard benchmarks/*.py))
+# Not those that need a GPU or a model to be installed first, or that take many hours.
+BENCHMARKS := $(filter-out benchmarks/gpu_check.py benchmarks/smollm2.py benchmarks/fine_tuning.py benchmarks/live_budgets.py benchmarks/_%.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: setup demo test lint types bench gpu-check docs docs-site clean help

@@ -176,6 +176,45 @@ class ReduceOnPlateau(Heuristic):
             self._since_best_or_cut = 0
 
 
+@heuristic(
+    "greedy",
+    HeuristicMethod(
+        title="GreedyLR",
+        description="transformers' scheduler that raises the rate while the loss falls and lowers it otherwise.",
+        run={"schedule": "wsd"},
+    ),
+)
+class Greedy(Heuristic):
+    """Raise the learning rate while the training loss falls, and lower it while it does not, as GreedyLR does.
+
+    The scheduler is that of transformers (`get_greedy_schedule`, arXiv 2512.14527), stepped with the training loss of
+    every interval; its factor and patience are set for some fifty steps instead of thousands. Its learning rate, over
+    the first one, is the scale of the base schedule.
+
+    Args:
+        limits: What the run can do.
+        factor: What the rate is divided and multiplied by.
+        patience: Readings in a row in one direction that do not yet lead to a change.
+    """
+
+    def __init__(self, limits: ControlLimits, *, factor: float = 0.8, patience: int = 1) -> None:
+        if not 0 < factor < 1:
+            raise ValueError(f"factor must be in (0, 1), got {factor}")
+        if patience < 0:
+            raise ValueError(f"patience must be at least 0, got {patience}")
+        super().__init__(limits)
+        from trainpilot.llm_runtime.optimizer import greedy_schedule
+
+        self.scale = limits.start.learning_rate_scale
+        self._next = greedy_schedule(self.scale, LEARNING_RATE_SCALE_RANGE, factor=factor, patience=patience)
+
+    def decide(self, telemetry: Telemetry | None) -> Controls:
+        """Return the starting controls at the scheduler's learning rate."""
+        if telemetry is not None:
+            self.scale = self._next(telemetry.train_loss)
+        return replace(self.limits.start, learning_rate_scale=self.scale)
+
+
 MAX_DECISIONS_OF_BATCH_RULES = 20
 """An interval bounds the batch, as it must hold four steps: a rule that doubles the batch needs long intervals."""
 

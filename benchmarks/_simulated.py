@@ -18,14 +18,28 @@ import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.heuristics import ControlledRun, SchedulePoint, average_schedule
-from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY
+from trainpilot.envs.action import (
+    BATCH_FACTORS,
+    FINISH_FROM,
+    LEARNING_RATE_FACTORS,
+    LEARNING_RATE_SCALE_RANGE,
+    MAX_SPARSITY,
+)
 from trainpilot.envs.decision import DecisionStates, Preference
 from trainpilot.envs.reward import budget_for_loss, worth
 from trainpilot.envs.runs import ReferencedPlants
 from trainpilot.experiments.analysis.pareto import on_front
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.schedules import BUDGET_SHARES, SCHEDULES, ScheduleName, neutral_factor, validation_due
+from trainpilot.llm_runtime.schedules import (
+    BUDGET_SHARES,
+    SCHEDULES,
+    ScheduleName,
+    learning_rate,
+    neutral_factor,
+    validation_due,
+)
 from trainpilot.llm_runtime.simulator.instances import Instances
+from trainpilot.llm_runtime.simulator.physics import advance, loss
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Floats, Ints, LimitBatch, Rows, TelemetryBatch
 from trainpilot.llm_runtime.simulator.references import DECISIONS, References, ScheduleTable, overfit, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns
@@ -84,6 +98,47 @@ class Blind:
     def decide(self) -> ControlBatch:
         """Return the controls of the next interval."""
         return self.controls[min(self.decision, len(self.controls) - 1)]
+
+    def observe(self, telemetry: TelemetryBatch) -> None:
+        """Count the interval."""
+        self.decision += 1
+
+
+class ModelPredictive:
+    """Plans with the true physics of its runs, which must have budgets in tokens: an upper row, not a method.
+
+    Before each interval it tries every change of learning rate and batch that a policy may make, follows each to the
+    end of the budget without further changes, and takes the one with the lowest loss (model predictive control).
+    """
+
+    def __init__(self, runs: SimulatedRuns, limits: LimitBatch) -> None:
+        self.runs, self.limits, self.controls = runs, limits, limits.start
+        self.decision = 0
+
+    def decide(self) -> ControlBatch:
+        """Return the controls of the next interval."""
+        low, high = LEARNING_RATE_SCALE_RANGE
+        least, rate, batch = np.full(self.runs.n_runs, np.inf), np.zeros(0), np.zeros(0)
+        now = self.controls
+        scale, size = now.learning_rate_scale, now.batch_size
+        for batch_factor in BATCH_FACTORS:
+            batch = np.clip(now.batch_size * batch_factor, self.limits.min_batch_size, self.limits.max_batch_size)
+            for factor in LEARNING_RATE_FACTORS:
+                rate = np.clip(now.learning_rate_scale * factor, low, high)
+                found = self._followed(rate, batch)
+                scale, size = np.where(found < least, rate, scale), np.where(found < least, batch, size)
+                least = np.minimum(found, least)
+        self.controls = replace(now, learning_rate_scale=scale, batch_size=size.astype(np.int64))
+        return self.controls
+
+    def _followed(self, scale: Floats, batch: Floats) -> Floats:
+        """Return the losses at the end of the budget at a constant learning-rate scale and batch."""
+        runs, instances = self.runs, self.runs.instances
+        state, steps = runs.state.copy(), instances.sequences / runs.start.decisions / batch
+        for factor in runs.table.mean[self.decision :]:
+            rate = learning_rate(runs.start_rate, scale, float(factor), batch, instances.start_batch)
+            advance(instances.physics, state, steps, rate, batch)
+        return np.nan_to_num(loss(instances.physics, state), nan=np.inf)
 
     def observe(self, telemetry: TelemetryBatch) -> None:
         """Count the interval."""

@@ -5,7 +5,8 @@
 Every run starts at its own factor of the tuned learning rate, from 1/30 to 10, which the policy does not know. Figures
 are compute multipliers: the budget at which the instance's best static schedule, tuned at each budget, reaches the
 run's loss, over the budget that the run used. The same is measured in a second physics, the Multi-Power Law, which is
-never used for training. It takes about five minutes, most of them for the static schedules. The picture shows the
+never used for training. It takes about ten minutes, most of them for the static schedules and for planning with the
+true physics (model predictive control), which is an upper row. The picture shows the
 multipliers by starting learning rate, beside those of untuned and fully tuned static settings.
 """
 
@@ -28,6 +29,7 @@ from _simulated import (
     TEST_INSTANCES,
     TEST_SEED,
     BatchOutcome,
+    ModelPredictive,
     StaticGrid,
     blindly,
     by_policy,
@@ -220,6 +222,7 @@ def in_simulator(bundle: PolicyBundle, base: BaseSchedule, pool: Pool, grid: Sta
         "open loop": blind,
         f"untuned, {base.schedule}": run_set.multiplier(_untuned(run_set, base.schedule, base.warmup_share)),
         "untuned, cosine": run_set.multiplier(_untuned(run_set, "cosine", 0.1)),
+        "MPC with the true physics": _planned(run_set),
         "best single setting": run_set.multiplier(losses[run_set.group]),
         "tuned rate and batch, wsd": run_set.multiplier(grid.of_base(("wsd", 0.1))[run_set.group]),
     }
@@ -291,6 +294,14 @@ def _closed_and_open(run_set: RunSet, bundle: PolicyBundle) -> tuple[Floats, Flo
 def steered(run_set: RunSet, bundle: PolicyBundle) -> BatchOutcome:
     """Return the outcome of a policy's runs with all preference on quality."""
     return steer(run_set.fresh(), by_policy(bundle, QUALITY))
+
+
+def _planned(run_set: RunSet) -> Floats:
+    """Return the multipliers of runs that are planned with their own physics."""
+    runs = run_set.fresh()
+    assert isinstance(runs, SimulatedRuns)
+    outcome = steer(runs, lambda limits: ModelPredictive(runs, limits))
+    return run_set.multiplier(outcome.loss, outcome.used)
 
 
 def _untuned(run_set: RunSet, schedule: ScheduleName, warmup_share: float) -> Floats:

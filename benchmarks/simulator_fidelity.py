@@ -47,7 +47,7 @@ from rich.console import Console
 
 from trainpilot.experiments.calibrate.calibration import FILE_NAME, Calibration, load_calibrations
 from trainpilot.experiments.calibrate.command import calibrate
-from trainpilot.experiments.fit_sweep import usable
+from trainpilot.experiments.fit_sweep import predict, usable
 from trainpilot.experiments.options import CalibrateOptions
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.files import write_json
@@ -283,24 +283,11 @@ def _fit_sweep(runs: Sequence[FinalLoss], curves_: Sequence[ScheduleRun]) -> Fit
     return fit(Evidence.joined(parts), [*models, Model(n_parameters=HORIZON_MODEL, initial_loss=SCHEDULE_LOSS)])
 
 
-def _predicted(fitted: Fit, runs: Sequence[FinalLoss]) -> np.ndarray:
-    """Return the final losses; a model that was not fitted follows the law of sizes."""
-    known = {each.n_parameters: each for each in fitted.physics}
-    values = np.empty(len(runs))
-    for size in _sizes(runs):
-        rows = [row for row, run in enumerate(runs) if run.n_parameters == size]
-        assert fitted.law is not None
-        physics = known.get(size) or fitted.law.at(size)
-        evidence = of_final_losses([runs[row] for row in rows], [size])
-        values[rows] = evidence.at_end(physics.losses(evidence))
-    return values
-
-
 def _cells(fitted: Fit, runs: Sequence[FinalLoss]) -> dict[str, Any]:
     """Return the errors near the optimum of each cell, and the regret of the setting that is predicted to be best."""
     cells_ = []
     for cell in by_cell(runs):
-        measured, predicted = np.array([run.final_loss for run in cell]), _predicted(fitted, cell)
+        measured, predicted = np.array([run.final_loss for run in cell]), predict(fitted, cell)
         near = measured < measured.min() + NEAR
         cells_.append(
             {
@@ -332,7 +319,7 @@ def _left_out(fitted: Fit, runs: Sequence[FinalLoss], out: Sequence[FinalLoss]) 
         best = min(run.final_loss for run in cell)
         inside = [run for run in cell if id(run) in chosen]
         if inside:
-            errors.append(_predicted(fitted, inside) - [run.final_loss for run in inside])
+            errors.append(predict(fitted, inside) - [run.final_loss for run in inside])
             near.append(np.array([run.final_loss < best + NEAR for run in inside]))
     off, close = np.concatenate(errors), np.concatenate(near)
     return {

@@ -285,9 +285,10 @@ class DecisionState:
         self.preference = preference
         self.telemetry: list[Telemetry] = []
 
-    def anew(self) -> DecisionState:
-        """Return the state of the same run before its first decision."""
-        return DecisionState(self.limits, self.preference, self._states.table.fields, self._states.start_scale)
+    def anew(self, start_scale: float | None = None) -> DecisionState:
+        """Return the state of the same run before its first decision, with another learning-rate scale if given."""
+        scale = self._states.start_scale if start_scale is None else start_scale
+        return DecisionState(self.limits, self.preference, self._states.table.fields, scale)
 
     @property
     def controls(self) -> Controls:

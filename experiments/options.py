@@ -215,11 +215,12 @@ class CompareOptions:
     more seed only what is missing is run. The number of processes changes no loss.
 
     Methods: constant, cosine (the untuned default), linear, wsd, schedule-free, prodigy, plateau, noise-batch, seesaw,
-    gradual-pruning, random; tuned (the best static setting a search finds), tuned-linear, tuned-cosine, tuned-wsd,
-    tuned-constant, check-self, check-budget, check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE for a bundle (or
-    policy:default, which comes with trainpilot), policy:FILE@quality=0.5+energy=0.5 under that preference,
-    policy:FILE@start=0.1 from a tenth of the tuned learning rate, policy:FILE@unguarded without the guardrails of
-    `replay`, open-loop:FILE for its average schedule, without feedback.
+    gradual-pruning, random; not by default: law (Step Law and WSD), greedy (transformers' GreedyLR); tuned (the best
+    static setting a search finds), tuned-linear, tuned-cosine, tuned-wsd, tuned-constant, check-self, check-budget,
+    check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE for a bundle (or policy:default, which comes with
+    trainpilot), policy:FILE@quality=0.5+energy=0.5 under that preference, policy:FILE@start=0.1 from a tenth of the
+    tuned learning rate, policy:FILE@unguarded without the guardrails of `replay`, open-loop:FILE for its average
+    schedule, without feedback.
 
     Try for instance:
 

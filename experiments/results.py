@@ -28,7 +28,7 @@ class SteeringSpec(JsonRecord):
     """Kind and settings of the controller of a run."""
 
     kind: str = "keep"
-    """`keep`, `plateau`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `policy` or `open-loop`."""
+    """`keep`, `plateau`, `greedy`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `policy` or `open-loop`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of that kind, as JSON values. `path` is the location of a file and not part of the run's key.
 

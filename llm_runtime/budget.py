@@ -70,6 +70,23 @@ class Budget:
             amount = float(round(amount, 3))  # 1.1k is 1100 tokens, and not a rounding error more
         return cls(amount=amount, currency=currency)
 
+    @classmethod
+    def parse_measured(cls, text: str, otherwise: str) -> Self:
+        """Return the budget in seconds or joules that a text names.
+
+        Args:
+            text: As for `parse`.
+            otherwise: What to give for a budget in tokens; `{:.0f}` in it becomes their number.
+
+        Raises:
+            ValueError: the text names no budget above 0, or one in tokens.
+        """
+        budget = cls.parse(text)
+        if budget.currency == "tokens":
+            way_out = otherwise.format(budget.amount)
+            raise ValueError(f"budget must be in seconds or joules, got {text!r}; give {way_out}")
+        return budget
+
     def __str__(self) -> str:
         whole = math.isfinite(self.amount) and self.amount == round(self.amount)
         return f"{self.amount:.0f}{_SHOWN[self.currency]}" if whole else f"{self.amount!r}{_SHOWN[self.currency]}"

@@ -244,14 +244,7 @@ class RunConfig(JsonRecord):
         Raises:
             ValueError: `budget` is not in seconds or joules.
         """
-        if self.budget is None:
-            return None
-        budget = Budget.parse(self.budget)
-        if budget.currency == "tokens":
-            raise ValueError(
-                f"budget must be in seconds or joules, got {self.budget!r}; give tokens={budget.amount:.0f}"
-            )
-        return budget
+        return None if self.budget is None else Budget.parse_measured(self.budget, "tokens={:.0f}")
 
     def n_sequences(self) -> int:
         """Return the budget in sequences. Raises `ValueError` where it is not in tokens."""

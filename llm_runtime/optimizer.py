@@ -5,7 +5,7 @@ The tensors may be plain or sharded over processes (FSDP2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,30 @@ def make_schedule_free(groups: list[dict[str, Any]], config: RunConfig) -> Optim
     optimizer: Any = AdamWScheduleFree(groups, lr=config.base_learning_rate, betas=BETAS, eps=1e-8, warmup_steps=0)
     optimizer.train()
     return optimizer  # type: ignore[no-any-return]
+
+
+def greedy_schedule(
+    start: float, limits: tuple[float, float], *, factor: float, patience: int
+) -> Callable[[float], float]:
+    """Return transformers' GreedyLR (arXiv 2512.14527) as a function from the newest loss to the next learning rate.
+
+    Args:
+        start: The first learning rate.
+        limits: Lowest and highest learning rate.
+        factor: What the rate is divided by after a rise, and multiplied by after a fall.
+        patience: Losses in a row in one direction that do not yet lead to a change.
+    """
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=start)
+    settings = {"factor": factor, "patience": patience, "min_lr": limits[0], "max_lr": limits[1]}
+    scheduler: Any = get_scheduler("greedy", optimizer, scheduler_specific_kwargs=settings)
+
+    def step(loss: float) -> float:
+        scheduler.step(loss)
+        return float(optimizer.param_groups[0]["lr"])
+
+    return step
 
 
 def make_prodigy(groups: list[dict[str, Any]], config: RunConfig) -> Optimizer:

@@ -106,6 +106,9 @@ class GuardedController:
     def __init__(self, controller: Controller, guardrails: Guardrails, contract: QualityContract | None = None) -> None:
         self.controller = controller
         self.guardrails = guardrails
+        least = guardrails.least_scale(controller.state.situation())
+        if controller.state.controls.learning_rate_scale < least:  # a policy that begins lower keeps the bounds too
+            controller.state = controller.state.anew(min(least, 1.0))
         self.watch = ContractWatch(contract) if contract is not None else None
         self.records: list[DecisionRecord] = []
         """Every interval that was recorded, those taken back included."""

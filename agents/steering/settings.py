@@ -105,12 +105,7 @@ class SteeringSettings:
         Raises:
             ValueError: `budget` is not in seconds or joules.
         """
-        if self.budget is None:
-            return None
-        budget = Budget.parse(self.budget)
-        if budget.currency == "tokens":
-            raise ValueError(f"budget must be in seconds or joules, got {self.budget!r}; give sequences instead")
-        return budget
+        return None if self.budget is None else Budget.parse_measured(self.budget, "sequences instead")
 
     def known_sequences(self) -> int:
         """Return `sequences`. Raises `ValueError` where they are not known."""

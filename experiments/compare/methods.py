@@ -135,6 +135,26 @@ class Method:
         return RunSpec(config=replace(self.configure(case.config), seed=seed), steering=self.steering)
 
 
+def as_a_law_advises(config: RunConfig) -> RunConfig:
+    """Return a run with WSD at the learning rate and batch that Step Law advises for its model and budget.
+
+    Raises:
+        ValueError: the model comes trained, of which the law says nothing.
+    """
+    from trainpilot.llm_runtime.models import body_parameters_of
+    from trainpilot.llm_runtime.scaling_laws import step_law
+
+    n_parameters, length = body_parameters_of(config.model), config.sequence_length
+    if n_parameters is None:
+        raise ValueError(f"method law is of training from scratch, got the trained model {config.model}; leave it out")
+    advice = step_law(n_parameters, config.tokens)
+    batch_size = advice.batch_size(
+        sequence_length=length, n_sequences=config.tokens // length, decisions=config.decisions
+    )
+    rate = rounded(advice.learning_rate_at(float(batch_size * length)))
+    return replace(config, schedule="wsd", batch_size=batch_size, base_learning_rate=rate)
+
+
 def _set(**fields: Any) -> Callable[[RunConfig], RunConfig]:
     return lambda config: replace(config, **fields)
 
@@ -179,6 +199,10 @@ _SIMPLE = (
         _note("prodigy", "Prodigy", "tuning-free", "prodigyopt's Prodigy, factor 1, cosine to 10 %."),
         _set(optimizer="prodigy", schedule="cosine", base_learning_rate=PRODIGY_FACTOR),
     ),
+    Method(
+        _note("law", "Step Law + WSD", "untuned", "AdamW at the learning rate and batch that Step Law advises, WSD."),
+        as_a_law_advises,
+    ),
     *(_heuristic(name, of) for name, of in HEURISTIC_METHODS.items()),
 )
 SIMPLE: Mapping[str, Method] = {method.note.name: method for method in _SIMPLE}
@@ -213,7 +237,9 @@ OPTIONAL: Mapping[str, MethodNote] = {
 OPTIONAL_RUNS: Mapping[str, float] = {"tuned-tpe": 78, "tuned-halving": 8, "nsga2": 60}
 """Cost of each of these searches, in runs of the whole budget."""
 
-DEFAULT_METHODS = (*SIMPLE, *SEARCHED)
+BY_NAME_ALONE = ("law", "greedy")
+"""Simple methods that are left out by default."""
+DEFAULT_METHODS = (*(name for name in SIMPLE if name not in BY_NAME_ALONE), *SEARCHED)
 HELP = (
     f"{', '.join(SIMPLE)}; {', '.join(SEARCHED)}; {', '.join(OPTIONAL)}; "
     "policy:FILE[@quality=0.5+energy=0.5][@start=0.1][@unguarded] for a bundle or the name of one that comes with "

@@ -426,7 +426,7 @@ class SimulatedRuns:
             np.log2(batch / start) / 6,
             np.log10(highest / best) / 1.5,
             5 * np.log(quarter / whole),
-            5 * np.log(self.expected_loss / whole),
+            5 * np.log(np.maximum(self.expected_loss, 1e-3) / whole),  # 0 before the first interval
             np.log10(1 + self.instances.sequences / self.instances.data),
             physics.values["edge_damage"] * self.state.damage,
             np.log10(1 + self.state.scar),

@@ -138,6 +138,23 @@ def test_a_policy_of_version_0_1_sees_the_fields_that_it_learnt_from() -> None:
     assert Controller(keep, make_limits(), Preference()).state.observation().size == N_INPUTS
 
 
+def test_a_policy_may_begin_at_a_lower_learning_rate(tmp_path: Path) -> None:
+    for stored, scale in (({}, 1.0), ({"start_scale": 0.25}, 0.25)):
+        PolicyBundle(random_weights(), stored).save(tmp_path / "p.safetensors")
+        loaded = PolicyBundle.load(tmp_path / "p.safetensors")
+        state = Controller.of_bundle(loaded, make_limits(), Preference()).state
+
+        assert loaded.start_scale == state.controls.learning_rate_scale == scale
+        assert state.decide(KEEP).controls.learning_rate_scale == scale
+        assert state.decide((6, *KEEP[1:])).controls.learning_rate_scale == 2 * scale
+        assert state.anew().controls.learning_rate_scale == scale
+        assert state.limits.start.learning_rate_scale == 1  # the base schedule itself
+    for stored in ({"start_scale": 0}, {"start_scale": "half"}, {"start_scale": 1.5}):
+        PolicyBundle(random_weights(), stored).save(tmp_path / "p.safetensors")
+        with pytest.raises(ValueError, match=r"start_scale must be a number in \(0, 1\], got"):
+            PolicyBundle.load(tmp_path / "p.safetensors")
+
+
 def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     weights = random_weights()
     weights["hidden.0.weight"] = weights["hidden.0.weight"][:, :-1].copy()

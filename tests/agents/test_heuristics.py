@@ -19,6 +19,7 @@ from heuristic_runs import CONSTANT, batches, scales, steer
 from trainpilot.agents.heuristics import (
     ControlledRun,
     GradualPruning,
+    Greedy,
     Heuristic,
     KeepBase,
     NoiseScaleBatch,
@@ -40,6 +41,23 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 
 def test_keep_base_never_changes_anything() -> None:
     assert set(steer(KeepBase(make_limits()), 10)) == {START}
+
+
+# GreedyLR
+
+
+def test_greedy_raises_the_rate_while_the_loss_falls_and_lowers_it_otherwise() -> None:
+    # With a patience of 1, every second fall or rise of the loss in a row counts.
+    losses = [3.0, 2.9, 2.8, 2.7, 2.75, 2.76, 2.77, 2.78, 2.6]
+    decided = steer(Greedy(make_limits(), factor=0.5), 10, train_loss=losses)
+
+    assert scales(decided) == [1, 1, 2, 2, 4, 4, 2, 2, 1, 1]
+    assert {controls.batch_size for controls in decided} == {8}
+    falling = steer(Greedy(make_limits(), factor=0.5), 40, train_loss=[3.0 - 0.01 * i for i in range(40)])
+    assert max(scales(falling)) == 64
+    for settings, message in (({"factor": 1.0}, r"factor must be in \(0, 1\)"), ({"patience": -1}, "patience must")):
+        with pytest.raises(ValueError, match=message):
+            Greedy(make_limits(), **settings)
 
 
 # Reduce on plateau

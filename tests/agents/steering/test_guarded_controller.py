@@ -239,6 +239,19 @@ def test_bounds_on_the_learning_rate_at_its_base_leave_the_base_schedule() -> No
     assert set(scales(run)) == {1.0}
 
 
+def test_a_policy_that_begins_lower_begins_within_the_bounds_and_falls_back_to_the_base_schedule() -> None:
+    bundle = PolicyBundle.load(policy_path("default"))
+    bundle = replace(bundle, provenance={**bundle.provenance, "start_scale": 0.25})
+
+    def begun(lowest: float) -> GuardedController:
+        bounds = Guardrails(GuardrailSettings(learning_rate_range=(lowest, 1.0)), base_learning_rate=1e-3)
+        return GuardedController(Controller.of_bundle(bundle, ToyPlant().limits(), Preference()), bounds)
+
+    for lowest, scale in ((1e-5, 0.25), (5e-4, 0.5), (5e-3, 1.0)):
+        assert begun(lowest).controls.learning_rate_scale == pytest.approx(scale)
+    assert begun(1e-5).base_controls().learning_rate_scale == 1
+
+
 def reference(plant: ToyPlant) -> list[tuple[float, float]]:
     base = owner(keep, plant).train()
     return [(record.telemetry.budget_used, record.telemetry.train_loss) for record in base.guarded.records]

@@ -44,7 +44,8 @@ def test_a_run_uses_its_seconds_or_joules_whatever_its_batch(currency: Currency)
 
 
 def test_a_budget_is_what_its_tokens_cost_at_the_starting_batch() -> None:
-    instances = POOL.instances
+    instances = POOL.instances.take(np.flatnonzero(POOL.instances.hardware.fastest_precision() == 0))
+    assert len(instances)
     start = instances.start_batch.astype(np.float64)
     zeros = np.zeros(len(instances))
     step_s = instances.hardware.step_s(start, zeros.astype(np.int64), zeros)
@@ -61,6 +62,25 @@ def test_a_budget_is_what_its_tokens_cost_at_the_starting_batch() -> None:
         * (hardware.overhead_s + start * hardware.sequence_s)
         / (hardware.overhead_s + 2 * start * hardware.sequence_s)
     )
+
+
+def test_the_static_tuned_for_seconds_or_joules_uses_the_fastest_precision() -> None:
+    instances = POOL.instances
+    hardware, start = instances.hardware, instances.start_batch.astype(np.float64)
+    fastest = hardware.fastest_precision()
+    rows = np.arange(len(instances))
+    speed = np.where(hardware.masked, 0.0, hardware.speed)
+    assert (fastest > 0).any()
+    assert speed[rows, fastest] == pytest.approx(speed.max(axis=1))
+    for currency in MEASURED:
+        more = instances.static_sequences(start, currency) / instances.sequences
+        cost = hardware.sequence_cost(start, currency) / hardware.sequence_cost(start, currency, fastest)
+        assert more == pytest.approx(cost)
+        assert (more[fastest > 0] > 1).all()
+        assert more[fastest == 0] == pytest.approx(1.0)
+        references = POOL.references_in(currency)
+        spent = references.time_s if currency == "time_s" else references.energy_j
+        assert spent == pytest.approx(instances.budget(currency))
 
 
 def test_the_tuned_static_is_tuned_for_the_currency() -> None:

@@ -234,6 +234,20 @@ def test_fine_tuning_starts_trained_and_wants_low_rates(pool: Pool) -> None:
     assert tuned.sequences.max() < 1e6
 
 
+def test_rates_far_below_the_best_leave_the_loss_of_the_given_model(pool: Pool) -> None:
+    tuned, references = of_kind(pool, FINE_TUNING)
+    batch = tuned.start_batch.astype(np.float64)
+    risen = {
+        factor: static_losses(tuned, references.rate * factor, batch, TABLE) - tuned.physics.initial_loss
+        for factor in (1e-3, 1e-2, 0.1)
+    }
+
+    assert np.quantile(risen[1e-3], 0.9) < 0.1
+    assert np.median(risen[1e-3]) > np.median(risen[1e-2]) > np.median(risen[0.1])
+    assert np.quantile(risen[0.1], 0.9) < 0
+    assert tuned.physics.values["noise_power"] == pytest.approx(np.ones(len(tuned)))
+
+
 def test_what_an_earlier_training_has_left_is_the_signal() -> None:
     # Half of the modes untouched, half used up: the loss falls from what is left, and faster in what is fresh.
     values = {name: np.full(1, value) for name, value in PUBLISHED[0].values.items()}
