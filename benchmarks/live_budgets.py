@@ -1,14 +1,15 @@
 """Measure policies zero-shot on the live test cases at several budgets, against a static setting tuned at each budget.
 
-    python benchmarks/live_budgets.py [--budgets 1 8] [--seconds] [--policies default] [--cases llama,gpt-neox]
+    python benchmarks/live_budgets.py [--budgets 1 8] [--seconds] [--policies default,greedy,law] [--cases llama,opt]
 
 Around the tuned static of `baselines.py`, learning rate and batch are tuned again at each budget, with the seed of that
 search; the best setting is judged with other seeds, at the whole and at half of the budget. Policies start at 0.1, 1
 and 10 times the tuned learning rate (`--starts`) at the case's own batch, within guardrails, and are asked for quality
-alone. A run's multiplier is the share of the budget that the tuned static needs for its loss: in the logarithm it is
-interpolated between both budgets, and extrapolated beyond them. With `--seconds`, policies also get the seconds that
-the static tuned for seconds takes, as measured in the same command, and are compared with that one. Runs lie in OUT;
-the same command resumes.
+alone; so does `greedy`, transformers' GreedyLR, while `law` is the static setting that Step Law advises. A run's
+multiplier is the share of the budget that the tuned static needs for its loss: in the logarithm it is interpolated
+between both budgets, and extrapolated beyond them. With `--seconds`, policies also get the seconds that the static
+tuned for seconds takes, as measured in the same command, and are compared with that one. Runs lie in OUT; the same
+command resumes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rich.console import Console
 from trainpilot.agents.bundle import policy_digest, policy_path
 from trainpilot.envs.reward import budget_for_loss
 from trainpilot.experiments.compare.cases import StaticSetting, load_cases
-from trainpilot.experiments.compare.methods import policy_method
+from trainpilot.experiments.compare.methods import SIMPLE, Method, policy_method
 from trainpilot.experiments.compare.scheduler import Program, Scheduler, run_workers
 from trainpilot.experiments.compare.search import final_loss
 from trainpilot.experiments.progress import progress_bar
@@ -61,7 +62,7 @@ class CaseAtBudget:
     seeds: Sequence[int]
     first: StaticSetting
     """Setting that was tuned at the case's own budget."""
-    policies: Mapping[str, Mapping[float, Any]]
+    policies: Mapping[str, Mapping[float, Method]]
     """Methods by policy and start."""
     seconds: float | None = None
     """Budget in seconds, where it is not in tokens: what the tuned static takes."""
@@ -94,7 +95,8 @@ class CaseAtBudget:
                 self.seconds = median(seconds_of(result) for result in results)
         for policy, methods in self.policies.items():
             for start, method in methods.items():
-                specs = [self._within(method.placed(self.first).spec(self.case, seed)) for seed in self.seeds]
+                placed = method if method.start is None else method.placed(self.first)
+                specs = [self._within(placed.spec(self.case, seed)) for seed in self.seeds]
                 results = yield specs
                 self.steered.setdefault(policy, {})[start] = results
 
@@ -197,6 +199,14 @@ def first_setting(baselines: Mapping[str, Any], case: Case, axis: str = "tokens"
     )
 
 
+def methods_of(name: str, starts: Sequence[float]) -> dict[float, Method]:
+    """Return the methods of a row by their starts: a policy, a rule, or a static setting that has its own."""
+    if name not in SIMPLE:
+        return {start: policy_method(f"policy:{name}@quality=1@start={start:g}") for start in starts}
+    method = SIMPLE[name]
+    return {1.0: method} if method.note.kind == "untuned" else {start: replace(method, start=start) for start in starts}
+
+
 def summary(cases: Sequence[Mapping[str, Any]], policy: str) -> dict[str, Any]:
     """Return medians of the multipliers of a policy: over all cases, by start and by case, and the lost runs."""
 
@@ -229,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 8.0])
     parser.add_argument("--seconds", action="store_true", help="budgets in seconds too, at the cases' own size")
-    parser.add_argument("--policies", default="default", help="names or files, with commas between them; may be empty")
+    parser.add_argument("--policies", default="default", help="policies' names or files, greedy, law; may be empty")
     parser.add_argument("--set", dest="cases", default="test", help="case set of `trainpilot compare`, or a file")
     parser.add_argument("--cases", dest="names", default="", help="names of some cases, with commas between them")
     parser.add_argument("--starts", type=float, nargs="+", default=[0.1, 1.0, 10.0])
@@ -247,10 +257,7 @@ def main() -> None:
     for budget, axis in kinds:
         for case in chosen:
             config = replace(case.config, tokens=round(case.config.tokens * budget))
-            methods = {
-                name: {start: policy_method(f"policy:{name}@quality=1@start={start:g}") for start in options.starts}
-                for name in policies
-            }
+            methods = {name: methods_of(name, options.starts) for name in policies}
             setting, longer = first_setting(baselines, case, axis), replace(case, config=config)
             programs.append(
                 CaseAtBudget(
@@ -267,7 +274,7 @@ def main() -> None:
     result = {
         "seeds": options.seeds,
         "starts": options.starts,
-        "policies": {name: policy_digest(policy_path(name)) for name in policies},
+        "policies": {name: None if name in SIMPLE else policy_digest(policy_path(name)) for name in policies},
         "summary": {
             f"{budget:g} x {axis}": {
                 name: summary(
