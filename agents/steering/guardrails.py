@@ -103,6 +103,9 @@ ROUNDED = 1.02
 """Opposite factors on the learning rate cancel within 1 %."""
 MOVED = ("learning_rate", "batch_size")
 """Controls that can oscillate; the others can change only a limited number of times."""
+INSISTENCE = 3
+"""So many requests in a row for a larger batch are heard although the batch is held after oscillating: a batch held at
+its lower end would slow the run down, and one that goes up alone does not oscillate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,8 @@ class Past:
 
     moves: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in MOVED})
     """Direction of every decision: 1 up, -1 down, 0 none; newest last."""
+    batch_requests: list[int] = field(default_factory=list)
+    """The same of the newest requests for another batch, allowed or not."""
     held: dict[str, int] = field(default_factory=dict)
     """Controls that are held after oscillating, and for how many more decisions."""
     losses: LossLevel = field(default_factory=LossLevel)
@@ -205,15 +210,17 @@ class Guardrails:
     def review(self, action: Action, situation: Situation) -> tuple[Action, list[str]]:
         """Return the action with every choice that breaks a bound replaced by `keep`, and the reasons."""
         allowed, refusals = list(KEEP), []
+        insists = self._insists_on_a_larger_batch(action)
         scale, batch_size = situation.controls.learning_rate_scale, situation.controls.batch_size
         for index, (each, choice) in enumerate(zip(ACTION_FIELDS, action, strict=True)):
             if choice == each.keep:
                 continue
             to_scale = scale * LEARNING_RATE_FACTORS[choice] if each.name == "learning_rate" else scale
             to_batch = int(batch_size * BATCH_FACTORS[choice]) if each.name == "batch_size" else batch_size
-            reason = self._held(each.name, choice) or self._leaves(situation, to_scale, to_batch)
+            swings = not (insists and each.name == "batch_size")
+            reason = self._held(each.name, choice, swings=swings) or self._leaves(situation, to_scale, to_batch)
             reason = reason or self._too_early_or_high(each.name, situation, to_scale)
-            if reason is None and (reason := self._oscillates(each.name, choice)):
+            if reason is None and swings and (reason := self._oscillates(each.name, choice)):
                 self.past.held[each.name] = self.settings.oscillation_window + 1  # this decision counts down too
             if reason:
                 refusals.append(f"{each.name} {each.choices[choice]} refused: {reason}")
@@ -221,8 +228,14 @@ class Guardrails:
                 allowed[index], scale, batch_size = choice, to_scale, to_batch
         return tuple(allowed), refusals
 
-    def _held(self, name: str, choice: int) -> str | None:
-        if self.past.held.get(name, 0):
+    def _insists_on_a_larger_batch(self, action: Action) -> bool:
+        """Record the request for another batch, and return whether it is the newest of enough for a larger one."""
+        index = [each.name for each in ACTION_FIELDS].index("batch_size")
+        self.past.batch_requests = [*self.past.batch_requests, _direction("batch_size", action[index])][-INSISTENCE:]
+        return sum(self.past.batch_requests) == INSISTENCE
+
+    def _held(self, name: str, choice: int, *, swings: bool) -> str | None:
+        if swings and self.past.held.get(name, 0):
             return f"held after {self.settings.max_reversals} changes of direction"
         if self.history.held.get(change_of(name, choice), 0):
             return "held after a rollback"

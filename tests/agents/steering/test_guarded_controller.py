@@ -231,6 +231,16 @@ def test_a_batch_that_flips_each_decision_is_held() -> None:
     assert any("changes of direction" in reason for reason in run.guarded.summary()["refusals"])
 
 
+def test_a_held_batch_may_grow_where_that_is_asked_for_again_and_again() -> None:
+    # Three changes of direction; then the policy wants a larger batch, and the third request in a row is heard.
+    wanted = iter([0, 2, 0, 2, *[2] * 100])
+    run = owner(lambda o, m: (3, next(wanted), 0, 0, 0), BatchPlant()).train()
+    sizes = [controls.batch_size for controls in run.used]
+    assert sizes[:8] == [4, 8, 4, 4, 4, 8, 16, 32]
+    refused = {name: n for name, n in run.guarded.summary()["refusals"].items() if name.startswith("batch_size")}
+    assert sum(n for name, n in refused.items() if "held" in name or "changes of direction" in name) == 2
+
+
 def test_bounds_on_the_learning_rate_at_its_base_leave_the_base_schedule() -> None:
     bundle = PolicyBundle.load(policy_path("default"))
     bounds = Guardrails(GuardrailSettings(learning_rate_range=(1e-3, 1e-3)), base_learning_rate=1e-3)
