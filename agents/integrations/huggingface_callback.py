@@ -29,7 +29,6 @@ try:
 except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
-from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.integrations.common import GivenSettings, first_sequences, ranks_of, settings_fields
 from trainpilot.agents.integrations.huggingface import divides_by_items, log_decisions, log_off_screen
@@ -42,7 +41,7 @@ from trainpilot.agents.integrations.huggingface_settings import (
     settings_for,
     steering_file,
 )
-from trainpilot.agents.steering.settings import DECISIONS, SteeringSettings
+from trainpilot.agents.steering.settings import DECISIONS, SteeringSettings, bundle_of
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.config import batch_limits
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
@@ -384,9 +383,10 @@ def _in_powers_of_two(settings: SteeringSettings, requested: RequestedRun) -> tu
 
 
 def _decisions(settings: SteeringSettings) -> int:
-    if settings.decisions or not isinstance(settings.policy, str) or settings.policy == "none":
-        return settings.decisions or DECISIONS
-    return PolicyBundle.load(policy_path(settings.policy)).decisions
+    if settings.decisions is not None:
+        return settings.decisions
+    bundle = bundle_of(settings.policy)
+    return DECISIONS if bundle is None else bundle.decisions
 
 
 def check_plain(

@@ -7,6 +7,7 @@ policy, the number of decisions and the base schedule. `control_limits` says wha
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,9 +47,10 @@ class SteeringSettings:
     sequence_length: int = 1
     """Tokens of a sequence. Only the log, the schedule and the advice of a scaling law use it, so an estimate is
     enough; 1 is taken for unknown."""
-    policy: str | Policy = "default"
-    """`default`, the file of a bundle, `none` for the base schedule without control, or a function of observation and
-    masks that returns an action. A function sees all observation fields, or those in its attribute `fields`."""
+    policy: str | Path | PolicyBundle | Policy = "default"
+    """`default`, the file of a bundle, a bundle, `none` for the base schedule without control, or a function of
+    observation and masks that returns an action. A function sees all observation fields, or those in its attribute
+    `fields`."""
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
@@ -82,6 +84,11 @@ class SteeringSettings:
         if self.measured_budget() is None and self.sequences is None:
             raise ValueError(
                 "sequences, the budget, must be given, got None; or give a budget such as '600s' or '50kJ'"
+            )
+        if not (isinstance(self.policy, str | Path | PolicyBundle) or callable(self.policy)):
+            raise ValueError(
+                "policy must be a name, the file of a bundle, a PolicyBundle, 'none', or a function of observation and "
+                f"masks, got {type(self.policy).__name__}"
             )
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
@@ -189,18 +196,33 @@ class ResolvedSettings:
         return Schedule(name=self.base.schedule, budget_tokens=whole, warmup_tokens=self.base.warmup_tokens(whole))
 
 
-def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
-    if not isinstance(policy, str):
-        return None, policy
-    if policy == "none":
-        return None, keep
-    bundle = PolicyBundle.load(policy_path(policy))
-    return bundle, bundle.act
+def bundle_of(policy: str | Path | PolicyBundle | Policy) -> PolicyBundle | None:
+    """Return the bundle that the setting names or is; `None` for `none` and for a function.
+
+    Raises:
+        ValueError: there is no such policy, or its file is no bundle of this version.
+    """
+    if isinstance(policy, PolicyBundle):
+        return policy
+    if isinstance(policy, Path):
+        return PolicyBundle.load(policy)
+    return PolicyBundle.load(policy_path(policy)) if isinstance(policy, str) and policy != "none" else None
 
 
-def name_of(policy: str | Policy) -> str:
-    """Return a policy's name, for logs."""
-    return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
+def _policy(policy: str | Path | PolicyBundle | Policy) -> tuple[PolicyBundle | None, Policy]:
+    bundle = bundle_of(policy)
+    if bundle is not None:
+        return bundle, bundle.act
+    return None, policy if callable(policy) else keep
+
+
+def name_of(policy: str | Path | PolicyBundle | Policy) -> str:
+    """Return a policy's name, for logs and to recognise it where a run goes on."""
+    if isinstance(policy, PolicyBundle):
+        return f"PolicyBundle {policy.digest()}"
+    if isinstance(policy, str | Path):
+        return str(policy)
+    return getattr(policy, "__name__", type(policy).__name__)
 
 
 def control_limits(settings: SteeringSettings, loop: ControlledLoop, decisions: int) -> ControlLimits:

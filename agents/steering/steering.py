@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.domain import RunFacts, check_domain
-from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
+from trainpilot.agents.steering.guarded_controller import POLICY_FAILED, GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.settings import (
     ResolvedSettings,
@@ -128,7 +128,10 @@ class Steering:
         if self.domain_warnings and self.ranks.is_first:
             message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
             warnings.warn(message, stacklevel=2)
-        self._apply(self._broadcast(lambda: self.controller.decide(None)))
+        self._warned: set[str] = set()
+        decision = self._broadcast(lambda: self.controller.decide(None))
+        self._warn(decision)
+        self._apply(decision)
         self.loop.attach()
 
     def _with_law(self, limits: ControlLimits) -> ControlLimits:
@@ -326,6 +329,7 @@ class Steering:
             self._validate()
             return
         decision = self._broadcast(lambda: self.controller.decide(telemetry))
+        self._warn(decision)
         if decision.roll_back:
             self.rollback_copy.restore()
             self._begin_interval(self._broadcast(self.controller.rolled_back))
@@ -336,6 +340,23 @@ class Steering:
         finally:
             if not telemetry.finished:
                 self._apply(decision)
+
+    def _warn(self, decision: GuardedDecision) -> None:
+        """Warn once where the policy fails, and once where the run is left to its base schedule."""
+        failed = next((reason for reason in decision.reasons if reason.startswith(POLICY_FAILED)), None)
+        if failed is not None:
+            self._warn_once("policy", f"{failed}; nothing changes in this interval")
+        if self.controller.fallen_back is not None:
+            self._warn_once(
+                "fallen back",
+                f"steering has ended at decision {self.controller.fallen_back_at}, the run goes on under its base "
+                f"schedule: {self.controller.fallen_back}",
+            )
+
+    def _warn_once(self, subject: str, message: str) -> None:
+        if self.ranks.is_first and subject not in self._warned:
+            warnings.warn(message, stacklevel=3)
+        self._warned.add(subject)
 
     def _broadcast(self, call: Callable[[], Content]) -> Content:
         """Return what `call` returns in rank 0, and bring the other processes' controllers to its state."""
