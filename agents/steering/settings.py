@@ -65,7 +65,8 @@ class SteeringSettings:
     """Largest batch size; by default 16 times the first, but at most a quarter of an interval, if `sequences` is known.
     """
     precisions: tuple[Precision, ...] = ("fp32",)
-    """Precisions that may be used, the first at the start. Offer bf16 where you know that it pays."""
+    """Precisions that may be used, the first at the start. Offer bf16 where you know that it pays. With fp32 alone a
+    `torch.autocast` that the loop opens itself holds."""
     pruning: MaskPruning = "none"
     """What the sparsity control does: nothing, or weight masks by `magnitude` or `evolution`."""
     probe: bool = True
@@ -85,11 +86,7 @@ class SteeringSettings:
             raise ValueError(
                 "sequences, the budget, must be given, got None; or give a budget such as '600s' or '50kJ'"
             )
-        if not (isinstance(self.policy, str | Path | PolicyBundle) or callable(self.policy)):
-            raise ValueError(
-                "policy must be a name, the file of a bundle, a PolicyBundle, 'none', or a function of observation and "
-                f"masks, got {type(self.policy).__name__}"
-            )
+        _check_policy(self.policy)
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
         for name in ("sequences", "decisions", "min_batch_size", "max_batch_size"):
@@ -136,6 +133,14 @@ class SteeringSettings:
                 f"{self.batch_size} = {decisions * self.batch_size:,}, got {sequences:,}; "
                 "train for longer, or lower decisions or batch_size"
             )
+
+
+def _check_policy(policy: Any) -> None:
+    if not (isinstance(policy, str | Path | PolicyBundle) or callable(policy)):
+        raise ValueError(
+            "policy must be a name, the file of a bundle, a PolicyBundle, 'none', or a function of observation and "
+            f"masks, got {type(policy).__name__}"
+        )
 
 
 def _check_count(name: str, value: Any) -> None:

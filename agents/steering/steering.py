@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
@@ -268,7 +268,28 @@ class Steering:
         self.loop.set_learning_rate(self.learning_rate)
 
     def autocast(self, precision: Precision | None = None) -> AbstractContextManager[object]:
-        """Return the context of a forward pass in `precision`; by default in the precision of the present controls."""
+        """Return the context of a forward pass in `precision`; by default in the precision of the present controls.
+
+        If the loop has opened `torch.autocast` itself and offers no other precision than fp32, its autocast holds.
+
+        Raises:
+            ValueError: the loop's own autocast and the precisions in the settings contradict each other.
+        """
+        device = self.loop.device.type
+        if precision is None and torch.is_autocast_enabled(device):
+            own = torch.get_autocast_dtype(device)
+            if own == torch.float16:
+                raise ValueError(
+                    "torch.autocast must not be float16 under steering, whose backward pass has no loss scaler; "
+                    "take torch.bfloat16, or leave autocast out"
+                )
+            if self.settings.precisions == ("fp32",):
+                return nullcontext()
+            if self.settings.precisions != ("bf16",):
+                raise ValueError(
+                    f"torch.autocast must be left out where steering chooses among precisions, got {own} around a step "
+                    f"and precisions {', '.join(self.settings.precisions)}; steering opens autocast itself"
+                )
         return self.loop.autocast(precision)
 
     def clip_gradients(self) -> torch.Tensor:

@@ -73,7 +73,7 @@ def test_a_policy_that_fails_is_told_once_and_so_is_the_end_of_steering() -> Non
     def broken(observation: np.ndarray, masks: np.ndarray) -> Action:
         raise TypeError("no such thing")
 
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="policy failed") as caught:
         train(*steered(broken))
     told = [str(warning.message) for warning in caught]
     assert len(told) == 2
