@@ -231,7 +231,7 @@ def accelerated(
         ValueError: Accelerate was set up in a way that cannot be steered.
     """
     _check_accelerator(accelerator)
-    return Steering(model, getattr(optimizer, "optimizer", optimizer), settings, ranks=present_ranks(), **options)
+    return Steering(model, optimizer, settings, ranks=present_ranks(), **options)
 
 
 def _check_accelerator(accelerator: Accelerator) -> None:

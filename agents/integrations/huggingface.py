@@ -151,7 +151,7 @@ class SteeringMixin(Trainer):
         self.unlogged.clear()
         self.steering = Steering(
             self.model,
-            getattr(self.optimizer, "optimizer", self.optimizer),
+            self.optimizer,
             self.settings,
             validate=self._validate if self.eval_dataset is not None else None,
             data=self.stream,

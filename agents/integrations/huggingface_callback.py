@@ -94,7 +94,7 @@ class SteeringCallback(TrainerCallback):
         check_plain(self.trainer, kw["lr_scheduler"], args, requested, settings, streams=self._streams)
         self.steering = Steering(
             kw["model"],
-            getattr(kw["optimizer"], "optimizer", kw["optimizer"]),
+            kw["optimizer"],
             settings,
             grain=grain,
             meter=self._meter,

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +31,7 @@ from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.guarded_controller import POLICY_FAILED, GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
+from trainpilot.agents.steering.model_checks import check_alone, is_pretrained, near_learning_rate, own_optimizer
 from trainpilot.agents.steering.settings import (
     ResolvedSettings,
     SteeringSettings,
@@ -50,10 +51,6 @@ MUST_STAY = (
     "sequences", "budget", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning",
 )  # fmt: skip
 """Settings that must be the same where a run goes on from a saved state."""
-MAX_RISE = 2.0
-"""Largest factor above the user's learning rate on a pretrained model: a much higher one undoes what it has learnt."""
-MAX_FALL = 1e-3
-"""Smallest factor: a learning rate that is too low costs time and nothing else."""
 
 
 class Steering:
@@ -62,7 +59,8 @@ class Steering:
     Args:
         model: The model in training.
         optimizer: Steps the model, at the peak learning rate of the base schedule and without a scheduler of its own.
-            The batch size changes under Adam and AdamW only.
+            The batch size changes under Adam and AdamW only. One that Accelerate has prepared is taken out of its
+            wrapper.
         settings: Budget, start, policy and bounds.
         validate: Returns the validation loss in nats/token. Called every tenth decision; leave it out if it is
             expensive.
@@ -93,6 +91,9 @@ class Steering:
         grain: int = 1,
     ) -> None:
         self.settings = settings
+        optimizer = own_optimizer(optimizer)
+        if ranks is None:
+            check_alone(model)
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
         self.validate, self.on_decision = validate, on_decision
         resolved = ResolvedSettings.of(settings)
@@ -592,37 +593,3 @@ class Step:
         if steering.ranks.world_size > 1:
             steering.ranks.set_requires_gradient_sync(steering.loop.model, True)
         steering.drop_step()
-
-
-# Pretrained models ---------------------------------------------------------------------------------------------------
-
-
-def is_pretrained(model: nn.Module) -> bool:
-    """Return whether a model says where it was loaded from, and its weights are not those of a new model.
-
-    The name alone would not do: a model made by `from_config` has it too, with random weights. The gains of
-    normalization layers are one in every new transformer, and in no trained one.
-    """
-    named = any(getattr(module, "name_or_path", None) for module in model.modules())
-    return named and any(not _is_new(gain) for gain in _gains(model))
-
-
-def _gains(model: nn.Module) -> list[torch.Tensor]:
-    names = ("norm", "ln_", "layernorm")
-    return [
-        parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and name.endswith("weight") and any(part in name.lower() for part in names)
-    ]
-
-
-def _is_new(gain: torch.Tensor) -> bool:
-    own = gain.to_local() if hasattr(gain, "to_local") else gain
-    return bool((own == 1).all()) or bool((own == 0).all())  # some count from zero: 1 + gain
-
-
-def near_learning_rate(bounds: GuardrailSettings, learning_rate: float) -> GuardrailSettings:
-    """Return bounds that keep the learning rate near the user's, unless they have a `learning_rate_range`."""
-    if bounds.learning_rate_range is not None:
-        return bounds
-    return replace(bounds, learning_rate_range=(MAX_FALL * learning_rate, MAX_RISE * learning_rate))

@@ -16,7 +16,7 @@ from trainpilot.llm_runtime.data.batches import BatchStream
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 SNIPPETS = re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
 CODE = [(title, re.findall(r"```python\n(.*?)```", text, flags=re.S)) for title, text in SNIPPETS]
-NEEDS = {"Hugging Face Trainer": "accelerate", "Lightning": "lightning"}
+NEEDS = {"Hugging Face Trainer": "accelerate", "Accelerate": "accelerate", "Lightning": "lightning"}
 
 
 def loss_of(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
