@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         QualityContract,
         Steering,
         SteeringSettings,
+        batches,
         shipped_policies,
     )
 
@@ -30,6 +31,7 @@ __all__ = [
     "QualityContract",
     "Steering",
     "SteeringSettings",
+    "batches",
     "shipped_policies",
 ]
 

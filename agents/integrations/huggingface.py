@@ -42,7 +42,7 @@ except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.integrations.common import GivenSettings, first_sequences, ranks_of
+from trainpilot.agents.integrations.common import GivenSettings, ranks_of
 from trainpilot.agents.integrations.huggingface_data import MicroBatch, MicroBatches, SampleStream, rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
     RequestedRun,
@@ -56,6 +56,7 @@ from trainpilot.agents.integrations.huggingface_settings import (
     without_end,
 )
 from trainpilot.agents.logging.run_log import scalars
+from trainpilot.agents.steering.loader_batches import first_sequences
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint

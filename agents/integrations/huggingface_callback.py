@@ -30,7 +30,7 @@ except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.integrations.common import GivenSettings, first_sequences, ranks_of, settings_fields
+from trainpilot.agents.integrations.common import GivenSettings, ranks_of, settings_fields
 from trainpilot.agents.integrations.huggingface import divides_by_items, log_decisions, log_off_screen
 from trainpilot.agents.integrations.huggingface_data import rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
@@ -41,6 +41,7 @@ from trainpilot.agents.integrations.huggingface_settings import (
     settings_for,
     steering_file,
 )
+from trainpilot.agents.steering.loader_batches import first_sequences
 from trainpilot.agents.steering.settings import DECISIONS, SteeringSettings, bundle_of
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.config import batch_limits
