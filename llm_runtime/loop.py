@@ -434,11 +434,14 @@ class ControlledLoop:
         self.recorder.probe = probe()
         self.recorder.probe_s = self.recorder.seconds() - start_s
 
-    def probe(self, loss: Callable[[], Tensor]) -> None:
+    def probe(
+        self, loss: Callable[[], Tensor], *, first: Callable[[Callable[[], Tensor]], Tensor] | None = None
+    ) -> None:
         """Probe the curvature along the last update, on sequences that have not been trained on.
 
         Args:
             loss: Returns the mean loss of `probe_sequences` sequences in nats/token, a scalar; called three times.
+            first: Returns the first of the three from a function that calls `loss` under the same random numbers.
         """
         before = self._before
         self._before, self.probe_wanted = [], False
@@ -447,7 +450,12 @@ class ControlledLoop:
             return [(parameter, parameter.detach() - weights) for parameter, weights in before]
 
         def probe() -> ProbeResult | None:
-            found = self.curvature(updates, lambda: self._probe_loss(loss))
+            def measured() -> Tensor:
+                nonlocal first
+                check, first = first, None
+                return self._probe_loss(loss) if check is None else check(lambda: self._probe_loss(loss))
+
+            found = self.curvature(updates, measured)
             return found if found is not None and found.finite else None  # text may have nothing to predict
 
         self.record_probe(probe)

@@ -3,8 +3,8 @@
     steering = Steering(model, optimizer, SteeringSettings(sequences=100_000, batch_size=32))
     while not steering.finished:
         with steering.step() as step:
-            for batch in micro_batches(step.batch_size):
-                step.backward(lambda: loss_of(model, batch), sequences=len(batch))
+            for batch in data.take(step.batch_size):       # data = batches(loader)
+                step.backward(loss_of, batch=batch)
 
 Losses and gradient norms of the steps become telemetry. At the end of each interval the controller decides, and the
 chosen controls are applied to the optimizer, the masks, the precision and the size of the next batches. The adapters of
@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +32,8 @@ from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.guarded_controller import POLICY_FAILED, GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
+from trainpilot.agents.steering.loader_batches import first_sequences, sequences_in
+from trainpilot.agents.steering.loop_checks import RowWatch, check_repeatable
 from trainpilot.agents.steering.model_checks import check_alone, is_pretrained, near_learning_rate, own_optimizer
 from trainpilot.agents.steering.settings import (
     ResolvedSettings,
@@ -130,6 +133,8 @@ class Steering:
             message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
             warnings.warn(message, stacklevel=2)
         self._warned: set[str] = set()
+        self._checks_loss = True
+        self._rows: RowWatch | None = None
         decision = self._broadcast(lambda: self.controller.decide(None))
         self._warn(decision)
         self._apply(decision)
@@ -232,9 +237,25 @@ class Steering:
         """Number of sequences that are enough for `probe` in this process: few, so that it costs little."""
         return self.loop.probe_sequences
 
-    def probe(self, loss: Callable[[], torch.Tensor]) -> None:
-        """Probe the curvature on sequences that have not been trained on; `loss` returns their mean loss."""
-        self.loop.probe(loss)
+    def probe(self, loss: Callable[[], torch.Tensor], *, check: bool = False) -> None:
+        """Probe the curvature on sequences that have not been trained on; `loss` returns their mean loss.
+
+        Args:
+            loss: Called three times.
+            check: Call it once more in the first probe.
+
+        Raises:
+            ValueError: it is to be checked, and returns another value for the same weights.
+        """
+        checked, self._checks_loss = self._checks_loss and check, self._checks_loss and not check
+        self.loop.probe(loss, first=check_repeatable if checked else None)
+
+    def watch_rows(self) -> RowWatch:
+        """Return a watch that notes what the model reads from here on, until it is asked to `check` that."""
+        if self._rows is None:
+            self._rows = RowWatch(self.loop.model)
+        self._rows.begin()
+        return self._rows
 
     def end_step(self, gradient_norm: torch.Tensor, sequences: int) -> None:
         """Record an optimizer step that has been made; at the end of an interval, decide.
@@ -500,6 +521,8 @@ class Steering:
     def close(self) -> None:
         """Release model and optimizer, unchanged but for their training; another controller may take them."""
         self.rollback_copy.drop()
+        if self._rows is not None:
+            self._rows.close()
         self.loop.detach()
 
 
@@ -530,24 +553,31 @@ class Step:
 
     def backward(
         self,
-        loss: Callable[[], torch.Tensor],
+        loss: Callable[..., torch.Tensor],
         sequences: int | None = None,
         *,
+        batch: Any = None,
         probe_loss: Callable[[int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Add the gradient of a micro-batch, and return its loss.
 
         Args:
-            loss: Computes the micro-batch's mean loss in nats/token, a scalar; called under the precision in force,
-                and now and then three times more for the curvature probe.
-            sequences: Sequences of the micro-batch; by default the whole of the step's.
+            loss: Computes the micro-batch's mean loss in nats/token, a scalar, from `batch` if that is given; called
+                under the precision in force, and now and then three times more for the curvature probe, so it must not
+                draw new data.
+            sequences: Sequences of the micro-batch; by default those of `batch`, or else the whole of the step's.
+            batch: The micro-batch: a tensor with a row for each sequence, or dictionaries, tuples and lists of such
+                tensors. `loss` is called with it, and the curvature probe with its first sequences.
             probe_loss: Computes the mean loss of the given number of sequences, the first of the micro-batch. The
-                curvature probe then takes no more than it needs; without it, the whole micro-batch.
+                curvature probe then takes no more than it needs; without it and `batch`, the whole micro-batch.
 
         Raises:
-            ValueError: the step would get more sequences than its batch.
+            ValueError: the step would get more sequences than its batch, or the model got others than those; or `loss`
+                draws new data.
         """
-        steering, sequences = self._steering, self.batch_size if sequences is None else sequences
+        steering, said = self._steering, sequences is not None or batch is not None
+        if sequences is None:
+            sequences = self.batch_size if batch is None else sequences_in(batch)
         if sequences < 1 or self._done + sequences > self.batch_size:
             raise ValueError(
                 f"sequences must add up to the step's batch_size {self.batch_size}, got {sequences} after "
@@ -555,12 +585,14 @@ class Step:
             )
         self._done += sequences
         if steering.probe_wanted:
-            count = min(steering.probe_sequences, sequences)
-            steering.probe(loss if probe_loss is None else lambda: probe_loss(count))
+            steering.probe(_probed(loss, batch, sequences, steering.probe_sequences, probe_loss), check=True)
         share = sequences / self.batch_size
         steering.ranks.set_requires_gradient_sync(steering.loop.model, self._done == self.batch_size)
+        watch = None if said else steering.watch_rows()
         with steering.autocast():
-            value = loss()
+            value = loss() if batch is None else loss(batch)
+        if watch is not None:
+            watch.check(sequences)
         torch.autograd.backward(value * share)
         steering.note_loss(value, share)
         return value.detach()
@@ -593,3 +625,17 @@ class Step:
         if steering.ranks.world_size > 1:
             steering.ranks.set_requires_gradient_sync(steering.loop.model, True)
         steering.drop_step()
+
+
+def _probed(
+    loss: Callable[..., torch.Tensor],
+    batch: Any,
+    sequences: int,
+    wanted: int,
+    probe_loss: Callable[[int], torch.Tensor] | None,
+) -> Callable[[], torch.Tensor]:
+    """Return the loss of the first `wanted` of a micro-batch's sequences, or of all where it cannot be divided."""
+    count = min(wanted, sequences)
+    if probe_loss is not None:
+        return partial(probe_loss, count)
+    return loss if batch is None else partial(loss, first_sequences(batch, count, sequences))
