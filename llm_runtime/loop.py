@@ -336,13 +336,13 @@ class ControlledLoop:
         self._before, self.probe_wanted = [], False
 
     def end_interval(
-        self, *, validation_loss: float | None, epochs_seen: float = 0.0, micro_batch_size: int | None = None
+        self, *, validation_loss: float | None, epochs_seen: float | None = None, micro_batch_size: int | None = None
     ) -> Telemetry:
         """End the interval, and return what was measured; in several processes that of rank 0. Waits for the device.
 
         Args:
             validation_loss: Latest validation loss, in nats/token.
-            epochs_seen: Passes over the training data.
+            epochs_seen: Passes over the training data; `None` where that is unknown.
             micro_batch_size: Sequences that go through the model at once; by default that of the newest step.
         """
         recorder, progress = self.recorder, self.progress

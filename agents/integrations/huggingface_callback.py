@@ -317,6 +317,7 @@ def aligned_settings(
         )
     if has_length(loader):
         most = _drawn(requested, args, loader)
+        wanted["epoch_sequences"] = wanted.get("epoch_sequences") or epoch_sequences(loader, args)
         wanted["sequences"] = asked = wanted.get("sequences") or most
         if asked > most:
             raise ValueError(

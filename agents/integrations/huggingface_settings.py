@@ -168,12 +168,19 @@ def _base_schedule(args: TrainingArguments, steps: int) -> BaseSchedule | None:
     return BaseSchedule(schedule=_SCHEDULES[name], warmup_share=min(warmup / steps, 0.99))
 
 
+MEASURED_ROWS = 64
+"""Rows whose lengths are an estimate for all."""
+
+
 def _length(dataset: Any) -> int:
-    """Return the tokens of the first sequence, as an estimate for all; 1 where reading it would use up data."""
+    """Return the mean tokens of rows that lie evenly over the data; 1 where reading them would use up data."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
         return 1
-    row = dataset[0]
-    return max(len(row["input_ids"]), 1) if isinstance(row, Mapping) and "input_ids" in row else 1
+    count = min(len(dataset), MEASURED_ROWS)
+    with torch.random.fork_rng(devices=[]):  # reading a row may draw random numbers
+        rows = [dataset[index * len(dataset) // count] for index in range(count)]
+    lengths = [len(row["input_ids"]) for row in rows if isinstance(row, Mapping) and "input_ids" in row]
+    return max(round(sum(lengths) / len(lengths)), 1) if lengths else 1
 
 
 def without_end(args: TrainingArguments) -> TrainingArguments:

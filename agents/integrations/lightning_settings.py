@@ -167,6 +167,7 @@ def settings_for(trainer: pl.Trainer, given: GivenSettings, info: LoaderInfo, pl
     wanted["min_batch_size"] = _least_batch(wanted.get("min_batch_size"), batch_size, info)
     if wanted.get("budget") is None:
         wanted["sequences"] = _budget(wanted.get("sequences"), info.limits(batch_size))
+    wanted["epoch_sequences"] = wanted.get("epoch_sequences") or info.epoch_sequences
     wanted["precisions"] = _precisions(wanted.get("precisions"), starting_precision(plugin))
     return SteeringSettings(**wanted)
 

@@ -47,6 +47,9 @@ class SteeringSettings:
     sequence_length: int = 1
     """Tokens of a sequence. Only the log, the schedule and the advice of a scaling law use it, so an estimate is
     enough; 1 is taken for unknown."""
+    epoch_sequences: int | None = None
+    """Sequences of one pass over the data, of all processes together, by which the policy knows the epoch. By default
+    the `data` of `Steering` say it, and the adapters of frameworks; else it is unknown."""
     policy: str | Path | PolicyBundle | Policy = "default"
     """`default`, the file of a bundle, a bundle, `none` for the base schedule without control, or a function of
     observation and masks that returns an action. A function sees all observation fields, or those in its attribute
@@ -89,7 +92,7 @@ class SteeringSettings:
         _check_policy(self.policy)
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
-        for name in ("sequences", "decisions", "min_batch_size", "max_batch_size"):
+        for name in ("sequences", "epoch_sequences", "decisions", "min_batch_size", "max_batch_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if self.gradient_clip is not None and not self.gradient_clip > 0:

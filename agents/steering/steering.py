@@ -68,7 +68,7 @@ class Steering:
         validate: Returns the validation loss in nats/token. Called every tenth decision; leave it out if it is
             expensive.
         data: Position of the data, restored with the model when a change of controls goes wrong. Without it the data
-            go on.
+            go on. Its `epochs_seen`, if it has that, tells the policy how often the data have been seen.
         meter: Energy meter; by default the best one that the device has.
         clock: Returns seconds; replaced in tests.
         ranks: The processes that train the model together; by default this one alone.
@@ -114,7 +114,7 @@ class Steering:
             probes=settings.probe,
         )
         self.progress = self.loop.progress
-        self.rollback_copy = RollbackCopy(self.loop, data)
+        self.rollback_copy, self._data = RollbackCopy(self.loop, data), data
         preference = Preference.parse(settings.preference)
         self.fine_tuning = is_pretrained(model) if settings.fine_tuning is None else settings.fine_tuning
         limits = control_limits(settings, self.loop, resolved.decisions)
@@ -355,13 +355,20 @@ class Steering:
     # An interval -----------------------------------------------------------------------------------------------------
 
     def _end_interval(self) -> None:
-        telemetry = self.loop.end_interval(validation_loss=self.validation_loss)
+        telemetry = self.loop.end_interval(validation_loss=self.validation_loss, epochs_seen=self._epochs_seen())
         record = self.controller.record(telemetry)
         try:
             self._decide(telemetry)
         finally:
             if self.on_decision is not None and self.ranks.is_first:
                 self.on_decision(record)
+
+    def _epochs_seen(self) -> float | None:
+        """Return the passes over the data: by the settings, or as the data say."""
+        if self.settings.epoch_sequences is not None:
+            return self.sequences / self.settings.epoch_sequences
+        seen = getattr(self._data, "epochs_seen", None)
+        return float(seen) if isinstance(seen, int | float) else None
 
     def _decide(self, telemetry: Telemetry) -> None:
         """Decide after an interval, and apply the decision. A run whose weights are lost is taken back even at its end.

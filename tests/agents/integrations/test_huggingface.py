@@ -129,6 +129,10 @@ def test_epochs_save_evaluate_and_log_though_steps_go_on_across_them(config: Run
     ]
     assert len(logged(trainer, "eval_loss")) == 3
     told = [record.telemetry for record in records(trainer)]
+    assert [each.epochs_seen for each in told] == pytest.approx(
+        [each.tokens / told[0].tokens * 0.4 for each in told], rel=0.1
+    )
+    assert told[-1].epochs_seen == 3.0
     assert sum(each.evaluation_time_s > 0 for each in told) >= 2
     assert all(each.validation_loss is None for each in told)  # measured with the tenth decision, told with the next
     final = trainer.evaluate()["eval_loss"]
@@ -149,6 +153,14 @@ def test_settings_come_from_the_arguments(config: RunConfig, tmp_path: Path) -> 
     assert settings.base_schedule.warmup_share == pytest.approx(5 / 50)
     trainer.train()
     assert trainer.state.global_step == 50
+
+
+def test_tokens_of_rows_of_any_length_are_counted_by_their_mean(config: RunConfig, tmp_path: Path) -> None:
+    data = [{"input_ids": list(range(1 + 3 * (i % 2))), "labels": list(range(1 + 3 * (i % 2)))} for i in range(500)]
+    loop = plain(config, [KEEP])
+    trainer = steered_trainer(loop, tmp_path, train_dataset=data, steering={"policy": "none"})
+    assert len(data[0]["input_ids"]) == 1
+    assert trainer.settings.sequence_length == 2  # of 1 and 4; the first row alone would say 1
 
 
 def test_a_stream_without_length_is_begun_anew_until_the_budget_is_used_up(config: RunConfig, tmp_path: Path) -> None:

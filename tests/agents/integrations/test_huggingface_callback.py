@@ -91,6 +91,7 @@ def test_a_callback_leaves_the_batch_of_data_with_a_length(config: RunConfig, tm
     trainer = with_callback(other, tmp_path, rows(other), max_steps=50)
     trainer.train()
     assert {each.batch_size for each in asked(trainer.steered_by)} == {4}
+    assert trainer.steered_by.steering.records[-1].telemetry.epochs_seen == 1.0
     assert far(loop.model, trainer.model) < 1e-5
     assert logged(trainer, "learning_rate") == loop.rates
 

@@ -168,6 +168,8 @@ def test_what_is_left_out_comes_from_the_trainer(config: RunConfig) -> None:
     assert (settings.sequences, settings.batch_size, settings.gradient_clip) == (600, 12, 0.7)
     assert settings.min_batch_size == 6  # 12 = 6 micro-batches of 2: half of it is whole, a quarter is not
     assert callback.steering.sequences == 600
+    assert settings.epoch_sequences is not None
+    assert callback.steering.records[-1].telemetry.epochs_seen == 600 / settings.epoch_sequences
 
 
 # The scale of the gradient ----------------------------------------------------------------------------------------
