@@ -38,11 +38,13 @@ try:
     )
     from transformers.loss.loss_utils import ForCausalLMLoss
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.trainer_callback import DefaultFlowCallback
 except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.integrations.common import GivenSettings, ranks_of
+from trainpilot.agents.integrations.huggingface_cadence import Cadence, SequenceFlow
 from trainpilot.agents.integrations.huggingface_data import MicroBatch, MicroBatches, SampleStream, rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
     RequestedRun,
@@ -69,6 +71,8 @@ class SteeringMixin(Trainer):
     The run ends when its budget of sequences is used up; until then `state.max_steps` is an estimate. Under a budget in
     seconds or joules the steps or epochs of the arguments are only an estimate too. An epoch's end
     does not cut a step short: the step takes the rest of its batch from the next epoch. Evaluation runs in float32.
+    `logging_steps`, `eval_steps` and `save_steps` count steps at the starting batch, so that they come after as many
+    sequences whatever the batch.
 
     Args:
         model: As for the Trainer.
@@ -113,7 +117,12 @@ class SteeringMixin(Trainer):
         check_model(self.model, self.settings)
         self._loss_shifts_labels = self._loss_shifts_labels or shifts_labels(self.model)
         # Before the other callbacks, which then see the state after the step.
-        self.callback_handler.callbacks.insert(0, StepEnd(self))
+        callbacks = self.callback_handler.callbacks
+        callbacks[:] = [self._own_flow() if type(each) is DefaultFlowCallback else each for each in callbacks]
+        callbacks.insert(0, StepEnd(self))
+
+    def _own_flow(self) -> SequenceFlow:
+        return SequenceFlow(lambda: Cadence(self.steered()[0], self.rows * self.args.world_size))
 
     # What steers -----------------------------------------------------------------------------------------------------
 

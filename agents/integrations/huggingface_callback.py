@@ -32,6 +32,7 @@ except ImportError as error:
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.integrations.common import GivenSettings, ranks_of, settings_fields
 from trainpilot.agents.integrations.huggingface import divides_by_items, log_decisions, log_off_screen
+from trainpilot.agents.integrations.huggingface_cadence import Cadence, correct
 from trainpilot.agents.integrations.huggingface_data import rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
     RequestedRun,
@@ -63,6 +64,7 @@ class SteeringCallback(TrainerCallback):
     * Loss: it is the one that the model returns. Where several micro-batches make a step, the model must use
       `num_items_in_batch` or not accept it. For GPT-2 and others without a `loss_type` the Trainer divides the loss by
       one token too many in each sequence; `SteeredTrainer` corrects that.
+    * Logging, evaluating and saving: `logging_steps` and the like count steps at the starting batch.
     * Exceptions: the Trainer stays as it is then; the next `train` begins with the Trainer's original settings.
     * Resuming: it is refused after a change of batch, because the Trainer would resume at the wrong data.
 
@@ -245,6 +247,8 @@ class SteeringCallback(TrainerCallback):
             else:
                 state.log_history.append({**values, "step": state.global_step})
 
+        if self._streams:
+            correct(Cadence(self._steered(), self._rows * args.world_size), args, state, control)
         log_decisions(self._unlogged, write, control)
         if self._steered().finished:
             control.should_training_stop = True

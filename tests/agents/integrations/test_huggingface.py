@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_runs import (
     IN_FP32,
+    Seen,
     Stream,
     WholeLoop,
     arguments,
@@ -86,6 +87,11 @@ def test_gpt2_tells_its_true_loss_though_it_names_no_loss_type(tmp_path: Path) -
     assert all(a.telemetry.train_loss == pytest.approx(b.telemetry.train_loss, rel=1e-4) for a, b in pairs)
 
 
+def first_checkpoint(folder: Path) -> Path:
+    """Return the earliest checkpoint: its step depends on the batches until then."""
+    return min((folder / "out").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
 @pytest.mark.parametrize("model", [LLAMA, GPT2 | {"resid_pdrop": 0.1}], ids=["llama", "gpt2 with dropout"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any]) -> None:
     config = case(tmp_path, model, tokens=3_200, batch_size=4, decisions=10, pruning="magnitude")
@@ -101,7 +107,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any])
     whole, second = trainer(), trainer()
     looked = rows_looked_at(whole.model)
     whole.train()
-    checkpoint = tmp_path / "out" / "checkpoint-17"
+    checkpoint = first_checkpoint(tmp_path)
     second.settings.policy.at = decided(checkpoint)
     second.train(resume_from_checkpoint=str(checkpoint))
     assert far(whole.model, second.model) == 0.0
@@ -137,6 +143,47 @@ def test_epochs_save_evaluate_and_log_though_steps_go_on_across_them(config: Run
     assert all(each.validation_loss is None for each in told)  # measured with the tenth decision, told with the next
     final = trainer.evaluate()["eval_loss"]
     assert trainer.steering.validation_loss == pytest.approx(final, rel=0.05)  # the first 8 batches of the data
+
+
+HALVED = [(3, 0, 0, 0, 0), *[KEEP] * 9]  # 2 sequences a step instead of 4, from the first decision on
+
+
+def test_intervals_in_steps_keep_their_distance_in_sequences(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config, HALVED)
+    data = rows(loop, 30)
+    done: dict[str, list[int]] = {"on_evaluate": [], "on_save": [], "on_log": []}
+    callbacks = [Seen(name, lambda n, state, at=at: at.append(state.global_step)) for name, at in done.items()]
+    trainer = steered_trainer(
+        loop, tmp_path, train_dataset=data, eval_dataset=data[:4], callbacks=callbacks,
+        args_eval_strategy="steps", args_eval_steps=10, args_save_strategy="steps", args_save_steps=20,
+        args_logging_steps=5, args_save_total_limit=2,
+    )  # fmt: skip
+    trainer.train()
+    assert {each.batch_size for each in asked(trainer)} == {2}
+    assert trainer.state.global_step == 100  # of 200 sequences; 50 steps at the batch of the arguments
+    assert done["on_evaluate"] == [20, 40, 60, 80, 100]
+    assert done["on_save"] == [40, 80, 100]
+    losses = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == [*range(10, 101, 10)]
+
+
+def test_with_the_batch_of_the_arguments_nothing_changes(config: RunConfig, tmp_path: Path) -> None:
+    at: dict[str, list[tuple[str, int]]] = {"plain": [], "steered": []}
+    events = ("on_evaluate", "on_save", "on_log")
+    for name, kind in (("plain", Trainer), ("steered", SteeredTrainer)):
+        loop = plain(config, [KEEP])
+        loop.steering.close()
+        noted = [Seen(e, lambda n, state, e=e, name=name: at[name].append((e, state.global_step))) for e in events]
+        options = {"max_steps": 23, "eval_strategy": "steps", "eval_steps": 7, "save_strategy": "steps"}
+        more = {"logging_steps": 3, "save_steps": 0.3, "eval_delay": 8, "logging_first_step": True}
+        data = rows(loop, 30)
+        trainer = kind(
+            loop.model, arguments(tmp_path / name, **options | more), train_dataset=data, eval_dataset=data[:4],
+            callbacks=noted, **({} if name == "plain" else {"steering": {"policy": "none", "decisions": 1}}),
+        )  # fmt: skip
+        trainer.train()
+    decided = [("on_log", 23)]  # the only decision is logged too
+    assert sorted(at["steered"]) == sorted([*at["plain"], *decided])
 
 
 def test_settings_come_from_the_arguments(config: RunConfig, tmp_path: Path) -> None:
