@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings
-from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.settings import ResolvedSettings, SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.schedules import ScheduleName
 
@@ -126,7 +127,24 @@ def settings_for(
         wanted["base_schedule"] = _base_schedule(args, math.ceil(wanted["sequences"] / batch_size))
     if "sequence_length" not in wanted:
         wanted["sequence_length"] = _length(dataset)
-    return SteeringSettings(**wanted)
+    settings = SteeringSettings(**wanted)
+    if args.process_index == 0:
+        _tell_schedule(settings, args)
+    return settings
+
+
+def _tell_schedule(settings: SteeringSettings, args: TrainingArguments) -> None:
+    """Say it where the schedule is another one than the arguments may have meant."""
+    base = ResolvedSettings.of(settings).base
+    if settings.base_schedule is None:
+        warnings.warn(
+            f"base schedule: {base.schedule} with {base.warmup_share:.0%} warm-up, from the policy, as "
+            "lr_scheduler_type and the warm-up are at the Trainer's defaults; for linear without warm-up give "
+            "steering={'base_schedule': BaseSchedule(schedule='linear', warmup_share=0)}",
+            stacklevel=4,
+        )
+    elif base.schedule == "cosine" and str(getattr(args.lr_scheduler_type, "value", "")) == "cosine":
+        warnings.warn("base schedule: cosine falls to a tenth of the peak here, not to 0", stacklevel=4)
 
 
 def _sequences(

@@ -28,8 +28,11 @@ from live_runs import GPT2, LLAMA, case
 from steering_loops import Script, far
 from transformers import Trainer
 
+from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
 from trainpilot.agents.integrations.huggingface_data import MicroBatches, SampleStream, cut
+from trainpilot.agents.integrations.huggingface_settings import RequestedRun, settings_for
+from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.envs.action import KEEP
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
@@ -143,6 +146,21 @@ def test_epochs_save_evaluate_and_log_though_steps_go_on_across_them(config: Run
     assert all(each.validation_loss is None for each in told)  # measured with the tenth decision, told with the next
     final = trainer.evaluate()["eval_loss"]
     assert trainer.steering.validation_loss == pytest.approx(final, rel=0.05)  # the first 8 batches of the data
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_schedule_that_holds_is_told_where_it_may_not_be_the_one_meant(tmp_path: Path) -> None:
+    def settings(given: Any = None, **options: Any) -> SteeringSettings:
+        args = arguments(tmp_path, max_steps=100, **options)
+        return settings_for({"sequence_length": 8, **(given or {})}, RequestedRun.of(args), args, None)
+
+    with pytest.warns(UserWarning, match=r"base schedule: wsd with 10% warm-up, from the policy, as lr_scheduler_type"):
+        assert settings(lr_scheduler_type="linear", warmup_steps=0).base_schedule is None
+    with pytest.warns(UserWarning, match="cosine falls to a tenth of the peak here, not to 0"):
+        settings(lr_scheduler_type="cosine")
+    linear = BaseSchedule(schedule="linear", warmup_share=0)
+    assert settings({"base_schedule": linear}).base_schedule == linear
+    assert settings(lr_scheduler_type="linear", warmup_steps=10).base_schedule == replace(linear, warmup_share=0.1)
 
 
 HALVED = [(3, 0, 0, 0, 0), *[KEEP] * 9]  # 2 sequences a step instead of 4, from the first decision on
