@@ -100,7 +100,7 @@ class ControlledLoop:
         if owner is not None and owner() is not None:
             raise ValueError(
                 "optimizer must be steered by one controller, this one has one already; "
-                "call close() on the other, or drop one of the two"
+                "call close() on the other, or make the optimizer anew, as in a notebook cell that is run twice"
             )
         self.model, self.optimizer, self.progress = model, optimizer, progress
         self.optimizer_name = type(optimizer).__name__

@@ -53,6 +53,7 @@ from trainpilot.agents.integrations.huggingface_settings import (
     check_model,
     check_trainer,
     epoch_sequences,
+    in_bf16,
     settings_for,
     steering_file,
     without_end,
@@ -71,6 +72,8 @@ class SteeringMixin(Trainer):
     The run ends when its budget of sequences is used up; until then `state.max_steps` is an estimate. Under a budget in
     seconds or joules the steps or epochs of the arguments are only an estimate too. An epoch's end
     does not cut a step short: the step takes the rest of its batch from the next epoch. Evaluation runs in float32.
+    With `bf16=True` the training is in bf16, unless `precisions` offer more.
+
     `logging_steps`, `eval_steps` and `save_steps` count steps at the starting batch, so that they come after as many
     sequences whatever the batch.
 
@@ -100,15 +103,16 @@ class SteeringMixin(Trainer):
     ) -> None:
         self.steering: Steering | None = None
         self.stream: SampleStream | None = None
-        self._given, self._meter = steering, meter
+        self._meter = meter
         self.unlogged: list[DecisionRecord] = []
         self._validation: tuple[Any, list[MicroBatch]] = (None, [])
         self._divides = None if getattr(self, "loss_is_scaled_for_ga", None) is None else True  # as the class says
         self.epochs_ended = 0
         requested = RequestedRun.of(args) if args is not None else None
         if args is not None:
-            check_args(args)
+            steering = in_bf16(steering) if args.bf16 else steering
             args = without_end(args)
+            check_args(args)
         super().__init__(model, args, *rest, **named)
         check_trainer(self)
         self._requested = requested or RequestedRun.of(self.args)

@@ -43,7 +43,7 @@ from trainpilot.agents.integrations.huggingface_settings import (
     steering_file,
 )
 from trainpilot.agents.steering.loader_batches import first_sequences
-from trainpilot.agents.steering.settings import DECISIONS, SteeringSettings, bundle_of
+from trainpilot.agents.steering.settings import ResolvedSettings, SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.config import batch_limits
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
@@ -375,7 +375,7 @@ def _in_powers_of_two(settings: SteeringSettings, requested: RequestedRun) -> tu
             "gradient_accumulation_steps must be a power of two and agree with batch_size for SteeringCallback, got "
             f"{accumulate} micro-batches of {requested.unit} and batch_size {settings.batch_size}"
         )
-    share = settings.known_sequences() // _decisions(settings)
+    share = settings.known_sequences() // ResolvedSettings.of(settings).decisions
     smallest_offered, largest_offered = batch_limits(start, share)
     most = min(settings.max_batch_size or largest_offered, share)
     least = settings.min_batch_size or smallest_offered
@@ -386,13 +386,6 @@ def _in_powers_of_two(settings: SteeringSettings, requested: RequestedRun) -> tu
         smallest //= 2
     sequences = settings.known_sequences() // grain * grain
     return replace(settings, sequences=sequences, min_batch_size=smallest, max_batch_size=grain), grain
-
-
-def _decisions(settings: SteeringSettings) -> int:
-    if settings.decisions is not None:
-        return settings.decisions
-    bundle = bundle_of(settings.policy)
-    return DECISIONS if bundle is None else bundle.decisions
 
 
 def check_plain(

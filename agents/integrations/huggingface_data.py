@@ -54,8 +54,9 @@ class SampleStream(LoaderBatches):
             raise ValueError(f"data_collator must return a mapping of tensors by name, got {type(batch).__name__}")
         if self._micro_batch_size > 1 and _is_flat(batch):
             raise ValueError(
-                "data_collator must keep one row for each sequence, got all of them in one row; turn padding-free "
-                "batches off, or set per_device_train_batch_size to 1 and count rows as sequences"
+                "data_collator must keep one row for each sequence, got all of them in one row; set TRL's "
+                "packing_strategy='wrapped' or padding_free=False, or per_device_train_batch_size=1, with "
+                "gradient_accumulation_steps for the batch, and count rows as sequences"
             )
         return dict(batch)
 

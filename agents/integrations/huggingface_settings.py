@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
 
 from trainpilot.agents.bundle import BaseSchedule
-from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings
+from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings, settings_fields
 from trainpilot.agents.steering.settings import ResolvedSettings, SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.schedules import ScheduleName
@@ -54,12 +54,13 @@ class RequestedRun(Accumulation):
 
 def check_args(args: TrainingArguments) -> None:
     """Raise `ValueError` for arguments that steering would silently ignore, or that make exact steering impossible."""
-    for name in ("bf16", "fp16"):
-        if getattr(args, name):
-            raise ValueError(
-                f"{name} must be off, as the Trainer would fix it for good, got True; "
-                "offer it to steering by precisions=('fp32', 'bf16')"
-            )
+    if args.fp16:
+        raise ValueError("fp16 must be off under steering, which has no loss scaler, got True; take bf16=True")
+    if args.bf16:
+        raise ValueError(
+            "bf16 must be off, as the Trainer has fixed it for good, got True; give steering precisions=('bf16',), or "
+            "use SteeredTrainer or SteeringMixin, which take bf16=True"
+        )
     for name, instead in (
         ("torch_compile", "a change of batch or precision would compile anew for half a minute"),
         ("deepspeed", "use DistributedDataParallel, or your own loop with FSDP2"),
@@ -104,6 +105,24 @@ def check_model(model: nn.Module, settings: SteeringSettings) -> None:
         raise ValueError(
             f"pruning must be 'none' under PEFT, whose adapters are added to the weights, got {settings.pruning!r}"
         )
+
+
+def in_bf16(given: GivenSettings) -> dict[str, Any]:
+    """Return the given fields for arguments with `bf16=True`: the run starts in bf16, and stays in it by default.
+
+    Raises:
+        ValueError: the precisions that are given begin with another one.
+    """
+    wanted = settings_fields(given)
+    precisions = tuple(wanted.get("precisions", ("fp32",)))
+    if precisions == ("fp32",):  # the default
+        precisions = ("bf16",)
+    if precisions[:1] != ("bf16",):
+        raise ValueError(
+            f"precisions must begin with bf16 where the Trainer's arguments have bf16=True, got "
+            f"{', '.join(precisions)}; put bf16 first, or leave bf16=True out"
+        )
+    return wanted | {"precisions": precisions}
 
 
 def settings_for(
@@ -202,8 +221,13 @@ def _length(dataset: Any) -> int:
 
 
 def without_end(args: TrainingArguments) -> TrainingArguments:
-    """Return the arguments of a loop that steering ends, and that gets all micro-batches of a step as one item."""
+    """Return the arguments of a loop that steering ends, and that gets all micro-batches of a step as one item.
+
+    The precision is steering's, so the Accelerator must not fix it.
+    """
     args = copy.copy(args)
+    if args.bf16:
+        args.bf16, args.mixed_precision = False, "no"
     args.gradient_accumulation_steps = 1
     args.max_steps = args.max_steps if args.max_steps > 0 else sys.maxsize  # data without a length need one
     return args

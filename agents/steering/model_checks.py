@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,26 @@ def own_optimizer(optimizer: Optimizer) -> Optimizer:
         )
     inner: Optimizer = wrapper.optimizer
     return inner
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise `ValueError` for an optimizer that steering cannot step, or whose peak learning rate cannot be read.
+
+    A step that needs a closure evaluates the loss several times. `OneCycleLR` leaves a fraction of its peak in
+    `initial_lr`, where other schedulers leave the peak.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer must step without a closure, as Adam does, got {type(optimizer).__name__}; take another one"
+        )
+    cycled = [group for group in optimizer.param_groups if {"initial_lr", "max_lr", "min_lr"} <= group.keys()]
+    if cycled:
+        raise ValueError(
+            f"optimizer must come without a scheduler of its own, got one with a OneCycleLR, which hides its peak "
+            f"{float(cycled[0]['max_lr']):.4g}; make the optimizer at that rate and leave the scheduler out, as "
+            "steering has the base schedule in it"
+        )
 
 
 def check_alone(model: nn.Module) -> None:

@@ -57,7 +57,7 @@ class SteeringSettings:
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
-    """Decisions in the run; by default as many as the policy was trained with."""
+    """Decisions in the run; by default as many as the policy was trained with, but no more than there are steps."""
     base_schedule: BaseSchedule | None = None
     """Schedule that the policy's learning-rate scale multiplies; by default the one that it was trained with."""
     gradient_clip: float | None = 1.0
@@ -125,6 +125,12 @@ class SteeringSettings:
             raise ValueError(f"sequences must be given here, as an estimate under budget {self.budget}, got None")
         return self.sequences
 
+    def most_decisions(self, decisions: int) -> int:
+        """Return so many decisions, or as many as a budget in sequences has steps at the starting batch."""
+        if self.budget is not None:
+            return decisions
+        return max(min(decisions, self.known_sequences() // self.batch_size), 1)
+
     def check_steps(self, decisions: int) -> None:
         """Raise `ValueError` if the budget in sequences is too small for a step in every interval."""
         if self.budget is not None:
@@ -166,6 +172,8 @@ class ResolvedSettings:
     """Base schedule, which the policy's learning-rate scale multiplies."""
     decisions: int
     """Decisions in the run."""
+    usual_decisions: int
+    """Decisions that it would have if it were long enough."""
 
     @classmethod
     def of(cls, settings: SteeringSettings) -> ResolvedSettings:
@@ -175,10 +183,11 @@ class ResolvedSettings:
             ValueError: there is no such policy, or the budget is too small for its decisions.
         """
         bundle, policy = _policy(settings.policy)
-        decisions = settings.decisions or (bundle.decisions if bundle else DECISIONS)
+        usual = settings.decisions or (bundle.decisions if bundle else DECISIONS)
+        decisions = usual if settings.decisions else settings.most_decisions(usual)
         settings.check_steps(decisions)
         base = settings.base_schedule or (bundle and bundle.base_schedule) or WITHOUT_POLICY
-        return cls(bundle, policy, base, decisions)
+        return cls(bundle, policy, base, decisions, usual)
 
     def progress(self, settings: SteeringSettings, grain: int) -> BudgetProgress:
         """Return the budget of a run of which nothing is used."""

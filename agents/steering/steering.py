@@ -34,7 +34,13 @@ from trainpilot.agents.steering.guarded_controller import POLICY_FAILED, Guarded
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.loader_batches import first_sequences, sequences_in
 from trainpilot.agents.steering.loop_checks import RowWatch, check_repeatable
-from trainpilot.agents.steering.model_checks import check_alone, is_pretrained, near_learning_rate, own_optimizer
+from trainpilot.agents.steering.model_checks import (
+    check_alone,
+    check_optimizer,
+    is_pretrained,
+    near_learning_rate,
+    own_optimizer,
+)
 from trainpilot.agents.steering.settings import (
     ResolvedSettings,
     SteeringSettings,
@@ -95,6 +101,7 @@ class Steering:
     ) -> None:
         self.settings = settings
         optimizer = own_optimizer(optimizer)
+        check_optimizer(optimizer)
         if ranks is None:
             check_alone(model)
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
@@ -133,6 +140,12 @@ class Steering:
             message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
             warnings.warn(message, stacklevel=2)
         self._warned: set[str] = set()
+        if resolved.decisions < resolved.usual_decisions:
+            self._warn_once(
+                "decisions",
+                f"decisions: {resolved.decisions} instead of {resolved.usual_decisions}, as the budget has no more "
+                f"steps at batch_size {settings.batch_size}; a smaller batch_size gives more",
+            )
         self._checks_loss = True
         self._rows: RowWatch | None = None
         decision = self._broadcast(lambda: self.controller.decide(None))

@@ -163,6 +163,18 @@ def test_the_schedule_that_holds_is_told_where_it_may_not_be_the_one_meant(tmp_p
     assert settings(lr_scheduler_type="linear", warmup_steps=10).base_schedule == replace(linear, warmup_share=0.1)
 
 
+@pytest.mark.parametrize("given", [{}, {"precisions": ("bf16",)}, {"precisions": ("fp32",)}])
+def test_training_in_bf16_is_taken_from_the_arguments(config: RunConfig, tmp_path: Path, given: dict[str, Any]) -> None:
+    loop = plain(config, [KEEP])
+    args = arguments(tmp_path, bf16=True, num_train_epochs=0.1)
+    steering = {"policy": "none", "decisions": 2, **given}
+    trainer = steered_trainer(loop, tmp_path, args=args, steering=steering, optimizers=(None, None))
+    assert args.bf16, "the user's own arguments stay"
+    trainer.train()
+    assert {record.telemetry.precision for record in records(trainer)} == {"bf16"}
+    assert next(trainer.model.parameters()).dtype == torch.float32
+
+
 HALVED = [(3, 0, 0, 0, 0), *[KEEP] * 9]  # 2 sequences a step instead of 4, from the first decision on
 
 
@@ -426,7 +438,7 @@ def foreign_checkpoint(loop: WholeLoop, folder: Path) -> None:
 
 
 BAD: list[tuple[Callable[[WholeLoop, Path], None], str]] = [
-    (with_argument("bf16", True), "bf16 must be off"),
+    (with_argument("bf16", True), "precisions must begin with bf16 .* got fp32, bf16; put bf16 first"),
     (with_argument("fp16", True), "fp16 must be off"),
     (with_argument("torch_compile", True), "torch_compile must be off"),
     (with_argument("deepspeed", "ds.json"), "deepspeed must be off"),

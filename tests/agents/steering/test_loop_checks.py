@@ -170,3 +170,33 @@ def test_the_watch_is_no_part_of_the_model() -> None:
     hooks = len(loop.model._forward_pre_hooks)
     loop.steering.close()
     assert len(loop.model._forward_pre_hooks) == hooks - 1 == 0
+
+
+# What cannot be steered -------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    settings = SteeringSettings(sequences=320, batch_size=8, policy="none")
+    with pytest.raises(ValueError, match="optimizer must step without a closure, as Adam does, got LBFGS"):
+        Steering(model, torch.optim.LBFGS(model.parameters()), settings)
+
+
+def test_a_peak_that_a_scheduler_hides_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=100)
+    settings = SteeringSettings(sequences=320, batch_size=8, policy="none")
+    with pytest.raises(ValueError, match=r"got one with a OneCycleLR, which hides its peak 0\.001; make the optimizer"):
+        Steering(model, optimizer, settings)
+
+
+def test_a_short_run_has_fewer_decisions_and_says_so() -> None:
+    with pytest.warns(
+        UserWarning, match="decisions: 40 instead of 50, as the budget has no more steps at batch_size 8"
+    ):
+        loop = Loop(decisions=None)
+    loop.train(lambda step: step.backward(loop.loss, batch=ROWS[: step.batch_size]))
+    assert len(loop.told) == 40
+    with pytest.raises(ValueError, match="at least one step: 50 decisions x batch_size 8 = 400, got 320"):
+        Loop(decisions=50)
