@@ -50,7 +50,8 @@ class LoaderBatches:
         """
         if sequences < 1:
             raise ValueError(f"sequences must be at least 1, got {sequences}")
-        taken, wanted = [], sequences
+        taken: list[Any] = []
+        wanted = sequences
         while wanted > 0:
             batch, share = (self._draw(), 1.0) if self._rest is None else (self._rest, self._rest_share)
             rows = self._rows(batch)
@@ -66,7 +67,7 @@ class LoaderBatches:
         """Passes over the data so far; `None` in the first epoch of a loader without a length."""
         try:
             length: int | None = len(self._loader)  # type: ignore[arg-type]
-        except TypeError:
+        except (TypeError, NotImplementedError):
             length = self._epoch_batches
         return None if not length else self._epoch + (self._drawn - self._rest_share) / length
 

@@ -143,7 +143,8 @@ def test_tuples_and_plain_tensors_are_cut_too() -> None:
 
 
 def test_samplers_of_several_processes_are_told_the_epoch() -> None:
-    sampler = DistributedSampler(list(range(8)), num_replicas=2, rank=0, shuffle=True)
+    places: Any = range(8)
+    sampler: DistributedSampler[Any] = DistributedSampler(places, num_replicas=2, rank=0, shuffle=True)
     data = batches(loader(8, 2, sampler=sampler))
     orders = [numbers(data.take(4)) for _ in range(3)]
     expected = []

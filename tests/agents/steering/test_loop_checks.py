@@ -18,6 +18,8 @@ from trainpilot.llm_runtime.energy.meter import NoMeter
 
 ROWS = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
 
+DATA: Any = ROWS
+
 
 class Halve:
     """A policy that halves the batch at its first decision and keeps from then on."""
@@ -59,7 +61,7 @@ class Loop:
 
 
 def test_a_loss_that_draws_new_data_is_refused_at_the_first_probe() -> None:
-    loop, data = Loop(), batches(DataLoader(ROWS, 8))
+    loop, data = Loop(), batches(DataLoader(DATA, 8))
     with pytest.raises(ValueError, match="loss must return the same value when it is called again") as caught:
         loop.train(lambda step: step.backward(lambda: loop.loss(data.take(step.batch_size)[0])))
     assert "draw the data before step.backward" in str(caught.value)
@@ -67,7 +69,7 @@ def test_a_loss_that_draws_new_data_is_refused_at_the_first_probe() -> None:
 
 
 def test_without_a_probe_it_may_draw_inside() -> None:
-    loop, data = Loop(probe=False), batches(DataLoader(ROWS, 8))
+    loop, data = Loop(probe=False), batches(DataLoader(DATA, 8))
     loop.train(lambda step: step.backward(lambda: loop.loss(data.take(step.batch_size)[0])))
     assert loop.steering.finished
 
@@ -77,7 +79,7 @@ def test_the_check_changes_no_bit_and_is_made_once() -> None:
     counts: list[int] = []
 
     def run(*, check: bool) -> nn.Module:
-        loop, data = Loop(), batches(DataLoader(ROWS, 8))
+        loop, data = Loop(), batches(DataLoader(DATA, 8))
         loop.steering._checks_loss = check
         calls = 0
 
@@ -105,7 +107,7 @@ def test_the_check_changes_no_bit_and_is_made_once() -> None:
 @pytest.mark.parametrize("size", [16, 8, 1])
 def test_batches_of_another_size_than_asked_for_are_refused(size: int) -> None:
     loop = Loop(policy=Halve())  # asks for 4
-    rows = next(iter(DataLoader(ROWS, size)))
+    rows = next(iter(DataLoader(DATA, size)))
     with pytest.raises(ValueError, match=f"that the step asks for, 4, got a model input of {size} x 5;") as caught:
         loop.train(lambda step: step.backward(lambda: loop.loss(rows)))
     assert "trainpilot.batches(loader)" in str(caught.value)
@@ -126,7 +128,7 @@ def test_a_data_loader_cut_to_size_is_trained_on_as_counted() -> None:
 
 
 def test_the_probe_of_a_batch_takes_its_first_sequences_only() -> None:
-    loop, data, probed = Loop(sequences=32_000), batches(DataLoader(ROWS, 8)), set[int]()
+    loop, data, probed = Loop(sequences=32_000), batches(DataLoader(DATA, 8)), set[int]()
 
     def loss(rows: Tensor) -> Tensor:
         if not loop.model.training:
