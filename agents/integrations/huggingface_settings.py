@@ -157,7 +157,7 @@ def _tell_schedule(settings: SteeringSettings, args: TrainingArguments) -> None:
     base = ResolvedSettings.of(settings).base
     if settings.base_schedule is None:
         warnings.warn(
-            f"base schedule: {base.schedule} with {base.warmup_share:.0%} warm-up, from the policy, as "
+            f"base schedule: {base.schedule} with {base.warmup_share:.0%} warm-up, steering's own, as "
             "lr_scheduler_type and the warm-up are at the Trainer's defaults; for linear without warm-up give "
             "steering={'base_schedule': BaseSchedule(schedule='linear', warmup_share=0)}",
             stacklevel=4,

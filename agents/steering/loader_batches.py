@@ -122,9 +122,13 @@ class LoaderBatches:
 
     def _begin(self, skip: int) -> None:
         self.close()
-        self._random = {"torch": torch.get_rng_state()}  # samplers shuffle by it, or by a generator of their own
-        self._random["own"] = [generator.get_state() for generator in self._generators()]
+        self._random = self._random_now()
         self._batches = self._begin_epoch(skip)
+
+    def _random_now(self) -> dict[str, Any]:
+        """Return the states of the random numbers that samplers shuffle by: torch's, or those of their generators."""
+        own = [generator.get_state() for generator in self._generators()]
+        return {"torch": torch.get_rng_state(), "own": own}
 
     def _generators(self) -> list[torch.Generator]:
         """Return the loader's own random numbers: its generator is often its sampler's too."""
@@ -141,7 +145,7 @@ class LoaderBatches:
             if self._rest is None
             else map_tensors(self._rest, lambda tensor: tensor.detach().cpu().clone()),
             "rest_share": self._rest_share,
-            "random": dict(self._random),
+            "random": dict(self._random) if self._drawn else self._random_now(),
             "epoch_batches": self._epoch_batches,
         }
 
@@ -155,14 +159,13 @@ class LoaderBatches:
         self._rest_share = 0.0 if self._rest is None else state.get("rest_share", 0.0)
         self._epoch_batches = state.get("epoch_batches")
         self._next = None
+        for generator, own in zip(self._generators(), state["random"]["own"], strict=False):
+            generator.set_state(own)
         if not self._drawn:
             self.close()
             return
-        random = state["random"]
         with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(random["torch"])
-            for generator, own in zip(self._generators(), random["own"], strict=False):
-                generator.set_state(own)
+            torch.set_rng_state(state["random"]["torch"])
             self._begin(self._drawn)
             self._next = self._pull()  # here, not later: beginning an epoch draws random numbers
 

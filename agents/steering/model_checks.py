@@ -48,7 +48,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"optimizer must step without a closure, as Adam does, got {type(optimizer).__name__}; take another one"
+            f"optimizer must evaluate a step once, as Adam does, got {type(optimizer).__name__}, whose step calls a "
+            "closure; take another one"
         )
     cycled = [group for group in optimizer.param_groups if {"initial_lr", "max_lr", "min_lr"} <= group.keys()]
     if cycled:

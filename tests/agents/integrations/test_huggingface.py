@@ -154,7 +154,7 @@ def test_the_schedule_that_holds_is_told_where_it_may_not_be_the_one_meant(tmp_p
         args = arguments(tmp_path, max_steps=100, **options)
         return settings_for({"sequence_length": 8, **(given or {})}, RequestedRun.of(args), args, None)
 
-    with pytest.warns(UserWarning, match=r"base schedule: wsd with 10% warm-up, from the policy, as lr_scheduler_type"):
+    with pytest.warns(UserWarning, match=r"base schedule: wsd with 10% warm-up, steering's own, as lr_scheduler_type"):
         assert settings(lr_scheduler_type="linear", warmup_steps=0).base_schedule is None
     with pytest.warns(UserWarning, match="cosine falls to a tenth of the peak here, not to 0"):
         settings(lr_scheduler_type="cosine")

@@ -180,7 +180,7 @@ def test_the_watch_is_no_part_of_the_model() -> None:
 def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     model = nn.Linear(2, 1)
     settings = SteeringSettings(sequences=320, batch_size=8, policy="none")
-    with pytest.raises(ValueError, match="optimizer must step without a closure, as Adam does, got LBFGS"):
+    with pytest.raises(ValueError, match="optimizer must evaluate a step once, as Adam does, got LBFGS, whose step"):
         Steering(model, torch.optim.LBFGS(model.parameters()), settings)
 
 
