@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FOLDERS := llm_runtime envs agents experiments
+TYPING := .typing/trainpilot/__init__.py
 # Not those that need a GPU or a model to be installed first, or that take many hours.
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py benchmarks/smollm2.py benchmarks/fine_tuning.py benchmarks/live_budgets.py benchmarks/_%.py,$(wildcard benchmarks/*.py))
 
@@ -23,15 +24,15 @@ demo: $(READY)  ## steer a small model on this machine; results: runs/demo
 test: $(READY)  ## run the tests; choose with PYTEST_ARGS="-k reward"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(READY) .typing/trainpilot  ## check style, formatting and who imports whom, change nothing
+lint: $(READY) $(TYPING)  ## check style, formatting and who imports whom, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PYTHONPATH=.typing $(BIN)/lint-imports
+	cd .typing && ../$(BIN)/lint-imports --config ../pyproject.toml
 
-# The link gives mypy and import-linter the import name: .typing/trainpilot/envs is the folder envs/. Paths, never
+# The links give mypy and import-linter the import names: .typing/trainpilot/envs is the folder envs/. Paths, never
 # `-p trainpilot`: that would check an installed copy.
-types: $(READY) .typing/trainpilot  ## check types, strictly
-	$(BIN)/mypy $(FOLDERS:%=.typing/trainpilot/%)
+types: $(READY) $(TYPING)  ## check types, strictly
+	$(BIN)/mypy $(TYPING) $(FOLDERS:%=.typing/trainpilot/%)
 	$(BIN)/mypy --allow-untyped-defs --allow-untyped-calls --allow-incomplete-defs --no-warn-unused-ignores tests
 
 bench: $(READY)  ## run every benchmark, one after the other (about two and a half hours); results: benchmarks/results
@@ -51,11 +52,13 @@ define generate
 endef
 
 # The link gives mkdocstrings the import names, as it does for `types`. The variable silences an advertisement.
-docs-site: $(VENV)/.ready-docs .typing/trainpilot  ## build the documentation site, strictly; result: site/index.html
+docs-site: $(VENV)/.ready-docs $(TYPING)  ## build the documentation site, strictly; result: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.typing/trainpilot:
-	mkdir -p .typing && ln -sfn .. .typing/trainpilot
+$(TYPING): trainpilot/__init__.py
+	if [ -L .typing/trainpilot ]; then rm .typing/trainpilot; fi
+	mkdir -p .typing/trainpilot
+	for path in trainpilot/__init__.py trainpilot/py.typed $(FOLDERS); do ln -sfn ../../$$path .typing/trainpilot/; done
 
 clean:  ## remove caches and build outputs; .venv and runs stay
 	rm -rf build dist site *.egg-info .typing .mypy_cache .pytest_cache .ruff_cache

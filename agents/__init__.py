@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trainpilot.agents.steering.contract import QualityContract
     from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
     from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
+    from trainpilot.agents.steering.loader_batches import LoaderBatches, batches
     from trainpilot.agents.steering.settings import SteeringSettings
     from trainpilot.agents.steering.steering import Steering, Step
 
@@ -26,12 +27,14 @@ __all__ = [
     "GuardedDecision",
     "GuardrailSettings",
     "Guardrails",
+    "LoaderBatches",
     "Policy",
     "PolicyBundle",
     "QualityContract",
     "Steering",
     "SteeringSettings",
     "Step",
+    "batches",
     "shipped_policies",
 ]
 
@@ -41,6 +44,7 @@ _NAMES = {
     "steering.contract": ["QualityContract"],
     "steering.guarded_controller": ["GuardedController", "GuardedDecision"],
     "steering.guardrails": ["GuardrailSettings", "Guardrails"],
+    "steering.loader_batches": ["LoaderBatches", "batches"],
     "steering.settings": ["SteeringSettings"],
     "steering.steering": ["Steering", "Step"],
 }

@@ -159,22 +159,29 @@ class PolicyBundle:
     def _n_hidden(self) -> int:
         return sum(name.startswith("hidden.") and name.endswith(".weight") for name in self.weights)
 
-    def save(self, path: Path) -> None:
+    def digest(self) -> str:
+        """Return a digest of what the policy decides by: its weights and the fields that it sees."""
+        content = [str([each.name for each in self.fields]).encode()]
+        content += [name.encode() + self.weights[name].tobytes() for name in sorted(self.weights)]
+        return digest(b"".join(content))
+
+    def save(self, path: str | Path) -> None:
         """Write the bundle; an interrupted write leaves no damaged file."""
         content = {"format": FORMAT, "fields": field_tables(self.fields), "provenance": dict(self.provenance)}
         metadata = {"trainpilot": json.dumps(content, allow_nan=False)}
         weights = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in self.weights.items()}
-        with whole_file(path) as temporary:
+        with whole_file(Path(path)) as temporary:
             temporary.write_bytes(to_bytes(weights, metadata=metadata))
 
     @classmethod
-    def load(cls, path: Path) -> PolicyBundle:
-        """Read a bundle.
+    def load(cls, path: str | Path) -> PolicyBundle:
+        """Read a bundle from its file.
 
         Raises:
             ValueError: there is no such file, it is not a bundle, or its fields, shapes or values do not fit this
                 version.
         """
+        path = Path(path)
         content, weights = _read(path)
         fields = _checked_fields(path, content)
         _check_weights(path, weights, len(fields))

@@ -159,6 +159,12 @@ def _curvature(view: RunView) -> Floats:
     return np.where(linear >= 0, UPHILL, np.log(np.maximum(np.maximum(quadratic, 1e-12) / -linear, 1e-30)))
 
 
+def _epochs(view: RunView) -> Floats:
+    """Passes over the data; a run that does not say counts as one in its first pass, which most training is."""
+    seen = np.nan_to_num(view.history.newest("epochs_seen"), nan=0.0)
+    return np.where(view.history.started, np.log10(1 + seen), np.nan)
+
+
 def _over_best(view: RunView, name: str) -> Floats:
     newest = view.history.newest(name)
     return np.where(newest != 0, newest / view.history.best(name), np.nan)
@@ -265,8 +271,8 @@ OBSERVATION_FIELDS: tuple[ObservationField, ...] = (
        lambda v: v.precision_switches.astype(np.float64)),
     _F("sparsity", "share", 0, 1, "zero weights or removed channels, counted", _newest("sparsity")),
     _F("finishing", "0 or 1", 0, 1, "the cool-down has begun", lambda v: v.controls.finish.astype(np.float64)),
-    _F("epochs_seen", "log10(1 + epochs)", 0, 1.5, "passes over the training split",
-       lambda v: np.log10(1 + v.history.newest("epochs_seen"))),
+    _F("epochs_seen", "log10(1 + epochs)", 0, 1.5, "passes over the training split; 0 where a run does not say",
+       _epochs),
     *(_F(f"last_{field.name}", "share of the choices", 0, 1, f"last choice of {field.name}", _last_action(i))
       for i, field in enumerate(ACTION_FIELDS)),
     *(_F(f"prefers_{name}", "weight", 0, 1, f"weight on {name} in the preference", _preference(i))

@@ -151,10 +151,26 @@ def simulator_stage(stage: SimulatorStage, options: TrainAgentOptions, console: 
     agents = train_agents(stage, folder, console)
     for agent in agents:
         console.print(_scores_line(agent), highlight=False, soft_wrap=True)
-    kept = next((agent for agent in agents if agent.seed == stage.keep), agents[0])
+    kept = kept_of(agents, stage.keep)
+    console.print(_kept_line(agents, kept), highlight=False, soft_wrap=True)
     bundle = replace(kept.bundle, provenance=_simulator_provenance(options.recipe, stage, agents, kept))
     bundle.save(folder / POLICY)
     return PolicyBundle.load(folder / POLICY)
+
+
+def kept_of(agents: Sequence[SimulatorAgent], keep: int | None) -> SimulatorAgent:
+    """Return the agent that the recipe keeps, by default the best; `agents` are in the order of their scores."""
+    return next((agent for agent in agents if agent.seed == keep), agents[0])
+
+
+def _kept_line(agents: Sequence[SimulatorAgent], kept: SimulatorAgent) -> str:
+    best = agents[0]
+    if kept is best or kept.score == best.score:
+        return f"kept: agent {kept.seed}"
+    return (
+        f"kept: agent {kept.seed}, as simulator.keep says, though agent {best.seed} scored {best.score:.3g} against "
+        f"{kept.score:.3g}"
+    )
 
 
 def _scores_line(agent: SimulatorAgent) -> str:

@@ -521,6 +521,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: {name!r} needs an NVIDIA GPU that torch can see, found none; use 'cpu' or 'auto'")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device: 'mps' needs a Mac with Apple silicon and a torch made for it; use 'cpu' or 'auto'")
     try:
         return torch.device(name)
     except RuntimeError:

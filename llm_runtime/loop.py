@@ -100,7 +100,7 @@ class ControlledLoop:
         if owner is not None and owner() is not None:
             raise ValueError(
                 "optimizer must be steered by one controller, this one has one already; "
-                "call close() on the other, or drop one of the two"
+                "call close() on the other, or make the optimizer anew, as in a notebook cell that is run twice"
             )
         self.model, self.optimizer, self.progress = model, optimizer, progress
         self.optimizer_name = type(optimizer).__name__
@@ -336,13 +336,13 @@ class ControlledLoop:
         self._before, self.probe_wanted = [], False
 
     def end_interval(
-        self, *, validation_loss: float | None, epochs_seen: float = 0.0, micro_batch_size: int | None = None
+        self, *, validation_loss: float | None, epochs_seen: float | None = None, micro_batch_size: int | None = None
     ) -> Telemetry:
         """End the interval, and return what was measured; in several processes that of rank 0. Waits for the device.
 
         Args:
             validation_loss: Latest validation loss, in nats/token.
-            epochs_seen: Passes over the training data.
+            epochs_seen: Passes over the training data; `None` where that is unknown.
             micro_batch_size: Sequences that go through the model at once; by default that of the newest step.
         """
         recorder, progress = self.recorder, self.progress
@@ -434,11 +434,14 @@ class ControlledLoop:
         self.recorder.probe = probe()
         self.recorder.probe_s = self.recorder.seconds() - start_s
 
-    def probe(self, loss: Callable[[], Tensor]) -> None:
+    def probe(
+        self, loss: Callable[[], Tensor], *, first: Callable[[Callable[[], Tensor]], Tensor] | None = None
+    ) -> None:
         """Probe the curvature along the last update, on sequences that have not been trained on.
 
         Args:
             loss: Returns the mean loss of `probe_sequences` sequences in nats/token, a scalar; called three times.
+            first: Returns the first of the three from a function that calls `loss` under the same random numbers.
         """
         before = self._before
         self._before, self.probe_wanted = [], False
@@ -447,7 +450,12 @@ class ControlledLoop:
             return [(parameter, parameter.detach() - weights) for parameter, weights in before]
 
         def probe() -> ProbeResult | None:
-            found = self.curvature(updates, lambda: self._probe_loss(loss))
+            def measured() -> Tensor:
+                nonlocal first
+                check, first = first, None
+                return self._probe_loss(loss) if check is None else check(lambda: self._probe_loss(loss))
+
+            found = self.curvature(updates, measured)
             return found if found is not None and found.finite else None  # text may have nothing to predict
 
         self.record_probe(probe)

@@ -27,7 +27,7 @@ class Telemetry(JsonRecord):
     """Tokens trained on in this interval."""
     steps: int
     """Optimiser steps in this interval."""
-    epochs_seen: Float
+    epochs_seen: KnownFloat
     """Passes over the training split since the start."""
 
     train_loss: Float

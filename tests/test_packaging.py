@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,11 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("llm_runtime", "envs", "agents", "experiments")
+FOLDERS = ("trainpilot", "llm_runtime", "envs", "agents", "experiments")
+
+
+def import_name(folder: Path) -> str:
+    return ".".join(folder.parts if folder.parts[0] == "trainpilot" else ("trainpilot", *folder.parts))
 
 
 def pyproject() -> dict[str, Any]:
@@ -44,7 +49,7 @@ def contents(wheel: Path) -> set[str]:
 def test_the_listed_packages_are_the_folders_with_an_init() -> None:
     tops = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     inits = [path.parent.relative_to(ROOT) for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/__init__.py")]
-    found = {".".join(("trainpilot", *folder.parts)) for folder in inits}
+    found = {import_name(folder) for folder in inits}
 
     assert set(pyproject()["tool"]["setuptools"]["packages"]) == found
     assert tops == set(FOLDERS)
@@ -73,7 +78,7 @@ def test_the_wheel_brings_one_name_into_site_packages(wheel: Path, contents: set
 def test_the_wheel_holds_every_file_of_the_folder(folder: str, contents: set[str]) -> None:
     files = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()]
     shipped = {
-        f"trainpilot/{path.as_posix()}"
+        path.as_posix() if folder == "trainpilot" else f"trainpilot/{path.as_posix()}"
         for path in files
         if "__pycache__" not in path.parts and not path.name.startswith(".")
     }
@@ -84,3 +89,34 @@ def test_the_wheel_holds_every_file_of_the_folder(folder: str, contents: set[str
 
 def test_the_wheel_carries_the_licence(contents: set[str]) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in contents)
+
+
+ASK = (
+    "import trainpilot, trainpilot.envs as e; print(e.__file__, trainpilot.__version__, trainpilot.Steering.__module__)"
+)
+
+
+def test_the_installed_package_wins_over_a_folder_of_its_name(wheel: Path, tmp_path: Path) -> None:
+    """A script or notebook beside a checkout must not import the checkout."""
+    site, here = tmp_path / "site", tmp_path / "here"
+    with ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (here / "trainpilot" / "envs").mkdir(parents=True)
+    (here / "trainpilot" / "envs" / "__init__.py").write_text("raise SystemExit('the checkout was imported')")
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    outcome = subprocess.run(
+        [sys.executable, "-c", ASK], cwd=here, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert outcome.returncode == 0, outcome.stderr
+    file, version, module = outcome.stdout.split()
+    assert Path(file) == site / "trainpilot" / "envs" / "__init__.py"
+    assert version == pyproject()["project"]["version"]
+    assert module.startswith("trainpilot.agents.")
+
+
+def test_a_checkout_is_a_package_with_its_folders_below() -> None:
+    outcome = subprocess.run([sys.executable, "-c", ASK], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert Path(outcome.stdout.split()[0]) == ROOT / "envs" / "__init__.py"

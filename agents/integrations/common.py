@@ -17,18 +17,17 @@ A step in which only one process raises an exception cannot be repeated: the oth
 
 from __future__ import annotations
 
-import copy
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -231,7 +230,7 @@ def accelerated(
         ValueError: Accelerate was set up in a way that cannot be steered.
     """
     _check_accelerator(accelerator)
-    return Steering(model, getattr(optimizer, "optimizer", optimizer), settings, ranks=present_ranks(), **options)
+    return Steering(model, optimizer, settings, ranks=present_ranks(), **options)
 
 
 def _check_accelerator(accelerator: Accelerator) -> None:
@@ -314,40 +313,3 @@ def merge_settings(
             f"gradient_clip must be {clip_rule}, {clip}, got {gradient_clip}; set it there, and leave gradient_clip out"
         )
     return wanted | {"batch_size": batch_size or steps.batch_size, "gradient_clip": clip}
-
-
-def first_sequences(batch: Any, count: int, of: int) -> Any:
-    """Return the first `count` of a batch's `of` sequences, or the whole batch if its layout is unknown.
-
-    Args:
-        batch: A tensor with a row for each sequence, or dictionaries, tuples and lists of such tensors.
-        count: Sequences to return.
-        of: Sequences of the batch.
-    """
-    return _cut(batch, count) if 0 < count < of and _has_rows(batch, of) else batch
-
-
-def _has_rows(value: Any, of: int) -> bool:
-    """Return whether all tensors in `value`, except scalars, have a row for each sequence."""
-    if isinstance(value, Tensor):
-        positions = value.ndim > 2 and not value.is_floating_point()  # three-part ones have another first dimension
-        return value.ndim == 0 or (len(value) == of and not positions)
-    if isinstance(value, MutableMapping):
-        return all(_has_rows(each, of) for each in value.values())
-    if isinstance(value, (tuple, list)):
-        return all(_has_rows(each, of) for each in value)
-    return value is None or isinstance(value, (bool, int, float))
-
-
-def _cut(value: Any, count: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[:count] if value.ndim else value
-    if isinstance(value, MutableMapping):
-        cut = copy.copy(value)  # of the same class: a tokenizer's has attributes
-        for name, each in value.items():
-            cut[name] = _cut(each, count)
-        return cut
-    if isinstance(value, (tuple, list)):
-        parts = [_cut(each, count) for each in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value

@@ -38,11 +38,13 @@ try:
     )
     from transformers.loss.loss_utils import ForCausalLMLoss
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.trainer_callback import DefaultFlowCallback
 except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.integrations.common import GivenSettings, first_sequences, ranks_of
+from trainpilot.agents.integrations.common import GivenSettings, ranks_of
+from trainpilot.agents.integrations.huggingface_cadence import Cadence, SequenceFlow
 from trainpilot.agents.integrations.huggingface_data import MicroBatch, MicroBatches, SampleStream, rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
     RequestedRun,
@@ -51,11 +53,13 @@ from trainpilot.agents.integrations.huggingface_settings import (
     check_model,
     check_trainer,
     epoch_sequences,
+    in_bf16,
     settings_for,
     steering_file,
     without_end,
 )
 from trainpilot.agents.logging.run_log import scalars
+from trainpilot.agents.steering.loader_batches import first_sequences
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
@@ -68,6 +72,10 @@ class SteeringMixin(Trainer):
     The run ends when its budget of sequences is used up; until then `state.max_steps` is an estimate. Under a budget in
     seconds or joules the steps or epochs of the arguments are only an estimate too. An epoch's end
     does not cut a step short: the step takes the rest of its batch from the next epoch. Evaluation runs in float32.
+    With `bf16=True` the training is in bf16, unless `precisions` offer more.
+
+    `logging_steps`, `eval_steps` and `save_steps` count steps at the starting batch, so that they come after as many
+    sequences whatever the batch.
 
     Args:
         model: As for the Trainer.
@@ -95,15 +103,16 @@ class SteeringMixin(Trainer):
     ) -> None:
         self.steering: Steering | None = None
         self.stream: SampleStream | None = None
-        self._given, self._meter = steering, meter
+        self._meter = meter
         self.unlogged: list[DecisionRecord] = []
         self._validation: tuple[Any, list[MicroBatch]] = (None, [])
         self._divides = None if getattr(self, "loss_is_scaled_for_ga", None) is None else True  # as the class says
         self.epochs_ended = 0
         requested = RequestedRun.of(args) if args is not None else None
         if args is not None:
-            check_args(args)
+            steering = in_bf16(steering) if args.bf16 else steering
             args = without_end(args)
+            check_args(args)
         super().__init__(model, args, *rest, **named)
         check_trainer(self)
         self._requested = requested or RequestedRun.of(self.args)
@@ -112,7 +121,12 @@ class SteeringMixin(Trainer):
         check_model(self.model, self.settings)
         self._loss_shifts_labels = self._loss_shifts_labels or shifts_labels(self.model)
         # Before the other callbacks, which then see the state after the step.
-        self.callback_handler.callbacks.insert(0, StepEnd(self))
+        callbacks = self.callback_handler.callbacks
+        callbacks[:] = [self._own_flow() if type(each) is DefaultFlowCallback else each for each in callbacks]
+        callbacks.insert(0, StepEnd(self))
+
+    def _own_flow(self) -> SequenceFlow:
+        return SequenceFlow(lambda: Cadence(self.steered()[0], self.rows * self.args.world_size))
 
     # What steers -----------------------------------------------------------------------------------------------------
 
@@ -151,7 +165,7 @@ class SteeringMixin(Trainer):
         self.unlogged.clear()
         self.steering = Steering(
             self.model,
-            getattr(self.optimizer, "optimizer", self.optimizer),
+            self.optimizer,
             self.settings,
             validate=self._validate if self.eval_dataset is not None else None,
             data=self.stream,

@@ -29,10 +29,10 @@ try:
 except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
-from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.integrations.common import GivenSettings, first_sequences, ranks_of, settings_fields
+from trainpilot.agents.integrations.common import GivenSettings, ranks_of, settings_fields
 from trainpilot.agents.integrations.huggingface import divides_by_items, log_decisions, log_off_screen
+from trainpilot.agents.integrations.huggingface_cadence import Cadence, correct
 from trainpilot.agents.integrations.huggingface_data import rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
     RequestedRun,
@@ -42,7 +42,8 @@ from trainpilot.agents.integrations.huggingface_settings import (
     settings_for,
     steering_file,
 )
-from trainpilot.agents.steering.settings import DECISIONS, SteeringSettings
+from trainpilot.agents.steering.loader_batches import first_sequences
+from trainpilot.agents.steering.settings import ResolvedSettings, SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.config import batch_limits
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
@@ -63,6 +64,7 @@ class SteeringCallback(TrainerCallback):
     * Loss: it is the one that the model returns. Where several micro-batches make a step, the model must use
       `num_items_in_batch` or not accept it. For GPT-2 and others without a `loss_type` the Trainer divides the loss by
       one token too many in each sequence; `SteeredTrainer` corrects that.
+    * Logging, evaluating and saving: `logging_steps` and the like count steps at the starting batch.
     * Exceptions: the Trainer stays as it is then; the next `train` begins with the Trainer's original settings.
     * Resuming: it is refused after a change of batch, because the Trainer would resume at the wrong data.
 
@@ -95,7 +97,7 @@ class SteeringCallback(TrainerCallback):
         check_plain(self.trainer, kw["lr_scheduler"], args, requested, settings, streams=self._streams)
         self.steering = Steering(
             kw["model"],
-            getattr(kw["optimizer"], "optimizer", kw["optimizer"]),
+            kw["optimizer"],
             settings,
             grain=grain,
             meter=self._meter,
@@ -245,6 +247,8 @@ class SteeringCallback(TrainerCallback):
             else:
                 state.log_history.append({**values, "step": state.global_step})
 
+        if self._streams:
+            correct(Cadence(self._steered(), self._rows * args.world_size), args, state, control)
         log_decisions(self._unlogged, write, control)
         if self._steered().finished:
             control.should_training_stop = True
@@ -317,6 +321,7 @@ def aligned_settings(
         )
     if has_length(loader):
         most = _drawn(requested, args, loader)
+        wanted["epoch_sequences"] = wanted.get("epoch_sequences") or epoch_sequences(loader, args)
         wanted["sequences"] = asked = wanted.get("sequences") or most
         if asked > most:
             raise ValueError(
@@ -370,7 +375,7 @@ def _in_powers_of_two(settings: SteeringSettings, requested: RequestedRun) -> tu
             "gradient_accumulation_steps must be a power of two and agree with batch_size for SteeringCallback, got "
             f"{accumulate} micro-batches of {requested.unit} and batch_size {settings.batch_size}"
         )
-    share = settings.known_sequences() // _decisions(settings)
+    share = settings.known_sequences() // ResolvedSettings.of(settings).decisions
     smallest_offered, largest_offered = batch_limits(start, share)
     most = min(settings.max_batch_size or largest_offered, share)
     least = settings.min_batch_size or smallest_offered
@@ -381,12 +386,6 @@ def _in_powers_of_two(settings: SteeringSettings, requested: RequestedRun) -> tu
         smallest //= 2
     sequences = settings.known_sequences() // grain * grain
     return replace(settings, sequences=sequences, min_batch_size=smallest, max_batch_size=grain), grain
-
-
-def _decisions(settings: SteeringSettings) -> int:
-    if settings.decisions or not isinstance(settings.policy, str) or settings.policy == "none":
-        return settings.decisions or DECISIONS
-    return PolicyBundle.load(policy_path(settings.policy)).decisions
 
 
 def check_plain(

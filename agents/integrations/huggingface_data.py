@@ -1,4 +1,4 @@
-"""Draw any number of sequences from a data loader, epoch after epoch, and resume at the same sequence."""
+"""Draw any number of sequences from the data loader of a Trainer, and resume at the same sequence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
+
+from trainpilot.agents.steering.loader_batches import LoaderBatches, set_epoch
 
 MicroBatch = dict[str, Any]
 
@@ -21,11 +23,8 @@ class MicroBatches(list[MicroBatch]):
         return sum(rows_of(batch) for batch in self)
 
 
-class SampleStream:
-    """An endless stream of a data loader's sequences, in the loader's order, epoch after epoch.
-
-    The position is counted in sequences: the batches drawn in this epoch, and the rest of the last of them. A
-    micro-batch is a batch of the data loader, or the part of it that a step still needs.
+class SampleStream(LoaderBatches):
+    """An endless stream of the sequences of a Trainer's data loader; a micro-batch is a batch of it, or a part of one.
 
     Args:
         loader: Makes the micro-batches, as `accelerator.prepare` returned it.
@@ -33,12 +32,8 @@ class SampleStream:
     """
 
     def __init__(self, loader: DataLoader[Any], micro_batch_size: int) -> None:
-        self._loader, self._micro_batch_size = loader, micro_batch_size
-        self._epoch, self._drawn = 0, 0
-        self._rest: MicroBatch | None = None
-        self._next: MicroBatch | None = None
-        self._batches: Iterator[Any] | None = None
-        self._random: torch.Tensor | None = None
+        super().__init__(loader)
+        self._accelerated, self._micro_batch_size = loader, micro_batch_size
 
     def take(self, sequences: int) -> MicroBatches:
         """Return the next `sequences` in micro-batches, and advance the position.
@@ -46,66 +41,33 @@ class SampleStream:
         Raises:
             ValueError: there are no data, or they cannot be divided into sequences.
         """
-        taken, wanted = MicroBatches(), sequences
-        while wanted > 0:
-            batch = self._rest if self._rest is not None else self._draw()
-            rows = rows_of(batch)
-            taken.append(batch if rows <= wanted else cut(batch, 0, wanted))
-            self._rest = None if rows <= wanted else cut(batch, wanted, rows)
-            wanted -= rows
-        return taken
+        return MicroBatches(super().take(sequences))
 
-    def _draw(self) -> MicroBatch:
-        """Return the next batch of the data loader, of this epoch or of the next."""
-        if self._batches is None:
-            self._begin(0)
-        batch = self._pull()
-        if batch is None:
-            if not self._drawn:
-                raise ValueError(
-                    "train_dataset must not be empty, and an iterable one must begin anew with every iterator"
-                )
-            self._epoch, self._drawn = self._epoch + 1, 0
-            self._begin(0)
-            return self._draw()
-        self._drawn += 1
-        return batch
+    def _rows(self, batch: MicroBatch) -> int:
+        return rows_of(batch)
 
-    def _pull(self) -> MicroBatch | None:
-        batch, self._next = self._next, None
-        if batch is None:
-            assert self._batches is not None, "_begin comes first"
-            found = next(self._batches, None)
-            batch = None if found is None else self._checked(found)
-        return batch
+    def _part(self, batch: MicroBatch, start: int, end: int) -> MicroBatch:
+        return cut(batch, start, end)
 
     def _checked(self, batch: Any) -> MicroBatch:
         if not isinstance(batch, Mapping):
             raise ValueError(f"data_collator must return a mapping of tensors by name, got {type(batch).__name__}")
         if self._micro_batch_size > 1 and _is_flat(batch):
             raise ValueError(
-                "data_collator must keep one row for each sequence, got all of them in one row; turn padding-free "
-                "batches off, or set per_device_train_batch_size to 1 and count rows as sequences"
+                "data_collator must keep one row for each sequence, got all of them in one row; set TRL's "
+                "packing_strategy='wrapped' or padding_free=False, or per_device_train_batch_size=1, with "
+                "gradient_accumulation_steps for the batch, and count rows as sequences"
             )
         return dict(batch)
 
-    def _begin(self, skip: int) -> None:
-        """Begin the epoch, and skip its first `skip` batches."""
-        self.close()
-        self._random = torch.get_rng_state()  # some samplers shuffle by it
-        shared = getattr(getattr(self._loader, "batch_sampler", None), "batch_sampler", None)
-        for place in (self._loader, shared):
-            set_epoch = getattr(place, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(self._epoch)
-        loader = skip_first_batches(self._loader, skip) if skip else self._loader
-        self._batches = iter(loader)
+    def _begin_epoch(self, skip: int) -> Iterator[Any]:
+        shared = getattr(getattr(self._accelerated, "batch_sampler", None), "batch_sampler", None)
+        set_epoch((self._accelerated, shared), self._epoch)
+        return iter(skip_first_batches(self._accelerated, skip) if skip else self._accelerated)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and the rest of the micro-batch that was divided last."""
-        rest = None if self._rest is None else {name: _kept(value) for name, value in self._rest.items()}
-        state = {"epoch": self._epoch, "drawn": self._drawn, "rest": rest, "random": self._random}
-        return state | {"micro_batch_size": self._micro_batch_size}
+        return super().state_dict() | {"micro_batch_size": self._micro_batch_size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Move to the position at which `state_dict` was called.
@@ -119,23 +81,10 @@ class SampleStream:
                 f"{self._micro_batch_size}: the position in the data is counted in it; with ignore_data_skip the epoch "
                 "begins anew"
             )
-        self._epoch, self._drawn = state["epoch"], state["drawn"]
-        self._rest = None if state["rest"] is None else dict(state["rest"])
-        self._next = None
-        if not self._drawn:
-            self.close()
-            return
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(state["random"])
-            self._begin(self._drawn)
-            self._next = self._pull()  # here, not later: beginning an epoch draws random numbers
-
-    def close(self) -> None:
-        """Stop the data loader's workers."""
-        close = getattr(self._batches, "close", None)
-        if close is not None:
-            close()
-        self._batches = None
+        random = state["random"]  # of version 0.1: torch's alone
+        super().load_state_dict(
+            {**state, "random": random if isinstance(random, Mapping) else {"torch": random, "own": []}}
+        )
 
 
 def rows_of(batch: Mapping[str, Any]) -> int:
@@ -173,7 +122,3 @@ def _is_flat(batch: Mapping[str, Any]) -> bool:
 
 def _is_by_row(value: Any, rows: int) -> bool:
     return (isinstance(value, torch.Tensor) and value.ndim > 0) or (isinstance(value, list) and len(value) == rows)
-
-
-def _kept(value: Any) -> Any:
-    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
 
 from trainpilot.agents.bundle import BaseSchedule
-from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings
-from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings, settings_fields
+from trainpilot.agents.steering.settings import ResolvedSettings, SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.schedules import ScheduleName
 
@@ -53,12 +54,13 @@ class RequestedRun(Accumulation):
 
 def check_args(args: TrainingArguments) -> None:
     """Raise `ValueError` for arguments that steering would silently ignore, or that make exact steering impossible."""
-    for name in ("bf16", "fp16"):
-        if getattr(args, name):
-            raise ValueError(
-                f"{name} must be off, as the Trainer would fix it for good, got True; "
-                "offer it to steering by precisions=('fp32', 'bf16')"
-            )
+    if args.fp16:
+        raise ValueError("fp16 must be off under steering, which has no loss scaler, got True; take bf16=True")
+    if args.bf16:
+        raise ValueError(
+            "bf16 must be off, as the Trainer has fixed it for good, got True; give steering precisions=('bf16',), or "
+            "use SteeredTrainer or SteeringMixin, which take bf16=True"
+        )
     for name, instead in (
         ("torch_compile", "a change of batch or precision would compile anew for half a minute"),
         ("deepspeed", "use DistributedDataParallel, or your own loop with FSDP2"),
@@ -105,6 +107,24 @@ def check_model(model: nn.Module, settings: SteeringSettings) -> None:
         )
 
 
+def in_bf16(given: GivenSettings) -> dict[str, Any]:
+    """Return the given fields for arguments with `bf16=True`: the run starts in bf16, and stays in it by default.
+
+    Raises:
+        ValueError: the precisions that are given begin with another one.
+    """
+    wanted = settings_fields(given)
+    precisions = tuple(wanted.get("precisions", ("fp32",)))
+    if precisions == ("fp32",):  # the default
+        precisions = ("bf16",)
+    if precisions[:1] != ("bf16",):
+        raise ValueError(
+            f"precisions must begin with bf16 where the Trainer's arguments have bf16=True, got "
+            f"{', '.join(precisions)}; put bf16 first, or leave bf16=True out"
+        )
+    return wanted | {"precisions": precisions}
+
+
 def settings_for(
     given: GivenSettings, requested: RequestedRun, args: TrainingArguments, dataset: Any
 ) -> SteeringSettings:
@@ -126,7 +146,24 @@ def settings_for(
         wanted["base_schedule"] = _base_schedule(args, math.ceil(wanted["sequences"] / batch_size))
     if "sequence_length" not in wanted:
         wanted["sequence_length"] = _length(dataset)
-    return SteeringSettings(**wanted)
+    settings = SteeringSettings(**wanted)
+    if args.process_index == 0:
+        _tell_schedule(settings, args)
+    return settings
+
+
+def _tell_schedule(settings: SteeringSettings, args: TrainingArguments) -> None:
+    """Say it where the schedule is another one than the arguments may have meant."""
+    base = ResolvedSettings.of(settings).base
+    if settings.base_schedule is None:
+        warnings.warn(
+            f"base schedule: {base.schedule} with {base.warmup_share:.0%} warm-up, steering's own, as "
+            "lr_scheduler_type and the warm-up are at the Trainer's defaults; for linear without warm-up give "
+            "steering={'base_schedule': BaseSchedule(schedule='linear', warmup_share=0)}",
+            stacklevel=4,
+        )
+    elif base.schedule == "cosine" and str(getattr(args.lr_scheduler_type, "value", "")) == "cosine":
+        warnings.warn("base schedule: cosine falls to a tenth of the peak here, not to 0", stacklevel=4)
 
 
 def _sequences(
@@ -168,17 +205,29 @@ def _base_schedule(args: TrainingArguments, steps: int) -> BaseSchedule | None:
     return BaseSchedule(schedule=_SCHEDULES[name], warmup_share=min(warmup / steps, 0.99))
 
 
+MEASURED_ROWS = 64
+"""Rows whose lengths are an estimate for all."""
+
+
 def _length(dataset: Any) -> int:
-    """Return the tokens of the first sequence, as an estimate for all; 1 where reading it would use up data."""
+    """Return the mean tokens of rows that lie evenly over the data; 1 where reading them would use up data."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
         return 1
-    row = dataset[0]
-    return max(len(row["input_ids"]), 1) if isinstance(row, Mapping) and "input_ids" in row else 1
+    count = min(len(dataset), MEASURED_ROWS)
+    with torch.random.fork_rng(devices=[]):  # reading a row may draw random numbers
+        rows = [dataset[index * len(dataset) // count] for index in range(count)]
+    lengths = [len(row["input_ids"]) for row in rows if isinstance(row, Mapping) and "input_ids" in row]
+    return max(round(sum(lengths) / len(lengths)), 1) if lengths else 1
 
 
 def without_end(args: TrainingArguments) -> TrainingArguments:
-    """Return the arguments of a loop that steering ends, and that gets all micro-batches of a step as one item."""
+    """Return the arguments of a loop that steering ends, and that gets all micro-batches of a step as one item.
+
+    The precision is steering's, so the Accelerator must not fix it.
+    """
     args = copy.copy(args)
+    if args.bf16:
+        args.bf16, args.mixed_precision = False, "no"
     args.gradient_accumulation_steps = 1
     args.max_steps = args.max_steps if args.max_steps > 0 else sys.maxsize  # data without a length need one
     return args

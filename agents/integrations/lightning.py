@@ -28,9 +28,10 @@ except ImportError as error:
     raise ImportError("steering a Lightning Trainer needs Lightning; pip install lightning") from error
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.integrations.common import GivenSettings, first_sequences, ranks_of
+from trainpilot.agents.integrations.common import GivenSettings, ranks_of
 from trainpilot.agents.integrations.lightning_settings import LoaderInfo, OriginalSettings, check_fit, settings_for
 from trainpilot.agents.logging.run_log import scalars
+from trainpilot.agents.steering.loader_batches import first_sequences
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.optimizer import change_batch

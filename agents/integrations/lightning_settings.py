@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,6 +106,11 @@ class OriginalSettings:
 
 def check_fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Raise `ValueError` for a fit that cannot be steered from a callback."""
+    if type(trainer).__module__.startswith("pytorch_lightning"):
+        raise ValueError(
+            "the Trainer must be one of lightning.pytorch, got one of pytorch_lightning, the library's old name, whose "
+            "classes are others; write `import lightning.pytorch as pl`"
+        )
     if not module.automatic_optimization:
         raise ValueError(
             "automatic_optimization must be True for LightningSteering, got False; a manual loop takes "
@@ -164,9 +170,17 @@ def settings_for(trainer: pl.Trainer, given: GivenSettings, info: LoaderInfo, pl
             f"batch_size must be a multiple of the {info.micro_batch_size} sequences that the data loader gives to "
             f"each of {info.world_size} processes, got {batch_size}"
         )
-    wanted["min_batch_size"] = _least_batch(wanted.get("min_batch_size"), batch_size, info)
+    given_least = wanted.get("min_batch_size")
+    wanted["min_batch_size"] = _least_batch(given_least, batch_size, info)
+    if given_least is None and wanted["min_batch_size"] == batch_size > 1 and wanted.get("policy") != "none":
+        warnings.warn(
+            f"the batch size cannot fall below {batch_size}, one batch of the data loader in every process; to let it "
+            "fall, make the loader's batch smaller and set accumulate_grad_batches",
+            stacklevel=2,
+        )
     if wanted.get("budget") is None:
         wanted["sequences"] = _budget(wanted.get("sequences"), info.limits(batch_size))
+    wanted["epoch_sequences"] = wanted.get("epoch_sequences") or info.epoch_sequences
     wanted["precisions"] = _precisions(wanted.get("precisions"), starting_precision(plugin))
     return SteeringSettings(**wanted)
 

@@ -51,6 +51,8 @@ class RollbackPoint:
     contract: dict[str, Any] | None
 
 
+POLICY_FAILED = "policy failed: "
+"""How the reason of a decision begins where the policy gave none."""
 MAX_FAILURES = 5
 """Consecutive failures after which the policy is disabled."""
 
@@ -74,7 +76,7 @@ class FaultTolerantPolicy:
             requested = _checked(controller.requested_action())
         except Exception as error:  # any error of a policy must not end the run
             self.failures += 1
-            return KEEP, f"policy failed: {type(error).__name__}: {error}"
+            return KEEP, f"{POLICY_FAILED}{type(error).__name__}: {error}"
         self.failures = 0
         return requested, None
 

@@ -7,6 +7,7 @@ policy, the number of decisions and the base schedule. `control_limits` says wha
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,13 +47,17 @@ class SteeringSettings:
     sequence_length: int = 1
     """Tokens of a sequence. Only the log, the schedule and the advice of a scaling law use it, so an estimate is
     enough; 1 is taken for unknown."""
-    policy: str | Policy = "default"
-    """`default`, the file of a bundle, `none` for the base schedule without control, or a function of observation and
-    masks that returns an action. A function sees all observation fields, or those in its attribute `fields`."""
+    epoch_sequences: int | None = None
+    """Sequences of one pass over the data, of all processes together, by which the policy knows the epoch. By default
+    the `data` of `Steering` say it, and the adapters of frameworks; else it is unknown."""
+    policy: str | Path | PolicyBundle | Policy = "default"
+    """`default`, the file of a bundle, a bundle, `none` for the base schedule without control, or a function of
+    observation and masks that returns an action. A function sees all observation fields, or those in its attribute
+    `fields`."""
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
-    """Decisions in the run; by default as many as the policy was trained with."""
+    """Decisions in the run; by default as many as the policy was trained with, but no more than there are steps."""
     base_schedule: BaseSchedule | None = None
     """Schedule that the policy's learning-rate scale multiplies; by default the one that it was trained with."""
     gradient_clip: float | None = 1.0
@@ -63,7 +68,8 @@ class SteeringSettings:
     """Largest batch size; by default 16 times the first, but at most a quarter of an interval, if `sequences` is known.
     """
     precisions: tuple[Precision, ...] = ("fp32",)
-    """Precisions that may be used, the first at the start. Offer bf16 where you know that it pays."""
+    """Precisions that may be used, the first at the start. Offer bf16 where you know that it pays. With fp32 alone a
+    `torch.autocast` that the loop opens itself holds."""
     pruning: MaskPruning = "none"
     """What the sparsity control does: nothing, or weight masks by `magnitude` or `evolution`."""
     probe: bool = True
@@ -83,9 +89,10 @@ class SteeringSettings:
             raise ValueError(
                 "sequences, the budget, must be given, got None; or give a budget such as '600s' or '50kJ'"
             )
+        _check_policy(self.policy)
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
-        for name in ("sequences", "decisions", "min_batch_size", "max_batch_size"):
+        for name in ("sequences", "epoch_sequences", "decisions", "min_batch_size", "max_batch_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -113,6 +120,12 @@ class SteeringSettings:
             raise ValueError(f"sequences must be given here, as an estimate under budget {self.budget}, got None")
         return self.sequences
 
+    def most_decisions(self, decisions: int) -> int:
+        """Return so many decisions, or as many as a budget in sequences has steps at the starting batch."""
+        if self.budget is not None:
+            return decisions
+        return max(min(decisions, self.known_sequences() // self.batch_size), 1)
+
     def check_steps(self, decisions: int) -> None:
         """Raise `ValueError` if the budget in sequences is too small for a step in every interval."""
         if self.budget is not None:
@@ -124,6 +137,14 @@ class SteeringSettings:
                 f"{self.batch_size} = {decisions * self.batch_size:,}, got {sequences:,}; "
                 "train for longer, or lower decisions or batch_size"
             )
+
+
+def _check_policy(policy: Any) -> None:
+    if not (isinstance(policy, str | Path | PolicyBundle) or callable(policy)):
+        raise ValueError(
+            "policy must be a name, the file of a bundle, a PolicyBundle, 'none', or a function of observation and "
+            f"masks, got {type(policy).__name__}"
+        )
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -146,6 +167,8 @@ class ResolvedSettings:
     """Base schedule, which the policy's learning-rate scale multiplies."""
     decisions: int
     """Decisions in the run."""
+    usual_decisions: int
+    """Decisions that it would have if it were long enough."""
 
     @classmethod
     def of(cls, settings: SteeringSettings) -> ResolvedSettings:
@@ -155,10 +178,11 @@ class ResolvedSettings:
             ValueError: there is no such policy, or the budget is too small for its decisions.
         """
         bundle, policy = _policy(settings.policy)
-        decisions = settings.decisions or (bundle.decisions if bundle else DECISIONS)
+        usual = settings.decisions or (bundle.decisions if bundle else DECISIONS)
+        decisions = usual if settings.decisions else settings.most_decisions(usual)
         settings.check_steps(decisions)
         base = settings.base_schedule or (bundle and bundle.base_schedule) or WITHOUT_POLICY
-        return cls(bundle, policy, base, decisions)
+        return cls(bundle, policy, base, decisions, usual)
 
     def progress(self, settings: SteeringSettings, grain: int) -> BudgetProgress:
         """Return the budget of a run of which nothing is used."""
@@ -184,18 +208,33 @@ class ResolvedSettings:
         return Schedule(name=self.base.schedule, budget_tokens=whole, warmup_tokens=self.base.warmup_tokens(whole))
 
 
-def _policy(policy: str | Policy) -> tuple[PolicyBundle | None, Policy]:
-    if not isinstance(policy, str):
-        return None, policy
-    if policy == "none":
-        return None, keep
-    bundle = PolicyBundle.load(policy_path(policy))
-    return bundle, bundle.act
+def bundle_of(policy: str | Path | PolicyBundle | Policy) -> PolicyBundle | None:
+    """Return the bundle that the setting names or is; `None` for `none` and for a function.
+
+    Raises:
+        ValueError: there is no such policy, or its file is no bundle of this version.
+    """
+    if isinstance(policy, PolicyBundle):
+        return policy
+    if isinstance(policy, Path):
+        return PolicyBundle.load(policy)
+    return PolicyBundle.load(policy_path(policy)) if isinstance(policy, str) and policy != "none" else None
 
 
-def name_of(policy: str | Policy) -> str:
-    """Return a policy's name, for logs."""
-    return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
+def _policy(policy: str | Path | PolicyBundle | Policy) -> tuple[PolicyBundle | None, Policy]:
+    bundle = bundle_of(policy)
+    if bundle is not None:
+        return bundle, bundle.act
+    return None, policy if callable(policy) else keep
+
+
+def name_of(policy: str | Path | PolicyBundle | Policy) -> str:
+    """Return a policy's name, for logs and to recognise it where a run goes on."""
+    if isinstance(policy, PolicyBundle):
+        return f"PolicyBundle {policy.digest()}"
+    if isinstance(policy, str | Path):
+        return str(policy)
+    return getattr(policy, "__name__", type(policy).__name__)
 
 
 def control_limits(settings: SteeringSettings, loop: ControlledLoop, decisions: int) -> ControlLimits:

@@ -3,8 +3,8 @@
     steering = Steering(model, optimizer, SteeringSettings(sequences=100_000, batch_size=32))
     while not steering.finished:
         with steering.step() as step:
-            for batch in micro_batches(step.batch_size):
-                step.backward(lambda: loss_of(model, batch), sequences=len(batch))
+            for batch in data.take(step.batch_size):       # data = batches(loader)
+                step.backward(loss_of, batch=batch)
 
 Losses and gradient norms of the steps become telemetry. At the end of each interval the controller decides, and the
 chosen controls are applied to the optimizer, the masks, the precision and the size of the next batches. The adapters of
@@ -17,8 +17,9 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -29,8 +30,17 @@ from torch.optim import Optimizer
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.domain import RunFacts, check_domain
-from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
+from trainpilot.agents.steering.guarded_controller import POLICY_FAILED, GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
+from trainpilot.agents.steering.loader_batches import first_sequences, sequences_in
+from trainpilot.agents.steering.loop_checks import RowWatch, check_repeatable
+from trainpilot.agents.steering.model_checks import (
+    check_alone,
+    check_optimizer,
+    is_pretrained,
+    near_learning_rate,
+    own_optimizer,
+)
 from trainpilot.agents.steering.settings import (
     ResolvedSettings,
     SteeringSettings,
@@ -50,10 +60,6 @@ MUST_STAY = (
     "sequences", "budget", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning",
 )  # fmt: skip
 """Settings that must be the same where a run goes on from a saved state."""
-MAX_RISE = 2.0
-"""Largest factor above the user's learning rate on a pretrained model: a much higher one undoes what it has learnt."""
-MAX_FALL = 1e-3
-"""Smallest factor: a learning rate that is too low costs time and nothing else."""
 
 
 class Steering:
@@ -62,12 +68,13 @@ class Steering:
     Args:
         model: The model in training.
         optimizer: Steps the model, at the peak learning rate of the base schedule and without a scheduler of its own.
-            The batch size changes under Adam and AdamW only.
+            The batch size changes under Adam and AdamW only. One that Accelerate has prepared is taken out of its
+            wrapper.
         settings: Budget, start, policy and bounds.
         validate: Returns the validation loss in nats/token. Called every tenth decision; leave it out if it is
             expensive.
         data: Position of the data, restored with the model when a change of controls goes wrong. Without it the data
-            go on.
+            go on. Its `epochs_seen`, if it has that, tells the policy how often the data have been seen.
         meter: Energy meter; by default the best one that the device has.
         clock: Returns seconds; replaced in tests.
         ranks: The processes that train the model together; by default this one alone.
@@ -93,6 +100,10 @@ class Steering:
         grain: int = 1,
     ) -> None:
         self.settings = settings
+        optimizer = own_optimizer(optimizer)
+        check_optimizer(optimizer)
+        if ranks is None:
+            check_alone(model)
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
         self.validate, self.on_decision = validate, on_decision
         resolved = ResolvedSettings.of(settings)
@@ -110,7 +121,7 @@ class Steering:
             probes=settings.probe,
         )
         self.progress = self.loop.progress
-        self.rollback_copy = RollbackCopy(self.loop, data)
+        self.rollback_copy, self._data = RollbackCopy(self.loop, data), data
         preference = Preference.parse(settings.preference)
         self.fine_tuning = is_pretrained(model) if settings.fine_tuning is None else settings.fine_tuning
         limits = control_limits(settings, self.loop, resolved.decisions)
@@ -128,7 +139,18 @@ class Steering:
         if self.domain_warnings and self.ranks.is_first:
             message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
             warnings.warn(message, stacklevel=2)
-        self._apply(self._broadcast(lambda: self.controller.decide(None)))
+        self._warned: set[str] = set()
+        if resolved.decisions < resolved.usual_decisions:
+            self._warn_once(
+                "decisions",
+                f"decisions: {resolved.decisions} instead of {resolved.usual_decisions}, as the budget has no more "
+                f"steps at batch_size {settings.batch_size}; a smaller batch_size gives more",
+            )
+        self._checks_loss = True
+        self._rows: RowWatch | None = None
+        decision = self._broadcast(lambda: self.controller.decide(None))
+        self._warn(decision)
+        self._apply(decision)
         self.loop.attach()
 
     def _with_law(self, limits: ControlLimits) -> ControlLimits:
@@ -228,9 +250,25 @@ class Steering:
         """Number of sequences that are enough for `probe` in this process: few, so that it costs little."""
         return self.loop.probe_sequences
 
-    def probe(self, loss: Callable[[], torch.Tensor]) -> None:
-        """Probe the curvature on sequences that have not been trained on; `loss` returns their mean loss."""
-        self.loop.probe(loss)
+    def probe(self, loss: Callable[[], torch.Tensor], *, check: bool = False) -> None:
+        """Probe the curvature on sequences that have not been trained on; `loss` returns their mean loss.
+
+        Args:
+            loss: Called three times.
+            check: Call it once more in the first probe.
+
+        Raises:
+            ValueError: it is to be checked, and returns another value for the same weights.
+        """
+        checked, self._checks_loss = self._checks_loss and check, self._checks_loss and not check
+        self.loop.probe(loss, first=check_repeatable if checked else None)
+
+    def watch_rows(self) -> RowWatch:
+        """Return a watch that notes what the model reads from here on, until it is asked to `check` that."""
+        if self._rows is None:
+            self._rows = RowWatch(self.loop.model)
+        self._rows.begin()
+        return self._rows
 
     def end_step(self, gradient_norm: torch.Tensor, sequences: int) -> None:
         """Record an optimizer step that has been made; at the end of an interval, decide.
@@ -265,7 +303,28 @@ class Steering:
         self.loop.set_learning_rate(self.learning_rate)
 
     def autocast(self, precision: Precision | None = None) -> AbstractContextManager[object]:
-        """Return the context of a forward pass in `precision`; by default in the precision of the present controls."""
+        """Return the context of a forward pass in `precision`; by default in the precision of the present controls.
+
+        If the loop has opened `torch.autocast` itself and offers no other precision than fp32, its autocast holds.
+
+        Raises:
+            ValueError: the loop's own autocast and the precisions in the settings contradict each other.
+        """
+        device = self.loop.device.type
+        if precision is None and torch.is_autocast_enabled(device):
+            own = torch.get_autocast_dtype(device)
+            if own == torch.float16:
+                raise ValueError(
+                    "torch.autocast must not be float16 under steering, whose backward pass has no loss scaler; "
+                    "take torch.bfloat16, or leave autocast out"
+                )
+            if self.settings.precisions == ("fp32",):
+                return nullcontext()
+            if self.settings.precisions != ("bf16",):
+                raise ValueError(
+                    f"torch.autocast must be left out where steering chooses among precisions, got {own} around a step "
+                    f"and precisions {', '.join(self.settings.precisions)}; steering opens autocast itself"
+                )
         return self.loop.autocast(precision)
 
     def clip_gradients(self) -> torch.Tensor:
@@ -309,13 +368,20 @@ class Steering:
     # An interval -----------------------------------------------------------------------------------------------------
 
     def _end_interval(self) -> None:
-        telemetry = self.loop.end_interval(validation_loss=self.validation_loss)
+        telemetry = self.loop.end_interval(validation_loss=self.validation_loss, epochs_seen=self._epochs_seen())
         record = self.controller.record(telemetry)
         try:
             self._decide(telemetry)
         finally:
             if self.on_decision is not None and self.ranks.is_first:
                 self.on_decision(record)
+
+    def _epochs_seen(self) -> float | None:
+        """Return the passes over the data: by the settings, or as the data say."""
+        if self.settings.epoch_sequences is not None:
+            return self.sequences / self.settings.epoch_sequences
+        seen = getattr(self._data, "epochs_seen", None)
+        return float(seen) if isinstance(seen, int | float) else None
 
     def _decide(self, telemetry: Telemetry) -> None:
         """Decide after an interval, and apply the decision. A run whose weights are lost is taken back even at its end.
@@ -326,6 +392,7 @@ class Steering:
             self._validate()
             return
         decision = self._broadcast(lambda: self.controller.decide(telemetry))
+        self._warn(decision)
         if decision.roll_back:
             self.rollback_copy.restore()
             self._begin_interval(self._broadcast(self.controller.rolled_back))
@@ -336,6 +403,23 @@ class Steering:
         finally:
             if not telemetry.finished:
                 self._apply(decision)
+
+    def _warn(self, decision: GuardedDecision) -> None:
+        """Warn once where the policy fails, and once where the run is left to its base schedule."""
+        failed = next((reason for reason in decision.reasons if reason.startswith(POLICY_FAILED)), None)
+        if failed is not None:
+            self._warn_once("policy", f"{failed}; nothing changes in this interval")
+        if self.controller.fallen_back is not None:
+            self._warn_once(
+                "fallen back",
+                f"steering has ended at decision {self.controller.fallen_back_at}, the run goes on under its base "
+                f"schedule: {self.controller.fallen_back}",
+            )
+
+    def _warn_once(self, subject: str, message: str) -> None:
+        if self.ranks.is_first and subject not in self._warned:
+            warnings.warn(message, stacklevel=3)
+        self._warned.add(subject)
 
     def _broadcast(self, call: Callable[[], Content]) -> Content:
         """Return what `call` returns in rank 0, and bring the other processes' controllers to its state."""
@@ -457,6 +541,8 @@ class Steering:
     def close(self) -> None:
         """Release model and optimizer, unchanged but for their training; another controller may take them."""
         self.rollback_copy.drop()
+        if self._rows is not None:
+            self._rows.close()
         self.loop.detach()
 
 
@@ -487,24 +573,31 @@ class Step:
 
     def backward(
         self,
-        loss: Callable[[], torch.Tensor],
+        loss: Callable[..., torch.Tensor],
         sequences: int | None = None,
         *,
+        batch: Any = None,
         probe_loss: Callable[[int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Add the gradient of a micro-batch, and return its loss.
 
         Args:
-            loss: Computes the micro-batch's mean loss in nats/token, a scalar; called under the precision in force,
-                and now and then three times more for the curvature probe.
-            sequences: Sequences of the micro-batch; by default the whole of the step's.
+            loss: Computes the micro-batch's mean loss in nats/token, a scalar, from `batch` if that is given; called
+                under the precision in force, and now and then three times more for the curvature probe, so it must not
+                draw new data.
+            sequences: Sequences of the micro-batch; by default those of `batch`, or else the whole of the step's.
+            batch: The micro-batch: a tensor with a row for each sequence, or dictionaries, tuples and lists of such
+                tensors. `loss` is called with it, and the curvature probe with its first sequences.
             probe_loss: Computes the mean loss of the given number of sequences, the first of the micro-batch. The
-                curvature probe then takes no more than it needs; without it, the whole micro-batch.
+                curvature probe then takes no more than it needs; without it and `batch`, the whole micro-batch.
 
         Raises:
-            ValueError: the step would get more sequences than its batch.
+            ValueError: the step would get more sequences than its batch, or the model got others than those; or `loss`
+                draws new data.
         """
-        steering, sequences = self._steering, self.batch_size if sequences is None else sequences
+        steering, said = self._steering, sequences is not None or batch is not None
+        if sequences is None:
+            sequences = self.batch_size if batch is None else sequences_in(batch)
         if sequences < 1 or self._done + sequences > self.batch_size:
             raise ValueError(
                 f"sequences must add up to the step's batch_size {self.batch_size}, got {sequences} after "
@@ -512,12 +605,14 @@ class Step:
             )
         self._done += sequences
         if steering.probe_wanted:
-            count = min(steering.probe_sequences, sequences)
-            steering.probe(loss if probe_loss is None else lambda: probe_loss(count))
+            steering.probe(_probed(loss, batch, sequences, steering.probe_sequences, probe_loss), check=True)
         share = sequences / self.batch_size
         steering.ranks.set_requires_gradient_sync(steering.loop.model, self._done == self.batch_size)
+        watch = None if said else steering.watch_rows()
         with steering.autocast():
-            value = loss()
+            value = loss() if batch is None else loss(batch)
+        if watch is not None:
+            watch.check(sequences)
         torch.autograd.backward(value * share)
         steering.note_loss(value, share)
         return value.detach()
@@ -552,35 +647,15 @@ class Step:
         steering.drop_step()
 
 
-# Pretrained models ---------------------------------------------------------------------------------------------------
-
-
-def is_pretrained(model: nn.Module) -> bool:
-    """Return whether a model says where it was loaded from, and its weights are not those of a new model.
-
-    The name alone would not do: a model made by `from_config` has it too, with random weights. The gains of
-    normalization layers are one in every new transformer, and in no trained one.
-    """
-    named = any(getattr(module, "name_or_path", None) for module in model.modules())
-    return named and any(not _is_new(gain) for gain in _gains(model))
-
-
-def _gains(model: nn.Module) -> list[torch.Tensor]:
-    names = ("norm", "ln_", "layernorm")
-    return [
-        parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and name.endswith("weight") and any(part in name.lower() for part in names)
-    ]
-
-
-def _is_new(gain: torch.Tensor) -> bool:
-    own = gain.to_local() if hasattr(gain, "to_local") else gain
-    return bool((own == 1).all()) or bool((own == 0).all())  # some count from zero: 1 + gain
-
-
-def near_learning_rate(bounds: GuardrailSettings, learning_rate: float) -> GuardrailSettings:
-    """Return bounds that keep the learning rate near the user's, unless they have a `learning_rate_range`."""
-    if bounds.learning_rate_range is not None:
-        return bounds
-    return replace(bounds, learning_rate_range=(MAX_FALL * learning_rate, MAX_RISE * learning_rate))
+def _probed(
+    loss: Callable[..., torch.Tensor],
+    batch: Any,
+    sequences: int,
+    wanted: int,
+    probe_loss: Callable[[int], torch.Tensor] | None,
+) -> Callable[[], torch.Tensor]:
+    """Return the loss of the first `wanted` of a micro-batch's sequences, or of all where it cannot be divided."""
+    count = min(wanted, sequences)
+    if probe_loss is not None:
+        return partial(probe_loss, count)
+    return loss if batch is None else partial(loss, first_sequences(batch, count, sequences))

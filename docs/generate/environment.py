@@ -113,9 +113,11 @@ An episode is real training: the example takes a few seconds on a CPU. Time and 
 between two episodes; on a CPU everything else is reproducible with the same seed.
 
 `trainpilot/SimulatedTraining-v0` replaces the real run by a simulated one. Actions, observations, rewards, masks and
-episode ends come from the same code, so a policy works in both. An episode takes milliseconds, draws a new simulated
-run, and is exactly reproducible with the same seed. `trainpilot.envs.VectorSimulatedTraining` runs thousands of
-simulated episodes at once, as a Gymnasium `VectorEnv` with same-step autoreset; policies are pre-trained in it."""
+episode ends come from the same code, so a policy works in both. An episode takes about a
+tenth of a second, draws a new simulated run, and is exactly reproducible with the same seed.
+`trainpilot.envs.VectorSimulatedTraining` runs thousands of simulated episodes at once, as a Gymnasium `VectorEnv` with
+same-step autoreset; policies are pre-trained in it. RLlib pins an older Gymnasium: install it without
+`constraints.txt`, in an environment of its own."""
 
 
 def _shares() -> str:

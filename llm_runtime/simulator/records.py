@@ -222,7 +222,7 @@ class TelemetryBatch(Rows):
 
 _FLAGS = ("finishing", "finished", "diverged")
 _OPTIONAL = (
-    "validation_loss", "noise_scale", "relative_update", "probe_linear", "probe_quadratic",
+    "epochs_seen", "validation_loss", "noise_scale", "relative_update", "probe_linear", "probe_quadratic",
     "energy_j", "power_w", "memory_share",
 )  # fmt: skip
 _COUNTS = ("tokens", "interval_tokens", "steps", "micro_batch_size")

@@ -16,7 +16,7 @@ from trainpilot.llm_runtime.data.batches import BatchStream
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 SNIPPETS = re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
 CODE = [(title, re.findall(r"```python\n(.*?)```", text, flags=re.S)) for title, text in SNIPPETS]
-NEEDS = {"Hugging Face Trainer": "accelerate", "Lightning": "lightning"}
+NEEDS = {"Hugging Face Trainer": "accelerate", "Accelerate": "accelerate", "Lightning": "lightning"}
 
 
 def loss_of(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
@@ -37,6 +37,7 @@ def around(folder: Path) -> dict[str, Any]:
     known: dict[str, Any] = {"model": model, "dataset": dataset, "out": str(folder / "out"), "settings": settings}
     known |= {"loss_of": loss_of, "take": lambda n: torch.from_numpy(stream.take(n)), "Steering": Steering}
     known |= {"SteeringSettings": SteeringSettings, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3)}
+    known["loader"] = torch.utils.data.DataLoader(dataset, batch_size=8)
     return known
 
 
@@ -57,8 +58,7 @@ def with_module(known: dict[str, Any]) -> dict[str, Any]:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
-    loader = torch.utils.data.DataLoader(known["dataset"], batch_size=8)
-    return known | {"module": Module(), "loader": loader}
+    return known | {"module": Module()}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from policies import random_weights
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.sb3_env import seen_inputs
+from trainpilot.agents.simulator_training import SimulatorAgent, SimulatorStage
 from trainpilot.experiments import train_agent as module
 from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import TrainAgentOptions
@@ -160,3 +162,36 @@ def test_without_live_decisions_the_simulators_policy_is_the_policy(both: Path) 
     assert not (options.out / "checkpoint.pt").exists()
     assert "agent 0: compute multiplier" in text.getvalue()
     assert "128 decisions" in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept", "says"),
+    [
+        (None, 1, "kept: agent 1\n"),
+        (1, 1, "kept: agent 1\n"),
+        (2, 2, "kept: agent 2, as simulator.keep says, though agent 1 scored 0.9 against 0.4\n"),
+    ],
+)
+def test_the_best_agent_is_kept_or_the_report_says_that_it_is_not(
+    keep: int | None, kept: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = {"decisions": 1.0, "episodes": 1.0, "energy_j": 1.0, "time_s": 1.0}
+    agents = [
+        SimulatorAgent(
+            seed=seed, decisions=10, bundle=PolicyBundle(random_weights(seed)), score=score, cost=cost,
+            scores={"multiplier": score, "multiplier_p10": score},
+        )
+        for seed, score in ((1, 0.9), (2, 0.4), (0, 0.1))
+    ]  # fmt: skip
+    monkeypatch.setattr(module, "train_agents", lambda *_: agents)
+    out, stage = StringIO(), SimulatorStage(seeds=3, keep=keep)
+    bundle = module.simulator_stage(stage, TrainAgentOptions(recipe="default", out=tmp_path), Console(file=out))
+    assert bundle.provenance["simulator_seed"] == kept
+    assert np.array_equal(bundle.weights["action.bias"], agents[0 if kept == 1 else 1].bundle.weights["action.bias"])
+    assert out.getvalue().endswith(says)
+
+
+def test_the_recipe_that_comes_along_keeps_the_best() -> None:
+    stage = load_recipe("default").simulator
+    assert stage is not None
+    assert stage.keep is None

@@ -140,6 +140,12 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda:1")
 
 
+def test_a_mac_s_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^device: 'mps' needs a Mac with Apple silicon .* use 'cpu' or 'auto'$"):
+        resolve_device("mps")
+
+
 def test_a_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert resolve_device("auto").type == "cuda"

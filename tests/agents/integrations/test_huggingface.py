@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_runs import (
     IN_FP32,
+    Seen,
     Stream,
     WholeLoop,
     arguments,
@@ -27,8 +28,11 @@ from live_runs import GPT2, LLAMA, case
 from steering_loops import Script, far
 from transformers import Trainer
 
+from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
 from trainpilot.agents.integrations.huggingface_data import MicroBatches, SampleStream, cut
+from trainpilot.agents.integrations.huggingface_settings import RequestedRun, settings_for
+from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.envs.action import KEEP
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
@@ -86,6 +90,11 @@ def test_gpt2_tells_its_true_loss_though_it_names_no_loss_type(tmp_path: Path) -
     assert all(a.telemetry.train_loss == pytest.approx(b.telemetry.train_loss, rel=1e-4) for a, b in pairs)
 
 
+def first_checkpoint(folder: Path) -> Path:
+    """Return the earliest checkpoint: its step depends on the batches until then."""
+    return min((folder / "out").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
 @pytest.mark.parametrize("model", [LLAMA, GPT2 | {"resid_pdrop": 0.1}], ids=["llama", "gpt2 with dropout"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any]) -> None:
     config = case(tmp_path, model, tokens=3_200, batch_size=4, decisions=10, pruning="magnitude")
@@ -101,7 +110,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: dict[str, Any])
     whole, second = trainer(), trainer()
     looked = rows_looked_at(whole.model)
     whole.train()
-    checkpoint = tmp_path / "out" / "checkpoint-17"
+    checkpoint = first_checkpoint(tmp_path)
     second.settings.policy.at = decided(checkpoint)
     second.train(resume_from_checkpoint=str(checkpoint))
     assert far(whole.model, second.model) == 0.0
@@ -129,10 +138,82 @@ def test_epochs_save_evaluate_and_log_though_steps_go_on_across_them(config: Run
     ]
     assert len(logged(trainer, "eval_loss")) == 3
     told = [record.telemetry for record in records(trainer)]
+    assert [each.epochs_seen for each in told] == pytest.approx(
+        [each.tokens / told[0].tokens * 0.4 for each in told], rel=0.1
+    )
+    assert told[-1].epochs_seen == 3.0
     assert sum(each.evaluation_time_s > 0 for each in told) >= 2
     assert all(each.validation_loss is None for each in told)  # measured with the tenth decision, told with the next
     final = trainer.evaluate()["eval_loss"]
     assert trainer.steering.validation_loss == pytest.approx(final, rel=0.05)  # the first 8 batches of the data
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_schedule_that_holds_is_told_where_it_may_not_be_the_one_meant(tmp_path: Path) -> None:
+    def settings(given: Any = None, **options: Any) -> SteeringSettings:
+        args = arguments(tmp_path, max_steps=100, **options)
+        return settings_for({"sequence_length": 8, **(given or {})}, RequestedRun.of(args), args, None)
+
+    with pytest.warns(UserWarning, match=r"base schedule: wsd with 10% warm-up, steering's own, as lr_scheduler_type"):
+        assert settings(lr_scheduler_type="linear", warmup_steps=0).base_schedule is None
+    with pytest.warns(UserWarning, match="cosine falls to a tenth of the peak here, not to 0"):
+        settings(lr_scheduler_type="cosine")
+    linear = BaseSchedule(schedule="linear", warmup_share=0)
+    assert settings({"base_schedule": linear}).base_schedule == linear
+    assert settings(lr_scheduler_type="linear", warmup_steps=10).base_schedule == replace(linear, warmup_share=0.1)
+
+
+@pytest.mark.parametrize("given", [{}, {"precisions": ("bf16",)}, {"precisions": ("fp32",)}])
+def test_training_in_bf16_is_taken_from_the_arguments(config: RunConfig, tmp_path: Path, given: dict[str, Any]) -> None:
+    loop = plain(config, [KEEP])
+    args = arguments(tmp_path, bf16=True, num_train_epochs=0.1)
+    steering = {"policy": "none", "decisions": 2, **given}
+    trainer = steered_trainer(loop, tmp_path, args=args, steering=steering, optimizers=(None, None))
+    assert args.bf16, "the user's own arguments stay"
+    trainer.train()
+    assert {record.telemetry.precision for record in records(trainer)} == {"bf16"}
+    assert next(trainer.model.parameters()).dtype == torch.float32
+
+
+HALVED = [(3, 0, 0, 0, 0), *[KEEP] * 9]  # 2 sequences a step instead of 4, from the first decision on
+
+
+def test_intervals_in_steps_keep_their_distance_in_sequences(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config, HALVED)
+    data = rows(loop, 30)
+    done: dict[str, list[int]] = {"on_evaluate": [], "on_save": [], "on_log": []}
+    callbacks = [Seen(name, lambda n, state, at=at: at.append(state.global_step)) for name, at in done.items()]
+    trainer = steered_trainer(
+        loop, tmp_path, train_dataset=data, eval_dataset=data[:4], callbacks=callbacks,
+        args_eval_strategy="steps", args_eval_steps=10, args_save_strategy="steps", args_save_steps=20,
+        args_logging_steps=5, args_save_total_limit=2,
+    )  # fmt: skip
+    trainer.train()
+    assert {each.batch_size for each in asked(trainer)} == {2}
+    assert trainer.state.global_step == 100  # of 200 sequences; 50 steps at the batch of the arguments
+    assert done["on_evaluate"] == [20, 40, 60, 80, 100]
+    assert done["on_save"] == [40, 80, 100]
+    losses = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == [*range(10, 101, 10)]
+
+
+def test_with_the_batch_of_the_arguments_nothing_changes(config: RunConfig, tmp_path: Path) -> None:
+    at: dict[str, list[tuple[str, int]]] = {"plain": [], "steered": []}
+    events = ("on_evaluate", "on_save", "on_log")
+    for name, kind in (("plain", Trainer), ("steered", SteeredTrainer)):
+        loop = plain(config, [KEEP])
+        loop.steering.close()
+        noted = [Seen(e, lambda n, state, e=e, name=name: at[name].append((e, state.global_step))) for e in events]
+        options = {"max_steps": 23, "eval_strategy": "steps", "eval_steps": 7, "save_strategy": "steps"}
+        more = {"logging_steps": 3, "save_steps": 0.3, "eval_delay": 8, "logging_first_step": True}
+        data = rows(loop, 30)
+        trainer = kind(
+            loop.model, arguments(tmp_path / name, **options | more), train_dataset=data, eval_dataset=data[:4],
+            callbacks=noted, **({} if name == "plain" else {"steering": {"policy": "none", "decisions": 1}}),
+        )  # fmt: skip
+        trainer.train()
+    decided = [("on_log", 23)]  # the only decision is logged too
+    assert sorted(at["steered"]) == sorted([*at["plain"], *decided])
 
 
 def test_settings_come_from_the_arguments(config: RunConfig, tmp_path: Path) -> None:
@@ -149,6 +230,14 @@ def test_settings_come_from_the_arguments(config: RunConfig, tmp_path: Path) -> 
     assert settings.base_schedule.warmup_share == pytest.approx(5 / 50)
     trainer.train()
     assert trainer.state.global_step == 50
+
+
+def test_tokens_of_rows_of_any_length_are_counted_by_their_mean(config: RunConfig, tmp_path: Path) -> None:
+    data = [{"input_ids": list(range(1 + 3 * (i % 2))), "labels": list(range(1 + 3 * (i % 2)))} for i in range(500)]
+    loop = plain(config, [KEEP])
+    trainer = steered_trainer(loop, tmp_path, train_dataset=data, steering={"policy": "none"})
+    assert len(data[0]["input_ids"]) == 1
+    assert trainer.settings.sequence_length == 2  # of 1 and 4; the first row alone would say 1
 
 
 def test_a_stream_without_length_is_begun_anew_until_the_budget_is_used_up(config: RunConfig, tmp_path: Path) -> None:
@@ -349,7 +438,7 @@ def foreign_checkpoint(loop: WholeLoop, folder: Path) -> None:
 
 
 BAD: list[tuple[Callable[[WholeLoop, Path], None], str]] = [
-    (with_argument("bf16", True), "bf16 must be off"),
+    (with_argument("bf16", True), "precisions must begin with bf16 .* got fp32, bf16; put bf16 first"),
     (with_argument("fp16", True), "fp16 must be off"),
     (with_argument("torch_compile", True), "torch_compile must be off"),
     (with_argument("deepspeed", "ds.json"), "deepspeed must be off"),

@@ -83,6 +83,19 @@ def test_callback_changes_all_controls_of_a_stream_where_steps_align(config: Run
     assert len(logged(trainer, "loss/train")) == 10
 
 
+def test_intervals_in_steps_keep_their_distance_in_sequences(config: RunConfig, tmp_path: Path) -> None:
+    loop = plain(config, [(3, 0, 0, 0, 0), *[KEEP] * 9])  # 2 sequences a step instead of 4
+    data = rows(loop)
+    saved: list[int] = []
+    trainer = with_callback(loop, tmp_path, Stream(data), logging_steps=5, save_strategy="steps", save_steps=20)
+    trainer.add_callback(Seen("on_save", lambda n, state: saved.append(state.global_step)))
+    trainer.train()
+    assert {each.batch_size for each in asked(trainer.steered_by)} == {2}
+    losses = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == [*range(10, trainer.state.global_step + 1, 10)]
+    assert saved == [40, 80, trainer.state.global_step]
+
+
 def test_a_callback_leaves_the_batch_of_data_with_a_length(config: RunConfig, tmp_path: Path) -> None:
     loop = plain(config, min_batch_size=4, max_batch_size=4)
     loop.micro = 2
@@ -91,6 +104,7 @@ def test_a_callback_leaves_the_batch_of_data_with_a_length(config: RunConfig, tm
     trainer = with_callback(other, tmp_path, rows(other), max_steps=50)
     trainer.train()
     assert {each.batch_size for each in asked(trainer.steered_by)} == {4}
+    assert trainer.steered_by.steering.records[-1].telemetry.epochs_seen == 1.0
     assert far(loop.model, trainer.model) < 1e-5
     assert logged(trainer, "learning_rate") == loop.rates
 

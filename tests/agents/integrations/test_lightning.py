@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ from trainpilot.llm_runtime.optimizer import make_optimizer
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins.precision import Precision  # noqa: E402
 from lightning_runs import ByDecision, Kept, steer, told, trainer  # noqa: E402
 
 from trainpilot.agents.integrations.lightning import LightningSteering, Window  # noqa: E402
+from trainpilot.agents.integrations.lightning_settings import LoaderInfo, check_fit, settings_for  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
 MICRO = 2
@@ -168,6 +171,8 @@ def test_what_is_left_out_comes_from_the_trainer(config: RunConfig) -> None:
     assert (settings.sequences, settings.batch_size, settings.gradient_clip) == (600, 12, 0.7)
     assert settings.min_batch_size == 6  # 12 = 6 micro-batches of 2: half of it is whole, a quarter is not
     assert callback.steering.sequences == 600
+    assert settings.epoch_sequences is not None
+    assert callback.steering.records[-1].telemetry.epochs_seen == 600 / settings.epoch_sequences
 
 
 # The scale of the gradient ----------------------------------------------------------------------------------------
@@ -384,6 +389,25 @@ def test_bad_uses_get_one_clear_line(config: RunConfig, name: str) -> None:
     with pytest.raises(ValueError, match=says) as caught, warnings.catch_warnings():
         use(loop)
     assert "\n" not in str(caught.value)
+
+
+def test_a_trainer_of_the_library_s_old_name_is_recognised() -> None:
+    old: Any = type("Trainer", (), {"__module__": "pytorch_lightning.trainer.trainer"})()
+    with pytest.raises(ValueError, match=r"got one of pytorch_lightning, .* write `import lightning.pytorch as pl`"):
+        check_fit(old, pl.LightningModule())
+
+
+def test_a_batch_that_the_loader_holds_is_told(config: RunConfig) -> None:
+    info = LoaderInfo(micro_batch_size=16, world_size=1, accumulate=1, epoch_sequences=800, max_epochs=1, max_steps=-1)
+    usual: Any = SimpleNamespace(gradient_clip_algorithm="norm", gradient_clip_val=1.0)
+    with pytest.warns(UserWarning, match="the batch size cannot fall below 16, one batch of the data loader"):
+        settings = settings_for(usual, {"decisions": 5}, info, Precision())
+    assert settings.min_batch_size == 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings_for(usual, {"decisions": 5, "policy": "none"}, info, Precision())
+        settings_for(usual, {"decisions": 5, "min_batch_size": 16}, info, Precision())
+        assert settings_for(usual, {"decisions": 5}, replace(info, accumulate=2), Precision()).min_batch_size == 16
 
 
 def test_without_lightning_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trainpilot.agents.steering.guardrails import GuardrailSettings
-from trainpilot.agents.steering.steering import is_pretrained, near_learning_rate
+from trainpilot.agents.steering.model_checks import is_pretrained, near_learning_rate
 from trainpilot.envs.action import KEEP, LEARNING_RATE_FACTORS, Action
 from trainpilot.llm_runtime.config import RunConfig
 

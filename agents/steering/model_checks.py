@@ -1,0 +1,102 @@
+"""Check the model and the optimizer that a loop brings: are they pretrained, wrapped, or shared by processes?"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from trainpilot.agents.steering.guardrails import GuardrailSettings
+
+MAX_RISE = 2.0
+"""Largest factor above the user's learning rate on a pretrained model: a much higher one undoes what it has learnt."""
+MAX_FALL = 1e-3
+"""Smallest factor: a learning rate that is too low costs time and nothing else."""
+
+
+def own_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that Accelerate has wrapped, or the given one.
+
+    Raises:
+        ValueError: Accelerate scales the loss for float16.
+    """
+    if type(optimizer).__name__ != "AcceleratedOptimizer":  # by name, as Accelerate need not be installed
+        return optimizer
+    wrapper: Any = optimizer
+    if wrapper.scaler is not None:
+        raise ValueError(
+            "mixed_precision of the Accelerator must not be 'fp16', whose loss scaler step.backward does not use; "
+            "take 'no', and offer bf16 in SteeringSettings(precisions=...)"
+        )
+    inner: Optimizer = wrapper.optimizer
+    return inner
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise `ValueError` for an optimizer that steering cannot step, or whose peak learning rate cannot be read.
+
+    A step that needs a closure evaluates the loss several times. `OneCycleLR` leaves a fraction of its peak in
+    `initial_lr`, where other schedulers leave the peak.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer must evaluate a step once, as Adam does, got {type(optimizer).__name__}, whose step calls a "
+            "closure; take another one"
+        )
+    cycled = [group for group in optimizer.param_groups if {"initial_lr", "max_lr", "min_lr"} <= group.keys()]
+    if cycled:
+        raise ValueError(
+            f"optimizer must come without a scheduler of its own, got one with a OneCycleLR, which hides its peak "
+            f"{float(cycled[0]['max_lr']):.4g}; make the optimizer at that rate and leave the scheduler out, as "
+            "steering has the base schedule in it"
+        )
+
+
+def check_alone(model: nn.Module) -> None:
+    """Raise `ValueError` if several processes train the model together, each of which would steer for itself."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    if any(isinstance(module, DistributedDataParallel | FSDPModule) for module in model.modules()):
+        raise ValueError(
+            f"ranks must be given where {dist.get_world_size()} processes train one model, got None; "
+            "pass ranks=ProcessGroupRanks() of trainpilot.agents.integrations"
+        )
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Return whether a model says where it was loaded from, and its weights are not those of a new model.
+
+    The name alone would not do: a model made by `from_config` has it too, with random weights. The gains of
+    normalization layers are one in every new transformer, and in no trained one.
+    """
+    named = any(getattr(module, "name_or_path", None) for module in model.modules())
+    return named and any(not _is_new(gain) for gain in _gains(model))
+
+
+def _gains(model: nn.Module) -> list[torch.Tensor]:
+    names = ("norm", "ln_", "layernorm")
+    return [
+        parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 and name.endswith("weight") and any(part in name.lower() for part in names)
+    ]
+
+
+def _is_new(gain: torch.Tensor) -> bool:
+    own = gain.to_local() if hasattr(gain, "to_local") else gain
+    return bool((own == 1).all()) or bool((own == 0).all())  # some count from zero: 1 + gain
+
+
+def near_learning_rate(bounds: GuardrailSettings, learning_rate: float) -> GuardrailSettings:
+    """Return bounds that keep the learning rate near the user's, unless they have a `learning_rate_range`."""
+    if bounds.learning_rate_range is not None:
+        return bounds
+    return replace(bounds, learning_rate_range=(MAX_FALL * learning_rate, MAX_RISE * learning_rate))
