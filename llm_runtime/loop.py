@@ -13,6 +13,7 @@ and an interval is `begin_interval(controls)`, steps, `end_interval()`, which re
 from __future__ import annotations
 
 import copy
+import random
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -695,6 +697,27 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put the model's buffers and the random numbers of Python, numpy and torch back after a `with` block.
+
+    Args:
+        model: The model.
+        device: Device of the model, whose random numbers are put back too.
+    """
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -40,34 +40,42 @@ class SampleStream:
         self._batches: Iterator[Any] | None = None
         self._random: torch.Tensor | None = None
 
-    def take(self, sequences: int) -> MicroBatches:
+    def take(self, sequences: int, *, within_epoch: bool = False) -> MicroBatches:
         """Return the next `sequences` in micro-batches, and advance the position.
+
+        Args:
+            sequences: How many.
+            within_epoch: Return fewer where the epoch ends before.
 
         Raises:
             ValueError: there are no data, or they cannot be divided into sequences.
         """
         taken, wanted = MicroBatches(), sequences
         while wanted > 0:
-            batch = self._rest if self._rest is not None else self._draw()
+            batch = self._rest if self._rest is not None else self._draw(go_on=not (taken and within_epoch))
+            if batch is None:
+                break
             rows = rows_of(batch)
             taken.append(batch if rows <= wanted else cut(batch, 0, wanted))
             self._rest = None if rows <= wanted else cut(batch, wanted, rows)
             wanted -= rows
         return taken
 
-    def _draw(self) -> MicroBatch:
-        """Return the next batch of the data loader, of this epoch or of the next."""
+    def _draw(self, *, go_on: bool) -> MicroBatch | None:
+        """Return the next batch of the data loader, of this epoch or of the next; `None` at its end unless to go on."""
         if self._batches is None:
             self._begin(0)
         batch = self._pull()
         if batch is None:
+            if not go_on:
+                return None
             if not self._drawn:
                 raise ValueError(
                     "train_dataset must not be empty, and an iterable one must begin anew with every iterator"
                 )
             self._epoch, self._drawn = self._epoch + 1, 0
             self._begin(0)
-            return self._draw()
+            return self._draw(go_on=True)
         self._drawn += 1
         return batch
 

@@ -7,7 +7,7 @@ policy, the number of decisions and the base schedule. `control_limits` says wha
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -31,6 +31,8 @@ from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, To
 from trainpilot.llm_runtime.scaling_laws import step_law
 from trainpilot.llm_runtime.schedules import PARTS, Schedule
 
+Mode = Literal["steer", "advise"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringSettings:
@@ -49,6 +51,9 @@ class SteeringSettings:
     policy: str | Policy = "default"
     """`default`, the file of a bundle, `none` for the base schedule without control, or a function of observation and
     masks that returns an action. A function sees all observation fields, or those in its attribute `fields`."""
+    mode: Mode = "steer"
+    """`steer`, or `advise`: the policy sees the run and what it would do is recorded, but nothing is changed: to
+    the last bit the run is that of its base schedule."""
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
@@ -83,6 +88,7 @@ class SteeringSettings:
             raise ValueError(
                 "sequences, the budget, must be given, got None; or give a budget such as '600s' or '50kJ'"
             )
+        _check_mode(self.mode)
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
         for name in ("sequences", "decisions", "min_batch_size", "max_batch_size"):
@@ -129,6 +135,11 @@ class SteeringSettings:
                 f"{self.batch_size} = {decisions * self.batch_size:,}, got {sequences:,}; "
                 "train for longer, or lower decisions or batch_size"
             )
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
 
 
 def _check_count(name: str, value: Any) -> None:

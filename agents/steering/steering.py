@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Controller, DecisionRecord
+from trainpilot.agents.steering.advice import AdvisingController
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
@@ -41,7 +42,7 @@ from trainpilot.agents.steering.settings import (
 from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
-from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode
+from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode, unchanged
 from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGroup
 from trainpilot.llm_runtime.schedules import validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -95,7 +96,9 @@ class Steering:
         self.settings = settings
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
         self.validate, self.on_decision = validate, on_decision
+        self.advises = settings.mode == "advise"
         resolved = ResolvedSettings.of(settings)
+        used = settings.precisions[:1] if self.advises else settings.precisions
         self.loop = ControlledLoop(
             model,
             optimizer,
@@ -106,7 +109,7 @@ class Steering:
             clock=clock,
             ranks=self.ranks,
             gradient_clip=settings.gradient_clip,
-            sets_matmul_precision="tf32" in settings.precisions,
+            sets_matmul_precision="tf32" in used,
             probes=settings.probe,
         )
         self.progress = self.loop.progress
@@ -116,7 +119,8 @@ class Steering:
         limits = control_limits(settings, self.loop, resolved.decisions)
         controller = Controller(resolved.policy, self._with_law(limits), preference)
         guardrails = Guardrails(self._bounds(), base_learning_rate=self.loop.peak)
-        self.controller = GuardedController(controller, guardrails, settings.contract)
+        kind = AdvisingController if self.advises else GuardedController
+        self.controller = kind(controller, guardrails, settings.contract)
         self.validation_loss: float | None = None
         """Latest validation loss, in nats/token."""
         self._step_open = False
@@ -230,7 +234,8 @@ class Steering:
 
     def probe(self, loss: Callable[[], torch.Tensor]) -> None:
         """Probe the curvature on sequences that have not been trained on; `loss` returns their mean loss."""
-        self.loop.probe(loss)
+        with self._aside():
+            self.loop.probe(loss)
 
     def end_step(self, gradient_norm: torch.Tensor, sequences: int) -> None:
         """Record an optimizer step that has been made; at the end of an interval, decide.
@@ -340,18 +345,24 @@ class Steering:
     def _broadcast(self, call: Callable[[], Content]) -> Content:
         """Return what `call` returns in rank 0, and bring the other processes' controllers to its state."""
         if self.ranks.world_size == 1:
-            return call()
-        mine = (call(), self.controller.broadcast_state()) if self.ranks.is_first else None
+            with self._aside():
+                return call()
+        with self._aside():
+            mine = (call(), self.controller.broadcast_state()) if self.ranks.is_first else None
         answer, state = self.ranks.broadcast(mine)  # type: ignore[misc]
         if not self.ranks.is_first:
             self.controller.load_broadcast(state)
         return answer
 
+    def _aside(self) -> AbstractContextManager[None]:
+        """Return the context of policy, probe and validation: where the policy only advises, they leave no trace."""
+        return unchanged(self.loop.model, self.loop.device) if self.advises else nullcontext()
+
     def _validate(self) -> None:
         if self.validate is None:
             return
         with self.loop.evaluation():
-            with eval_mode(self.loop.model):
+            with self._aside(), eval_mode(self.loop.model):
                 loss = float(self.validate())
             loss = float(self.ranks.all_reduce_mean(torch.tensor(loss, dtype=torch.float64)))
             self.validation_loss = loss if math.isfinite(loss) else None
@@ -385,6 +396,7 @@ class Steering:
             raise ValueError("state_dict needs the step to be over; save between two steps")
         return {
             "settings": self._saved_settings(),
+            "mode": self.settings.mode,
             "process": [self.ranks.rank, self.ranks.world_size],
             "fine_tuning": self.fine_tuning,
             "spoilt": list(self.rollback_copy.rolled_back),
@@ -400,6 +412,11 @@ class Steering:
             ValueError: the run was set up in another way, or another process saved its part of a sharded model.
         """
         self._check_settings(state["settings"])
+        if self.advises and state.get("mode", "steer") == "steer":  # version 0.2 did not write it
+            raise ValueError(
+                "mode must be 'steer' for a state that was saved while the policy steered, got 'advise'; "
+                "only a run under advice may change its mode"
+            )
         process = [self.ranks.rank, self.ranks.world_size]
         if self.loop.sharded and state["process"] != process:
             raise ValueError(
@@ -440,6 +457,7 @@ class Steering:
         intervals = [record.telemetry for record in self.records]
         return {
             "policy": name_of(self.settings.policy),
+            "mode": self.settings.mode,
             "preference": self.settings.preference,
             "decisions": len(intervals),
             "sequences": self.sequences,

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live_runs import LLAMA, case
+from live_runs import DROPOUT, GPT2, LLAMA, case
 from steering_loops import SCRIPT, Loop, Script, far
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.batches import BatchStream
@@ -139,6 +140,36 @@ def test_fit_ends_where_a_plain_loop_does_under_all_controls(config: RunConfig) 
     assert logger.of("lr-AdamW/pg1") == module.rates
     assert logger.of("rate") == pytest.approx(module.rates)  # metrics are float32
     assert own.global_step == len(module.rates) == sum(each.steps for each in ours)
+
+
+def raised(observation: np.ndarray, masks: np.ndarray) -> Action:
+    """Ask for twice the learning rate and the batch, and draw a random number as well."""
+    torch.rand(1)
+    return (6, 2, *KEEP[2:])
+
+
+def test_under_advice_the_weights_are_those_of_a_fit_without_steering(tmp_path: Path) -> None:
+    config = case(tmp_path, GPT2 | DROPOUT, tokens=3_200, batch_size=4, decisions=10)
+    flat = BaseSchedule(schedule="constant", warmup_share=0.0)
+    ends, logger = [], Kept()
+    for advises in (False, True):
+        loop = plain(config, raised, mode="advise", base_schedule=flat, probe=True)
+        loop.steering.close()
+        module, callback = Module(loop), steer(loop.steering.settings)
+        options: dict[str, Any] = {"callbacks": [callback], "logger": logger} if advises else {"logger": False}
+        torch.manual_seed(1)
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        own = pl.Trainer(
+            accelerator="cpu", devices=1, max_steps=50, accumulate_grad_batches=2, gradient_clip_val=1.0,
+            **options | quiet,
+        )  # fmt: skip
+        own.fit(module, Stream(loop))
+        ends.append((module.net, torch.get_rng_state()))
+    assert far(ends[0][0], ends[1][0]) == 0.0
+    assert torch.equal(ends[0][1], ends[1][1])
+    assert {record.allowed for record in callback.steering.records} == {KEEP}
+    assert callback.steering.summary()["advice"]["learning_rate x2"] == 10
+    assert logger.of("advice/batch_size") == [8.0] * 10
 
 
 def test_the_trainer_clips_and_gets_back_what_it_was_given(config: RunConfig) -> None:
