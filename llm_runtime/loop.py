@@ -34,9 +34,11 @@ from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
 from trainpilot.llm_runtime import width as channels
 from trainpilot.llm_runtime.budget import Gauge
+from trainpilot.llm_runtime.clock import trusted_clock
 from trainpilot.llm_runtime.config import Controls, Precision, Pruning
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.energy.plausible import plausible_meter
 from trainpilot.llm_runtime.interval import IntervalRecorder, memory_share
 from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.precision import synchronise
@@ -131,7 +133,8 @@ class ControlledLoop:
         learning rate from here set this to False."""
         self.sets_matmul_precision, self.probes = sets_matmul_precision, probes
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
-        stopwatch = Stopwatch(clock, meter if meter is not None else select_meter(str(self.device)))
+        clock = trusted_clock(clock)
+        stopwatch = Stopwatch(clock, plausible_meter(meter if meter is not None else select_meter(str(self.device))))
         self.recorder = IntervalRecorder(
             optimizer, self.device, stopwatch, gradient_clip=gradient_clip, ranks=self.ranks
         )

@@ -124,6 +124,7 @@ class Steering:
         self.validation_loss: float | None = None
         """Latest validation loss, in nats/token."""
         self._step_open = False
+        self._warned: set[str] = set()
         self.domain_warnings: list[str] = []
         """How the run differs from those that the policy was trained on."""
         if resolved.bundle is not None:
@@ -320,7 +321,20 @@ class Steering:
             self._decide(telemetry)
         finally:
             if self.on_decision is not None and self.ranks.is_first:
-                self.on_decision(record)
+                self._log(self.on_decision, record)
+
+    def _log(self, on_decision: Callable[[DecisionRecord], None], record: DecisionRecord) -> None:
+        try:
+            on_decision(record)
+        except Exception as error:  # a log may not stop a run
+            self._warn_once(
+                "on_decision", f"raised {type(error).__name__}: {error}; the run goes on without this entry"
+            )
+
+    def _warn_once(self, name: str, fault: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(f"{name} {fault}", RuntimeWarning, stacklevel=3)
 
     def _decide(self, telemetry: Telemetry) -> None:
         """Decide after an interval, and apply the decision. A run whose weights are lost is taken back even at its end.
@@ -363,9 +377,21 @@ class Steering:
             return
         with self.loop.evaluation():
             with self._aside(), eval_mode(self.loop.model):
-                loss = float(self.validate())
+                loss = self._validated(self.validate)
             loss = float(self.ranks.all_reduce_mean(torch.tensor(loss, dtype=torch.float64)))
             self.validation_loss = loss if math.isfinite(loss) else None
+
+    def _validated(self, validate: Callable[[], float]) -> float:
+        """Return the loss that the user's function gives; NaN where it fails or that cannot be one."""
+        try:
+            loss = float(validate())
+        except Exception as error:  # a look at the loss may not cost the run
+            self._warn_once("validate", f"raised {type(error).__name__}: {error}; the validation loss is unknown")
+            return math.nan
+        if not (math.isfinite(loss) and loss >= 0):
+            self._warn_once("validate", f"must return a loss of at least 0 nats/token, got {loss}; it is unknown")
+            return math.nan
+        return loss
 
     def _apply(self, decision: GuardedDecision) -> None:
         """Begin an interval under a decision's controls. Before a risky decision, copy the run."""
