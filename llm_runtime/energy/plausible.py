@@ -211,7 +211,8 @@ class PlausibleMeter(EnergyMeter):
         odd = [name for name in names if (value := getattr(reading, name)) is not None and not _is_amount(value)]
         if odd:
             self._warn(f"returned {odd[0]} {getattr(reading, odd[0])!r}, which is left out")
-            reading = replace(reading, **dict.fromkeys(odd))
+            without: dict[str, Any] = dict.fromkeys(odd)
+            reading = replace(reading, **without)
         if (fault := power_fault(reading.power_w, reading.power_limit_w)) is not None:
             self._warn(f"{fault}, which is left out")
             reading = replace(reading, power_w=None)
@@ -250,7 +251,7 @@ def _malformed(found: Any) -> str | None:
 
 
 def _is_amount(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value) and value >= 0
+    return isinstance(value, Real) and math.isfinite(value) and float(value) >= 0
 
 
 def _by_power(before: EnergyReading, after: EnergyReading, seconds: float) -> float | None:

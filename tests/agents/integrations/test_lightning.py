@@ -32,6 +32,7 @@ from trainpilot.agents.integrations.lightning import LightningSteering, Window  
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
 MICRO = 2
+FLAT = BaseSchedule(schedule="constant", warmup_share=0.0)
 
 
 class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
@@ -148,28 +149,36 @@ def raised(observation: np.ndarray, masks: np.ndarray) -> Action:
     return (6, 2, *KEEP[2:])
 
 
-def test_under_advice_the_weights_are_those_of_a_fit_without_steering(tmp_path: Path) -> None:
-    config = case(tmp_path, GPT2 | DROPOUT, tokens=3_200, batch_size=4, decisions=10)
-    flat = BaseSchedule(schedule="constant", warmup_share=0.0)
+@pytest.mark.parametrize(
+    "limits", [{"max_steps": 25}, {"max_steps": 7, "uneven": True}, {"max_epochs": 3, "uneven": True}], ids=str
+)
+def test_under_advice_the_weights_are_those_of_a_fit_without_steering(tmp_path: Path, limits: dict[str, Any]) -> None:
+    """Also where the last step of an epoch and its last batch are short."""
+    config = case(tmp_path, GPT2 | DROPOUT, tokens=3_200, batch_size=10, decisions=5)
+    uneven = limits.pop("uneven", False)
+    usual: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "gradient_clip_val": 1.0, "accumulate_grad_batches": 5}
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     ends, logger = [], Kept()
     for advises in (False, True):
-        loop = plain(config, raised, mode="advise", base_schedule=flat, probe=True)
+        loop = plain(config, raised)
         loop.steering.close()
-        module, callback = Module(loop), steer(loop.steering.settings)
-        options: dict[str, Any] = {"callbacks": [callback], "logger": logger} if advises else {"logger": False}
-        torch.manual_seed(1)
-        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        rows = DataLoader(list(torch.from_numpy(loop.stream.take(23))), batch_size=MICRO)
+        given = {"policy": raised, "mode": "advise", "base_schedule": FLAT, "decisions": 5}
+        module, callback = Module(loop), steer(given)
         own = pl.Trainer(
-            accelerator="cpu", devices=1, max_steps=50, accumulate_grad_batches=2, gradient_clip_val=1.0,
-            **options | quiet,
-        )  # fmt: skip
-        own.fit(module, Stream(loop))
-        ends.append((module.net, torch.get_rng_state()))
-    assert far(ends[0][0], ends[1][0]) == 0.0
-    assert torch.equal(ends[0][1], ends[1][1])
+            **usual | quiet | limits, callbacks=[callback] if advises else [], logger=logger if advises else False
+        )
+        torch.manual_seed(1)
+        own.fit(module, rows if uneven else Stream(loop))
+        ends.append((module.net, torch.get_rng_state(), own.global_step, module.rates))
+    (base, numbers, *counts), (mine, same_numbers, *same_counts) = ends
+    assert far(base, mine) == 0.0
+    assert torch.equal(numbers, same_numbers)
+    assert counts == same_counts
+    assert callback.steering.finished
     assert {record.allowed for record in callback.steering.records} == {KEEP}
-    assert callback.steering.summary()["advice"]["learning_rate x2"] == 10
-    assert logger.of("advice/batch_size") == [8.0] * 10
+    assert callback.steering.summary()["advice"]["learning_rate x2"] == 5
+    assert logger.of("advice/learning_rate_scale") == [2.0] * 5
 
 
 def test_the_trainer_clips_and_gets_back_what_it_was_given(config: RunConfig) -> None:
