@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, Reasons
-from trainpilot.envs.decision import Decision, DecisionState, Preference
+from trainpilot.envs.decision import Advice, Decision, DecisionState, Preference
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.llm_runtime.config import ControlLimits, Controls
@@ -24,12 +25,14 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 class DecisionRecord(JsonRecord):
     """One decision and the interval that followed it."""
 
+    left_out_at_default: ClassVar[tuple[str, ...]] = ("advice",)
+
     telemetry: Telemetry
     """Measurements of the interval."""
     requested: Action
     """The policy's action."""
     allowed: Action
-    """The action after masks and guardrails; every refused choice is "keep"."""
+    """The action after masks and guardrails; every refused choice is "keep". Where the policy only advises, all are."""
     refusals: tuple[str, ...]
     """Why choices were refused."""
     masked: Mapping[str, str]
@@ -38,6 +41,8 @@ class DecisionRecord(JsonRecord):
     """The policy's newest observation, by field name, scaled to [-1, 1]."""
     reward: RewardTerms | None
     """Reward of the interval; `None` without a reference run."""
+    advice: Advice | None = None
+    """What the policy would have done here; `None` unless it only advises."""
 
     @classmethod
     def of(
@@ -63,6 +68,7 @@ class DecisionRecord(JsonRecord):
             masked=masked,
             observation=dict(observation),
             reward=reward,
+            advice=decision.advice,
         )
 
 

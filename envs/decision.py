@@ -30,6 +30,7 @@ from trainpilot.envs.history import RunHistory
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField, ObservationTable, RunView
 from trainpilot.envs.prices import PriceBook
 from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.simulator.records import (
     Bools,
     ControlBatch,
@@ -259,6 +260,16 @@ def _first_stack(first: Floats) -> NDArray[np.float32]:
     return np.tile(first.astype(np.float32), (1, N_STACK))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Advice(JsonRecord):
+    """What a policy would do that may only advise. Nothing of it is carried out."""
+
+    action: Action
+    """The policy's action after masks and guardrails; every refused choice is "keep"."""
+    controls: Controls
+    """The controls that this action would make of those in force."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """The requested action, and the allowed part of it."""
@@ -268,6 +279,8 @@ class Decision:
     controls: Controls
     refusals: list[str]
     """Masked choices with their reasons."""
+    advice: Advice | None = None
+    """What would have been done, where the policy only advises."""
 
 
 class DecisionState:
@@ -347,6 +360,10 @@ class DecisionState:
     def apply(self, allowed: Action) -> None:
         """Apply an action returned by `allow`."""
         self._states.apply(np.array([allowed]))
+
+    def after(self, allowed: Action) -> Controls:
+        """Return the controls that an action returned by `allow` would lead to. Nothing changes."""
+        return decode_batch(np.array([allowed]), self._states.controls).row(0)
 
     def hold(self, controls: Controls) -> None:
         """Put controls in force that no action results in: those of a rollback, or of the base schedule."""

@@ -96,7 +96,8 @@ def _summary(folder: Path) -> dict[str, Any]:
 def _heading(summary: Mapping[str, Any], last: Telemetry) -> Text:
     parts = [str(summary[name]) for name in ("model", "device") if name in summary]
     if "policy" in summary:
-        parts.append(f"policy {summary['policy']}")
+        advises = summary.get("mode") == "advise"  # version 0.2 did not write it
+        parts.append(f"policy {summary['policy']}" + (", which only advised" if advises else ""))
     state = "diverged" if last.diverged else "finished" if last.finished else "not finished"
     parts.append(f"{state} at {last.budget_used:.0%} of the budget, {last.tokens:,} tokens")
     return Text("\n" + ", ".join(parts), style="bold")
@@ -200,10 +201,13 @@ def _joules(telemetry: Iterable[Telemetry], part: Callable[[Telemetry], float]) 
 
 
 def _decisions(records: Sequence[DecisionRecord]) -> Table:
-    table = titled_table(f"{len(records)} decisions", "control", "changed", "choices that took effect")
+    advised = any(record.advice is not None for record in records)
+    heads = ("advised", "choices that were advised") if advised else ("changed", "choices that took effect")
+    table = titled_table(f"{len(records)} decisions", "control", *heads)
     table.columns[2].justify = "left"
+    actions = [record.allowed if record.advice is None else record.advice.action for record in records]
     for index, field in enumerate(ACTION_FIELDS):
-        taken = Counter(record.allowed[index] for record in records)
+        taken = Counter(action[index] for action in actions)
         changes = [f"{field.choices[c]}: {n}" for c, n in sorted(taken.items()) if c != field.keep]
         table.add_row(field.name, str(len(records) - taken[field.keep]), escape(", ".join(changes)) or "-")
     return table

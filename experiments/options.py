@@ -67,6 +67,7 @@ class ReplayOptions:
     Try for instance:
 
       trainpilot replay --policy none --model llama-micro --out runs/base
+      trainpilot replay --policy default --mode advise --model llama-micro --out runs/advised
       trainpilot replay --policy default --model gpt2-micro --text docs/*.md --out runs/steered
       trainpilot replay --policy default --model llama-micro --budget 10min --out runs/ten-minutes
       trainpilot replay --policy runs/agent/policy.safetensors --model gpt2-micro --out runs/mine
@@ -76,6 +77,9 @@ class ReplayOptions:
     """Folder for summary.json, telemetry.jsonl, tb/ and model/. An interrupted run in it is resumed."""
     policy: str = "none"
     """`none` for the plain base schedule, `default` for the policy that comes with trainpilot, or a bundle's file."""
+    mode: Literal["steer", "advise"] = "steer"
+    """`advise` records what the policy would do and why, and changes nothing: to the last bit the run of the base
+    schedule. The first step with a run that is dear."""
     model: Model = RunConfig.model
     text: Text = RunConfig.text
     tokens: Tokens = None

@@ -14,6 +14,7 @@ from rich.table import Table
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
 from trainpilot.agents.controller import Controller, DecisionRecord, keep
 from trainpilot.agents.logging.run_log import RunWriter
+from trainpilot.agents.steering.advice import AdvisingController
 from trainpilot.agents.steering.guarded_controller import GuardedController, RollbackController
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails
 from trainpilot.envs.decision import Preference
@@ -50,6 +51,7 @@ def summarise(
     last = intervals[-1]
     summary: dict[str, Any] = {
         "policy": options.policy,
+        "mode": options.mode,
         "preference": str(Preference.parse(options.preference)),
         "model": options.model,
         "pretrained": run.loaded.pretrained,
@@ -117,6 +119,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Print a run's key figures beside those of its reference, if there is one."""
     reference = summary.get("reference")
     policy = "no policy: the base schedule" if summary["policy"] == "none" else f"policy {summary['policy']}"
+    if summary.get("mode") == "advise":  # version 0.2 did not write it
+        policy += ", which only advised: nothing was changed"
     table = Table(title=f"{summary['model']}, {summary['n_parameters']:,} parameters\n{policy}", title_style="bold")
     table.add_column("")
     table.add_column("this run", justify="right")
@@ -125,6 +129,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     for label, show in _rows(summary):
         table.add_row(label, show(summary), *([show(reference)] if reference else []))
     console.print(table)
+    if advice := summary.get("advice"):
+        times = ", ".join(f"{change} {count}x" for change, count in advice.items())
+        console.print(f"advice in {summary['n_decisions']} decisions: {times}", highlight=False)
     if summary["diverged"]:
         console.print("[red]the run diverged: its loss is not finite; lower --base-learning-rate[/red]")
 
@@ -163,15 +170,18 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     run = LiveRun(config, probe=options.probe)
     used = {"policy_digest": policy_digest(path)} if path is not None else {}
     chosen = {"policy": options.policy, **used, "preference": str(preference), "probe": options.probe}
+    if options.mode != ReplayOptions.mode:
+        chosen["mode"] = options.mode  # folders of earlier versions do not have it
     folder = RunFolder(options.out, {**asdict(config), **chosen, "text_and_model_digest": content_digest(config)})
     if (summary := folder.summary()) is not None:
         console.print(f"[dim]{options.out} is already finished[/dim]", soft_wrap=True)
         print_summary(summary, console)
         return summary
+    kind = AdvisingController if options.mode == "advise" else GuardedController
     if bundle is not None:
-        controller = GuardedController.of_bundle(bundle, run.limits(), preference)
+        controller = kind.of_bundle(bundle, run.limits(), preference)
     else:
-        controller = GuardedController(Controller(keep, run.base_limits(), preference), Guardrails(UNGUARDED))
+        controller = kind(Controller(keep, run.base_limits(), preference), Guardrails(UNGUARDED))
     reference = _reference(config, console) if options.reference else None
     steered = SteeredRun(run, controller, folder, reference)
     steered.train(console)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime.budget import Budget
+from trainpilot.llm_runtime.clock import trusted_clock
 from trainpilot.llm_runtime.config import (
     PRECISIONS,
     ControlLimits,
@@ -38,6 +39,7 @@ from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.data.corpus import Corpus, load_corpus
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
+from trainpilot.llm_runtime.energy.plausible import plausible_meter
 from trainpilot.llm_runtime.files import cache_dir, digest
 from trainpilot.llm_runtime.interval import StepRecord
 from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
@@ -267,7 +269,7 @@ class LiveRun:
         self.config = config
         self.counts_pauses = counts_pauses
         self.device = resolve_device(config.device)
-        self.clock = clock
+        self.clock = trusted_clock(clock)
         self.probing = probe and config.optimizer == "adamw"  # the last update is read from AdamW's buffers
         self.random_state = RandomState(self.device, config.seed)
         with self.random_state.apart():
@@ -275,8 +277,8 @@ class LiveRun:
         _check_context(self.loaded, config)
         self.corpus: Corpus = load_corpus(config.text, self.loaded.tokenizer)
         self.stream = BatchStream(self.corpus.train, config.sequence_length, config.seed)
-        self.meter = meter if meter is not None else select_meter(str(self.device))
-        self.trainer = Trainer(self.loaded.model, config, self.device, self.meter, clock)
+        self.meter = plausible_meter(meter if meter is not None else select_meter(str(self.device)))
+        self.trainer = Trainer(self.loaded.model, config, self.device, self.meter, self.clock)
         self.progress = self.trainer.progress
         self.target_share = 0.0
         """Share of the budget at which the newest interval ends."""

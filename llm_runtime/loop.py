@@ -13,6 +13,7 @@ and an interval is `begin_interval(controls)`, steps, `end_interval()`, which re
 from __future__ import annotations
 
 import copy
+import random
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -32,9 +34,11 @@ from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
 from trainpilot.llm_runtime import width as channels
 from trainpilot.llm_runtime.budget import Gauge
+from trainpilot.llm_runtime.clock import trusted_clock
 from trainpilot.llm_runtime.config import Controls, Precision, Pruning
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
+from trainpilot.llm_runtime.energy.plausible import plausible_meter
 from trainpilot.llm_runtime.interval import IntervalRecorder, memory_share
 from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.precision import synchronise
@@ -129,7 +133,8 @@ class ControlledLoop:
         learning rate from here set this to False."""
         self.sets_matmul_precision, self.probes = sets_matmul_precision, probes
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
-        stopwatch = Stopwatch(clock, meter if meter is not None else select_meter(str(self.device)))
+        clock = trusted_clock(clock)
+        stopwatch = Stopwatch(clock, plausible_meter(meter if meter is not None else select_meter(str(self.device))))
         self.recorder = IntervalRecorder(
             optimizer, self.device, stopwatch, gradient_clip=gradient_clip, ranks=self.ranks
         )
@@ -703,6 +708,27 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put the model's buffers and the random numbers of Python, numpy and torch back after a `with` block.
+
+    Args:
+        model: The model.
+        device: Device of the model, whose random numbers are put back too.
+    """
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def is_out_of_memory(error: Exception) -> bool:

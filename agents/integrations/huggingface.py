@@ -19,6 +19,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -43,7 +44,7 @@ except ImportError as error:
     raise ImportError("steering a Hugging Face Trainer needs accelerate: pip install accelerate") from error
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.integrations.common import GivenSettings, ranks_of
+from trainpilot.agents.integrations.common import GivenSettings, ranks_of, settings_fields
 from trainpilot.agents.integrations.huggingface_cadence import Cadence, SequenceFlow
 from trainpilot.agents.integrations.huggingface_data import MicroBatch, MicroBatches, SampleStream, rows_of
 from trainpilot.agents.integrations.huggingface_settings import (
@@ -52,7 +53,9 @@ from trainpilot.agents.integrations.huggingface_settings import (
     check_args,
     check_model,
     check_trainer,
+    drawn,
     epoch_sequences,
+    has_length,
     in_bf16,
     settings_for,
     steering_file,
@@ -76,6 +79,7 @@ class SteeringMixin(Trainer):
 
     `logging_steps`, `eval_steps` and `save_steps` count steps at the starting batch, so that they come after as many
     sequences whatever the batch.
+    Under the mode `advise` steps, epochs, losses and the end of the run are those of the plain Trainer.
 
     Args:
         model: As for the Trainer.
@@ -119,7 +123,8 @@ class SteeringMixin(Trainer):
         self.args.gradient_accumulation_steps, self.args.max_steps = 1, self._requested.max_steps
         self.settings = settings_for(steering, self._requested, self.args, self.train_dataset)
         check_model(self.model, self.settings)
-        self._loss_shifts_labels = self._loss_shifts_labels or shifts_labels(self.model)
+        if not self.advises:  # else even the Trainer's own loss stays as it is
+            self._loss_shifts_labels = self._loss_shifts_labels or shifts_labels(self.model)
         # Before the other callbacks, which then see the state after the step.
         callbacks = self.callback_handler.callbacks
         callbacks[:] = [self._own_flow() if type(each) is DefaultFlowCallback else each for each in callbacks]
@@ -130,8 +135,15 @@ class SteeringMixin(Trainer):
 
     # What steers -----------------------------------------------------------------------------------------------------
 
+    @property
+    def advises(self) -> bool:
+        """Whether the policy only advises. Steps, losses and the end of the run are then those of the plain Trainer."""
+        return self.settings.mode == "advise"
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """Take over the data loader, and announce one endless epoch to the loop; steering ends it."""
+        if self.advises and settings_fields(self._given).get("sequences") is None and has_length(dataloader):
+            self.settings = replace(self.settings, sequences=drawn(self._requested, args, dataloader))
         sequences, batch_size = self.settings.known_sequences(), self.settings.batch_size
         self.stream = SampleStream(dataloader, args.per_device_train_batch_size)
         self.epoch_sequences = epoch_sequences(dataloader, args) or sequences
@@ -200,7 +212,7 @@ class SteeringMixin(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of the next optimiser step as a single item, and their number of loss items."""
         steering, stream = self.steered()
-        batches = stream.take(-(-steering.begin_step() // self.args.world_size))
+        batches = stream.take(-(-steering.begin_step() // self.args.world_size), within_epoch=self.advises)
         return [batches], self._get_num_items_in_batch(batches, device)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -213,7 +225,7 @@ class SteeringMixin(Trainer):
                 few = first_sequences(batch, steering.probe_sequences, rows_of(batch))
                 with metrics_kept(self):
                     steering.probe(lambda few=few: self._mean_loss(model, few))  # type: ignore[misc]
-            self.current_gradient_accumulation_steps = rows / rows_of(batch)
+            self.current_gradient_accumulation_steps = len(inputs) if self.advises else rows / rows_of(batch)
             last = batch is inputs[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, batch, items))
@@ -222,7 +234,7 @@ class SteeringMixin(Trainer):
 
     def _loss_items(self, batch: MicroBatch, items: Any) -> Any:
         """Return the number of items for the loss; `None` if the model ignores it, then the Trainer weighs the loss."""
-        if self._divides is None and items is not None:
+        if self._divides is None and items is not None and not self.advises:
             with metrics_kept(self):
                 self._divides = divides_by_items(self.model, lambda n: self._mean_loss(self.model, batch, n), items)
             if self._divides is False:

@@ -12,7 +12,6 @@ the accumulation of a plain Trainer can change exactly, and refuses the rest.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -38,7 +37,9 @@ from trainpilot.agents.integrations.huggingface_settings import (
     RequestedRun,
     check_args,
     check_model,
+    drawn,
     epoch_sequences,
+    has_length,
     settings_for,
     steering_file,
 )
@@ -320,7 +321,7 @@ def aligned_settings(
             f"got {args.max_grad_norm}"
         )
     if has_length(loader):
-        most = _drawn(requested, args, loader)
+        most = drawn(requested, args, loader)
         wanted["epoch_sequences"] = wanted.get("epoch_sequences") or epoch_sequences(loader, args)
         wanted["sequences"] = asked = wanted.get("sequences") or most
         if asked > most:
@@ -333,25 +334,6 @@ def aligned_settings(
     # for data without a length max_steps is only an upper bound
     settings = settings_for(wanted, replace(requested, max_steps=0), args, None)
     return _in_powers_of_two(replace(settings, gradient_clip=clip), requested)
-
-
-def _drawn(requested: RequestedRun, args: TrainingArguments, loader: Any) -> int:
-    """Return the sequences that a Trainer trains on; the last step of an epoch may be short."""
-    steps = max(-(-len(loader) // requested.accumulate), 1)
-    epochs, rest = divmod(
-        requested.max_steps if requested.max_steps > 0 else math.ceil(requested.epochs * steps), steps
-    )
-    epoch = epoch_sequences(loader, args) or len(loader) * requested.unit
-    return epochs * epoch + rest * requested.batch_size
-
-
-def has_length(loader: Any) -> bool:
-    """Return whether a data loader knows its length."""
-    try:
-        len(loader)
-    except TypeError:
-        return False
-    return True
 
 
 def _fixed(settings: SteeringSettings, requested: RequestedRun) -> SteeringSettings:

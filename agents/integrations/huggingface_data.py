@@ -35,13 +35,17 @@ class SampleStream(LoaderBatches):
         super().__init__(loader)
         self._accelerated, self._micro_batch_size = loader, micro_batch_size
 
-    def take(self, sequences: int) -> MicroBatches:
+    def take(self, sequences: int, *, within_epoch: bool = False) -> MicroBatches:
         """Return the next `sequences` in micro-batches, and advance the position.
+
+        Args:
+            sequences: How many.
+            within_epoch: Return fewer where the epoch ends before.
 
         Raises:
             ValueError: there are no data, or they cannot be divided into sequences.
         """
-        return MicroBatches(super().take(sequences))
+        return MicroBatches(super().take(sequences, within_epoch=within_epoch))
 
     def _rows(self, batch: MicroBatch) -> int:
         return rows_of(batch)

@@ -244,6 +244,25 @@ def epoch_sequences(loader: Any, args: TrainingArguments) -> int | None:
     return sequences if short else batches * unit  # several processes fill the last batch up
 
 
+def drawn(requested: RequestedRun, args: TrainingArguments, loader: Any) -> int:
+    """Return the sequences that a Trainer trains on; the last step of an epoch may be short."""
+    steps = max(-(-len(loader) // requested.accumulate), 1)
+    epochs, rest = divmod(
+        requested.max_steps if requested.max_steps > 0 else math.ceil(requested.epochs * steps), steps
+    )
+    epoch = epoch_sequences(loader, args) or len(loader) * requested.unit
+    return epochs * epoch + rest * requested.batch_size
+
+
+def has_length(loader: Any) -> bool:
+    """Return whether a data loader knows its length."""
+    try:
+        len(loader)
+    except TypeError:
+        return False
+    return True
+
+
 class SteeredSchedule(LRScheduler):
     """Learning-rate scheduler that takes its rates from `Steering`, so that the Trainer logs the rates in use."""
 

@@ -45,7 +45,8 @@ class LightningSteering(pl.Callback):
     """Steers learning rate, batch, precision and pruning of a fit, and ends it with its budget.
 
     The batch changes by whole batches of the data loader, the micro-batches, so make those small. The gradient of a
-    shorter step, such as the last one of an epoch, is the mean over the sequences of that step.
+    shorter step, such as the last one of an epoch, is the mean over the sequences of that step; under the mode `advise`
+    it is what Lightning makes of it.
 
     Decisions go to the Trainer's loggers, under the names of the table in `docs/metrics.md`.
 
@@ -224,17 +225,20 @@ class LightningSteering(pl.Callback):
                 self._probe(self.steering, pl_module, batch, batch_idx)
 
     def _begin_step(self, trainer: pl.Trainer, steering: Steering, batch_idx: int) -> None:
-        wanted = steering.begin_step()
-        count = -(-wanted // (self._unit * self._ranks.world_size))
-        left = trainer.num_training_batches - batch_idx  # Lightning always steps at the end of an epoch
-        trainer.accumulate_grad_batches = Window(int(min(count, left)), batch_idx)
+        wanted, every = steering.begin_step(), self._unit * self._ranks.world_size
+        if steering.advises:  # a short step has the gradient that Lightning gives it
+            count = steering.settings.batch_size // every
+        else:
+            left = trainer.num_training_batches - batch_idx  # Lightning always steps at the end of an epoch
+            count = int(min(-(-wanted // every), left))
+        trainer.accumulate_grad_batches = Window(count, batch_idx)
         self._open = True
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Record the loss, which Lightning has divided by the number of micro-batches; a short batch weighs less."""
         self._losses.append((loss.detach() * int(trainer.accumulate_grad_batches), self._here))
         weight = self._here / self._unit
-        if weight != 1:
+        if weight != 1 and self.steering is not None and not self.steering.advises:
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
 
     def on_before_optimizer_step(
@@ -252,7 +256,7 @@ class LightningSteering(pl.Callback):
         mine = sum(sequences for _, sequences in self._losses)
         self._total = float(self._ranks.all_reduce_mean(torch.tensor(float(mine), dtype=torch.float64)))
         expected = int(trainer.accumulate_grad_batches) * self._unit
-        if self._total != expected:
+        if self._total != expected and not self.steering.advises:
             self.steering.scale_gradients(expected / self._total)
         self._norm = self.steering.gradient_norm()
         for loss, sequences in self._losses:

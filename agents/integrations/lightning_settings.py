@@ -70,13 +70,21 @@ class LoaderInfo(Accumulation):
             max_steps=-1 if max_steps == -1 else max_steps - began_at[0],
         )
 
-    def limits(self, batch_size: int) -> dict[str, int]:
-        """Return the largest budget in sequences under each of the Trainer's own limits, by the limit's name."""
+    def limits(self, batch_size: int, *, short_steps: bool = False) -> dict[str, int]:
+        """Return the largest budget in sequences under each of the Trainer's own limits, by the limit's name.
+
+        Args:
+            batch_size: Sequences of a step.
+            short_steps: Whether the last step of an epoch, which may be short, counts as a step of `max_steps`.
+        """
         limits: dict[str, int] = {}
         if self.max_epochs != -1 and self.epoch_sequences is not None:
             limits["max_epochs passes over the data"] = self.max_epochs * self.epoch_sequences
         if self.max_steps != -1:
             limits["max_steps x batch_size"] = self.max_steps * batch_size
+            if short_steps and self.epoch_sequences:
+                epochs, steps = divmod(self.max_steps, -(-self.epoch_sequences // batch_size))
+                limits["max_steps x batch_size"] = epochs * self.epoch_sequences + steps * batch_size
         return limits
 
 
@@ -179,7 +187,9 @@ def settings_for(trainer: pl.Trainer, given: GivenSettings, info: LoaderInfo, pl
             stacklevel=2,
         )
     if wanted.get("budget") is None:
-        wanted["sequences"] = _budget(wanted.get("sequences"), info.limits(batch_size))
+        wanted["sequences"] = _budget(
+            wanted.get("sequences"), info.limits(batch_size, short_steps=wanted.get("mode") == "advise")
+        )
     wanted["epoch_sequences"] = wanted.get("epoch_sequences") or info.epoch_sequences
     wanted["precisions"] = _precisions(wanted.get("precisions"), starting_precision(plugin))
     return SteeringSettings(**wanted)

@@ -184,7 +184,9 @@ def layout() -> dict[str, dict[str, list[object]]]:
             "spread and largest step loss (nats/token)": multiline("loss/train_std", "loss/train_max"),
         },
         "Controls": {
-            "learning-rate scale requested": multiline(f"{requested}/learning_rate_scale"),
+            "learning-rate scale requested, and advised": multiline(
+                f"{requested}/learning_rate_scale", "advice/learning_rate_scale"
+            ),
             "learning rate in force": multiline(f"{effective}/learning_rate"),
             "batch requested and in force (sequences)": multiline(f"{requested}/batch_size", f"{effective}/batch_size"),
             f"precision ({', '.join(f'{i} {name}' for i, name in enumerate(PRECISIONS))})": multiline(
@@ -256,10 +258,24 @@ def _of_record(record: DecisionRecord, totals: Totals) -> Scalars:
         values[f"decision/{action.name}"] = asked - action.keep
         values[f"decision/{action.name}_allowed"] = allowed - action.keep
     values |= {f"observation/{name}": value for name, value in record.observation.items()}
+    values |= _of_advice(record)
     if record.reward is not None:
         values |= {f"reward/{name}": getattr(record.reward, name) for name in OBJECTIVES}
         values |= {f"reward/{name}_total": totals.reward[name] for name in OBJECTIVES}
     return values
+
+
+def _of_advice(record: DecisionRecord) -> Scalars:
+    if record.advice is None:
+        return {}
+    controls = record.advice.controls
+    return {
+        "advice/learning_rate_scale": controls.learning_rate_scale,
+        "advice/batch_size": controls.batch_size,
+        "advice/precision": _code(controls.precision),
+        "advice/sparsity": controls.sparsity,
+        "advice/finish": controls.finish,
+    }
 
 
 def _code(precision: str) -> float | None:
@@ -288,6 +304,7 @@ def scalars(record: DecisionRecord) -> dict[str, float]:
         "speed/tokens_per_s": telemetry.tokens_per_s,
         "run/budget_used": telemetry.budget_used,
         "run/decision": telemetry.decision,
+        **_of_advice(record),
     }
     known = {TAGS[name].name: float(value) for name, value in values.items() if value is not None}
     return {name: value for name, value in known.items() if math.isfinite(value)}

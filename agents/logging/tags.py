@@ -91,6 +91,15 @@ _RUN_GROUPS = (
         ("finishing", "0 or 1", "1 once the cool-down has begun"),
     ),
     _group(
+        "advice", "run", "Written only where the policy advises and does not steer: the controls that its choices "
+        "would have made of those in force. `controls_requested` are then those of the base schedule.",
+        ("learning_rate_scale", "ratio", "factor on the base schedule at the starting batch"),
+        ("batch_size", "sequences", "sequences per optimiser step"),
+        ("precision", "code", f"number format of the matrix products: {_CODE}"),
+        ("sparsity", _SHARE, "zero weights or removed channels"),
+        ("finish", "0 or 1", "1 asks for the cool-down"),
+    ),
+    _group(
         "energy", "run", "Joules; missing while unknown, never 0.",
         ("interval", "J", "energy of the interval, evaluation apart"),
         ("total", "J", "sum over the run; ends where an interval's energy is unknown"),

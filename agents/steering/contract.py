@@ -268,7 +268,7 @@ class ContractWatch:
     def slowdown(self) -> float | None:
         """Return how much longer a token takes than under the base schedule, as a share; `None` where unknown."""
         base, steered = self._base_s_per_token(), self._steered()[-SMOOTHING:]
-        if base is None or len(steered) < SMOOTHING:
+        if not base or len(steered) < SMOOTHING:  # 0 comes from a clock that stands still
             return None
         return median(row["s_per_token"] for row in steered) / base - 1
 

@@ -20,7 +20,7 @@ from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
-from trainpilot.envs.decision import Decision, Preference
+from trainpilot.envs.decision import Advice, Decision, Preference
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.telemetry import Plant, Snapshot, Telemetry
@@ -377,10 +377,11 @@ class GuardedController:
         if stored is None:
             return
         requested, allowed = tuple(stored["requested"]), tuple(stored["allowed"])
-        controls = Controls(**stored["controls"])
+        controls, advice = Controls(**stored["controls"]), stored.get("advice")
         self.controller.state.decide(allowed)
         self.controller.state.hold(controls)
-        self.controller.decision = Decision(requested, allowed, controls, list(stored["refusals"]))
+        told = Advice.from_json(advice) if advice else None
+        self.controller.decision = Decision(requested, allowed, controls, list(stored["refusals"]), told)
 
     def summary(self) -> dict[str, Any]:
         """Return what the guardrails did, as plain JSON values."""

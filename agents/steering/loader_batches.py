@@ -42,8 +42,12 @@ class LoaderBatches:
         self._epoch_batches: int | None = None
         """Batches of an epoch, as counted in the last one."""
 
-    def take(self, sequences: int) -> list[Any]:
+    def take(self, sequences: int, *, within_epoch: bool = False) -> list[Any]:
         """Return the next `sequences` as batches of at most the loader's size, and advance the position.
+
+        Args:
+            sequences: How many.
+            within_epoch: Return fewer where the epoch ends before.
 
         Raises:
             ValueError: `sequences` is below 1, there are no data, or a batch cannot be divided into sequences.
@@ -53,7 +57,11 @@ class LoaderBatches:
         taken: list[Any] = []
         wanted = sequences
         while wanted > 0:
-            batch, share = (self._draw(), 1.0) if self._rest is None else (self._rest, self._rest_share)
+            batch, share = self._rest, self._rest_share
+            if batch is None:
+                batch, share = self._draw(go_on=not (taken and within_epoch)), 1.0
+            if batch is None:
+                break
             rows = self._rows(batch)
             fits = rows <= wanted
             taken.append(batch if fits else self._part(batch, 0, wanted))
@@ -94,12 +102,14 @@ class LoaderBatches:
 
     # The position ----------------------------------------------------------------------------------------------------
 
-    def _draw(self) -> Any:
-        """Return the next batch of the loader, of this epoch or of the next."""
+    def _draw(self, *, go_on: bool = True) -> Any:
+        """Return the next batch of the loader, of this epoch or of the next; `None` at its end unless to go on."""
         if self._batches is None:
             self._begin(0)
         batch = self._pull()
         if batch is None:
+            if not go_on:
+                return None
             if not self._drawn:
                 raise ValueError(
                     "a data loader must not be empty, and must begin anew with every iterator, got no batch from "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -32,6 +32,8 @@ from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, To
 from trainpilot.llm_runtime.scaling_laws import step_law
 from trainpilot.llm_runtime.schedules import PARTS, Schedule
 
+Mode = Literal["steer", "advise"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringSettings:
@@ -54,6 +56,9 @@ class SteeringSettings:
     """`default`, the file of a bundle, a bundle, `none` for the base schedule without control, or a function of
     observation and masks that returns an action. A function sees all observation fields, or those in its attribute
     `fields`."""
+    mode: Mode = "steer"
+    """`steer`, or `advise`: the policy sees the run and what it would do is recorded, but nothing is changed: to
+    the last bit the run is that of its base schedule."""
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
@@ -90,6 +95,7 @@ class SteeringSettings:
                 "sequences, the budget, must be given, got None; or give a budget such as '600s' or '50kJ'"
             )
         _check_policy(self.policy)
+        _check_mode(self.mode)
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
         for name in ("sequences", "epoch_sequences", "decisions", "min_batch_size", "max_batch_size"):
@@ -145,6 +151,11 @@ def _check_policy(policy: Any) -> None:
             "policy must be a name, the file of a bundle, a PolicyBundle, 'none', or a function of observation and "
             f"masks, got {type(policy).__name__}"
         )
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
 
 
 def _check_count(name: str, value: Any) -> None:

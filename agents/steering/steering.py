@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Controller, DecisionRecord
+from trainpilot.agents.steering.advice import AdvisingController
 from trainpilot.agents.steering.domain import RunFacts, check_domain
 from trainpilot.agents.steering.guarded_controller import POLICY_FAILED, GuardedController, GuardedDecision
 from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings, is_lost
@@ -51,7 +52,7 @@ from trainpilot.agents.steering.settings import (
 from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
-from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode
+from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode, unchanged
 from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGroup
 from trainpilot.llm_runtime.schedules import validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -106,7 +107,9 @@ class Steering:
             check_alone(model)
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
         self.validate, self.on_decision = validate, on_decision
+        self.advises = settings.mode == "advise"
         resolved = ResolvedSettings.of(settings)
+        used = settings.precisions[:1] if self.advises else settings.precisions
         self.loop = ControlledLoop(
             model,
             optimizer,
@@ -117,7 +120,7 @@ class Steering:
             clock=clock,
             ranks=self.ranks,
             gradient_clip=settings.gradient_clip,
-            sets_matmul_precision="tf32" in settings.precisions,
+            sets_matmul_precision="tf32" in used,
             probes=settings.probe,
         )
         self.progress = self.loop.progress
@@ -127,10 +130,12 @@ class Steering:
         limits = control_limits(settings, self.loop, resolved.decisions)
         controller = Controller(resolved.policy, self._with_law(limits), preference)
         guardrails = Guardrails(self._bounds(), base_learning_rate=self.loop.peak)
-        self.controller = GuardedController(controller, guardrails, settings.contract)
+        kind = AdvisingController if self.advises else GuardedController
+        self.controller = kind(controller, guardrails, settings.contract)
         self.validation_loss: float | None = None
         """Latest validation loss, in nats/token."""
         self._step_open = False
+        self._warned: set[str] = set()
         self.domain_warnings: list[str] = []
         """How the run differs from those that the policy was trained on."""
         if resolved.bundle is not None:
@@ -261,7 +266,8 @@ class Steering:
             ValueError: it is to be checked, and returns another value for the same weights.
         """
         checked, self._checks_loss = self._checks_loss and check, self._checks_loss and not check
-        self.loop.probe(loss, first=check_repeatable if checked else None)
+        with self._aside():
+            self.loop.probe(loss, first=check_repeatable if checked else None)
 
     def watch_rows(self) -> RowWatch:
         """Return a watch that notes what the model reads from here on, until it is asked to `check` that."""
@@ -374,7 +380,20 @@ class Steering:
             self._decide(telemetry)
         finally:
             if self.on_decision is not None and self.ranks.is_first:
-                self.on_decision(record)
+                self._log(self.on_decision, record)
+
+    def _log(self, on_decision: Callable[[DecisionRecord], None], record: DecisionRecord) -> None:
+        try:
+            on_decision(record)
+        except Exception as error:  # a log may not stop a run
+            self._warn_once(
+                "on_decision", f"raised {type(error).__name__}: {error}; the run goes on without this entry"
+            )
+
+    def _warn_once(self, name: str, fault: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(f"{name} {fault}", RuntimeWarning, stacklevel=3)
 
     def _epochs_seen(self) -> float | None:
         """Return the passes over the data: by the settings, or as the data say."""
@@ -424,21 +443,39 @@ class Steering:
     def _broadcast(self, call: Callable[[], Content]) -> Content:
         """Return what `call` returns in rank 0, and bring the other processes' controllers to its state."""
         if self.ranks.world_size == 1:
-            return call()
-        mine = (call(), self.controller.broadcast_state()) if self.ranks.is_first else None
+            with self._aside():
+                return call()
+        with self._aside():
+            mine = (call(), self.controller.broadcast_state()) if self.ranks.is_first else None
         answer, state = self.ranks.broadcast(mine)  # type: ignore[misc]
         if not self.ranks.is_first:
             self.controller.load_broadcast(state)
         return answer
 
+    def _aside(self) -> AbstractContextManager[None]:
+        """Return the context of policy, probe and validation: where the policy only advises, they leave no trace."""
+        return unchanged(self.loop.model, self.loop.device) if self.advises else nullcontext()
+
     def _validate(self) -> None:
         if self.validate is None:
             return
         with self.loop.evaluation():
-            with eval_mode(self.loop.model):
-                loss = float(self.validate())
+            with self._aside(), eval_mode(self.loop.model):
+                loss = self._validated(self.validate)
             loss = float(self.ranks.all_reduce_mean(torch.tensor(loss, dtype=torch.float64)))
             self.validation_loss = loss if math.isfinite(loss) else None
+
+    def _validated(self, validate: Callable[[], float]) -> float:
+        """Return the loss that the user's function gives; NaN where it fails or that cannot be one."""
+        try:
+            loss = float(validate())
+        except Exception as error:  # a look at the loss may not cost the run
+            self._warn_once("validate", f"raised {type(error).__name__}: {error}; the validation loss is unknown")
+            return math.nan
+        if not (math.isfinite(loss) and loss >= 0):
+            self._warn_once("validate", f"must return a loss of at least 0 nats/token, got {loss}; it is unknown")
+            return math.nan
+        return loss
 
     def _apply(self, decision: GuardedDecision) -> None:
         """Begin an interval under a decision's controls. Before a risky decision, copy the run."""
@@ -469,6 +506,7 @@ class Steering:
             raise ValueError("state_dict needs the step to be over; save between two steps")
         return {
             "settings": self._saved_settings(),
+            "mode": self.settings.mode,
             "process": [self.ranks.rank, self.ranks.world_size],
             "fine_tuning": self.fine_tuning,
             "spoilt": list(self.rollback_copy.rolled_back),
@@ -484,6 +522,11 @@ class Steering:
             ValueError: the run was set up in another way, or another process saved its part of a sharded model.
         """
         self._check_settings(state["settings"])
+        if self.advises and state.get("mode", "steer") == "steer":  # version 0.2 did not write it
+            raise ValueError(
+                "mode must be 'steer' for a state that was saved while the policy steered, got 'advise'; "
+                "only a run under advice may change its mode"
+            )
         process = [self.ranks.rank, self.ranks.world_size]
         if self.loop.sharded and state["process"] != process:
             raise ValueError(
@@ -524,6 +567,7 @@ class Steering:
         intervals = [record.telemetry for record in self.records]
         return {
             "policy": name_of(self.settings.policy),
+            "mode": self.settings.mode,
             "preference": self.settings.preference,
             "decisions": len(intervals),
             "sequences": self.sequences,

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from trainpilot.llm_runtime.clock import trusted_clock
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, EnergyScope, MeterUnavailableError
 from trainpilot.llm_runtime.process import Ticker, available_cores
 
@@ -55,7 +56,7 @@ class RaplMeter(EnergyMeter):
         Raises:
             MeterUnavailableError: There are no counters, or they may not be read.
         """
-        self._clock = clock
+        self._clock = trusted_clock(clock)
         self._lock = threading.Lock()
         self._lost: str | None = None
         self._warned = False
@@ -181,8 +182,8 @@ class CpuEstimateMeter(EnergyMeter):
         self._idle_w = IDLE_W_PER_THREAD * available_cores() if idle_w is None else idle_w
         self._watts_per_busy_core = watts_per_busy_core
         self._why = why
-        self._clock, self._cpu_clock = clock, cpu_clock
-        self._start_s, self._cpu_start_s = clock(), cpu_clock()
+        self._clock, self._cpu_clock = trusted_clock(clock), cpu_clock
+        self._start_s, self._cpu_start_s = self._clock(), cpu_clock()
 
     @property
     def idle_w(self) -> float:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 from trainpilot.llm_runtime.files import whole_file
 
 EnergySource = Literal["measured_counter", "measured_power", "estimated"]
+SOURCES: tuple[EnergySource, ...] = get_args(EnergySource)
 EnergyScope = Literal["process", "device", "machine"]
 """Whose joules a meter counts: only this process's, those of whole devices, or those of the whole machine."""
 
@@ -111,7 +112,6 @@ class NoMeter(EnergyMeter):
         return EnergyReading(time_s=time.monotonic(), energy_j=None, source=None)
 
 
-_SOURCES: tuple[EnergySource, ...] = get_args(EnergySource)
 _COLUMNS = [field.name for field in fields(EnergyReading)]
 _WHOLE_NUMBERS = {field.name for field in fields(EnergyReading) if field.type == "int | None"}
 
@@ -149,8 +149,8 @@ def _value(name: str, cell: str, where: str) -> Any:
     if cell == "":
         return None
     if name == "source":
-        if cell not in _SOURCES:
-            raise ValueError(f"{where}: source must be one of {', '.join(_SOURCES)}, got {cell!r}")
+        if cell not in SOURCES:
+            raise ValueError(f"{where}: source must be one of {', '.join(SOURCES)}, got {cell!r}")
         return cell
     try:
         number = int(cell) if name in _WHOLE_NUMBERS else float(cell)

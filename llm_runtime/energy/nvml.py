@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trainpilot.llm_runtime.clock import trusted_clock
 from trainpilot.llm_runtime.energy.meter import (
     EnergyMeter,
     EnergyReading,
@@ -24,6 +25,7 @@ from trainpilot.llm_runtime.energy.meter import (
     MeterUnavailableError,
     sum_known,
 )
+from trainpilot.llm_runtime.energy.plausible import fault_of, power_fault
 from trainpilot.llm_runtime.process import Ticker
 
 
@@ -45,6 +47,11 @@ class NvmlGpu:
         self.name: str = self._ask("nvmlDeviceGetName") or "unnamed GPU"
         self.uuid: str = self._ask("nvmlDeviceGetUUID") or "unknown UUID"
         self.mig_slice = self.uuid.startswith("MIG-")
+        self.mig = False
+        self.look_for_mig()
+
+    def look_for_mig(self) -> None:
+        """Note whether the GPU is split by MIG now: that may be switched on at any time."""
         self.mig = self.mig_slice or (self._ask("nvmlDeviceGetMigMode") or [0])[0] == 1
 
     def _ask(self, function: str, *arguments: Any) -> Any:
@@ -230,11 +237,16 @@ def load_nvml() -> Any:
     return pynvml
 
 
+MOST_GPU_W = 3_000.0
+"""No GPU draws more, where its power limit is not known."""
+
+
 class GpuEnergy:
     """The joules of one GPU since this object was made.
 
     The source is the best that the GPU offers, and can only get worse: energy counter, integrated power, unknown.
-    After a change from counter to power the joules continue from the sum so far; unknown energy stays unknown.
+    After a change from counter to power the joules continue from the sum so far; unknown energy stays unknown. The
+    counter is given up too where it stands still while power is drawn, or rises faster than the power limit allows.
     """
 
     def __init__(self, gpu: NvmlGpu, now_s: float) -> None:
@@ -242,7 +254,12 @@ class GpuEnergy:
         self.power_w = gpu.power_w()
         self.lost: str | None = None
         """Why the joules became unknown during the measurement."""
-        self._time_s = now_s
+        self.weaker: str | None = None
+        """Why the counter is no longer believed."""
+        self._time_s = self._moved_s = now_s
+        self._limit_w = gpu.power_limit_w() or MOST_GPU_W
+        self._odd_power: str | None = None
+        self.power_w = self._believed(self.power_w)
         self._counter_j = gpu.counter_j()
         self.source: EnergySource | None = self._best_source()
         self.energy_j: float | None = None if self.source is None else 0.0
@@ -261,28 +278,58 @@ class GpuEnergy:
 
     def update(self, now_s: float) -> None:
         """Add the joules since the last update."""
-        power_w = self.gpu.power_w()
+        self.gpu.look_for_mig()
+        before_w, self._limit_w = self._limit_w, self.gpu.power_limit_w() or MOST_GPU_W
+        limit_w = max(before_w, self._limit_w)  # it may have been changed in between
+        power_w = self._believed(self.gpu.power_w())
+        if self.gpu.mig and self.source is not None:
+            self._lose(_MIG)
         if self.source == "measured_counter":
-            self._follow_counter()
+            self._follow_counter(power_w, now_s, limit_w)
         if self.source == "measured_power":
-            self._integrate(power_w, now_s)
+            self._integrate(power_w, now_s, limit_w)
         self.power_w, self._time_s = power_w, now_s
 
-    def _follow_counter(self) -> None:
+    def _believed(self, power_w: float | None) -> float | None:
+        """Return a power that can be true; else `None`."""
+        self._odd_power = power_fault(power_w, self._limit_w)
+        return None if self._odd_power else power_w
+
+    def _follow_counter(self, power_w: float | None, now_s: float, limit_w: float) -> None:
         before, now = self._counter_j, self.gpu.counter_j()
         if now is None:
             self.source = "measured_power"
-        elif before is None or self.energy_j is None or now < before:
+            return
+        if before is None or self.energy_j is None or now < before:
             self._lose(f"its energy counter fell from {before} J to {now} J")
-        else:
+            return
+        if now > before:
+            self._moved_s = now_s
+        fault = fault_of(
+            now - before,
+            now_s - self._time_s,
+            powers_w=(self.power_w, power_w),
+            limit_w=limit_w,
+            still_s=now_s - self._moved_s,
+        )
+        if fault is None:
             self.energy_j += now - before
             self._counter_j = now
-
-    def _integrate(self, power_w: float | None, now_s: float) -> None:
-        if power_w is None or self.power_w is None or self.energy_j is None:
-            self._lose("it stopped answering")
+        elif self.power_w is None or power_w is None:
+            self._lose(f"its energy counter {fault}")
         else:
-            self.energy_j += (power_w + self.power_w) / 2 * (now_s - self._time_s)
+            self.source, self.weaker = "measured_power", f"its energy counter {fault}"
+
+    def _integrate(self, power_w: float | None, now_s: float, limit_w: float) -> None:
+        if power_w is None or self.power_w is None or self.energy_j is None:
+            self._lose(f"its power {self._odd_power}" if self._odd_power else "it stopped answering")
+            return
+        seconds = now_s - self._time_s
+        step_j = (power_w + self.power_w) / 2 * seconds
+        if fault := fault_of(step_j, seconds, limit_w=limit_w):
+            self._lose(f"its integrated power {fault}")
+        else:
+            self.energy_j += step_j
 
     def _lose(self, reason: str) -> None:
         self.energy_j, self.source, self.lost = None, None, reason
@@ -296,8 +343,10 @@ class NvmlMeter(EnergyMeter):
     power and the trapezoid rule integrates it. Either way the whole board is measured, other programs on it
     included. Kernels that are still queued when `read` is called fall into the next window: synchronise first.
 
-    If a GPU stops answering, or its counter runs backwards, the sum's energy is `None` from then on, with one
-    warning. MIG slices have no energy of their own, so theirs is `None` from the start.
+    A counter that stands still while power is drawn, or rises faster than the power limit allows, is replaced by the
+    integrated power, with one warning. If a GPU stops answering, reports an impossible power, is split by MIG, or its
+    counter runs backwards, the sum's energy is `None` from then on, with one warning. MIG slices have no energy of
+    their own, so theirs is `None` from the start.
     """
 
     scope: EnergyScope = "device"
@@ -320,13 +369,13 @@ class NvmlMeter(EnergyMeter):
             MeterUnavailableError: There is no NVML, no visible GPU, or an index is ambiguous.
         """
         self._nvml = load_nvml()
-        self._sample_s, self._clock = sample_s, clock
+        self._sample_s, self._clock = sample_s, trusted_clock(clock)
         self._lock = threading.Lock()
         self._sampler: Ticker | None = None
         self._closed = False
-        self._warned = False
+        self._warned: set[str] = set()
         try:
-            self._gpus = [GpuEnergy(gpu, clock()) for gpu in choose_gpus(self._nvml, gpus)]
+            self._gpus = [GpuEnergy(gpu, self._clock()) for gpu in choose_gpus(self._nvml, gpus)]
             self._sample_where_needed()
         except BaseException:
             ask(self._nvml, "nvmlShutdown")
@@ -388,10 +437,12 @@ class NvmlMeter(EnergyMeter):
                     gpu.update(self._clock())
 
     def _warn_once(self) -> None:
-        lost = [f"{gpu.gpu.name} ({gpu.gpu.uuid}): {gpu.lost}" for gpu in self._gpus if gpu.lost]
-        if lost and not self._warned:
-            self._warned = True
-            warnings.warn(f"energy is unknown from now on; {'; '.join(lost)}", RuntimeWarning, stacklevel=3)
+        for name, means in (("weaker", "the integral of the power"), ("lost", "unknown")):
+            found = [(gpu.gpu, why) for gpu in self._gpus if (why := getattr(gpu, name))]
+            if found and name not in self._warned:
+                self._warned.add(name)
+                reasons = "; ".join(f"{gpu.name} ({gpu.uuid}): {why}" for gpu, why in found)
+                warnings.warn(f"energy is {means} from now on; {reasons}", RuntimeWarning, stacklevel=3)
 
     def close(self) -> None:
         """Stop sampling and release NVML; later readings are empty."""

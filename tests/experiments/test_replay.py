@@ -15,6 +15,7 @@ import pytest
 import torch
 from policies import zigzag_bundle
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from trainpilot.agents.bundle import BaseSchedule, policy_digest
@@ -92,6 +93,40 @@ def test_a_replay_writes_what_it_promises(workplace: Path) -> None:
     assert sum(json.loads(line)["reward"]["quality"] for line in lines) == pytest.approx(1.0, abs=1e-6)
     assert "base schedule" in result.stdout
     assert oct((workplace / "run" / "summary.json").stat().st_mode & 0o777) == oct(0o666 & ~os.umask(os.umask(0o22)))
+
+
+def test_advice_changes_nothing_and_is_written_beside_the_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zigzag_bundle(workplace / "policy.safetensors")
+    policy = ("--policy", str(workplace / "policy.safetensors"))
+    same = ("--pruning", "magnitude", "--preference", "quality=1")
+    assert run_here(command(workplace, "base", "--policy", "none", *same), monkeypatch) == 0
+    assert run_here(command(workplace, "advised", *policy, "--mode", "advise", *same), monkeypatch) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    base, advised = summary(workplace / "base"), summary(workplace / "advised")
+    for name in ("final_validation_loss", "final_test_loss", "tokens", "final_controls", "final_effective"):
+        assert advised[name] == base[name], name
+    weights = [(workplace / each / "model" / "model.safetensors").read_bytes() for each in ("base", "advised")]
+    assert weights[0] == weights[1]
+    assert (base["mode"], advised["mode"], advised["n_changes"], advised["rollbacks"]) == ("steer", "advise", 0, [])
+    assert "only advised" in said
+    assert f"learning_rate x2 {advised['advice']['learning_rate x2']}x" in said
+
+    lines = [json.loads(line) for line in (workplace / "advised" / "telemetry.jsonl").read_text().splitlines()]
+    asked = [line["advice"]["controls"]["learning_rate_scale"] for line in lines]
+    assert set(asked) != {1.0}
+    assert {line["telemetry"]["requested"]["learning_rate_scale"] for line in lines} == {1.0}
+    events = EventAccumulator(str(workplace / "advised" / "tb" / "steered"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.value for event in events.Scalars("advice/learning_rate_scale")] == pytest.approx(asked)
+    assert {event.value for event in events.Scalars("decision/learning_rate_allowed")} == {0.0}
+
+    screen = io.StringIO()
+    inspect_path(workplace / "advised", Console(file=screen, width=200))
+    assert "choices that were advised" in screen.getvalue()
+    assert "only advised" in screen.getvalue()
+    assert run_here(command(workplace, "advised", *policy, *same), monkeypatch) == 2, "another mode is another run"
 
 
 def test_the_pruned_model_loads_with_plain_transformers(workplace: Path) -> None:

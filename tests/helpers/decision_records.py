@@ -8,6 +8,7 @@ from typing import Any
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.action import KEEP, Action
+from trainpilot.envs.decision import Advice
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.reward import Reference, RewardTerms
 from trainpilot.llm_runtime.config import Controls
@@ -63,6 +64,7 @@ def decision_record(
     allowed: Action = KEEP,
     refusals: tuple[str, ...] = (),
     masked: dict[str, str] | None = None,
+    advice: Advice | None = None,
     **changes: Any,
 ) -> DecisionRecord:
     return DecisionRecord(
@@ -73,6 +75,7 @@ def decision_record(
         masked={"precision tf32": "an NVIDIA GPU format"} if masked is None else masked,
         observation={field.name: 0.5 for field in OBSERVATION_FIELDS},
         reward=RewardTerms(quality=0.25, energy=-0.2, time=-0.1),
+        advice=advice,
     )
 
 

@@ -53,24 +53,31 @@ class SharedLoop:
     """A plain loop, alone or as one of the processes that share its batches."""
 
     def __init__(
-        self, config: RunConfig, kind: str, rank: int = 0, energy_of: Any = None, budget: str | None = None
+        self,
+        config: RunConfig,
+        kind: str,
+        rank: int = 0,
+        energy_of: Any = None,
+        budget: str | None = None,
+        **settings: Any,
     ) -> None:
         run = live_run(config)
         self.rank, self.kind = rank, kind
         self.stream = BatchStream(run.corpus.train, config.sequence_length, config.seed)
         self.model, self.steps, self.spoilt_at = run.loaded.model.train(), 0, -1
-        self.settings = SteeringSettings(
-            sequences=config.n_sequences(),
-            budget=budget,
-            batch_size=config.batch_size,
-            sequence_length=config.sequence_length,
-            policy=Script(CHANGES) if rank == 0 else Script([FASTER] * len(CHANGES)),
-            decisions=config.decisions,
-            base_schedule=BaseSchedule(schedule=config.schedule, warmup_share=0.02),
-            max_batch_size=8,
-            pruning="magnitude",
-            guardrails=GuardrailSettings(max_reversals=99, spike=99),
-        )
+        usual: dict[str, Any] = {
+            "sequences": config.n_sequences(),
+            "budget": budget,
+            "batch_size": config.batch_size,
+            "sequence_length": config.sequence_length,
+            "policy": Script(CHANGES) if rank == 0 else Script([FASTER] * len(CHANGES)),
+            "decisions": config.decisions,
+            "base_schedule": BaseSchedule(schedule=config.schedule, warmup_share=0.02),
+            "max_batch_size": 8,
+            "pruning": "magnitude",
+            "guardrails": GuardrailSettings(max_reversals=99, spike=99),
+        }
+        self.settings = SteeringSettings(**usual | settings)
         self.meter = RecordedMeter([_reading(i * JOULES[rank]) for i in range(10_000)])
         self.steering = self._steer(config, energy_of)
 
@@ -177,6 +184,20 @@ def spoilt(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, A
     return loop.outcome()
 
 
+def advised(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, Any]:
+    """Train under a policy that only advises."""
+    loop = SharedLoop(config, kind, rank, mode="advise")
+    loop.train()
+    return loop.outcome()
+
+
+def untouched(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, Any]:
+    """Train without a policy."""
+    loop = SharedLoop(config, kind, rank, policy="none")
+    loop.train()
+    return loop.outcome()
+
+
 def timed(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str, Any]:
     """Train for so many seconds; the second process waits a little after each step."""
     loop = SharedLoop(config, kind, rank, budget=f"{SECONDS}s")
@@ -242,7 +263,7 @@ def lightning(kind: str, config: RunConfig, rank: int, folder: Path) -> dict[str
 
 JOBS = {
     "whole": whole_run, "first": first_half, "second": second_half, "spoilt": spoilt, "timed": timed,
-    "misused": misused,
+    "advised": advised, "untouched": untouched, "misused": misused,
     "pruned": pruned, "lightning": lightning,
 }  # fmt: skip
 

@@ -34,6 +34,10 @@ JOBS = (
         "whole accelerate",
         "whole accelerate-fsdp",
         "timed ddp",
+        "advised ddp",
+        "untouched ddp",
+        "advised fsdp",
+        "untouched fsdp",
         "misused fsdp",
         "pruned fsdp",
     ],
@@ -132,6 +136,19 @@ def test_a_killed_run_goes_on_bit_for_bit(results: Results, kind: str) -> None:
         assert far(mine, theirs) == 0.0
         for name in ("requested", "train_loss", "gradient_norm", "probe_linear", "noise_scale"):
             assert told(mine, name) == told(theirs, name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_policy_that_only_advises_changes_no_bit_in_two_processes(results: Results, kind: str) -> None:
+    (first, second), (base, _) = results(f"advised {kind}"), results(f"untouched {kind}")
+    assert far(first, base) == 0.0
+    assert far(first, second) == 0.0
+    assert first["records"] == second["records"]
+    assert told(first, "requested") == told(base, "requested")
+    assert told(first, "train_loss") == told(base, "train_loss")
+    assert first["summary"]["advice"]["batch_size double"] > 3
+    assert second["asked"] == 0  # rank 0 decides
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_runs import (
@@ -24,17 +25,19 @@ from huggingface_runs import (
     steered_trainer,
     t5,
 )
-from live_runs import GPT2, LLAMA, case
+from live_runs import DROPOUT, GPT2, LLAMA, case
 from steering_loops import far
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     ProgressCallback,
+    SchedulerType,
     Trainer,
 )
 
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
+from trainpilot.agents.integrations.huggingface_callback import SteeringCallback
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
@@ -85,6 +88,71 @@ def test_without_a_policy_the_weights_are_those_of_the_plain_trainer(
     assert far(ends[0].model, ends[1].model) == 0.0
     assert ends[0].state.global_step == ends[1].state.global_step
     assert logged(ends[0], "loss") == logged(ends[1], "loss")
+
+
+def raised(observation: np.ndarray, masks: np.ndarray) -> Action:
+    """Ask for twice the learning rate and the batch, and draw a random number as well."""
+    torch.rand(1)
+    return (6, 2, *KEEP[2:])
+
+
+ADVICE: dict[str, Any] = {"policy": raised, "mode": "advise", "decisions": 5}
+
+
+UNEVEN: list[dict[str, Any]] = [
+    {"num_train_epochs": 3},  # epochs whose last step and last micro-batch are short
+    {"num_train_epochs": 2.5},
+    {"max_steps": 14},
+    {"num_train_epochs": 3, "dataloader_drop_last": True},
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), [("callback", UNEVEN[0]), *(("trainer", each) for each in UNEVEN)])
+@pytest.mark.filterwarnings("ignore")
+def test_under_advice_the_weights_are_those_of_the_plain_trainer(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    config = case(tmp_path, GPT2 | DROPOUT, tokens=3_200, batch_size=4, decisions=10)
+    own: dict[str, Any] = {"max_grad_norm": 0.0} if kind == "callback" else {}
+    own |= {"lr_scheduler_type": "constant", "train_sampling_strategy": "random"}
+    own |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    ends: list[Any] = []
+    for advises in (False, True):
+        loop = plain(config, [KEEP])
+        loop.steering.close()
+        data = rows(loop, 23)
+        given: dict[str, Any] = {}
+        callback = SteeringCallback(ADVICE | {"gradient_clip": None}, meter=NoMeter("a test"))
+        if advises:
+            given = {"callbacks": [callback]} if kind == "callback" else {"steering": ADVICE, "eval_dataset": data[:4]}
+        torch.manual_seed(1)
+        args = arguments(tmp_path, **options | own)
+        make = SteeredTrainer if advises and kind == "trainer" else Trainer
+        trainer: Any = make(loop.model, args, train_dataset=data, **given)
+        trainer.train()
+        ends.append((trainer, torch.get_rng_state(), callback))
+    (plainly, numbers, _), (advised, same_numbers, callback) = ends
+    assert far(plainly.model, advised.model) == 0.0
+    assert torch.equal(numbers, same_numbers)
+    assert logged(plainly, "loss") == logged(advised, "loss")
+    assert plainly.state.global_step == advised.state.global_step
+    steering = callback.steering if kind == "callback" else advised.steering
+    assert {record.allowed for record in steering.records} == {KEEP}
+    assert steering.summary()["advice"]["learning_rate x2"] == 5
+    assert logged(advised, "advice/learning_rate_scale") == [2.0] * 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_under_advice_even_a_loss_that_is_summed_over_micro_batches_stays(tmp_path: Path) -> None:
+    """T5 accepts the number of items and ignores it; steering averages its loss, the plain Trainer does not."""
+    ends: list[Any] = []
+    kinds: list[tuple[Any, dict[str, Any]]] = [(Trainer, {}), (SteeredTrainer, {"steering": ADVICE})]
+    for kind, own in kinds:
+        args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=4)
+        args.lr_scheduler_type = SchedulerType.CONSTANT
+        ends.append(kind(t5(), args, train_dataset=pairs(), **own))
+        ends[-1].train()
+    assert far(ends[0].model, ends[1].model) == 0.0
 
 
 def bert(kind: type = BertForMaskedLM) -> Any:

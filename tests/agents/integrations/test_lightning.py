@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live_runs import LLAMA, case
+from live_runs import DROPOUT, GPT2, LLAMA, case
 from steering_loops import SCRIPT, Loop, Script, far
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.batches import BatchStream
@@ -34,6 +35,7 @@ from trainpilot.agents.integrations.lightning_settings import LoaderInfo, check_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*", "error:the run ended")
 MICRO = 2
+FLAT = BaseSchedule(schedule="constant", warmup_share=0.0)
 
 
 class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
@@ -142,6 +144,44 @@ def test_fit_ends_where_a_plain_loop_does_under_all_controls(config: RunConfig) 
     assert logger.of("lr-AdamW/pg1") == module.rates
     assert logger.of("rate") == pytest.approx(module.rates)  # metrics are float32
     assert own.global_step == len(module.rates) == sum(each.steps for each in ours)
+
+
+def raised(observation: np.ndarray, masks: np.ndarray) -> Action:
+    """Ask for twice the learning rate and the batch, and draw a random number as well."""
+    torch.rand(1)
+    return (6, 2, *KEEP[2:])
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_steps": 25}, {"max_steps": 7, "uneven": True}, {"max_epochs": 3, "uneven": True}], ids=str
+)
+def test_under_advice_the_weights_are_those_of_a_fit_without_steering(tmp_path: Path, limits: dict[str, Any]) -> None:
+    """Also where the last step of an epoch and its last batch are short."""
+    config = case(tmp_path, GPT2 | DROPOUT, tokens=3_200, batch_size=10, decisions=5)
+    uneven = limits.pop("uneven", False)
+    usual: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "gradient_clip_val": 1.0, "accumulate_grad_batches": 5}
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    ends, logger = [], Kept()
+    for advises in (False, True):
+        loop = plain(config, raised)
+        loop.steering.close()
+        rows = DataLoader(list(torch.from_numpy(loop.stream.take(23))), batch_size=MICRO)
+        given = {"policy": raised, "mode": "advise", "base_schedule": FLAT, "decisions": 5}
+        module, callback = Module(loop), steer(given)
+        own = pl.Trainer(
+            **usual | quiet | limits, callbacks=[callback] if advises else [], logger=logger if advises else False
+        )
+        torch.manual_seed(1)
+        own.fit(module, rows if uneven else Stream(loop))
+        ends.append((module.net, torch.get_rng_state(), own.global_step, module.rates))
+    (base, numbers, *counts), (mine, same_numbers, *same_counts) = ends
+    assert far(base, mine) == 0.0
+    assert torch.equal(numbers, same_numbers)
+    assert counts == same_counts
+    assert callback.steering.finished
+    assert {record.allowed for record in callback.steering.records} == {KEEP}
+    assert callback.steering.summary()["advice"]["learning_rate x2"] == 5
+    assert logger.of("advice/learning_rate_scale") == [2.0] * 5
 
 
 def test_the_trainer_clips_and_gets_back_what_it_was_given(config: RunConfig) -> None:

@@ -13,6 +13,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from trainpilot.agents.logging.run_log import RunWriter, flatten, markdown_table
+from trainpilot.agents.logging.run_log import scalars as logged
+from trainpilot.envs.decision import Advice
+from trainpilot.llm_runtime.config import Controls
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -61,6 +64,25 @@ def test_decisions_count_from_keep(tmp_path: Path) -> None:
     assert scalars(events, "decision/batch_size") == [(1000, 1.0)]
     assert scalars(events, "decision/batch_size_allowed") == [(1000, 0.0)]
     assert scalars(events, "decision/pruning") == [(1000, 1.0)]
+
+
+def test_advice_stands_beside_what_was_done(tmp_path: Path) -> None:
+    asked = Controls(batch_size=16, learning_rate_scale=4.0, precision="fp32", sparsity=0.1, finish=True)
+    record = decision_record(0, requested=(6, 2, 1, 1, 1), advice=Advice(action=(6, 2, 1, 1, 1), controls=asked))
+    writer = RunWriter(tmp_path)
+    writer.write(record)
+    writer.close()
+
+    events = read(tmp_path / "steered")
+    known = {name: value for name, value in logged(record).items() if name.startswith("advice/")}
+    assert known == {
+        "advice/learning_rate_scale": 4.0, "advice/batch_size": 16.0, "advice/precision": 0.0, "advice/sparsity": 0.1,
+        "advice/finish": 1.0,
+    }  # fmt: skip
+    for name, value in known.items():
+        assert scalars(events, name) == [(1000, value)]
+    assert scalars(events, "controls_requested/learning_rate_scale") == [(1000, 2.0)]
+    assert not [name for name in logged(decision_record(0)) if name.startswith("advice/")]
 
 
 def test_what_is_unknown_or_not_finite_is_left_out(tmp_path: Path) -> None:

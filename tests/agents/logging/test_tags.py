@@ -11,8 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trainpilot.agents.logging.run_log import RunWriter
 from trainpilot.agents.logging.tags import GROUPS, TAGS, choice_tag, markdown, multiline, tags_of
-from trainpilot.envs.action import ACTION_FIELDS
+from trainpilot.envs.action import ACTION_FIELDS, KEEP
+from trainpilot.envs.decision import Advice
 from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.llm_runtime.config import Controls
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 FINAL = {tag.name.removeprefix("final/"): 1.0 for tag in TAGS.values() if tag.name.startswith("final/")}
@@ -30,6 +32,8 @@ def test_a_steered_run_writes_every_tag_of_the_table_and_no_other(tmp_path: Path
     writer = RunWriter(tmp_path)
     writer.write(decision_record(0))
     writer.write(decision_record(1, refusals=("batch_size double: 32 sequences outside [4, 16]",)))
+    advice = Advice(action=KEEP, controls=Controls(batch_size=8))
+    writer.write(decision_record(2, advice=advice))
     writer.write_summary({"tokens": 2000})
     writer.write_hparams({"seed": 0}, FINAL)
     writer.close()
@@ -44,7 +48,7 @@ def test_the_reference_writes_tags_of_the_steered_run(tmp_path: Path) -> None:
 
     written = written_tags(tmp_path / "reference")
     assert written <= {tag.name for tag in tags_of("run")}
-    without = {"decision", "reward", "observation", "masks", "final"}
+    without = {"decision", "advice", "reward", "observation", "masks", "final"}
     assert {tag.partition("/")[0] for tag in TAGS if TAGS[tag] in tags_of("run")} - without == {
         tag.partition("/")[0] for tag in written
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 from fake_nvml import (
     FUNCTION_NOT_FOUND,
@@ -16,7 +18,7 @@ from fake_nvml import (
     FakeNvml,
 )
 
-from trainpilot.llm_runtime.energy.meter import MeterUnavailableError
+from trainpilot.llm_runtime.energy.meter import EnergyReading, MeterUnavailableError
 from trainpilot.llm_runtime.energy.nvml import NvmlMeter
 
 MakeMeter = Callable[..., NvmlMeter]
@@ -237,6 +239,174 @@ def test_a_counter_that_is_reset_never_gives_negative_joules(nvml: FakeNvml, mak
         assert meter.read().energy_j is None
 
     assert meter.read().energy_j is None
+
+
+# Numbers that cannot be true ----------------------------------------------------------------------------------------
+
+
+def readings(meter: NvmlMeter, clock: FakeClock, times: int = 2, every_s: float = 1.0) -> list[EnergyReading]:
+    """Read now, and again after so many seconds."""
+    found = []
+    for _ in range(times):
+        found.append(meter.read())
+        clock.now_s += every_s
+    return found
+
+
+def frozen(nvml: FakeNvml) -> None:
+    """Leave the counter as it is."""
+
+
+def at_zero(nvml: FakeNvml) -> None:
+    nvml.set(energy_mj=0)
+
+
+@pytest.mark.parametrize("counter", [frozen, at_zero])
+def test_a_counter_that_stands_still_is_replaced_by_the_power(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock, counter: Callable[[FakeNvml], None]
+) -> None:
+    counter(nvml)
+    meter = make_meter()
+    clock.now_s += 3600
+    with pytest.warns(
+        RuntimeWarning, match="integral of the power from now on.* stood still for 3600 s at 300 W"
+    ) as caught:
+        reading, later = readings(meter, clock)
+    assert len(caught) == 1
+    assert (reading.energy_j, reading.source) == (3600 * 300.0, "measured_power")
+    assert (later.energy_j, later.source) == (3601 * 300.0, "measured_power")
+
+
+def test_a_counter_that_freezes_early_in_an_interval_is_found(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock
+) -> None:
+    meter = make_meter()
+    nvml.add(joules=300)
+    clock.now_s += 1000
+    with pytest.warns(RuntimeWarning, match="rose by no more than 300 J in 1000 s at 300 W"):
+        assert meter.read().energy_j == 300_000
+
+
+def test_a_counter_that_freezes_is_found_by_short_readings_too(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock
+) -> None:
+    meter = make_meter()
+    with pytest.warns(RuntimeWarning, match="stood still"):
+        *_, reading = readings(meter, clock, 11, every_s=0.3)
+    assert reading.source == "measured_power"
+    assert 0.6 * 3 * 300 < (reading.energy_j or 0) <= 3 * 300.1
+
+
+@pytest.mark.parametrize("counter_mj", [2**63 - 1, -1, 200_000_000], ids=["largest", "all ones", "driver reloaded"])
+def test_a_counter_that_rises_faster_than_the_limit_allows_is_replaced_by_the_power(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock, counter_mj: int
+) -> None:
+    meter = make_meter()
+    nvml.set(energy_mj=counter_mj)
+    clock.now_s += 1
+    with pytest.warns(RuntimeWarning, match="rose by .* J in 1 s at a power limit of 700 W") as caught:
+        reading, _ = readings(meter, clock)
+    assert len(caught) == 1
+    assert (reading.energy_j, reading.source) == (300.0, "measured_power")
+
+
+@pytest.mark.parametrize("counter_mj", [5_000_000, 2**63 - 1], ids=["frozen", "largest"])
+def test_without_power_an_impossible_counter_is_unknown_or_left(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock, counter_mj: int
+) -> None:
+    nvml.set(power_error=NOT_SUPPORTED)
+    meter = make_meter()
+    nvml.set(energy_mj=counter_mj)
+    clock.now_s += 1
+    if counter_mj == 5_000_000:  # nothing says that power was drawn
+        assert meter.read().energy_j == 0.0
+        return
+    with pytest.warns(RuntimeWarning, match="energy is unknown from now on.* rose by"):
+        reading = meter.read()
+    assert (reading.energy_j, reading.source) == (None, None)
+
+
+def test_without_a_limit_no_gpu_draws_more_than_any_does(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock
+) -> None:
+    nvml.set(limit_error=NOT_SUPPORTED)
+    meter = make_meter()
+    nvml.add(joules=10_000)
+    clock.now_s += 1
+    with pytest.warns(RuntimeWarning, match="at a power limit of 3000 W"):
+        assert meter.read().energy_j == 300.0
+
+
+@pytest.mark.parametrize("kept", [NOT_SUPPORTED, 0], ids=["integrated", "with a counter"])
+def test_an_impossible_power_is_never_integrated(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock, kept: int
+) -> None:
+    nvml.set(energy_error=kept)
+    meter = make_meter()
+    nvml.set(power_mw=0xFFFFFFFF)
+    nvml.add(joules=300)
+    clock.now_s += 1
+    if not kept:
+        reading = meter.read()
+        assert (reading.energy_j, reading.source, reading.power_w) == (300.0, "measured_counter", None)
+        return
+    with pytest.warns(RuntimeWarning, match="returned 4.29497e.06 W, more than 1400 W") as caught:
+        reading, _ = readings(meter, clock)
+    assert len(caught) == 1
+    assert (reading.energy_j, reading.source, reading.power_w) == (None, None, None)
+
+
+@pytest.mark.parametrize("counter_error", [0, NOT_SUPPORTED], ids=["counter", "power"])
+def test_mig_that_is_switched_on_midway_makes_the_energy_unknown(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock, counter_error: int
+) -> None:
+    nvml.set(energy_error=counter_error)
+    meter = make_meter()
+    clock.now_s += 1
+    nvml.add(joules=300)
+    assert meter.read().energy_j == 300
+    nvml.set(mig=1)
+    nvml.add(joules=300)
+    clock.now_s += 1
+    with pytest.warns(RuntimeWarning, match="energy is unknown from now on.* MIG") as caught:
+        reading, _ = readings(meter, clock)
+    assert len(caught) == 1
+    assert (reading.energy_j, reading.source, reading.power_w) == (None, None, None)
+
+
+@pytest.mark.parametrize("now_s", [50.0, math.nan, -math.inf])
+def test_a_clock_that_cannot_be_true_gives_no_joules(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock, now_s: float
+) -> None:
+    nvml.set(energy_error=NOT_SUPPORTED)
+    meter = make_meter()
+    clock.now_s += 1
+    assert meter.read().energy_j == 300
+    clock.now_s = now_s
+    with pytest.warns(RuntimeWarning, match="clock .* from now on seconds are the system's") as caught:
+        readings = [meter.read() for _ in range(3)]
+    assert len(caught) == 1
+    assert all(300 <= (each.energy_j or 0) < 300 + 60 * 300 for each in readings)
+    assert all(101 <= each.time_s < 161 for each in readings)
+
+
+def test_full_power_in_steps_of_the_counter_is_believed(
+    nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock
+) -> None:
+    """The counter moves every 0.1 s, and readings come at any time."""
+    nvml.set(power_mw=720_000)
+    meter = make_meter()
+    random, told_s = np.random.default_rng(0), 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for wait_s in [*random.uniform(0.001, 0.3, 300), 1800.0, 0.001, 0.05]:
+            clock.now_s += wait_s
+            seconds = math.floor((clock.now_s - 100) * 10) / 10
+            nvml.add(joules=720 * (seconds - told_s))
+            told_s = seconds
+            reading = meter.read()
+    assert reading.source == "measured_counter"
+    assert reading.energy_j == pytest.approx(720 * told_s, rel=1e-3)
 
 
 def test_a_driver_that_does_not_start(nvml: FakeNvml, make_meter: MakeMeter) -> None:
