@@ -101,23 +101,19 @@ FORMATS: dict[str, Format] = {
 
 
 def format_fault(name: str, loaded: LoadedModel) -> str | None:
-    """Return why the model cannot be written in a format here, as one line with the way out; `None` where it can."""
+    """Return why the model cannot be written in a format here, as the rest of a line; `None` where it can."""
     chosen, model = FORMATS[name], loaded.model
     if chosen.missing:
         package = (chosen.package or "").replace("_", "-")
         return f'needs the package {package}, got no such package; run: pip install "trainpilot[{chosen.extra}]"'
     if chosen.kind == "gguf":
-        fault = gguf_fault(model, loaded.tokenizer)
-        return None if fault is None else f"{fault}; leave it out of --format"
+        return gguf_fault(model, loaded.tokenizer)
     if chosen.kind in ("compressed-tensors", "torchao") and any(
         isinstance(module, Conv1D) for module in block_matrices(model).values()
     ):
-        return (
-            f"needs layers of nn.Linear, got Conv1D in the architecture {model.config.model_type!r}; "
-            "leave it out of --format, or give bf16, pot or bcq"
-        )
+        return f"needs layers of nn.Linear, got Conv1D in the architecture {model.config.model_type!r}"
     if chosen.kind != "float" and not block_matrices(model):
-        return f"needs linear layers, got none in the architecture {model.config.model_type!r}; give bf16"
+        return f"needs linear layers, got none in the architecture {model.config.model_type!r}"
     return None
 
 
@@ -167,6 +163,15 @@ def load_format(name: str, folder: Path) -> PreTrainedModel:
     file = {"gguf_file": GGUF_NAME} if FORMATS[name].kind == "gguf" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
     return cast("PreTrainedModel", model.eval())
+
+
+def packed_bytes(name: str, loaded: LoadedModel, bits_per_weight: float) -> int | None:
+    """Return the bytes of a packed file, with the rest in bfloat16; `None` for formats whose file is packed."""
+    if FORMATS[name].kind != "grid":
+        return None
+    packed = sum(module.weight.numel() for module in block_matrices(loaded.model).values())  # type: ignore[union-attr]
+    rest = sum(parameter.numel() for parameter in loaded.model.parameters()) - packed
+    return round(packed * bits_per_weight / 8 + rest * SCALE_TYPE.itemsize)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -27,8 +27,8 @@ from trainpilot.llm_runtime.timing import Cost, alternate
 
 LOSS_TOKENS_AT_ONCE = 4096
 """Tokens that go through the model together when its loss is measured."""
-VISIT_S = 0.2
-"""Seconds for which a request is repeated on end, at least."""
+VISIT_S = 0.05
+"""Seconds for which a request is repeated on end, at least: short, so that some visits find the machine idle."""
 LIMIT_S = 4.0
 """No further round of measurements begins after so many seconds; there are four at least."""
 
@@ -57,6 +57,8 @@ class RequestCost(JsonRecord):
     request: Cost
     """Of all of it."""
     energy_source: EnergySource | None
+    spread: float
+    """Slowest over fastest measurement of the request: 1 on an idle machine."""
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -195,6 +197,7 @@ def measure_turn_about(
             prefill=found[name, "prefill"].cost,
             request=found[name, "request"].cost,
             energy_source=found[name, "request"].source,
+            spread=found[name, "request"].spread,
         )
         for name in runtimes
     }
