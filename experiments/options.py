@@ -315,8 +315,8 @@ class ExportOptions:
     """Text whose test split the loss is measured on; by default the run's, `stdlib` for a model folder."""
     sequence_length: int | None = None
     """Tokens per sequence of that text; by default the run's, 128 for a model folder."""
-    group_size: int = 32
-    """Weights that share a scale in int4 and bcq, where that divides all rows; else less, or a whole row."""
+    group_size: Literal[32, 64, 128] = 32
+    """Weights that share a scale in int4 and bcq, where that divides all rows; else fewer, or a whole row."""
     prompt_tokens: int = 128
     """Tokens of the prompt of the request that is timed."""
     new_tokens: int = 64

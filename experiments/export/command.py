@@ -103,7 +103,7 @@ def _check_out(out: Path, source: Path) -> None:
 
 
 def _check_counts(options: ExportOptions) -> None:
-    for name in ("prompt_tokens", "new_tokens", "group_size"):
+    for name in ("prompt_tokens", "new_tokens"):
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
 
