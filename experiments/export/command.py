@@ -54,7 +54,7 @@ def export(options: ExportOptions, console: Console) -> ExportResult:
         raise ValueError(f"format {name!r} {fault}, or leave it out of --format")
     _check_request(source, options)
     with whole_folder(options.out) as folder:
-        job = ExportJob(source, options, device)
+        job = ExportJob(source, options, str(device))
         rows = job.run([name for name in names if name not in faults], folder, console)
         result = ExportResult(
             source=str(options.path),
@@ -68,7 +68,7 @@ def export(options: ExportOptions, console: Console) -> ExportResult:
             group_size=options.group_size,
             device=device_name(device),
             threads=threads,
-            energy_meter=job.meter(device).description,
+            energy_meter=job.meter(str(device)).description,
             rows=rows,
             left_out=faults,
             notes=_notes(rows, options),

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from trainpilot.experiments.export.result import FP32, FP32_LLAMA_CPP, ExportRow
@@ -37,7 +36,8 @@ from trainpilot.llm_runtime.export.inference import (
     measure_turn_about,
 )
 
-CPU = torch.device("cpu")
+CPU = "cpu"
+LLAMA_CPP_ON_CPU = "llama.cpp on cpu"
 
 
 class ExportJob:
@@ -46,10 +46,10 @@ class ExportJob:
     Args:
         source: What is exported.
         options: Of the command.
-        device: Where losses, and speed in transformers, are measured; llama.cpp runs on the processor.
+        device: Name of the device of all but llama.cpp, which runs on the processor.
     """
 
-    def __init__(self, source: Source, options: ExportOptions, device: torch.device) -> None:
+    def __init__(self, source: Source, options: ExportOptions, device: str) -> None:
         self.source, self.options, self.device = source, options, device
         self.model = source.loaded.model.to(device)  # type: ignore[arg-type]
         self.meters: dict[str, EnergyMeter] = {}
@@ -95,7 +95,7 @@ class ExportJob:
             runtime = "nothing"
         elif self.options.speed:
             if chosen.kind == "float":
-                model, runtime = model.to(torch.bfloat16), self._runtime("bfloat16")  # type: ignore[arg-type]
+                model, runtime = model.bfloat16(), self._runtime("bfloat16")
             own = Transformers(model, *self.request)
             costs = self._measure(base, {base: Transformers(self.model, *self.request), name: own}, self.device)
         return ExportRow(
@@ -129,7 +129,7 @@ class ExportJob:
             unquantised_cost=cost,
         )
 
-    def _measure(self, base: str, runtimes: dict[str, Runtime], device: torch.device) -> dict[str, RequestCost]:
+    def _measure(self, base: str, runtimes: dict[str, Runtime], device: str) -> dict[str, RequestCost]:
         costs = measure_turn_about(
             runtimes,
             self.meter(device),
@@ -140,12 +140,14 @@ class ExportJob:
         self._base_costs[base].append(costs[base])
         return costs
 
-    def meter(self, device: torch.device) -> EnergyMeter:
+    def meter(self, device: str) -> EnergyMeter:
         """Return the energy meter of a device."""
-        return self.meters.setdefault(device.type, select_meter(str(device)))
+        if device not in self.meters:
+            self.meters[device] = select_meter(device)
+        return self.meters[device]
 
     def _runtime(self, number_format: str) -> str:
-        return f"transformers on {self.device.type}, {number_format}"
+        return f"transformers on {self.device}, {number_format}"
 
     def _unquantised_in_llama_cpp(self, scratch: Path) -> Runtime:
         file = scratch / "fp32.gguf"
@@ -157,9 +159,6 @@ class ExportJob:
         """Release the meters."""
         for meter in self.meters.values():
             meter.close()
-
-
-LLAMA_CPP_ON_CPU = "llama.cpp on cpu"
 
 
 @contextlib.contextmanager

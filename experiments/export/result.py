@@ -158,11 +158,10 @@ def cells(row: ExportRow, fp32_bytes: int) -> dict[str, str]:
 
 def heading(result: ExportResult) -> str:
     """Return what the table is about, as one line."""
-    ratio = f"{result.trained_tokens / result.n_parameters:.3g}" if result.trained_tokens else "unknown"
-    return (
-        f"{result.source}: {result.architecture}, {result.n_parameters:,} parameters, trained on {ratio} tokens per "
-        f"parameter; {result.test_tokens:,} test tokens of {', '.join(result.text)}"
-    )
+    known = result.trained_tokens
+    trained = "" if known is None else f", trained on {known / result.n_parameters:.3g} tokens per parameter"
+    text = f"{result.test_tokens:,} test tokens of {', '.join(result.text)}"
+    return f"{result.source}: {result.architecture}, {result.n_parameters:,} parameters{trained}; {text}"
 
 
 def explanations(result: ExportResult) -> list[str]:

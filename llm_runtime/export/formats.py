@@ -64,8 +64,8 @@ class Format:
         return self.package is not None and find_spec(self.package) is None
 
 
-_PACKED = "compressed-tensors folder for vLLM and transformers, which unpacks it to floats"
-_GRID = "no kernel and no packed file: a folder of floats on its grid"
+_PACKED = "compressed-tensors folder for transformers, which unpacks it to floats, and vLLM (not tried)"
+_GRID = "as floats on their grid, since nothing packs or runs them"
 
 FORMATS: dict[str, Format] = {
     "bf16": Format(about="bfloat16 weights; transformers", kind="float", bits=16),

@@ -56,6 +56,7 @@ class Vocabulary:
     pre: str
     """llama.cpp's name for the rule that cuts text into words."""
     end: int
+    chat_template: str | None = None
 
 
 def gguf_fault(model: PreTrainedModel, tokenizer: Tokenizer) -> str | None:
@@ -92,6 +93,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, kind: G
     writer.add_bos_token_id(vocabulary.end)
     writer.add_eos_token_id(vocabulary.end)
     writer.add_add_bos_token(False)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
     quantised = gguf.GGMLQuantizationType[kind]
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -170,7 +173,9 @@ def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
     for added in rules.get("added_tokens", ()):
         tokens[added["id"]], types[added["id"]] = added["content"], _CONTROL if added["special"] else _USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return Vocabulary(tokens=tokens, types=types, merges=merges, pre=pre, end=tokenizer.tokenizer.eos_token_id or 0)
+    end, template = tokenizer.tokenizer.eos_token_id or 0, tokenizer.tokenizer.chat_template
+    template = template if isinstance(template, str) else None
+    return Vocabulary(tokens=tokens, types=types, merges=merges, pre=pre, end=end, chat_template=template)
 
 
 def _pre_tokenizer(rule: dict[str, Any] | None) -> str | None:

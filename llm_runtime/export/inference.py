@@ -168,7 +168,7 @@ class LlamaCpp:
 def measure_turn_about(
     runtimes: Mapping[str, Runtime],
     meter: EnergyMeter,
-    device: torch.device,
+    device: str,
     *,
     prompt_tokens: int,
     new_tokens: int,
@@ -179,7 +179,7 @@ def measure_turn_about(
     Args:
         runtimes: The loaded models, by name.
         meter: Energy meter of the device that they run on.
-        device: Where they run.
+        device: Name of the device that they run on.
         prompt_tokens: Tokens of the prompt.
         new_tokens: Tokens that are generated after the first.
         limit_s: No further round begins after so many seconds.
@@ -189,7 +189,8 @@ def measure_turn_about(
         passes[name, "prefill"] = runtime.prefill
         passes[name, "request"] = runtime.request
     visit_s = max(VISIT_S, meter.resolution_s)
-    found = alternate(passes, meter, visit_s=visit_s, limit_s=limit_s, wait=partial(synchronise, device))
+    wait = partial(synchronise, torch.device(device))
+    found = alternate(passes, meter, visit_s=visit_s, limit_s=limit_s, wait=wait)
     return {
         name: RequestCost(
             prompt_tokens=prompt_tokens,

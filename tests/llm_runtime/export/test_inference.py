@@ -13,7 +13,6 @@ from trainpilot.llm_runtime.energy.meter import EnergyReading, NoMeter, Recorded
 from trainpilot.llm_runtime.export.inference import RequestCost, Transformers, mean_loss, measure_turn_about
 from trainpilot.llm_runtime.timing import Cost
 
-CPU = torch.device("cpu")
 COST = RequestCost(
     prompt_tokens=100,
     new_tokens=50,
@@ -93,7 +92,7 @@ class Counting:
 def test_runtimes_are_measured_in_turn() -> None:
     runtimes = {"one": Counting(), "other": Counting()}
 
-    found = measure_turn_about(runtimes, NoMeter("a test"), CPU, prompt_tokens=3, new_tokens=2, limit_s=0.01)
+    found = measure_turn_about(runtimes, NoMeter("a test"), "cpu", prompt_tokens=3, new_tokens=2, limit_s=0.01)
 
     assert list(found) == ["one", "other"]
     assert all(each.prefill.energy_j is None and each.energy_source is None for each in found.values())
@@ -105,7 +104,7 @@ def test_the_joules_name_their_source() -> None:
     readings = [EnergyReading(time_s=i / 10, energy_j=2.0 * i, source="measured_counter") for i in range(500)]
 
     found = measure_turn_about(
-        {"one": Counting()}, RecordedMeter(readings), CPU, prompt_tokens=3, new_tokens=2, limit_s=0.01
+        {"one": Counting()}, RecordedMeter(readings), "cpu", prompt_tokens=3, new_tokens=2, limit_s=0.01
     )
 
     assert found["one"].energy_source == "measured_counter"
