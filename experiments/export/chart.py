@@ -19,8 +19,8 @@ Value = Callable[[ExportRow], float | None]
 PANELS: tuple[tuple[str, Value, str], ...] = (
     ("perplexity over fp32, %", lambda row: 100 * (row.perplexity_ratio - 1), ".2f"),
     ("size, MB", lambda row: (row.packed_bytes or row.weight_bytes) / 1e6, ",.3g"),
-    ("decoding, tokens/s", lambda row: row.cost and row.cost.decode_tokens_per_s, ",.0f"),
-    ("mJ per generated token", lambda row: row.cost and milli(row.cost.decode_j_per_token), ".3g"),
+    ("decoding, tokens/s", lambda row: row.decode_tokens_per_s, ",.0f"),
+    ("mJ per generated token", lambda row: milli(row.decode_j_per_token), ".3g"),
 )
 
 

@@ -136,8 +136,8 @@ def print_result(result: ExportResult, out: Path, console: Console) -> None:
     table = titled_table(escape(heading(result)), *TERMINAL)
     table.columns[0].no_wrap = True
     for row in result.rows:
-        line = cells(row, result.rows[0].weight_bytes)
-        table.add_row(*(line[name] for name in TERMINAL))
+        found = cells(row, result.rows[0].weight_bytes)
+        table.add_row(*(found[name] for name in TERMINAL))
     console.print(table)
     console.print()
     for line in explanations(result):

@@ -70,15 +70,34 @@ class ExportRow(JsonRecord):
         bounded = product_score(self.test_loss, self.unquantised_loss, time=self.time_ratio, energy=self.energy_ratio)
         return bounded.low
 
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Tokens of the prompt that are read in a second."""
+        return None if self.cost is None else self.cost.prefill_tokens_per_s
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens that are generated in a second."""
+        return None if self.cost is None else self.cost.decode_tokens_per_s
+
+    @property
+    def prefill_j_per_token(self) -> float | None:
+        """Joules per token of the prompt."""
+        return None if self.cost is None else self.cost.prefill_j_per_token
+
+    @property
+    def decode_j_per_token(self) -> float | None:
+        """Joules per generated token."""
+        return None if self.cost is None else self.cost.decode_j_per_token
+
     def figures(self) -> dict[str, float | None]:
         """Return what follows from the measurements, for readers of the JSON file."""
-        cost = self.cost
         return {
             "perplexity_ratio": self.perplexity_ratio,
-            "prefill_tokens_per_s": cost and cost.prefill_tokens_per_s,
-            "decode_tokens_per_s": cost and cost.decode_tokens_per_s,
-            "prefill_j_per_token": cost and cost.prefill_j_per_token,
-            "decode_j_per_token": cost and cost.decode_j_per_token,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "prefill_j_per_token": self.prefill_j_per_token,
+            "decode_j_per_token": self.decode_j_per_token,
             "time_ratio": self.time_ratio,
             "energy_ratio": self.energy_ratio,
             "score": self.score,
@@ -139,7 +158,7 @@ BUSY = 1.5
 
 def cells(row: ExportRow, fp32_bytes: int) -> dict[str, str]:
     """Return the cells of a format's line in the table, by column."""
-    cost, size = row.cost, row.packed_bytes or row.weight_bytes
+    size = row.packed_bytes or row.weight_bytes
     unpacked = "~" if row.packed_bytes else ""
     return {
         "format": row.format,
@@ -148,10 +167,10 @@ def cells(row: ExportRow, fp32_bytes: int) -> dict[str, str]:
         "bits": f"{row.bits_per_weight:.2f}",
         "loss": f"{row.test_loss:.4f}",
         "ppl": signed_percent(row.perplexity_ratio - 1),
-        "prefill": _number(cost and cost.prefill_tokens_per_s, ",.0f"),
-        "decode": _number(cost and cost.decode_tokens_per_s, ",.0f"),
-        "mJ/prompt": _number(cost and milli(cost.prefill_j_per_token), ".3g"),
-        "mJ/new": _number(cost and milli(cost.decode_j_per_token), ".3g"),
+        "prefill": _number(row.prefill_tokens_per_s, ",.0f"),
+        "decode": _number(row.decode_tokens_per_s, ",.0f"),
+        "mJ/prompt": _number(milli(row.prefill_j_per_token), ".3g"),
+        "mJ/new": _number(milli(row.decode_j_per_token), ".3g"),
         "score": _number(row.score, ".3f"),
     }
 

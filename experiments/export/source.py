@@ -67,7 +67,7 @@ def read_source(path: Path, text: tuple[str, ...] | None, sequence_length: int |
     run = _read(path / "config.json") if folder != path else {}
     summary = _read(path / "summary.json") if folder != path else {}
     loaded = load_saved(folder)
-    loaded.model.eval()
+    loaded.model.eval()  # type: ignore[no-untyped-call]
     sources = text if text is not None else tuple(run.get("text", RunConfig.text))
     length = sequence_length or int(run.get("sequence_length", RunConfig.sequence_length))
     limit = context_length(loaded.model.config)

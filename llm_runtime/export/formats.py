@@ -119,7 +119,7 @@ def format_fault(name: str, loaded: LoadedModel) -> str | None:
 
 def block_matrices(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     """Return the linear layers of the blocks by name: all but the output layer."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     return {name: module for name, module in found.items() if module is not head}
 
@@ -162,14 +162,14 @@ def load_format(name: str, folder: Path) -> PreTrainedModel:
     """Load what `write_format` wrote with plain transformers, to compute in float32."""
     file = {"gguf_file": GGUF_NAME} if FORMATS[name].kind == "gguf" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
-    return cast("PreTrainedModel", model.eval())
+    return cast("PreTrainedModel", model.eval())  # type: ignore[no-untyped-call]
 
 
 def packed_bytes(name: str, loaded: LoadedModel, bits_per_weight: float) -> int | None:
     """Return the bytes of a packed file, with the rest in bfloat16; `None` for formats whose file is packed."""
     if FORMATS[name].kind != "grid":
         return None
-    packed = sum(module.weight.numel() for module in block_matrices(loaded.model).values())  # type: ignore[union-attr]
+    packed = sum(module.weight.numel() for module in block_matrices(loaded.model).values())
     rest = sum(parameter.numel() for parameter in loaded.model.parameters()) - packed
     return round(packed * bits_per_weight / 8 + rest * SCALE_TYPE.itemsize)
 
@@ -203,12 +203,11 @@ def _product(shape: torch.Size) -> int:
 
 def _as_rows(module: nn.Linear | Conv1D) -> Tensor:
     """Return the weights with a row for each output; `Conv1D` keeps them the other way round."""
-    weight = cast("Tensor", module.weight)
-    return weight.T if isinstance(module, Conv1D) else weight
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def _set_rows(module: nn.Linear | Conv1D, rows: Tensor) -> None:
-    module.weight.data = (rows.T if isinstance(module, Conv1D) else rows).contiguous()  # type: ignore[union-attr]
+    module.weight.data = (rows.T if isinstance(module, Conv1D) else rows).contiguous()
 
 
 def _write_packed(model: PreTrainedModel, folder: Path, bits: int, group: int | None) -> float:
@@ -225,15 +224,16 @@ def _write_packed(model: PreTrainedModel, folder: Path, bits: int, group: int | 
     strategy: dict[str, Any] = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
     weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, dynamic=False, **strategy)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    ignored = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    ignored = [name for name, module in model.named_modules() if module is head]
     config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=ignored, format="pack-quantized")
     mean_bits = _mean_bits(model, partial(integer_bits_per_weight, bits, group))
     apply_quantization_config(model, config)
     for module in block_matrices(model).values():
         rounded = integer_codes(_as_rows(module), bits, group, SCALE_TYPE)
-        module.weight.data = rounded.weights()  # type: ignore[union-attr]
-        module.weight_scale.data = rounded.scales  # type: ignore[union-attr]
-        module.quantization_status = QuantizationStatus.FROZEN  # type: ignore[assignment]
+        module.weight.data = rounded.weights()
+        module.weight_scale.data = rounded.scales
+        module.quantization_status = QuantizationStatus.FROZEN
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.to(SCALE_TYPE).save_pretrained(folder)  # type: ignore[arg-type]

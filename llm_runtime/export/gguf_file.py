@@ -129,7 +129,7 @@ def _write_sizes(writer: Any, config: Any) -> None:
 
 def head_size(config: Any) -> int:
     """Return the columns of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _gguf_name(name: str) -> str:
