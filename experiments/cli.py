@@ -23,6 +23,7 @@ from trainpilot.experiments.options import (
     CompareOptions,
     DemoOptions,
     DoctorOptions,
+    ExportOptions,
     FitSweepOptions,
     InspectOptions,
     ReplayOptions,
@@ -36,11 +37,12 @@ Command = (
     | Annotated[CompareOptions, subcommand("compare")]
     | Annotated[CalibrateOptions, subcommand("calibrate")]
     | Annotated[FitSweepOptions, subcommand("fit-sweep")]
+    | Annotated[ExportOptions, subcommand("export")]
     | Annotated[DoctorOptions, subcommand("doctor")]
     | Annotated[InspectOptions, subcommand("inspect")]
 )
 
-COMMANDS = ("demo", "train-agent", "replay", "compare", "calibrate", "fit-sweep", "doctor", "inspect")
+COMMANDS = ("demo", "train-agent", "replay", "compare", "calibrate", "fit-sweep", "export", "doctor", "inspect")
 DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot demo`, then `trainpilot replay --help`."
 
 
@@ -86,6 +88,10 @@ def _run(options: object) -> None:
         from trainpilot.experiments.fit_sweep import fit_sweep
 
         fit_sweep(options, console)
+    elif isinstance(options, ExportOptions):
+        from trainpilot.experiments.export.command import export
+
+        export(options, console)
     elif isinstance(options, DoctorOptions):
         _doctor(options, console)
     elif isinstance(options, InspectOptions):

@@ -295,6 +295,45 @@ class InspectOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a trained model in smaller formats, and weigh each against the unquantised model.
+
+    Formats: bf16; int8 and int4 (compressed-tensors), int8-torchao; gguf-q8 and gguf-q4, for llama.cpp; pot, pot2 and
+    bcq, weights of powers of two and of binary codes, for their loss alone. One table: loss on the test split, bytes,
+    tokens/s of prefill and of decoding, joules per token with their source, and the score P^1.5 (aT + bE).
+
+    Try for instance:
+
+      trainpilot export runs/base --out exports/base
+      trainpilot export runs/base --format int4,gguf-q4 --out exports/base
+      trainpilot export my-llama --text docs/*.md --format gguf-q8 --out exports/my-llama
+    """
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished run, or a model folder that save_pretrained wrote."""
+    out: Path
+    """Folder for a folder per format, export.json, export.md and export.png. It must be new or an earlier export, which
+    is replaced."""
+    format: str = "all"
+    """Names with commas between them, or `all` for those that this model and this installation can have."""
+    text: tuple[str, ...] | None = None
+    """Text whose test split the loss is measured on; by default the run's, `stdlib` for a model folder."""
+    sequence_length: int | None = None
+    """Tokens per sequence of that text; by default the run's, 128 for a model folder."""
+    group_size: Literal[32, 64, 128] = 32
+    """Weights that share a scale in int4 and bcq, where that divides all rows; else fewer, or a whole row."""
+    prompt_tokens: int = 128
+    """Tokens of the prompt of the request that is timed."""
+    new_tokens: int = 64
+    """Tokens that it generates."""
+    speed: bool = True
+    """Measure tokens/s and joules too, a few seconds per format or as long as eight requests take."""
+    device: Device = RunConfig.device
+    threads: int = 0
+    """Threads of torch and llama.cpp; 0 takes all cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrateOptions:
     """Measure how a model of yours trains on this machine, and fit the simulator's physics to it.
 

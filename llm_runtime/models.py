@@ -54,6 +54,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Models trained from scratch on bytes: nano 0.1 to 0.2 M parameters, micro about 1 M, mini about 5 M."""
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -87,6 +89,28 @@ def load_model(name: str, seed: int) -> LoadedModel:
     """
     config = _config_from_scratch(name)
     return _from_pretrained(name) if config is None else _from_scratch(config, seed)
+
+
+def load_saved(folder: Path) -> LoadedModel:
+    """Return a model from the folder that `LoadedModel.save` or plain transformers wrote.
+
+    One without a tokenizer is taken for a model of bytes if its vocabulary is theirs.
+
+    Raises:
+        ValueError: the model cannot be loaded, is quantised already, or has no tokenizer.
+    """
+    config = _read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise ValueError(f"model: {folder} is quantised already; give the model that it was made from")
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return _from_pretrained(str(folder))
+    if config.get("vocab_size") != ByteTokenizer.vocabulary:
+        raise ValueError(f"model: {folder} has no tokenizer; save it there with tokenizer.save_pretrained")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except Exception as error:  # as below
+        raise ValueError(f"model: {folder} cannot be loaded ({type(error).__name__}: {_one_line(error)})") from error
+    return LoadedModel(model, ByteTokenizer(), pretrained=True)
 
 
 def _config_from_scratch(name: str) -> PretrainedConfig | None:
@@ -137,6 +161,10 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _read_config(path: Path) -> PretrainedConfig:
+    return _build_config(_read_json(path), str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -145,7 +173,7 @@ def _read_config(path: Path) -> PretrainedConfig:
         raise ValueError(f"model: {path} is not readable JSON: {error}") from error
     if not isinstance(content, dict) or "model_type" not in content:
         raise ValueError(f"model: {path} must be a transformers config with a 'model_type' (llama, gpt2, ...)")
-    return _build_config(content, str(path))
+    return content
 
 
 def _build_config(content: dict[str, Any], name: str) -> PretrainedConfig:

@@ -1,0 +1,1 @@
+"""Write trained models in smaller formats that other programs load, and measure how they run."""
