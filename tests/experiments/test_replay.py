@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,7 +39,7 @@ CONFIG = {
 }
 SUMMARY_KEYS = {
     "policy", "model", "n_parameters", "tokens", "initial_validation_loss", "final_validation_loss", "final_test_loss",
-    "time_s", "energy_j", "energy_source", "n_decisions", "diverged", "final_controls", "versions", "co2e_g",
+    "final_test_bits_per_byte", "bytes_per_token", "vocabulary", "time_s", "energy_j", "energy_source", "n_decisions", "diverged", "final_controls", "versions", "co2e_g",
     "grid_intensity_g_per_kwh", "device_hours",
 }  # fmt: skip
 
@@ -92,6 +93,22 @@ def test_a_replay_writes_what_it_promises(workplace: Path) -> None:
     assert sum(json.loads(line)["reward"]["quality"] for line in lines) == pytest.approx(1.0, abs=1e-6)
     assert "base schedule" in result.stdout
     assert oct((workplace / "run" / "summary.json").stat().st_mode & 0o777) == oct(0o666 & ~os.umask(os.umask(0o22)))
+
+
+def test_a_tokenizer_is_trained_for_a_vocabulary(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(command(workplace, "run", "--vocabulary", "280", decisions=2), monkeypatch) == 0
+    found = summary(workplace / "run")
+    assert found["vocabulary"] == 280
+    assert found["bytes_per_token"] > 1.5
+    bits_per_token = found["final_test_loss"] / math.log(2)
+    assert found["final_test_bits_per_byte"] == pytest.approx(bits_per_token / found["bytes_per_token"], rel=0.05)
+    assert "test loss, bits/byte" in capsys.readouterr().out
+    assert (workplace / "run" / "model" / "tokenizer.json").is_file()
+    assert run_here(command(workplace, "bytes", "--vocabulary", "1", decisions=2), monkeypatch) == 2
+    assert "vocabulary must be a whole number from 256" in capsys.readouterr().err
+    assert not (workplace / "bytes").exists()
 
 
 def test_the_pruned_model_loads_with_plain_transformers(workplace: Path) -> None:
