@@ -39,8 +39,8 @@ CONFIG = {
 }
 SUMMARY_KEYS = {
     "policy", "model", "n_parameters", "tokens", "initial_validation_loss", "final_validation_loss", "final_test_loss",
-    "final_test_bits_per_byte", "bytes_per_token", "vocabulary", "time_s", "energy_j", "energy_source", "n_decisions", "diverged", "final_controls", "versions", "co2e_g",
-    "grid_intensity_g_per_kwh", "device_hours",
+    "time_s", "energy_j", "energy_source", "n_decisions", "diverged", "final_controls", "versions", "co2e_g",
+    "grid_intensity_g_per_kwh", "device_hours", "final_test_bits_per_byte", "bytes_per_token", "vocabulary",
 }  # fmt: skip
 
 

@@ -301,7 +301,7 @@ def test_a_config_too_small_for_its_tokenizer(without_weights: Path) -> None:
 
 def test_a_damaged_tokenizer_without_weights(without_weights: Path) -> None:
     (without_weights / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="^model: the tokenizer in .* cannot be loaded") as raised:
+    with pytest.raises(ValueError, match=r"^model: the tokenizer in .* cannot be loaded") as raised:
         load_model(str(without_weights), seed=0)
     one_line(raised)
 
@@ -344,7 +344,7 @@ def test_a_vocabulary_needs_a_model_without_a_tokenizer(without_weights: Path, t
 
 
 def test_a_vocabulary_too_large_for_the_text(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^vocabulary must be at most .* got 4096; lower it") as raised:
+    with pytest.raises(ValueError, match=r"^vocabulary must be at most .* got 4096; lower it") as raised:
         live_run(case(tmp_path, vocabulary=4096))
     one_line(raised)
 
