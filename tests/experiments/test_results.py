@@ -25,6 +25,7 @@ from trainpilot.llm_runtime.config import RunConfig
 
 SPEC = RunSpec(config=CONFIG)
 OTHER: dict[str, Any] = {
+    "vocabulary": 2048,
     "tokens": 25_600,
     "batch_size": 4,
     "sequence_length": 8,
