@@ -142,11 +142,11 @@ class RunConfig(JsonRecord):
 
     model: str = "llama-nano"
     """A preset or config JSON (trained from scratch), a folder (fine-tuned if it holds weights) or a Hub id."""
+    text: tuple[str, ...] = ("stdlib",)
+    """`stdlib`, parts of it (`stdlib:asyncio,json`), `python-docs`, UTF-8 files, folders, globs, `hub:OWNER/NAME`."""
     vocabulary: int = BYTES
     """256 for bytes; more, up to 65,536, for a byte-level BPE tokenizer of that size, trained on the text's training
     split. Only for a model that is trained from scratch and whose folder holds no tokenizer."""
-    text: tuple[str, ...] = ("stdlib",)
-    """`stdlib`, parts of it (`stdlib:asyncio,json`), `python-docs`, UTF-8 files, folders, globs, `hub:OWNER/NAME`."""
     tokens: int = 1_000_000
     """Budget in tokens. Not read under a `budget` in seconds or joules: how many fit into it shows at its end."""
     budget: str | None = None
