@@ -32,7 +32,7 @@ Model = Annotated[
     str,
     tyro.conf.arg(
         help="Preset (llama-nano, llama-micro, llama-mini, gpt2-nano, gpt2-micro, phi-nano), config JSON, model folder "
-        "or Hub id."
+        "or Hub id. A folder without weights is trained from scratch, with the tokenizer that lies in it."
     ),
 ]
 Text = Annotated[
@@ -49,6 +49,13 @@ Tokens = Annotated[
         instance_from_str=lambda args: tokens_in(args[0]),
         is_instance=lambda value: value is None or isinstance(value, int),
         str_from_instance=lambda value: [str(value)],
+    ),
+]
+Vocabulary = Annotated[
+    int,
+    tyro.conf.arg(
+        help="256 for bytes; more, such as 2048, for a byte-level BPE tokenizer of that size, trained on the text's "
+        "training split. Only for models trained from scratch."
     ),
 ]
 SequenceLength = Annotated[int, tyro.conf.arg(help="Tokens per sequence.")]
@@ -82,6 +89,7 @@ class ReplayOptions:
     schedule. The first step with a run that is dear."""
     model: Model = RunConfig.model
     text: Text = RunConfig.text
+    vocabulary: Vocabulary = RunConfig.vocabulary
     tokens: Tokens = None
     """Budget in tokens, such as 500000 or 1M; a million without --budget."""
     budget: str | None = None
@@ -234,7 +242,7 @@ class CompareOptions:
     """
 
     cases: str = "quick"
-    """`quick`, `test` or `train`, which come with trainpilot, or a YAML or JSON file of your own."""
+    """`quick`, `test`, `large` or `train`, which come with trainpilot, or a YAML or JSON file of your own."""
     out: Path | None = None
     """Folder for report.html, three CSV files, JSON, runs/, costs/ and tensorboard/; runs/compare-CASES by default."""
     methods: str = "default"
@@ -352,6 +360,7 @@ class CalibrateOptions:
     """Folder for calibration.json, cost_table.json and runs/."""
     model: Model = RunConfig.model
     text: Text = RunConfig.text
+    vocabulary: Vocabulary = RunConfig.vocabulary
     tokens: int = 131_072
     """Budget of each run in tokens; one run takes twice as many."""
     batch_size: int = 8

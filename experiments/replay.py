@@ -49,6 +49,7 @@ def summarise(
     """Return the run's summary as JSON values; losses are in nats/token."""
     intervals = [record.telemetry for record in records]
     last = intervals[-1]
+    test_loss = None if last.diverged else run.test()
     summary: dict[str, Any] = {
         "policy": options.policy,
         "mode": options.mode,
@@ -57,13 +58,16 @@ def summarise(
         "pretrained": run.loaded.pretrained,
         "n_parameters": run.loaded.n_parameters,
         "text": list(options.text),
+        "vocabulary": run.corpus.vocabulary,
+        "bytes_per_token": run.corpus.bytes_per_token,
         "device": device_label(run.config),
         "tokens": last.tokens,
         "budget": run.config.budget,
         "budget_spent": run.spent,
         "initial_validation_loss": initial_loss,
         "final_validation_loss": None if last.diverged else run.validation_loss,
-        "final_test_loss": None if last.diverged else run.test(),
+        "final_test_loss": test_loss,
+        "final_test_bits_per_byte": None if test_loss is None else run.corpus.test_bits_per_byte(test_loss),
         "n_decisions": len(intervals),
         "n_changes": sum(before.requested != after.requested for before, after in pairwise(intervals)),
         "diverged": last.diverged,
@@ -140,6 +144,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]],
     rows = [
         ("validation loss, nats/token", _shown("final_validation_loss", "{:.4f}")),
         ("test loss, nats/token", _shown("final_test_loss", "{:.4f}")),
+        ("test loss, bits/byte", _shown("final_test_bits_per_byte", "{:.4f}")),
         ("tokens", _shown("tokens", "{:,}")),
         ("time, s", _shown("time_s", "{:.1f}")),
         (f"energy, J ({summary['energy_source'] or 'no meter'})", _shown("energy_j", "{:.1f}")),
@@ -172,7 +177,7 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     chosen = {"policy": options.policy, **used, "preference": str(preference), "probe": options.probe}
     if options.mode != ReplayOptions.mode:
         chosen["mode"] = options.mode  # folders of earlier versions do not have it
-    folder = RunFolder(options.out, {**asdict(config), **chosen, "text_and_model_digest": content_digest(config)})
+    folder = RunFolder(options.out, {**config.settings(), **chosen, "text_and_model_digest": content_digest(config)})
     if (summary := folder.summary()) is not None:
         console.print(f"[dim]{options.out} is already finished[/dim]", soft_wrap=True)
         print_summary(summary, console)

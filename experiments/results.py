@@ -182,8 +182,9 @@ class Row(JsonRecord):
 
 
 def cost_key(config: RunConfig) -> str:
-    """Return the key of a run's cost table, which depends on model and sequence length."""
-    return f"{config.model}, {config.sequence_length} tokens"
+    """Return the key of a run's cost table, which depends on model, vocabulary and sequence length."""
+    vocabulary = "" if config.vocabulary == RunConfig.vocabulary else f", vocabulary {config.vocabulary}"
+    return f"{config.model}, {config.sequence_length} tokens{vocabulary}"
 
 
 UNTUNED = "cosine"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args, overload
 
@@ -127,6 +127,8 @@ def batch_limits(start_batch_size: Any, interval_sequences: Any) -> tuple[Any, A
     return (smallest, largest) if isinstance(start_batch_size, np.ndarray) else (int(smallest), int(largest))
 
 
+BYTES, MAX_VOCABULARY = 256, 65_536
+
 OptimizerName = Literal["adamw", "schedule-free", "prodigy"]
 
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
@@ -136,12 +138,15 @@ OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 class RunConfig(JsonRecord):
     """One run, also called a case: one training of one model on one corpus under one budget."""
 
-    left_out_at_default: ClassVar[tuple[str, ...]] = ("budget", "warmup_share")
+    left_out_at_default: ClassVar[tuple[str, ...]] = ("vocabulary", "budget", "warmup_share")
 
     model: str = "llama-nano"
-    """A preset, a config JSON (trained from scratch), a local model folder or a Hub id (fine-tuned)."""
+    """A preset or config JSON (trained from scratch), a folder (fine-tuned if it holds weights) or a Hub id."""
     text: tuple[str, ...] = ("stdlib",)
     """`stdlib`, parts of it (`stdlib:asyncio,json`), `python-docs`, UTF-8 files, folders, globs, `hub:OWNER/NAME`."""
+    vocabulary: int = BYTES
+    """256 for bytes; more, up to 65,536, for a byte-level BPE tokenizer of that size, trained on the text's training
+    split. Only for a model that is trained from scratch and whose folder holds no tokenizer."""
     tokens: int = 1_000_000
     """Budget in tokens. Not read under a `budget` in seconds or joules: how many fit into it shows at its end."""
     budget: str | None = None
@@ -222,6 +227,11 @@ class RunConfig(JsonRecord):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        size = self.vocabulary
+        if not (isinstance(size, int) and BYTES <= size <= MAX_VOCABULARY):
+            raise ValueError(
+                f"vocabulary must be a whole number from {BYTES} (bytes) to {MAX_VOCABULARY:,}, got {size!r}"
+            )
 
     def _check_optimiser(self) -> None:
         for name in ("base_learning_rate", "gradient_clip"):
@@ -268,8 +278,8 @@ class RunConfig(JsonRecord):
 
     def settings(self) -> dict[str, Any]:
         """Return the fields as plain values; those that version 0.1 did not have only where they are set."""
-        newer = self.left_out_at_default
-        return {name: value for name, value in asdict(self).items() if name not in newer or value is not None}
+        newer = {each.name: each.default for each in fields(self) if each.name in self.left_out_at_default}
+        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     def start(self) -> Controls:
         """Return the controls that leave the base schedule untouched."""

@@ -43,7 +43,7 @@ from trainpilot.llm_runtime.energy.plausible import plausible_meter
 from trainpilot.llm_runtime.files import cache_dir, digest
 from trainpilot.llm_runtime.interval import StepRecord
 from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
-from trainpilot.llm_runtime.models import LoadedModel, body_parameters, context_length, load_model
+from trainpilot.llm_runtime.models import LoadedModel, body_parameters, context_length, load_model_of
 from trainpilot.llm_runtime.optimizer import averaged_weights
 from trainpilot.llm_runtime.precision import kept_step_seconds, lacking, masked_precisions, measured_on, synchronise
 from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices
@@ -273,7 +273,7 @@ class LiveRun:
         self.probing = probe and config.optimizer == "adamw"  # the last update is read from AdamW's buffers
         self.random_state = RandomState(self.device, config.seed)
         with self.random_state.apart():
-            self.loaded: LoadedModel = load_model(config.model, config.seed)
+            self.loaded: LoadedModel = load_model_of(config)
         _check_context(self.loaded, config)
         self.corpus: Corpus = load_corpus(config.text, self.loaded.tokenizer)
         self.stream = BatchStream(self.corpus.train, config.sequence_length, config.seed)

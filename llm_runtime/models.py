@@ -11,7 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.bpe import trained_tokenizer
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from trainpilot.llm_runtime.model_folder import holds_tokenizer, holds_weights
 
 _LLAMA = {
     "model_type": "llama",
@@ -52,9 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0,
     },
 }
-"""Models trained from scratch on bytes: nano 0.1 to 0.2 M parameters, micro about 1 M, mini about 5 M."""
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""Models trained from scratch: on bytes, nano has 0.1 to 0.2 M parameters, micro about 1 M, mini about 5 M."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class LoadedModel:
 def load_model(name: str, seed: int) -> LoadedModel:
     """Return a model: a preset, a config JSON or folder with new weights, or a model folder or Hub id with its weights.
 
+    A folder without weights brings its tokenizer, if it holds one; other models with new weights read bytes.
+
     Args:
         name: Name of a preset, path of a config or of a model folder, or Hub id.
         seed: Seed of the new weights.
@@ -87,8 +90,10 @@ def load_model(name: str, seed: int) -> LoadedModel:
     Raises:
         ValueError: there is no such model, the config is wrong, or the Hub cannot be reached.
     """
-    config = _config_from_scratch(name)
-    return _from_pretrained(name) if config is None else _from_scratch(config, seed)
+    blueprint = _blueprint(name)
+    if blueprint is None:
+        return _from_pretrained(name)
+    return blueprint.build(seed, blueprint.tokenizer or ByteTokenizer())
 
 
 def load_saved(folder: Path) -> LoadedModel:
@@ -99,10 +104,10 @@ def load_saved(folder: Path) -> LoadedModel:
     Raises:
         ValueError: the model cannot be loaded, is quantised already, or has no tokenizer.
     """
-    config = _read_json(folder / "config.json")
+    config = _read_config(folder / "config.json")
     if "quantization_config" in config:
         raise ValueError(f"model: {folder} is quantised already; give the model that it was made from")
-    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if holds_tokenizer(folder):
         return _from_pretrained(str(folder))
     if config.get("vocab_size") != ByteTokenizer.vocabulary:
         raise ValueError(f"model: {folder} has no tokenizer; save it there with tokenizer.save_pretrained")
@@ -113,15 +118,32 @@ def load_saved(folder: Path) -> LoadedModel:
     return LoadedModel(model, ByteTokenizer(), pretrained=True)
 
 
-def _config_from_scratch(name: str) -> PretrainedConfig | None:
-    """Return the config of a model that gets new weights; `None` for one that comes with its weights."""
+def load_model_of(config: RunConfig) -> LoadedModel:
+    """Return the model of a run; with a `vocabulary` beyond bytes, its tokenizer is trained on the run's text.
+
+    Raises:
+        ValueError: as `load_model`; the text cannot be read, or is too short for the vocabulary.
+    """
+    if config.vocabulary == ByteTokenizer.vocabulary:
+        return load_model(config.model, config.seed)
+    blueprint = _blueprint(config.model)
+    if blueprint is None or blueprint.tokenizer is not None:
+        raise ValueError(
+            f"vocabulary must be left out for {config.model!r}, as only a preset, a config JSON or a folder with "
+            f"neither weights nor tokenizer gets a new tokenizer, got {config.vocabulary}"
+        )
+    return blueprint.build(config.seed, trained_tokenizer(config.text, config.vocabulary))
+
+
+def _blueprint(name: str) -> _Blueprint | None:
+    """Return what a model that gets new weights is built from; `None` for one that comes with its weights."""
     if name in PRESETS:
-        return _build_config(PRESETS[name], name)
+        return _Blueprint(name, PRESETS[name])
     path = Path(name)
     if path.suffix == ".json":
-        return _read_config(path)
-    if path.is_dir() and not _has_weights(path):
-        return _read_config(path / "config.json")
+        return _Blueprint(name, _read_config(path))
+    if path.is_dir() and not holds_weights(path):
+        return _Blueprint(name, _read_config(path / "config.json"), _tokenizer_in(path))
     return None
 
 
@@ -140,9 +162,10 @@ def body_parameters_of(name: str) -> int | None:
     Raises:
         ValueError: there is no such model, or the config is wrong.
     """
-    config = _config_from_scratch(name)
-    if config is None:
+    blueprint = _blueprint(name)
+    if blueprint is None:
         return None
+    config = blueprint.config(blueprint.tokenizer or ByteTokenizer())
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
@@ -156,15 +179,16 @@ def context_length(config: PretrainedConfig) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+def _tokenizer_in(folder: Path) -> PretrainedTokenizer | None:
+    if not holds_tokenizer(folder):
+        return None
+    try:
+        return PretrainedTokenizer(AutoTokenizer.from_pretrained(folder))
+    except Exception as error:  # transformers raises many kinds for a damaged tokenizer
+        raise ValueError(f"model: the tokenizer in {folder} cannot be loaded: {_one_line(error)}") from error
 
 
-def _read_config(path: Path) -> PretrainedConfig:
-    return _build_config(_read_json(path), str(path))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -176,28 +200,56 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _build_config(content: dict[str, Any], name: str) -> PretrainedConfig:
-    """Make the config of a model trained from scratch on bytes: its vocabulary is always 256."""
-    options = {key: value for key, value in content.items() if key != "model_type"}
-    options |= {"vocab_size": ByteTokenizer.vocabulary}
-    options |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    try:
-        return AutoConfig.for_model(content["model_type"], **options)
-    except Exception as error:  # transformers raises many kinds for a wrong config
-        raise ValueError(f"model: {name} is not a usable config: {_one_line(error)}") from error
+@dataclass(frozen=True)
+class _Blueprint:
+    """What a model with new weights is built from."""
+
+    name: str
+    content: dict[str, Any]
+    """Fields of a transformers config."""
+    tokenizer: PretrainedTokenizer | None = None
+    """The tokenizer that comes with the config."""
+
+    def config(self, tokenizer: Tokenizer) -> PretrainedConfig:
+        """Return the config for a tokenizer, from which vocabulary and special ids come.
+
+        Beside a tokenizer of its own, the config's vocabulary and ids stay as far as it states them.
+        """
+        stated = {key: value for key, value in self.content.items() if key != "model_type"}
+        of_tokenizer = {"vocab_size": tokenizer.vocabulary, **_special_ids(tokenizer)}
+        options = stated | of_tokenizer if self.tokenizer is None else of_tokenizer | stated
+        try:
+            config = AutoConfig.for_model(self.content["model_type"], **options)
+        except Exception as error:  # transformers raises many kinds for a wrong config
+            raise ValueError(f"model: {self.name} is not a usable config: {_one_line(error)}") from error
+        size = getattr(config, "vocab_size", None)
+        if size is not None and size < tokenizer.vocabulary:
+            raise ValueError(
+                f"model: vocab_size in {self.name} must be at least {tokenizer.vocabulary}, the vocabulary of its "
+                f"tokenizer, got {size}; correct it or leave it out"
+            )
+        return config
+
+    def build(self, seed: int, tokenizer: Tokenizer) -> LoadedModel:
+        """Return the model for a tokenizer, with new weights."""
+        config = self.config(tokenizer)
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long))  # some sizes only show here that they do not divide
+        except Exception as error:  # sizes that do not divide, architectures without a causal head, ...
+            raise ValueError(f"model: no causal model can be built from this config: {_one_line(error)}") from error
+        finally:
+            torch.set_rng_state(state)
+        return LoadedModel(model, tokenizer, pretrained=False)
 
 
-def _from_scratch(config: PretrainedConfig, seed: int) -> LoadedModel:
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-        model(input_ids=torch.zeros((1, 2), dtype=torch.long))  # some sizes only show here that they do not divide
-    except Exception as error:  # sizes that do not divide, architectures without a causal head, ...
-        raise ValueError(f"model: no causal model can be built from this config: {_one_line(error)}") from error
-    finally:
-        torch.set_rng_state(state)
-    return LoadedModel(model, ByteTokenizer(), pretrained=False)
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Return the ids that a config states. None is for padding: its embedding would not be trained."""
+    own = tokenizer.tokenizer if isinstance(tokenizer, PretrainedTokenizer) else None
+    begin, end = (own.bos_token_id, own.eos_token_id) if own is not None else (None, None)
+    return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
 
 
 def _from_pretrained(name: str) -> LoadedModel:

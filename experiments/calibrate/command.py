@@ -199,6 +199,8 @@ def _prunes(base: RunConfig, console: Console) -> bool:
 def _cost_table(base: RunConfig, precisions: Sequence[Precision], prunes: bool, content: str, path: Path) -> CostTable:
     """Return the cost table, from its file if it was measured for the same settings before."""
     asked = [content, base.model, base.sequence_length, base.batch_size, base.device, list(precisions), prunes]
+    if base.vocabulary != RunConfig.vocabulary:  # version 0.1 asked for bytes alone
+        asked.append(base.vocabulary)
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["asked"] == asked:

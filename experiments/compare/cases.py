@@ -58,7 +58,7 @@ class CaseSet:
 
 
 def load_cases(name: str) -> tuple[Case, ...]:
-    """Read a shipped set of cases (`train`, `test`, `quick`), or a YAML or JSON file.
+    """Read a shipped set of cases (`train`, `test`, `quick`, `large`), or a YAML or JSON file.
 
     A model config that is written out in the file is stored in the cache folder, and the run's model is that file.
     Paths are relative to the current folder.

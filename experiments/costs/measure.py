@@ -23,7 +23,7 @@ from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.live_run import LiveRun, Trainer, resolve_device
-from trainpilot.llm_runtime.models import load_model
+from trainpilot.llm_runtime.models import load_model_of
 from trainpilot.llm_runtime.precision import device_name, lacking, synchronise
 from trainpilot.llm_runtime.process import threads_in_use
 from trainpilot.llm_runtime.schedules import MASK_UPDATES, PROBE_PASSES
@@ -84,7 +84,7 @@ class CostBench:
             yield from self._narrow_rows(trainer) if pruning == "width" else self._masked(trainer, pruning)
 
     def _trainer(self, config: RunConfig) -> Trainer:
-        return Trainer(load_model(config.model, config.seed).model, config, self.device)
+        return Trainer(load_model_of(config).model, config, self.device)
 
     def _rows(self, trainer: Trainer, removed: float) -> Iterator[tuple[TimedSetting, Pass]]:
         for batch_size in self.batch_sizes:

@@ -374,9 +374,13 @@ def _described_case(data: ReportData, case: Case) -> Line:
             Cell(text=str(config.sequence_length)),
             Cell(text=rate(config.base_learning_rate)),
             dash("there is none") if target is None else Cell(text=nats(target)),
-            Cell(text=", ".join(config.text)),
+            Cell(text=", ".join(config.text) + _vocabulary(config)),
         ),
     )
+
+
+def _vocabulary(config: RunConfig) -> str:
+    return "" if config.vocabulary == RunConfig.vocabulary else f" (BPE, vocabulary {config.vocabulary:,})"
 
 
 def sweep_table(data: ReportData) -> Table | None:

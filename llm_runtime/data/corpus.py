@@ -69,7 +69,7 @@ class ByteTokenizer:
 
 
 class PretrainedTokenizer:
-    """The tokenizer that belongs to a pretrained model, from transformers.
+    """A tokenizer of transformers: that of a model's folder or Hub id, or one that `bpe` trained.
 
     Special tokens are neither added nor read from the text; the end-of-sequence id, if there is one, goes
     between documents.
@@ -126,11 +126,21 @@ class Corpus:
     """Hash of the content and of the tokenizer."""
     n_bytes: int
     """Size of the whole text as UTF-8, in bytes."""
+    n_test_bytes: int
+    """The same of the text that went into `test`."""
 
     @property
     def bytes_per_token(self) -> float:
         """Mean length of a token over the whole text, in bytes."""
         return self.n_bytes / (len(self.train) + len(self.validation) + len(self.test))
+
+    def test_bits_per_byte(self, loss: float) -> float:
+        """Return a loss on the test split in bits/byte, which compares models with different tokenizers.
+
+        Args:
+            loss: In nats/token.
+        """
+        return loss / math.log(2) * len(self.test) / self.n_test_bytes
 
 
 def load_corpus(sources: Sequence[str], tokenizer: Tokenizer, *, cache: Path | None = None) -> Corpus:
@@ -148,18 +158,48 @@ def load_corpus(sources: Sequence[str], tokenizer: Tokenizer, *, cache: Path | N
         ValueError: a source cannot be read, or the text is too short to split.
     """
     named = [sources] if isinstance(sources, str) else list(sources)
-    blocks = _blocks(DOCUMENT_END.join(read_documents(named)))
-    encoded = [block.encode("utf-8") for block in blocks]
-    digests = [files.digest(block, 16) for block in encoded]
-    key = files.digest("\n".join([CACHE_FORMAT, tokenizer.fingerprint, *digests]), 16)
+    text = SplitText.read(named)
+    key = files.digest("\n".join([CACHE_FORMAT, tokenizer.fingerprint, *text.digests]), 16)
     folder = (cache or files.cache_dir() / "tokens") / key
     dtype = np.min_scalar_type(tokenizer.vocabulary - 1)
-    tokens = _read_cache(folder, dtype) or _build(folder, dtype, blocks, split_blocks(digests), tokenizer)
-    n_bytes = sum(map(len, encoded))
-    return Corpus(name=", ".join(named), **tokens, vocabulary=tokenizer.vocabulary, key=key, n_bytes=n_bytes)
+    tokens = _read_cache(folder, dtype) or _build(folder, dtype, text, tokenizer)
+    return Corpus(
+        name=", ".join(named),
+        **tokens,
+        vocabulary=tokenizer.vocabulary,
+        key=key,
+        n_bytes=sum(map(text.n_bytes, SPLITS)),
+        n_test_bytes=text.n_bytes("test"),
+    )
 
 
 # Splits -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SplitText:
+    """A text as blocks, each of which belongs to one split."""
+
+    blocks: tuple[str, ...]
+    digests: tuple[str, ...]
+    """Of the blocks as UTF-8."""
+    names: tuple[str, ...]
+    """The split of each block."""
+
+    @classmethod
+    def read(cls, sources: Sequence[str]) -> SplitText:
+        """Read and split `sources`. Raises `ValueError` if one cannot be read or the text is too short to split."""
+        blocks = _blocks(DOCUMENT_END.join(read_documents(sources)))
+        digests = [files.digest(block.encode("utf-8"), 16) for block in blocks]
+        return cls(tuple(blocks), tuple(digests), tuple(split_blocks(digests)))
+
+    def of(self, split: str) -> str:
+        """Return the text of a split; `DOCUMENT_END` stands between two documents."""
+        return "".join(block for block, name in zip(self.blocks, self.names, strict=True) if name == split)
+
+    def n_bytes(self, split: str) -> int:
+        """Return the size of a split as UTF-8, in bytes."""
+        return len(self.of(split).encode("utf-8"))
 
 
 def _blocks(text: str) -> list[str]:
@@ -194,14 +234,9 @@ def split_blocks(digests: Sequence[str]) -> list[str]:
 # Cache ------------------------------------------------------------------------------------------------------
 
 
-def _build(
-    folder: Path, dtype: np.dtype[Any], blocks: list[str], names: list[str], tokenizer: Tokenizer
-) -> dict[str, Tokens]:
+def _build(folder: Path, dtype: np.dtype[Any], text: SplitText, tokenizer: Tokenizer) -> dict[str, Tokens]:
     """Tokenise the splits and write them to the cache; if that fails they stay in memory."""
-    tokens: dict[str, Tokens] = {}
-    for split in SPLITS:
-        text = "".join(block for block, name in zip(blocks, names, strict=True) if name == split)
-        tokens[split] = tokenizer.encode(text).astype(dtype)
+    tokens: dict[str, Tokens] = {split: tokenizer.encode(text.of(split)).astype(dtype) for split in SPLITS}
     if (cached := _read_cache(folder, dtype)) is not None:  # another process was faster
         return cached
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.model_folder import holds_tokenizer, holds_weights
 
 DOCUMENT_END = "\0"
 """Separates two documents; a file that contains it is not accepted as text, so no document does."""
@@ -235,7 +236,11 @@ def content_digest(config: RunConfig) -> str:
 def _model_content(path: Path) -> bytes:
     if path.is_file():
         return _content(path) if path.suffix == ".json" else _label(path)
-    return b"".join(_label(file) for file in sorted(path.iterdir()) if file.is_file()) if path.is_dir() else b""
+    if not path.is_dir():
+        return b""
+    # Up to version 0.2 a tokenizer without weights was not used: results of then are not those of now.
+    mark = b"with its tokenizer" if holds_tokenizer(path) and not holds_weights(path) else b""
+    return b"".join(_label(file) for file in sorted(path.iterdir()) if file.is_file()) + mark
 
 
 def _content(file: Path) -> bytes:

@@ -50,6 +50,12 @@ def test_live_stage_of_the_default_recipe_has_its_cases_and_schedule() -> None:
     assert {case.base_learning_rate for case in recipe.reference_cases()} == {3e-3}
 
 
+def test_live_cases_take_vocabularies(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("common: {vocabulary: 1024}\nvary: {vocabulary: [2048, 4096]}\nppo: {total_decisions: 10}\n")
+    assert [case.vocabulary for case in load_recipe(str(path)).live_cases()] == [2048, 4096]
+
+
 def test_changes_reach_the_simulator_stage() -> None:
     recipe = load_recipe("default", ["simulator.hide=[curvature]", "simulator.seeds=3"])
     assert recipe.simulator is not None

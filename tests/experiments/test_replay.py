@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -40,7 +41,7 @@ CONFIG = {
 SUMMARY_KEYS = {
     "policy", "model", "n_parameters", "tokens", "initial_validation_loss", "final_validation_loss", "final_test_loss",
     "time_s", "energy_j", "energy_source", "n_decisions", "diverged", "final_controls", "versions", "co2e_g",
-    "grid_intensity_g_per_kwh", "device_hours",
+    "grid_intensity_g_per_kwh", "device_hours", "final_test_bits_per_byte", "bytes_per_token", "vocabulary",
 }  # fmt: skip
 
 
@@ -127,6 +128,22 @@ def test_advice_changes_nothing_and_is_written_beside_the_run(
     assert "choices that were advised" in screen.getvalue()
     assert "only advised" in screen.getvalue()
     assert run_here(command(workplace, "advised", *policy, *same), monkeypatch) == 2, "another mode is another run"
+
+
+def test_a_tokenizer_is_trained_for_a_vocabulary(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(command(workplace, "run", "--vocabulary", "280", decisions=2), monkeypatch) == 0
+    found = summary(workplace / "run")
+    assert found["vocabulary"] == 280
+    assert found["bytes_per_token"] > 1.5
+    bits_per_token = found["final_test_loss"] / math.log(2)
+    assert found["final_test_bits_per_byte"] == pytest.approx(bits_per_token / found["bytes_per_token"], rel=0.05)
+    assert "test loss, bits/byte" in capsys.readouterr().out
+    assert (workplace / "run" / "model" / "tokenizer.json").is_file()
+    assert run_here(command(workplace, "bytes", "--vocabulary", "1", decisions=2), monkeypatch) == 2
+    assert "vocabulary must be a whole number from 256" in capsys.readouterr().err
+    assert not (workplace / "bytes").exists()
 
 
 def test_the_pruned_model_loads_with_plain_transformers(workplace: Path) -> None:

@@ -25,6 +25,7 @@ from trainpilot.llm_runtime.config import RunConfig
 
 SPEC = RunSpec(config=CONFIG)
 OTHER: dict[str, Any] = {
+    "vocabulary": 2048,
     "tokens": 25_600,
     "batch_size": 4,
     "sequence_length": 8,
@@ -109,6 +110,11 @@ def test_a_cost_table_belongs_to_a_model_and_a_sequence_length() -> None:
     assert cost_key(CONFIG) == "llama-nano, 16 tokens"
     assert cost_key(replace(CONFIG, batch_size=4, seed=3, precision="bf16")) == cost_key(CONFIG)
     assert cost_key(replace(CONFIG, sequence_length=8)) != cost_key(CONFIG)
+    assert cost_key(replace(CONFIG, vocabulary=2048)) == "llama-nano, 16 tokens, vocabulary 2048"
+
+
+def test_a_vocabulary_is_another_run() -> None:
+    assert RunSpec(config=replace(CONFIG, vocabulary=2048)).key("content") != RunSpec(config=CONFIG).key("content")
 
 
 # JSON

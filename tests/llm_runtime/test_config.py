@@ -46,6 +46,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("warmup_tokens", -1, "warmup_tokens must be in [0, tokens), got -1"),
     ("warmup_share", 1.0, "warmup_share must be in [0, 1), got 1.0"),
     ("warmup_share", math.nan, "warmup_share must be in [0, 1), got nan"),
+    ("vocabulary", 255, "vocabulary must be a whole number from 256 (bytes) to 65,536, got 255"),
+    ("vocabulary", 65_537, "vocabulary must be a whole number from 256 (bytes) to 65,536, got 65537"),
+    ("vocabulary", 2e3, "vocabulary must be a whole number from 256 (bytes) to 65,536, got 2000.0"),
     ("budget", "0s", "budget must be above 0, got 0s"),
     ("budget", "1M", "budget must be in seconds or joules, got '1M'; give tokens=1000000"),
     ("warmup_tokens", 1_000_000, "warmup_tokens must be in [0, tokens), got 1000000"),
@@ -95,9 +98,10 @@ def test_warm_up_is_given_once_and_as_a_share_of_seconds(settings: dict[str, Any
 
 
 def test_newer_fields_are_written_only_where_they_are_set() -> None:
-    assert not {"budget", "warmup_share"} & {*RunConfig().to_json(), *RunConfig().settings()}
-    config = RunConfig(budget="9s", warmup_share=0.1)
+    assert not {"vocabulary", "budget", "warmup_share"} & {*RunConfig().to_json(), *RunConfig().settings()}
+    config = RunConfig(budget="9s", warmup_share=0.1, vocabulary=2048)
     assert config.to_json()["budget"] == config.settings()["budget"] == "9s"
+    assert config.to_json()["vocabulary"] == config.settings()["vocabulary"] == 2048
     assert RunConfig.from_json(config.to_json()) == config
     assert RunConfig.from_json(RunConfig().to_json()) == RunConfig()
 

@@ -12,10 +12,24 @@ import pytest
 import torch
 from live_runs import GPT2, LLAMA, advance, case, live_run, text_by_rule
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer
-from trainpilot.llm_runtime.models import PRESETS, LoadedModel, context_length, load_model
+from trainpilot.llm_runtime.data.text_sources import content_digest
+from trainpilot.llm_runtime.models import (
+    PRESETS,
+    LoadedModel,
+    body_parameters,
+    body_parameters_of,
+    context_length,
+    load_model,
+)
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -242,6 +256,97 @@ def test_from_scratch_saves_without_a_tokenizer(tmp_path: Path) -> None:
 def test_sixteen_bit_weights_are_widened(saved: Path) -> None:
     AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16).save_pretrained(saved)
     assert {p.dtype for p in load_model(str(saved), seed=0).model.parameters()} == {torch.float32}
+
+
+# From scratch with a tokenizer ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_weights(saved: Path) -> Path:
+    """Return the folder with its tokenizer of 300 ids and its config, but without weights."""
+    (saved / "model.safetensors").unlink()
+    return saved
+
+
+def state_vocabulary(folder: Path, size: int | None) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("vocab_size")
+    (folder / "config.json").write_text(json.dumps(config if size is None else config | {"vocab_size": size}))
+
+
+def test_a_folder_without_weights_is_trained_with_its_tokenizer(without_weights: Path, tmp_path: Path) -> None:
+    run = live_run(case(tmp_path, str(without_weights)))
+
+    assert not run.loaded.pretrained
+    assert isinstance(run.loaded.tokenizer, PretrainedTokenizer)
+    assert run.corpus.vocabulary == run.loaded.model.config.vocab_size == 300
+    assert run.corpus.bytes_per_token > 2
+    assert advance(run).train_loss == pytest.approx(math.log(300), rel=0.5)
+    assert body_parameters_of(str(without_weights)) == body_parameters(run.loaded.model)
+
+
+@pytest.mark.parametrize(("stated", "used"), [(None, 300), (320, 320)])
+def test_the_config_of_such_a_folder_may_have_room(without_weights: Path, stated: int | None, used: int) -> None:
+    state_vocabulary(without_weights, stated)
+
+    assert load_model(str(without_weights), seed=0).model.get_input_embeddings().weight.shape[0] == used
+
+
+def test_a_config_too_small_for_its_tokenizer(without_weights: Path) -> None:
+    state_vocabulary(without_weights, 299)
+    with pytest.raises(ValueError, match=r"^model: vocab_size in .* must be at least 300, .*, got 299; ") as raised:
+        load_model(str(without_weights), seed=0)
+    one_line(raised)
+
+
+def test_a_damaged_tokenizer_without_weights(without_weights: Path) -> None:
+    (without_weights / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^model: the tokenizer in .* cannot be loaded") as raised:
+        load_model(str(without_weights), seed=0)
+    one_line(raised)
+
+
+def test_a_tokenizer_counts_in_the_digest_where_it_is_newly_used(without_weights: Path, tmp_path: Path) -> None:
+    config = case(tmp_path, str(without_weights))
+    with_tokenizer = content_digest(config)
+    for file in without_weights.glob("tokenizer*"):
+        file.rename(file.with_suffix(".old"))
+    without = content_digest(config)
+
+    assert with_tokenizer != without
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_trained_tokenizer_is_saved_with_its_model(model: dict[str, Any], tmp_path: Path) -> None:
+    run = live_run(case(tmp_path, model | {"vocab_size": 9}, vocabulary=300))  # a config's own size does not count
+    telemetry = advance(run)
+    run.save(tmp_path / "saved")
+
+    assert run.corpus.vocabulary == run.loaded.model.config.vocab_size == 300
+    assert telemetry.train_loss == pytest.approx(math.log(300), rel=0.2)
+    # A test loss of ln 2 nats/token is one bit per token.
+    assert run.corpus.test_bits_per_byte(math.log(2)) == pytest.approx(len(run.corpus.test) / run.corpus.n_test_bytes)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = tokenizer("the pilot reads", return_tensors="pt")
+    written = plain.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(written[0]).startswith("the pilot reads")
+    assert plain.generation_config.eos_token_id == tokenizer.eos_token_id == 0
+    again = live_run(case(tmp_path, str(tmp_path / "saved")))
+    assert again.corpus.key == run.corpus.key
+
+
+def test_a_vocabulary_needs_a_model_without_a_tokenizer(without_weights: Path, tmp_path: Path) -> None:
+    for name in (str(without_weights), "owner/name"):
+        with pytest.raises(ValueError, match=rf"^vocabulary must be left out for '{name}', .*, got 300$") as raised:
+            live_run(case(tmp_path, name, vocabulary=300))
+        one_line(raised)
+
+
+def test_a_vocabulary_too_large_for_the_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^vocabulary must be at most .* got 4096; lower it") as raised:
+        live_run(case(tmp_path, vocabulary=4096))
+    one_line(raised)
 
 
 def test_folder_without_its_tokenizer(saved: Path) -> None:

@@ -37,11 +37,13 @@ from trainpilot.experiments.compare.cases import (
 )
 from trainpilot.experiments.results import Case
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.bpe import trained_tokenizer
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, load_corpus
 from trainpilot.llm_runtime.data.text_sources import content_digest
-from trainpilot.llm_runtime.models import PRESETS, load_model
+from trainpilot.llm_runtime.models import PRESETS, body_parameters_of, load_model
 
-SETS = ("train", "test", "quick")
+SETS = ("train", "test", "quick", "large")
+JUDGED = ("test", "quick", "large")
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 Write = Callable[[Any], str]
@@ -79,14 +81,34 @@ def test_the_test_set_has_eight_cases_of_five_architectures() -> None:
     assert {case.config.seed for case in cases} == {0}
 
 
-@pytest.mark.parametrize("judged", ["test", "quick"])
+def test_the_large_set_has_three_architectures_of_one_to_five_million_weights() -> None:
+    cases = load_cases("large")
+
+    assert {case.architecture for case in cases} >= {"gpt_neox", "gpt2", "llama"}
+    for case in cases:
+        n_parameters = body_parameters_of(case.config.model)
+        assert n_parameters is not None
+        assert 1_000_000 < n_parameters < 5_000_000
+        assert 1024 <= case.config.vocabulary <= 4096
+        assert case.config.tokens >= 3_000_000
+    assert any("python-docs" in case.config.text for case in cases)
+
+
+def test_the_large_set_reads_its_texts_a_few_times() -> None:
+    for case in load_cases("large"):
+        tokenizer = trained_tokenizer(case.config.text, case.config.vocabulary)
+        epochs = case.config.tokens / len(load_corpus(case.config.text, tokenizer).train)
+        assert 3 < epochs < 7
+
+
+@pytest.mark.parametrize("judged", JUDGED)
 def test_training_cases_share_no_document_with_judged_ones(judged: str) -> None:
     for trained, held_out in product(_different(load_cases("train")), _different(load_cases(judged))):
         shared = text_digests(trained) & text_digests(held_out)
         assert not shared, f"{trained.config.text} and {held_out.config.text} share {len(shared)} documents"
 
 
-@pytest.mark.parametrize("judged", ["test", "quick"])
+@pytest.mark.parametrize("judged", JUDGED)
 def test_training_cases_share_no_model_with_judged_ones(judged: str) -> None:
     assert not _model_configs("train") & _model_configs(judged)
 
@@ -111,11 +133,11 @@ def test_models_are_small_and_drop_nothing_out(name: str) -> None:
         config = loaded.model.config.to_dict()
         drops = {key: rate for key, rate in config.items() if "drop" in key or key.endswith("pdrop")}
         unused = {"summary_first_dropout", "classifier_dropout"}  # of heads that a language model does not have
-        assert 50_000 < loaded.n_parameters < 400_000
+        assert 50_000 < loaded.n_parameters < (400_000 if name != "large" else 5_000_000)
         assert {key: rate for key, rate in drops.items() if rate and key not in unused} == {}
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", ["train", "test", "quick"])
 def test_a_run_sees_its_text_at_most_once(name: str) -> None:
     for case in _different(load_cases(name)):
         assert len(load_corpus(case.config.text, ByteTokenizer()).train) >= case.config.tokens
@@ -135,7 +157,7 @@ def _model_configs(name: str) -> set[str]:
 
 
 def test_a_case_takes_common_fields_unless_it_has_its_own(write: Write) -> None:
-    common = {"tokens": 200_000, "text": "a.txt", "base_learning_rate": "3e-4"}
+    common = {"tokens": 200_000, "text": "a.txt", "base_learning_rate": "3e-4", "vocabulary": 2048}
     cases = [{"name": "first"}, {"name": "second.2", "text": ["b.txt", "c"], "tokens": 300_000, "target_loss": 2.5}]
     first, second = load_cases(write({"common": common, "cases": cases}))
 
@@ -147,6 +169,7 @@ def test_a_case_takes_common_fields_unless_it_has_its_own(write: Write) -> None:
     )
     assert (second.name, second.config.tokens, second.config.text) == ("second.2", 300_000, ("b.txt", "c"))
     assert second.target_loss == 2.5
+    assert first.config.vocabulary == second.config.vocabulary == 2048
     assert second.config.base_learning_rate == pytest.approx(3e-4)
 
 
@@ -239,7 +262,9 @@ def test_a_fault_is_one_line_that_names_file_case_and_field(write: Write, conten
 
 
 def test_no_such_set() -> None:
-    with pytest.raises(ValueError, match=r"^cases must be one of quick, test, train or a YAML file, got 'nope'$"):
+    with pytest.raises(
+        ValueError, match=r"^cases must be one of large, quick, test, train or a YAML file, got 'nope'$"
+    ):
         load_cases("nope")
 
 
