@@ -216,7 +216,7 @@ class _Blueprint:
         Beside a tokenizer of its own, the config's vocabulary and ids stay as far as it states them.
         """
         stated = {key: value for key, value in self.content.items() if key != "model_type"}
-        of_tokenizer = {"vocab_size": tokenizer.vocabulary, **_special_ids(tokenizer)}
+        of_tokenizer: dict[str, Any] = {"vocab_size": tokenizer.vocabulary, **_special_ids(tokenizer)}
         options = stated | of_tokenizer if self.tokenizer is None else of_tokenizer | stated
         try:
             config = AutoConfig.for_model(self.content["model_type"], **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live_runs import text_by_rule
@@ -28,7 +29,8 @@ def text_file(tmp_path: Path) -> str:
 
 
 def rules(tokenizer: PretrainedTokenizer) -> str:
-    text: str = tokenizer.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    backend: Any = tokenizer.tokenizer
+    text: str = backend.backend_tokenizer.to_str()
     return text
 
 
@@ -62,7 +64,12 @@ def test_one_text_gives_one_tokenizer_whatever_the_threads(
 def test_it_is_trained_on_the_training_split_alone(text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     train = bpe._train
-    monkeypatch.setattr(bpe, "_train", lambda text, vocabulary: seen.append(text) or train(text, vocabulary))
+
+    def watched(text: str, vocabulary: int) -> Any:
+        seen.append(text)
+        return train(text, vocabulary)
+
+    monkeypatch.setattr(bpe, "_train", watched)
     trained_tokenizer([text_file], 300)
 
     splits = load_corpus([text_file], ByteTokenizer())
