@@ -7,9 +7,9 @@ search; the best setting is judged with other seeds, at the whole and at half of
 and 10 times the tuned learning rate (`--starts`) at the case's own batch, within guardrails, and are asked for quality
 alone; so does `greedy`, transformers' GreedyLR, while `law` is the static setting that Step Law advises. A run's
 multiplier is the share of the budget that the tuned static needs for its loss: in the logarithm it is interpolated
-between both budgets, and extrapolated beyond them. With `--seconds`, policies also get the seconds that the static
-tuned for seconds takes, as measured in the same command, and are compared with that one. Runs lie in OUT; the same
-command resumes.
+between both budgets, and extrapolated beyond them. With `--seconds`, policies (not `greedy` and `law`) also get the
+seconds that the static tuned for seconds takes, as measured in the same command, and are compared with that one. Runs
+lie in OUT; the same command resumes.
 """
 
 from __future__ import annotations
@@ -257,7 +257,8 @@ def main() -> None:
     for budget, axis in kinds:
         for case in chosen:
             config = replace(case.config, tokens=round(case.config.tokens * budget))
-            methods = {name: methods_of(name, options.starts) for name in policies}
+            named = policies if axis == "tokens" else [name for name in policies if name not in SIMPLE]
+            methods = {name: methods_of(name, options.starts) for name in named}
             setting, longer = first_setting(baselines, case, axis), replace(case, config=config)
             programs.append(
                 CaseAtBudget(
@@ -281,6 +282,7 @@ def main() -> None:
                     [c for c, p in zip(found, programs, strict=True) if (p.budget, p.axis) == (budget, axis)], name
                 )
                 for name in policies
+                if axis == "tokens" or name not in SIMPLE
             }
             for budget, axis in kinds
         },
