@@ -34,7 +34,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 def test_the_default_recipe_is_a_simulator_stage_alone() -> None:
     recipe = load_recipe("default")
     assert recipe.simulator is not None
-    assert recipe.simulator.ppo.total_decisions == 15_000_000
+    assert recipe.simulator.ppo.total_decisions == 24_000_000
     assert recipe.simulator.widening.spread == 1.0
     assert recipe.ppo.total_decisions == 0
     assert list(recipe.simulator.agents) == [0, 1]

@@ -56,7 +56,7 @@ def trained(
     while not steering.finished:
         with steering.step() as step:
             real.now_s += 1.0
-            step.backward(lambda: model(torch.ones(1, 2)).square().sum())
+            step.backward(lambda: model(torch.ones(step.batch_size, 2)).square().mean())
     records = [record.telemetry for record in steering.records]
     assert len(records) == 10
     json.dumps([record.to_json() for record in steering.records], allow_nan=False)
@@ -172,7 +172,7 @@ def test_a_measured_budget_goes_on_with_a_clock_or_a_meter_that_fails(budget: st
             if not steering.finished:
                 with steering.step() as step:
                     clock.now_s += 1.0
-                    step.backward(lambda: model(torch.ones(1, 2)).square().sum())
+                    step.backward(lambda: model(torch.ones(step.batch_size, 2)).square().mean())
 
     with pytest.warns(RuntimeWarning, match="clock must return|energy meter Counter raised") as caught:
         sixty_steps()
@@ -232,7 +232,7 @@ def test_a_clock_that_stands_still_breaks_no_contract() -> None:
     steering = Steering(model, optimizer, settings, meter=NoMeter("a test"), clock=lambda: 0.0)
     while not steering.finished:
         with steering.step() as step:
-            step.backward(lambda: model(torch.ones(1, 2)).square().sum())
+            step.backward(lambda: model(torch.ones(step.batch_size, 2)).square().mean())
     assert steering.summary()["contract"]["slowdown"] is None
 
 

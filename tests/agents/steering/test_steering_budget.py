@@ -41,7 +41,7 @@ class Clocked:
 
     def step(self, cost: float = 1.0) -> None:
         with self.steering.step() as step:
-            step.backward(lambda: self.model(torch.ones(1, 2)).square().sum())
+            step.backward(lambda: self.model(torch.ones(step.batch_size, 2)).square().mean())
             self.rates.append(step.learning_rate)
             self.clock.now_s += cost
             self.meter.energy_j = (self.meter.energy_j or 0.0) + 2 * cost
