@@ -40,12 +40,12 @@ class RowWatch:
         """Raise `ValueError` if the forward passes since `begin` have read another number of sequences.
 
         Sequences may be the first or the second dimension, and be spread over several forward passes. Inputs of a
-        single dimension are not judged.
+        single dimension, and a single row, which may hold all sequences one after the other, are not judged.
 
         Args:
             batch_size: Sequences that the loop counts.
         """
-        shapes, self.shapes = [shape for shape in self.shapes or () if len(shape) > 1], None
+        shapes, self.shapes = [shape for shape in self.shapes or () if len(shape) > 1 and shape[0] > 1], None
         sizes = {size for shape in shapes for size in shape[:2]} | {sum(shape[0] for shape in shapes)}
         if shapes and batch_size not in sizes:
             raise ValueError(

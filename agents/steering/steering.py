@@ -649,7 +649,8 @@ class Step:
             )
         self._done += sequences
         if steering.probe_wanted:
-            steering.probe(_probed(loss, batch, sequences, steering.probe_sequences, probe_loss), check=True)
+            probed = _probed(loss, batch, sequences, steering.probe_sequences, probe_loss)
+            steering.probe(probed, check=probe_loss is None)
         share = sequences / self.batch_size
         steering.ranks.set_requires_gradient_sync(steering.loop.model, self._done == self.batch_size)
         watch = None if said else steering.watch_rows()

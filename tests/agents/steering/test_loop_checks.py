@@ -104,7 +104,7 @@ def test_the_check_changes_no_bit_and_is_made_once() -> None:
 # What is counted --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [16, 8, 1])
+@pytest.mark.parametrize("size", [16, 8, 3])
 def test_batches_of_another_size_than_asked_for_are_refused(size: int) -> None:
     loop = Loop(policy=Halve())  # asks for 4
     rows = next(iter(DataLoader(DATA, size)))
@@ -147,10 +147,10 @@ def test_the_probe_of_a_batch_takes_its_first_sequences_only() -> None:
     assert loop.told[0].probe_linear is not None
 
 
-@pytest.mark.parametrize("layout", ["time first", "in two passes", "all in one row of numbers", "said"])
+@pytest.mark.parametrize("layout", ["time first", "in two passes", "packed", "all in one row of numbers", "said"])
 def test_layouts_of_their_own_are_counted_as_before(layout: str) -> None:
     loop = Loop()
-    shape = {"time first": (3, 8, 5), "all in one row of numbers": (5,)}.get(layout, (8, 5))
+    shape = {"time first": (3, 8, 5), "packed": (1, 5), "all in one row of numbers": (5,)}.get(layout, (8, 5))
     rows = torch.randn(shape)
 
     def loss() -> Tensor:
