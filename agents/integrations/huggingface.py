@@ -107,7 +107,7 @@ class SteeringMixin(Trainer):
     ) -> None:
         self.steering: Steering | None = None
         self.stream: SampleStream | None = None
-        self._meter = meter
+        self._given, self._meter = steering, meter
         self.unlogged: list[DecisionRecord] = []
         self._validation: tuple[Any, list[MicroBatch]] = (None, [])
         self._divides = None if getattr(self, "loss_is_scaled_for_ga", None) is None else True  # as the class says
