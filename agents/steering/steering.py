@@ -144,7 +144,6 @@ class Steering:
         if self.domain_warnings and self.ranks.is_first:
             message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
             warnings.warn(message, stacklevel=2)
-        self._warned: set[str] = set()
         if resolved.decisions < resolved.usual_decisions:
             self._warn_once(
                 "decisions",
@@ -387,13 +386,10 @@ class Steering:
             on_decision(record)
         except Exception as error:  # a log may not stop a run
             self._warn_once(
-                "on_decision", f"raised {type(error).__name__}: {error}; the run goes on without this entry"
+                "on_decision",
+                f"on_decision raised {type(error).__name__}: {error}; the run goes on without this entry",
+                RuntimeWarning,
             )
-
-    def _warn_once(self, name: str, fault: str) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
-            warnings.warn(f"{name} {fault}", RuntimeWarning, stacklevel=3)
 
     def _epochs_seen(self) -> float | None:
         """Return the passes over the data: by the settings, or as the data say."""
@@ -435,9 +431,9 @@ class Steering:
                 f"schedule: {self.controller.fallen_back}",
             )
 
-    def _warn_once(self, subject: str, message: str) -> None:
+    def _warn_once(self, subject: str, message: str, category: type[Warning] = UserWarning) -> None:
         if self.ranks.is_first and subject not in self._warned:
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, category, stacklevel=3)
         self._warned.add(subject)
 
     def _broadcast(self, call: Callable[[], Content]) -> Content:
@@ -470,10 +466,12 @@ class Steering:
         try:
             loss = float(validate())
         except Exception as error:  # a look at the loss may not cost the run
-            self._warn_once("validate", f"raised {type(error).__name__}: {error}; the validation loss is unknown")
+            fault = f"validate raised {type(error).__name__}: {error}; the validation loss is unknown"
+            self._warn_once("validate", fault, RuntimeWarning)
             return math.nan
         if not (math.isfinite(loss) and loss >= 0):
-            self._warn_once("validate", f"must return a loss of at least 0 nats/token, got {loss}; it is unknown")
+            fault = f"validate must return a loss of at least 0 nats/token, got {loss}; it is unknown"
+            self._warn_once("validate", fault, RuntimeWarning)
             return math.nan
         return loss
 
