@@ -453,7 +453,7 @@ def test_a_cost_table_holds_all_that_its_cases_may_use(tool: Tool) -> None:
     [
         ({"methods": "cosine,flying"}, "methods must be among constant"),
         ({"methods": "policy:nowhere"}, "policy: no policy named 'nowhere'"),
-        ({"cases": "nowhere"}, "cases must be one of quick, test, train or a YAML file, got 'nowhere'"),
+        ({"cases": "nowhere"}, "cases must be one of large, quick, test, train or a YAML file, got 'nowhere'"),
         ({"cases": "broken.json"}, "cases: broken.json is not readable JSON"),
         ({"cases": "unknown.json"}, "'colour' is unknown"),
         ({"cases": "no-text.json"}, "nowhere.txt"),

@@ -8,7 +8,7 @@ import pytest
 from trainpilot.envs.reward import compute_equivalent
 from trainpilot.llm_runtime.budget import CURRENCIES, Currency
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
-from trainpilot.llm_runtime.simulator.records import Floats
+from trainpilot.llm_runtime.simulator.records import Floats, Ints
 from trainpilot.llm_runtime.simulator.references import ScheduleTable, static_losses
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, Start
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
@@ -21,10 +21,11 @@ def many(currency: Currency, n_runs: int = 48, pool: Pool = POOL) -> SimulatedRu
     return SimulatedRuns(n_runs, 0, pool, Start(currencies=(currency,), rates=(1.0, 1.0)))
 
 
-def trained(runs: SimulatedRuns, batch: Floats) -> tuple[Floats, Floats, Floats]:
-    """Train to the end at one batch and the tuned rate; return loss, seconds and joules."""
+def trained(runs: SimulatedRuns, batch: Floats, precision: Ints | int = 0) -> tuple[Floats, Floats, Floats]:
+    """Train to the end at one batch, precision and the tuned rate; return loss, seconds and joules."""
     controls = runs.limits().start
     controls.batch_size[:] = batch
+    controls.precision[:] = precision
     time_s, energy_j = np.zeros(runs.n_runs), np.zeros(runs.n_runs)
     for _ in range(runs.start.decisions):
         told = runs.advance(controls)
@@ -99,7 +100,8 @@ def test_the_tuned_static_is_tuned_for_the_currency() -> None:
 @pytest.mark.parametrize("currency", CURRENCIES)
 def test_the_tuned_static_is_worth_its_whole_budget_in_its_currency(currency: Currency) -> None:
     runs = many(currency)
-    loss, time_s, energy_j = trained(runs, runs.references.batch.astype(np.float64))
+    precision = 0 if currency == "tokens" else runs.instances.hardware.fastest_precision()
+    loss, time_s, energy_j = trained(runs, runs.references.batch.astype(np.float64), precision)
     share = compute_equivalent(loss, BUDGET_SHARES, runs.reference_losses)
     assert np.median(share) == pytest.approx(1.0, abs=0.06)  # probes and switches are not in the reference
     assert time_s == pytest.approx(runs.reference_time_s, rel=0.06)
