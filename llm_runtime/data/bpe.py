@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from trainpilot.llm_runtime import files
 from trainpilot.llm_runtime.data.corpus import PIECE, PretrainedTokenizer, SplitText
@@ -36,6 +35,8 @@ def trained_tokenizer(sources: Sequence[str], vocabulary: int, *, cache: Path | 
     Raises:
         ValueError: a source cannot be read, or the text is too short to split or for that many ids.
     """
+    from transformers import PreTrainedTokenizerFast
+
     text = SplitText.read([sources] if isinstance(sources, str) else sources).of("train")
     key = files.digest([FORMAT, vocabulary, files.digest(text, 16)], 16)
     path = (cache or files.cache_dir() / "tokenizers") / f"{key}.json"

@@ -46,7 +46,7 @@ def test_keep_base_never_changes_anything() -> None:
 # GreedyLR
 
 
-def test_greedy_raises_the_rate_while_the_loss_falls_and_lowers_it_otherwise() -> None:
+def test_greedy_raises_the_rate_while_the_loss_falls() -> None:
     # With a patience of 1, every second fall or rise of the loss in a row counts.
     losses = [3.0, 2.9, 2.8, 2.7, 2.75, 2.76, 2.77, 2.78, 2.6]
     decided = steer(Greedy(make_limits(), factor=0.5), 10, train_loss=losses)

@@ -158,7 +158,7 @@ def advised(mine: Loop) -> list[Action]:
     return [record.advice.action for record in mine.steering.records if record.advice is not None]
 
 
-def test_each_decision_says_what_would_have_been_done_from_the_base_schedule(config: RunConfig) -> None:
+def test_each_decision_says_what_would_have_been_done(config: RunConfig) -> None:
     mine = trained(config, always_up)
     start = Controls(batch_size=4)
     for record in mine.steering.records:
@@ -174,7 +174,7 @@ def test_each_decision_says_what_would_have_been_done_from_the_base_schedule(con
     assert summary["fallen_back"] is None
 
 
-def test_the_advice_is_within_masks_and_guardrails_and_the_reasons_stand_beside_it(config: RunConfig) -> None:
+def test_the_advice_is_within_masks_and_guardrails_with_its_reasons(config: RunConfig) -> None:
     pruned = (6, 2, 4, 1, 1)  # fp16 was not offered; no pruning and no cool-down before a fifth of the budget
     mine = trained(config, Script([pruned, KEEP]))
     first = mine.steering.records[0]
@@ -204,7 +204,7 @@ def test_a_policy_that_begins_lower_says_so_at_the_first_decision(config: RunCon
     assert {each.learning_rate_scale for each in asked(mine)} == {1.0}
 
 
-def test_a_record_of_advice_is_written_and_read_and_one_of_steering_is_as_before(config: RunConfig) -> None:
+def test_a_record_of_advice_is_written_and_read(config: RunConfig) -> None:
     mine = trained(config, always_up)
     record = mine.steering.records[3]
     assert DecisionRecord.from_json(record.to_json()).advice == record.advice

@@ -249,7 +249,7 @@ def test_bounds_on_the_learning_rate_at_its_base_leave_the_base_schedule() -> No
     assert set(scales(run)) == {1.0}
 
 
-def test_a_policy_that_begins_lower_begins_within_the_bounds_and_falls_back_to_the_base_schedule() -> None:
+def test_a_policy_that_begins_lower_begins_within_the_bounds() -> None:
     bundle = PolicyBundle.load(policy_path("default"))
     bundle = replace(bundle, provenance={**bundle.provenance, "start_scale": 0.25})
 

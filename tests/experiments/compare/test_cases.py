@@ -81,7 +81,7 @@ def test_the_test_set_has_eight_cases_of_five_architectures() -> None:
     assert {case.config.seed for case in cases} == {0}
 
 
-def test_the_large_set_has_three_architectures_of_one_to_five_million_weights() -> None:
+def test_the_large_set_has_three_architectures_of_1_to_5_million_weights() -> None:
     cases = load_cases("large")
 
     assert {case.architecture for case in cases} >= {"gpt_neox", "gpt2", "llama"}

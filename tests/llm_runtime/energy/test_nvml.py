@@ -298,7 +298,7 @@ def test_a_counter_that_freezes_is_found_by_short_readings_too(
 
 
 @pytest.mark.parametrize("counter_mj", [2**63 - 1, -1, 200_000_000], ids=["largest", "all ones", "driver reloaded"])
-def test_a_counter_that_rises_faster_than_the_limit_allows_is_replaced_by_the_power(
+def test_a_counter_that_rises_beyond_the_limit_is_replaced_by_the_power(
     nvml: FakeNvml, make_meter: MakeMeter, clock: FakeClock, counter_mj: int
 ) -> None:
     meter = make_meter()
