@@ -167,8 +167,9 @@ class Past:
 
     moves: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in MOVED})
     """Direction of every decision: 1 up, -1 down, 0 none; newest last."""
-    batch_requests: list[int] = field(default_factory=list)
-    """The same of the newest requests for another batch, allowed or not."""
+    batch_requests: list[int] | None = field(default_factory=list)
+    """The same of the newest requests for another batch, allowed or not; `None` in a run that began under a version
+    which did not hear them, and goes on so."""
     held: dict[str, int] = field(default_factory=dict)
     """Controls that are held after oscillating, and for how many more decisions."""
     losses: LossLevel = field(default_factory=LossLevel)
@@ -230,6 +231,8 @@ class Guardrails:
 
     def _insists_on_a_larger_batch(self, action: Action) -> bool:
         """Record the request for another batch, and return whether it is the newest of enough for a larger one."""
+        if self.past.batch_requests is None:
+            return False
         index = [each.name for each in ACTION_FIELDS].index("batch_size")
         self.past.batch_requests = [*self.past.batch_requests, _direction("batch_size", action[index])][-INSISTENCE:]
         return sum(self.past.batch_requests) == INSISTENCE
@@ -363,7 +366,7 @@ class Guardrails:
 
     def load_past_state(self, state: Mapping[str, Any]) -> None:
         """Restore the part that `past_state` returned; the rollback history stays."""
-        copied = deepcopy(dict(state))
+        copied = {"batch_requests": None, **deepcopy(dict(state))}
         self.past = Past(**{**copied, "losses": LossLevel(**copied["losses"])})
 
 
