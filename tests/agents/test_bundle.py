@@ -149,8 +149,8 @@ def test_a_policy_may_begin_at_a_lower_learning_rate(tmp_path: Path) -> None:
         assert state.decide((6, *KEEP[1:])).controls.learning_rate_scale == 2 * scale
         assert state.anew().controls.learning_rate_scale == scale
         assert state.limits.start.learning_rate_scale == 1  # the base schedule itself
-    for stored in ({"start_scale": 0}, {"start_scale": "half"}, {"start_scale": 1.5}):
-        PolicyBundle(random_weights(), stored).save(tmp_path / "p.safetensors")
+    for wrong in (0, "half", 1.5):
+        PolicyBundle(random_weights(), {"start_scale": wrong}).save(tmp_path / "p.safetensors")
         with pytest.raises(ValueError, match=r"start_scale must be a number in \(0, 1\], got"):
             PolicyBundle.load(tmp_path / "p.safetensors")
 

@@ -37,7 +37,7 @@ def around(folder: Path) -> dict[str, Any]:
     known: dict[str, Any] = {"model": model, "dataset": dataset, "out": str(folder / "out"), "settings": settings}
     known |= {"loss_of": loss_of, "take": lambda n: torch.from_numpy(stream.take(n)), "Steering": Steering}
     known |= {"SteeringSettings": SteeringSettings, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3)}
-    known["loader"] = torch.utils.data.DataLoader(dataset, batch_size=8)
+    known["loader"] = torch.utils.data.DataLoader(known["dataset"], batch_size=8)
     return known
 
 

@@ -289,7 +289,8 @@ def test_a_folder_without_weights_is_trained_with_its_tokenizer(without_weights:
 def test_the_config_of_such_a_folder_may_have_room(without_weights: Path, stated: int | None, used: int) -> None:
     state_vocabulary(without_weights, stated)
 
-    assert load_model(str(without_weights), seed=0).model.get_input_embeddings().weight.shape[0] == used
+    loaded: Any = load_model(str(without_weights), seed=0).model
+    assert loaded.get_input_embeddings().weight.shape[0] == used
 
 
 def test_a_config_too_small_for_its_tokenizer(without_weights: Path) -> None:
@@ -326,8 +327,8 @@ def test_a_trained_tokenizer_is_saved_with_its_model(model: dict[str, Any], tmp_
     assert telemetry.train_loss == pytest.approx(math.log(300), rel=0.2)
     # A test loss of ln 2 nats/token is one bit per token.
     assert run.corpus.test_bits_per_byte(math.log(2)) == pytest.approx(len(run.corpus.test) / run.corpus.n_test_bytes)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     ids = tokenizer("the pilot reads", return_tensors="pt")
     written = plain.generate(**ids, max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(written[0]).startswith("the pilot reads")

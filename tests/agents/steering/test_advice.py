@@ -82,6 +82,8 @@ def test_a_plain_loop_is_that_of_its_base_schedule_to_the_last_bit(
 class Counts(nn.Module):
     """A layer with a buffer that every forward pass changes, also outside of training."""
 
+    calls: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))

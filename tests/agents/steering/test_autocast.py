@@ -34,7 +34,8 @@ class Loop:
     def loss(self, rows: torch.Tensor) -> torch.Tensor:
         output = self.model(rows)
         (self.trained if self.model.training else self.probed).add(output.dtype)
-        return output.float().square().mean()
+        squared: torch.Tensor = output.float().square().mean()
+        return squared
 
 
 def test_autocast_around_the_step_holds_in_training_and_is_recorded() -> None:

@@ -221,7 +221,8 @@ def test_a_person_can_still_end_a_run() -> None:
 
     for name in ("validate", "on_decision", "clock"):
         with pytest.raises(KeyboardInterrupt):
-            trained(**{name: interrupted})
+            given: dict[str, Any] = {name: interrupted}
+            trained(**given)
 
 
 def test_a_clock_that_stands_still_breaks_no_contract() -> None:

@@ -25,8 +25,14 @@ COST = RequestCost(
 
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    made: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    return made
 
 
 def test_the_loss_is_the_mean_over_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,9 +66,10 @@ def test_what_is_unknown_stays_so() -> None:
 
 def test_generation_with_the_cache_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, chosen = np.arange(5), []
-    own, runtime_model = torch.Tensor.argmax, model()
+    own = torch.Tensor.argmax
+    runtime_model: Any = model()
 
-    def noting(logits: torch.Tensor, *arguments: int, **options: int) -> torch.Tensor:
+    def noting(logits: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         chosen.append(token := own(logits, *arguments, **options))
         return token
 
