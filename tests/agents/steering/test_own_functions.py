@@ -220,8 +220,8 @@ def test_a_person_can_still_end_a_run() -> None:
         raise KeyboardInterrupt
 
     for name in ("validate", "on_decision", "clock"):
+        given: dict[str, Any] = {name: interrupted}
         with pytest.raises(KeyboardInterrupt):
-            given: dict[str, Any] = {name: interrupted}
             trained(**given)
 
 
