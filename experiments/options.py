@@ -198,8 +198,8 @@ class ReplayOptions:
 class TrainAgentOptions:
     """Train a policy with PPO, in the simulator and on live training runs, and write it as a bundle.
 
-    The recipe `default` trains two agents on thousands of simulated runs at once, which takes about three quarters of
-    an hour on two cores, and keeps the one that is better on simulated runs it has not met. With `ppo.total_decisions`
+    The recipe `default` trains two agents on thousands of simulated runs at once, which takes about an hour on
+    two cores, and keeps the one that is better on simulated runs it has not met. With `ppo.total_decisions`
     it goes on training it on live runs; `tiny` and `demo` have live runs only.
 
     Killed at any moment, the same command goes on from the last update. Watch it: tensorboard --logdir OUT

@@ -27,9 +27,9 @@ PANELS: tuple[tuple[str, Value, str], ...] = (
 def draw_export(result: ExportResult, path: Path) -> None:
     """Write the picture as PNG."""
     rows = result.rows
-    height = 0.34 * len(rows) + 1.25
+    height = 0.34 * len(rows) + 1.4
     figure = Figure(figsize=(11.5, height), facecolor="white")
-    top, bottom = 1 - 0.78 / height, 0.36 / height
+    top, bottom = 1 - 0.78 / height, 0.51 / height
     for index, (title, value, form) in enumerate(PANELS):
         axes = figure.add_axes((0.125 + 0.222 * index, bottom, 0.155, top - bottom))
         _panel(axes, rows, [value(row) for row in rows], form)
@@ -76,5 +76,5 @@ def _legend(result: ExportResult) -> str:
     joules = {"estimated": "joules estimated from seconds"}.get(source or "", f"joules: {source or 'not measured'}")
     return (
         "grey: not quantised; blue: in transformers; orange: in llama.cpp; violet: nothing packs or runs this format, "
-        f"its size is that of a packed file. Compare speed and joules within one program; {joules}."
+        f"its size is that of a packed file.\nCompare speed and joules within one program; {joules}."
     )
