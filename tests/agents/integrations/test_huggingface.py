@@ -182,7 +182,11 @@ def test_intervals_in_steps_keep_their_distance_in_sequences(config: RunConfig, 
     loop = plain(config, HALVED)
     data = rows(loop, 30)
     done: dict[str, list[int]] = {"on_evaluate": [], "on_save": [], "on_log": []}
-    callbacks = [Seen(name, lambda n, state, at=at: at.append(state.global_step)) for name, at in done.items()]
+
+    def noting(at: list[int]) -> Any:
+        return lambda n, state: at.append(state.global_step)
+
+    callbacks = [Seen(name, noting(at)) for name, at in done.items()]
     trainer = steered_trainer(
         loop, tmp_path, train_dataset=data, eval_dataset=data[:4], callbacks=callbacks,
         args_eval_strategy="steps", args_eval_steps=10, args_save_strategy="steps", args_save_steps=20,
@@ -200,10 +204,15 @@ def test_intervals_in_steps_keep_their_distance_in_sequences(config: RunConfig, 
 def test_with_the_batch_of_the_arguments_nothing_changes(config: RunConfig, tmp_path: Path) -> None:
     at: dict[str, list[tuple[str, int]]] = {"plain": [], "steered": []}
     events = ("on_evaluate", "on_save", "on_log")
-    for name, kind in (("plain", Trainer), ("steered", SteeredTrainer)):
+
+    def noting(name: str, event: str) -> Any:
+        return lambda n, state: at[name].append((event, state.global_step))
+
+    kinds: tuple[tuple[str, Any], ...] = (("plain", Trainer), ("steered", SteeredTrainer))
+    for name, kind in kinds:
         loop = plain(config, [KEEP])
         loop.steering.close()
-        noted = [Seen(e, lambda n, state, e=e, name=name: at[name].append((e, state.global_step))) for e in events]
+        noted = [Seen(event, noting(name, event)) for event in events]
         options = {"max_steps": 23, "eval_strategy": "steps", "eval_steps": 7, "save_strategy": "steps"}
         more = {"logging_steps": 3, "save_steps": 0.3, "eval_delay": 8, "logging_first_step": True}
         data = rows(loop, 30)

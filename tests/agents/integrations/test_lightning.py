@@ -165,7 +165,8 @@ def test_under_advice_the_weights_are_those_of_a_fit_without_steering(tmp_path: 
     for advises in (False, True):
         loop = plain(config, raised)
         loop.steering.close()
-        rows = DataLoader(list(torch.from_numpy(loop.stream.take(23))), batch_size=MICRO)
+        taken: Any = list(torch.from_numpy(loop.stream.take(23)))
+        rows: Any = DataLoader(taken, batch_size=MICRO)
         given = {"policy": raised, "mode": "advise", "base_schedule": FLAT, "decisions": 5}
         module, callback = Module(loop), steer(given)
         own = pl.Trainer(
@@ -178,9 +179,11 @@ def test_under_advice_the_weights_are_those_of_a_fit_without_steering(tmp_path: 
     assert far(base, mine) == 0.0
     assert torch.equal(numbers, same_numbers)
     assert counts == same_counts
-    assert callback.steering.finished
-    assert {record.allowed for record in callback.steering.records} == {KEEP}
-    assert callback.steering.summary()["advice"]["learning_rate x2"] == 5
+    steering = callback.steering
+    assert steering is not None
+    assert steering.finished
+    assert {record.allowed for record in steering.records} == {KEEP}
+    assert steering.summary()["advice"]["learning_rate x2"] == 5
     assert logger.of("advice/learning_rate_scale") == [2.0] * 5
 
 

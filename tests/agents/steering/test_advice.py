@@ -103,8 +103,8 @@ def made_noisy(model: Any) -> Any:
 
 
 def random_states() -> tuple[Any, ...]:
-    _, keys, position, *_ = np.random.get_state()
-    return torch.get_rng_state().tolist(), random.getstate(), keys.tolist(), position  # type: ignore[union-attr]
+    state: Any = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), state[1].tolist(), state[2]
 
 
 def test_a_loop_without_any_steering_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ class Loop:
     def loss(self, rows: Tensor) -> Tensor:
         if self.model.training:
             self.trained.append(len(rows))
-        return (self.model(rows) - rows.sum(1, keepdim=True)).square().mean()
+        squared: Tensor = (self.model(rows) - rows.sum(1, keepdim=True)).square().mean()
+        return squared
 
     def train(self, step: Callable[[Any], None]) -> None:
         while not self.steering.finished:

@@ -92,7 +92,7 @@ def test_plain_transformers_loads_the_folders(run: Path, tmp_path: Path) -> None
     done(run, tmp_path / "out")
 
     for name in OWN:
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
+        model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
         generated = model.generate(torch.tensor([[116, 104]]), max_new_tokens=3, do_sample=False)
         assert generated.shape[1] == 5
 
