@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainpilot.agents.steering.loader_batches import LoaderBatches, batches
     from trainpilot.agents.steering.settings import SteeringSettings
     from trainpilot.agents.steering.steering import Steering, Step
+    from trainpilot.agents.steering.torch_schedules import schedule_of
 
 __all__ = [
     "BaseSchedule",
@@ -35,6 +36,7 @@ __all__ = [
     "SteeringSettings",
     "Step",
     "batches",
+    "schedule_of",
     "shipped_policies",
 ]
 
@@ -47,6 +49,7 @@ _NAMES = {
     "steering.loader_batches": ["LoaderBatches", "batches"],
     "steering.settings": ["SteeringSettings"],
     "steering.steering": ["Steering", "Step"],
+    "steering.torch_schedules": ["schedule_of"],
 }
 
 if not TYPE_CHECKING:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainpilot.llm_runtime.budget import Budget, Currency, Gauge
-from trainpilot.llm_runtime.schedules import PARTS, Cooldown, Schedule
+from trainpilot.llm_runtime.schedules import PARTS, Cooldown, OwnSchedule, Schedule
 
 
 @dataclass(kw_only=True)
@@ -22,7 +22,7 @@ class BudgetProgress(ABC):
     A position is what the schedule counts: tokens, or billionths of a budget in seconds or joules.
     """
 
-    schedule: Schedule
+    schedule: Schedule | OwnSchedule
     """The base schedule, over positions. A cool-down replaces it."""
     sequence_length: int
     """Tokens of a sequence."""

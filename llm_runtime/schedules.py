@@ -3,9 +3,8 @@
 Live runs, steered loops and the simulator follow the same rules, and they are written here once. Schedules count
 tokens; under a budget in seconds or joules they count `PARTS` of it instead.
 
-
 * `learning_rate`: base rate x scale x schedule factor x neutral factor of the batch.
-* `Schedule`, `Cooldown`: the schedule factor as a function of the tokens trained on.
+* `Schedule`, `OwnSchedule`, `Cooldown`: the schedule factor as a function of the tokens trained on.
 * `mask_updates_due`, `cubic_sparsity`: in which steps pruning raises the sparsity along an interval.
 * `probe_due`, `sequences_probed`, `validation_due`: when a run is probed and validated, and on how much.
 
@@ -15,7 +14,8 @@ Loads numpy, but not torch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, overload
 
 import numpy as np
@@ -97,6 +97,44 @@ class Schedule:
         progress = min(max((tokens - self.warmup_tokens) / span, 0.0), 1.0)
         return _DECAYS[self.name](progress)
 
+    def described(self) -> dict[str, Any]:
+        """Return the schedule as plain JSON values, by which a run that goes on recognises it."""
+        return asdict(self)
+
+
+FactorOf = Callable[[float], float]
+"""A base schedule of the user's own: from the share of the budget that is used, in [0, 1], to a factor >= 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSchedule:
+    """A base schedule that is any function of the share of the budget; warm-up, if there is one, is part of it."""
+
+    factor_of: FactorOf
+    """The function."""
+    budget_tokens: int
+    """Tokens of the whole run."""
+
+    def factor(self, tokens: int, step_tokens: int) -> float:
+        """Return the factor for a step of any length that begins after `tokens`.
+
+        Raises:
+            ValueError: the function returned something else than a finite number of at least 0.
+        """
+        share = min(tokens / self.budget_tokens, 1.0)
+        value = float(self.factor_of(share))
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"base_schedule must return a finite factor >= 0 for every share of the budget, got {value} at "
+                f"{share:.4g}; let it return 1 at the optimizer's learning rate"
+            )
+        return value
+
+    def described(self) -> dict[str, Any]:
+        """Return the schedule as plain JSON values, by which a run that goes on recognises it: some of its factors."""
+        factors = [round(self.factor(round(tenth * self.budget_tokens / 10), 1), 9) for tenth in range(11)]
+        return {"factors": factors, "budget_tokens": self.budget_tokens}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cooldown:
@@ -110,7 +148,7 @@ class Cooldown:
     """The base schedule's factor when it began."""
 
     @classmethod
-    def begin(cls, schedule: Schedule, tokens: int, step_tokens: int) -> Cooldown:
+    def begin(cls, schedule: Schedule | OwnSchedule, tokens: int, step_tokens: int) -> Cooldown:
         """Return the cool-down that begins after `tokens`; it never outlasts the budget."""
         end = min(tokens + max(round(COOLDOWN_SHARE * tokens), step_tokens), schedule.budget_tokens)
         return cls(start_tokens=tokens, end_tokens=end, start_factor=schedule.factor(tokens, step_tokens))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Steering,
         SteeringSettings,
         batches,
+        schedule_of,
         shipped_policies,
     )
 
@@ -32,6 +33,7 @@ __all__ = [
     "Steering",
     "SteeringSettings",
     "batches",
+    "schedule_of",
     "shipped_policies",
 ]
 

@@ -5,9 +5,9 @@
 
 `per_device_train_batch_size` is the micro-batch; steering decides how many of them make an optimiser step. The budget
 in sequences comes from `max_steps`, `num_train_epochs` and `gradient_accumulation_steps` as they are at the start. The
-base schedule comes from `lr_scheduler_type` and the warm-up where they are not the Trainer's defaults, with two
-differences: `cosine` ends at a tenth of the peak, not at 0, and `warmup_stable_decay` falls over the last fifth. With
-the defaults, the base schedule of the policy holds. For another Trainer, put the mixin in front of its class:
+base schedule is the scheduler that comes with the optimiser, or else `lr_scheduler_type` with its options and warm-up;
+`warmup_stable_decay` without options falls over the last fifth. With the Trainer's defaults, linear without warm-up,
+the base schedule of the policy holds. For another Trainer, put the mixin in front of its class:
 
     class SteeredSFTTrainer(SteeringMixin, SFTTrainer): ...
 """
@@ -121,7 +121,9 @@ class SteeringMixin(Trainer):
         check_trainer(self)
         self._requested = requested or RequestedRun.of(self.args)
         self.args.gradient_accumulation_steps, self.args.max_steps = 1, self._requested.max_steps
-        self.settings = settings_for(steering, self._requested, self.args, self.train_dataset)
+        self.settings = settings_for(
+            steering, self._requested, self.args, self.train_dataset, scheduler=self.lr_scheduler
+        )
         check_model(self.model, self.settings)
         if not self.advises:  # else even the Trainer's own loss stays as it is
             self._loss_shifts_labels = self._loss_shifts_labels or shifts_labels(self.model)

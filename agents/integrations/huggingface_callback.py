@@ -383,8 +383,8 @@ def check_plain(
     check_args(args)
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
-            f"lr_scheduler_type must be one of linear, cosine, constant, constant_with_warmup and "
-            f"warmup_stable_decay with SteeringCallback, got a {type(scheduler).__name__}"
+            "lr_scheduler_type must follow from the number of steps with SteeringCallback, got a "
+            f"{type(scheduler).__name__}; take linear or cosine, for instance"
         )
     if trainer is not None and not trainer._created_lr_scheduler:
         raise ValueError("optimizers must come without a scheduler, got a LambdaLR; pass (optimizer, None)")

@@ -14,21 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings, settings_fields
 from trainpilot.agents.steering.settings import ResolvedSettings, SteeringSettings
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.llm_runtime.schedules import ScheduleName
+from trainpilot.agents.steering.torch_schedules import schedule_of
+from trainpilot.llm_runtime.schedules import FactorOf, ScheduleName
 
 _SCHEDULES: dict[str, ScheduleName] = {
     "linear": "linear",
-    "cosine": "cosine",
     "constant": "constant",
     "constant_with_warmup": "constant",
     "warmup_stable_decay": "wsd",
 }
+"""The Trainer's schedules that have a name here, if they have no options. All others are taken as they are."""
+_FROM_LOSSES = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +88,6 @@ def check_trainer(trainer: Trainer) -> None:
             f"mixed_precision of the Accelerator must be 'no', got {trainer.accelerator.mixed_precision!r}; "
             "offer it to steering by precisions=('fp32', 'bf16')"
         )
-    if trainer.lr_scheduler is not None:
-        raise ValueError(
-            f"optimizers must come without a scheduler, got {type(trainer.lr_scheduler).__name__}; pass "
-            "(optimizer, None) and name the schedule by lr_scheduler_type or steering's base_schedule"
-        )
 
 
 def check_model(model: nn.Module, settings: SteeringSettings) -> None:
@@ -126,9 +123,20 @@ def in_bf16(given: GivenSettings) -> dict[str, Any]:
 
 
 def settings_for(
-    given: GivenSettings, requested: RequestedRun, args: TrainingArguments, dataset: Any
+    given: GivenSettings,
+    requested: RequestedRun,
+    args: TrainingArguments,
+    dataset: Any,
+    scheduler: LRScheduler | None = None,
 ) -> SteeringSettings:
     """Return the settings of a run: the given ones, and the rest from the arguments and the data.
+
+    Args:
+        given: Settings, or some of their fields.
+        requested: Batches and length of the run.
+        args: The Trainer's arguments.
+        dataset: The training data.
+        scheduler: One that came with the optimiser; it takes the place of `lr_scheduler_type`.
 
     Raises:
         ValueError: what is given contradicts the arguments, or the end of the run is not known.
@@ -143,27 +151,28 @@ def settings_for(
     batch_size = wanted["batch_size"]
     wanted["sequences"] = _sequences(wanted.get("sequences"), batch_size, requested, args, dataset)
     if wanted.get("base_schedule") is None:
-        wanted["base_schedule"] = _base_schedule(args, math.ceil(wanted["sequences"] / batch_size))
+        wanted["base_schedule"] = _base_schedule(args, math.ceil(wanted["sequences"] / batch_size), scheduler)
+    elif scheduler is not None:
+        name = type(scheduler).__name__
+        warnings.warn(f"base schedule: the base_schedule that is given, not the {name} of the optimiser", stacklevel=3)
     if "sequence_length" not in wanted:
         wanted["sequence_length"] = _length(dataset)
     settings = SteeringSettings(**wanted)
     if args.process_index == 0:
-        _tell_schedule(settings, args)
+        _tell_schedule(settings)
     return settings
 
 
-def _tell_schedule(settings: SteeringSettings, args: TrainingArguments) -> None:
+def _tell_schedule(settings: SteeringSettings) -> None:
     """Say it where the schedule is another one than the arguments may have meant."""
     base = ResolvedSettings.of(settings).base
-    if settings.base_schedule is None:
+    if settings.base_schedule is None and isinstance(base, BaseSchedule):
         warnings.warn(
             f"base schedule: {base.schedule} with {base.warmup_share:.0%} warm-up, steering's own, as "
             "lr_scheduler_type and the warm-up are at the Trainer's defaults; for linear without warm-up give "
             "steering={'base_schedule': BaseSchedule(schedule='linear', warmup_share=0)}",
             stacklevel=4,
         )
-    elif base.schedule == "cosine" and str(getattr(args.lr_scheduler_type, "value", "")) == "cosine":
-        warnings.warn("base schedule: cosine falls to a tenth of the peak here, not to 0", stacklevel=4)
 
 
 def _sequences(
@@ -187,22 +196,36 @@ def _sequences(
     return round(requested.epochs * (whole if args.dataloader_drop_last else len(dataset)))
 
 
-def _base_schedule(args: TrainingArguments, steps: int) -> BaseSchedule | None:
+def _base_schedule(
+    args: TrainingArguments, steps: int, scheduler: LRScheduler | None
+) -> BaseSchedule | FactorOf | None:
     """Return the schedule that the arguments name; `None`, the policy's own, with the Trainer's defaults."""
-    if args.lr_scheduler_kwargs:
-        raise ValueError(
-            f"lr_scheduler_kwargs must be empty under steering, whose schedules have no options, got "
-            f"{args.lr_scheduler_kwargs}; or give steering a base_schedule"
-        )
+    if scheduler is not None:
+        return schedule_of(scheduler, steps)
     name, warmup = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)), args.get_warmup_steps(steps)
     if name == "linear" and not warmup:
         return None
-    if name not in _SCHEDULES:
+    if name in _SCHEDULES and not args.lr_scheduler_kwargs:
+        return BaseSchedule(schedule=_SCHEDULES[name], warmup_share=min(warmup / steps, 0.99))
+    if name in _FROM_LOSSES:
         raise ValueError(
-            f"lr_scheduler_type must be one of {', '.join(_SCHEDULES)} under steering, got {name!r}; "
-            "or give steering a base_schedule"
+            f"lr_scheduler_type must follow from the number of steps under steering, got {name!r}, which follows from "
+            "losses; take another, or give steering a base_schedule"
         )
-    return BaseSchedule(schedule=_SCHEDULES[name], warmup_share=min(warmup / steps, 0.99))
+    try:
+        scheduler = get_scheduler(
+            name,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=warmup,
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs must be options of lr_scheduler_type {name!r}, got {args.lr_scheduler_kwargs}: "
+            f"{error}"
+        ) from error
+    return schedule_of(scheduler, steps)
 
 
 MEASURED_ROWS = 64

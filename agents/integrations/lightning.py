@@ -24,6 +24,7 @@ try:
     from lightning.pytorch.plugins.precision import Precision
     from lightning.pytorch.utilities.data import extract_batch_size
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+    from lightning.pytorch.utilities.types import LRSchedulerConfig
 except ImportError as error:
     raise ImportError("steering a Lightning Trainer needs Lightning; pip install lightning") from error
 
@@ -47,6 +48,9 @@ class LightningSteering(pl.Callback):
     The batch changes by whole batches of the data loader, the micro-batches, so make those small. The gradient of a
     shorter step, such as the last one of an epoch, is the mean over the sequences of that step; under the mode `advise`
     it is what Lightning makes of it.
+
+    A learning-rate scheduler that `configure_optimizers` returns becomes the base schedule, unless `base_schedule` is
+    given; it is not stepped itself.
 
     Decisions go to the Trainer's loggers, under the names of the table in `docs/metrics.md`.
 
@@ -98,6 +102,8 @@ class LightningSteering(pl.Callback):
         self._probe_loss = probe_loss
         self._meter, self._make_ranks, self._on_decision = meter, ranks, on_decision
         self._original: OriginalSettings | None = None
+        self._scheduler: LRSchedulerConfig | None = None
+        """What `configure_optimizers` returned."""
         self._ranks: ProcessGroup = OneProcess()
         self._state: dict[str, Any] = {}
         """State while no fit is steered: the loaded one, or that at the end of the last fit."""
@@ -129,6 +135,8 @@ class LightningSteering(pl.Callback):
         """Raise for a fit that cannot be steered, and lift the limit on steps: the run ends with its budget."""
         check_fit(trainer, pl_module)
         self.steering = None
+        self._scheduler = next(iter(trainer.lr_scheduler_configs), None)
+        trainer.strategy.lr_scheduler_configs = []  # steering writes the learning rate, with this schedule in it
         epochs = trainer.fit_loop.epoch_loop
         plugin = trainer.strategy.precision_plugin
         self._original = OriginalSettings(
@@ -158,7 +166,7 @@ class LightningSteering(pl.Callback):
         info = LoaderInfo.of(trainer, self._micro, original.max_steps, original.accumulate, self._began_at)
         info = ranks.broadcast(info)
         self._unit = info.micro_batch_size
-        settings = settings_for(trainer, self._settings, info, original.precision)
+        settings = settings_for(trainer, self._settings, info, original.precision, self._scheduler)
         log = partial(self._log, trainer)
         return Steering(module, trainer.optimizers[0], settings, meter=self._meter, ranks=ranks, on_decision=log)
 

@@ -11,9 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from trainpilot.agents.integrations.common import Accumulation, GivenSettings, merge_settings, settings_fields
 from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.torch_schedules import schedule_of
 from trainpilot.llm_runtime.config import batch_limits
 
 FAST_DEV_RUN: dict[str, Any] = {
@@ -124,11 +126,10 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "automatic_optimization must be True for LightningSteering, got False; a manual loop takes "
             "Steering itself: `with steering.step() as step: step.backward(...)`"
         )
-    if trainer.lr_scheduler_configs:
-        name = type(trainer.lr_scheduler_configs[0].scheduler).__name__
+    if len(trainer.lr_scheduler_configs) > 1:
         raise ValueError(
-            f"configure_optimizers must return no learning-rate scheduler, got {name}; remove it, as steering has "
-            "the base schedule in it"
+            "configure_optimizers must return one learning-rate scheduler at most, got "
+            f"{len(trainer.lr_scheduler_configs)}; it becomes the base schedule"
         )
     if trainer.min_epochs or trainer.min_steps:
         raise ValueError(
@@ -156,8 +157,21 @@ def starting_precision(plugin: Precision) -> str:
     )
 
 
-def settings_for(trainer: pl.Trainer, given: GivenSettings, info: LoaderInfo, plugin: Precision) -> SteeringSettings:
+def settings_for(
+    trainer: pl.Trainer,
+    given: GivenSettings,
+    info: LoaderInfo,
+    plugin: Precision,
+    scheduler: LRSchedulerConfig | None = None,
+) -> SteeringSettings:
     """Return the settings of a fit: the given ones, and the rest from the Trainer.
+
+    Args:
+        trainer: The Trainer, its data set up.
+        given: Settings, or some of their fields.
+        info: Micro-batches of the data, and the Trainer's limits.
+        plugin: The Trainer's precision.
+        scheduler: What `configure_optimizers` returned; it becomes the base schedule, unless one is given.
 
     Raises:
         ValueError: what is given contradicts the Trainer.
@@ -190,9 +204,27 @@ def settings_for(trainer: pl.Trainer, given: GivenSettings, info: LoaderInfo, pl
         wanted["sequences"] = _budget(
             wanted.get("sequences"), info.limits(batch_size, short_steps=wanted.get("mode") == "advise")
         )
+    if scheduler is not None and wanted.get("base_schedule") is None:
+        wanted["base_schedule"] = _base_schedule(scheduler, wanted, info)
+    elif scheduler is not None:
+        name = type(scheduler.scheduler).__name__
+        warnings.warn(f"base schedule: the base_schedule that is given, not the {name} of the module", stacklevel=2)
     wanted["epoch_sequences"] = wanted.get("epoch_sequences") or info.epoch_sequences
     wanted["precisions"] = _precisions(wanted.get("precisions"), starting_precision(plugin))
     return SteeringSettings(**wanted)
+
+
+def _base_schedule(scheduler: LRSchedulerConfig, wanted: Mapping[str, Any], info: LoaderInfo) -> Any:
+    """Return the module's own scheduler as base schedule: over the steps, or the epochs, of the whole run."""
+    sequences, batch_size = wanted.get("sequences"), wanted["batch_size"]
+    per = batch_size if scheduler.interval == "step" else info.epoch_sequences
+    if sequences is None or per is None:
+        missing = "the budget" if sequences is None else "the length of the data"
+        raise ValueError(
+            f"base_schedule must be given where the scheduler counts in {scheduler.interval}s and {missing} is not "
+            "known in sequences, got None; or leave the scheduler out"
+        )
+    return schedule_of(scheduler.scheduler, max(math.ceil(sequences / (per * scheduler.frequency)), 1))
 
 
 def _least_batch(given: int | None, batch_size: int, info: LoaderInfo) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle
+from trainpilot.llm_runtime.schedules import FactorOf
 
 SHIPPED_PARAMETERS = (130_000, 240_000)
 """Parameters of the models behind the calibrations that come with trainpilot."""
@@ -47,7 +48,7 @@ class RunFacts:
     """Name of its class."""
     decisions: int | None = None
     device_type: str | None = None
-    base_schedule: BaseSchedule | None = None
+    base_schedule: BaseSchedule | FactorOf | None = None
     fine_tuning: bool | None = None
     """Whether the model was trained before."""
 
@@ -108,6 +109,8 @@ def _of_simulator(simulator: Mapping[str, Any]) -> dict[str, Any]:
 def _fits(value: Any, known: Any) -> bool:
     if isinstance(value, BaseSchedule):
         return value == BaseSchedule(**known)
+    if callable(value):
+        return False
     if isinstance(known, str | bool | int | float):
         return bool(value == known)
     if isinstance(value, str):
@@ -120,6 +123,8 @@ def _text(value: Any) -> str:
         return f"{value.schedule} with {value.warmup_share:.0%} warm-up"
     if isinstance(value, Mapping):
         return _text(BaseSchedule(**value))
+    if callable(value):
+        return "of your own"
     if isinstance(value, bool | str):
         return str(value)
     if isinstance(value, Sequence):

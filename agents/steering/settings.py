@@ -30,7 +30,7 @@ from trainpilot.llm_runtime.models import body_parameters
 from trainpilot.llm_runtime.precision import lacking
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, TokenProgress
 from trainpilot.llm_runtime.scaling_laws import step_law
-from trainpilot.llm_runtime.schedules import PARTS, Schedule
+from trainpilot.llm_runtime.schedules import PARTS, FactorOf, OwnSchedule, Schedule
 
 Mode = Literal["steer", "advise"]
 
@@ -63,8 +63,10 @@ class SteeringSettings:
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
     """Decisions in the run; by default as many as the policy was trained with, but no more than there are steps."""
-    base_schedule: BaseSchedule | None = None
-    """Schedule that the policy's learning-rate scale multiplies; by default the one that it was trained with."""
+    base_schedule: BaseSchedule | FactorOf | None = None
+    """Schedule that the policy's learning-rate scale multiplies; by default the one that it was trained with. Any
+    function from the share of the budget to a factor on the optimizer's learning rate will do; `schedule_of` makes one
+    of a torch scheduler."""
     gradient_clip: float | None = 1.0
     """Largest norm of the gradient; `None` clips nothing."""
     min_batch_size: int | None = None
@@ -95,6 +97,7 @@ class SteeringSettings:
                 "sequences, the budget, must be given, got None; or give a budget such as '600s' or '50kJ'"
             )
         _check_policy(self.policy)
+        _check_base_schedule(self.base_schedule)
         _check_mode(self.mode)
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
@@ -153,6 +156,14 @@ def _check_policy(policy: Any) -> None:
         )
 
 
+def _check_base_schedule(base: Any) -> None:
+    if not (base is None or isinstance(base, BaseSchedule) or callable(base)):
+        raise ValueError(
+            "base_schedule must be a BaseSchedule, or a function from the share of the budget to a factor, got "
+            f"{base!r}; for a named one: BaseSchedule(schedule='cosine', warmup_share=0.02)"
+        )
+
+
 def _check_mode(mode: str) -> None:
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
@@ -174,7 +185,7 @@ class ResolvedSettings:
     bundle: PolicyBundle | None
     """The bundle, if the policy comes from one."""
     policy: Policy
-    base: BaseSchedule
+    base: BaseSchedule | FactorOf
     """Base schedule, which the policy's learning-rate scale multiplies."""
     decisions: int
     """Decisions in the run."""
@@ -215,7 +226,9 @@ class ResolvedSettings:
             grain=grain,
         )
 
-    def _schedule(self, whole: int) -> Schedule:
+    def _schedule(self, whole: int) -> Schedule | OwnSchedule:
+        if not isinstance(self.base, BaseSchedule):
+            return OwnSchedule(factor_of=self.base, budget_tokens=whole)
         return Schedule(name=self.base.schedule, budget_tokens=whole, warmup_tokens=self.base.warmup_tokens(whole))
 
 

@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -54,7 +53,7 @@ from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode, unchanged
 from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGroup
-from trainpilot.llm_runtime.schedules import validation_due
+from trainpilot.llm_runtime.schedules import FactorOf, validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 MUST_STAY = (
@@ -167,7 +166,7 @@ class Steering:
         bounds = self.settings.guardrails
         return near_learning_rate(bounds, self.loop.peak) if self.fine_tuning else bounds
 
-    def _facts(self, base: BaseSchedule) -> RunFacts:
+    def _facts(self, base: BaseSchedule | FactorOf) -> RunFacts:
         """Return the facts of the run that are compared with the policy's training."""
         settings, loop = self.settings, self.loop
         return RunFacts(
@@ -550,7 +549,7 @@ class Steering:
     def _saved_settings(self) -> dict[str, Any]:
         """Return the settings that must be the same where a run goes on, as plain JSON values."""
         settings = {name: getattr(self.settings, name) for name in MUST_STAY}
-        schedule = asdict(self.progress.schedule)
+        schedule = self.progress.schedule.described()
         return settings | {"policy": name_of(self.settings.policy), "base_schedule": schedule}
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:

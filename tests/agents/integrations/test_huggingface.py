@@ -156,8 +156,6 @@ def test_the_schedule_that_holds_is_told_where_it_may_not_be_the_one_meant(tmp_p
 
     with pytest.warns(UserWarning, match=r"base schedule: wsd with 10% warm-up, steering's own, as lr_scheduler_type"):
         assert settings(lr_scheduler_type="linear", warmup_steps=0).base_schedule is None
-    with pytest.warns(UserWarning, match="cosine falls to a tenth of the peak here, not to 0"):
-        settings(lr_scheduler_type="cosine")
     linear = BaseSchedule(schedule="linear", warmup_share=0)
     assert settings({"base_schedule": linear}).base_schedule == linear
     assert settings(lr_scheduler_type="linear", warmup_steps=10).base_schedule == replace(linear, warmup_share=0.1)
@@ -235,8 +233,7 @@ def test_settings_come_from_the_arguments(config: RunConfig, tmp_path: Path) -> 
     settings = trainer.settings
     assert (settings.batch_size, settings.sequences, settings.sequence_length) == (8, 400, 17)
     assert settings.gradient_clip == 0.5
-    assert settings.base_schedule.schedule == "cosine"
-    assert settings.base_schedule.warmup_share == pytest.approx(5 / 50)
+    assert [settings.base_schedule(step / 50) for step in (1, 5, 50)] == pytest.approx([1 / 5, 1, 0])
     trainer.train()
     assert trainer.state.global_step == 50
 
@@ -392,10 +389,11 @@ def test_a_batch_whose_rows_are_not_its_sequences_is_not_divided() -> None:
 # Bad uses ---------------------------------------------------------------------------------------------------------
 
 
-def a_scheduler(loop: WholeLoop, folder: Path) -> None:
-    steered_trainer(
-        loop, folder, optimizers=(loop.optimizer, torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda _: 1.0))
-    )
+def a_stepped_scheduler(loop: WholeLoop, folder: Path) -> None:
+    scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda _: 1.0)
+    loop.optimizer.step()
+    scheduler.step()
+    steered_trainer(loop, folder, optimizers=(loop.optimizer, scheduler), steering={"policy": "none"})
 
 
 def with_argument(name: str, value: Any) -> Callable[[WholeLoop, Path], None]:
@@ -425,12 +423,13 @@ def two_ends(loop: WholeLoop, folder: Path) -> None:
     steered_trainer(loop, folder, args_max_steps=3)
 
 
-def strange_schedule(loop: WholeLoop, folder: Path) -> None:
-    steered_trainer(loop, folder, args_lr_scheduler_type="polynomial", steering={"policy": "none"})
+def schedule_from_losses(loop: WholeLoop, folder: Path) -> None:
+    kind: dict[str, Any] = {"args_eval_strategy": "epoch", "eval_dataset": rows(loop)[:4]}
+    steered_trainer(loop, folder, args_lr_scheduler_type="reduce_lr_on_plateau", steering={"policy": "none"}, **kind)
 
 
-def schedule_with_options(loop: WholeLoop, folder: Path) -> None:
-    kind: dict[str, Any] = {"args_lr_scheduler_type": "cosine", "args_lr_scheduler_kwargs": {"num_cycles": 1}}
+def schedule_with_strange_options(loop: WholeLoop, folder: Path) -> None:
+    kind: dict[str, Any] = {"args_lr_scheduler_type": "cosine", "args_lr_scheduler_kwargs": {"cycles": 1}}
     steered_trainer(loop, folder, steering={"policy": "none"}, **kind)
 
 
@@ -455,13 +454,13 @@ BAD: list[tuple[Callable[[WholeLoop, Path], None], str]] = [
     (with_argument("auto_find_batch_size", True), "auto_find_batch_size must be off"),
     (with_argument("enable_jit_checkpoint", True), "enable_jit_checkpoint must be off"),
     (with_argument("max_grad_norm", 2.0), "must be the Trainer's max_grad_norm"),
-    (a_scheduler, "without a scheduler"),
+    (a_stepped_scheduler, "scheduler must not have been stepped"),
     (no_length, "train_dataset without a length"),
     (half_a_model, "trainable weights must be float32"),
     (two_batches, "leave one of the two out"),
     (two_ends, "max_steps x batch"),
-    (strange_schedule, "lr_scheduler_type must be one of"),
-    (schedule_with_options, "lr_scheduler_kwargs must be empty"),
+    (schedule_from_losses, "lr_scheduler_type must follow from the number of steps"),
+    (schedule_with_strange_options, "lr_scheduler_kwargs must be options of lr_scheduler_type 'cosine'"),
     (strange_field, "fields of SteeringSettings, got polcy"),
     (foreign_checkpoint, "must hold steering.pt"),
 ]

@@ -90,6 +90,31 @@ def test_without_a_policy_the_weights_are_those_of_the_plain_trainer(
     assert logged(ends[0], "loss") == logged(ends[1], "loss")
 
 
+@pytest.mark.parametrize("comes", ["by name", "with the optimiser"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_schedule_of_any_kind_is_that_of_the_plain_trainer(config: RunConfig, tmp_path: Path, comes: str) -> None:
+    usual: dict[str, Any] = {"max_steps": 20, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    if comes == "by name":
+        usual |= {"lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 5}
+        usual |= {"lr_scheduler_kwargs": {"min_lr_rate": 0.2}}
+    ends: list[Any] = []
+    kinds: list[tuple[Any, dict[str, Any]]] = [(Trainer, {}), (SteeredTrainer, {"steering": WATCHED})]
+    for kind, given in kinds:
+        own = dict(given)
+        loop = plain(config, [KEEP])
+        loop.steering.close()
+        if comes != "by name":
+            halved = torch.optim.lr_scheduler.StepLR(loop.optimizer, 7, gamma=0.5)
+            own["optimizers"] = (loop.optimizer, halved)
+        torch.manual_seed(1)
+        trainer: Any = kind(loop.model, arguments(tmp_path, **usual), train_dataset=rows(loop, 24), **own)
+        trainer.train()
+        ends.append(trainer)
+    assert logged(ends[0], "learning_rate") == pytest.approx(logged(ends[1], "learning_rate"), rel=1e-12)
+    assert len(set(logged(ends[1], "learning_rate"))) > 2
+    assert far(ends[0].model, ends[1].model) < 1e-7
+
+
 def raised(observation: np.ndarray, masks: np.ndarray) -> Action:
     """Ask for twice the learning rate and the batch, and draw a random number as well."""
     torch.rand(1)

@@ -350,6 +350,22 @@ def test_a_fit_that_was_interrupted_goes_on_bit_for_bit(config: RunConfig, tmp_p
     assert len(told(third)) == config.decisions
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_the_module_s_scheduler_becomes_the_base_schedule(config: RunConfig, given: bool) -> None:
+    class Scheduled(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, gamma=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    loop = plain(config, policy="none")
+    settings = replace(loop.steering.settings, base_schedule=FLAT if given else None)
+    module, _, own = fit(loop, settings=settings, module=Scheduled)
+    peak = config.base_learning_rate
+    assert module.rates == pytest.approx([peak if given else peak * 0.5 ** (i // 10) for i in range(50)], rel=1e-12)
+    assert not own.lr_scheduler_configs
+
+
 # Bad uses ---------------------------------------------------------------------------------------------------------
 
 
@@ -359,13 +375,15 @@ def manual(loop: Loop) -> None:
     trainer(steer(loop.steering.settings), gradient_clip_val=None).fit(module, Stream(loop))
 
 
-def with_scheduler(loop: Loop) -> None:
+def with_scheduler_of_losses(loop: Loop) -> None:
     class Scheduled(Module):
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
-            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
 
-    trainer(steer(loop.steering.settings)).fit(Scheduled(loop), Stream(loop))
+    settings = replace(loop.steering.settings, base_schedule=None)
+    trainer(steer(settings)).fit(Scheduled(loop), Stream(loop))
 
 
 def another_writer(loop: Loop) -> None:
@@ -407,7 +425,7 @@ def _settings(**changes: Any) -> Callable[[Loop], None]:
 
 BAD: dict[str, tuple[Callable[[Loop], None], str]] = {
     "manual": (manual, "Steering itself"),
-    "scheduler": (with_scheduler, "no learning-rate scheduler, got StepLR"),
+    "scheduler": (with_scheduler_of_losses, "follow from the number of steps alone, got ReduceLROnPlateau"),
     "writer": (another_writer, "something else writes it"),
     "precision": (_fit(precision="bf16-true"), "32-true or bf16-mixed"),
     "clipping": (_fit(gradient_clip_val=0.5), "gradient_clip must be what"),
