@@ -126,6 +126,8 @@ class StepRecord:
     """Mean training loss of the batch, a scalar in nats/token."""
     gradient_norm: torch.Tensor
     """Euclidean norm of the gradient before clipping, a scalar."""
+    adam_gradient_norm: torch.Tensor | None = None
+    """Norm of the gradient that Adam saw, where it steps only a part of the model; a scalar."""
 
 
 Moment = tuple[float, EnergyReading]
@@ -242,7 +244,8 @@ class IntervalRecorder:
                 raise ValueError("a step must have a loss; call note_loss, or step.backward, for every micro-batch")
             loss = torch.stack([value * share for value, share in self._losses]).sum()
             self._losses = []
-        self.steps.append(StepRecord(loss, self.ranks.full_tensor(gradient_norm.detach())))
+        seen = self.optimizer.adam_gradient_norm if isinstance(self.optimizer, adam.JointOptimizer) else None
+        self.steps.append(StepRecord(loss, self.ranks.full_tensor(gradient_norm.detach()), seen))
         self.sequences += sequences
         if len(self.steps) % MOMENT_EVERY == 0:
             self._note_moment()
@@ -285,8 +288,12 @@ class IntervalRecorder:
         norms = torch.stack([record.gradient_norm for record in self.steps]).tolist()
         statistics = loss_statistics(losses)
         clip = math.inf if self.gradient_clip is None else self.gradient_clip
-        beta1 = float(self.optimizer.param_groups[0].get("betas", (0.9,))[0])
-        scale = interval_noise_scale(norms, moments, self.batch_size, gradient_clip=clip, beta1=beta1)
+        stepped = adam.adam_of(self.optimizer) or self.optimizer
+        beta1 = float(stepped.param_groups[0].get("betas", (0.9,))[0])
+        seen, bound = norms, clip
+        if parts := [record.adam_gradient_norm for record in self.steps if record.adam_gradient_norm is not None]:
+            seen, bound = torch.stack(parts).tolist(), math.inf  # as Adam saw them: clipped
+        scale = interval_noise_scale(seen, moments, self.batch_size, gradient_clip=bound, beta1=beta1)
         return {
             "train_loss": statistics.mean,
             "train_loss_std": statistics.std,
@@ -325,7 +332,7 @@ class IntervalRecorder:
         mine = IntervalShare(losses=losses, probe=self.probe, time_s=time_s, energy_j=energy_j)
         share = self.ranks.all_reduce_interval(mine, self.stopwatch.meter)
         means = torch.tensor(share.losses, device=self.device)
-        self.steps = [StepRecord(loss, step.gradient_norm) for loss, step in zip(means, self.steps, strict=True)]
+        self.steps = [replace(step, loss=loss) for loss, step in zip(means, self.steps, strict=True)]
         self.probe = share.probe
         return share.time_s, share.energy_j
 
@@ -340,6 +347,7 @@ class IntervalRecorder:
             state["interval"] = {
                 "losses": [float(step.loss) for step in self.steps],
                 "norms": [float(step.gradient_norm) for step in self.steps],
+                "adam_norms": [_number(step.adam_gradient_norm) for step in self.steps],
                 "moments": [float(norm) for norm in self._moment_norms],
                 "since": state["begun"],
                 "probe": None if self.probe is None else vars(self.probe),
@@ -359,14 +367,21 @@ class IntervalRecorder:
         self._open = saved is not None
         if saved is None:
             return
-        pairs = zip(saved["losses"], saved["norms"], strict=True)
-        self.steps = [StepRecord(self._scalar(loss), self._scalar(norm)) for loss, norm in pairs]
+        seen = saved.get("adam_norms") or [None] * len(saved["losses"])  # version 0.1 did not write them
+        self.steps = [
+            StepRecord(self._scalar(loss), self._scalar(norm), None if part is None else self._scalar(part))
+            for loss, norm, part in zip(saved["losses"], saved["norms"], seen, strict=True)
+        ]
         self._moment_norms = [self._scalar(norm) for norm in saved["moments"]]
         self.probe = None if saved["probe"] is None else ProbeResult(**saved["probe"])
         self.probe_s = saved["probe_s"]
 
     def _scalar(self, value: float) -> torch.Tensor:
         return torch.tensor(value, device=self.device)
+
+
+def _number(value: torch.Tensor | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _since(then: Moment, now: Moment) -> tuple[float, float | None]:

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -68,7 +68,7 @@ class ControlledLoop:
 
     Args:
         model: The model in training.
-        optimizer: Steps the model, at the peak learning rate of the base schedule.
+        optimizer: Steps the model, at the peak learning rate of the base schedule; a `JointOptimizer` for several.
         progress: The budget and the base schedule.
         start: Controls at the beginning, those of the untouched base schedule.
         pruning: What the sparsity control does. `width` needs a transformers model.
@@ -100,14 +100,14 @@ class ControlledLoop:
         sets_matmul_precision: bool = True,
         probes: bool = False,
     ) -> None:
-        owner = getattr(optimizer, _OWNER, None)
-        if owner is not None and owner() is not None:
+        owners = [getattr(each, _OWNER, None) for each in adam.parts_of(optimizer)]
+        if any(owner is not None and owner() is not None for owner in owners):
             raise ValueError(
                 "optimizer must be steered by one controller, this one has one already; "
                 "call close() on the other, or make the optimizer anew, as in a notebook cell that is run twice"
             )
         self.model, self.optimizer, self.progress = model, optimizer, progress
-        self.optimizer_name = type(optimizer).__name__
+        self.optimizer_name = adam.name_of(optimizer)
         """Name of the optimizer, for error messages."""
         self.controls = start
         """Controls in force."""
@@ -158,8 +158,8 @@ class ControlledLoop:
 
     @property
     def changes_batch(self) -> bool:
-        """Whether the batch size may change: only for Adam and AdamW is it known how to make that neutral."""
-        return isinstance(self.optimizer, Adam)
+        """Whether the batch size may change: only for Adam, AdamW and Muon is it known how to make that neutral."""
+        return adam.follows_batch(self.optimizer)
 
     @property
     def sharded(self) -> bool:
@@ -576,14 +576,16 @@ class ControlledLoop:
 
     def attach(self) -> None:
         """Keep other loops from the optimizer, and watch the model's number format, until `detach`."""
-        setattr(self.optimizer, _OWNER, weakref.ref(self))
+        for each in adam.parts_of(self.optimizer):
+            setattr(each, _OWNER, weakref.ref(self))
         first = next((m for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D)), None)
         if first is not None:
             self._hook = first.register_forward_hook(_PrecisionHook(self))
 
     def detach(self) -> None:
         """Give model and optimizer back, with the batch's decay and the peak learning rate as at the beginning."""
-        setattr(self.optimizer, _OWNER, None)
+        for each in adam.parts_of(self.optimizer):
+            setattr(each, _OWNER, None)
         self._before = []
         self.apply(replace(self.controls, batch_size=self._start.batch_size))
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=False):  # some may have been added

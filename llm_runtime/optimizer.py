@@ -1,11 +1,13 @@
 """Make AdamW, schedule-free AdamW or Prodigy, read their state, and adjust Adam's decay to a change of batch size.
 
+`JointOptimizer` makes one of several that step a model together, such as Muon and AdamW.
+
 The tensors may be plain or sharded over processes (FSDP2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,16 +143,107 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
     return AdamW(groups, lr=config.base_learning_rate, betas=betas, eps=1e-8, fused=True)
 
 
+class JointOptimizer(Optimizer):
+    """Several optimizers that step one model together, seen as one: Muon for the matrices and AdamW for the rest.
+
+    Parameter groups and states are those of the optimizers themselves, so each may still be saved and loaded alone.
+
+    Args:
+        optimizers: At least one. No parameter may belong to two of them.
+
+    Raises:
+        ValueError: there is none, or a parameter belongs to two.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        # Not Optimizer.__init__, which would make groups and states of its own.
+        self.optimizers = tuple(optimizers)
+        if not self.optimizers:
+            raise ValueError("optimizer must be an optimizer, or several, got an empty list")
+        stepped = [id(p) for group in self.param_groups for p in group["params"]]
+        if twice := len(stepped) - len(set(stepped)):
+            raise ValueError(f"optimizers must step different parameters, got {twice} that two of them step")
+        self.adam_gradient_norm: Tensor | None = None
+        """Norm of the gradient that the Adam among them saw in the last step, a scalar; `None` without an Adam."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Parameter groups of all optimizers, one after the other."""
+        return [group for each in self.optimizers for group in each.param_groups]
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
+        """State of every parameter that has been stepped."""
+        return {parameter: held for each in self.optimizers for parameter, held in each.state.items()}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Let every optimizer make its step."""
+        adam = adam_of(self)
+        if adam is not None:
+            gradients = [p.grad for group in adam.param_groups for p in group["params"] if p.grad is not None]
+            self.adam_gradient_norm = norm_of(gradients) if gradients else None
+        for each in self.optimizers:
+            each.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        for each in self.optimizers:
+            each.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the optimizers, in their order."""
+        return {"optimizers": [each.state_dict() for each in self.optimizers]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        for each, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            each.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return name_of(self)
+
+
+def parts_of(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    """Return the optimizers that a joint one consists of, or the one itself."""
+    return optimizer.optimizers if isinstance(optimizer, JointOptimizer) else (optimizer,)
+
+
+def name_of(optimizer: Optimizer) -> str:
+    """Return the name of an optimizer's class, or the names of several, such as `Muon + AdamW`."""
+    return " + ".join(type(each).__name__ for each in parts_of(optimizer))
+
+
+def adam_of(optimizer: Optimizer) -> Adam | None:
+    """Return the Adam or AdamW in an optimizer, the first of several; `None` without one."""
+    return next((each for each in parts_of(optimizer) if isinstance(each, Adam)), None)
+
+
+def follows_batch(optimizer: Optimizer) -> bool:
+    """Return whether it is known how to make a change of the batch neutral: for Adam, AdamW and Muon.
+
+    Muon is known by its name, as it is often the loop's own. Its updates have a fixed size, as those of Adam have
+    about, so the same rule for the learning rate is taken, and its momentum stays, as Adam's first decay does.
+    """
+    return all(isinstance(each, Adam) or type(each).__name__ == "Muon" for each in parts_of(optimizer))
+
+
 def change_batch(optimizer: Optimizer, ratio: float) -> None:
     """Adjust Adam to a batch that grows by `ratio`, with its bias-corrected moments unchanged.
 
     The decay becomes beta2^ratio, which keeps its half-life in tokens (Marek et al. 2025), and the step count is
     divided by `ratio`, which keeps the bias correction 1 - beta2^step. The correction 1 - beta1^step changes; the
     first moment is scaled with it, as the first steps after a change during warm-up would be too large otherwise.
+    Of several optimizers, those that are no Adam stay as they are.
     """
     if ratio == 1:
         return
-    assert isinstance(optimizer, Adam), "only the buffers of Adam are known"
+    assert follows_batch(optimizer), "only the buffers of Adam and Muon are known"
+    for each in parts_of(optimizer):
+        if isinstance(each, Adam):
+            _change_adam(each, ratio)
+
+
+def _change_adam(optimizer: Adam, ratio: float) -> None:
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         group["betas"] = (beta1, float(beta2**ratio))
@@ -178,7 +271,7 @@ def update_direction(optimizer: Optimizer) -> list[tuple[nn.Parameter, torch.Ten
     """Return the last update of each parameter, computed from AdamW's buffers, with weight decay.
 
     The decay is computed from the weights after the step instead of before it: a relative error of lr x decay.
-    The list is empty for other optimisers, whose buffers have another meaning.
+    The list is empty for other optimisers and for several, whose buffers have another meaning.
     """
     updates: list[tuple[nn.Parameter, torch.Tensor]] = []
     if not isinstance(optimizer, AdamW):
@@ -200,14 +293,15 @@ def update_direction(optimizer: Optimizer) -> list[tuple[nn.Parameter, torch.Ten
 def first_moment_norm(optimizer: Optimizer) -> torch.Tensor | None:
     """Return |m| of AdamW's bias-corrected first moment over all parameters, a scalar on the device.
 
-    `None` before the first step, and for other optimisers.
+    `None` before the first step, and for other optimisers. Of several, that of the first Adam among them.
     """
-    if not isinstance(optimizer, Adam):
+    adam = adam_of(optimizer)
+    if adam is None:
         return None
     moments: list[torch.Tensor] = []
     correction = 1.0
-    for group in optimizer.param_groups:
-        states = _states(optimizer, group)
+    for group in adam.param_groups:
+        states = _states(adam, group)
         moments += [state["exp_avg"] for state in states]
         if states:
             correction = 1 - group["betas"][0] ** float(states[0]["step"])

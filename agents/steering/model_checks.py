@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainpilot.agents.steering.guardrails import GuardrailSettings
+from trainpilot.llm_runtime.optimizer import JointOptimizer
 
 MAX_RISE = 2.0
 """Largest factor above the user's learning rate on a pretrained model: a much higher one undoes what it has learnt."""
@@ -21,7 +23,20 @@ MAX_FALL = 1e-3
 """Smallest factor: a learning rate that is too low costs time and nothing else."""
 
 
-def own_optimizer(optimizer: Optimizer) -> Optimizer:
+def own_optimizer(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
+    """Return the optimizer that steering steps: the given one, without Accelerate's wrapper, or several as one.
+
+    Raises:
+        ValueError: it cannot be steered; the message says what to do.
+    """
+    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    parts = [_unwrapped(each) for each in given]
+    for part in parts:
+        check_optimizer(part)
+    return parts[0] if len(parts) == 1 else JointOptimizer(parts)
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer that Accelerate has wrapped, or the given one.
 
     Raises:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch.optim import Adam
 
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
 from trainpilot.agents.controller import Policy, keep
@@ -291,7 +292,7 @@ def with_law(
     where the sequences or their length are unknown.
     """
     length, sequences, n_parameters = settings.sequence_length, settings.sequences, body_parameters(loop.model)
-    if fine_tuning or not loop.changes_batch or length == 1 or sequences is None or not n_parameters:
+    if fine_tuning or not isinstance(loop.optimizer, Adam) or length == 1 or sequences is None or not n_parameters:
         return replace(limits, learning_rate_over_law=None, batch_over_law=None)
     advice = step_law(n_parameters, sequences * length)
     tokens = settings.batch_size * settings.sequence_length

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
@@ -36,7 +36,6 @@ from trainpilot.agents.steering.loader_batches import first_sequences, sequences
 from trainpilot.agents.steering.loop_checks import RowWatch, check_repeatable
 from trainpilot.agents.steering.model_checks import (
     check_alone,
-    check_optimizer,
     is_pretrained,
     near_learning_rate,
     own_optimizer,
@@ -68,8 +67,9 @@ class Steering:
     Args:
         model: The model in training.
         optimizer: Steps the model, at the peak learning rate of the base schedule and without a scheduler of its own.
-            The batch size changes under Adam and AdamW only. One that Accelerate has prepared is taken out of its
-            wrapper.
+            The batch size changes under Adam, AdamW and Muon only. One that Accelerate has prepared is taken out of
+            its wrapper. Several, such as Muon for the matrices and AdamW for the rest, are stepped together: one
+            learning-rate scale for all.
         settings: Budget, start, policy and bounds.
         validate: Returns the validation loss in nats/token. Called every tenth decision; leave it out if it is
             expensive.
@@ -88,7 +88,7 @@ class Steering:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         settings: SteeringSettings,
         *,
         validate: Callable[[], float] | None = None,
@@ -101,7 +101,6 @@ class Steering:
     ) -> None:
         self.settings = settings
         optimizer = own_optimizer(optimizer)
-        check_optimizer(optimizer)
         if ranks is None:
             check_alone(model)
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
@@ -175,7 +174,7 @@ class Steering:
             sequences=settings.sequences,
             batch_size=settings.batch_size,
             sequence_length=settings.sequence_length,
-            optimizer=type(loop.optimizer).__name__,
+            optimizer=loop.optimizer_name,
             decisions=self.progress.decisions,
             device_type=loop.device.type,
             base_schedule=base,
