@@ -240,8 +240,7 @@ def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, mon
     chosen = policy if policy != "bundle" else str(workplace / "policy.safetensors")
     more = BLIND if policy == "default" else ("--policy", chosen, "--pruning", "magnitude")
     size = {"tokens": 102_400, "decisions": 40}
-    whole = run(command(workplace, "whole", *more, **size))
-    assert whole.returncode == 0, whole.stderr
+    assert run_here(command(workplace, "whole", *more, **size), monkeypatch) == 0
     process = subprocess.Popen([sys.executable, "-c", EAGER, *command(workplace, "cut", *more, **size)[3:]])
     checkpoint, lines = workplace / "cut" / "checkpoint.pt", workplace / "cut" / "telemetry.jsonl"
     end = time.monotonic() + 120
@@ -252,8 +251,7 @@ def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, mon
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (workplace / "cut" / "summary.json").exists()
-    again = run(command(workplace, "cut", *more, **size))
-    assert again.returncode == 0, again.stderr
+    assert run_here(command(workplace, "cut", *more, **size), monkeypatch) == 0
     expected, found = summary(workplace / "whole"), summary(workplace / "cut")
     for name in ("final_validation_loss", "final_test_loss", "initial_validation_loss", "n_decisions", "n_changes"):
         assert found[name] == expected[name], name
