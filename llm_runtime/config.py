@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from trainpilot.llm_runtime.budget import Budget, Currency
 from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.plain_values import MAX_INT, shown
 from trainpilot.llm_runtime.schedules import PARTS, SCHEDULES, Schedule, ScheduleName
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -44,8 +45,8 @@ class Controls(JsonRecord):
     def __post_init__(self) -> None:
         if not (self.learning_rate_scale >= 0 and math.isfinite(self.learning_rate_scale)):
             raise ValueError(f"learning_rate_scale must be a finite number >= 0, got {self.learning_rate_scale}")
-        if not isinstance(self.batch_size, Integral) or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1 sequence, got {self.batch_size}")
+        if not isinstance(self.batch_size, Integral) or not 1 <= self.batch_size <= MAX_INT:
+            raise ValueError(f"batch_size must be a whole number of at least 1 sequence, got {shown(self.batch_size)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if not 0 <= self.sparsity < 1:
