@@ -50,6 +50,7 @@ from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process import RandomState
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, TokenProgress
+from trainpilot.llm_runtime.saved_loop import SavedRun
 from trainpilot.llm_runtime.scaling_laws import Advice, step_law
 from trainpilot.llm_runtime.schedules import sequences_probed
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
@@ -444,6 +445,17 @@ class LiveRun:
             "target_share": self.target_share,
             "validation_loss": self.validation_loss,
         }
+
+    def is_finite(self) -> bool:
+        """Return whether all weights are finite numbers, so that a run can go on from them."""
+        return all(bool(torch.isfinite(weights).all()) for weights in self.loaded.model.parameters())
+
+    def check_snapshot(self, snapshot: Snapshot) -> None:
+        """Raise `ValueError` for a snapshot from a file that `restore` cannot go back to, or that is no snapshot."""
+        SavedRun.from_json(snapshot)
+        self.progress.check_state(snapshot)
+        self.trainer.check_snapshot(snapshot["trainer"])
+        self.random_state.check_state(snapshot["random_state"])
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a state that `snapshot` returned; on a CPU the run then goes on bit for bit as it did."""

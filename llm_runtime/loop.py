@@ -46,7 +46,7 @@ from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
 from trainpilot.llm_runtime.process_group import IntervalShare, OneProcess, ProcessGroup
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress
-from trainpilot.llm_runtime.saved_loop import SavedLoop
+from trainpilot.llm_runtime.saved_loop import SavedLoop, SavedSnapshot
 from trainpilot.llm_runtime.schedules import (
     MASK_UPDATES,
     cubic_sparsity,
@@ -506,6 +506,22 @@ class ControlledLoop:
             "sparsity": float(controls.sparsity),
             "finish": bool(controls.finish),
         }
+
+    def check_snapshot(self, snapshot: Snapshot) -> None:
+        """Raise `ValueError` for a snapshot from a file that `restore` cannot go back to, or that is no snapshot."""
+        saved = SavedSnapshot.from_json(snapshot)
+        own = {name: each for name, each in self._changing().items() if isinstance(each, nn.Parameter)}
+        for name, parameter in own.items():
+            weights = saved.weights.get(name)
+            if not isinstance(weights, Tensor) or (weights.ndim != parameter.ndim):
+                raise ValueError(f"weights must hold {name} as a tensor of {parameter.ndim} dimensions")
+            if not saved.width and weights.shape != parameter.shape:
+                raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(weights.shape)}")
+            if not bool(torch.isfinite(weights).all()):
+                raise ValueError(f"{name} holds values that are not finite")
+        adam.check_state(self.optimizer, saved.optimizer, resized=bool(saved.width))
+        if self.masks is not None:
+            self.masks.check_state(saved.masks)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a state that `snapshot` returned, bit for bit."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from trainpilot.llm_runtime.config import Controls
+from trainpilot.llm_runtime.config import Controls, Precision
 from trainpilot.llm_runtime.json_records import JsonRecord
-from trainpilot.llm_runtime.plain_values import shown
+from trainpilot.llm_runtime.plain_values import MAX_INT, shown
 from trainpilot.llm_runtime.ranges import COUNT, Range
 
 Count = Annotated[int, COUNT]
@@ -124,3 +124,41 @@ class SavedLoop(JsonRecord):
     controls: Controls
     levers: SavedLevers
     readings: SavedReadings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSnapshot(JsonRecord):
+    """A snapshot of what training changes."""
+
+    weights: dict[str, Any]
+    width: Count
+    optimizer: dict[str, Any]
+    masks: dict[str, Any]
+    scaler: dict[str, Any]
+    effective_precision: str
+    precision: Precision
+    batch_size: Annotated[int, Range(1, MAX_INT)]
+    micro_batch_size: Annotated[int, Range(1, MAX_INT)] | None
+    learning_rate_scale: NotNegative | None = None
+    sparsity: Annotated[float, Range(0, 1)] | None = None
+    finish: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPosition(JsonRecord):
+    """A position in a stream of batches, in sequences."""
+
+    position: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun(JsonRecord):
+    """A snapshot of a live run; its position in the budget is checked apart."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}
+
+    trainer: dict[str, Any]
+    stream: SavedPosition
+    random_state: dict[str, Any]
+    target_share: NotNegative
+    validation_loss: Number | None
