@@ -21,7 +21,7 @@ from safetensors.numpy import save as to_bytes
 from trainpilot.envs.action import ACTION_FIELDS, split_choices
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
-from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.config import MAX_DECISIONS, RunConfig
 from trainpilot.llm_runtime.files import digest, whole_file
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.plain_values import check_plain, parse_json, printable, shown
@@ -36,8 +36,6 @@ MAX_BYTES = 16 * 2**20
 """Largest file that is read as a bundle; policy networks are much smaller."""
 MAX_WEIGHT = 1e4
 """Largest weight that is read. Those of trained policies lie below 10; far larger ones overflow in the logits."""
-MAX_DECISIONS = 100_000
-"""Most decisions per run."""
 
 
 def policy_path(name: str) -> Path:

@@ -76,16 +76,19 @@ class Preference:
         Raises:
             ValueError: an unknown name, or a weight that is not a number.
         """
-        weights = {"quality": 0.0, "energy": 0.0, "time": 0.0}
+        weights: dict[str, float] = {}
         for part in text.split(","):
             name, equals, value = part.partition("=")
-            if name.strip() not in weights or not equals:
+            name = name.strip()
+            if name not in ("quality", "energy", "time") or not equals:
                 raise ValueError(f"preference must look like quality=0.7,energy=0.15,time=0.15, got {text!r}")
+            if name in weights:
+                raise ValueError(f"preference must weigh {name} once, got {text!r}")
             try:
-                weights[name.strip()] = float(value)
+                weights[name] = float(value)
             except ValueError:
-                raise ValueError(f"preference {name.strip()} must be a number, got {value!r}") from None
-        return cls(**weights)
+                raise ValueError(f"preference {name} must be a number, got {value!r}") from None
+        return cls(**{"quality": 0.0, "energy": 0.0, "time": 0.0} | weights)
 
     @classmethod
     def draw(cls, random: np.random.Generator) -> Preference:

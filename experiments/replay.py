@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -168,8 +167,6 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     path = None if options.policy == "none" else policy_path(options.policy)
     bundle = PolicyBundle.load(path) if path is not None else None
     preference = Preference.parse(options.preference)
-    if not (math.isfinite(options.grid_intensity) and options.grid_intensity >= 0):
-        raise ValueError(f"grid_intensity must be a number >= 0, got {options.grid_intensity}")
     config = _config(options, bundle)
     use_threads(options.threads)
     run = LiveRun(config, probe=options.probe)

@@ -56,6 +56,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise `OSError` where no file can be written into a folder, which need not be there yet; nothing is left."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place.is_dir():  # another kind of error is for whoever looks at the folder itself
+        with tempfile.TemporaryDirectory(prefix=".trainpilot.", dir=place):
+            pass
+
+
 def _umask() -> int:
     """Return the process's file mode mask, which can only be read by setting it; temporary files ignore it."""
     mask = os.umask(0o077)

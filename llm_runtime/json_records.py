@@ -124,6 +124,8 @@ def first_fault(error: ValidationError, where: str) -> str:
     place = printable(".".join(str(part) for part in first["loc"]))
     own = first["type"] == "value_error"  # a dataclass's own message, which says what it got
     message = first["msg"].removeprefix("Value error, ") + ("" if own else f", got {shown(first['input'])}")
+    if place and message.startswith("must be "):  # the rule of a range, which goes with the name
+        return f"{where}: {place} {message}"
     return f"{where}: {place + ': ' if place else ''}{message}"
 
 

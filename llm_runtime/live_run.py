@@ -538,9 +538,12 @@ def resolve_device(name: str) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device: 'mps' needs a Mac with Apple silicon and a torch made for it; use 'cpu' or 'auto'")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    return device
 
 
 def _check_context(loaded: LoadedModel, config: RunConfig) -> None:

@@ -245,9 +245,7 @@ def check_state(optimizer: Optimizer, state: Mapping[str, Any], *, resized: bool
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     for index, each in moments.items():
         if not (isinstance(index, int) and 0 <= index < len(parameters) and isinstance(each, Mapping)):
-            raise ValueError(
-                f"optimizer must hold a state for each of {len(parameters)} parameters, got {shown(index)}"
-            )
+            raise ValueError(f"optimizer must hold states of {len(parameters)} parameters, got {shown(index)}")
         for name in ("exp_avg", "exp_avg_sq"):
             tensor, shape = each.get(name, parameters[index]), parameters[index].shape
             if not isinstance(tensor, torch.Tensor) or not (resized or tensor.shape == shape):

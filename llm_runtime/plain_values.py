@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+import unicodedata
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -33,11 +34,14 @@ def printable(text: object) -> str:
 
     ESC becomes `\x1b`, a right-to-left override `\u202e`, a lone surrogate `\ud800`, a line break `\n`.
     """
-    return "".join(each if each.isprintable() else _escaped(each) for each in str(text))
+    plain = str(text)
+    return plain if plain.isprintable() else "".join(map(_printable, plain))
 
 
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii") if character != "\N{NO-BREAK SPACE}" else " "
+def _printable(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":  # a space of any width
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def shown(value: object) -> str:

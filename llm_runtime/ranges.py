@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trainpilot.llm_runtime.plain_values import MAX_INT, shown
 
@@ -41,19 +41,18 @@ class Range:
             return "any number" if self.low == -math.inf else f"{'>' if self.above else '>='} {low}"
         return f"{'(' if self.above else '['}{low}, {high}{')' if self.below else ']'}"
 
-    @property
-    def rule(self) -> str:
-        """What a number in the range must be, for error messages."""
-        if self.high in (math.inf, MAX_INT):
-            return (
-                "a number" if self.low == -math.inf else f"{'above' if self.above else 'at least'} {_number(self.low)}"
-            )
-        return f"in {self}"
+    def rule(self, value: object) -> str:
+        """Return what a number in the range must be, for the error message about one that is not."""
+        if isinstance(value, int | float) and 100 < self.high < value < math.inf:
+            return f"at most {_number(self.high)}"
+        if self.low == 0 and self.high > 100:
+            return "a positive number" if self.above else "a number >= 0"
+        return "a finite number" if (self.low, self.high) == (-math.inf, math.inf) else f"in {self}"
 
     def check(self, name: str, value: object) -> None:
         """Raise `ValueError` for a value that is not in the range."""
         if value not in self:
-            raise ValueError(f"{name} must be {self.rule}, got {shown(value)}")
+            raise ValueError(f"{name} must be {self.rule(value)}, got {shown(value)}")
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         """Return pydantic's schema of a number in the range; `None` passes where the type has it."""
@@ -61,25 +60,51 @@ class Range:
 
         def checked(value: object) -> object:
             if value is not None and value not in self:
-                raise ValueError(f"must be {self.rule}, got {shown(value)}")
+                raise ValueError(f"must be {self.rule(value)}, got {shown(value)}")
             return value
 
-        return core_schema.no_info_after_validator_function(checked, handler(source))
+        def refused_if_bool(value: object) -> object:
+            return checked(value) if isinstance(value, bool) else value  # pydantic would take True for 1
+
+        after = core_schema.no_info_after_validator_function(checked, handler(source))
+        return core_schema.no_info_before_validator_function(refused_if_bool, after)
 
 
-COUNT = Range(0, MAX_INT)
+@dataclass(frozen=True)
+class Whole(Range):
+    """The whole numbers that a value may have."""
+
+    def __contains__(self, value: object) -> bool:
+        """Return whether a value is a whole number in the range."""
+        return isinstance(value, int) and super().__contains__(value)
+
+    def rule(self, value: object) -> str:
+        """Return what a number in the range must be, for the error message about one that is not."""
+        if isinstance(value, int) and not isinstance(value, bool) and value > self.high:
+            return f"a whole number of at most {_number(self.high)}"
+        return f"a whole number of at least {_number(self.low)}"
+
+
+COUNT = Whole(0, MAX_INT)
 """Whole numbers from 0 on that arrays hold."""
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e12 else f"{value:g}"
+    return f"{value:.0f}" if abs(value) < 1e7 and value == round(value) else f"{value:g}"
 
 
 @lru_cache(maxsize=64)
 def ranges_of(kind: type) -> dict[str, Range]:
     """Return the ranges that a dataclass declares, by field."""
-    found = {name: _declared(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
-    return {name: each for name, each in found.items() if each is not None}
+    return {name: declared for name, (declared, _) in _declarations(kind).items()}
+
+
+@lru_cache(maxsize=64)
+def _declarations(kind: type) -> dict[str, tuple[Range, bool]]:
+    """Return the ranges that a dataclass declares, by field, and whether a word may stand for the number."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {name: (_declared(hint), _takes_words(hint)) for name, hint in hints.items()}
+    return {name: (declared, words) for name, (declared, words) in found.items() if declared is not None}
 
 
 def _declared(hint: Any) -> Range | None:
@@ -88,8 +113,12 @@ def _declared(hint: Any) -> Range | None:
     return own[0] if own else next((found for each in get_args(hint) if (found := _declared(each)) is not None), None)
 
 
+def _takes_words(hint: Any) -> bool:
+    return get_origin(hint) is Literal or any(map(_takes_words, get_args(hint)))
+
+
 def check_ranges(record: object, prefix: str = "") -> None:
-    """Check every number of a dataclass whose type declares a range; `None` and words, such as `auto`, pass.
+    """Check every number of a dataclass whose type declares a range; `None`, and a word that the type has, pass.
 
     Args:
         record: The dataclass.
@@ -98,8 +127,8 @@ def check_ranges(record: object, prefix: str = "") -> None:
     Raises:
         ValueError: a number is out of its range.
     """
-    for name, allowed in ranges_of(type(record)).items():
+    for name, (allowed, words) in _declarations(type(record)).items():
         value = getattr(record, name)
         for each in value if isinstance(value, tuple) else (value,):
-            if each is not None and not isinstance(each, str):
+            if each is not None and not (words and isinstance(each, str)):
                 allowed.check(f"{prefix}{name}", each)
