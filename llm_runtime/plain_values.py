@@ -49,11 +49,11 @@ def shown(value: object) -> str:
     try:
         text = repr(value) if not isinstance(value, str | bytes) or len(value) < MAX_SHOWN else reprlib.repr(value)
     except (RecursionError, ValueError):  # nested too deep, or a number of more digits than Python writes
-        return f"a {type(value).__name__} that is too large to be shown"
+        return f"{type(value).__name__} that is too large to be shown"
     return printable(text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}...")
 
 
-def check_plain(content: object, *, leaves: tuple[type, ...] = (), most: int = MAX_VALUES) -> None:
+def check_plain(content: object, *, most: int = MAX_VALUES) -> None:
     """Check that content is plain values - mappings, lists, texts, numbers, booleans, None - within the bounds.
 
     It looks at one level after the other, and at a value as often as it is referred to, so that neither depth nor
@@ -61,7 +61,6 @@ def check_plain(content: object, *, leaves: tuple[type, ...] = (), most: int = M
 
     Args:
         content: The values.
-        leaves: Further types that may be among them, such as tensors.
         most: Largest number of values.
 
     Raises:
@@ -71,7 +70,7 @@ def check_plain(content: object, *, leaves: tuple[type, ...] = (), most: int = M
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
-            inside = _inside(value, leaves)
+            inside = _inside(value)
             count += len(inside)
             if count > most:
                 raise ValueError(f"it holds more than {most:,} values")
@@ -82,7 +81,7 @@ def check_plain(content: object, *, leaves: tuple[type, ...] = (), most: int = M
     raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
-def _inside(value: object, leaves: tuple[type, ...]) -> list[Any]:
+def _inside(value: object) -> list[Any]:
     """Return what a container holds, nothing for a plain value."""
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str | int)]:
@@ -94,7 +93,7 @@ def _inside(value: object, leaves: tuple[type, ...]) -> list[Any]:
         _check_text(value)
     elif isinstance(value, int) and not abs(value) <= MAX_INT:
         raise ValueError(f"whole numbers must be at most {MAX_INT}, got one of {value.bit_length()} bits")
-    elif value is not None and not isinstance(value, (int, float, *leaves)):
+    elif value is not None and not isinstance(value, int | float):
         raise ValueError(f"it holds a {type(value).__name__}, which is no plain value")
     return []
 

@@ -52,9 +52,8 @@ class CaseSet:
         names = [case.get("name") for case in self.cases]
         for number, name in enumerate(names, start=1):
             if not (isinstance(name, str) and NAME.fullmatch(name)):
-                raise ValueError(
-                    f"case {number}: name must be made of up to 64 of a-z, 0-9, '.' and '-', got {shown(name)}"
-                )
+                rule = "made of at most 64 of a-z, 0-9, '.' and '-'"
+                raise ValueError(f"case {number}: name must be {rule}, got {shown(name)}")
         name, times = Counter(names).most_common(1)[0]
         if times > 1:
             raise ValueError(f"case {name}: name must be its own, got it {times} times; rename the others")
