@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,8 +21,10 @@ from safetensors.numpy import save as to_bytes
 from trainpilot.envs.action import ACTION_FIELDS, split_choices
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
-from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.config import MAX_DECISIONS, RunConfig
 from trainpilot.llm_runtime.files import digest, whole_file
+from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.plain_values import check_plain, parse_json, printable, shown
 from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
 
 POLICIES = Path(__file__).with_name("policies")
@@ -32,6 +34,8 @@ FIRST_LAYER = "hidden.0.weight"
 FORMAT = 1
 MAX_BYTES = 16 * 2**20
 """Largest file that is read as a bundle; policy networks are much smaller."""
+MAX_WEIGHT = 1e4
+"""Largest weight that is read. Those of trained policies lie below 10; far larger ones overflow in the logits."""
 
 
 def policy_path(name: str) -> Path:
@@ -89,7 +93,7 @@ class BaseSchedule:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         share = self.warmup_share
-        if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share < 1):
+        if not (_is_number(share) and 0 <= share < 1):
             raise ValueError(f"warmup_share must be a number in [0, 1), got {share!r}")
 
     def on(self, config: RunConfig) -> RunConfig:
@@ -183,12 +187,13 @@ class PolicyBundle:
         """
         path = Path(path)
         content, weights = _read(path)
-        fields = _checked_fields(path, content)
-        _check_weights(path, weights, len(fields))
-        bundle = cls(weights, content.get("provenance", {}), fields)
-        _check_base_schedule(path, bundle)
-        _check_start_scale(path, bundle)
-        return bundle
+        try:
+            fields = _listed_fields(content)
+            _check_weights(weights, len(fields))
+            Provenance.check(content.get("provenance", {}))
+        except ValueError as error:
+            raise ValueError(f"policy: {path}: {error}; retrain it") from error
+        return cls(weights, content.get("provenance", {}), fields)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -205,89 +210,196 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         )
     try:
         with safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {})["trainpilot"]
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        content = json.loads(text)
+            content = parse_json((file.metadata() or {})["trainpilot"])
+            weights = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"policy: {path} is not a trainpilot bundle ({type(error).__name__})") from error
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"policy: {path} is not a trainpilot bundle ({why})") from error
     if not isinstance(content, dict):
         raise ValueError(f"policy: {path} is not a trainpilot bundle (its header is no JSON object)")
     return content, weights
 
 
-def _checked_fields(path: Path, content: Mapping[str, Any]) -> tuple[ObservationField, ...]:
-    """Return the observation fields that a bundle lists, looked up by name."""
+def _tensor(file: Any, name: str) -> np.ndarray:
+    """Return a tensor of the file. Raises `ValueError` for one of another type than float32."""
+    kind = file.get_slice(name).get_dtype()
+    if kind != "F32":
+        raise ValueError(f"weights must be F32, got {kind} in {shown(name)}")
+    tensor: np.ndarray = file.get_tensor(name)
+    return tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tables(JsonRecord):
+    """The tables of outputs and inputs in a bundle's header."""
+
+    actions: tuple[Mapping[str, Any], ...]
+    observations: tuple[Mapping[str, Any], ...]
+    n_stack: int
+
+
+def _listed_fields(content: Mapping[str, Any]) -> tuple[ObservationField, ...]:
+    """Return the observation fields that a bundle lists, looked up by name, once its tables are known to fit."""
     if content.get("format") != FORMAT:
-        raise ValueError(f"policy: {path} has format {content.get('format')!r}, expected {FORMAT}; retrain it")
-    stored, expected = content.get("fields", {}), field_tables()
-    listed = stored.get("observations", [])
+        raise ValueError(f"it has format {shown(content.get('format'))}, expected {FORMAT}")
+    stored, expected = _Tables.from_json(content.get("fields", {})), field_tables()
     differences = {
-        "actions": _first_difference(stored.get("actions", []), expected["actions"]),
-        "observations": _first_unknown(listed, expected["observations"]),
+        "actions": _first_difference(stored.actions, expected["actions"]),
+        "observations": _first_unknown(stored.observations, expected["observations"]),
     }
     for table, difference in differences.items():
         if difference:
-            raise ValueError(f"policy: {path} does not fit this version: {table}: {difference}; retrain it")
-    if stored.get("n_stack") != N_STACK:
-        raise ValueError(f"policy: {path} has n_stack {stored.get('n_stack')}, expected {N_STACK}; retrain it")
+            raise ValueError(f"it does not fit this version: {table}: {difference}")
+    if stored.n_stack != N_STACK:
+        raise ValueError(f"it has n_stack {stored.n_stack}, expected {N_STACK}")
     known = {each.name: each for each in OBSERVATION_FIELDS}
-    return tuple(known[entry["name"]] for entry in listed)
+    return tuple(known[entry["name"]] for entry in stored.observations)
 
 
-def _first_unknown(stored: Sequence[Any], known: Sequence[Any]) -> str | None:
+def _first_unknown(stored: Sequence[Mapping[str, Any]], known: Sequence[Any]) -> str | None:
     """Return what is wrong with the observation fields of a bundle: each must be known, and be listed once."""
     by_name = {entry["name"]: entry for entry in known}
-    names = [entry.get("name") if isinstance(entry, dict) else entry for entry in stored]
-    if not names:
-        return "there are none"
-    for entry, name in zip(stored, names, strict=True):
-        if name not in by_name:
-            return f"{name!r} is unknown"
+    listed: set[str] = set()
+    for entry in stored:
+        name = entry.get("name")
+        if not isinstance(name, str) or name not in by_name:
+            return f"{shown(name)} is unknown"
         if entry != by_name[name]:
-            return f"{name!r} is {entry}, expected {by_name[name]}"
-        if names.count(name) > 1:
+            return f"{name!r} is {shown(entry)}, expected {by_name[name]}"
+        if name in listed:
             return f"{name!r} is listed twice"
-    return None
+        listed.add(name)
+    return None if listed else "there are none"
 
 
-def _first_difference(stored: Sequence[Any], expected: Sequence[Any]) -> str | None:
-    names = [entry.get("name") if isinstance(entry, dict) else entry for entry in stored]
+def _first_difference(stored: Sequence[Mapping[str, Any]], expected: Sequence[Any]) -> str | None:
+    names = [entry.get("name") for entry in stored]
     known = [entry["name"] for entry in expected]
     if missing := [name for name in known if name not in names]:
         return f"{missing[0]!r} is missing"
     if unknown := [name for name in names if name not in known]:
-        return f"{unknown[0]!r} is unknown"
+        return f"{shown(unknown[0])} is unknown"
+    if len(names) > len(known):
+        return "a control is listed twice"
     for entry, wanted in zip(stored, expected, strict=True):
         if entry != wanted:
-            return f"{entry.get('name')!r} is {entry}, expected {wanted}"
+            return f"{entry.get('name')!r} is {shown(entry)}, expected {wanted}"
     return None
 
 
-def _check_weights(path: Path, weights: Mapping[str, np.ndarray], n_fields: int) -> None:
+def _check_weights(weights: Mapping[str, np.ndarray], n_fields: int) -> None:
+    """Check the shapes of a bundle's layers, and that their weights are finite and of a usual size."""
     size = N_STACK * n_fields
-    names = sorted(name for name in weights if name.startswith("hidden.") and name.endswith(".weight"))
-    layers = [f"hidden.{index}" for index in range(len(names))] + ["action"]
     n_choices = sum(len(f.choices) for f in ACTION_FIELDS)
+    hidden = [name for name in weights if name.startswith("hidden.") and name.endswith(".weight")]
+    layers = [*(f"hidden.{index}" for index in range(len(hidden))), "action"]
+    if odd := set(weights) - {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}:
+        raise ValueError(f"weights must be those of hidden layers and of action, got {shown(min(odd))}")
     for layer in layers:
         weight, bias = weights.get(f"{layer}.weight"), weights.get(f"{layer}.bias")
-        if weight is None or bias is None or weight.ndim != 2 or weight.shape != (len(bias), size):
-            got = None if weight is None else weight.shape
-            raise ValueError(f"policy: {path}: {layer} must map {size} inputs, got {got}")
+        if weight is None or bias is None or bias.ndim != 1 or not len(bias) or weight.shape != (len(bias), size):
+            got = [None if each is None else each.shape for each in (weight, bias)]
+            raise ValueError(f"{layer} must map {size} inputs by a matrix and a vector, got {got[0]} and {got[1]}")
         size = len(bias)
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-            raise ValueError(f"policy: {path}: {layer} holds values that are not finite")
+            raise ValueError(f"{layer} holds values that are not finite")
+        largest = max(float(np.abs(each).max()) for each in (weight, bias))
+        if largest > MAX_WEIGHT:
+            raise ValueError(f"{layer} must hold weights of at most {MAX_WEIGHT:g}, got {largest:g}")
     if size != n_choices:
-        raise ValueError(f"policy: {path}: action must have {n_choices} outputs, got {size}")
+        raise ValueError(f"action must have {n_choices} outputs, got {size}")
 
 
-def _check_base_schedule(path: Path, bundle: PolicyBundle) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Provenance(JsonRecord):
+    """The parts of a provenance that something relies on; the others are kept and shown, and decide nothing."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "ignore"}
+
+    decisions: Any = 50
+    """Decisions per run, in [1, `MAX_DECISIONS`]."""
+    start_scale: Any = 1.0
+    """Learning-rate scale that runs begin with, in (0, 1]."""
+    base_schedule: dict[str, Any] | None = None
+    """Fields of a `BaseSchedule`."""
+    training_cost: dict[str, Any] | None = None
+    """Decisions, episodes, joules and seconds, in all and by stage; `None` where unknown."""
+    domain: dict[str, Any] | None = None
+    """What the policy was trained on, by fact: two numbers, names, a single value, or the base schedule's fields."""
+    simulator: dict[str, Any] | None = None
+    """Settings of the training in the simulator."""
+    simulator_seed: int | None = None
+    """Seed of the agent in the simulator, which names its folder."""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.decisions, int) and 1 <= self.decisions <= MAX_DECISIONS):
+            raise ValueError(f"decisions must be a whole number in [1, {MAX_DECISIONS:,}], got {shown(self.decisions)}")
+        if not (_is_number(self.start_scale) and 0 < self.start_scale <= 1):
+            raise ValueError(f"start_scale must be a number in (0, 1], got {shown(self.start_scale)}")
+        if self.base_schedule is not None:
+            _check_schedule("base_schedule", self.base_schedule)
+        _check_costs(self.training_cost or {})
+        _check_domain(self.domain or {})
+        widening = (self.simulator or {}).get("widening")
+        if widening is not None:
+            _check_widening(widening)
+
+    @classmethod
+    def check(cls, content: object) -> None:
+        """Check a provenance as a bundle holds it.
+
+        Raises:
+            ValueError: it is no mapping of plain values within the bounds, or one of its parts is wrong.
+        """
+        check_plain(content)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"provenance must hold names and values, got {shown(content)}")
+        known = cls.__dataclass_fields__
+        cls.from_json({name: value for name, value in content.items() if name in known})
+
+
+def _check_schedule(name: str, stored: Mapping[str, Any]) -> None:
     try:
-        _ = bundle.base_schedule
+        BaseSchedule(**stored)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"policy: {path}: base_schedule: {error}; retrain it") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
-def _check_start_scale(path: Path, bundle: PolicyBundle) -> None:
-    stored = bundle.provenance.get("start_scale", 1.0)
-    if not (isinstance(stored, int | float) and 0 < stored <= 1):
-        raise ValueError(f"policy: {path}: start_scale must be a number in (0, 1], got {stored!r}; retrain it")
+def _check_costs(costs: Mapping[str, Any]) -> None:
+    for name, cost in costs.items():
+        if isinstance(cost, dict):
+            _check_costs(cost)
+        elif cost is not None and not (_is_number(cost) and cost >= 0):
+            raise ValueError(f"training_cost: {printable(name)} must be a number >= 0, got {shown(cost)}")
+
+
+def _check_domain(domain: Mapping[str, Any]) -> None:
+    for name, known in domain.items():
+        if isinstance(known, dict):
+            _check_schedule(f"domain: {printable(name)}", known)
+        elif isinstance(known, list):
+            names = bool(known) and all(isinstance(each, str) for each in known)
+            if not (names or _is_range(known)):
+                raise ValueError(f"domain: {printable(name)} must be names or two rising numbers, got {shown(known)}")
+        elif not isinstance(known, str) and not _is_number(known):
+            raise ValueError(f"domain: {printable(name)} must be a number, got {shown(known)}")
+
+
+def _check_widening(widening: object) -> None:
+    if not isinstance(widening, Mapping):
+        raise ValueError(f"simulator.widening must hold names and values, got {shown(widening)}")
+    if (budget := widening.get("budget")) and not _is_range(budget):
+        raise ValueError(f"simulator.widening.budget must be two rising numbers, got {shown(budget)}")
+    for name in ("scratch", "fine_tuning"):
+        if not _is_number(share := widening.get(name, 0.0)):
+            raise ValueError(f"simulator.widening.{name} must be a number, got {shown(share)}")
+
+
+def _is_range(value: object) -> bool:
+    if not (isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))):
+        return False
+    return bool(value[0] <= value[1])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -5,14 +5,15 @@ A `Controller` needs numpy alone: no torch, no Stable-Baselines3. A `DecisionRec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
-from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, Reasons
+from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, Reasons, check_action
 from trainpilot.envs.decision import Advice, Decision, DecisionState, Preference
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reward import RewardTerms
@@ -43,6 +44,10 @@ class DecisionRecord(JsonRecord):
     """Reward of the interval; `None` without a reference run."""
     advice: Advice | None = None
     """What the policy would have done here; `None` unless it only advises."""
+
+    def __post_init__(self) -> None:
+        check_action(self.requested)
+        check_action(self.allowed)
 
     @classmethod
     def of(
@@ -147,7 +152,23 @@ class Controller:
             raise ValueError("record needs a decision; call decide first")
         return DecisionRecord.of(telemetry, self.decision, self._reasons, self._observation, reward)
 
+    def repeated(self, records: Sequence[DecisionRecord], limits: ControlLimits | None = None) -> Controller:
+        """Return a controller of the same run and policy that has made the decisions of records.
+
+        Args:
+            records: The decisions and the intervals that followed them; the policy is not asked.
+            limits: Range of each control; by default as here.
+
+        Raises:
+            ValueError: they cannot be records of one run.
+        """
+        again = copy(self)
+        again.state, again.decision = self.state.anew(limits=limits), None
+        again.state.repeat([(record.allowed, record.telemetry) for record in records])
+        again.observe(None)
+        return again
+
     def repeat(self, record: DecisionRecord) -> None:
         """Bring the decision of a record into force again, without asking the policy."""
-        self.state.decide(record.allowed)
+        self.state.apply(record.allowed)
         self.state.hold(record.telemetry.requested)

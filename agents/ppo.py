@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,64 +22,53 @@ from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
-from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
+from trainpilot.llm_runtime.files import load_checkpoint, resuming, save_checkpoint
+from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.optimizer import check_state
+from trainpilot.llm_runtime.ranges import COUNT, Range, Whole, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
     """Settings of PPO. Names and meanings are those of Stable-Baselines3."""
 
-    total_decisions: int = 20_000
+    total_decisions: Annotated[int, Whole(0, 10**12)] = 20_000
     """Environment steps to learn from; with 0 the policy is not trained."""
-    n_steps: int = 100
+    n_steps: Annotated[int, Whole(1, 10**6)] = 100
     """Decisions per environment between two updates."""
-    batch_size: int = 100
+    batch_size: Annotated[int, Whole(2, 10**7)] = 100
     """Minibatch of an update, in decisions."""
-    n_epochs: int = 6
+    n_epochs: Annotated[int, Whole(1, 1000)] = 6
     """Passes over the collected decisions per update."""
-    learning_rate: float = 5e-4
+    learning_rate: Annotated[float, Range(0, 1, above=True)] = 5e-4
     """Of the policy's optimiser."""
-    learning_rate_end: float = 1.0
+    learning_rate_end: Annotated[float, Range(0, 1)] = 1.0
     """Share of the learning rate that is left at the end; linear in between."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Range(0, 1)] = 1.0
     """No discount: the outcome of the run is what counts."""
-    gae_lambda: float = 0.97
+    gae_lambda: Annotated[float, Range(0, 1)] = 0.97
     """Bias against variance of the advantage estimate."""
-    clip_range: float = 0.2
+    clip_range: Annotated[float, Range(0, 1, above=True)] = 0.2
     """Trust region of the probability ratio."""
-    ent_coef: float = 0.003
+    ent_coef: Annotated[float, Range(0, 100)] = 0.003
     """Weight of the entropy bonus."""
-    vf_coef: float = 0.5
+    vf_coef: Annotated[float, Range(0, 100)] = 0.5
     """Weight of the value loss."""
-    max_grad_norm: float = 0.5
+    max_grad_norm: Annotated[float, Range(0, 1000, above=True)] = 0.5
     """Largest gradient norm of an update."""
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[Annotated[int, Whole(1, 4096)], ...] = (64, 64)
     """Width of each hidden layer, of policy and value network alike."""
-    keep_probability: float = 0.7
+    keep_probability: Annotated[float, Range(0, 1, above=True, below=True)] = 0.7
     """Chance that the untrained policy leaves a control alone: learning starts near the base schedule."""
-    finish_probability: float = 0.003
+    finish_probability: Annotated[float, Range(0, 1, above=True, below=True)] = 0.003
     """Chance per decision that the untrained policy begins the cool-down."""
-    time_limit_s: float | None = None
+    time_limit_s: Annotated[float, Range(0, above=True)] | None = None
     """Seconds after which training stops early; `None` is no limit."""
-    seed: int = 0
+    seed: Annotated[int, Whole(0, 2**32 - 1)] = 0
     """Seeds the policy's initial weights and its sampling."""
 
     def __post_init__(self) -> None:
-        if self.total_decisions < 0:
-            raise ValueError(f"ppo.total_decisions must be at least 0, got {self.total_decisions}")
-        for name in ("n_steps", "batch_size", "n_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ppo.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("keep_probability", "finish_probability"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"ppo.{name} must be in (0, 1), got {getattr(self, name)}")
-        if self.time_limit_s is not None and not self.time_limit_s > 0:
-            raise ValueError(f"ppo.time_limit_s must be positive, got {self.time_limit_s}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"ppo.learning_rate must be positive, got {self.learning_rate}")
-        for name in ("gae_lambda", "learning_rate_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"ppo.{name} must be in [0, 1], got {getattr(self, name)}")
+        check_ranges(self, "ppo.")
 
     def learning_rate_at(self, left: float) -> float:
         """Return the learning rate while a share `left` of the decisions is still to come."""
@@ -271,14 +260,46 @@ class _CheckpointAndCost(BaseCallback):
         state = load_checkpoint(self.path)
         if state is None:
             return
-        model.policy.load_state_dict(state["policy"])
-        model.policy.optimizer.load_state_dict(state["optimizer"])
-        model.num_timesteps = state["num_timesteps"]
-        model._n_updates = state["n_updates"]
-        self.cost = state["cost"]
-        for name, callback in self.remembered.items():
-            if name in state.get("callbacks", {}):
-                callback.restore(state["callbacks"][name])
+        with resuming(self.path):
+            saved = _SavedTraining.from_json(state)
+            _check_policy(model, saved.policy)
+            check_state(model.policy.optimizer, saved.optimizer)
+            model.policy.load_state_dict(saved.policy)
+            model.policy.optimizer.load_state_dict(saved.optimizer)
+            model.num_timesteps = saved.num_timesteps
+            model._n_updates = saved.n_updates
+            self.cost = saved.cost
+            for name, callback in self.remembered.items():
+                if name in (saved.callbacks or {}):
+                    callback.restore((saved.callbacks or {})[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SavedTraining(JsonRecord):
+    """The form of a training's checkpoint."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}
+
+    policy: dict[str, Any]
+    optimizer: dict[str, Any]
+    num_timesteps: Annotated[int, COUNT]
+    n_updates: Annotated[int, COUNT]
+    cost: dict[str, float]
+    callbacks: dict[str, dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if missing := {"decisions", "episodes", "energy_j", "time_s"} - set(self.cost):
+            raise ValueError(f"cost must name {', '.join(sorted(missing))}")
+
+
+def _check_policy(model: MaskablePPO, weights: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for weights from a file that are not the agent's, or not finite."""
+    for name, own in model.policy.state_dict().items():
+        other = weights.get(name)
+        if not isinstance(other, torch.Tensor) or other.shape != own.shape:
+            raise ValueError(f"policy must hold {name} of shape {tuple(own.shape)}")
+        if not bool(torch.isfinite(other).all()):
+            raise ValueError(f"policy holds values that are not finite in {name}")
 
 
 def bundle_of(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from sb3_contrib import MaskablePPO
@@ -27,8 +27,11 @@ from trainpilot.envs.observation import GROUPS, OBSERVATION_FIELDS, ObservationF
 from trainpilot.envs.reward import UTILITIES, compute_equivalent
 from trainpilot.envs.runs import IntervalBatch, SteeredRuns
 from trainpilot.llm_runtime.budget import Currency
+from trainpilot.llm_runtime.config import MAX_DECISIONS
 from trainpilot.llm_runtime.energy import select_meter
-from trainpilot.llm_runtime.files import load_checkpoint
+from trainpilot.llm_runtime.files import load_checkpoint, resuming
+from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.ranges import COUNT, Range, Whole, check_ranges
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Widening
@@ -177,6 +180,25 @@ class _Outcomes:
         return float(np.median(multiplier[inside])) if inside.any() else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _SavedBest(JsonRecord):
+    """The best weights so far, and what they scored."""
+
+    score: float
+    scores: dict[str, Any]
+    decisions: Annotated[int, COUNT]
+    policy: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SavedValidation(JsonRecord):
+    """The form of a validation's state."""
+
+    rollouts: Annotated[int, COUNT]
+    last: int
+    best: _SavedBest | dict[str, None]
+
+
 class Validation(RememberedCallback):
     """Scores the policy without exploration every few rollouts, and keeps the best weights.
 
@@ -210,7 +232,8 @@ class Validation(RememberedCallback):
         return {"rollouts": self.rollouts, "last": self.last, "best": self.best}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned. Raises `ValueError` for anything else."""
+        _SavedValidation.from_json(state)
         self.rollouts, self.last, self.best = state["rollouts"], state["last"], state["best"]
 
     def best_bundle(self, model: MaskablePPO) -> PolicyBundle:
@@ -258,41 +281,39 @@ class Validation(RememberedCallback):
 class SimulatorPPOConfig(PPOConfig):
     """PPO's settings with values for thousands of simulated runs."""
 
-    total_decisions: int = 8_000_000
-    n_steps: int = 50
-    batch_size: int = 4096
-    n_epochs: int = 4
-    learning_rate: float = 1e-3
-    learning_rate_end: float = 0.05
-    gae_lambda: float = 0.98
+    total_decisions: Annotated[int, Whole(1, 10**12)] = 8_000_000
+    n_steps: Annotated[int, Whole(1, 10**6)] = 50
+    batch_size: Annotated[int, Whole(2, 10**7)] = 4096
+    n_epochs: Annotated[int, Whole(1, 1000)] = 4
+    learning_rate: Annotated[float, Range(0, 1, above=True)] = 1e-3
+    learning_rate_end: Annotated[float, Range(0, 1)] = 0.05
+    gae_lambda: Annotated[float, Range(0, 1)] = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSettings:
     """Simulated runs that a policy is scored on while it is trained."""
 
-    instances: int = 512
+    instances: Annotated[int, Whole(1, 10**6)] = 512
     """Number of runs, and of instances that they are drawn from."""
-    seed: int = 999
+    seed: Annotated[int, Whole(0, 2**32 - 1)] = 999
     """Seeds the draw of instances and runs; must differ from the seed of every agent."""
-    every: int = 10
+    every: Annotated[int, Whole(1, 10**6)] = 10
     """Rollouts between two validations."""
 
     def __post_init__(self) -> None:
-        for name in ("instances", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"validation.{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self, "validation.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatorStage:
     """Settings of the training in the simulator."""
 
-    n_runs: int = 1024
+    n_runs: Annotated[int, Whole(1, 10**6)] = 1024
     """Runs side by side."""
-    instances: int = 2048
+    instances: Annotated[int, Whole(1, 10**6)] = 2048
     """Instances that runs are drawn from."""
-    seeds: int = 2
+    seeds: Annotated[int, Whole(1, 1000)] = 2
     """Number of agents that are trained, with seeds from `ppo.seed` on."""
     keep: int | None = None
     """Seed of the agent whose policy is saved; by default the best on the validation runs."""
@@ -300,22 +321,22 @@ class SimulatorStage:
     """Calibrations that instances are drawn around: `shipped`, or files that `trainpilot calibrate` wrote."""
     widening: Widening = field(default_factory=Widening)
     """How far from the calibrations instances are drawn."""
-    start_rates: tuple[float, float] = (1 / 30, 10.0)
+    start_rates: tuple[Annotated[float, Range(1e-6, 1e6)], Annotated[float, Range(1e-6, 1e6)]] = (1 / 30, 10.0)
     """Starting learning rates over the tuned one, drawn evenly in the logarithm."""
-    start_advised: float = 0.0
+    start_advised: Annotated[float, Range(0, 1)] = 0.0
     """Share of runs that start at a scaling law's learning rate instead, with the error of its advice."""
     base_schedule: BaseSchedule = field(default_factory=lambda: BaseSchedule(schedule="wsd", warmup_share=0.1))
     """The schedule that the policy multiplies. It is saved in the bundle, and live runs follow it too."""
-    start_scale: float = 1.0
+    start_scale: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Learning-rate scale that runs begin with, before the first decision. It is saved in the bundle, and live runs
     begin with it too."""
-    decisions: int = 50
+    decisions: Annotated[int, Whole(1, MAX_DECISIONS)] = 50
     """Decisions per run."""
     currencies: tuple[Currency, ...] = ("tokens",)
     """What the runs' budgets are counted in: `tokens`, `time_s`, `energy_j`; each run draws one of them."""
-    least_quality: float = 0.5
+    least_quality: Annotated[float, Range(0, 1)] = 0.5
     """Least weight of quality in a preference that is drawn."""
-    quality_alone: float = 0.0
+    quality_alone: Annotated[float, Range(0, 1)] = 0.0
     """Share of the drawn preferences that are for quality alone, whose runs are blind to clocks and meters."""
     utility: str = "linear"
     """How the three objectives become one number."""
@@ -333,16 +354,11 @@ class SimulatorStage:
     """Runs that the agents are scored on."""
 
     def __post_init__(self) -> None:
-        for name in ("n_runs", "instances", "seeds", "decisions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"simulator.{name} must be at least 1, got {getattr(self, name)}")
-        if self.ppo.total_decisions < 1:
-            raise ValueError(f"simulator.ppo.total_decisions must be at least 1, got {self.ppo.total_decisions}")
-        if not 0 < self.start_rates[0] <= self.start_rates[1]:
+        check_ranges(self, "simulator.")
+        if not self.start_rates[0] <= self.start_rates[1]:
             raise ValueError(f"simulator.start_rates must be two rising positive numbers, got {self.start_rates}")
-        if not 0 < self.start_scale <= 1:
-            raise ValueError(f"simulator.start_scale must be in (0, 1], got {self.start_scale}")
-        self._check_shares()
+        if self.ppo.seed + self.seeds > 2**32:
+            raise ValueError(f"simulator.ppo.seed must leave room for {self.seeds} seeds, got {self.ppo.seed}")
         if self.validation.seed in self.agents:
             raise ValueError(f"validation.seed must be none of the agents' own seeds, got {self.validation.seed}")
         if self.keep is not None and self.keep not in self.agents:
@@ -352,11 +368,6 @@ class SimulatorStage:
         self.seen()
         _ = self.start
         published_sweeps(self.widening.published)  # raises for a name that is not known
-
-    def _check_shares(self) -> None:
-        for name in ("least_quality", "quality_alone", "start_advised"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"simulator.{name} must be in [0, 1], got {getattr(self, name)}")
 
     @property
     def fields(self) -> tuple[ObservationField, ...]:
@@ -492,9 +503,10 @@ def best_weights(folder: Path, n_inputs: int) -> dict[str, Any]:
     state = load_checkpoint(folder / "checkpoint.pt")
     if state is None:
         raise ValueError(f"out: {folder / 'checkpoint.pt'} is gone; remove the folder above it to train anew")
-    weights: dict[str, Any] = state["callbacks"][Validation.__name__]["best"]["policy"]
-    wide = n_inputs + PRIVILEGED
-    return {
-        name: value[:, :n_inputs] if value.ndim == 2 and value.shape[1] == wide else value
-        for name, value in weights.items()
-    }
+    with resuming(folder / "checkpoint.pt"):
+        weights: dict[str, Any] = state["callbacks"][Validation.__name__]["best"]["policy"]
+        wide = n_inputs + PRIVILEGED
+        return {
+            name: value[:, :n_inputs] if value.ndim == 2 and value.shape[1] == wide else value
+            for name, value in weights.items()
+        }

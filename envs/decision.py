@@ -76,16 +76,19 @@ class Preference:
         Raises:
             ValueError: an unknown name, or a weight that is not a number.
         """
-        weights = {"quality": 0.0, "energy": 0.0, "time": 0.0}
+        weights: dict[str, float] = {}
         for part in text.split(","):
             name, equals, value = part.partition("=")
-            if name.strip() not in weights or not equals:
+            name = name.strip()
+            if name not in ("quality", "energy", "time") or not equals:
                 raise ValueError(f"preference must look like quality=0.7,energy=0.15,time=0.15, got {text!r}")
+            if name in weights:
+                raise ValueError(f"preference must weigh {name} once, got {text!r}")
             try:
-                weights[name.strip()] = float(value)
+                weights[name] = float(value)
             except ValueError:
-                raise ValueError(f"preference {name.strip()} must be a number, got {value!r}") from None
-        return cls(**weights)
+                raise ValueError(f"preference {name} must be a number, got {value!r}") from None
+        return cls(**{"quality": 0.0, "energy": 0.0, "time": 0.0} | weights)
 
     @classmethod
     def draw(cls, random: np.random.Generator) -> Preference:
@@ -191,17 +194,24 @@ class DecisionStates:
         self._stack[rows] = fresh._stack
         self._masks = None
 
-    def observe(self, telemetry: TelemetryBatch) -> None:
-        """Add the interval that has just ended, of every run, to the history."""
+    def observe(self, telemetry: TelemetryBatch, *, seen: bool = True) -> None:
+        """Add the interval that has just ended, of every run, to the history.
+
+        Args:
+            telemetry: What was measured.
+            seen: Whether any decision to come sees the observation after this interval; else it is not computed.
+        """
         self.history.observe(telemetry, self.controls)
         if self.prices is not None:
             self.prices.observe(telemetry)
+        self._masks = None
+        if not seen:
+            return
         self.newest = self._encode()
         width, before = len(self.table), self._stack
         self._stack = np.empty_like(before)
         self._stack[:, :-width] = before[:, width:]
         self._stack[:, -width:] = self.newest
-        self._masks = None
 
     def observation(self) -> NDArray[np.float32]:
         """Return the stacked observations, float32 of shape (n_runs, N_STACK * n_fields), newest last."""
@@ -298,10 +308,10 @@ class DecisionState:
         self.preference = preference
         self.telemetry: list[Telemetry] = []
 
-    def anew(self, start_scale: float | None = None) -> DecisionState:
-        """Return the state of the same run before its first decision, with another learning-rate scale if given."""
+    def anew(self, start_scale: float | None = None, limits: ControlLimits | None = None) -> DecisionState:
+        """Return the state of the same run before its first decision, with another scale or limits if given."""
         scale = self._states.start_scale if start_scale is None else start_scale
-        return DecisionState(self.limits, self.preference, self._states.table.fields, scale)
+        return DecisionState(limits or self.limits, self.preference, self._states.table.fields, scale)
 
     @property
     def controls(self) -> Controls:
@@ -322,6 +332,22 @@ class DecisionState:
         """Add the interval that has just ended to the history."""
         self.telemetry.append(telemetry)
         self._states.observe(TelemetryBatch.of([telemetry]))
+
+    def repeat(self, past: Sequence[tuple[Action, Telemetry]]) -> None:
+        """Go through intervals that have been, each an action that was applied and what was measured after it.
+
+        It comes out as `apply`, `hold` and `observe` one by one would, in a fraction of the time: observations that the
+        stack no longer holds are not computed.
+        """
+        if not past:
+            return
+        actions = np.array([action for action, _ in past])
+        measured = TelemetryBatch.of([telemetry for _, telemetry in past])
+        for index, (_, telemetry) in enumerate(past):
+            self._states.apply(actions[index : index + 1])
+            self.hold(telemetry.requested)
+            self._states.observe(measured.take(np.array([index])), seen=index >= len(past) - N_STACK)
+            self.telemetry.append(telemetry)
 
     def observation(self) -> np.ndarray:
         """Return the stacked observation, float32 of shape (N_STACK * n_fields,), in [-1, 1], newest last."""

@@ -190,7 +190,8 @@ class RunSummary:
         self.best_loss = np.where(better, loss, self.best_loss)
         self.best_at = np.where(better, used, self.best_at)
         self.spikes = np.where(np.isnan(self.spikes), 0.0, self.spikes) + spike
-        kept = np.exp(-np.maximum(np.nan_to_num(used - self._used), 0.0) / FADING)
+        since = used - self._used
+        kept = np.exp(-np.where(since > 0, since, 0.0) / FADING)
         self._fall, self._growth, self._used = kept * self._fall + fall, kept * self._growth + growth, used
         if controls is not None:
             self._note_extremes(controls, fall, growth)

@@ -29,6 +29,8 @@ from trainpilot.experiments.options import (
     ReplayOptions,
     TrainAgentOptions,
 )
+from trainpilot.llm_runtime.files import check_writable
+from trainpilot.llm_runtime.plain_values import one_line
 
 Command = (
     Annotated[DemoOptions, subcommand("demo")]
@@ -51,6 +53,7 @@ def main() -> None:
     _quieten_libraries()
     options = _parse(sys.argv[1:])
     try:
+        _check_out(options)
         _run(options)
     except ValueError as error:
         _refuse(str(error))
@@ -60,6 +63,14 @@ def main() -> None:
         _refuse(f"{error.strerror or error}: {error.filename or 'output'}; {way_out}", code=1 if full else 2)
     except KeyboardInterrupt:
         _refuse("interrupted; run the same command again to resume", code=130)
+
+
+def _check_out(options: object) -> None:
+    """Raise `OSError` where a command could not write its results, which it would find out after measuring."""
+    if isinstance(options, CalibrateOptions | FitSweepOptions | ExportOptions):
+        check_writable(options.out)
+    elif isinstance(options, CompareOptions):
+        check_writable(options.folder)
 
 
 def _run(options: object) -> None:
@@ -125,7 +136,8 @@ def _parse(arguments: list[str]) -> object:
     except SystemExit as stop:
         if stop.code:
             command = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
-            _refuse(f"{_first_block(captured.getvalue()).rstrip('.')}; see trainpilot {command}--help")
+            said = re.sub(r"^Error parsing \w+Options: ", "", _first_block(captured.getvalue()))
+            _refuse(f"{said.rstrip('.')}; see trainpilot {command}--help")
         raise
 
 
@@ -141,7 +153,7 @@ def _first_block(box: str) -> str:
 
 
 def _refuse(message: str, code: int = 2) -> NoReturn:
-    print(f"trainpilot: {' '.join(message.split())}", file=sys.stderr)
+    print(f"trainpilot: {one_line(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 

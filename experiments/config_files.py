@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -13,8 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.json_records import first_fault
+from trainpilot.llm_runtime.plain_values import check_plain, one_line, parse_json, read_text, shown
 
 T = TypeVar("T")
+MAX_YAML = 64 * 2**10
+"""Largest YAML file that is read, which takes Python up to a second; JSON may be larger."""
 
 
 def read_mapping(what: str, name: str, shipped: Traversable) -> dict[str, Any]:
@@ -26,16 +28,40 @@ def read_mapping(what: str, name: str, shipped: Traversable) -> dict[str, Any]:
     known = {file.name.removesuffix(".yaml"): file for file in shipped.iterdir() if file.name.endswith(".yaml")}
     source = known.get(name, Path(name))
     try:
-        text = source.read_text(encoding="utf-8")
-        content = json.loads(text) if source.name.endswith(".json") else yaml.safe_load(text)
+        if source.name.endswith(".json"):
+            content = _parsed_json(f"{what}: {name}", read_text(source))
+        else:
+            content = parse_yaml(f"{what}: {name}", read_text(source, MAX_YAML))
     except OSError:
         raise ValueError(f"{what} must be one of {', '.join(sorted(known))} or a YAML file, got {name!r}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, not JSON, a date that no calendar has
-        kind = "JSON" if source.name.endswith(".json") else "YAML"
-        raise ValueError(f"{what}: {name} is not readable {kind}: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what}: {name} is not readable YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what}: {name} must hold names and values, got {type(content).__name__}")
     return content
+
+
+def parse_yaml(where: str, text: str) -> Any:
+    """Return the values of a YAML text: plain ones, within the bounds.
+
+    Raises:
+        ValueError: it is no YAML, names types of a language, or holds too much; the message begins with `where`.
+    """
+    try:
+        content = yaml.safe_load(text)
+        check_plain(content)
+    except RecursionError:
+        raise ValueError(f"{where} is not readable YAML: it is nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: too much, or a date that no calendar has
+        raise ValueError(f"{where} is not readable YAML: {one_line(error)}") from error
+    return content
+
+
+def _parsed_json(where: str, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not readable JSON: {one_line(error)}") from error
 
 
 def run_config(content: Mapping[str, Any], where: str) -> RunConfig:
@@ -60,7 +86,7 @@ def validated(kind: type[T], content: Mapping[str, Any], where: str) -> T:
     """
     known = kind.__dataclass_fields__  # type: ignore[attr-defined]
     if unknown := sorted(map(str, set(content) - set(known))):
-        raise ValueError(f"{where}: {unknown[0]!r} is unknown; known are {', '.join(known)}")
+        raise ValueError(f"{where}: {shown(unknown[0])} is unknown; known are {', '.join(known)}")
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:

@@ -6,9 +6,8 @@ of its first layer. `print_reasons` prints which fields had the largest effect o
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,9 +24,12 @@ from trainpilot.agents.explain import Explanation, Push, explain, input_shares
 from trainpilot.agents.logging.run_log import flatten, text
 from trainpilot.envs.action import ACTION_FIELDS, LEARNING_RATE_FACTORS
 from trainpilot.experiments.run_store import read_records
+from trainpilot.llm_runtime.plain_values import one_line, printable, read_json
 
 MAX_LISTED = 6
 """Up to this many different values are listed."""
+MOST_ROWS, MOST_CHARACTERS = 200, 2000
+"""Most rows of a table of what a file says, and most characters in one of its cells."""
 BARS = 15
 """Number of fields that get a bar; the others are summed up in one row."""
 BAR_WIDTH = 40
@@ -42,7 +44,7 @@ def print_policy(path: Path, console: Console) -> None:
         ValueError: the file is not a bundle, or has an unsupported version.
     """
     bundle = PolicyBundle.load(path)
-    console.print(Text(f"\n{path}", style="bold"), soft_wrap=True)
+    console.print(Text(f"\n{printable(path)}", style="bold"), soft_wrap=True)
     console.print(_facts(path, bundle))
     for name, title in (("training_cost", "Training cost"), ("scores", "Scores")):
         if figures := bundle.provenance.get(name):
@@ -89,14 +91,26 @@ def _schedule(bundle: PolicyBundle) -> str:
 
 def _figures(figures: Any) -> Table:
     table = plain_table("", "")
-    for key, value in flatten(figures if isinstance(figures, Mapping) else {"": figures}).items():
-        table.add_row(escape(key), _figure(value))
+    _add_rows(table, figures if isinstance(figures, Mapping) else {"": figures}, _figure)
     return table
+
+
+def _add_rows(table: Table, content: Mapping[str, Any], form: Callable[[Any], str]) -> None:
+    """Add a row for each value of nested content, up to `MOST_ROWS`."""
+    flat = flatten(content)
+    for key in list(flat)[:MOST_ROWS]:
+        table.add_row(escape(_cut(printable(key))), escape(_cut(form(flat[key]))))
+    if len(flat) > MOST_ROWS:
+        table.add_row("...", f"and {len(flat) - MOST_ROWS:,} more", style="dim")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
 
 
 def _figure(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return escape(text(value))
+        return text(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -114,7 +128,9 @@ def _entry(value: Any) -> str:
     if not (isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)):
         return text(value)
     columns = {key: list(dict.fromkeys(text(item.get(key)) for item in value)) for key in value[0]}
-    differing = [f"{key} {', '.join(values)}" for key, values in columns.items() if 1 < len(values) <= MAX_LISTED]
+    differing = [
+        f"{printable(key)} {', '.join(values)}" for key, values in columns.items() if 1 < len(values) <= MAX_LISTED
+    ]
     return "; ".join([str(len(value)), *differing])
 
 
@@ -132,8 +148,7 @@ def print_bundle(info: Mapping[str, Any], console: Console) -> None:
     """Print the provenance of a bundle as a table."""
     table = titled_table("Policy", "", "")
     table.columns[1].justify = "left"
-    for key, value in flatten(info).items():
-        table.add_row(escape(key), escape(_entry(value)))
+    _add_rows(table, info, _entry)
     console.print(table)
 
 
@@ -179,12 +194,12 @@ def print_reasons(folder: Path, console: Console) -> None:
         records = read_records(folder)
         explanation = explain(bundle, records)
     except (ValueError, OSError) as error:
-        console.print(f"\n[dim]The decisions cannot be explained: {error}[/dim]", highlight=False)
+        console.print(f"\n[dim]The decisions cannot be explained: {escape(one_line(error))}[/dim]", highlight=False)
         return
     if explanation.n_repeated < len(records):
         warning = f"This policy would repeat only {explanation.n_repeated} of the {len(records)} decisions. {warning}"
     if warning:
-        console.print(f"\n[yellow]{warning.strip()}[/yellow]", highlight=False)
+        console.print(f"\n[yellow]{escape(one_line(warning))}[/yellow]", highlight=False)
     print_table("Why: fields with the largest effect on the decisions", _reasons(explanation, records), console)
     console.print(Text(LEGEND, style="dim"))
     print_table("Mean effect of the fields over the run, in log-odds", _importance(explanation), console)
@@ -192,7 +207,7 @@ def print_reasons(folder: Path, console: Console) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "config.json")
     except (OSError, ValueError):
         return {}  # missing or damaged: the run itself can still be shown
     return content if isinstance(content, dict) else {}

@@ -6,7 +6,6 @@ always printed as sparklines, and as larger charts if plotext is installed.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -27,6 +26,7 @@ from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.experiments.inspect_policy import print_policy, print_reasons, titled_table
 from trainpilot.experiments.run_store import read_records
 from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.plain_values import printable, printable_values, read_json
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 SPARKS, PLAIN_SPARKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
@@ -87,10 +87,10 @@ def print_run(folder: Path, console: Console) -> None:
 
 def _summary(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "summary.json")
     except (OSError, ValueError):
         return {}  # not finished yet, or damaged: the telemetry is shown without it
-    return content if isinstance(content, dict) else {}
+    return printable_values(content) if isinstance(content, dict) else {}
 
 
 def _heading(summary: Mapping[str, Any], last: Telemetry) -> Text:
@@ -104,14 +104,17 @@ def _heading(summary: Mapping[str, Any], last: Telemetry) -> Text:
 
 
 def _key_figures(summary: Mapping[str, Any]) -> Table:
-    reference = summary.get("reference") or {}
+    reference = summary.get("reference")
+    reference = reference if isinstance(reference, dict) else {}
     table = titled_table("Key figures", "", "this run", *(["reference"] if reference else []))
     for label, key, form in KEY_FIGURES:
         if key in summary or key in reference:
             own = _number(summary.get(key, reference.get(key)), form)
             beside = _number(reference[key], form) if key in summary and key in reference else ""
             table.add_row(label, own, *([beside] if reference else []))
-    table.add_row("energy source", str(summary.get("energy_source") or "no meter"), *([""] if reference else []))
+    table.add_row(
+        "energy source", escape(str(summary.get("energy_source") or "no meter")), *([""] if reference else [])
+    )
     return table
 
 
@@ -217,7 +220,7 @@ def _refusals(records: Sequence[DecisionRecord]) -> Table | None:
     """Count refusals by reason; reasons that differ only in their numbers are counted as one."""
     counts: Counter[str] = Counter()
     example: dict[str, str] = {}
-    for reason in (reason for record in records for reason in record.refusals):
+    for reason in (printable(reason) for record in records for reason in record.refusals):
         kind = re.sub(r"\d[\d.,e+-]*", "#", reason)
         counts[kind] += 1
         example.setdefault(kind, reason)

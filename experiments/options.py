@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -12,7 +12,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
 from trainpilot.llm_runtime.budget import Budget
-from trainpilot.llm_runtime.config import Precision, Pruning, RunConfig
+from trainpilot.llm_runtime.config import BYTES, MAX_VOCABULARY, Precision, Pruning, RunConfig
+from trainpilot.llm_runtime.ranges import Range, Whole, check_ranges, ranges_of
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 Effort = Literal["quick", "standard"]
@@ -28,6 +29,22 @@ def tokens_in(text: str) -> int:
     return int(budget.amount)
 
 
+def _folder(arguments: list[str]) -> Path:
+    if not arguments[0].strip():
+        raise ValueError("it must name a folder, got an empty text; `.` is the current one")
+    return Path(arguments[0])
+
+
+Out = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_folder,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 Model = Annotated[
     str,
     tyro.conf.arg(
@@ -54,8 +71,9 @@ Tokens = Annotated[
 Vocabulary = Annotated[
     int,
     tyro.conf.arg(
+        metavar=f"INT {Whole(BYTES, MAX_VOCABULARY)}",
         help="256 for bytes; more, such as 2048, for a byte-level BPE tokenizer of that size, trained on the text's "
-        "training split. Only for models trained from scratch."
+        "training split. Only for models trained from scratch.",
     ),
 ]
 SequenceLength = Annotated[int, tyro.conf.arg(help="Tokens per sequence.")]
@@ -64,9 +82,34 @@ Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda.")]
 if TYPE_CHECKING:
     from trainpilot.agents.bundle import BaseSchedule
 
+Jobs = Annotated[int, Whole(0, 1024)]
+Threads = Annotated[int, Whole(0, 1024)]
 
+
+class Options:
+    """Base of the options of a command: every number is checked as it is given."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+C = TypeVar("C", bound=type[Options])
+
+
+def with_ranges(options: C) -> C:
+    """Show the ranges of a command's numbers in its help: their own, or those of the run's settings of that name."""
+    hints = get_type_hints(options, include_extras=True)
+    for name, allowed in (ranges_of(RunConfig) | ranges_of(options)).items():
+        if name in hints and hints[name] is not Tokens:
+            words = "|auto" if "auto" in str(hints[name]) else ""
+            metavar = f"{'INT' if isinstance(allowed, Whole) else 'FLOAT'} {allowed}{words}"
+            options.__annotations__[name] = Annotated[hints[name], tyro.conf.arg(metavar=metavar)]
+    return options
+
+
+@with_ranges
 @dataclass(frozen=True, kw_only=True)
-class ReplayOptions:
+class ReplayOptions(Options):
     """Train a model, steered by a policy, or under its base schedule with `--policy none`.
 
     Killed at any moment, the same command goes on where it was and ends with the same result.
@@ -80,7 +123,7 @@ class ReplayOptions:
       trainpilot replay --policy runs/agent/policy.safetensors --model gpt2-micro --out runs/mine
     """
 
-    out: Path
+    out: Out
     """Folder for summary.json, telemetry.jsonl, tb/ and model/. An interrupted run in it is resumed."""
     policy: str = "none"
     """`none` for the plain base schedule, `default` for the policy that comes with trainpilot, or a bundle's file."""
@@ -120,13 +163,13 @@ class ReplayOptions:
     seed: int = RunConfig.seed
     """Seeds the initial weights and the data order."""
     device: Device = RunConfig.device
-    threads: int = 0
+    threads: Threads = 0
     """Torch threads; 0 takes all cores."""
     reference: bool = False
     """Also run the base schedule (once, cached, about 1.75 runs) and report loss, time and energy against it."""
     probe: bool = True
     """Probe the curvature once per decision."""
-    grid_intensity: float = DEFAULT_GRID_INTENSITY_G_PER_KWH
+    grid_intensity: Annotated[float, Range(0, 1e5)] = DEFAULT_GRID_INTENSITY_G_PER_KWH
     """Grams of CO2e per kWh of your electricity."""
 
     def run_config(self, decisions: int, base: BaseSchedule | None = None) -> RunConfig:
@@ -194,8 +237,9 @@ class ReplayOptions:
         return (int(budget.amount), None) if budget.currency == "tokens" else (RunConfig.tokens, str(budget))
 
 
+@with_ranges
 @dataclass(frozen=True, kw_only=True)
-class TrainAgentOptions:
+class TrainAgentOptions(Options):
     """Train a policy with PPO, in the simulator and on live training runs, and write it as a bundle.
 
     The recipe `default` trains two agents on thousands of simulated runs at once, which takes about an hour on
@@ -213,14 +257,15 @@ class TrainAgentOptions:
 
     recipe: str
     """Name of a recipe that comes with trainpilot (default, demo, tiny), or a YAML file of your own."""
-    out: Path
+    out: Out
     """Folder for policy.safetensors, recipe.json, checkpoint.pt, tb/ and simulator/."""
     set: tuple[str, ...] = ()
     """Changes to the recipe, as key=value with dots for levels: ppo.seed=1 simulator.hide=[curvature]."""
 
 
+@with_ranges
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(Options):
     """Compare methods over cases and seeds, against baselines that are tuned as hard as they can be, in one report.
 
     Every finished run is a file of its own: killed at any moment, the same command goes on; with another method or one
@@ -243,15 +288,15 @@ class CompareOptions:
 
     cases: str = "quick"
     """`quick`, `test`, `large` or `train`, which come with trainpilot, or a YAML or JSON file of your own."""
-    out: Path | None = None
+    out: Out | None = None
     """Folder for report.html, three CSV files, JSON, runs/, costs/ and tensorboard/; runs/compare-CASES by default."""
     methods: str = "default"
     """Names with commas between them; `default` is everything but tuned-tpe, tuned-halving, nsga2 and policies."""
-    seeds: int = 3
+    seeds: Annotated[int, Whole(1, 1000)] = 3
     """Paired seeds per case and method: 3 for a look, 5 for a claim."""
-    jobs: int = 0
+    jobs: Jobs = 0
     """Runs side by side; 0 takes as many as there are cores for."""
-    threads: int = 1
+    threads: Annotated[int, Whole(1, 1024)] = 1
     """Torch threads of each run. Unlike jobs it changes the last digits of a loss: keep it within one folder."""
     plan: bool = False
     """Say how many runs and how long, measure the cost tables, and stop."""
@@ -266,8 +311,9 @@ class CompareOptions:
         return self.out if self.out is not None else Path("runs") / f"compare-{Path(self.cases).stem}"
 
 
+@with_ranges
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions:
+class DemoOptions(Options):
     """Do the main job once, in at most ten minutes on two cores.
 
     A small GPT-2 at a learning rate that nobody tuned; the same run steered by the policy that comes with trainpilot,
@@ -275,7 +321,7 @@ class DemoOptions:
     also where the steered run is worse.
     """
 
-    out: Path = Path("runs/demo")
+    out: Out = Path("runs/demo")
     """Folder for everything; an interrupted demo in it is resumed."""
     seed: int = 0
     """Seeds the runs."""
@@ -285,16 +331,18 @@ class DemoOptions:
     """Budget of each of the seven runs, such as 30s or 200k; 600k tokens by default."""
 
 
+@with_ranges
 @dataclass(frozen=True)
-class DoctorOptions:
+class DoctorOptions(Options):
     """Say what can be measured and controlled on this machine, and what pays."""
 
     json: bool = False
     """Print JSON instead of a table."""
 
 
+@with_ranges
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(Options):
     """Show where a policy comes from and what it looks at, or how a run went and why it was steered so."""
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -302,8 +350,9 @@ class InspectOptions:
     agent."""
 
 
+@with_ranges
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(Options):
     """Write a trained model in smaller formats, and weigh each against the unquantised model.
 
     Formats: bf16; int8 and int4 (compressed-tensors), int8-torchao; gguf-q8 and gguf-q4, for llama.cpp; pot, pot2 and
@@ -319,7 +368,7 @@ class ExportOptions:
 
     path: Annotated[Path, tyro.conf.Positional]
     """Folder of a finished run, or a model folder that save_pretrained wrote."""
-    out: Path
+    out: Out
     """Folder for a folder per format, export.json, export.md and export.png. It must be new or an earlier export, which
     is replaced."""
     format: str = "all"
@@ -330,19 +379,20 @@ class ExportOptions:
     """Tokens per sequence of that text; by default the run's, 128 for a model folder."""
     group_size: Literal[32, 64, 128] = 32
     """Weights that share a scale in int4 and bcq, where that divides all rows; else fewer, or a whole row."""
-    prompt_tokens: int = 128
+    prompt_tokens: Annotated[int, Whole(1, 10**6)] = 128
     """Tokens of the prompt of the request that is timed."""
-    new_tokens: int = 64
+    new_tokens: Annotated[int, Whole(1, 10**6)] = 64
     """Tokens that it generates."""
     speed: bool = True
     """Measure tokens/s and joules too, a few seconds per format or as long as eight requests take."""
     device: Device = RunConfig.device
-    threads: int = 0
+    threads: Threads = 0
     """Threads of torch and llama.cpp; 0 takes all cores."""
 
 
+@with_ranges
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions:
+class CalibrateOptions(Options):
     """Measure how a model of yours trains on this machine, and fit the simulator's physics to it.
 
     A designed set of short live runs: learning rates from 1/30 to 10 times yours, three batches, four schedules, random
@@ -356,7 +406,7 @@ class CalibrateOptions:
       trainpilot calibrate --model gpt2-nano --text docs/*.md --tokens 200000 --out runs/my-calibration
     """
 
-    out: Path
+    out: Out
     """Folder for calibration.json, cost_table.json and runs/."""
     model: Model = RunConfig.model
     text: Text = RunConfig.text
@@ -372,7 +422,7 @@ class CalibrateOptions:
     """How many runs: quick (about 14) or standard (about 33)."""
     decisions: int = RunConfig.decisions
     """Intervals per run."""
-    jobs: int = 0
+    jobs: Jobs = 0
     """Runs side by side, each in a process of one thread; 0 takes as many as there are cores."""
     seed: int = 0
     """Seeds the initial weights and the data order of every run."""
@@ -383,8 +433,9 @@ class CalibrateOptions:
         return _run_config(self, schedule="wsd")
 
 
+@with_ranges
 @dataclass(frozen=True, kw_only=True)
-class FitSweepOptions:
+class FitSweepOptions(Options):
     """Fit the simulator's physics to a sweep that you ran in the past, and predict the losses of other settings.
 
     FILE is a CSV file with one run per row and the columns parameters, learning_rate (the peak), batch_sequences,
@@ -402,20 +453,20 @@ class FitSweepOptions:
 
     file: Annotated[Path, tyro.conf.Positional]
     """The sweep."""
-    out: Path
+    out: Out
     """Folder for physics.json and predictions.csv."""
     predict: Path | None = None
     """CSV file of settings to predict: the same columns without final_loss; other budgets, schedules and sizes are
     allowed. OUT/predictions.csv repeats its rows with a column predicted_loss."""
     schedule: ScheduleName = "cosine"
     """Schedule of runs for which the file does not say it."""
-    warmup_steps: int = 2000
+    warmup_steps: Annotated[int, Whole(0, 10**9)] = 2000
     """Steps of linear warm-up, likewise; of a run shorter than twice that, half of its steps."""
-    end_learning_rate: float = 1e-5
+    end_learning_rate: Annotated[float, Range(0, 1000)] = 1e-5
     """Learning rate at the end of the schedule, likewise."""
     weight_decay: float = RunConfig.weight_decay
     """Weight decay of all runs."""
-    initial_loss: float = 11.0
+    initial_loss: Annotated[float, Range(0, 100, above=True)] = 11.0
     """Loss before training, about the logarithm of the vocabulary; final losses hardly depend on it."""
 
 

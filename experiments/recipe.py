@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
 from pydantic import ConfigDict
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.ppo import PPOConfig
 from trainpilot.agents.simulator_training import SimulatorStage
 from trainpilot.envs.reward import UTILITIES
-from trainpilot.experiments.config_files import read_mapping, run_config, validated
+from trainpilot.experiments.config_files import parse_yaml, read_mapping, run_config, validated
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.ranges import Range, Whole, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,29 +34,24 @@ class Recipe:
     """`RunConfig` fields that all live cases share."""
     vary: dict[str, list[Any]] = field(default_factory=dict)
     """`RunConfig` fields with lists of values; the live cases are all combinations of these values."""
-    reference_learning_rate: float | None = None
+    reference_learning_rate: Annotated[float, Range(0, 1000, above=True)] | None = None
     """Learning rate of the reference runs; by default each case's own. If that is far too low, every steered run looks
     good in comparison."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """PPO settings for the live stage; with `total_decisions` 0 there is no live stage."""
-    n_envs: int = 2
+    n_envs: Annotated[int, Whole(1, 1024)] = 2
     """Number of live runs in parallel, each in its own process."""
-    threads: int = 1
+    threads: Annotated[int, Whole(1, 1024)] = 1
     """Torch threads per process."""
     utility: str = "linear"
     """Scalarisation of the three objectives: linear, logarithmic, tchebycheff, constrained or product."""
 
     def __post_init__(self) -> None:
-        for name in ("n_envs", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if self.utility not in UTILITIES:
             raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {self.utility!r}")
         if self.cases is not None and (self.common or self.vary):
             raise ValueError(f"cases cannot be combined with common or vary, got {self.cases!r}; remove one of them")
-        rate = self.reference_learning_rate
-        if rate is not None and not 0 < rate < math.inf:
-            raise ValueError(f"reference_learning_rate must be a positive number, got {rate}")
         if self.simulator is None and self.ppo.total_decisions < 1:
             raise ValueError("ppo.total_decisions must be at least 1 where there is no simulator stage, got 0")
 
@@ -124,4 +118,4 @@ def _set(content: dict[str, Any], change: str) -> None:
         content = content.setdefault(part, {})
         if not isinstance(content, dict):
             raise ValueError(f"set: {part} in {key!r} has no fields below it")
-    content[last] = yaml.safe_load(value)
+    content[last] = parse_yaml(f"set: {key}", value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -33,7 +32,7 @@ from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.energy.meter import sum_known
-from trainpilot.llm_runtime.files import whole_folder
+from trainpilot.llm_runtime.files import resuming, whole_folder
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -168,8 +167,6 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     path = None if options.policy == "none" else policy_path(options.policy)
     bundle = PolicyBundle.load(path) if path is not None else None
     preference = Preference.parse(options.preference)
-    if not (math.isfinite(options.grid_intensity) and options.grid_intensity >= 0):
-        raise ValueError(f"grid_intensity must be a number >= 0, got {options.grid_intensity}")
     config = _config(options, bundle)
     use_threads(options.threads)
     run = LiveRun(config, probe=options.probe)
@@ -232,9 +229,13 @@ class SteeredRun:
             self.initial_loss = self.run.evaluate()
             return
         checkpoint, self.records = interrupted
-        self.run.restore(checkpoint["snapshot"])
-        self.initial_loss = float(checkpoint["initial_loss"])
-        self.controller.load_state_dict(checkpoint["controller"])
+        with resuming(self.folder.path / "checkpoint.pt"):
+            self.run.check_snapshot(checkpoint["snapshot"])
+            if len(self.records) < (decision := checkpoint["snapshot"]["decision"]):
+                raise ValueError(f"records must be of {decision} decisions, got {len(self.records)}")
+            self.run.restore(checkpoint["snapshot"])
+            self.initial_loss = float(checkpoint["initial_loss"])
+            self.controller.load_state_dict(checkpoint["controller"])
         if self.controller.snapshotted_here():
             self._recovering.snapshot = checkpoint["snapshot"]
         self.telemetry = self.records[-1].telemetry if self.records else None
@@ -256,7 +257,7 @@ class SteeredRun:
                 self._record(interval)
                 telemetry = interval.telemetry
                 advance(telemetry.budget_used, _line(telemetry))
-                if not telemetry.diverged and self.folder.checkpoint_due():
+                if not telemetry.diverged and self.folder.checkpoint_due() and self.run.is_finite():
                     content = {"snapshot": self.run.snapshot(), "initial_loss": self.initial_loss}
                     content["controller"] = self.controller.state_dict()
                     self.folder.write_checkpoint(content, self.records)

@@ -11,21 +11,71 @@ import platform
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
-from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint, whole_file, write_json
+from trainpilot.llm_runtime.files import load_checkpoint, resuming, save_checkpoint, whole_file, write_json
+from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.plain_values import parse_json, printable, read_json, shown
+from trainpilot.llm_runtime.ranges import COUNT, Range
 
 CHECKPOINT_EVERY_S = 5.0
 """Seconds between two checkpoints, at least; more where writing one takes long."""
 CHECKPOINT_COST = 0.02
 """Share of the run's time that checkpoints may take."""
+MAX_LINE = 2**20
+"""Longest line of telemetry.jsonl that is read, in characters; a decision takes some 3,000."""
+
+Number = Annotated[float, Range()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Summary(JsonRecord):
+    """The parts of a finished run's summary that are shown again; version 0.1 did not write those with a default."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}
+
+    policy: str
+    model: str
+    n_parameters: Annotated[int, COUNT]
+    tokens: Annotated[int, COUNT]
+    n_decisions: Annotated[int, COUNT]
+    diverged: bool
+    time_s: Number
+    final_validation_loss: Number | None
+    final_test_loss: Number | None
+    final_test_bits_per_byte: Number | None = None
+    energy_j: Number | None
+    energy_source: str | None
+    co2e_g: Number | None
+    grid_intensity_g_per_kwh: Number
+    mode: str = "steer"
+    budget: str | None = None
+    budget_spent: Number | None = None
+    reference: dict[str, Number | str | None] | None = None
+    advice: dict[str, Annotated[int, COUNT]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint(JsonRecord):
+    """The form of a run's checkpoint."""
+
+    snapshot: dict[str, Any]
+    initial_loss: float
+    controller: dict[str, Any]
+    records: list[str]
+
+    def __post_init__(self) -> None:
+        of_controller = self.controller.get("records")
+        if not isinstance(of_controller, list) or len(of_controller) != len(self.records):
+            raise ValueError(f"records must be those of its controller, got {len(self.records)} of them")
 
 
 class RunFolder:
@@ -48,7 +98,14 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, or `None`."""
         file = self.path / "summary.json"
-        return _read_json(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        summary = _read_json(file)
+        try:
+            _Summary.from_json(summary)
+        except ValueError as error:
+            raise ValueError(f"out: {file} is damaged ({error}); remove it or choose another --out") from error
+        return summary
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; the run counts as finished, and its checkpoint is removed."""
@@ -57,11 +114,13 @@ class RunFolder:
 
     def resume(self) -> tuple[dict[str, Any], list[DecisionRecord]] | None:
         """Return the checkpoint of an interrupted run and its decisions so far, or `None` where nothing was kept."""
-        checkpoint = load_checkpoint(self.path / "checkpoint.pt")
+        path = self.path / "checkpoint.pt"
+        checkpoint = load_checkpoint(path)
         if checkpoint is None:
             self._rewrite([])
             return None
-        records = [DecisionRecord.from_json(json.loads(line)) for line in checkpoint["records"]]
+        with resuming(path):
+            records = [_record(line) for line in _Checkpoint.from_json(checkpoint).records]
         self._rewrite(records)
         return checkpoint, records
 
@@ -112,20 +171,30 @@ def claim_folder(path: Path, name: str, settings: Mapping[str, Any]) -> None:
     for key in sorted({*held, *wanted}):
         if held.get(key) != wanted.get(key):
             raise ValueError(
-                f"out: {path} holds something else ({key} was {held.get(key)!r}, now {wanted.get(key)!r}); "
-                "choose another --out"
+                f"out: {path} holds something else ({printable(key)} was {shown(held.get(key))}, now "
+                f"{shown(wanted.get(key))}); choose another --out"
             )
 
 
 def read_records(folder: Path) -> list[DecisionRecord]:
     """Return the decisions in a run's telemetry.jsonl; a last line cut short by a crash is left out."""
-    records = []
-    for line in (folder / "telemetry.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(DecisionRecord.from_json(json.loads(line)))
-        except json.JSONDecodeError:
-            break
+    path, records, cut = folder / "telemetry.jsonl", list[DecisionRecord](), None
+    try:
+        with path.open(encoding="utf-8") as file:
+            while line := file.readline(MAX_LINE):
+                if cut is not None:
+                    raise cut  # it was not the last line
+                try:
+                    records.append(_record(line))
+                except json.JSONDecodeError as error:
+                    cut = error
+    except ValueError as error:
+        raise ValueError(f"{path}, line {len(records) + 1}: {error}") from error
     return records
+
+
+def _record(line: str) -> DecisionRecord:
+    return DecisionRecord.from_json(parse_json(line))
 
 
 def _line(record: DecisionRecord) -> str:
@@ -134,7 +203,7 @@ def _line(record: DecisionRecord) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:
         raise ValueError(f"out: {path} is not readable JSON ({error}); remove it or choose another --out") from error
     if not isinstance(content, dict):

@@ -30,8 +30,10 @@ from trainpilot.experiments.recipe import Recipe, load_recipe
 from trainpilot.experiments.run_store import claim_folder, versions
 from trainpilot.experiments.workers import Workers, report
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.drive import drive
 from trainpilot.llm_runtime.files import load_checkpoint
+from trainpilot.llm_runtime.models import load_model_of
 from trainpilot.llm_runtime.process import available_cores, use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
@@ -122,8 +124,10 @@ def train_agent(options: TrainAgentOptions, console: Console) -> PolicyBundle:
         ValueError: the recipe is invalid, or the folder belongs to another one.
     """
     recipe = load_recipe(options.recipe, options.set)
-    claim_folder(options.out, "recipe.json", asdict(recipe))
     path = options.out / POLICY
+    if not path.is_file():
+        check_sources(recipe)
+    claim_folder(options.out, "recipe.json", asdict(recipe))
     if path.is_file():
         console.print(f"[dim]{path} is already trained[/dim]", soft_wrap=True)
         return PolicyBundle.load(path)
@@ -138,6 +142,19 @@ def train_agent(options: TrainAgentOptions, console: Console) -> PolicyBundle:
     bundle.save(path)
     _say(console, options, bundle.provenance["training_cost"])
     return bundle
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Check that the calibrations, texts and models of a recipe can be read, before anything is written or started.
+
+    Raises:
+        ValueError: one of them cannot be used.
+    """
+    if recipe.simulator is not None:
+        physics_of(recipe.simulator.calibrations)
+    for case in {(case.model, case.text, case.vocabulary): case for case in recipe.live_cases()}.values():
+        content_digest(case)
+        load_model_of(case)
 
 
 # The simulator stage ----------------------------------------------------------------------------------------------

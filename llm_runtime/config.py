@@ -10,13 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
-from typing import Any, ClassVar, Literal, get_args, overload
+from typing import Annotated, Any, ClassVar, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainpilot.llm_runtime.budget import Budget, Currency
 from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.plain_values import MAX_INT, shown
+from trainpilot.llm_runtime.ranges import Range, Whole, check_ranges
 from trainpilot.llm_runtime.schedules import PARTS, SCHEDULES, Schedule, ScheduleName
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -44,8 +46,8 @@ class Controls(JsonRecord):
     def __post_init__(self) -> None:
         if not (self.learning_rate_scale >= 0 and math.isfinite(self.learning_rate_scale)):
             raise ValueError(f"learning_rate_scale must be a finite number >= 0, got {self.learning_rate_scale}")
-        if not isinstance(self.batch_size, Integral) or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1 sequence, got {self.batch_size}")
+        if not isinstance(self.batch_size, Integral) or not 1 <= self.batch_size <= MAX_INT:
+            raise ValueError(f"batch_size must be a whole number of at least 1 sequence, got {shown(self.batch_size)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if not 0 <= self.sparsity < 1:
@@ -128,6 +130,8 @@ def batch_limits(start_batch_size: Any, interval_sequences: Any) -> tuple[Any, A
 
 
 BYTES, MAX_VOCABULARY = 256, 65_536
+MAX_DECISIONS = 100_000
+"""Most decisions per run."""
 
 OptimizerName = Literal["adamw", "schedule-free", "prodigy"]
 
@@ -147,47 +151,48 @@ class RunConfig(JsonRecord):
     vocabulary: int = BYTES
     """256 for bytes; more, up to 65,536, for a byte-level BPE tokenizer of that size, trained on the text's training
     split. Only for a model that is trained from scratch and whose folder holds no tokenizer."""
-    tokens: int = 1_000_000
+    tokens: Annotated[int, Whole(1, 10**15)] = 1_000_000
     """Budget in tokens. Not read under a `budget` in seconds or joules: how many fit into it shows at its end."""
     budget: str | None = None
     """Budget in seconds or joules, such as `600s`, `2h` or `50kJ`; by default it is in `tokens`."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Whole(1, 2**24)] = 16
     """Starting batch, in sequences."""
-    sequence_length: int = 128
+    sequence_length: Annotated[int, Whole(1, 2**24)] = 128
     """Tokens per sequence."""
-    base_learning_rate: float = 1e-3
+    base_learning_rate: Annotated[float, Range(0, 1000, above=True)] = 1e-3
     """Peak of the base schedule at the starting batch size."""
     schedule: ScheduleName = "linear"
     """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero) or constant."""
     warmup_tokens: int | None = None
     """Tokens of linear warm-up; by default 2 % of the budget."""
-    warmup_share: float | None = None
+    warmup_share: Annotated[float, Range(0, 1, below=True)] | None = None
     """The same as a share of the budget in [0, 1), whatever that is counted in."""
     precision: Precision = "fp32"
     """Starting precision."""
     pruning: Pruning = "none"
     """What the pruning control does: nothing, weight masks by magnitude or evolution, or feed-forward width."""
-    decisions: int = 50
+    decisions: Annotated[int, Whole(1, MAX_DECISIONS)] = 50
     """Decisions per run, at equal shares of the budget."""
     optimizer: OptimizerName = "adamw"
     """`adamw`, or one that needs less tuning, at one batch size and without pruning: `schedule-free` AdamW, meant for
     the schedule `constant`, or `prodigy`, whose base_learning_rate is a factor on its own estimate: 1.0."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Range(0)] = 0.1
     """Decoupled weight decay, on matrices only."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
     """AdamW's first-moment decay. The other optimisers have their own decays."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Range(0, 1, below=True)] = 0.95
     """AdamW's second-moment decay at the starting batch size; its half-life in tokens is kept."""
-    gradient_clip: float = 1.0
+    gradient_clip: Annotated[float, Range(0, above=True)] = 1.0
     """Largest Euclidean norm of the gradient."""
-    seed: int = 0
+    seed: Annotated[int, Whole(0, MAX_INT)] = 0
     """Seeds the initial weights and the data order."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu` or `cuda`."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self._check_choices()
-        self._check_counts()
+        self._check_vocabulary()
         self._check_optimiser()
         self._check_warmup()
         if self.measured_budget() is not None:
@@ -204,8 +209,6 @@ class RunConfig(JsonRecord):
 
     def _check_warmup(self) -> None:
         tokens, share = self.warmup_tokens, self.warmup_share
-        if share is not None and not (_is_number(share) and 0 <= share < 1):
-            raise ValueError(f"warmup_share must be in [0, 1), got {share!r}")
         if tokens is not None and share is not None:
             raise ValueError(f"warmup_tokens cannot be combined with warmup_share, got {tokens} and {share}; give one")
         if tokens is not None and self.measured_budget() is not None:
@@ -221,12 +224,7 @@ class RunConfig(JsonRecord):
         if not self.text:
             raise ValueError("text must name at least one source, got none; the default is 'stdlib'")
 
-    def _check_counts(self) -> None:
-        least = {"tokens": 1, "batch_size": 1, "sequence_length": 1, "decisions": 1, "seed": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    def _check_vocabulary(self) -> None:
         size = self.vocabulary
         if not (isinstance(size, int) and BYTES <= size <= MAX_VOCABULARY):
             raise ValueError(
@@ -234,19 +232,11 @@ class RunConfig(JsonRecord):
             )
 
     def _check_optimiser(self) -> None:
-        for name in ("base_learning_rate", "gradient_clip"):
-            if not (_is_number(value := getattr(self, name)) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        for name in ("beta1", "beta2"):
-            if not (_is_number(value := getattr(self, name)) and 0 <= value < 1):
-                raise ValueError(f"{name} must be in [0, 1), got {value!r}")
         if self.optimizer != "adamw" and self.pruning != "none":
             raise ValueError(
                 f"pruning must be 'none' with optimizer {self.optimizer!r}, got {self.pruning!r}; "
                 "only optimizer 'adamw' can prune"
             )
-        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay!r}")
 
     def measured_budget(self) -> Budget | None:
         """Return the budget in seconds or joules; `None` where it is in tokens.
@@ -284,7 +274,3 @@ class RunConfig(JsonRecord):
     def start(self) -> Controls:
         """Return the controls that leave the base schedule untouched."""
         return Controls(batch_size=self.batch_size, precision=self.precision)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

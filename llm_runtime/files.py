@@ -9,11 +9,14 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+from trainpilot.llm_runtime.plain_values import one_line
 
 
 def cache_dir() -> Path:
@@ -51,6 +54,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `OSError` where no file can be written into a folder, which need not be there yet; nothing is left."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place.is_dir():  # another kind of error is for whoever looks at the folder itself
+        with tempfile.TemporaryDirectory(prefix=".trainpilot.", dir=place):
+            pass
 
 
 def _umask() -> int:
@@ -95,10 +108,27 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
         return None
     import torch
 
-    try:
+    with resuming(path):
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or foreign file
-        raise ValueError(f"out: {path} cannot be resumed ({type(error).__name__}); remove it to start anew") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"out: {path} cannot be resumed (no checkpoint of a run); remove it to start anew")
+        if not isinstance(content, dict):
+            raise ValueError("no checkpoint of a run")
     return content
+
+
+@contextmanager
+def resuming(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged or foreign checkpoint raises in the block into one line that says what to do."""
+    try:
+        yield
+    except Exception as error:  # torch raises many kinds
+        why = type(error).__name__ if type(error) is not ValueError else one_line(error)
+        raise ValueError(f"out: {path} cannot be resumed ({why}); remove it to start anew") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise `ValueError` for a file that torch did not write so: what it holds is not compressed."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(each.file_size for each in archive.infolist())
+    if size > path.stat().st_size:
+        raise ValueError("its content is larger than the file")

@@ -6,7 +6,6 @@ how in its type: `Annotated[..., JsonForm(...)]`, as `Float` does.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -15,9 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from trainpilot.llm_runtime.files import write_json
+from trainpilot.llm_runtime.plain_values import printable, read_json, shown
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
+
+
+MOST_VALUES = 1_000_000
+"""Largest number of values in the file of a record, which has a number for each interval of a run."""
 
 
 class JsonRecord:
@@ -72,7 +76,7 @@ class JsonRecord:
     def read(cls, path: Path) -> Self | None:
         """Return the record in a file that `write` made; `None` where there is no such file or it is damaged."""
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_json(read_json(path, MOST_VALUES))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -116,19 +120,26 @@ KnownFloat = Annotated[float | None, JsonForm(write=null_if_not_finite)]
 
 def first_fault(error: ValidationError, where: str) -> str:
     """Return the first fault that pydantic found as one line: place, field, rule and value."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    first = error.errors(include_url=False)[0]
+    place = printable(".".join(str(part) for part in first["loc"]))
     own = first["type"] == "value_error"  # a dataclass's own message, which says what it got
-    message = first["msg"].removeprefix("Value error, ") + ("" if own else f", got {first['input']!r}")
+    message = first["msg"].removeprefix("Value error, ") + ("" if own else f", got {shown(first['input'])}")
+    if place and message.startswith("must be "):  # the rule of a range, which goes with the name
+        return f"{where}: {place} {message}"
     return f"{where}: {place + ': ' if place else ''}{message}"
 
 
 def _odd_fields(error: ValidationError, name: str) -> str | None:
     """Return a line that names all fields that are missing or unknown, or `None`."""
     kinds = ("missing", "unexpected_keyword_argument")
-    odd = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] in kinds]
-    return f"{name} fields missing or unknown: {', '.join(sorted(odd))}" if odd else None
+    odd = sorted({".".join(map(str, each["loc"])) for each in error.errors() if each["type"] in kinds})
+    listed = ", ".join(printable(each) for each in odd[:MOST_NAMED])
+    more = f" and {len(odd) - MOST_NAMED} more" if len(odd) > MOST_NAMED else ""
+    return f"{name} fields missing or unknown: {listed}{more}" if odd else None
 
+
+MOST_NAMED = 20
+"""Fields that an error message lists."""
 
 _adapters: dict[type[Any], TypeAdapter[Any]] = {}
 

@@ -50,6 +50,7 @@ from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process import RandomState
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, TokenProgress
+from trainpilot.llm_runtime.saved_loop import SavedRun
 from trainpilot.llm_runtime.scaling_laws import Advice, step_law
 from trainpilot.llm_runtime.schedules import sequences_probed
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
@@ -445,6 +446,17 @@ class LiveRun:
             "validation_loss": self.validation_loss,
         }
 
+    def is_finite(self) -> bool:
+        """Return whether all weights are finite numbers, so that a run can go on from them."""
+        return all(bool(torch.isfinite(weights).all()) for weights in self.loaded.model.parameters())
+
+    def check_snapshot(self, snapshot: Snapshot) -> None:
+        """Raise `ValueError` for a snapshot from a file that `restore` cannot go back to, or that is no snapshot."""
+        SavedRun.from_json(snapshot)
+        self.progress.check_state(snapshot)
+        self.trainer.check_snapshot(snapshot["trainer"])
+        self.random_state.check_state(snapshot["random_state"])
+
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a state that `snapshot` returned; on a CPU the run then goes on bit for bit as it did."""
         self.trainer.restore(snapshot["trainer"])
@@ -526,9 +538,12 @@ def resolve_device(name: str) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device: 'mps' needs a Mac with Apple silicon and a torch made for it; use 'cpu' or 'auto'")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    return device
 
 
 def _check_context(loaded: LoadedModel, config: RunConfig) -> None:

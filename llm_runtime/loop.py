@@ -41,10 +41,12 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.energy.plausible import plausible_meter
 from trainpilot.llm_runtime.interval import IntervalRecorder, memory_share
 from trainpilot.llm_runtime.masks import WeightMasks
+from trainpilot.llm_runtime.plain_values import shown
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
 from trainpilot.llm_runtime.process_group import IntervalShare, OneProcess, ProcessGroup
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress
+from trainpilot.llm_runtime.saved_loop import SavedLoop, SavedSnapshot
 from trainpilot.llm_runtime.schedules import (
     MASK_UPDATES,
     cubic_sparsity,
@@ -505,6 +507,22 @@ class ControlledLoop:
             "finish": bool(controls.finish),
         }
 
+    def check_snapshot(self, snapshot: Snapshot) -> None:
+        """Raise `ValueError` for a snapshot from a file that `restore` cannot go back to, or that is no snapshot."""
+        saved = SavedSnapshot.from_json(snapshot)
+        own = {name: each for name, each in self._changing().items() if isinstance(each, nn.Parameter)}
+        for name, parameter in own.items():
+            weights = saved.weights.get(name)
+            if not isinstance(weights, Tensor) or (weights.ndim != parameter.ndim):
+                raise ValueError(f"weights must hold {name} as a tensor of {parameter.ndim} dimensions")
+            if not saved.width and weights.shape != parameter.shape:
+                raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(weights.shape)}")
+            if not bool(torch.isfinite(weights).all()):
+                raise ValueError(f"{name} holds values that are not finite")
+        adam.check_state(self.optimizer, saved.optimizer, resized=bool(saved.width))
+        if self.masks is not None:
+            self.masks.check_state(saved.masks)
+
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a state that `snapshot` returned, bit for bit."""
         if snapshot["width"]:
@@ -546,13 +564,36 @@ class ControlledLoop:
             "readings": self.recorder.state_dict() | {"before": [weights.clone() for _, weights in self._before]},
         }
 
+    def check_state(self, state: Mapping[str, Any], *, same_interval: bool = True) -> None:
+        """Raise `ValueError` for a state that `load_state_dict` cannot load: of another run, or no such state."""
+        saved = SavedLoop.from_json(state)
+        self.progress.check_state(saved.course)
+        levers, n_groups = saved.levers, len(self._ratios)
+        if len(levers.ratios) != n_groups or len(levers.set) not in (0, n_groups):
+            raise ValueError(
+                f"levers must be of {n_groups} parameter groups, got {len(levers.ratios)} and {len(levers.set)}"
+            )
+        if saved.controls.sparsity and self.pruning == "none":
+            raise ValueError(f"sparsity must be 0 where pruning is 'none', got {saved.controls.sparsity}")
+        self.check_precision(saved.controls.precision)
+        if self.masks is not None:
+            self.masks.check_state(levers.masks)
+        if same_interval and saved.readings.before:
+            wanted = [tuple(each.shape) for each in self.parameters()]
+            if (got := [tuple(getattr(each, "shape", ())) for each in saved.readings.before]) != wanted:
+                raise ValueError(f"before must hold the weights of the {len(wanted)} parameters, got {shown(got)}")
+
     def load_state_dict(self, state: Mapping[str, Any], *, same_interval: bool = True) -> None:
         """Go on where `state_dict` was called; load model and optimizer before.
 
         Args:
             state: From `state_dict`.
             same_interval: Go on within the interval. Without it, the interval is measured anew from here on.
+
+        Raises:
+            ValueError: it is of another run, or no such state; nothing has changed then.
         """
+        self.check_state(state, same_interval=same_interval)
         start = state["readings"]["start_sequences"] * self.progress.sequence_length
         self.progress.load_state_dict({"begun": start, **state["course"]})  # version 0.1 did not write it
         self.controls = Controls(**state["controls"])

@@ -6,13 +6,17 @@ loads without this package. Masks save neither memory nor time; `width` does, be
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.optimizer import full_tensor, laid_out_like
+from trainpilot.llm_runtime.plain_values import printable, shown
+from trainpilot.llm_runtime.ranges import COUNT, Range
 
 Criterion = Literal["magnitude", "evolution"]
 
@@ -33,6 +37,17 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 seen.add(id(module.weight))
                 found[f"{name}.weight"] = model.get_parameter(f"{name}.weight")
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SavedMasks(JsonRecord):
+    """The form of the masks' state."""
+
+    criterion: str
+    steps: Annotated[int, COUNT]
+    threshold_r: Annotated[float, Range()] | None
+    masks: dict[str, Any]
+    mean: dict[str, Any]
 
 
 class WeightMasks:
@@ -141,7 +156,7 @@ class WeightMasks:
         Raises:
             ValueError: If the state was made with another criterion, or for a model of other matrices.
         """
-        self._check_state(state)
+        self.check_state(state)
         for name, mask in zip(self._names, self._masks, strict=True):
             mask.copy_(state["masks"][name])
         for name, mean in zip(self._names, self._mean, strict=False):
@@ -175,14 +190,19 @@ class WeightMasks:
         alive = torch.stack([full_tensor(torch.count_nonzero(mask)) for mask in self._masks]).sum()
         return self._total - int(alive)
 
-    def _check_state(self, state: dict[str, Any]) -> None:
-        if state["criterion"] != self.criterion:
-            raise ValueError(f"criterion of the state must be {self.criterion!r}, got {state['criterion']!r}")
-        expected = {name: tuple(mask.shape) for name, mask in zip(self._names, self._masks, strict=True)}
-        received = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
-        if expected != received:
-            names = sorted(name for name, _ in expected.items() ^ received.items())
-            raise ValueError(f"masks of the state must fit the model's matrices, they differ in {', '.join(names)}")
+    def check_state(self, state: object) -> None:
+        """Raise `ValueError` for a state that `load_state_dict` cannot load: of another model, criterion or form."""
+        saved = _SavedMasks.from_json(state)  # type: ignore[arg-type]
+        if saved.criterion != self.criterion:
+            raise ValueError(f"criterion of the state must be {self.criterion!r}, got {shown(saved.criterion)}")
+        for what, tensors, own in (("masks", saved.masks, self._masks), ("mean", saved.mean, self._mean)):
+            expected = {name: tuple(each.shape) for name, each in zip(self._names, own, strict=False)}
+            received = {name: tuple(getattr(each, "shape", ())) for name, each in tensors.items()}
+            if expected != received:
+                names = printable(", ".join(sorted(name for name, _ in expected.items() ^ received.items())))
+                raise ValueError(f"{what} of the state must fit the model's matrices, they differ in {names}")
+        if odd := [name for name, mask in saved.masks.items() if mask.dtype != torch.bool]:
+            raise ValueError(f"masks of the state must be bool, got {saved.masks[odd[0]].dtype}")
 
 
 def _widened(weight: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.bpe import trained_tokenizer
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from trainpilot.llm_runtime.model_folder import holds_tokenizer, holds_weights
+from trainpilot.llm_runtime.plain_values import one_line, read_json, shown
 
 _LLAMA = {
     "model_type": "llama",
@@ -190,12 +192,12 @@ def _tokenizer_in(folder: Path) -> PretrainedTokenizer | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"model: no file {path}; presets are {', '.join(PRESETS)}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"model: {path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict) or "model_type" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise ValueError(f"model: {path} must be a transformers config with a 'model_type' (llama, gpt2, ...)")
     return content
 
@@ -220,8 +222,17 @@ class _Blueprint:
         options = stated | of_tokenizer if self.tokenizer is None else of_tokenizer | stated
         try:
             config = AutoConfig.for_model(self.content["model_type"], **options)
+            typos = _typos(config, stated)
         except Exception as error:  # transformers raises many kinds for a wrong config
             raise ValueError(f"model: {self.name} is not a usable config: {_one_line(error)}") from error
+        if typos:
+            name, meant = next(iter(typos.items()))
+            kind = self.content["model_type"]
+            raise ValueError(
+                f"model: {shown(name)} in {self.name} is unknown to {kind}, which has {meant!r}; correct it"
+            )
+        if not getattr(config, "num_hidden_layers", 1) >= 1:
+            raise ValueError(f"model: {self.name} must have at least one layer, got {config.num_hidden_layers}")
         size = getattr(config, "vocab_size", None)
         if size is not None and size < tokenizer.vocabulary:
             raise ValueError(
@@ -237,11 +248,13 @@ class _Blueprint:
         torch.manual_seed(seed)
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-            model(input_ids=torch.zeros((1, 2), dtype=torch.long))  # some sizes only show here that they do not divide
+            fault = _fault(model)  # some sizes only show there that they do not divide
         except Exception as error:  # sizes that do not divide, architectures without a causal head, ...
             raise ValueError(f"model: no causal model can be built from this config: {_one_line(error)}") from error
         finally:
             torch.set_rng_state(state)
+        if fault is not None:
+            raise ValueError(f"model: {self.name} {fault}")
         return LoadedModel(model, tokenizer, pretrained=False)
 
 
@@ -261,8 +274,49 @@ def _from_pretrained(name: str) -> LoadedModel:
             f"model: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder, and could not be loaded as a "
             f"Hub id ({type(error).__name__}: {_one_line(error)}); download it first and give its folder"
         ) from error
+    if fault := _fault(model):
+        raise ValueError(f"model: {name!r} {fault}")
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"model: {name!r} must have an embedding for {len(tokenizer)} tokens of its tokenizer, got {rows}"
+        )
     return LoadedModel(model, PretrainedTokenizer(tokenizer), pretrained=True)
 
 
+def _typos(config: PretrainedConfig, stated: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields of a config that its class does not know but for a spelling, and the known ones they mean.
+
+    Others that it does not know stay: older versions of transformers wrote many that later ones do not read.
+    """
+    known = {*type(config)().to_dict(), *config.attribute_map}
+    strange = [name for name in stated if name not in known and not name.startswith("_")]
+    near = {name: get_close_matches(name, known, n=1, cutoff=0.85) for name in strange}
+    return {name: found[0] for name, found in near.items() if found and found[0] not in stated}
+
+
+@torch.no_grad()
+def _fault(model: PreTrainedModel) -> str | None:
+    """Return why a model cannot be trained to predict the next token: it sees that token, or computes no numbers."""
+    training = model.training
+    model.eval()  # type: ignore[no-untyped-call]
+    try:
+        tokens = torch.zeros((2, min(3, context_length(model.config) or 3)), dtype=torch.long)
+        tokens[1, -1] = 1
+        logits = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        model.train(training)
+    if not bool(torch.isfinite(logits).all()):
+        return "computes values that are not finite; look for a number in its config that is none"
+    before = logits[:, :-1]
+    if before.numel() and float((before[0] - before[1]).abs().max()) > NOISE * float(logits.abs().max()):
+        return "sees the tokens that it is to predict, as an encoder does; take a causal model (llama, gpt2, ...)"
+    return None
+
+
+NOISE = 1e-4
+"""Largest change of logits, over the largest of them, that is put down to rounding."""
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)[:200] or type(error).__name__

@@ -7,6 +7,7 @@ The tensors may be plain or sharded over processes (FSDP2).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.plain_values import shown
 
 BETAS = (0.9, 0.999)
 """Decay rates that both packages recommend; a beta2 as short as AdamW's 0.95 would also shorten Prodigy's estimate."""
@@ -316,3 +318,40 @@ def norm_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 def _states(optimizer: Adam, group: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     """Return the state of those parameters of a group that have been stepped."""
     return [optimizer.state[p] for p in group["params"] if optimizer.state.get(p)]
+
+
+def check_state(optimizer: Optimizer, state: Mapping[str, Any], *, resized: bool = False) -> None:
+    """Raise `ValueError` for an optimizer's state from a file that does not fit it; `load_state_dict` looks at less.
+
+    Args:
+        optimizer: The optimizer, with its parameters.
+        state: What `optimizer.state_dict` returned.
+        resized: Whether parameters have other sizes by now.
+    """
+    own = optimizer.state_dict()
+    groups, moments = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, list) or not isinstance(moments, Mapping) or len(groups) != len(own["param_groups"]):
+        raise ValueError(f"optimizer must have {len(own['param_groups'])} parameter groups, each with its settings")
+    for group, wanted in zip(groups, own["param_groups"], strict=True):
+        for name, value in wanted.items():
+            if not isinstance(group, Mapping) or not _alike(group.get(name, value), value):
+                raise ValueError(f"optimizer must have {name} like {shown(value)} in its parameter groups")
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    for index, each in moments.items():
+        if not (isinstance(index, int) and 0 <= index < len(parameters) and isinstance(each, Mapping)):
+            raise ValueError(f"optimizer must hold states of {len(parameters)} parameters, got {shown(index)}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            tensor, shape = each.get(name, parameters[index]), parameters[index].shape
+            if not isinstance(tensor, torch.Tensor) or not (resized or tensor.shape == shape):
+                raise ValueError(f"optimizer must hold {name} of shape {tuple(shape)} for parameter {index}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"optimizer holds {name} with values that are not finite for parameter {index}")
+
+
+def _alike(value: Any, wanted: Any) -> bool:
+    """Return whether a setting of an optimizer has the form of another, and is finite where it is a number."""
+    if isinstance(wanted, list | tuple):
+        return isinstance(value, list | tuple) and len(value) == len(wanted) and all(map(_alike, value, wanted))
+    if isinstance(wanted, float) or (isinstance(wanted, int) and not isinstance(wanted, bool)):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return wanted is None or isinstance(value, type(wanted))

@@ -71,6 +71,18 @@ class RandomState:
         cpu, cuda = self._state
         return {"cpu": cpu, "cuda": cuda}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise `ValueError` for a state from a file that `load_state_dict` cannot restore."""
+        for name, own in self.state_dict().items():
+            other = state.get(name)
+            fits = (
+                isinstance(other, torch.Tensor)
+                and own is not None
+                and (other.dtype, other.shape) == (own.dtype, own.shape)
+            )
+            if own is not None and not fits:
+                raise ValueError(f"random_state must hold the state of torch's generator on the {name}")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state that `state_dict` returned."""
         self._state = (state["cpu"], state["cuda"])

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainpilot.llm_runtime.budget import Budget, Currency, Gauge
+from trainpilot.llm_runtime.saved_loop import SavedCourse, SavedMeasuredCourse
 from trainpilot.llm_runtime.schedules import PARTS, Cooldown, OwnSchedule, Schedule
 
 
@@ -146,6 +147,10 @@ class BudgetProgress(ABC):
         """Return the position in the budget as plain JSON values."""
         cooldown = asdict(self.cooldown) if self.cooldown is not None else None
         return {"sequences": self.sequences, "decision": self.decision, "cooldown": cooldown, "begun": self.begun}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for a state that `load_state_dict` cannot load."""
+        SavedCourse.from_json(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the position that `state_dict` returned."""
@@ -427,6 +432,10 @@ class MeasuredProgress(BudgetProgress):
         """Return the position in the budget as plain JSON values; seconds and joules as last read or predicted."""
         own = {name: getattr(self, f"_{name}") for name in _SAVED}
         return {**super().state_dict(), **own, "spent": self._used * self._for_steps, "reserve": self.reserve}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for a state that `load_state_dict` cannot load."""
+        SavedMeasuredCourse.from_json(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the position that `state_dict` returned; in a run that has used more since, that stays used."""

@@ -6,26 +6,39 @@ Units are SI and stand in the field names. A `Plant` is a live run, or a simulat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.energy.meter import EnergySource
-from trainpilot.llm_runtime.json_records import Float, JsonRecord, KnownFloat
+from trainpilot.llm_runtime.json_records import Float, JsonForm, JsonRecord, KnownFloat
+from trainpilot.llm_runtime.plain_values import shown
+from trainpilot.llm_runtime.ranges import COUNT
+
+Count = Annotated[int, COUNT]
+
+
+def _known_precision(value: object) -> object:
+    if value not in PRECISIONS:
+        raise ValueError(f"must be one of {', '.join(PRECISIONS)}, got {shown(value)}")
+    return value
+
+
+PrecisionRead = Annotated[str, JsonForm(write=str, read=_known_precision)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Telemetry(JsonRecord):
     """One interval of a run, between two decisions. `None` means not measured here."""
 
-    decision: int
+    decision: Count
     """Which interval, from 0."""
     budget_used: Float
     """Share of the budget used at the interval's end, in [0, 1]: of its tokens, or of its seconds or joules."""
-    tokens: int
+    tokens: Count
     """Tokens trained on since the run's start."""
-    interval_tokens: int
+    interval_tokens: Count
     """Tokens trained on in this interval."""
-    steps: int
+    steps: Count
     """Optimiser steps in this interval."""
     epochs_seen: KnownFloat
     """Passes over the training split since the start."""
@@ -58,9 +71,9 @@ class Telemetry(JsonRecord):
     """Learning rate of the last step, read back from the optimiser."""
     batch_size: Float
     """Mean sequences per step, from the tokens really consumed."""
-    micro_batch_size: int
+    micro_batch_size: Count
     """Sequences that go through the model at once."""
-    precision: str
+    precision: PrecisionRead
     """Number format of a matrix product, read back from its output."""
     sparsity: Float
     """Share of zero weights or of removed channels, counted in the model."""

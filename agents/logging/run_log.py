@@ -7,6 +7,7 @@ dictionary, for frameworks that have a logger of their own.
 
 from __future__ import annotations
 
+import html
 import math
 import shutil
 import warnings
@@ -22,6 +23,7 @@ from trainpilot.agents.logging.tags import TAGS, multiline
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.reward import OBJECTIVES, Reference, RewardTerms
 from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.plain_values import one_line
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 
@@ -50,13 +52,18 @@ def text(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(text(item) for item in value)
-    return " ".join(str(value).split())
+    return one_line(value)
 
 
 def markdown_table(settings: Mapping[str, Any]) -> str:
     """Return settings as a Markdown table with one row per key."""
-    rows = [f"| {key} | {text(value).replace('|', chr(92) + '|')} |" for key, value in flatten(settings).items()]
+    rows = [f"| {_cell(key)} | {_cell(value)} |" for key, value in flatten(settings).items()]
     return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    """Format a value for a cell of a Markdown table, in which it is neither a border nor HTML."""
+    return html.escape(text(value), quote=False).replace("|", chr(92) + "|")
 
 
 Scalars = dict[str, float | None]

@@ -19,8 +19,9 @@ from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.contract import ContractWatch, QualityContract
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
+from trainpilot.agents.steering.saved_state import SavedController, SavedStanding
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
-from trainpilot.envs.decision import Advice, Decision, Preference
+from trainpilot.envs.decision import Decision, Preference
 from trainpilot.envs.reward import RewardTerms
 from trainpilot.llm_runtime.config import ControlLimits, Controls
 from trainpilot.llm_runtime.telemetry import Plant, Snapshot, Telemetry
@@ -301,12 +302,8 @@ class GuardedController:
 
     def _replay(self, seen: list[int]) -> None:
         """Give the controller a new state that has made these decisions and observed these intervals."""
-        self.controller.state = state = self.controller.state.anew()
+        self.controller = self.controller.repeated([self.records[place] for place in seen])
         self._seen = seen
-        for place in seen:
-            self.controller.repeat(self.records[place])
-            state.observe(self.records[place].telemetry)
-        self.controller.observe(None)
 
     def record(self, telemetry: Telemetry, reward: RewardTerms | None = None) -> DecisionRecord:
         """Return the record of the last decision and the interval that followed it; call it once per interval."""
@@ -326,6 +323,7 @@ class GuardedController:
 
     def load_broadcast(self, state: Mapping[str, Any]) -> None:
         """Take the state of another controller, all of whose states so far were loaded; the policy is not called."""
+        standing = SavedStanding.from_json({name: state[name] for name in SavedStanding.__dataclass_fields__})
         if state["last"] is not None:
             self.records[state["n_records"] - 1 :] = [DecisionRecord.from_json(state["last"])]
         seen = list(state["seen"])
@@ -334,7 +332,7 @@ class GuardedController:
             self.controller.observe(self.records[seen[-1]].telemetry)
         else:
             self._replay(seen)
-        self._load_standing(state)
+        self._load_standing(standing)
 
     def _standing(self) -> dict[str, Any]:
         """Return the state without the records."""
@@ -351,37 +349,39 @@ class GuardedController:
             "rollbacks": list(self._rollbacks),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was called. Without a snapshot, the next decision asks for one."""
-        self.records = [DecisionRecord.from_json(record) for record in state["records"]]
-        self._replay(list(state["seen"]))
-        self._load_standing(state)
+    def load_state_dict(self, state: Mapping[str, Any], *, limits: ControlLimits | None = None) -> None:
+        """Go on where `state_dict` was called. Without a snapshot, the next decision asks for one.
 
-    def _load_standing(self, state: Mapping[str, Any]) -> None:
+        Args:
+            state: From `state_dict`, or what JSON made of it.
+            limits: Range of each control in this run; by default as before.
+
+        Raises:
+            ValueError: it is damaged, or no such state; nothing has changed then.
+        """
+        saved = SavedController.from_json(state)
+        controller = self.controller.repeated([saved.records[place] for place in saved.seen], limits)
+        self.records, self._seen, self.controller = saved.records, saved.seen, controller
+        self._load_standing(saved)
+
+    def _load_standing(self, saved: SavedStanding) -> None:
         """Restore what `_standing` returned, where the controller knows its records."""
-        self._load_decision(state["decision"])
-        self._recorded = state["recorded"]
-        self.guardrails.load_state_dict(state["guardrails"])
+        self.controller.decision = None
+        if saved.decision is not None:
+            self.controller.decision = decision = saved.decision.decision()
+            self.controller.state.apply(decision.allowed)
+            self.controller.state.hold(decision.controls)
+        self._recorded = saved.recorded
+        self.guardrails.past, self.guardrails.history = saved.guardrails.parts()
         self.guardrails.past.since_snapshot = None
-        if self.watch is not None and state["contract"] is not None:
-            self.watch.load_state_dict(state["contract"])
-        self.fallen_back, self.fallen_back_at = state["fallen_back"]
-        self._policy.failures = state["failures"]
-        self._refusals = Counter(state["refusals"])
-        self._rollbacks = list(state["rollbacks"])
+        if self.watch is not None and saved.contract is not None:
+            self.watch.load_state_dict(saved.contract.to_json())
+        self.fallen_back, self.fallen_back_at = saved.fallen_back
+        self._policy.failures = saved.failures
+        self._refusals = Counter(saved.refusals)
+        self._rollbacks = [each.to_json() for each in saved.rollbacks]
         self._before = self._rollback_point = None
         self._since = []
-
-    def _load_decision(self, stored: Mapping[str, Any] | None) -> None:
-        self.controller.decision = None
-        if stored is None:
-            return
-        requested, allowed = tuple(stored["requested"]), tuple(stored["allowed"])
-        controls, advice = Controls(**stored["controls"]), stored.get("advice")
-        self.controller.state.decide(allowed)
-        self.controller.state.hold(controls)
-        told = Advice.from_json(advice) if advice else None
-        self.controller.decision = Decision(requested, allowed, controls, list(stored["refusals"]), told)
 
     def summary(self) -> dict[str, Any]:
         """Return what the guardrails did, as plain JSON values."""

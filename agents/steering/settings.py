@@ -284,19 +284,19 @@ def control_limits(settings: SteeringSettings, loop: ControlledLoop, decisions: 
 
 
 def with_law(
-    limits: ControlLimits, settings: SteeringSettings, loop: ControlledLoop, *, fine_tuning: bool
+    limits: ControlLimits, settings: SteeringSettings, loop: ControlledLoop, *, peak: float, fine_tuning: bool
 ) -> ControlLimits:
     """Return the limits with the start of the run over what a scaling law advises.
 
     None applies to a pretrained model, to one that is nothing but a vocabulary, to another optimizer than Adam, or
-    where the sequences or their length are unknown.
+    where the sequences or their length are unknown. `peak` is the peak learning rate at the start.
     """
     length, sequences, n_parameters = settings.sequence_length, settings.sequences, body_parameters(loop.model)
     if fine_tuning or not isinstance(loop.optimizer, Adam) or length == 1 or sequences is None or not n_parameters:
         return replace(limits, learning_rate_over_law=None, batch_over_law=None)
     advice = step_law(n_parameters, sequences * length)
     tokens = settings.batch_size * settings.sequence_length
-    over = loop.peak / advice.learning_rate
+    over = peak / advice.learning_rate
     return replace(limits, learning_rate_over_law=over, batch_over_law=tokens / advice.batch_tokens)
 
 

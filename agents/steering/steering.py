@@ -40,6 +40,7 @@ from trainpilot.agents.steering.model_checks import (
     near_learning_rate,
     own_optimizer,
 )
+from trainpilot.agents.steering.saved_state import SavedSteering
 from trainpilot.agents.steering.settings import (
     ResolvedSettings,
     SteeringSettings,
@@ -52,6 +53,7 @@ from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode, unchanged
 from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGroup
+from trainpilot.llm_runtime.saved_loop import SavedLevers
 from trainpilot.llm_runtime.schedules import FactorOf, validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -126,8 +128,10 @@ class Steering:
         preference = Preference.parse(settings.preference)
         self.fine_tuning = is_pretrained(model) if settings.fine_tuning is None else settings.fine_tuning
         limits = control_limits(settings, self.loop, resolved.decisions)
-        controller = Controller(resolved.policy, self._with_law(limits), preference)
-        guardrails = Guardrails(self._bounds(), base_learning_rate=self.loop.peak)
+        limits = self._with_law(limits, self.loop.peak, fine_tuning=self.fine_tuning)
+        controller = Controller(resolved.policy, limits, preference)
+        bounds = self._bounds(self.loop.peak, fine_tuning=self.fine_tuning)
+        guardrails = Guardrails(bounds, base_learning_rate=self.loop.peak)
         kind = AdvisingController if self.advises else GuardedController
         self.controller = kind(controller, guardrails, settings.contract)
         self.validation_loss: float | None = None
@@ -155,15 +159,15 @@ class Steering:
         self._apply(decision)
         self.loop.attach()
 
-    def _with_law(self, limits: ControlLimits) -> ControlLimits:
-        return with_law(limits, self.settings, self.loop, fine_tuning=self.fine_tuning)
+    def _with_law(self, limits: ControlLimits, peak: float, *, fine_tuning: bool) -> ControlLimits:
+        return with_law(limits, self.settings, self.loop, peak=peak, fine_tuning=fine_tuning)
 
-    def _bounds(self) -> GuardrailSettings:
+    def _bounds(self, peak: float, *, fine_tuning: bool) -> GuardrailSettings:
         """Return the bounds of the policy: those of the settings, and tighter ones for a pretrained model."""
         if self.settings.policy == "none":
             return UNGUARDED
         bounds = self.settings.guardrails
-        return near_learning_rate(bounds, self.loop.peak) if self.fine_tuning else bounds
+        return near_learning_rate(bounds, peak) if fine_tuning else bounds
 
     def _facts(self, base: BaseSchedule | FactorOf) -> RunFacts:
         """Return the facts of the run that are compared with the policy's training."""
@@ -356,12 +360,13 @@ class Steering:
     @staticmethod
     def saved_peaks(state: Mapping[str, Any]) -> list[float]:
         """Return the peak learning rate of each parameter group, from a state that `state_dict` returned."""
-        return [state["levers"]["peak"] * ratio for ratio in state["levers"]["ratios"]]
+        levers = SavedLevers.of(state)
+        return [levers.peak * ratio for ratio in levers.ratios]
 
     @staticmethod
     def saved_learning_rates(state: Mapping[str, Any]) -> list[float]:
         """Return the learning rate that was set last in each parameter group, from a state of `state_dict`."""
-        return list(state["levers"]["set"])
+        return SavedLevers.of(state).set
 
     @staticmethod
     def saved_batch_factor(state: Mapping[str, Any]) -> float:
@@ -515,32 +520,34 @@ class Steering:
         """Go on where `state_dict` was called; load model and optimizer before.
 
         Raises:
-            ValueError: the run was set up in another way, or another process saved its part of a sharded model.
+            ValueError: the run was set up in another way, another process saved its part of a sharded model, or the
+                state is damaged or none; nothing has changed then.
         """
-        self._check_settings(state["settings"])
-        if self.advises and state.get("mode", "steer") == "steer":  # version 0.2 did not write it
+        saved = SavedSteering.of(state)
+        self._check_settings(saved.settings)
+        if self.advises and saved.mode == "steer":  # version 0.2 did not write it
             raise ValueError(
                 "mode must be 'steer' for a state that was saved while the policy steered, got 'advise'; "
                 "only a run under advice may change its mode"
             )
-        process = [self.ranks.rank, self.ranks.world_size]
-        if self.loop.sharded and state["process"] != process:
+        process = (self.ranks.rank, self.ranks.world_size)
+        if self.loop.sharded and saved.process != process:
             raise ValueError(
-                f"state of a sharded model must be loaded by the process that saved it, {state['process'][0]} of "
-                f"{state['process'][1]}, got process {process[0]} of {process[1]}; save one file per process"
+                f"state of a sharded model must be loaded by the process that saved it, {saved.process[0]} of "
+                f"{saved.process[1]}, got process {process[0]} of {process[1]}; save one file per process"
             )
         # Each process has its own losses of an interval: with another one's state it is measured anew.
-        same = not any(self.ranks.all_gather(state["process"] != process))
+        same = not any(self.ranks.all_gather(saved.process != process))
+        self.loop.check_state(state, same_interval=same)
+        peak, fine_tuning = float(state["levers"]["peak"]), saved.fine_tuning  # by now any model looks pretrained
+        limits = self._with_law(self.controller.controller.state.limits, peak, fine_tuning=fine_tuning)
+        self.controller.load_state_dict(saved.controller, limits=limits)  # either raises or loads, as a whole
         self.loop.load_state_dict(state, same_interval=same)
-        self.validation_loss = state["validation_loss"]
-        self.fine_tuning = state["fine_tuning"]  # a model from scratch looks pretrained by now
+        self.validation_loss, self.fine_tuning = saved.validation_loss, fine_tuning
         guardrails = self.controller.guardrails
-        guardrails.settings, guardrails.base_learning_rate = self._bounds(), self.loop.peak
-        before = self.controller.controller.state
-        before.limits = self._with_law(before.limits)
-        self.controller.load_state_dict(state["controller"])
+        guardrails.settings, guardrails.base_learning_rate = self._bounds(peak, fine_tuning=fine_tuning), peak
         self._step_open = False
-        self.rollback_copy.rolled_back = list(state["spoilt"])
+        self.rollback_copy.rolled_back = list(saved.spoilt)
         self.rollback_copy.drop()
         if not self.finished and self.controller.snapshotted_here():
             self.rollback_copy.take()

@@ -5,7 +5,6 @@ The errors compare predicted with measured losses, on the fitted runs and on hel
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from trainpilot.experiments.costs.table import CostTable
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergySource
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord
+from trainpilot.llm_runtime.plain_values import one_line, read_json
 from trainpilot.llm_runtime.simulator.evidence import CalibrationRun
 
 
@@ -227,8 +227,8 @@ def _files(source: str | Path) -> list[Traversable]:
 def _read(file: Traversable) -> Calibration:
     rule = "calibrations must be 'shipped', or files or folders that trainpilot calibrate wrote"
     try:
-        return Calibration.from_json(json.loads(file.read_text(encoding="utf-8")))
+        return Calibration.from_json(read_json(file))
     except OSError:
         raise ValueError(f"{rule}, got {file}, which is not there or cannot be read") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{rule}, got {file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{rule}, got {file}: {type(error).__name__}: {one_line(error)}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import time
@@ -41,6 +40,7 @@ from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.files import write_json
 from trainpilot.llm_runtime.live_run import LiveRun
+from trainpilot.llm_runtime.plain_values import read_json
 from trainpilot.llm_runtime.process import available_cores, use_threads
 from trainpilot.llm_runtime.simulator.physics import PARAMETERS
 
@@ -155,8 +155,6 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
 
 def prepare(options: CalibrateOptions, console: Console) -> PreparedCalibration:
     """Validate all options before the first run, and measure the cost table."""
-    if options.jobs < 0:
-        raise ValueError(f"jobs must be at least 0, got {options.jobs}; 0 takes as many as there are cores")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"out must be a folder, got the file {options.out}; choose another")
     use_threads(1)  # as in the runs
@@ -202,7 +200,7 @@ def _cost_table(base: RunConfig, precisions: Sequence[Precision], prunes: bool, 
     if base.vocabulary != RunConfig.vocabulary:  # version 0.1 asked for bytes alone
         asked.append(base.vocabulary)
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path)
         if kept["asked"] == asked:
             return CostTable.from_json(kept["table"])
     except (OSError, ValueError, KeyError, TypeError):

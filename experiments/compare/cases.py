@@ -24,9 +24,10 @@ from trainpilot.experiments.results import Case
 from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.data.text_sources import read_documents
 from trainpilot.llm_runtime.files import cache_dir, digest, write_json
+from trainpilot.llm_runtime.plain_values import read_json, shown
 from trainpilot.llm_runtime.schedules import ScheduleName
 
-NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 UNKNOWN = "unknown"
 """Architecture of a model whose config is not on this machine."""
 COMMON_FIELDS = tuple(f.name for f in fields(RunConfig) if f.name != "seed")
@@ -51,7 +52,8 @@ class CaseSet:
         names = [case.get("name") for case in self.cases]
         for number, name in enumerate(names, start=1):
             if not (isinstance(name, str) and NAME.fullmatch(name)):
-                raise ValueError(f"case {number}: name must be made of a-z, 0-9, '.' and '-', got {name!r}")
+                rule = "made of at most 64 of a-z, 0-9, '.' and '-'"
+                raise ValueError(f"case {number}: name must be {rule}, got {shown(name)}")
         name, times = Counter(names).most_common(1)[0]
         if times > 1:
             raise ValueError(f"case {name}: name must be its own, got it {times} times; rename the others")
@@ -148,7 +150,7 @@ def _architecture(model: str, where: str) -> str:
 
 def _read_config(path: Path, where: str) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{where}: model must be a readable config, got {path} ({reason}); check the path") from error
@@ -306,5 +308,5 @@ def _content(model: str) -> Mapping[str, Any]:
     path = Path(model)
     if path.suffix != ".json":
         raise ValueError(f"model: width and depth are free only for models trained from scratch, got {model!r}")
-    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: Mapping[str, Any] = read_json(path)
     return content

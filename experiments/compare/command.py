@@ -148,9 +148,6 @@ def compare(options: CompareOptions, console: Console) -> None:
 
 def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
     """Validate all options before the first run, and measure the cost tables."""
-    for name, least in (("seeds", 1), ("threads", 1), ("jobs", 0)):
-        if (value := getattr(options, name)) < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
     if options.folder.exists() and not options.folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {options.folder}")
     use_threads(options.threads)

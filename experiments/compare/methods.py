@@ -355,8 +355,10 @@ def choose_methods(text: str) -> Chosen:
     """
     names: list[str] = []
     parts = re.split(r",(?!\s*\w+\s*=)", text)  # not between the weights of a policy's preference
-    for name in (part.strip() for part in parts if part.strip()):
-        names += DEFAULT_METHODS if name == "default" else [name]
+    for name in map(str.strip, parts):
+        if not name and len(parts) > 1:
+            raise ValueError(f"methods must be names with commas between them, got an empty one in {text!r}")
+        names += DEFAULT_METHODS if name == "default" else [name] if name else []
     check_names(names)
     policies = [policy_method(name) for name in names if name.startswith("policy:")]
     open_loop = [name for name in names if name.startswith("open-loop:")]

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainpilot.experiments.export.result import ExportResult, ExportRow, milli
+from trainpilot.llm_runtime.plain_values import printable
 
 INK, SOFT, FAINT = "#1f2328", "#59636e", "#d8dee4"
 COLOURS = {"fp32": "#8c959f", "transformers": "#2f6fb7", "llama.cpp": "#c2571a", "none": "#7a5ea8"}
@@ -68,7 +69,8 @@ def _colour(row: ExportRow) -> str:
 
 
 def _title(result: ExportResult) -> str:
-    return f"{result.source}: {result.architecture}, {result.n_parameters:,} parameters"
+    title = printable(f"{result.source}: {result.architecture}, {result.n_parameters:,} parameters")
+    return title.replace("$", r"\$")  # or matplotlib would take it for a formula
 
 
 def _legend(result: ExportResult) -> str:

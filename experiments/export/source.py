@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from trainpilot.llm_runtime.data.batches import Batch, fixed_batch
 from trainpilot.llm_runtime.data.corpus import load_corpus
 from trainpilot.llm_runtime.live_run import EVALUATION_SHARE, MAX_EVALUATION_TOKENS, MIN_EVALUATION_TOKENS
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_saved
+from trainpilot.llm_runtime.plain_values import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def read_source(path: Path, text: tuple[str, ...] | None, sequence_length: int |
 def _read(file: Path) -> dict[str, Any]:
     """Return the content of a JSON file; nothing where it is missing or damaged."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -19,6 +19,7 @@ from trainpilot.experiments.report.drawing import (
     Panel,
     counted,
     ink,
+    label,
     log_axis,
     log_ticks,
     log_window,
@@ -357,7 +358,7 @@ def _rows(title: str, names: Sequence[str], about: str) -> Panel:
     height = TOP + BOTTOM + ROW * max(len(names), 2)
     drawn = panel(title, about=about, height=height, left=NAMES)
     drawn.axes.set_ylim(max(len(names), 2) - 0.5, -0.5)
-    drawn.axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
+    drawn.axes.set_yticks(range(len(names)), [label(_shortened(name)) for name in names])
     drawn.axes.tick_params(axis="y", labelcolor=ink("ink"), pad=8)
     drawn.axes.grid(visible=False)
     drawn.axes.grid(axis="x", color=ink("faint"), linewidth=0.7)

@@ -22,6 +22,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 from trainpilot.experiments.report.formatting import SPACE, si
 from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.experiments.results import TUNED, UNTUNED
+from trainpilot.llm_runtime.plain_values import printable
 
 INKS = (
     *("ink", "soft", "faint", "paper"),
@@ -76,6 +77,11 @@ def panel(title: str, y: str = "", *, about: str = "", height: float = HEIGHT, l
     return Panel(title, y, figure, axes, about)
 
 
+def label(text: str) -> str:
+    """Return a name as matplotlib draws it, which takes text between dollar signs for a formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def name_x(axes: Axes, text: str) -> None:
     """Name the x-axis, below its right end. The page names y above the panel, where nobody has to turn their head."""
     axes.set_xlabel(text, loc="right", color=ink("soft"), fontsize=TEXT, labelpad=3)
@@ -89,7 +95,7 @@ def to_svg(drawn: Panel, name: str) -> str:
     root = ElementTree.fromstring(stream.getvalue())
     _tidy(root, name)
     view = root.attrib["viewBox"]
-    about = drawn.about or f"{drawn.y}, {drawn.title}"
+    about = printable(drawn.about or f"{drawn.y}, {drawn.title}")
     root.attrib.clear()
     root.attrib |= {"class": "chart", "viewBox": view, "role": "img", "aria-label": about}
     return ElementTree.tostring(root, encoding="unicode")

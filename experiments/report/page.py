@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from trainpilot.experiments.analysis.figures import PRESUMED_BUG, Estimate, Figures, SignTest
 from trainpilot.experiments.costs.table import CostTable
@@ -46,6 +47,7 @@ from trainpilot.experiments.report.tables import (
 )
 from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, RunResult
 from trainpilot.llm_runtime.files import whole_file, write_json
+from trainpilot.llm_runtime.plain_values import printable
 
 PAGE = "report.html"
 
@@ -277,10 +279,19 @@ def render(data: ReportData) -> str:
     from jinja2 import Environment, StrictUndefined
 
     folder = files("trainpilot.experiments.report")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_on_the_page
+    )
     template = environment.from_string(folder.joinpath("report.html.j2").read_text(encoding="utf-8"))
     css = folder.joinpath("report.css").read_text(encoding="utf-8")
     return template.render(page=build(data), css=css) + "\n"
+
+
+def _on_the_page(value: Any) -> Any:
+    """Return text without characters that act on what is shown, such as overrides of its direction."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "\n".join(map(printable, value.split("\n")))
 
 
 def build(data: ReportData) -> Page:

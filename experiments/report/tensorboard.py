@@ -21,8 +21,11 @@ from trainpilot.agents.logging.tags import TAGS
 from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.experiments.results import IntervalResult, Row, RunResult
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.files import whole_folder
+from trainpilot.llm_runtime.files import digest, whole_folder
 
+LONGEST_NAME = 60
+"""Characters of a folder's name, before a digest stands for the rest; some letters take four bytes of a file system's
+255."""
 SETTINGS = ("tokens", "batch_size", "base_learning_rate", "schedule", "precision", "optimizer", "seed")
 
 
@@ -37,7 +40,8 @@ def write_events(folder: Path, data: ReportData) -> None:
 
 def slug(name: str) -> str:
     """Return a name that may be a folder's."""
-    return re.sub(r"[^\w.@+-]+", "-", name).strip(".-") or "unnamed"
+    plain = re.sub(r"[^\w.@+-]+", "-", name).strip(".-") or "unnamed"
+    return plain if len(plain) <= LONGEST_NAME else f"{plain[:LONGEST_NAME]}-{digest(name, 4)}"
 
 
 def _write_run(folder: Path, row: Row, result: RunResult) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.config import PRECISIONS, STEPS_PER_INTERVAL, batch_limits
+from trainpilot.llm_runtime.ranges import Range, check_ranges
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.physics import ADDED, NAMES, PARAMETERS, Physics
@@ -156,43 +158,40 @@ class Instances(Rows):
 class Widening:
     """Width of the distribution of instances around the calibrations (domain randomisation)."""
 
-    spread: float = 1.3
+    spread: Annotated[float, Range(0, 10)] = 1.3
     """Factor on the perturbation of every parameter; 0 draws the calibrations themselves."""
-    budget: tuple[float, float] = (800.0, 12_000.0)
+    budget: tuple[Annotated[float, Range(1, 1e12)], Annotated[float, Range(1, 1e12)]] = (800.0, 12_000.0)
     """Range of budgets in sequences, drawn log-uniformly."""
-    scratch: float = 0.0
+    scratch: Annotated[float, Range(0, 1)] = 0.0
     """Share of instances of 10 M to 10 B weights around published runs instead, trained from scratch."""
-    fine_tuning: float = 0.0
+    fine_tuning: Annotated[float, Range(0, 1)] = 0.0
     """Share of instances of that size that fine-tune a trained model."""
-    edges: float = 0.0
+    edges: Annotated[float, Range(0, 1)] = 0.0
     """Share of instances with an edge."""
-    edge_over_best: tuple[float, float] = (1.5, 30.0)
+    edge_over_best: tuple[Annotated[float, Range(1e-3, 1e6)], Annotated[float, Range(1e-3, 1e6)]] = (1.5, 30.0)
     """Range of the edge over the best learning rate at the best batch, drawn log-uniformly."""
-    noise_batch: tuple[float, float] = (0.0, 0.0)
+    noise_batch: tuple[Annotated[float, Range(0, 10)], Annotated[float, Range(0, 10)]] = (0.0, 0.0)
     """Range of `noise_batch` of instances around calibrations, which they do not determine; their noise stays what it
     is at a batch of 8 sequences."""
-    weights: tuple[float, float] = (1e7, 1e10)
+    weights: tuple[Annotated[float, Range(1e3, 1e15)], Annotated[float, Range(1e3, 1e15)]] = (1e7, 1e10)
     """Range of the weights of larger instances, drawn log-uniformly."""
-    tokens_per_weight: tuple[float, float] = (5.0, 300.0)
+    tokens_per_weight: tuple[Annotated[float, Range(1e-3, 1e6)], Annotated[float, Range(1e-3, 1e6)]] = (5.0, 300.0)
     """Range of their budgets from scratch in tokens per weight, drawn log-uniformly."""
     published: tuple[str, ...] = ()
     """Names of the published models that larger instances are drawn around, such as `step-law-215M`; by default all
     whose learning rate and batch were varied. A model that is left out can test a policy."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "simulator.widening.")
         for name in ("budget", "edge_over_best", "weights", "tokens_per_weight"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
+            if not low <= high:
                 raise ValueError(f"simulator.widening.{name} must be two rising positive numbers, got {(low, high)}")
-        if not 0 <= self.noise_batch[0] <= self.noise_batch[1]:
+        if not self.noise_batch[0] <= self.noise_batch[1]:
             raise ValueError(f"simulator.widening.noise_batch must be two rising numbers >= 0, got {self.noise_batch}")
-        if self.spread < 0:
-            raise ValueError(f"simulator.widening.spread must be at least 0, got {self.spread}")
-        shares = (self.scratch, self.fine_tuning, self.edges)
-        if min(shares) < 0 or max(self.edges, self.scratch + self.fine_tuning) > 1:
+        if self.scratch + self.fine_tuning > 1:
             raise ValueError(
-                "simulator.widening must have scratch, fine_tuning and edges >= 0, edges at most 1, and scratch + "
-                f"fine_tuning at most 1, got {self}"
+                f"simulator.widening must have scratch + fine_tuning at most 1, got {self.scratch} + {self.fine_tuning}"
             )
 
 

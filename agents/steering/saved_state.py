@@ -1,0 +1,177 @@
+"""The form of a steered run's saved state, by which a state from a file is checked before anything is changed.
+
+The states of version 0.1 lack some fields; these have defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.steering.guardrails import MOVED, LossLevel, Past, RollbackHistory
+from trainpilot.envs.action import LEARNING_RATE_SCALE_RANGE, Action, check_action
+from trainpilot.envs.decision import Advice, Decision
+from trainpilot.llm_runtime.config import Controls
+from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.plain_values import shown
+from trainpilot.llm_runtime.ranges import COUNT, Range
+
+Count = Annotated[int, COUNT]
+Number = Annotated[float, Range()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedDecision(JsonRecord):
+    """The decision in force."""
+
+    requested: Action
+    allowed: Action
+    controls: Controls
+    refusals: list[str]
+    advice: Advice | None = None
+
+    def __post_init__(self) -> None:
+        check_action(self.requested)
+        check_action(self.allowed)
+        if (scale := self.controls.learning_rate_scale) > LEARNING_RATE_SCALE_RANGE[1]:
+            raise ValueError(f"learning_rate_scale must be at most {LEARNING_RATE_SCALE_RANGE[1]:g}, got {scale:g}")
+
+    def decision(self) -> Decision:
+        """Return the decision."""
+        return Decision(self.requested, self.allowed, self.controls, self.refusals, self.advice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedLosses(JsonRecord):
+    """The recent losses that spikes are told from."""
+
+    losses: list[Number]
+    errors: list[Annotated[float, Range(0)]]
+    lowest: Number | None
+    paid_scale: Annotated[float, Range(0)]
+
+    def __post_init__(self) -> None:
+        if len(self.losses) != len(self.errors):
+            raise ValueError(f"losses must have an error each, got {len(self.losses)} and {len(self.errors)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPast(JsonRecord):
+    """What the guardrails know of the run so far."""
+
+    moves: dict[str, list[Annotated[int, Range(-1, 1)]]]
+    batch_requests: list[Annotated[int, Range(-1, 1)]] | None = None
+    held: dict[str, Count]
+    losses: SavedLosses
+    since_snapshot: Count | None
+
+    def __post_init__(self) -> None:
+        if set(self.moves) != set(MOVED):
+            raise ValueError(f"moves must be of {', '.join(MOVED)}, got {shown(list(self.moves))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedHistory(JsonRecord):
+    """The rollbacks so far."""
+
+    rollbacks: Count
+    held: dict[str, Count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedGuardrails(JsonRecord):
+    """The state of the guardrails."""
+
+    past: SavedPast
+    scars: SavedHistory
+
+    def parts(self) -> tuple[Past, RollbackHistory]:
+        """Return what the guardrails know of the run, and of its rollbacks."""
+        own = {name: value for name, value in vars(self.past).items() if name != "losses"}
+        return Past(**own, losses=LossLevel(**vars(self.past.losses))), RollbackHistory(**vars(self.scars))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRow(JsonRecord):
+    """One interval as the contract knows it."""
+
+    share: Annotated[float, Range(0)]
+    tokens: Annotated[float, Range(0)]
+    end_tokens: Annotated[float, Range(0)]
+    loss: Number
+    error: Annotated[float, Range(0, above=True)]
+    s_per_token: Number
+    learning_rate: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedIntervals(JsonRecord):
+    """The intervals that the contract knows."""
+
+    rows: list[SavedRow]
+    outside: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedContract(JsonRecord):
+    """The state of a contract."""
+
+    past: SavedIntervals
+    broken: tuple[str, Count] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRollback(JsonRecord):
+    """One rollback, for the summary."""
+
+    after_decision: Count
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedStanding(JsonRecord):
+    """The state of a guarded controller but for its records."""
+
+    seen: list[Count]
+    recorded: bool
+    decision: SavedDecision | None
+    guardrails: SavedGuardrails
+    contract: SavedContract | None
+    fallen_back: tuple[str | None, Count | None]
+    failures: Count
+    refusals: dict[str, Count]
+    rollbacks: list[SavedRollback]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedController(SavedStanding):
+    """The whole state of a guarded controller."""
+
+    records: list[DecisionRecord]
+
+    def __post_init__(self) -> None:
+        seen = self.seen
+        if seen != sorted(set(seen)) or (seen and seen[-1] >= len(self.records)):
+            raise ValueError(f"seen must be rising places in the {len(self.records)} records, got {shown(seen)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSteering(JsonRecord):
+    """The state of a steered loop but for the loop's own and the controller's, which check theirs."""
+
+    settings: dict[str, Any]
+    mode: str = "steer"
+    process: tuple[Count, Count]
+    fine_tuning: bool
+    spoilt: list[Count]
+    validation_loss: Number | None
+    controller: dict[str, Any]
+
+    @classmethod
+    def of(cls, state: object) -> SavedSteering:
+        """Return the parts of a saved state. Raises `ValueError` where one is missing or wrong."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state must be what state_dict returned, got {shown(state)}")
+        return cls.from_json({name: state[name] for name in cls.__dataclass_fields__ if name in state})

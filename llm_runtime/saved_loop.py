@@ -1,0 +1,167 @@
+"""The form of a loop's saved state, by which a state from a file is checked before anything is changed.
+
+The states of version 0.1 lack some fields; these have defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from trainpilot.llm_runtime.config import Controls, Precision
+from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.plain_values import MAX_INT, shown
+from trainpilot.llm_runtime.ranges import COUNT, Range
+
+Count = Annotated[int, COUNT]
+Number = Annotated[float, Range()]
+NotNegative = Annotated[float, Range(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCooldown(JsonRecord):
+    """The cool-down, once it has begun."""
+
+    start_tokens: Count
+    end_tokens: Count
+    start_factor: NotNegative
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCourse(JsonRecord):
+    """Where the run stands in its budget."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}
+
+    sequences: Count
+    decision: Count
+    cooldown: SavedCooldown | None
+    begun: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedMeasuredCourse(SavedCourse):
+    """The same of a budget in seconds or joules."""
+
+    step_share: NotNegative
+    end_share: NotNegative
+    planned: NotNegative
+    first: NotNegative
+    steps: Count
+    finished: bool
+    spent: Number
+    reserve: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedLevers(JsonRecord):
+    """The learning rates, the masks and the number format."""
+
+    masks: dict[str, Any] | None
+    peak: Annotated[float, Range(0, above=True)]
+    ratios: list[NotNegative]
+    set: list[NotNegative]
+    output_precision: str
+
+    @classmethod
+    def of(cls, state: object) -> SavedLevers:
+        """Return the levers in a loop's state. Raises `ValueError` where they are missing or wrong."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state must be what state_dict returned, got {shown(state)}")
+        return cls.from_json(state.get("levers", {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedProbe(JsonRecord):
+    """The result of a curvature probe."""
+
+    linear: float
+    quadratic: float
+    relative_update: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedInterval(JsonRecord):
+    """What has been measured of an interval that is under way. A loss of a diverged run is not finite."""
+
+    losses: list[float]
+    norms: list[float]
+    adam_norms: list[float | None] | None = None
+    moments: list[float]
+    since: tuple[Number, Number | None]
+    probe: SavedProbe | None
+    probe_s: Number
+
+    def __post_init__(self) -> None:
+        if len(self.losses) != len(self.norms):
+            raise ValueError(f"losses must have a norm each, got {len(self.losses)} and {len(self.norms)}")
+        if self.adam_norms is not None and len(self.adam_norms) != len(self.losses):
+            raise ValueError(f"losses must have an adam_norm each, got {len(self.losses)} and {len(self.adam_norms)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedReadings(JsonRecord):
+    """What the recorder of the intervals holds."""
+
+    start_sequences: Count
+    start_sparsity: NotNegative
+    mask_updates: Count
+    switch_s: Number
+    evaluation_s: Number
+    micro_batches: Count
+    taken: Count
+    decision: Count
+    begun: tuple[Number, Number | None] | None
+    interval: SavedInterval | None = None
+    before: list[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedLoop(JsonRecord):
+    """The whole state of a loop, but for its model and optimizer."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}
+
+    course: dict[str, Any]
+    controls: Controls
+    levers: SavedLevers
+    readings: SavedReadings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSnapshot(JsonRecord):
+    """A snapshot of what training changes."""
+
+    weights: dict[str, Any]
+    width: Count
+    optimizer: dict[str, Any]
+    masks: dict[str, Any]
+    scaler: dict[str, Any]
+    effective_precision: str
+    precision: Precision
+    batch_size: Annotated[int, Range(1, MAX_INT)]
+    micro_batch_size: Annotated[int, Range(1, MAX_INT)] | None
+    learning_rate_scale: NotNegative | None = None
+    sparsity: Annotated[float, Range(0, 1)] | None = None
+    finish: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPosition(JsonRecord):
+    """A position in a stream of batches, in sequences."""
+
+    position: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun(JsonRecord):
+    """A snapshot of a live run; its position in the budget is checked apart."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}
+
+    trainer: dict[str, Any]
+    stream: SavedPosition
+    random_state: dict[str, Any]
+    target_share: NotNegative
+    validation_loss: Number | None

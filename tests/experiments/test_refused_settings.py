@@ -1,0 +1,176 @@
+"""Wrong settings are refused in one line where they are given, and the folder stays free for the corrected command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainpilot.experiments import cli
+from trainpilot.experiments.compare.methods import choose_methods
+from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.models import load_model
+
+TINY = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+BERT = {"model_type": "bert", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("all work and no play makes a dull boy. " * 200)
+    Path("no-calibration.json").write_text("{}")
+    return tmp_path
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["trainpilot", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2, said
+    assert said.startswith("trainpilot: ")
+    assert said.count("\n") == 1
+    assert said.rstrip("\n").isprintable()
+    assert sorted(Path().rglob("*")) == before
+    return said
+
+
+TRAIN = ("train-agent", "--recipe", "default", "--out", "o", "--set")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("simulator.ppo.total_decisions=[1", "set: simulator.ppo.total_decisions is not readable YAML"),
+        ('ppo.seed=!!python/object/apply:os.system ["x"]', "set: ppo.seed is not readable YAML"),
+        ("ppo.seed=" + "[" * 5_000, "nested too deep"),
+        ("ppo.seed=2020-01-01", "it holds a date"),
+        ("simulator.ppo.gamma=2", "ppo.gamma must be in [0, 1], got 2"),
+        ("simulator.ppo.clip_range=-1", "ppo.clip_range must be in (0, 1], got -1"),
+        ("simulator.ppo.max_grad_norm=-1", "ppo.max_grad_norm must be a positive number, got -1"),
+        ("simulator.ppo.vf_coef=-1", "ppo.vf_coef must be in [0, 100], got -1"),
+        ("simulator.ppo.hidden=[0]", "must be a whole number of at least 1, got 0"),
+        ("simulator.ppo.hidden=[-5]", "must be a whole number of at least 1, got -5"),
+        ("simulator.ppo.learning_rate=1e30", "ppo.learning_rate must be in (0, 1], got"),
+        ("simulator.ppo.total_decisions=true", "total_decisions must be a whole number of at least 1, got True"),
+        ("simulator.ppo.seed=-1", "ppo.seed must be a whole number of at least 0, got -1"),
+        ("simulator.ppo.seed=99999999999999999999", "whole numbers must be at most"),
+        ("simulator.ppo.seed=4294967295", "must leave room for 2 seeds"),
+        ("simulator.ppo.batch_size=1", "ppo.batch_size must be a whole number of at least 2, got 1"),
+        ("simulator.widening.spread=1e30", "widening.spread must be in [0, 10], got"),
+        ("simulator.start_rates=[1e-300,1e300]", "must be in [1e-06, 1000000], got 1e-300"),
+        ("simulator.calibrations=[/nonexistent]", "/nonexistent, which is not there"),
+        ("simulator.calibrations=[no-calibration.json]", "no-calibration.json: ValueError"),
+    ],
+)
+def test_recipe(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    assert message in refused(monkeypatch, capsys, *TRAIN, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("common.text=[/nonexistent]", "/nonexistent"), ("common.model=nosuch.json", "no file nosuch.json")],
+)
+def test_texts_and_models_of_a_recipe_are_read_before_anything_starts(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    assert message in refused(monkeypatch, capsys, "train-agent", "--recipe", "demo", "--out", "o", "--set", change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("replay", "--out", ""), "--out: it must name a folder"),
+        (("replay", "--out", "o", "--threads", "1000000"), "threads must be a whole number of at most 1024"),
+        (("replay", "--out", "o", "--device", "meta"), "device must be auto, cpu or cuda, got 'meta'"),
+        (("replay", "--out", "o", "--seed", "-1"), "seed must be a whole number of at least 0, got -1"),
+        (("replay", "--out", "o", "--base-learning-rate", "1e300"), "base_learning_rate must be at most 1000"),
+        (("replay", "--out", "o", "--preference", "quality=1,quality=2"), "preference must weigh quality once"),
+        (("replay", "--out", "o", "--grid-intensity", "inf"), "grid_intensity must be a number >= 0, got inf"),
+        (("compare", "--out", "o", "--methods", "tuned,,cosine"), "methods must be names with commas between them"),
+        (("compare", "--out", "o", "--seeds", "0"), "seeds must be a whole number of at least 1, got 0"),
+        (("compare", "--out", "o", "--cases", "long.json"), "name must be made of at most 64 of a-z"),
+        (("compare", "--out", "o", "--cases", "deep.yaml"), "is not readable YAML: it is nested too deep"),
+        (("compare", "--out", "o", "--cases", "deep.json"), "is not readable JSON: it is nested more than"),
+        (("compare", "--out", "o", "--cases", "bomb.yaml"), "it holds more than 100,000 values"),
+        (("compare", "--out", "o", "--cases", "large.yaml"), "it is larger than"),
+        (("calibrate", "--out", "/proc/x"), "/proc"),
+        (("calibrate", "--out", "o", "--base-learning-rate", "1e300"), "base_learning_rate must be at most 1000"),
+        (("fit-sweep", "sweep.csv", "--out", "/proc/x"), "/proc"),
+    ],
+)
+def test_options(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    Path("long.json").write_text(json.dumps({"cases": [{"name": "a" * 300}]}))
+    Path("deep.yaml").write_text("cases: " + "[" * 5_000)
+    Path("deep.json").write_text("[" * 100_000)
+    anchors = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    Path("bomb.yaml").write_text("a0: &a0 [x]\n" + anchors)
+    Path("large.yaml").write_text("#" * 70_000)
+    assert message in refused(monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BERT, "sees the tokens that it is to predict"),
+        (TINY | {"hidden_sise": 8}, "has 'hidden_sise', which llama does not know; is it 'hidden_size'?"),
+        (TINY | {"num_hidden_layers": 0}, "must have at least one layer, got 0"),
+        (TINY | {"num_hidden_layers": -1}, "layer"),
+        (TINY | {"rms_norm_eps": float("nan")}, "computes values that are not finite"),
+        (TINY | {"model_type": ["llama"]}, "must be a transformers config with a 'model_type'"),
+    ],
+)
+def test_model_config(place: Path, config: dict[str, Any], message: str) -> None:
+    Path("model.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^model: ") as caught:
+        load_model("model.json", 0)
+    assert message in str(caught.value)
+
+
+def test_a_config_with_fields_of_older_transformers_is_built(place: Path) -> None:
+    Path("model.json").write_text(json.dumps(TINY | {"pretraining_tp": 1, "_name": "x", "task_specific_params": {}}))
+    assert load_model("model.json", 0).model.training
+
+
+def test_the_default_methods_are_still_found() -> None:
+    assert choose_methods("cosine, linear").names == ("cosine", "linear")
+
+
+@pytest.mark.parametrize(
+    ("command", "ranges"),
+    [
+        ("replay", ("--threads INT [0, 1024]", "--seed INT >= 0", "--warmup-share FLOAT [0, 1)")),
+        ("compare", ("--seeds INT [1, 1000]", "--jobs INT [0, 1024]")),
+        ("calibrate", ("--base-learning-rate FLOAT (0, 1000]", "--decisions INT [1, 100000]")),
+        ("fit-sweep", ("--warmup-steps INT [0, 1e+09]", "--initial-loss FLOAT (0, 100]")),
+        ("export", ("--prompt-tokens INT [1, 1000000]",)),
+    ],
+)
+def test_help_says_the_ranges(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, ranges: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainpilot", command, "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(each in said for each in ranges)
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(ValueError, match="decisions must be a whole number of at least 1"):
+        RunConfig(decisions=True)
