@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
+from trainpilot.llm_runtime.process import global_random_state, set_global_random_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,17 @@ class RememberedCallback(BaseCallback):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         raise NotImplementedError
+
+
+@runtime_checkable
+class ResumableEnv(Protocol):
+    """A vectorised environment whose runs can go on from a checkpoint, to the last bit."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of all runs, as arrays, numbers, text and dictionaries of these."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned; the next `reset` goes on with these runs."""
 
 
 def side_by_side(make_env: Callable[[], Env[np.ndarray, np.ndarray]], n_envs: int) -> VecEnv:
@@ -264,6 +277,8 @@ class _CheckpointAndCost(BaseCallback):
             "n_updates": self.model._n_updates,
             "cost": self.cost,
             "callbacks": {name: callback.state() for name, callback in self.remembered.items()},
+            "random": global_random_state(),
+            "env": _env_state(self.training_env),
         }
         save_checkpoint(self.path, state)
 
@@ -279,6 +294,35 @@ class _CheckpointAndCost(BaseCallback):
         for name, callback in self.remembered.items():
             if name in state.get("callbacks", {}):
                 callback.restore(state["callbacks"][name])
+        if "random" in state:  # version 0.2 did not save it
+            assert model.env is not None
+            _restore_env(model.env, state["env"])
+            set_global_random_state(state["random"])
+
+
+def _env_state(env: VecEnv) -> dict[str, Any]:
+    """Return the runs under way where they can be saved; else only the generators that draw the next ones."""
+    if isinstance(env.unwrapped, ResumableEnv):
+        return {"runs": _each(env.unwrapped.state(), np.ndarray, torch.from_numpy)}
+    return {"generators": [json.dumps(random.bit_generator.state) for random in env.get_attr("np_random")]}
+
+
+def _restore_env(env: VecEnv, state: Mapping[str, Any]) -> None:
+    if isinstance(env.unwrapped, ResumableEnv):
+        env.unwrapped.restore(_each(state["runs"], torch.Tensor, torch.Tensor.numpy))
+        return
+    for index, text in enumerate(state["generators"]):
+        random = np.random.default_rng()
+        random.bit_generator.state = json.loads(text)
+        env.set_attr("np_random", random, index)
+    env.unwrapped._reset_seeds()  # the next reset draws from the generators, not from the first seed anew
+
+
+def _each(nested: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Return nested dictionaries with all values of a kind changed."""
+    if isinstance(nested, dict):
+        return {name: _each(value, kind, change) for name, value in nested.items()}
+    return change(nested) if isinstance(nested, kind) else nested
 
 
 def bundle_of(
