@@ -15,10 +15,11 @@ import torch
 from gymnasium import Env
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.bundle import FIRST_LAYER, PolicyBundle
+from trainpilot.agents.logging.training_log import EventLog
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
@@ -117,6 +118,13 @@ def side_by_side(make_env: Callable[[], Env[np.ndarray, np.ndarray]], n_envs: in
     return VecMonitor(SubprocVecEnv([make_env] * n_envs, start_method="spawn"))
 
 
+def end_processes(env: VecEnv) -> None:
+    """End the processes of `side_by_side` at once; `close` would wait for intervals, and for ever after a signal."""
+    for process in getattr(env.unwrapped, "processes", ()):
+        process.terminate()
+        process.join()
+
+
 def make_ppo(env: VecEnv, config: PPOConfig, privileged: int = 0) -> MaskablePPO:
     """Return a new agent, whose untrained policy mostly chooses "keep".
 
@@ -211,7 +219,7 @@ def train(
         model.policy.load_state_dict(start)
     bookkeeping = _CheckpointAndCost(folder / "checkpoint.pt", progress, config.time_limit_s, callbacks, meter)
     bookkeeping.load(model)
-    model.set_logger(configure(str(folder / "tb"), ["tensorboard"]))
+    model.set_logger(Logger(str(folder / "tb"), [EventLog(folder / "tb")]))
     everyone = CallbackList([*callbacks, bookkeeping])
     everyone.init_callback(model)
     left = config.total_decisions - model.num_timesteps
