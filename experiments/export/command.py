@@ -43,7 +43,7 @@ def export(options: ExportOptions, console: Console) -> ExportResult:
         ValueError: an option cannot be used; nothing has been written then.
     """
     names = _wanted(options.format)
-    _check_out(options.out, options.path)
+    check_out(options.out, options.path)
     _check_counts(options)
     device = resolve_device(options.device)
     model_folder_of(options.path)
@@ -94,7 +94,7 @@ def _wanted(formats: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check_out(out: Path, source: Path) -> None:
+def check_out(out: Path, source: Path) -> None:
     """Refuse a folder with anything in it but an earlier export, which will be replaced."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, got the file {out}")

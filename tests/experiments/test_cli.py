@@ -105,7 +105,6 @@ def test_faults_on_the_way_are_one_line(
             "trainpilot: Unrecognized options: --polcy, none; did you mean --policy?; see trainpilot replay --help\n",
         ),
         (("fly",), "trainpilot: Unrecognized options: fly; see trainpilot --help\n"),
-        (("inspect", "fü"), "trainpilot: path must be a bundle, a run's folder or an agent's folder, got f"),
     ],
 )
 def test_a_locale_without_utf8_gives_the_same_line(arguments: tuple[str, ...], expected: str) -> None:
@@ -114,8 +113,7 @@ def test_a_locale_without_utf8_gives_the_same_line(arguments: tuple[str, ...], e
     result = subprocess.run(command, env=plain, capture_output=True, check=False)
     said = result.stderr.decode("ascii")
     assert result.returncode == 2
-    assert said.startswith(expected)
-    assert said.count("\n") == 1
+    assert said == expected
 
 
 def test_signs_that_the_locale_lacks_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

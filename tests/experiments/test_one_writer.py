@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from trainpilot.experiments import cli, one_writer
+from trainpilot.experiments.export.command import check_out
 from trainpilot.experiments.one_writer import NAME, lock_file
 
 
@@ -69,6 +70,14 @@ def test_the_lock_of_a_folder_that_took_its_place_stays(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / NAME).write_text("another's")
     assert (folder / NAME).read_text() == "another's"
+
+
+def test_an_export_takes_a_locked_folder_for_empty(tmp_path: Path) -> None:
+    with one_writer.one_writer(tmp_path / "out"):
+        check_out(tmp_path / "out", tmp_path / "model")
+        (tmp_path / "out" / "mine").touch()
+        with pytest.raises(ValueError, match="out must be new, empty or an earlier export"):
+            check_out(tmp_path / "out", tmp_path / "model")
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

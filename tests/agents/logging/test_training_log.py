@@ -251,3 +251,21 @@ def test_the_picture_does_without_reference_energy_or_progress(tmp_path: Path) -
     assert figure.get_suptitle().strip() == "diverged"
     with pytest.raises(ValueError, match="at least one decision"):
         run_figure([])
+
+
+def test_a_full_disk_costs_the_charts_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MaskablePPO("MlpPolicy", DummyVecEnv([Steered]), n_steps=10, batch_size=10, n_epochs=1)
+    events = EventLog(tmp_path)
+    model.set_logger(Logger(str(tmp_path), [events]))
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(events.writer, "flush", full)
+    log = TrainingLog({"recipe": "demo"})
+    with pytest.warns(UserWarning, match="no more TensorBoard events are written to .*No space left") as warned:
+        model.learn(30, callback=log)
+    log.log_greedy_run(decision_records(), reference_run())
+    model.logger.close()
+    assert model.num_timesteps == 30
+    assert len(warned) == 1
