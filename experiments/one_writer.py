@@ -50,7 +50,10 @@ def one_writer(folder: Path) -> Iterator[None]:
 
 def lock_file(folder: Path) -> Path:
     """Return the file that is locked: in the folder, or on Windows, which cannot replace a folder then, beside it."""
-    return folder.with_name(f"{NAME}-{folder.name}") if sys.platform == "win32" else folder / NAME
+    if sys.platform != "win32":
+        return folder / NAME
+    folder = folder.resolve()
+    return folder.with_name(f"{NAME}-{folder.name}")
 
 
 def _make(folder: Path) -> list[Path]:

@@ -204,8 +204,8 @@ class TrainAgentOptions:
     two cores, and keeps the one that is better on simulated runs it has not met. With `ppo.total_decisions`
     it goes on training it on live runs; `tiny` and `demo` have live runs only.
 
-    Killed at any moment, the same command goes on from the last update; in the simulator, on a CPU, with the same result
-    to the last bit. Watch it: tensorboard --logdir OUT
+    Killed at any moment, the same command goes on from the last update; in the simulator, on a CPU, with the same
+    result to the last bit. Watch it: tensorboard --logdir OUT
 
     Try for instance:
 

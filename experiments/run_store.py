@@ -58,6 +58,8 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; the run counts as finished, and its checkpoint is removed."""
+        if self._unwritten:
+            self._add(self._unwritten)
         write_json(self.path / "summary.json", dict(summary))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
@@ -73,20 +75,27 @@ class RunFolder:
 
     def append(self, record: DecisionRecord) -> None:
         """Add one line to telemetry.jsonl. On a full disk it waits for the next one, and the run goes on."""
-        file, lines = self.path / "telemetry.jsonl", [*self._unwritten, _line(record)]
-        size = file.stat().st_size if file.exists() else 0
+        lines = [*self._unwritten, _line(record)]
         try:
-            with file.open("a", encoding="utf-8") as stream:
-                stream.write("".join(line + "\n" for line in lines))
+            self._add(lines)
         except OSError as error:
-            with suppress(OSError):
-                os.truncate(file, size)  # no half line stays
             if not self._unwritten:
                 reason = f"telemetry.jsonl could not be written: {error.strerror}; the run goes on, and tries again"
                 warnings.warn(reason, stacklevel=2)
             self._unwritten = lines
-        else:
-            self._unwritten = []
+
+    def _add(self, lines: Sequence[str]) -> None:
+        """Add whole lines to telemetry.jsonl, or none."""
+        file = self.path / "telemetry.jsonl"
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write("".join(line + "\n" for line in lines))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(file, size)
+            raise
+        self._unwritten = []
 
     def checkpoint_due(self) -> bool:
         """Return whether enough time has passed since the last checkpoint."""

@@ -525,6 +525,8 @@ def test_a_line_that_found_no_space_follows_later(tmp_path: Path, monkeypatch: p
             folder.append(records[2])
     assert run_store.read_records(tmp_path) == records[:1]
     assert (tmp_path / "telemetry.jsonl").read_text().count("\n") == 1, "no half line"
+    folder.write_summary({})
+    assert run_store.read_records(tmp_path) == records[:3]
     folder.append(records[3])
     assert run_store.read_records(tmp_path) == records
 
