@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from gymnasium import Env
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.bundle import FIRST_LAYER, PolicyBundle
+from trainpilot.agents.logging.training_log import EventLog
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
@@ -25,6 +27,7 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.files import load_checkpoint, resuming, save_checkpoint
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.optimizer import check_state
+from trainpilot.llm_runtime.process import global_random_state, set_global_random_state
 from trainpilot.llm_runtime.ranges import COUNT, Range, Whole, check_ranges
 
 
@@ -88,9 +91,27 @@ class RememberedCallback(BaseCallback):
         raise NotImplementedError
 
 
+@runtime_checkable
+class ResumableEnv(Protocol):
+    """A vectorised environment whose runs can go on from a checkpoint, to the last bit."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of all runs, as arrays, numbers, text and dictionaries of these."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned; the next `reset` goes on with these runs."""
+
+
 def side_by_side(make_env: Callable[[], Env[np.ndarray, np.ndarray]], n_envs: int) -> VecEnv:
     """Return `n_envs` environments, each in a process of its own, for which `make_env` is pickled."""
     return VecMonitor(SubprocVecEnv([make_env] * n_envs, start_method="spawn"))
+
+
+def end_processes(env: VecEnv) -> None:
+    """End the processes of `side_by_side` at once; `close` would wait for intervals, and for ever after a signal."""
+    for process in getattr(env.unwrapped, "processes", ()):
+        process.terminate()
+        process.join()
 
 
 def make_ppo(env: VecEnv, config: PPOConfig, privileged: int = 0) -> MaskablePPO:
@@ -187,7 +208,7 @@ def train(
         model.policy.load_state_dict(start)
     bookkeeping = _CheckpointAndCost(folder / "checkpoint.pt", progress, config.time_limit_s, callbacks, meter)
     bookkeeping.load(model)
-    model.set_logger(configure(str(folder / "tb"), ["tensorboard"]))
+    model.set_logger(Logger(str(folder / "tb"), [EventLog(folder / "tb")]))
     everyone = CallbackList([*callbacks, bookkeeping])
     everyone.init_callback(model)
     left = config.total_decisions - model.num_timesteps
@@ -253,6 +274,8 @@ class _CheckpointAndCost(BaseCallback):
             "n_updates": self.model._n_updates,
             "cost": self.cost,
             "callbacks": {name: callback.state() for name, callback in self.remembered.items()},
+            "random": global_random_state(),
+            "env": _env_state(self.training_env),
         }
         save_checkpoint(self.path, state)
 
@@ -272,6 +295,10 @@ class _CheckpointAndCost(BaseCallback):
             for name, callback in self.remembered.items():
                 if name in (saved.callbacks or {}):
                     callback.restore((saved.callbacks or {})[name])
+            if saved.random is not None and saved.env is not None:
+                assert model.env is not None
+                _restore_env(model.env, saved.env)
+                set_global_random_state(saved.random)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +313,9 @@ class _SavedTraining(JsonRecord):
     n_updates: Annotated[int, COUNT]
     cost: dict[str, float]
     callbacks: dict[str, dict[str, Any]] | None = None
+    random: Any = None
+    """State of the global random generators; version 0.2 did not save it, nor the runs under way."""
+    env: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if missing := {"decisions", "episodes", "energy_j", "time_s"} - set(self.cost):
@@ -300,6 +330,31 @@ def _check_policy(model: MaskablePPO, weights: Mapping[str, Any]) -> None:
             raise ValueError(f"policy must hold {name} of shape {tuple(own.shape)}")
         if not bool(torch.isfinite(other).all()):
             raise ValueError(f"policy holds values that are not finite in {name}")
+
+
+def _env_state(env: VecEnv) -> dict[str, Any]:
+    """Return the runs under way where they can be saved; else only the generators that draw the next ones."""
+    if isinstance(env.unwrapped, ResumableEnv):
+        return {"runs": _each(env.unwrapped.state(), np.ndarray, torch.from_numpy)}
+    return {"generators": [json.dumps(random.bit_generator.state) for random in env.get_attr("np_random")]}
+
+
+def _restore_env(env: VecEnv, state: Mapping[str, Any]) -> None:
+    if isinstance(env.unwrapped, ResumableEnv):
+        env.unwrapped.restore(_each(state["runs"], torch.Tensor, torch.Tensor.numpy))
+        return
+    for index, text in enumerate(state["generators"]):
+        random = np.random.default_rng()
+        random.bit_generator.state = json.loads(text)
+        env.set_attr("np_random", random, index)
+    env.unwrapped._reset_seeds()  # the next reset draws from the generators, not from the first seed anew
+
+
+def _each(nested: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Return nested dictionaries with all values of a kind changed."""
+    if isinstance(nested, dict):
+        return {name: _each(value, kind, change) for name, value in nested.items()}
+    return change(nested) if isinstance(nested, kind) else nested
 
 
 def bundle_of(

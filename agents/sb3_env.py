@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from gymnasium.spaces import Box
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn, VecEnvWrapper
 
 from trainpilot.agents.bundle import FIRST_LAYER, PolicyBundle
+from trainpilot.envs.array_state import restore_state, state_of
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.environments import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
@@ -44,14 +45,29 @@ class ScalarVecEnv(VecEnv):
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._scalariser = Scalariser(utility, self.num_envs)
         self._start_s = time.monotonic()
+        self._restored = False
 
     def reset(self) -> np.ndarray:
-        """Start new runs, and return their observations."""
+        """Start new runs, and return their observations; right after `restore`, go on with those that were restored."""
+        if self._restored and self.env.runs is not None:
+            self._restored = False
+            return self.env.runs.states.observation()
         observation, _ = self.env.reset(seed=self._seeds[0])
         self._scalariser.begin()
         self._reset_seeds()
         self._reset_options()
         return observation
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of all runs, of the random numbers that they draw, and of their rewards so far."""
+        return {"env": state_of(self.env), "rewards": state_of(self._scalariser)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned for as many runs of the same pool; the next `reset` goes on from there."""
+        self.reset()  # makes what is filled now
+        restore_state(self.env, state["env"])
+        restore_state(self._scalariser, state["rewards"])
+        self._restored = True
 
     def step_async(self, actions: np.ndarray) -> None:
         """Store the actions of the next step."""

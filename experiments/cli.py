@@ -11,13 +11,25 @@ import io
 import json
 import os
 import re
+import signal
 import sys
-from typing import Annotated, NoReturn
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import reduce
+from importlib.metadata import version
+from itertools import dropwhile, takewhile
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
+from trainpilot.experiments import stopping
+from trainpilot.experiments.one_writer import one_writer
 from trainpilot.experiments.options import (
     CalibrateOptions,
     CompareOptions,
@@ -32,35 +44,40 @@ from trainpilot.experiments.options import (
 from trainpilot.llm_runtime.files import check_writable
 from trainpilot.llm_runtime.plain_values import one_line
 
-Command = (
-    Annotated[DemoOptions, subcommand("demo")]
-    | Annotated[TrainAgentOptions, subcommand("train-agent")]
-    | Annotated[ReplayOptions, subcommand("replay")]
-    | Annotated[CompareOptions, subcommand("compare")]
-    | Annotated[CalibrateOptions, subcommand("calibrate")]
-    | Annotated[FitSweepOptions, subcommand("fit-sweep")]
-    | Annotated[ExportOptions, subcommand("export")]
-    | Annotated[DoctorOptions, subcommand("doctor")]
-    | Annotated[InspectOptions, subcommand("inspect")]
-)
-
-COMMANDS = ("demo", "train-agent", "replay", "compare", "calibrate", "fit-sweep", "export", "doctor", "inspect")
+COMMANDS = {
+    "demo": DemoOptions,
+    "train-agent": TrainAgentOptions,
+    "replay": ReplayOptions,
+    "compare": CompareOptions,
+    "calibrate": CalibrateOptions,
+    "fit-sweep": FitSweepOptions,
+    "export": ExportOptions,
+    "doctor": DoctorOptions,
+    "inspect": InspectOptions,
+}
 DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot demo`, then `trainpilot replay --help`."
+Command: Any = reduce(or_, (Annotated[options, subcommand(name)] for name, options in COMMANDS.items()))
 
 
 def main() -> None:
     """Run the command line. Invalid input ends with a one-line message and exit code 2."""
-    _quieten_libraries()
+    _prepare_process()
     options = _parse(sys.argv[1:])
     try:
-        _check_out(options)
-        _run(options)
+        with stopping.answered():
+            _check_out(options)
+            with _one_writer(options):
+                _run(options)
     except ValueError as error:
         _refuse(str(error))
     except OSError as error:
-        full = error.errno == errno.ENOSPC
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "free space or choose another --out" if full else "choose another --out"
-        _refuse(f"{error.strerror or error}: {error.filename or 'output'}; {way_out}", code=1 if full else 2)
+        notes = getattr(error, "__notes__", None) or [way_out]
+        _refuse("; ".join([f"{error.strerror or error}: {error.filename or 'output'}", *notes]))
+    except stopping.Stopped as stop:
+        said = "interrupted" if stop.number == signal.SIGINT else f"ended by {signal.Signals(stop.number).name}"
+        _refuse(f"{said}; run the same command again to resume", code=128 + stop.number)
     except KeyboardInterrupt:
         _refuse("interrupted; run the same command again to resume", code=130)
 
@@ -71,6 +88,14 @@ def _check_out(options: object) -> None:
         check_writable(options.out)
     elif isinstance(options, CompareOptions):
         check_writable(options.folder)
+
+
+def _one_writer(options: object) -> AbstractContextManager[None]:
+    """Return the lock of the folder that a command writes into."""
+    if isinstance(options, CompareOptions):  # a report may be written while others still run
+        return nullcontext() if options.report_only else one_writer(options.folder)
+    out = getattr(options, "out", None)
+    return one_writer(out) if isinstance(out, Path) else nullcontext()
 
 
 def _run(options: object) -> None:
@@ -123,6 +148,9 @@ def _doctor(options: DoctorOptions, console: Console) -> None:
 
 def _parse(arguments: list[str]) -> object:
     """Return the chosen command's options; invalid arguments end with a one-line message and exit code 2."""
+    if arguments == ["--version"]:
+        print(f"trainpilot {version('trainpilot')}")
+        raise SystemExit
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -137,19 +165,33 @@ def _parse(arguments: list[str]) -> object:
         if stop.code:
             command = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
             said = re.sub(r"^Error parsing \w+Options: ", "", _first_block(captured.getvalue()))
-            _refuse(f"{said.rstrip('.')}; see trainpilot {command}--help")
+            _refuse(f"{said.rstrip('.')}{_meant(arguments)}; see trainpilot {command}--help")
         raise
 
 
 def _first_block(box: str) -> str:
-    """Return the first paragraph of a boxed message as one line."""
-    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()[1:]]
-    block = []
-    for line in lines:
-        if not line:
-            break
-        block.append(line)
-    return re.sub(r"\s+", " ", " ".join(block)) or "the arguments cannot be parsed"
+    """Return the first paragraph of a boxed message as one line. Without UTF-8 the box consists of dashes and bars."""
+    lines = box.splitlines()[1:]
+    block = takewhile(_has_words, dropwhile(lambda line: not _has_words(line), lines))
+    return " ".join(" ".join(line.strip("│| \t") for line in block).split()) or "the arguments cannot be parsed"
+
+
+def _has_words(line: str) -> bool:
+    return any(map(str.isalnum, line))
+
+
+def _meant(arguments: list[str]) -> str:
+    """Return a question whether another command or option was meant than the first one that does not exist."""
+    command, *rest = arguments or [""]
+    if command not in COMMANDS:
+        known, given = list(COMMANDS), [command]
+    else:
+        options = ["--" + each.name.replace("_", "-") for each in fields(COMMANDS[command])]
+        known, given = [*options, "--help"], [word.partition("=")[0] for word in rest if word.startswith("--")]
+    for word in given:
+        if word.replace("_", "-") not in known and (close := get_close_matches(word, known, 1)):
+            return f"; did you mean {close[0]}?"
+    return ""
 
 
 def _refuse(message: str, code: int = 2) -> NoReturn:
@@ -157,10 +199,20 @@ def _refuse(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def _quieten_libraries() -> None:
+def _prepare_process() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="replace")  # what the locale lacks becomes a question mark, not an error
+    threading.excepthook = _say_nothing_of_logs
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _say_nothing_of_logs(failure: threading.ExceptHookArgs) -> None:
+    """Pass over the write errors of TensorBoard's threads: the next event raises them again, and becomes a warning."""
+    if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(failure)
 
 
 if __name__ == "__main__":

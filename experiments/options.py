@@ -112,7 +112,9 @@ def with_ranges(options: C) -> C:
 class ReplayOptions(Options):
     """Train a model, steered by a policy, or under its base schedule with `--policy none`.
 
-    Killed at any moment, the same command goes on where it was and ends with the same result.
+    Killed at any moment, the same command goes on where it was. On a CPU and under a budget in tokens it ends with the
+    same result, to the last bit, without a policy or with --preference quality=1; else a policy also sees seconds and
+    watts.
 
     Try for instance:
 
@@ -246,7 +248,8 @@ class TrainAgentOptions(Options):
     two cores, and keeps the one that is better on simulated runs it has not met. With `ppo.total_decisions`
     it goes on training it on live runs; `tiny` and `demo` have live runs only.
 
-    Killed at any moment, the same command goes on from the last update. Watch it: tensorboard --logdir OUT
+    Killed at any moment, the same command goes on from the last update; in the simulator, on a CPU, with the same
+    result to the last bit. Watch it: tensorboard --logdir OUT
 
     Try for instance:
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label, live_reference
 from trainpilot.envs.reward import Reference, RewardMeter
+from trainpilot.experiments import stopping
 from trainpilot.experiments.carbon import (
     DEFAULT_GRID_INTENSITY_G_PER_KWH,
     DEFAULT_GRID_INTENSITY_SOURCE,
@@ -187,8 +189,10 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     reference = _reference(config, console) if options.reference else None
     steered = SteeredRun(run, controller, folder, reference)
     steered.train(console)
-    summary = summarise(run, steered.records, steered.initial_loss, reference, options) | used | controller.summary()
-    steered.finish(summary)
+    with steered.kept_on_failure():
+        summary = summarise(run, steered.records, steered.initial_loss, reference, options)
+        summary |= used | controller.summary()
+        steered.finish(summary)
     print_summary(summary, console)
     return summary
 
@@ -252,15 +256,32 @@ class SteeredRun:
             last=self.telemetry,
             can_roll_back=lambda: self.controller.can_roll_back,
         )
-        with progress_bar(console, self.run.config.model, 1.0) as advance:
+        with progress_bar(console, self.run.config.model, 1.0) as advance, stopping.postponed():
             for interval in intervals:
                 self._record(interval)
                 telemetry = interval.telemetry
                 advance(telemetry.budget_used, _line(telemetry))
-                if not telemetry.diverged and self.folder.checkpoint_due() and self.run.is_finite():
-                    content = {"snapshot": self.run.snapshot(), "initial_loss": self.initial_loss}
-                    content["controller"] = self.controller.state_dict()
-                    self.folder.write_checkpoint(content, self.records)
+                asked = stopping.asked()
+                if not telemetry.diverged and (asked or self.folder.checkpoint_due()) and self.run.is_finite():
+                    self.folder.write_checkpoint(self._state(), self.records)
+                stopping.raise_if_asked()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "snapshot": self.run.snapshot(),
+            "initial_loss": self.initial_loss,
+            "controller": self.controller.state_dict(),
+        }
+
+    @contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Write a checkpoint of the trained run if the `with` block fails, and say where in a note on the error."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.records[-1].telemetry.diverged:
+                error.add_note(self.folder.keep(self._state(), self.records))
+            raise
 
     def _record(self, interval: DrivenInterval) -> None:
         self.telemetry = interval.telemetry

@@ -7,10 +7,13 @@ that nothing is run twice.
 from __future__ import annotations
 
 import json
+import os
 import platform
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +29,7 @@ from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.plain_values import parse_json, printable, read_json, shown
 from trainpilot.llm_runtime.ranges import COUNT, Range
 
+CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_EVERY_S = 5.0
 """Seconds between two checkpoints, at least; more where writing one takes long."""
 CHECKPOINT_COST = 0.02
@@ -94,6 +98,8 @@ class RunFolder:
         claim_folder(path, "config.json", settings)
         self._last_checkpoint = time.monotonic()
         self._checkpoint_cost_s = 0.0
+        self._unwritten: list[str] = []
+        """Lines for which the disk was full."""
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, or `None`."""
@@ -109,12 +115,14 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; the run counts as finished, and its checkpoint is removed."""
+        if self._unwritten:
+            self._add(self._unwritten)
         write_json(self.path / "summary.json", dict(summary))
-        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
 
     def resume(self) -> tuple[dict[str, Any], list[DecisionRecord]] | None:
         """Return the checkpoint of an interrupted run and its decisions so far, or `None` where nothing was kept."""
-        path = self.path / "checkpoint.pt"
+        path = self.path / CHECKPOINT
         checkpoint = load_checkpoint(path)
         if checkpoint is None:
             self._rewrite([])
@@ -125,12 +133,28 @@ class RunFolder:
         return checkpoint, records
 
     def append(self, record: DecisionRecord) -> None:
-        """Add one line to telemetry.jsonl. A full disk costs the line, not the run."""
+        """Add one line to telemetry.jsonl. On a full disk it waits for the next one, and the run goes on."""
+        lines = [*self._unwritten, _line(record)]
         try:
-            with (self.path / "telemetry.jsonl").open("a", encoding="utf-8") as file:
-                file.write(_line(record) + "\n")
+            self._add(lines)
         except OSError as error:
-            warnings.warn(f"telemetry.jsonl could not be written: {error.strerror}; the run goes on", stacklevel=2)
+            if not self._unwritten:
+                reason = f"telemetry.jsonl could not be written: {error.strerror}; the run goes on, and tries again"
+                warnings.warn(reason, stacklevel=2)
+            self._unwritten = lines
+
+    def _add(self, lines: Sequence[str]) -> None:
+        """Add whole lines to telemetry.jsonl, or none."""
+        file = self.path / "telemetry.jsonl"
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write("".join(line + "\n" for line in lines))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(file, size)
+            raise
+        self._unwritten = []
 
     def checkpoint_due(self) -> bool:
         """Return whether enough time has passed since the last checkpoint."""
@@ -138,16 +162,37 @@ class RunFolder:
         return time.monotonic() - self._last_checkpoint >= wait
 
     def write_checkpoint(self, content: Mapping[str, Any], records: Sequence[DecisionRecord]) -> None:
-        """Write the checkpoint. A full disk costs the checkpoint, not the run."""
+        """Write the checkpoint. A full disk costs the checkpoint, not the run; an earlier one stays."""
         start = time.monotonic()
         try:
-            lines = [_line(record) for record in records]
-            save_checkpoint(self.path / "checkpoint.pt", {**content, "records": lines})
+            self._save(self.path / CHECKPOINT, content, records)
         except OSError as error:
             reason = error.strerror or str(error)
             warnings.warn(f"the checkpoint could not be written: {reason}; the run goes on without", stacklevel=2)
         self._last_checkpoint = time.monotonic()
         self._checkpoint_cost_s = self._last_checkpoint - start
+
+    def keep(self, content: Mapping[str, Any], records: Sequence[DecisionRecord]) -> str:
+        """Write a last checkpoint, if need be outside of the folder, and return what to do with it."""
+        here = self.path / CHECKPOINT
+        goes_on = "the same command goes on from there once it can write"
+        try:
+            self._save(here, content, records)
+        except OSError:
+            if here.is_file():
+                return f"an earlier state of the run is kept in {here}; {goes_on}"
+        else:
+            return f"the run is kept in {here}; {goes_on}"
+        try:
+            there = Path(tempfile.mkdtemp(prefix="trainpilot-")) / CHECKPOINT
+            self._save(there, content, records)
+        except OSError as error:
+            return f"the run is lost, as {tempfile.gettempdir()} cannot be written either ({error.strerror})"
+        return f"the run is kept in {there}; move that file to {here}, and {goes_on}"
+
+    @staticmethod
+    def _save(path: Path, content: Mapping[str, Any], records: Sequence[DecisionRecord]) -> None:
+        save_checkpoint(path, {**content, "records": [_line(record) for record in records]})
 
     def _rewrite(self, records: Sequence[DecisionRecord]) -> None:
         with whole_file(self.path / "telemetry.jsonl") as temporary:

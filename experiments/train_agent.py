@@ -15,7 +15,7 @@ from rich.console import Console
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.logging.training_log import TrainingLog
-from trainpilot.agents.ppo import bundle_of, side_by_side, train
+from trainpilot.agents.ppo import bundle_of, end_processes, side_by_side, train
 from trainpilot.agents.sb3_env import hidden_from, seen_inputs, without_inputs
 from trainpilot.agents.simulator_training import SimulatorAgent, SimulatorStage, best_weights, train_in_simulator
 from trainpilot.envs.decision import N_STACK, Preference
@@ -237,8 +237,10 @@ def live_stage(
     try:
         with progress_bar(console, "PPO on live runs, decisions", recipe.ppo.total_decisions) as advance:
             model, cost = train(env, recipe.ppo, options.out, callbacks=[log], progress=advance, start=start)
-    finally:
-        env.close()
+    except BaseException:
+        end_processes(env)
+        raise
+    env.close()
     provenance = _provenance(options.recipe, recipe, cases, cost, simulated)
     bundle = without_inputs(bundle_of(model, provenance, fields), seen)
     records = greedy_run(bundle, cases[0], references[0])

@@ -5,8 +5,10 @@ A crash therefore leaves no half-written file. Checkpoints are read with `weight
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -37,6 +39,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        _name(error, temporary, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -52,6 +57,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+    except OSError as error:
+        _name(error, temporary, path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -64,6 +72,35 @@ def check_writable(folder: Path) -> None:
     if place.is_dir():  # another kind of error is for whoever looks at the folder itself
         with tempfile.TemporaryDirectory(prefix=".trainpilot.", dir=place):
             pass
+
+
+def _name(error: OSError, temporary: Path, path: Path) -> None:
+    """Let an error tell of the path that was to be written, and not of the temporary one, or of none."""
+    if error.filename is None or Path(error.filename).is_relative_to(temporary):
+        error.filename = str(path)
+
+
+ALMOST_FULL = 2**20
+"""Bytes; with fewer left, a failed write is put down to a full disk."""
+
+
+@contextmanager
+def system_errors(path: Path, hiding: type[Exception]) -> Iterator[None]:
+    """Raise the system's `OSError` in place of the error behind which a library hides it.
+
+    Args:
+        path: What is being written.
+        hiding: Type of the library's error: safetensors has its own, torch raises `RuntimeError`.
+    """
+    try:
+        yield
+    except hiding as error:
+        number = errno.EIO
+        if found := re.search(r"os error (\d+)", str(error)):
+            number = int(found[1])
+        elif shutil.disk_usage(path.parent).free < ALMOST_FULL:
+            number = errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _umask() -> int:
@@ -91,11 +128,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors, numbers, text and containers of these, atomically. Raises `OSError` if the disk is full."""
     import torch
 
-    with whole_file(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch's own writer hides the system's error
-            raise OSError(f"cannot write {path.name}: {str(error).splitlines()[0]}") from error
+    with whole_file(path) as temporary, system_errors(path, RuntimeError):
+        torch.save(content, temporary)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.bpe import trained_tokenizer
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from trainpilot.llm_runtime.files import system_errors
 from trainpilot.llm_runtime.model_folder import holds_tokenizer, holds_weights
 from trainpilot.llm_runtime.plain_values import one_line, read_json, shown
 
@@ -74,8 +76,13 @@ class LoadedModel:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def save(self, folder: Path) -> None:
-        """Write the model, and its tokenizer if it has one, so that plain transformers loads them."""
-        self.model.save_pretrained(folder)
+        """Write the model, and its tokenizer if it has one, so that plain transformers loads them.
+
+        Raises:
+            OSError: they cannot be written, for example on a full disk.
+        """
+        with system_errors(folder, SafetensorError):
+            self.model.save_pretrained(folder)
         if isinstance(self.tokenizer, PretrainedTokenizer):
             self.tokenizer.tokenizer.save_pretrained(folder)
 

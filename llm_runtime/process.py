@@ -1,14 +1,16 @@
-"""Process-wide tools: torch's threads, a random state per run, and a daemon thread that calls a method regularly."""
+"""Process-wide tools: torch's threads, random states, and a daemon thread that calls a method regularly."""
 
 from __future__ import annotations
 
 import os
+import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -31,6 +33,27 @@ def available_cores() -> int:
 def threads_in_use() -> int:
     """Return the number of threads that torch uses in this process."""
     return torch.get_num_threads()
+
+
+def global_random_state() -> dict[str, Any]:
+    """Return the state of the generators of the whole process: Python's, NumPy's and torch's on the CPU."""
+    numpys = np.random.get_state(legacy=False)
+    key = torch.from_numpy(numpys["state"]["key"].astype(np.int64))
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpys, "state": {"key": key, "pos": int(numpys["state"]["pos"])}},
+        "torch": torch.get_rng_state(),
+    }
+
+
+def set_global_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what `global_random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    numpys = state["numpy"]
+    key = numpys["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state({**numpys, "state": {"key": key, "pos": numpys["state"]["pos"]}})
+    torch.set_rng_state(state["torch"])
 
 
 class RandomState:

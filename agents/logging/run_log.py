@@ -109,14 +109,20 @@ class RunWriter:
             self._totals.add(record.telemetry, record.reward)
             self._tokens = record.telemetry.tokens
         purge = None if purge_step is None else purge_step + 1  # TensorBoard purges the given step, too
-        self._writer = SummaryWriter(str(folder / "steered"), purge_step=purge)
-        self._try(lambda: self._writer.add_custom_scalars(layout()))
+        self._writer: SummaryWriter  # there is none if it cannot be made
+        self._try(lambda: self._begin(purge))
+
+    def _begin(self, purge_step: int | None) -> None:
+        self._writer = SummaryWriter(str(self.folder / "steered"), purge_step=purge_step)
+        self._writer.add_custom_scalars(layout())
 
     def write(self, record: DecisionRecord) -> None:
         """Write one decision and the telemetry of the interval that followed it."""
         telemetry = record.telemetry
         self._totals.add(telemetry, record.reward)
         self._tokens = telemetry.tokens
+        if self._failed:
+            return
         values = _of_telemetry(telemetry, self._totals) | _of_record(record, self._totals)
         self._scalars(self._writer, values, telemetry.tokens)
         self._text("energy/source", telemetry.energy_source or "unknown")
@@ -128,6 +134,9 @@ class RunWriter:
 
     def write_reference(self, reference: Reference) -> None:
         """Write the reference run. A second call replaces the events of the first."""
+        self._try(lambda: self._write_reference(reference))
+
+    def _write_reference(self, reference: Reference) -> None:
         totals = Totals()
         shutil.rmtree(self.folder / "reference", ignore_errors=True)
         with SummaryWriter(str(self.folder / "reference")) as writer:
@@ -157,7 +166,8 @@ class RunWriter:
 
     def close(self) -> None:
         """Flush and close the event files."""
-        self._try(self._writer.close)
+        if not self._failed:
+            self._try(self._writer.close)
 
     def _scalars(self, writer: SummaryWriter, values: Scalars, tokens: int) -> None:
         for tag, value in values.items():
@@ -178,8 +188,9 @@ class RunWriter:
         try:
             write()
         except OSError as error:
+            if not self._failed:
+                warnings.warn(f"no more TensorBoard events are written to {self.folder}: {error}", stacklevel=3)
             self._failed = True
-            warnings.warn(f"no more TensorBoard events are written to {self.folder}: {error}", stacklevel=3)
 
 
 def layout() -> dict[str, dict[str, list[object]]]:

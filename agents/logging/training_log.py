@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,38 @@ class Episode:
         return episode
 
 
+class EventLog(TensorBoardOutputFormat):
+    """SB3's TensorBoard events. A write error ends the logging with a warning, and not the training.
+
+    Args:
+        folder: Folder of the events.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
+        self._failed = False
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Call a function that writes events, unless an earlier one has failed."""
+        if self._failed:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._failed = True
+            warnings.warn(f"no more TensorBoard events are written to {self.folder}: {error}", stacklevel=2)
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Write the values of SB3's logger."""
+        write = super().write
+        self.attempt(lambda: write(key_values, key_excluded, step))
+
+    def close(self) -> None:
+        """Close the file."""
+        self.attempt(super().close)
+
+
 class TrainingLog(BaseCallback):
     """Logs means over the episodes of a rollout under `agent/`, and the share of each choice under `action/`.
 
@@ -93,16 +127,16 @@ class TrainingLog(BaseCallback):
 
     def log_greedy_run(self, records: Sequence[DecisionRecord], reference: Reference | None = None) -> None:
         """Log a figure of one run of the policy without exploration."""
-        if (tensorboard := self._tensorboard()) is not None:
+        if (events := self._events()) is not None:
             figure = run_figure(records, reference)
-            tensorboard.writer.add_figure(TAGS["agent/greedy_run"].name, figure, self.num_timesteps)
-            tensorboard.writer.flush()
+            events.attempt(lambda: events.writer.add_figure(TAGS["agent/greedy_run"].name, figure, self.num_timesteps))
+            events.attempt(events.writer.flush)
 
     def _on_training_start(self) -> None:
         self._running = [Episode() for _ in range(self.training_env.num_envs)]
         self._sums_at_end = False
-        if (tensorboard := self._tensorboard()) is not None:
-            tensorboard.writer.add_custom_scalars(layout())
+        if (events := self._events()) is not None:
+            events.attempt(lambda: events.writer.add_custom_scalars(layout()))
 
     def _on_step(self) -> bool:
         """Record one step of every environment."""
@@ -137,15 +171,13 @@ class TrainingLog(BaseCallback):
 
     def _on_training_end(self) -> None:
         """Write the settings and the names of the metric tags for the HPARAMS tab."""
-        if (tensorboard := self._tensorboard()) is not None and self.config:
+        if (events := self._events()) is not None and self.config:
             metrics = {TAGS[tag].name: self._last.get(tag, math.nan) for tag in METRICS}
-            tensorboard.write(
-                {"hparams": HParam(hparams(self.config), metrics)}, {"hparams": ("",)}, self.num_timesteps
-            )
+            events.write({"hparams": HParam(hparams(self.config), metrics)}, {"hparams": ("",)}, self.num_timesteps)
 
-    def _tensorboard(self) -> TensorBoardOutputFormat | None:
+    def _events(self) -> EventLog | None:
         formats = self.logger.output_formats if hasattr(self, "model") else []  # no model before the training starts
-        return next((f for f in formats if isinstance(f, TensorBoardOutputFormat)), None)
+        return next((each for each in formats if isinstance(each, EventLog)), None)
 
 
 def means(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from safetensors import SafetensorError
 
 from trainpilot.experiments.export.chart import draw_export
 from trainpilot.experiments.export.job import ExportJob, quiet
@@ -20,10 +21,11 @@ from trainpilot.experiments.export.result import (
 )
 from trainpilot.experiments.export.source import Source, model_folder_of, read_source
 from trainpilot.experiments.inspect_policy import titled_table
+from trainpilot.experiments.one_writer import lock_file
 from trainpilot.experiments.options import ExportOptions
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.export.formats import FORMATS, format_fault
-from trainpilot.llm_runtime.files import whole_folder, write_json
+from trainpilot.llm_runtime.files import system_errors, whole_folder, write_json
 from trainpilot.llm_runtime.live_run import resolve_device
 from trainpilot.llm_runtime.models import context_length
 from trainpilot.llm_runtime.precision import device_name
@@ -41,7 +43,7 @@ def export(options: ExportOptions, console: Console) -> ExportResult:
         ValueError: an option cannot be used; nothing has been written then.
     """
     names = _wanted(options.format)
-    _check_out(options.out, options.path)
+    check_out(options.out, options.path)
     _check_counts(options)
     device = resolve_device(options.device)
     model_folder_of(options.path)
@@ -53,7 +55,7 @@ def export(options: ExportOptions, console: Console) -> ExportResult:
         name, fault = next(iter(faults.items()))
         raise ValueError(f"format {name!r} {fault}, or leave it out of --format")
     _check_request(source, options)
-    with whole_folder(options.out) as folder:
+    with whole_folder(options.out) as folder, system_errors(options.out, SafetensorError):
         job = ExportJob(source, options, str(device))
         rows = job.run([name for name in names if name not in faults], folder, console)
         result = ExportResult(
@@ -92,13 +94,13 @@ def _wanted(formats: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check_out(out: Path, source: Path) -> None:
+def check_out(out: Path, source: Path) -> None:
     """Refuse a folder with anything in it but an earlier export, which will be replaced."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, got the file {out}")
     if source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"out must not hold the model that is exported, got {out}; choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / RESULT).is_file():
+    if out.is_dir() and set(out.iterdir()) - {lock_file(out)} and not (out / RESULT).is_file():
         raise ValueError(f"out must be new, empty or an earlier export, got {out}; choose another --out")
 
 

@@ -1,19 +1,28 @@
 """PPO starts near the base schedule, learns a toy plant whose best control is known, and resumes."""
 
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fakes import TOY_CASE, ToyPlant, steady_meter
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from trainpilot.agents.controller import Controller
-from trainpilot.agents.ppo import PPOConfig, bundle_of, initial_bias, make_ppo, train
+from trainpilot.agents.ppo import PPOConfig, bundle_of, end_processes, initial_bias, make_ppo, train
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.reward import ScalarReward
+from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
+from trainpilot.llm_runtime.process import global_random_state
 
 QUALITY_ONLY = Preference(quality=1, energy=0, time=0)
 
@@ -83,6 +92,43 @@ def test_training_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     again, _ = train(toy_env(), PPOConfig(total_decisions=800, n_steps=50, batch_size=50), tmp_path)
     for a, b in zip(model.policy.parameters(), again.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_resumed_training_draws_on_where_it_stopped(tmp_path: Path) -> None:
+    config, first, second = PPOConfig(total_decisions=40, n_steps=20, batch_size=20), toy_env(2), toy_env(2)
+    train(first, config, tmp_path)
+    drawn = global_random_state()
+    torch.rand(1)
+    np.random.random()
+    random.random()
+    train(second, config, tmp_path)  # has nothing to do but to load the checkpoint
+
+    states = [[each.bit_generator.state for each in env.get_attr("np_random")] for env in (first, second)]
+    assert states[0] == states[1]
+    now = global_random_state()
+    assert now["python"] == drawn["python"]
+    assert torch.equal(now["torch"], drawn["torch"])
+    assert torch.equal(now["numpy"]["state"]["key"], drawn["numpy"]["state"]["key"])
+    assert now["numpy"]["state"]["pos"] == drawn["numpy"]["state"]["pos"]
+
+
+def test_a_checkpoint_without_random_state_is_loaded(tmp_path: Path) -> None:
+    config = PPOConfig(total_decisions=20, n_steps=20, batch_size=20)
+    train(toy_env(1), config, tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert checkpoint is not None
+    del checkpoint["random"], checkpoint["env"]  # as version 0.2 wrote it
+    save_checkpoint(tmp_path / "checkpoint.pt", checkpoint)
+    model, _ = train(toy_env(1), replace(config, total_decisions=40), tmp_path)
+    assert model.num_timesteps == 40
+
+
+def test_processes_end_without_finishing_their_step() -> None:
+    env: Any = toy_env(1)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    env.processes = [SimpleNamespace(terminate=process.terminate, join=process.wait)]
+    end_processes(VecMonitor(env))
+    assert process.poll() == -signal.SIGTERM
 
 
 def test_the_learning_rate_falls_linearly_to_its_end(tmp_path: Path) -> None:

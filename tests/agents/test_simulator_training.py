@@ -38,6 +38,7 @@ from trainpilot.envs.observation import OBSERVATION_FIELDS, fields_of
 from trainpilot.experiments import train_agent, workers
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.train_agent import physics_of, total_cost, train_agents
+from trainpilot.llm_runtime.files import digest, load_checkpoint
 from trainpilot.llm_runtime.simulator.records import Bools, Ints
 from trainpilot.llm_runtime.simulator.runs import PRIVILEGED, Pool, SimulatedRuns, Start, default_pool
 
@@ -72,6 +73,46 @@ def test_training_goes_on_and_counts_what_this_machine_spent(agent: SimulatorAge
     assert agent.cost["episodes"] >= 16
     assert 0 < agent.cost["time_s"] < 120, "seconds of the clock, not of the simulated runs"
     assert agent.cost["energy_j"] > 0
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = default_pool(16)
+    monkeypatch.setattr(SimulatorStage, "pool", lambda *_: pool)
+    ppo = replace(TINY.ppo, n_steps=30, batch_size=120, n_epochs=1, total_decisions=4 * 30 * 3)  # updates cut the runs
+    stage = replace(TINY, n_runs=4, ppo=ppo, validation=ValidationSettings(instances=4, every=2), start_scale=0.5)
+
+    def kill(done: int) -> None:
+        if done > 4 * 75:
+            raise Killed
+
+    whole = train_in_simulator(stage, 0, (), tmp_path / "whole")
+    with pytest.raises(Killed):
+        train_in_simulator(stage, 0, (), tmp_path / "cut", progress=kill)
+    cut = train_in_simulator(stage, 0, (), tmp_path / "cut")
+
+    one, other = (load_checkpoint(tmp_path / each / "checkpoint.pt") for each in ("whole", "cut"))
+    assert one is not None
+    assert other is not None
+    assert one["num_timesteps"] == 4 * 30 * 3
+    assert one["cost"]["episodes"] == other["cost"]["episodes"] > 0
+    for name in ("policy", "optimizer", "env", "random"):
+        assert digest_of(one[name]) == digest_of(other[name]), name
+    assert (whole.scores, whole.decisions) == (cut.scores, cut.decisions)
+
+
+def digest_of(content: object) -> str:
+    """Return a digest of nested values that tells every bit of every tensor."""
+    if isinstance(content, torch.Tensor):
+        return digest(content.contiguous().numpy().tobytes())
+    if isinstance(content, dict):
+        return digest({str(name): digest_of(value) for name, value in content.items()})
+    if isinstance(content, list | tuple):
+        return digest([digest_of(value) for value in content])
+    return repr(content)
 
 
 def test_a_trained_agent_is_not_trained_again(agent: SimulatorAgent, folder: Path) -> None:

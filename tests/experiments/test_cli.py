@@ -1,8 +1,11 @@
 """The command line teaches, starts fast, and turns every fault into one line."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,9 +29,10 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         assert f"trainpilot {command} --" in said  # an example to copy
 
 
-def test_help_loads_nothing_heavy() -> None:
+@pytest.mark.parametrize("argument", ["--help", "--polcy"])
+def test_help_and_typing_errors_load_nothing_heavy(argument: str) -> None:
     code = (
-        "import sys\nsys.argv = ['trainpilot', 'replay', '--help']\n"
+        f"import sys\nsys.argv = ['trainpilot', 'replay', {argument!r}]\n"
         "from trainpilot.experiments.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'stable_baselines3', 'matplotlib'} & set(sys.modules)\n"
@@ -41,7 +45,10 @@ def test_help_loads_nothing_heavy() -> None:
     ("arguments", "message"),
     [
         ((), "trainpilot"),
-        (("fly",), "Unrecognized options: fly"),
+        (("fly",), "Unrecognized options: fly; see trainpilot --help"),
+        (("replya", "--out", "x"), "did you mean replay?; see trainpilot --help"),
+        (("replay", "--polcy", "none", "--out", "x"), "--polcy, none; did you mean --policy?; see trainpilot replay"),
+        (("replay", "--batch_sise=8", "--out", "x"), "did you mean --batch-size?"),
         (("replay",), "--out"),
         (("train-agent", "--out", "x"), "--recipe"),
         (("train-agent", "--recipe", "nope", "--out", "x"), "recipe must be one of default, demo, tiny or a YAML file"),
@@ -68,7 +75,7 @@ def test_bad_input_is_one_line(
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (OSError(28, "No space left on device", "out/summary.json"), 1, "No space left on device: out/summary.json"),
+        (OSError(28, "No space left on device", "out/summary.json"), 2, "No space left on device: out/summary.json"),
         (NotADirectoryError(20, "Not a directory", "file/out"), 2, "Not a directory: file/out; choose another --out"),
         (KeyboardInterrupt(), 130, "run the same command again to resume"),
     ],
@@ -88,6 +95,39 @@ def test_faults_on_the_way_are_one_line(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ("replay", "--polcy", "none", "--out", "x"),
+            "trainpilot: Unrecognized options: --polcy, none; did you mean --policy?; see trainpilot replay --help\n",
+        ),
+        (("fly",), "trainpilot: Unrecognized options: fly; see trainpilot --help\n"),
+    ],
+)
+def test_a_locale_without_utf8_gives_the_same_line(arguments: tuple[str, ...], expected: str) -> None:
+    command = [sys.executable, "-m", "trainpilot.experiments.cli", *arguments]
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(command, env=plain, capture_output=True, check=False)
+    said = result.stderr.decode("ascii")
+    assert result.returncode == 2
+    assert said == expected
+
+
+def test_signs_that_the_locale_lacks_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["trainpilot", "doctor"])
+    monkeypatch.setattr(cli, "_run", lambda _: print("x/÷ 1.50", flush=True))
+    cli.main()
+    assert written.getvalue() == b"x/? 1.50\n"
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"trainpilot {version('trainpilot')}\n"
 
 
 def test_doctor_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

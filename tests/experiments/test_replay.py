@@ -8,25 +8,33 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decision_records import decision_records
 from policies import zigzag_bundle
 from rich.console import Console
+from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainpilot.agents.bundle import BaseSchedule, policy_digest
+from trainpilot.agents.controller import DecisionRecord
 from trainpilot.experiments import run_store
 from trainpilot.experiments.cli import main
 from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.llm_runtime.energy.meter import NoMeter
+from trainpilot.llm_runtime.files import load_checkpoint
+from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.models import body_parameters_of
 from trainpilot.llm_runtime.scaling_laws import step_law
+from trainpilot.llm_runtime.telemetry import Telemetry
 
 COMMAND = [sys.executable, "-m", "trainpilot.experiments.cli", "replay"]
 CONFIG = {
@@ -210,27 +218,54 @@ def test_a_steered_run_says_which_policy_under_which_schedule(
     assert "policy_digest was" in capsys.readouterr().err
 
 
-def steps_of(folder: Path) -> list[tuple[float, dict[str, Any]]]:
-    """Return training loss and requested controls of every interval."""
-    intervals = [json.loads(line)["telemetry"] for line in (folder / "telemetry.jsonl").open()]
-    return [(each["train_loss"], each["requested"]) for each in intervals]
-
-
 BLIND = ("--policy", "default", "--preference", "quality=1")
 
 
-def test_the_shipped_policy_repeats_a_run_to_the_last_bit(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_policy_repeats_a_run_to_the_last_bit_whatever_ends_it(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TRAINPILOT_CACHE", str(workplace / "cache"))
-    for name in ("one", "other"):
+    for name in ("one", "other", "cut"):
         shutil.rmtree(workplace / "cache", ignore_errors=True)  # what was timed in one run does not help the other
-        assert run_here(command(workplace, name, *BLIND), monkeypatch) == 0
-    one, other = summary(workplace / "one"), summary(workplace / "other")
-
-    assert steps_of(workplace / "one") == steps_of(workplace / "other")
+        if name == "cut":
+            stop_after(7, command(workplace, name, *BLIND, tokens=10_240), monkeypatch)
+            said = capsys.readouterr().err.splitlines()
+            assert said[-1] == "trainpilot: ended by SIGTERM; run the same command again to resume"
+            assert len(lines_of(workplace / "cut")) == 7
+            assert {path.name for path in (workplace / "cut").iterdir()} == {
+                "checkpoint.pt", "config.json", "tb", "telemetry.jsonl"
+            }  # fmt: skip
+        assert run_here(command(workplace, name, *BLIND, tokens=10_240), monkeypatch) == 0
+    one = summary(workplace / "one")
     assert one["n_changes"] > 5
-    assert one["time_s"] != other["time_s"]
-    for name in ("final_validation_loss", "final_test_loss", "final_controls", "n_decisions"):
-        assert one[name] == other[name], name
+    assert one["time_s"] != summary(workplace / "other")["time_s"]
+    for name in ("other", "cut"):
+        assert lines_of(workplace / "one") == lines_of(workplace / name)
+        assert weights_of(workplace / "one") == weights_of(workplace / name)
+        for figure in ("final_validation_loss", "final_test_loss", "final_controls", "n_decisions"):
+            assert one[figure] == summary(workplace / name)[figure], figure
+
+
+def stop_after(n_decisions: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a replay that gets SIGTERM in a decision, long before a checkpoint is due, and check that it keeps it."""
+    append, advance = run_store.RunFolder.append, LiveRun.advance
+
+    def last(folder: run_store.RunFolder, record: DecisionRecord) -> None:
+        append(folder, record)
+        if record.telemetry.decision == n_decisions - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_store, "CHECKPOINT_EVERY_S", 3600.0)
+        patch.setattr(run_store.RunFolder, "append", last)
+        assert run_here(arguments, monkeypatch) == 128 + signal.SIGTERM
+
+    def next_one(*given: Any) -> Telemetry:
+        telemetry = advance(*given)
+        assert telemetry.decision >= n_decisions
+        return telemetry
+
+    monkeypatch.setattr(LiveRun, "advance", next_one)
 
 
 @pytest.mark.slow
@@ -255,9 +290,52 @@ def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, mon
     expected, found = summary(workplace / "whole"), summary(workplace / "cut")
     for name in ("final_validation_loss", "final_test_loss", "initial_validation_loss", "n_decisions", "n_changes"):
         assert found[name] == expected[name], name
-    assert steps_of(workplace / "whole") == steps_of(workplace / "cut")
+    assert lines_of(workplace / "whole") == lines_of(workplace / "cut")
+    assert weights_of(workplace / "whole") == weights_of(workplace / "cut")
     assert found["n_changes"] > 5 or policy == "none"
     assert not checkpoint.exists()
+
+
+MEASURED = {"time_s", "probe_time_s", "switch_time_s", "evaluation_time_s", "energy_j", "power_w", "memory_share"}
+"""Fields of an interval that never repeat exactly."""
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """Return telemetry.jsonl without what a clock, a meter or the memory says."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (folder / "telemetry.jsonl").open()]
+    for line in lines:
+        for name in MEASURED:
+            del line["telemetry"][name]
+    return lines
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_full_disk_at_the_end_keeps_the_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = workplace / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full_disk)
+        assert run_here(command(workplace, "run", decisions=2), monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"trainpilot: No space left on device: {out / 'model'}; the run is kept in {out / 'checkpoint.pt'}; the same "
+        "command goes on from there once it can write\n"
+    )
+    assert not {path.name for path in out.iterdir()} & {"model", "summary.json"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveRun, "advance", None)  # nothing is trained again
+        assert run_here(command(workplace, "run", decisions=2), monkeypatch) == 0
+    assert summary(out)["n_decisions"] == 2
+    assert not (out / "checkpoint.pt").exists()
 
 
 EAGER = """
@@ -396,6 +474,59 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path: Path, monkeypatc
     with pytest.warns(UserWarning, match="checkpoint could not be written: No space left"):
         folder.write_checkpoint({"snapshot": {}}, [])
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_last_checkpoint_finds_a_place(tmp_path: Path, earlier: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_store.RunFolder(tmp_path / "run", {"seed": 0})
+    here, save = tmp_path / "run" / "checkpoint.pt", run_store.save_checkpoint
+    if earlier:
+        folder.write_checkpoint({"at": 1}, [])
+
+    def full(path: Path, content: dict[str, Any]) -> None:
+        if path == here:
+            raise OSError(28, "No space left on device")
+        save(path, content)
+
+    monkeypatch.setattr(run_store, "save_checkpoint", full)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    said = folder.keep({"at": 2}, [])
+    if earlier:
+        assert said.startswith(f"an earlier state of the run is kept in {here}; the same command goes on")
+        assert load_checkpoint(here) == {"at": 1, "records": []}
+        return
+    [there] = (tmp_path / "elsewhere").glob("trainpilot-*/checkpoint.pt")
+    assert said.startswith(f"the run is kept in {there}; move that file to {here}, and the same command goes on")
+    assert load_checkpoint(there) == {"at": 2, "records": []}
+
+    monkeypatch.setattr(run_store, "save_checkpoint", lambda *_: full(here, {}))
+    assert "the run is lost" in folder.keep({"at": 2}, [])
+
+
+def test_a_line_that_found_no_space_follows_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, records = run_store.RunFolder(tmp_path, {}), decision_records(4)
+    plain = Path.open
+
+    class Full(io.StringIO):
+        def __exit__(self, *_: object) -> None:
+            with plain(tmp_path / "telemetry.jsonl", "a") as file:
+                file.write(self.getvalue()[:20])
+            raise OSError(28, "No space left on device")
+
+    folder.append(records[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_, **__: Full())
+        with pytest.warns(UserWarning, match="telemetry.jsonl could not be written: No space left on device"):
+            folder.append(records[1])
+        with warnings.catch_warnings(action="error"):  # it is said once
+            folder.append(records[2])
+    assert run_store.read_records(tmp_path) == records[:1]
+    assert (tmp_path / "telemetry.jsonl").read_text().count("\n") == 1, "no half line"
+    folder.write_summary({})
+    assert run_store.read_records(tmp_path) == records[:3]
+    folder.append(records[3])
+    assert run_store.read_records(tmp_path) == records
 
 
 def test_a_damaged_checkpoint_is_one_clear_line(

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from trainpilot.agents.logging import run_log
 from trainpilot.agents.logging.run_log import RunWriter, flatten, markdown_table
 from trainpilot.agents.logging.run_log import scalars as logged
 from trainpilot.envs.decision import Advice
@@ -218,6 +219,31 @@ def test_a_full_disk_costs_the_charts_and_not_the_run(tmp_path: Path, monkeypatc
         warnings.simplefilter("error")
         writer.write(decision_record(1))
         writer.close()
+
+
+def test_a_full_disk_at_the_start_costs_the_charts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_log, "SummaryWriter", full)
+    with pytest.warns(UserWarning, match="no more TensorBoard events are written") as warned:
+        writer = RunWriter(tmp_path)
+    writer.write_reference(reference_run())
+    writer.write(decision_record(0))
+    writer.write_summary({"loss": 1.0})
+    writer.close()
+    assert len(warned) == 1
+
+
+def test_a_full_disk_under_the_reference_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RunWriter(tmp_path)
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_log.SummaryWriter, "close", full)
+    with pytest.warns(UserWarning, match="no more TensorBoard events are written"):
+        writer.write_reference(reference_run())
 
 
 def test_an_unknown_precision_leaves_no_value(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from decision_records import decision_record, decision_records, reference_run
 from fake_plant_batch import ToyPlants
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from trainpilot.agents.logging.run_figure import run_figure
 from trainpilot.agents.logging.tags import TAGS, tags_of
-from trainpilot.agents.logging.training_log import Episode, TrainingLog, means
+from trainpilot.agents.logging.training_log import Episode, EventLog, TrainingLog, means
 from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import Preference
@@ -63,7 +63,7 @@ class Steered(gymnasium.Env[np.ndarray, np.ndarray]):
 def trained(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
     folder = tmp_path_factory.mktemp("tb")
     model = MaskablePPO("MlpPolicy", VecMonitor(DummyVecEnv([Steered, Steered])), n_steps=10, batch_size=20, n_epochs=1)
-    model.set_logger(configure(str(folder), ["tensorboard"]))
+    model.set_logger(Logger(str(folder), [EventLog(folder)]))
     log = TrainingLog({"ppo": {"n_steps": 10}, "recipe": "demo"})
     model.learn(40, callback=log)
     log.log_greedy_run(decision_records(), reference_run())
@@ -187,7 +187,7 @@ def test_simulated_runs_are_logged_like_others(tmp_path: Path, monitored: bool) 
     env = ScalarVecEnv(VectorSimulatedTraining(ToyPlants(4, seed=1), preference))
     vec_env = VecMonitor(env) if monitored else env
     model = MaskablePPO("MlpPolicy", vec_env, n_steps=40, batch_size=160, n_epochs=1, seed=0)
-    model.set_logger(configure(str(tmp_path), ["tensorboard"]))
+    model.set_logger(Logger(str(tmp_path), [EventLog(tmp_path)]))
     model.learn(160, callback=TrainingLog())
     model.logger.close()
     events = EventAccumulator(str(tmp_path))
@@ -251,3 +251,21 @@ def test_the_picture_does_without_reference_energy_or_progress(tmp_path: Path) -
     assert figure.get_suptitle().strip() == "diverged"
     with pytest.raises(ValueError, match="at least one decision"):
         run_figure([])
+
+
+def test_a_full_disk_costs_the_charts_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MaskablePPO("MlpPolicy", DummyVecEnv([Steered]), n_steps=10, batch_size=10, n_epochs=1)
+    events = EventLog(tmp_path)
+    model.set_logger(Logger(str(tmp_path), [events]))
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(events.writer, "flush", full)
+    log = TrainingLog({"recipe": "demo"})
+    with pytest.warns(UserWarning, match="no more TensorBoard events are written to .*No space left") as warned:
+        model.learn(30, callback=log)
+    log.log_greedy_run(decision_records(), reference_run())
+    model.logger.close()
+    assert model.num_timesteps == 30
+    assert len(warned) == 1
