@@ -23,7 +23,7 @@ from trainpilot.llm_runtime.files import save_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "version_0_1"
 HOSTILE = (
-    "\x1b[31mRED\x1b[0m \x1b]0;TITLE\x07\x1b[2J\x1b[H\x1b]8;;http://x\x1b\\ \u202eevil\u2066\x9b1m [red]markup[/red]"
+    "\x1b[31mRED\x1b[0m \x1b]0;TITLE\x07\x1b[2J\x1b[H\x1b]8;;http://x\x1b\\ \u202eevil\u2066\x9b1m [red]markup[/x]"
 )
 
 
@@ -202,3 +202,22 @@ def test_names_of_folders_and_tables_stay_short_and_plain() -> None:
     assert slug("x" * 300) != slug("x" * 301)
     table = markdown_table({"<script>": "a|b\x1b<img onerror=x>"})
     assert table.splitlines()[-1] == "| &lt;script&gt; | a\\|b\\x1b&lt;img onerror=x&gt; |"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("1e6,1e-3,8,128,1e300,3", "steps must be at most 1e+12, got '1e300'"),
+        ("1e6,1e30,8,128,100,3", "learning_rate must be at most 1000"),
+        ("1e6,\x1b[2J,8,128,100,3", "got '\\x1b[2J'"),
+        ("1e6,1e-3,8,128,100,3,4,5", "a column for every value, got more values in sweep.csv:2"),
+        ("1e6,1e-3,8,128,100," + "3" * 200_000, "sweep must be a CSV file that can be read"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rows: str, message: str
+) -> None:
+    (place / "sweep.csv").write_text(
+        f"parameters,learning_rate,batch_sequences,sequence_length,steps,final_loss\n{rows}\n"
+    )
+    assert message in said(monkeypatch, capsys, "fit-sweep", "sweep.csv", "--out", "o", code=2)
