@@ -8,6 +8,7 @@ predict the rest.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import shlex
 import sys
@@ -26,6 +27,7 @@ from trainpilot.experiments.options import FitSweepOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.files import whole_file, write_json
+from trainpilot.llm_runtime.plain_values import read_bytes, shown
 from trainpilot.llm_runtime.schedules import ScheduleName
 from trainpilot.llm_runtime.simulator.evidence import Evidence
 from trainpilot.llm_runtime.simulator.fitting import LIVE_PRIOR, Fit, FittedPhysics, Model, Prior, SizeLaw, around, fit
@@ -284,6 +286,11 @@ def write_predictions(path: Path, asked: Sweep, expected: Floats) -> None:
 
 
 AT_LEAST_ZERO = -1e-300
+MOST = {
+    "parameters": 1e15, "learning_rate": 1e3, "batch_sequences": 1e9, "sequence_length": 1e9, "steps": 1e12,
+    "tokens": 1e18, "final_loss": 1e3, "warmup_steps": 1e12, "end_learning_rate": 1e3,
+}  # fmt: skip
+"""Largest number in each column."""
 NEEDED = ("parameters", "learning_rate", "batch_sequences", "sequence_length")
 
 
@@ -301,10 +308,9 @@ def read_sweep(path: Path, defaults: Defaults, *, known: bool = True, length: in
         ValueError: the file cannot be read, a column is missing, or a value is not allowed.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns, rows = reader.fieldnames or [], tuple(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""))
+        columns, rows = reader.fieldnames or [], tuple(reader)
+    except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"sweep must be a CSV file that can be read, got {path}: {reason}") from None
     missing = [name for name in (*NEEDED, *(["final_loss"] if known else [])) if name not in columns]
@@ -316,6 +322,8 @@ def read_sweep(path: Path, defaults: Defaults, *, known: bool = True, length: in
         )
     if not rows:
         raise ValueError(f"sweep must have at least one run, got {path} with none")
+    if longer := [line for line, row in enumerate(rows, 2) if None in row]:
+        raise ValueError(f"sweep must have a column for every value, got more values in {path}:{longer[0]}")
     lengths = [_number(row, "sequence_length", path, line) for line, row in enumerate(rows, 2)]
     unit = length or int(Counter(lengths).most_common(1)[0][0])
     runs = tuple(_run(row, defaults, unit, path, line) for line, row in enumerate(rows, 2))
@@ -331,7 +339,7 @@ def _run(row: Mapping[str, str], defaults: Defaults, unit: int, path: Path, line
     schedule: Any = row["schedule"].strip() if _given(row, "schedule") else defaults.schedule
     if schedule not in get_args(ScheduleName):
         raise ValueError(
-            f"schedule must be one of {', '.join(get_args(ScheduleName))}, got {schedule!r} in {path}:{line}"
+            f"schedule must be one of {', '.join(get_args(ScheduleName))}, got {shown(schedule)} in {path}:{line}"
         )
     return FinalLoss(
         n_parameters=round(number("parameters")),
@@ -371,5 +379,7 @@ def _number(row: Mapping[str, str], name: str, path: Path, line: int, above: flo
         value = math.nan
     if not math.isfinite(value) or value <= above:
         rule = "above 0" if above == 0 else "of at least 0"
-        raise ValueError(f"{name} must be a number {rule}, got {text!r} in {path}:{line}")
+        raise ValueError(f"{name} must be a number {rule}, got {shown(text)} in {path}:{line}")
+    if value > MOST[name]:
+        raise ValueError(f"{name} must be at most {MOST[name]:g}, got {shown(text)} in {path}:{line}")
     return value

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from trainpilot.agents.bundle import PolicyBundle, policy_digest, policy_path
@@ -126,17 +127,18 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     policy = "no policy: the base schedule" if summary["policy"] == "none" else f"policy {summary['policy']}"
     if summary.get("mode") == "advise":  # version 0.2 did not write it
         policy += ", which only advised: nothing was changed"
-    table = Table(title=f"{summary['model']}, {summary['n_parameters']:,} parameters\n{policy}", title_style="bold")
+    title = f"{summary['model']}, {summary['n_parameters']:,} parameters\n{policy}"
+    table = Table(title=escape(title), title_style="bold")
     table.add_column("")
     table.add_column("this run", justify="right")
     if reference:
         table.add_column("base schedule", justify="right")
     for label, show in _rows(summary):
-        table.add_row(label, show(summary), *([show(reference)] if reference else []))
+        table.add_row(escape(label), show(summary), *([show(reference)] if reference else []))
     console.print(table)
     if advice := summary.get("advice"):
         times = ", ".join(f"{change} {count}x" for change, count in advice.items())
-        console.print(f"advice in {summary['n_decisions']} decisions: {times}", highlight=False)
+        console.print(f"advice in {summary['n_decisions']} decisions: {escape(times)}", highlight=False)
     if summary["diverged"]:
         console.print("[red]the run diverged: its loss is not finite; lower --base-learning-rate[/red]")
 

@@ -26,7 +26,7 @@ from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.files import load_checkpoint, resuming, save_checkpoint, whole_file, write_json
 from trainpilot.llm_runtime.json_records import JsonRecord
-from trainpilot.llm_runtime.plain_values import parse_json, printable, read_json, shown
+from trainpilot.llm_runtime.plain_values import parse_json, printable, printable_values, read_json, shown
 from trainpilot.llm_runtime.ranges import COUNT, Range
 
 CHECKPOINT = "checkpoint.pt"
@@ -108,10 +108,10 @@ class RunFolder:
             return None
         summary = _read_json(file)
         try:
-            _Summary.from_json(summary)
+            checked = _Summary.from_json(summary).to_json()
         except ValueError as error:
             raise ValueError(f"out: {file} is damaged ({error}); remove it or choose another --out") from error
-        return summary
+        return printable_values({name: checked.get(name, value) for name, value in summary.items()})  # type: ignore[no-any-return]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; the run counts as finished, and its checkpoint is removed."""

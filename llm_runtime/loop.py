@@ -13,6 +13,7 @@ and an interval is `begin_interval(controls)`, steps, `end_interval()`, which re
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 import weakref
@@ -119,10 +120,10 @@ class ControlledLoop:
         self.start_width = channels.ffn_width(self._transformer()) if pruning == "width" else 0
         self.peak = max(_first_rate(group) for group in optimizer.param_groups)
         """Peak of the base schedule: the highest learning rate among the optimizer's groups at the beginning."""
-        if self.peak <= 0:
+        if not 0 < self.peak < math.inf:
             raise ValueError(
-                "optimizer must have a learning rate above 0, the peak of the base schedule, got 0 in every "
-                "parameter group; make it without a warm-up of its own"
+                f"optimizer must have a finite learning rate above 0, the peak of the base schedule, got {self.peak:g} "
+                "as the largest of its parameter groups; make it without a warm-up of its own"
             )
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._stepped = [(name, p) for name, p in model.named_parameters() if id(p) in stepped]

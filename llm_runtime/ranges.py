@@ -117,7 +117,7 @@ def _takes_words(hint: Any) -> bool:
     return get_origin(hint) is Literal or any(map(_takes_words, get_args(hint)))
 
 
-def check_ranges(record: object, prefix: str = "") -> None:
+def check_ranges(record: Any, prefix: str = "") -> None:
     """Check every number of a dataclass whose type declares a range; `None`, and a word that the type has, pass.
 
     Args:

@@ -313,6 +313,8 @@ class SteeringMixin(Trainer):
                 f"resume_from_checkpoint must hold {path.name}, got {checkpoint} without it; it comes from a run that "
                 "was not steered, or had another number of processes, or save_only_model"
             )
+        if missing := {"steering", "data", "epochs"} - state.keys():
+            raise ValueError(f"resume_from_checkpoint must hold a whole {path.name}, got one without {min(missing)}")
         steering.load_state_dict(state["steering"])
         beginning = {"drawn": 0, "rest": None} if self.args.ignore_data_skip else {}
         stream.load_state_dict(state["data"] | beginning)

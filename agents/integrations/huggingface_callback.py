@@ -282,7 +282,7 @@ class SteeringCallback(TrainerCallback):
         content = load_checkpoint(path)
         if content is None:
             raise ValueError(f"resume_from_checkpoint must hold steering.pt, found none at {path}")
-        steering.load_state_dict(content["steering"])
+        steering.load_state_dict(content.get("steering", {}))
         at = state.global_step * steering.settings.batch_size
         if self._streams and (steering.sequences, steering.controls.batch_size) != (at, steering.settings.batch_size):
             raise ValueError(

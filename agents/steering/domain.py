@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle
+from trainpilot.llm_runtime.plain_values import printable
 from trainpilot.llm_runtime.schedules import FactorOf
 
 SHIPPED_PARAMETERS = (130_000, 240_000)
@@ -64,7 +65,8 @@ def check_domain(bundle: PolicyBundle, facts: RunFacts, *, require: bool = False
     for each in fields(RunFacts):
         value, known = getattr(facts, each.name), domain.get(each.name)
         if value is not None and known is not None and not _fits(value, known):
-            warnings.append(f"{each.name} {_text(value)} is outside of {_text(known)}: {EXPECT[each.name]}")
+            outside = f"{_text(value)} is outside of {_text(known)}"
+            warnings.append(printable(f"{each.name} {outside}: {EXPECT[each.name]}"))
     if warnings and require:
         raise ValueError(f"run must be like those that the policy was trained on, got {'; '.join(warnings)}")
     return warnings

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainpilot.llm_runtime.ranges import COUNT
+
 
 class LoaderBatches:
     """An endless stream of a data loader's sequences in the loader's order, which can be cut anywhere and resumed.
@@ -163,7 +165,14 @@ class LoaderBatches:
         """Move to the position at which `state_dict` was called, with a loader of the same data.
 
         The batches of the epoch so far are drawn once more and dropped.
+
+        Raises:
+            ValueError: it is no position; nothing has changed then.
         """
+        for name in ("epoch", "drawn"):
+            COUNT.check(f"state: {name}", state.get(name))
+        if not {"rest", "random"} <= state.keys() or not isinstance(state["random"], Mapping):
+            raise ValueError("state must be what state_dict returned, got one without rest or random")
         self._epoch, self._drawn = state["epoch"], state["drawn"]
         self._rest = copy.copy(state["rest"])
         self._rest_share = 0.0 if self._rest is None else state.get("rest_share", 0.0)

@@ -52,6 +52,7 @@ from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
 from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode, unchanged
+from trainpilot.llm_runtime.plain_values import printable, shown
 from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGroup
 from trainpilot.llm_runtime.saved_loop import SavedLevers
 from trainpilot.llm_runtime.schedules import FactorOf, validation_due
@@ -436,7 +437,7 @@ class Steering:
 
     def _warn_once(self, subject: str, message: str, category: type[Warning] = UserWarning) -> None:
         if self.ranks.is_first and subject not in self._warned:
-            warnings.warn(message, category, stacklevel=3)
+            warnings.warn(printable(message), category, stacklevel=3)
         self._warned.add(subject)
 
     def _broadcast(self, call: Callable[[], Content]) -> Content:
@@ -562,7 +563,7 @@ class Steering:
         for name, value in self._saved_settings().items():
             if saved.get(name) != value:
                 raise ValueError(
-                    f"{name} must be what it was when the state was saved, {saved.get(name)!r}, got {value!r}"
+                    f"{name} must be what it was when the state was saved, {shown(saved.get(name))}, got {value!r}"
                 )
 
     def summary(self) -> dict[str, Any]:

@@ -315,7 +315,7 @@ def test_what_is_no_calibration_is_refused_in_one_line(tmp_path: Path, content: 
     ("changes", "message"),
     [
         ({"tokens": "600"}, "tokens must give every decision a step of the largest batch tried"),
-        ({"jobs": "-1"}, "jobs must be at least 0, got -1"),
+        ({"jobs": "-1"}, "jobs must be a whole number of at least 0, got -1"),
         ({"effort": "huge"}, "effort"),
         ({"base-learning-rate": "0"}, "base_learning_rate must be a positive number"),
         ({"text": "nowhere.txt"}, "nowhere.txt"),
