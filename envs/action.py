@@ -127,6 +127,8 @@ class Situation:
     """Share of the budget, in [0, 1]."""
     precision_switches: int
     """Switches made so far."""
+    may_finish: bool = True
+    """Whether a cool-down may be begun before the budget's end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,7 @@ class SituationBatch:
     controls: ControlBatch
     budget_used: Floats
     precision_switches: Ints
+    may_finish: Bools
 
     @classmethod
     def of(cls, situations: Sequence[Situation]) -> SituationBatch:
@@ -146,6 +149,7 @@ class SituationBatch:
             controls=ControlBatch.of([each.controls for each in situations]),
             budget_used=np.array([each.budget_used for each in situations], dtype=np.float64),
             precision_switches=np.array([each.precision_switches for each in situations], dtype=np.int64),
+            may_finish=np.array([each.may_finish for each in situations], dtype=np.bool_),
         )
 
 
@@ -282,6 +286,7 @@ RULES: tuple[Rule, ...] = (
     Rule("pruning", _is_outside_the_pruning_window,
          _says(f"only between {PRUNING_WINDOW[0]:.0%} and {PRUNING_WINDOW[1]:.0%} of the budget")),
     Rule("pruning", _sparsity_is_at_its_most, _says(f"at most {MAX_SPARSITY:.0%}")),
+    Rule("finish", lambda s: ~s.may_finish[:, None], _says("left out of this environment (finish=False)")),
     Rule("finish", lambda s: s.controls.finish[:, None], _says("the cool-down has begun")),
     Rule("finish", lambda s: (s.budget_used < FINISH_FROM)[:, None],
          _says(f"not before {FINISH_FROM:.0%} of the budget")),

@@ -6,7 +6,7 @@ the controllers of live runs use the same two classes, so that a policy sees in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,6 +88,29 @@ class Preference:
         return cls(**weights)
 
     @classmethod
+    def of(cls, preference: PreferenceLike) -> Preference:
+        """Return a preference, also from its text, its weights by name, or its three weights in order.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        if isinstance(preference, Preference):
+            return preference
+        if isinstance(preference, str):
+            return cls.parse(preference)
+        names, weights = tuple(cls.__dataclass_fields__), {}
+        if isinstance(preference, Mapping):
+            weights = dict(preference)
+        elif np.shape(preference) == (len(names),):
+            weights = dict(zip(names, preference, strict=True))
+        if not weights or set(weights) - set(names):
+            raise ValueError(
+                "preference must be text such as quality=0.7,energy=0.15,time=0.15, a mapping of these names, "
+                f"or three weights in this order, got {preference!r}"
+            )
+        return cls(**{name: float(weights.get(name, 0.0)) for name in names})
+
+    @classmethod
     def draw(cls, random: np.random.Generator) -> Preference:
         """Draw a preference for training, as `draw_weights` does."""
         quality, energy, time = draw_weights(random, 1)[0].tolist()
@@ -96,6 +119,10 @@ class Preference:
     def __str__(self) -> str:
         quality, energy, time = self.weights()
         return f"quality={quality:.3g},energy={energy:.3g},time={time:.3g}"
+
+
+PreferenceLike = Preference | str | Mapping[str, float] | Sequence[float]
+"""A preference, its text, its weights by name (those not named are 0), or the weights of quality, energy and time."""
 
 
 def draw_weights(
@@ -143,6 +170,7 @@ class DecisionStates:
         preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
         fields: Observation fields that the policy sees, in its order.
         start_scale: Learning-rate scale in force before the first decision.
+        finish: Whether a cool-down may be begun before the budget's end.
     """
 
     def __init__(
@@ -151,9 +179,11 @@ class DecisionStates:
         preference: Floats,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
         start_scale: float = 1.0,
+        *,
+        finish: bool = True,
     ) -> None:
         n_runs = len(limits.decisions)
-        self.start_scale = start_scale
+        self.start_scale, self.may_finish = start_scale, finish
         self.table = ObservationTable(fields)
         self.blind: Bools = blind_to_clocks(limits, preference)
         """Runs that see no clock and no meter."""
@@ -219,6 +249,7 @@ class DecisionStates:
             controls=self.controls,
             budget_used=np.where(self.history.started, self.history.newest("budget_used"), 0.0),
             precision_switches=self.precision_switches,
+            may_finish=np.full(len(self.precision_switches), self.may_finish),
         )
         return action_masks(situation)
 
@@ -292,16 +323,20 @@ class DecisionState:
         preference: Preference,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
         start_scale: float = 1.0,
+        *,
+        finish: bool = True,
     ) -> None:
-        self._states = DecisionStates(LimitBatch.of([limits]), preference.weights()[None], fields, start_scale)
+        weights = preference.weights()[None]
+        self._states = DecisionStates(LimitBatch.of([limits]), weights, fields, start_scale, finish=finish)
         self.limits = limits.untimed() if self._states.blind[0] else limits
         self.preference = preference
         self.telemetry: list[Telemetry] = []
 
     def anew(self, start_scale: float | None = None) -> DecisionState:
         """Return the state of the same run before its first decision, with another learning-rate scale if given."""
-        scale = self._states.start_scale if start_scale is None else start_scale
-        return DecisionState(self.limits, self.preference, self._states.table.fields, scale)
+        states = self._states
+        scale = states.start_scale if start_scale is None else start_scale
+        return DecisionState(self.limits, self.preference, states.table.fields, scale, finish=states.may_finish)
 
     @property
     def controls(self) -> Controls:
@@ -343,6 +378,7 @@ class DecisionState:
             controls=self.controls,
             budget_used=self.telemetry[-1].budget_used if self.telemetry else 0.0,
             precision_switches=self.precision_switches,
+            may_finish=self._states.may_finish,
         )
 
     def action_masks(self) -> np.ndarray:

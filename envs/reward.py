@@ -389,7 +389,31 @@ class Scalariser:
         return self.values - before
 
 
-class ScalarReward(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
+class ScalarisedReward:
+    """The scalar rewards of a single run: `Scalariser` with one row.
+
+    Args:
+        utility: One of `UTILITIES`.
+    """
+
+    def __init__(self, utility: str) -> None:
+        self._scalariser = Scalariser(utility)
+
+    def begin(self) -> None:
+        """Begin a run with an empty outcome."""
+        self._scalariser.begin()
+
+    def of(self, vector: np.ndarray, info: dict[str, Any]) -> float:
+        """Return the scalar of a reward vector; `info` gets `vector_reward` and `reward_weights` as in MO-Gymnasium."""
+        weights = np.asarray(info["preference"])
+        weighing = RewardInfo(preference=weights, loss_increase=info["loss_increase"])
+        info |= {"vector_reward": vector, "reward_weights": weights}
+        return float(self._scalariser.rewards(np.asarray(vector)[None], weighing)[0])
+
+
+class ScalarReward(
+    gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray], gymnasium.utils.RecordConstructorArgs
+):
     """Gymnasium wrapper that converts the reward vector of a single run to a scalar (`Scalariser`).
 
     `info["vector_reward"]` holds the vector and `info["reward_weights"]` the weights, as in MO-Gymnasium.
@@ -400,26 +424,23 @@ class ScalarReward(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndar
     """
 
     def __init__(self, env: gymnasium.Env[np.ndarray, np.ndarray], utility: str = "linear") -> None:
+        gymnasium.utils.RecordConstructorArgs.__init__(self, utility=utility)
         super().__init__(env)
-        self._scalariser = Scalariser(utility)
+        self._scalar = ScalarisedReward(utility)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode with an empty outcome."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self._scalariser.begin()
+        self._scalar.begin()
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         """Step the environment and convert its reward vector to a scalar."""
         observation, vector, terminated, truncated, info = self.env.step(action)
-        weights = np.asarray(info["preference"])
-        reward = self._scalariser.rewards(
-            np.asarray(vector)[None], RewardInfo(preference=weights, loss_increase=info["loss_increase"])
-        )
-        info |= {"vector_reward": vector, "reward_weights": weights}
-        return observation, float(reward[0]), terminated, truncated, info
+        reward = self._scalar.of(np.asarray(vector), info)
+        return observation, reward, terminated, truncated, info
 
     def action_masks(self) -> np.ndarray:
         """Return which choices are allowed, for MaskablePPO."""

@@ -33,7 +33,7 @@ from trainpilot.agents.simulator_training import (
 )
 from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.envs.decision import N_STACK
-from trainpilot.envs.environments import VectorSimulatedTraining
+from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS, fields_of
 from trainpilot.experiments import train_agent, workers
 from trainpilot.experiments.options import TrainAgentOptions
