@@ -35,24 +35,22 @@ from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import KEEP, LEARNING_RATE_SCALE_RANGE, split_choices
 from trainpilot.envs.decision import draw_weights
 from trainpilot.envs.discrete import ONE_AT_A_TIME
-from trainpilot.envs.environments import reference_of
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
-from trainpilot.envs.reward import RewardMeter
-from trainpilot.envs.runs import SteeredRuns
+from trainpilot.envs.runs import SteeredRuns, reference_batch
 from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.llm_runtime.config import ControlLimits, Controls
-from trainpilot.llm_runtime.drive import RunController, drive
+from trainpilot.llm_runtime.drive import RunController, evaluation_due
 from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.schedules import EVALUATE_EVERY
-from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
+from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import OnePlant, Pool, SimulatedRuns, Start, default_pool
+from trainpilot.llm_runtime.telemetry import Telemetry
 
 SETTINGS = Path(__file__).parents[1] / "docs" / "examples" / "rl_zoo"
 ENV_ID = "trainpilot/SimulatedTraining-Scalar-v0"
 TEST_RUNS_SEED = 7_000
 """Seeds the draw of the scored runs and of their preferences."""
 CURVE_POINTS = 8
-DECISIONS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,17 +158,34 @@ def play(
 def control(
     make: Callable[[ControlLimits], RunController], test: TestRuns, start: Start, evaluate_every: int = EVALUATE_EVERY
 ) -> Outcome:
-    """Return the ends of the scored runs, one after the other, under a rule that sets controls."""
-    outcome = Outcome.empty(test.n_runs)
-    for row in range(test.n_runs):
-        plants = SimulatedRuns(1, TEST_RUNS_SEED, test.pool, start, first_row=row)
-        plant, meter = OnePlant(plants), RewardMeter(reference_of(plants))
-        rule = make(plant.limits())
-        for interval in drive(plant, rule.decide, start.decisions, evaluate_every=evaluate_every):
-            terms = meter.weigh(interval.telemetry, interval.loss)
-            outcome.terms[row] += terms.vector()
-            outcome.length[row] += 1
-            outcome.diverged[row] = interval.telemetry.diverged
+    """Return the ends of the scored runs under a rule that sets the controls of a single run."""
+    everyone, outcome = np.arange(test.n_runs), Outcome.empty(test.n_runs)
+    alone = (SimulatedRuns(1, TEST_RUNS_SEED, test.pool, start, first_row=row) for row in range(test.n_runs))
+    rules = [make(OnePlant(plants).limits()) for plants in alone]
+    plants = SimulatedRuns(test.n_runs, TEST_RUNS_SEED, test.pool, start)
+    plants.begin(everyone)
+    controls = [plants.limits().start.row(row) for row in everyone]
+    last: list[Telemetry | None] = [None] * test.n_runs
+    running = np.ones(test.n_runs, dtype=np.bool_)
+    while running.any():
+        for row in np.flatnonzero(running):
+            decided = rules[row].decide(last[row])
+            running[row], controls[row] = decided is not None, decided or controls[row]
+        telemetry = plants.advance(ControlBatch.of(controls))
+        due = np.flatnonzero(evaluation_due(telemetry, evaluate_every) & running)
+        loss = telemetry.train_loss.copy()
+        validation_loss = plants.evaluate(due)
+        loss[due] = np.where(telemetry.finished[due], validation_loss, loss[due])
+        references = reference_batch(plants)
+        quality = references.quality(loss, telemetry.diverged)
+        costs = {"time_s": telemetry.time_s, "energy_j": telemetry.energy_j}
+        reward = references.reward(quality, outcome.terms[:, 0], **costs)
+        outcome.terms += np.where(running[:, None], reward, 0.0)
+        outcome.length += running
+        outcome.diverged |= running & telemetry.diverged
+        for row in np.flatnonzero(running):
+            last[row] = telemetry.row(int(row), controls[row])
+        running &= ~(telemetry.finished | telemetry.diverged)
     return outcome
 
 
@@ -318,20 +333,25 @@ def main() -> None:
     start_s, test = time.process_time(), TestRuns.draw(options.runs)
     rules = fixed_rules(test)
     learned: dict[str, list[dict[str, Any]]] = {name: [] for name in LEARNERS}
+
+    def write(seeds: int) -> None:
+        summary = {
+            "n_runs": options.runs,
+            "decisions_of_each_agent": options.decisions,
+            "seeds": seeds,
+            "cpu_s": round(time.process_time() - start_s),
+            "rules": rules,
+            "learners": {name: over_seeds(found) for name, found in learned.items() if found},
+        }
+        print(write_result("rl_baselines", summary, torch.device("cpu")), flush=True)
+
+    write(0)
     for seed in range(options.seeds):
         for name, learner in LEARNERS.items():
             learned[name].append(learn(learner, seed, options.decisions, test))
             result = learned[name][-1]
             print(f"{name:22} seed {seed}: {result['return']['value']:.3f} in {result['cpu_s']:.0f} s", flush=True)
-        summary = {
-            "n_runs": options.runs,
-            "decisions_of_each_agent": options.decisions,
-            "seeds": seed + 1,
-            "cpu_s": round(time.process_time() - start_s),
-            "rules": rules,
-            "learners": {name: over_seeds(found) for name, found in learned.items()},
-        }
-        print(write_result("rl_baselines", summary, torch.device("cpu")), flush=True)
+        write(seed + 1)
 
 
 if __name__ == "__main__":
