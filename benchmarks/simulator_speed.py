@@ -20,7 +20,7 @@ from sb3_contrib.common.maskable.utils import get_action_masks
 from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import Preference
-from trainpilot.envs.environments import VectorSimulatedTraining
+from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.simulator.records import ControlBatch, Ints, TelemetryBatch
 from trainpilot.llm_runtime.simulator.runs import Pool, SimulatedRuns, default_pool

@@ -6,7 +6,7 @@ the controllers of live runs use the same two classes, so that a policy sees in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,6 +91,29 @@ class Preference:
         return cls(**{"quality": 0.0, "energy": 0.0, "time": 0.0} | weights)
 
     @classmethod
+    def of(cls, preference: PreferenceLike) -> Preference:
+        """Return a preference, also from its text, its weights by name, or its three weights in order.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        if isinstance(preference, Preference):
+            return preference
+        if isinstance(preference, str):
+            return cls.parse(preference)
+        names, weights = tuple(cls.__dataclass_fields__), {}
+        if isinstance(preference, Mapping):
+            weights = dict(preference)
+        elif np.shape(preference) == (len(names),):
+            weights = dict(zip(names, preference, strict=True))
+        if not weights or set(weights) - set(names):
+            raise ValueError(
+                "preference must be text such as quality=0.7,energy=0.15,time=0.15, a mapping of these names, "
+                f"or three weights in this order, got {preference!r}"
+            )
+        return cls(**{name: float(weights.get(name, 0.0)) for name in names})
+
+    @classmethod
     def draw(cls, random: np.random.Generator) -> Preference:
         """Draw a preference for training, as `draw_weights` does."""
         quality, energy, time = draw_weights(random, 1)[0].tolist()
@@ -99,6 +122,10 @@ class Preference:
     def __str__(self) -> str:
         quality, energy, time = self.weights()
         return f"quality={quality:.3g},energy={energy:.3g},time={time:.3g}"
+
+
+PreferenceLike = Preference | str | Mapping[str, float] | Sequence[float]
+"""A preference, its text, its weights by name (those not named are 0), or the weights of quality, energy and time."""
 
 
 def draw_weights(
@@ -134,6 +161,7 @@ def blind_to_clocks(limits: LimitBatch, preference: Floats) -> Bools:
     return np.asarray((preference[:, 1:] == 0).all(axis=1) & ~limits.measured_budget)
 
 
+_LAST_CHOICES = np.array(N_CHOICES) - 1
 N_STACK = 6
 """Number of stacked observations, the newest last."""
 
@@ -146,6 +174,7 @@ class DecisionStates:
         preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
         fields: Observation fields that the policy sees, in its order.
         start_scale: Learning-rate scale in force before the first decision.
+        finish: Whether a cool-down may be begun before the budget's end.
     """
 
     def __init__(
@@ -154,9 +183,11 @@ class DecisionStates:
         preference: Floats,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
         start_scale: float = 1.0,
+        *,
+        finish: bool = True,
     ) -> None:
         n_runs = len(limits.decisions)
-        self.start_scale = start_scale
+        self.start_scale, self.may_finish = start_scale, finish
         self.table = ObservationTable(fields)
         self.blind: Bools = blind_to_clocks(limits, preference)
         """Runs that see no clock and no meter."""
@@ -220,17 +251,18 @@ class DecisionStates:
     def action_masks(self) -> Bools:
         """Return which choices are allowed, shape (n_runs, sum of choices), field after field."""
         if self._masks is None:
-            self._masks = self._allowed()
+            self._masks = action_masks(self.situation())
         return self._masks
 
-    def _allowed(self) -> Bools:
-        situation = SituationBatch(
+    def situation(self) -> SituationBatch:
+        """Return the state on which the mask rules depend."""
+        return SituationBatch(
             limits=self.limits,
             controls=self.controls,
             budget_used=np.where(self.history.started, self.history.newest("budget_used"), 0.0),
             precision_switches=self.precision_switches,
+            may_finish=np.full(len(self.precision_switches), self.may_finish),
         )
-        return action_masks(situation)
 
     def decide(self, actions: Ints) -> ControlBatch:
         """Apply the allowed part of `actions`, shape (n_runs, number of fields), and return the controls.
@@ -259,7 +291,7 @@ class DecisionStates:
             limits=self.limits,
             controls=self.controls,
             precision_switches=self.precision_switches,
-            last_action=self.last_action / (np.array(N_CHOICES) - 1),
+            last_action=self.last_action / _LAST_CHOICES,
             preference=self.preference,
         )
         return self.table.blinded(self.table.encode(view), self.blind)
@@ -302,16 +334,21 @@ class DecisionState:
         preference: Preference,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
         start_scale: float = 1.0,
+        *,
+        finish: bool = True,
     ) -> None:
-        self._states = DecisionStates(LimitBatch.of([limits]), preference.weights()[None], fields, start_scale)
+        weights = preference.weights()[None]
+        self._states = DecisionStates(LimitBatch.of([limits]), weights, fields, start_scale, finish=finish)
         self.limits = limits.untimed() if self._states.blind[0] else limits
         self.preference = preference
         self.telemetry: list[Telemetry] = []
 
     def anew(self, start_scale: float | None = None, limits: ControlLimits | None = None) -> DecisionState:
         """Return the state of the same run before its first decision, with another scale or limits if given."""
-        scale = self._states.start_scale if start_scale is None else start_scale
-        return DecisionState(limits or self.limits, self.preference, self._states.table.fields, scale)
+        states = self._states
+        scale = states.start_scale if start_scale is None else start_scale
+        fields = states.table.fields
+        return DecisionState(limits or self.limits, self.preference, fields, scale, finish=states.may_finish)
 
     @property
     def controls(self) -> Controls:
@@ -360,7 +397,7 @@ class DecisionState:
 
     def mask_reasons(self) -> Reasons:
         """Return why each choice is masked now."""
-        return mask_reasons(self.situation())
+        return mask_reasons(self.situation(), self._states.situation())
 
     def situation(self) -> Situation:
         """Return the state on which the mask rules depend."""
@@ -369,6 +406,7 @@ class DecisionState:
             controls=self.controls,
             budget_used=self.telemetry[-1].budget_used if self.telemetry else 0.0,
             precision_switches=self.precision_switches,
+            may_finish=self._states.may_finish,
         )
 
     def action_masks(self) -> np.ndarray:
@@ -379,7 +417,11 @@ class DecisionState:
     def decide(self, action: Choices) -> Decision:
         """Apply the allowed part of `action`. Raises `ValueError` for a choice that does not exist."""
         requested = tuple(int(choice) for choice in action)
-        allowed, refusals = allow(requested, self.mask_reasons())
+        (row,) = allow_batch(np.array([requested]), self._states.action_masks())
+        allowed: Action = tuple(row.tolist())
+        refusals: list[str] = []
+        if allowed != requested:  # words are looked for where they are needed
+            _, refusals = allow(requested, self.mask_reasons())
         self.apply(allowed)
         return Decision(requested, allowed, self.controls, refusals)
 

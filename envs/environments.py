@@ -1,46 +1,43 @@
-"""Gymnasium environments of training runs: a live one, a simulated one, and a vector of thousands of simulated ones.
+"""Gymnasium environments of a training run: a live one and a simulated one.
 
-All three have the same spaces of actions, observations and reward vectors. In the vector environment a step is a few
-operations on arrays.
+Both have the same spaces of actions, observations and reward vectors, and so has `vector.VectorSimulatedTraining`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
 
 from trainpilot.envs.action import N_CHOICES
-from trainpilot.envs.decision import N_STACK, Decision, DecisionState, Preference, draw_weights
+from trainpilot.envs.decision import N_STACK, Decision, DecisionState, Preference, PreferenceLike
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reference import PlantFactory, live_plant, live_reference, run_reference
 from trainpilot.envs.reward import (
     DIVERGED_LOSS_INCREASE,
     DIVERGED_QUALITY,
     MAX_QUALITY,
+    OBJECTIVES,
     Reference,
     RewardInfo,
     RewardMeter,
     RewardTerms,
+    ScalarisedReward,
 )
-from trainpilot.envs.runs import IntervalBatch, ReferencedPlants, SteeredRuns
+from trainpilot.envs.runs import ReferencedPlants
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
-from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints
 from trainpilot.llm_runtime.simulator.runs import OnePlant
 from trainpilot.llm_runtime.telemetry import Plant, Telemetry
 
 if TYPE_CHECKING:
+    from trainpilot.envs.picture import RunPicture
     from trainpilot.llm_runtime.simulator.runs import Pool
 
 
@@ -64,14 +61,28 @@ def reward_space() -> spaces.Box:
 class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """Base class of the single-run environments. `reset` of a subclass makes the plant and calls `_begin`."""
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012, Gymnasium's own form
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012, Gymnasium's own form
 
-    def __init__(self, fields: Sequence[ObservationField] = OBSERVATION_FIELDS, start_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
+        start_scale: float = 1.0,
+        *,
+        utility: str | None = None,
+        finish: bool = True,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f'render_mode must be "rgb_array" or None, got {render_mode!r}')
         self.fields, self.start_scale = tuple(fields), start_scale
+        self.finish, self.render_mode = finish, render_mode
         self.action_space = action_space()
         self.observation_space = observation_space(self.fields)
-        self.reward_space = reward_space()
-        self.reward_dim = 3
+        self._scalar = None if utility is None else ScalarisedReward(utility)
+        if utility is None:
+            self.reward_space = reward_space()
+            self.reward_dim = len(OBJECTIVES)
+        self._picture: RunPicture | None = None
         self._drop_run()
 
     def _drop_run(self) -> None:
@@ -82,8 +93,10 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _begin(self, plant: Plant, reference: Reference, preference: Preference) -> np.ndarray:
         """Start an episode with a new run, and return its first observation."""
         self.plant, self.reference = plant, reference
-        self.state = DecisionState(plant.limits(), preference, self.fields, self.start_scale)
+        self.state = DecisionState(plant.limits(), preference, self.fields, self.start_scale, finish=self.finish)
         self._meter = RewardMeter(reference)
+        if self._scalar is not None:
+            self._scalar.begin()
         self._intervals = drive(plant, lambda _: self.state.controls, self.state.limits.decisions)
         return self.state.observation()
 
@@ -91,7 +104,7 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Train one interval under the action's controls.
 
         Returns:
-            Observation, reward vector, terminated, truncated and info, as in Gymnasium.
+            Observation, reward (a vector, or a float with a utility), terminated, truncated and info, as in Gymnasium.
 
         Raises:
             ValueError: there is no run, it has ended, or the action is invalid.
@@ -107,7 +120,25 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         info = self._info(decision, telemetry, terms, loss)
         terminated = info["diverged"] or (telemetry.finished and telemetry.finishing)
         truncated = telemetry.finished and not terminated
-        return self.state.observation(), terms.vector(), terminated, truncated, info
+        reward = terms.vector() if self._scalar is None else self._scalar.of(terms.vector(), info)
+        return self.state.observation(), reward, terminated, truncated, info
+
+    def render(self) -> Any:
+        """Return the run so far as a picture, uint8 of shape (height, width, 3): loss, learning rate and batch.
+
+        Raises:
+            ValueError: there is no run.
+        """
+        if self.render_mode is None:
+            gymnasium.logger.warn('render needs render_mode="rgb_array"; give it to gymnasium.make')
+            return None
+        if self.plant is None:
+            raise ValueError("render needs a run; call reset first")
+        if self._picture is None:
+            from trainpilot.envs.picture import RunPicture
+
+            self._picture = RunPicture()
+        return self._picture.draw(self.state.telemetry, self.reference)
 
     def action_masks(self) -> np.ndarray:
         """Return which choices are allowed now, bool of shape (sum of choices,), for MaskablePPO."""
@@ -128,10 +159,10 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         )
         return {
             **weighing,
-            "requested": asdict(decision.controls),
+            "requested": dict(vars(decision.controls)),
             "effective": effective,
             "refusals": decision.refusals,
-            "reward_terms": asdict(terms),
+            "reward_terms": dict(vars(terms)),
             "loss": loss,
             "time_s": telemetry.time_s,
             "energy_j": telemetry.energy_j,
@@ -173,9 +204,10 @@ class LiveTraining(TrainingEnv):
 
     ## Reward
 
-    A vector, float32 of shape (3,) (`reward_space`, `reward_dim`: MO-Gymnasium's convention). `ScalarReward` converts
-    it to a scalar. With gamma = 1 the rewards of an episode sum to (quality, -energy, -time) relative to the reference
-    run, so that 1 % of each means the same on every model.
+    A vector, float32 of shape (3,) (`reward_space`, `reward_dim`: MO-Gymnasium's convention). The argument `utility`,
+    the id `trainpilot/LiveTraining-Scalar-v0` and the wrapper `ScalarReward` make it a scalar. With gamma = 1 the
+    rewards of an episode sum to (quality, -energy, -time) relative to the reference run, so that 1 % of each means the
+    same on every model.
 
     | Num | Objective | Per interval | Unit |
     |---|---|---|---|
@@ -201,12 +233,15 @@ class LiveTraining(TrainingEnv):
     | Argument | Type | Default | Meaning |
     |---|---|---|---|
     | cases | sequence of RunConfig | one llama-nano run | training runs to draw from |
-    | preference | Preference or None | None | fixed preference; None draws one per episode |
+    | preference | Preference, text, mapping, three weights or None | None | fixed; None draws one per episode |
     | make_plant | callable | LiveRun | makes the plant for a case |
     | threads | int or None | None | torch threads of this process; None leaves them alone |
     | reference_cases | sequence of RunConfig or None | None | reference run of each case; None: the case itself |
     | fields | sequence of ObservationField | all | observation fields, in the order of the observation |
     | start_scale | float | 1 | learning-rate scale in force before the first decision |
+    | utility | str or None | None | one of `UTILITIES`, for scalar rewards; "linear" in the id that ends in Scalar-v0 |
+    | finish | bool | True | whether the agent may begin the cool-down early; False always masks the choice |
+    | render_mode | str or None | None | "rgb_array": `render` returns the run so far as a picture |
 
     `reset(options={"case": i, "preference": Preference(...)})` selects instead of drawing.
 
@@ -218,15 +253,18 @@ class LiveTraining(TrainingEnv):
     def __init__(
         self,
         cases: Sequence[RunConfig] = (DEFAULT_CASE,),
-        preference: Preference | None = None,
+        preference: PreferenceLike | None = None,
         make_plant: PlantFactory | None = None,
         threads: int | None = None,
         reference_cases: Sequence[RunConfig] | None = None,
         *,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
         start_scale: float = 1.0,
+        utility: str | None = None,
+        finish: bool = True,
+        render_mode: str | None = None,
     ) -> None:
-        super().__init__(fields, start_scale)
+        super().__init__(fields, start_scale, utility=utility, finish=finish, render_mode=render_mode)
         if not cases:
             raise ValueError("cases must name at least one run, got none")
         self.cases = tuple(cases)
@@ -234,7 +272,7 @@ class LiveTraining(TrainingEnv):
         if len(self.reference_cases) != len(self.cases):
             counts = f"{len(self.reference_cases)} for {len(self.cases)} cases"
             raise ValueError(f"reference_cases must name one run for each case, got {counts}")
-        self.preference = preference
+        self.preference = None if preference is None else Preference.of(preference)
         self._own_plants = make_plant is not None
         if threads is not None:
             from trainpilot.llm_runtime.process import use_threads
@@ -253,7 +291,7 @@ class LiveTraining(TrainingEnv):
         if not 0 <= index < len(self.cases):
             raise ValueError(f"options case must be in [0, {len(self.cases)}), got {index}")
         drawn = self.preference or Preference.draw(self.np_random)
-        preference: Preference = options.get("preference", drawn)
+        preference = Preference.of(options.get("preference", drawn))
         self.case = self.cases[index]
         self._drop_run()
         self.reference = self._reference(index)
@@ -275,11 +313,16 @@ PlantMaker = Callable[[int], ReferencedPlants]
 """Takes a seed, and returns plants that hold one run."""
 
 
-def simulated_plant(seed: int) -> ReferencedPlants:
-    """Return a simulator of one run, drawn from the whole range of the shipped calibrations."""
+def simulated_plants(n_runs: int, seed: int) -> ReferencedPlants:
+    """Return a simulator of some runs, drawn from the whole range of the shipped calibrations."""
     from trainpilot.llm_runtime.simulator.runs import SimulatedRuns
 
-    return SimulatedRuns(n_runs=1, seed=seed, pool=_pool())
+    return SimulatedRuns(n_runs=n_runs, seed=seed, pool=_pool())
+
+
+def simulated_plant(seed: int) -> ReferencedPlants:
+    """Return a simulator of one run, drawn from the whole range of the shipped calibrations."""
+    return simulated_plants(1, seed)
 
 
 @lru_cache(maxsize=1)
@@ -294,17 +337,20 @@ class SimulatedTraining(TrainingEnv):
     """A simulated language-model training run, steered interval by interval.
 
     Actions, observations, reward, masks and the end of an episode are those of `trainpilot/LiveTraining-v0`, so a
-    policy works in both. An episode takes milliseconds, draws a new run from the simulator's ranges, and is exactly
+    policy works in both. An episode draws a new run from the simulator's ranges, and is exactly
     reproducible with the same seed.
 
     ## Arguments
 
     | Argument | Type | Default | Meaning |
     |---|---|---|---|
-    | preference | Preference or None | None | fixed preference; None draws one per episode |
+    | preference | Preference, text, mapping, three weights or None | None | fixed; None draws one per episode |
     | make_plant | callable | the simulator | makes plants of one run from a seed |
     | fields | sequence of ObservationField | all | observation fields, in the order of the observation |
     | start_scale | float | 1 | learning-rate scale in force before the first decision |
+    | utility | str or None | None | one of `UTILITIES`, for scalar rewards; "linear" in the id that ends in Scalar-v0 |
+    | finish | bool | True | whether the agent may begin the cool-down early; False always masks the choice |
+    | render_mode | str or None | None | "rgb_array": `render` returns the run so far as a picture |
 
     `reset(options={"preference": Preference(...), "plant_seed": i})` selects instead of drawing.
 
@@ -315,13 +361,17 @@ class SimulatedTraining(TrainingEnv):
 
     def __init__(
         self,
-        preference: Preference | None = None,
+        preference: PreferenceLike | None = None,
         make_plant: PlantMaker | None = None,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
         start_scale: float = 1.0,
+        *,
+        utility: str | None = None,
+        finish: bool = True,
+        render_mode: str | None = None,
     ) -> None:
-        super().__init__(fields, start_scale)
-        self.preference = preference
+        super().__init__(fields, start_scale, utility=utility, finish=finish, render_mode=render_mode)
+        self.preference = None if preference is None else Preference.of(preference)
         self._make_plant = make_plant or simulated_plant
 
     def reset(
@@ -332,7 +382,7 @@ class SimulatedTraining(TrainingEnv):
         options = options or {}
         plant_seed = int(options.get("plant_seed", self.np_random.integers(2**31)))
         drawn = self.preference or Preference.draw(self.np_random)
-        preference: Preference = options.get("preference", drawn)
+        preference = Preference.of(options.get("preference", drawn))
         plants = self._make_plant(plant_seed)
         observation = self._begin(OnePlant(plants), reference_of(plants), preference)
         return observation, {"plant_seed": plant_seed, "preference": preference.weights()}
@@ -351,109 +401,3 @@ def reference_of(plants: ReferencedPlants) -> Reference:
         energy_source="estimated" if known else None,
         telemetry=(),
     )
-
-
-Observations = NDArray[np.float32]
-
-
-class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
-    """Many simulated language-model training runs as one Gymnasium vector environment.
-
-    Spaces, reward and the end of an episode are those of `trainpilot/LiveTraining-v0`; rewards are float64 of shape
-    (n_runs, 3). A run that ends is replaced by a new one in the same step (`AutoresetMode.SAME_STEP`): the observation
-    returned is that of the new run, and `infos["final_obs"]` holds the last one of the old run.
-
-    `infos` holds arrays with one row per run. Of the interval just trained: `loss`, `loss_increase`, `time_s`,
-    `energy_j` (NaN where unknown), `diverged` and the `preference` in force. Of runs that have ended, by the masks
-    `_final_obs` and `_final_info`: `final_obs`, and in `final_info` the sums over the episode `reward_terms`,
-    `energy_j`, `time_s` and `length`.
-
-    Args:
-        plants: The simulated runs. `reset` starts new ones in all rows, drawn by the plants' own seed.
-        preference: Fixed preference; `None` draws one per episode.
-        least_quality: Least weight of quality in a preference that is drawn.
-        fields: Observation fields, in the order of the observation.
-        quality_alone: Share of the drawn preferences that are for quality alone: such runs see no clock and no meter.
-        start_scale: Learning-rate scale in force before the first decision.
-    """
-
-    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
-
-    def __init__(
-        self,
-        plants: ReferencedPlants,
-        preference: Preference | None = None,
-        least_quality: float = 0.5,
-        fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
-        *,
-        quality_alone: float = 0.0,
-        start_scale: float = 1.0,
-    ) -> None:
-        for name, share in (("least_quality", least_quality), ("quality_alone", quality_alone)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {share}")
-        self.plants = plants
-        self.preference = preference
-        self.least_quality, self.quality_alone, self.start_scale = least_quality, quality_alone, start_scale
-        self.num_envs = plants.n_runs
-        self.fields = tuple(fields)
-        self.single_observation_space = observation_space(self.fields)
-        self.single_action_space = action_space()
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.reward_space = batch_space(reward_space(), self.num_envs)
-        self.reward_dim = 3
-        self.runs: SteeredRuns | None = None
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observations, dict[str, Any]]:
-        """Begin every run; `seed` decides the preferences."""
-        super().reset(seed=seed)
-        self.runs = SteeredRuns(self.plants, self._weights(self.num_envs), self.fields, self.start_scale)
-        return self.runs.states.observation(), {"preference": self.runs.states.preference}
-
-    def step(self, actions: Ints) -> tuple[Observations, Floats, Bools, Bools, dict[str, Any]]:  # type: ignore[override]
-        """Train every run for one interval under its action, and start new runs where one has ended."""
-        if self.runs is None:
-            raise ValueError("step needs runs; call reset first")
-        interval = self.runs.advance(np.asarray(actions, dtype=np.int64))
-        infos = self._infos(self.runs, interval)
-        ended = interval.terminated | interval.truncated
-        if ended.any():
-            infos |= _final(self.runs, ended)
-            rows = np.flatnonzero(ended)
-            self.runs.begin(rows, self._weights(rows.size))
-        return self.runs.states.observation(), interval.reward, interval.terminated, interval.truncated, infos
-
-    def action_masks(self) -> Bools:
-        """Return which choices are allowed now, shape (n_runs, sum of choices), for MaskablePPO."""
-        if self.runs is None:
-            raise ValueError("action_masks needs runs; call reset first")
-        return self.runs.states.action_masks()
-
-    def _weights(self, n_runs: int) -> Floats:
-        if self.preference is not None:
-            return np.tile(self.preference.weights(), (n_runs, 1))
-        return draw_weights(self.np_random, n_runs, self.least_quality, self.quality_alone)
-
-    @staticmethod
-    def _infos(runs: SteeredRuns, interval: IntervalBatch) -> dict[str, Any]:
-        return {
-            **RewardInfo(preference=runs.states.preference, loss_increase=interval.loss_increase),
-            "loss": interval.loss,
-            "time_s": interval.telemetry.time_s,
-            "energy_j": interval.telemetry.energy_j,
-            "diverged": interval.diverged,
-        }
-
-
-def _final(runs: SteeredRuns, ended: Bools) -> dict[str, Any]:
-    sums = {
-        "reward_terms": runs.outcome.copy(),
-        "energy_j": runs.energy_j.copy(),
-        "time_s": runs.time_s.copy(),
-        "length": runs.intervals.copy(),
-    }
-    observations = runs.states.observation()
-    return {"final_obs": observations, "_final_obs": ended, "final_info": sums, "_final_info": ended}

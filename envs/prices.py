@@ -59,7 +59,7 @@ class PriceBook:
         precision, bins, before = telemetry.precision, _bins(telemetry.batch_size), self._bins
         with np.errstate(all="ignore"):
             training_s = telemetry.time_s - telemetry.probe_time_s - telemetry.switch_time_s
-            costs = np.stack([training_s, telemetry.energy_j * (training_s / telemetry.time_s)])
+            costs = np.array([training_s, telemetry.energy_j * (training_s / telemetry.time_s)])
             price = costs / (telemetry.steps * telemetry.batch_size)
             known = np.isfinite(price) & (price > 0)
             rise = price - self._latest[:, precision, before, self._everyone]

@@ -86,6 +86,7 @@ class SteeredRuns:
         preference: Weights of quality, energy and time, which sum to 1, shape (n_runs, 3).
         fields: Observation fields that the policy sees, in its order.
         start_scale: Learning-rate scale in force before the first decision.
+        finish: Whether a cool-down may be begun before the budget's end.
     """
 
     def __init__(
@@ -94,11 +95,13 @@ class SteeredRuns:
         preference: Floats,
         fields: Sequence[ObservationField] = OBSERVATION_FIELDS,
         start_scale: float = 1.0,
+        *,
+        finish: bool = True,
     ) -> None:
         n_runs = plants.n_runs
         self.plants = plants
         plants.begin(np.arange(n_runs))
-        self.states = DecisionStates(plants.limits(), preference, fields, start_scale)
+        self.states = DecisionStates(plants.limits(), preference, fields, start_scale, finish=finish)
         self.outcome: Floats = np.zeros((n_runs, 3))
         """Sum of the rewards of each run so far."""
         self.energy_j: Floats = np.zeros(n_runs)

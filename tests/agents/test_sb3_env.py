@@ -12,8 +12,9 @@ from stable_baselines3.common.vec_env import VecMonitor
 from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.envs.decision import Preference
-from trainpilot.envs.environments import SimulatedTraining, VectorSimulatedTraining
+from trainpilot.envs.environments import SimulatedTraining
 from trainpilot.envs.reward import UTILITIES, ScalarReward
+from trainpilot.envs.vector import VectorSimulatedTraining
 
 PREFERENCE = Preference(quality=0.6, energy=0.3, time=0.1)
 

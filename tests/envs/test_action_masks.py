@@ -221,7 +221,13 @@ def random_situation(random: np.random.Generator) -> Situation:
     )
     budget_used = float(random.choice([0.0, 0.2, 0.5, 0.8, 1.0, np.nan]))
     switches = int(random.integers(4))
-    return Situation(limits=limits, controls=controls, budget_used=budget_used, precision_switches=switches)
+    return Situation(
+        limits=limits,
+        controls=controls,
+        budget_used=budget_used,
+        precision_switches=switches,
+        may_finish=random.random() < 0.9,
+    )
 
 
 def test_the_masks_of_many_runs_are_the_reasons_of_each() -> None:

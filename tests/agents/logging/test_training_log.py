@@ -23,7 +23,7 @@ from trainpilot.agents.logging.training_log import Episode, EventLog, TrainingLo
 from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.decision import Preference
-from trainpilot.envs.environments import VectorSimulatedTraining
+from trainpilot.envs.vector import VectorSimulatedTraining
 
 LENGTH = 5
 
