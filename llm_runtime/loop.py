@@ -13,6 +13,7 @@ and an interval is `begin_interval(controls)`, steps, `end_interval()`, which re
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 import weakref
@@ -115,7 +116,10 @@ class ControlledLoop:
         self.pruning = pruning
         self.masks = WeightMasks(model, pruning) if pruning in ("magnitude", "evolution") else None
         self.start_width = channels.ffn_width(self._transformer()) if pruning == "width" else 0
-        self.peak = max(_first_rate(group) for group in optimizer.param_groups)
+        rates = [_first_rate(group) for group in optimizer.param_groups]
+        if not all(map(math.isfinite, rates)):
+            raise ValueError(f"optimizer must have finite learning rates, got {', '.join(f'{rate:g}' for rate in rates)}")
+        self.peak = max(rates)
         """Peak of the base schedule: the highest learning rate among the optimizer's groups at the beginning."""
         if self.peak <= 0:
             raise ValueError(
@@ -334,6 +338,29 @@ class ControlledLoop:
         self.apply_masks()
         self.progress.end_step(sequences)
         self.recorder.end_step(gradient_norm, sequences, loss)
+
+    def drop_lost_gradients(self, gradient_norm: Tensor) -> None:
+        """Make the coming optimizer step do nothing where the gradient is not finite.
+
+        From the first call on, such steps are left out of the losses of their interval, and counted.
+
+        Args:
+            gradient_norm: Norm of the gradient of all processes, a scalar.
+        """
+        self.recorder.skips = True
+        finite = torch.isfinite(self.ranks.full_tensor(gradient_norm.detach())).to(self.device)
+        if self.device.type == "cpu":  # reading it costs nothing
+            if not finite:
+                for parameter in self.parameters():
+                    parameter.grad = None
+            return
+        if self.changes_batch and all(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            return
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                own = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+                own.masked_fill_(~finite, 0.0)
 
     def drop_step(self) -> None:
         """Forget a step that was begun and not made."""
@@ -584,6 +611,7 @@ class ControlledLoop:
     def detach(self) -> None:
         """Give model and optimizer back, with the batch's decay and the peak learning rate as at the beginning."""
         setattr(self.optimizer, _OWNER, None)
+        vars(self.optimizer).pop("found_inf", None)
         self._before = []
         self.apply(replace(self.controls, batch_size=self._start.batch_size))
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=False):  # some may have been added
@@ -641,6 +669,14 @@ class RollbackCopy:
         """Intervals that were taken back."""
 
     @property
+    def rewinds(self) -> bool:
+        """Whether `restore` would now take the data and the budget back too, and not the weights alone.
+
+        Where the same interval went wrong before, the data are to blame: then the data and the budget go on.
+        """
+        return self._data is not None and self._loop.progress.decision not in self.rolled_back
+
+    @property
     def exists(self) -> bool:
         """Whether there is a copy to go back to."""
         return self._copy is not None
@@ -656,15 +692,13 @@ class RollbackCopy:
         self._copy = taken
 
     def restore(self) -> None:
-        """Go back to the copy.
-
-        Where the same interval went wrong before, the data are to blame: then the data and the budget go on.
-        """
+        """Go back to the copy: the weights, and where it `rewinds` the data and the budget."""
         assert self._copy is not None, "guardrails ask for a rollback only after a snapshot"
         copied, progress = self._copy, self._loop.progress
-        here = progress.decision
+        here, rewinds = progress.decision, self.rewinds
         self._loop.restore(copied["loop"])
-        if self._data is not None and here not in self.rolled_back:
+        if rewinds:
+            assert self._data is not None
             self._data.load_state_dict(copied["data"])
             self._restore_random(*copied["random"])
             progress.load_state_dict(copied["progress"])

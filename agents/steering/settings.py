@@ -96,6 +96,11 @@ class SteeringSettings:
             )
         _check_policy(self.policy)
         _check_mode(self.mode)
+        if not isinstance(self.base_schedule, BaseSchedule | None):
+            raise ValueError(
+                "base_schedule must be a BaseSchedule, such as BaseSchedule(schedule='wsd', warmup_share=0.1), "
+                f"got {self.base_schedule!r}"
+            )
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
         for name in ("sequences", "epoch_sequences", "decisions", "min_batch_size", "max_batch_size"):

@@ -12,7 +12,8 @@ import pytest
 from fakes import make_telemetry
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.steering.contract import ContractWatch, PowerLaw, QualityContract
+from trainpilot.agents.steering.contract import ContractWatch, QualityContract
+from trainpilot.agents.steering.power_law import PowerLaw
 from trainpilot.envs.action import KEEP
 from trainpilot.llm_runtime.telemetry import Telemetry
 

@@ -113,7 +113,7 @@ def owner(
 ) -> Owner:
     plant = plant or ToyPlant()
     controller = Controller(policy, plant.limits(), Preference())
-    return Owner(plant, GuardedController(controller, Guardrails(GuardrailSettings(**settings)), contract))
+    return Owner(plant, GuardedController(controller, Guardrails(GuardrailSettings(**{"cautious": False, **settings})), contract))
 
 
 def where(guarded: GuardedController) -> dict[str, Any]:
