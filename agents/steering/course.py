@@ -19,8 +19,9 @@ from trainpilot.agents.steering.power_law import PowerLaw
 
 SEARCH = 0.2
 """Share of the budget in which a policy looks for its learning rate, and no change is on trial."""
-LATE = 0.85
-"""Share of the budget from which a lower learning rate is neither refused nor on trial: base schedules fall there."""
+LATE, LATER = 0.85, 0.125
+"""Share of the budget from which a lower learning rate is not on trial, and the factor on the lowest one from there:
+base schedules fall there too."""
 LEAST = 0.5
 """Learning-rate scale below which a policy that begins at 1 may not go before the loss has stalled. For one that begins
 below it is lower by the square of where it begins: it looks for its learning rate from below."""
@@ -32,7 +33,7 @@ PROBED, PROBES = 4, 3
 BEND = 0.01
 """Share of the loss that the curvature along a step may add to it above `MOST`. Where a policy that is trained raises
 the learning rate, it is a twentieth of that; a tuned rate is at half of it where runs are short and steps are long."""
-STALL = 6
+STALL = 8
 """Intervals without a new low of the smoothed loss that count as a stall."""
 RISEN, RUNNING = 2.0, 3
 """Spreads above its lowest, in so many intervals running: then the smoothed loss has risen."""
@@ -119,22 +120,25 @@ class Course:
         self.risen = self.risen + 1 if excess > RISEN and not self.grace else 0
         self.grace = max(self.grace - 1, 0)
         if self.since_low >= STALL:
-            self.floor = LEAST * min(scale, self.floor or scale)
+            self.floor, self.since_low = LEAST * min(scale, self.floor or scale), 0
 
     def least(self) -> float:
         """Return the lowest learning-rate scale that is allowed now."""
-        if self.used >= LATE:
-            return 0.0
-        return self.floor if self.floor is not None else LEAST * min(self.start_scale or 1.0, 1.0) ** 2
+        least = self.floor if self.floor is not None else LEAST * min(self.start_scale or 1.0, 1.0) ** 2
+        return least * LATER if self.used >= LATE else least
 
-    def too_high(self, scale: float, batch_size: int) -> str | None:
-        """Return why the learning rate may not rise to a scale; `None` where it may."""
+    def too_high(self, scale: float, batch_size: int, start_batch_size: int) -> str | None:
+        """Return why the learning rate may not rise to a scale; `None` where it may.
+
+        The curvature is that of a step of the geometric mean of the two batches: that of one step grows with the batch
+        under the neutral factor, and that of all steps of an interval does not depend on it.
+        """
         most = MOST * max(self.start_scale or 1.0, 1.0)
         if scale <= most:
             return None
         if len(self.losses) < PROBED:
             return f"more than x{most:g} in the first {PROBED} decisions"
-        if self.bends and (bend := fmean(self.bends) * (self.peak * scale) ** 2 * batch_size) > BEND:
+        if self.bends and (bend := fmean(self.bends) * (self.peak * scale) ** 2 * math.sqrt(batch_size * start_batch_size)) > BEND:
             return f"the curvature would add {bend:.1%} to the loss in a step, and above x{most:g} at most {BEND:.0%} may be"
         return None
 

@@ -296,7 +296,8 @@ class Guardrails:
             course.start_scale = before
         if before > scale and scale < course.least() / ROUNDED:
             return f"less than x{course.least():.3g} while the loss still reaches new lows"
-        if scale > before and (reason := course.too_high(scale / ROUNDED, situation.controls.batch_size)):
+        batches = situation.controls.batch_size, situation.limits.start.batch_size
+        if scale > before and (reason := course.too_high(scale / ROUNDED, *batches)):
             return reason
         if scale > before and scale > self.history.ceiling * ROUNDED:
             return f"more than x{self.history.ceiling:.3g}, above which the loss fell behind"

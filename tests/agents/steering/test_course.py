@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fakes import make_limits, make_telemetry
 
-from trainpilot.agents.steering.course import BEND, ENDING, LATE, LEAST, MOST, PROBED, STALL, TRIAL, Course
+from trainpilot.agents.steering.course import BEND, ENDING, LATE, LATER, LEAST, MOST, PROBED, STALL, TRIAL, Course
 from trainpilot.agents.steering.guardrails import Guardrails
 from trainpilot.envs.action import KEEP, Action, Situation
 from trainpilot.llm_runtime.config import Controls
@@ -37,16 +37,16 @@ def power_law(count: int) -> list[float]:
 
 
 def test_a_rate_beyond_half_as_much_again_waits_for_the_first_probes() -> None:
-    assert Course(start_scale=1.0).too_high(MOST, 8) is None
-    assert Course(start_scale=1.0).too_high(2.0, 8) == f"more than x{MOST:g} in the first {PROBED} decisions"
-    assert followed(power_law(PROBED)).too_high(2.0, 8) is None  # a run without probes knows no more
+    assert Course(start_scale=1.0).too_high(MOST, 8, 8) is None
+    assert Course(start_scale=1.0).too_high(2.0, 8, 8) == f"more than x{MOST:g} in the first {PROBED} decisions"
+    assert followed(power_law(PROBED)).too_high(2.0, 8, 8) is None  # a run without probes knows no more
 
 
 def test_a_rate_whose_curvature_would_cost_too_much_is_refused() -> None:
     course = followed(power_law(PROBED), bend=BEND / 100)  # at a peak of 1, scale 2 and batch 8: 32 times that
-    assert course.too_high(2.0, 8) is None
-    assert course.too_high(4.0, 8) is not None
-    assert course.too_high(4.0, 4) is None  # half the batch, half the square of its learning rate
+    assert course.too_high(2.0, 8, 8) is None
+    assert course.too_high(4.0, 8, 8) is not None
+    assert course.too_high(4.0, 2, 8) is None  # half as much in the mean of both batches
 
 
 def test_the_rate_stays_above_half_while_the_loss_reaches_new_lows() -> None:
@@ -54,7 +54,7 @@ def test_the_rate_stays_above_half_while_the_loss_reaches_new_lows() -> None:
     stalled = followed([*power_law(8), *[1.9] * STALL], [1.0] * 8 + [0.5] * STALL)
     assert stalled.least() == LEAST * 0.5
     late = Course(start_scale=1.0, used=LATE)
-    assert late.least() == 0.0
+    assert late.least() == LEAST * LATER
     assert Course(start_scale=0.25).least() == LEAST / 16
 
 
