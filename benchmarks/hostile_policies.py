@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import write_result
+from _common import RESULTS, write_result
 from _hostile import HOSTILE, TUNED_RATE, SmallRun, default
 
 from trainpilot.agents.controller import DecisionRecord
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--policies", help="names of hostile policies with commas between them; by default all")
     parser.add_argument("--contracts", default=";".join(CONTRACTS), help="kinds of contract with semicolons between")
     parser.add_argument("--tune", action="store_true", help="search the learning rate instead")
+    parser.add_argument("--add", action="store_true", help="keep the other kinds of contract that the result holds")
     parser.add_argument("--dry", action="store_true", help="write no result")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -73,7 +74,9 @@ def main() -> None:
     names = list(HOSTILE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
     contracts = [name.strip() for name in options.contracts.split(";")]
     bases = [base_run(seed) for seed in seeds]
-    hostile = {
+    path = RESULTS / "hostile_policies.json"
+    hostile = json.loads(path.read_text(encoding="utf-8"))["runs"] if options.add and path.exists() else {}
+    hostile |= {
         kind: [
             attack(name, kind, *bases[seed], seed)
             for name in names

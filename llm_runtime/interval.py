@@ -309,7 +309,7 @@ class IntervalRecorder:
     def _without_skipped(self, losses: list[float], norms: list[float]) -> tuple[list[float], list[float]]:
         """Return the losses and norms of the steps that were made, and count the others.
 
-        Where more than half of an interval was skipped the weights are lost: then all are returned, and it has diverged.
+        Where more than half of an interval was skipped all are returned: the weights are lost, and it has diverged.
         """
         made = [(loss, norm) for loss, norm in zip(losses, norms, strict=True) if math.isfinite(loss + norm)]
         self.skipped_steps += len(losses) - len(made)

@@ -118,7 +118,8 @@ class ControlledLoop:
         self.start_width = channels.ffn_width(self._transformer()) if pruning == "width" else 0
         rates = [_first_rate(group) for group in optimizer.param_groups]
         if not all(map(math.isfinite, rates)):
-            raise ValueError(f"optimizer must have finite learning rates, got {', '.join(f'{rate:g}' for rate in rates)}")
+            shown = ", ".join(f"{rate:g}" for rate in rates)
+            raise ValueError(f"optimizer must have finite learning rates, got {shown}")
         self.peak = max(rates)
         """Peak of the base schedule: the highest learning rate among the optimizer's groups at the beginning."""
         if self.peak <= 0:

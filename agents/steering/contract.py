@@ -22,6 +22,9 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 
 SMOOTHING = 3
 """Intervals that are averaged before they are compared."""
+WINDOWS = (SMOOTHING, 6, 12, 24)
+"""Numbers of newest intervals whose mean is held against the bound: what is small is seen in many. The longer ones
+begin where judging begins."""
 RUNNING = 2
 """Consecutive intervals that must lie outside before the contract is broken."""
 BAND = 2.0
@@ -99,7 +102,7 @@ class QualityContract:
             _check_reference(self.reference)
         pace = self.reference_s_per_token
         if pace is not None and not (_is_number(pace) and math.isfinite(pace) and pace > 0):
-            raise ValueError(f"reference_s_per_token must be a number of seconds above 0, got {pace!r}; None compares none")
+            raise ValueError(f"reference_s_per_token must be a number of seconds above 0 or None, got {pace!r}")
 
 
 class ContractWatch:
@@ -158,31 +161,41 @@ class ContractWatch:
     @property
     def endangered(self) -> bool:
         """Whether the loss lies above the agreed bound, though it may be by chance."""
-        return self._loss_outside(band=0.0)
+        return self._loss_outside(band=0.0, windows=WINDOWS[:1]) is not None
 
-    def _loss_outside(self, band: float = BAND) -> bool:
-        found = self.loss_increase()
-        return found is not None and found[0] > self.contract.max_loss_increase + band * found[1]
+    def _loss_outside(self, band: float = BAND, windows: Sequence[int] = WINDOWS) -> float | None:
+        """Return the increase of the loss over the first window in which it is outside; `None` where it is in none."""
+        for window in windows:
+            found = self.loss_increase(window)
+            if found is not None and found[0] > self.contract.max_loss_increase + band * found[1]:
+                return found[0]
+        return None
 
     @property
     def harmed(self) -> bool:
         """Whether the loss broke the contract: a rollback mends that, but not lost time."""
-        return self.broken is not None and self._loss_outside()
+        return self.broken is not None and self._loss_outside() is not None
 
     def _breach(self) -> str | None:
-        terms, found = self.contract, self.loss_increase()
+        terms, increase = self.contract, self._loss_outside()
         if self._rows[-1]["share"] < JUDGED_FROM - 1e-9:
             return None
-        if found is not None and self._steers and self._loss_outside():
-            return f"training loss {found[0]:.3f} nats above the base schedule's, agreed {terms.max_loss_increase:g}"
+        if increase is not None and self._steers:
+            return f"training loss {increase:.3f} nats above the base schedule's, agreed {terms.max_loss_increase:g}"
         slowdown = self.slowdown()
         if slowdown is not None and slowdown > terms.max_slowdown:
             return f"{slowdown:.0%} more seconds per token than the base schedule, agreed {terms.max_slowdown:.0%}"
         return None
 
-    def loss_increase(self) -> tuple[float, float] | None:
-        """Return the smoothed loss less the base schedule's, and its standard error; `None` where that is unknown."""
-        rows = self._steered()[-SMOOTHING:]
+    def loss_increase(self, window: int = SMOOTHING) -> tuple[float, float] | None:
+        """Return the mean loss less the base schedule's, and its standard error; `None` where that is unknown.
+
+        Args:
+            window: Number of newest intervals; fewer than these are taken up to `SMOOTHING` only.
+        """
+        rows = self._steered()[-window:]
+        if window > SMOOTHING and (len(rows) < window or rows[0]["share"] < JUDGED_FROM - 1e-9):
+            return None
         forecasts = [self._forecast(row["share"], row["tokens"]) for row in rows]
         if not rows or None in forecasts:
             return None
@@ -246,12 +259,13 @@ class ContractWatch:
         `detects_from` is the smallest increase of the loss, in nats/token, that would be seen where the run stands.
         """
         found, slowdown = self.loss_increase(), self.slowdown()
+        known = [increase[1] for window in WINDOWS if (increase := self.loss_increase(window)) is not None]
         return {
             "held": self._held(found, slowdown),
             "evidence": self._evidence_text(found) + ("; seconds were not compared" if slowdown is None else ""),
             "loss_increase": found[0] if found else None,
             "standard_error": found[1] if found else None,
-            "detects_from": self.contract.max_loss_increase + BAND * found[1] if found else None,
+            "detects_from": self.contract.max_loss_increase + BAND * min(known) if known else None,
             "slowdown": slowdown,
             "broken_at_decision": self.broken[1] if self.broken else None,
             "broken_because": self.broken[0] if self.broken else None,
@@ -307,7 +321,8 @@ def _row(telemetry: Telemetry) -> dict[str, float]:
 
 def _check_reference(reference: Any) -> None:
     if not _is_reference(reference):
-        shown = repr(reference if isinstance(reference, str) or not isinstance(reference, Sequence) else list(reference))
+        plain = isinstance(reference, str) or not isinstance(reference, Sequence)
+        shown = repr(reference if plain else list(reference))
         raise ValueError(
             "reference must be at least two (share of the budget, loss) in rising order of shares from 0 on, with "
             f"finite losses above 0, got {shown[:200]}; QualityContract.against(steering.records) makes it"

@@ -8,10 +8,8 @@ the losses fall behind the forecast through those before it, the run goes back t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -43,6 +41,8 @@ GRACE = 6
 """Intervals after a correction in which nothing is judged."""
 TRIAL = 6
 """Intervals of a trial."""
+NEWEST = 4
+"""Newest losses that are held against the forecast."""
 OCTAVES = 0.4
 """Change of the scale, in octaves, that is on trial."""
 FITTED = 5
@@ -61,16 +61,21 @@ class Course:
     """How a run has learnt, and under which learning rates. A rollback restores it with the run."""
 
     start_scale: float | None = None
-    """Learning-rate scale of the first interval's policy, before its first decision; `None` before it."""
+    """Learning-rate scale in force before the first decision; `None` before it."""
     tokens: list[float] = field(default_factory=list)
+    """Tokens at the middle of each interval."""
     losses: list[float] = field(default_factory=list)
+    """Mean losses of the intervals, in nats/token."""
     errors: list[float] = field(default_factory=list)
+    """Their standard errors, or more if the losses swing."""
     scales: list[float] = field(default_factory=list)
+    """Learning-rate scales in force."""
     settled: int = 0
     """Intervals before the end of the warm-up."""
     used: float = 0.0
     """Share of the budget used."""
     rate_before: float = 0.0
+    """Learning rate of the newest interval, over scale and batch factor."""
     since_low: int = 0
     """Intervals since the smoothed loss reached a new low."""
     risen: int = 0
@@ -138,8 +143,9 @@ class Course:
             return None
         if len(self.losses) < PROBED:
             return f"more than x{most:g} in the first {PROBED} decisions"
-        if self.bends and (bend := fmean(self.bends) * (self.peak * scale) ** 2 * math.sqrt(batch_size * start_batch_size)) > BEND:
-            return f"the curvature would add {bend:.1%} to the loss in a step, and above x{most:g} at most {BEND:.0%} may be"
+        square = (self.peak * scale) ** 2 * math.sqrt(batch_size * start_batch_size)
+        if self.bends and (bend := fmean(self.bends) * square) > BEND:
+            return f"above x{most:g} curvature may add {BEND:.0%} to the loss in a step, and would add {bend:.1%}"
         return None
 
     def correction(self, scale: float) -> tuple[float, str] | None:
@@ -151,28 +157,31 @@ class Course:
             return None
         if self.trusted is None:
             self.trusted, self.trusted_until = _middle(self.scales[-3:]), len(self.scales)
+        return self._on_trial(self.trusted)
+
+    def _on_trial(self, trusted: float) -> tuple[float, str] | None:
+        """Return the trusted scale, and why, where the scales since lost their trial; trust those that stood it."""
         away = _middle(self.scales[-TRIAL:])
-        octaves = math.log2(away / self.trusted)
+        octaves = math.log2(away / trusted)
         if abs(octaves) < OCTAVES:
-            if abs(math.log2(self.scales[-1] / self.trusted)) < OCTAVES:
+            if abs(math.log2(self.scales[-1] / trusted)) < OCTAVES:
                 self.trusted_until = len(self.scales)
             return None
-        if octaves < 0 and self.used >= LATE:
-            return None
-        behind = self._behind()
+        behind = None if octaves < 0 and self.used >= LATE else self._behind()
         if behind is None:
             return None
         if behind > ERRORS:
-            return self.trusted, "the loss has fallen behind the forecast from before the learning rate was changed"
+            return trusted, "the loss has fallen behind the forecast from before the learning rate was changed"
         if len(self.scales) - self.trusted_until >= 2 * TRIAL:
             self.trusted, self.trusted_until = away, len(self.scales)
         return None
 
     def _behind(self) -> float | None:
         """Return by how many standard errors the newest losses lie above the forecast from the trusted ones."""
-        fitted, new = slice(self.settled, self.trusted_until), slice(max(self.trusted_until, len(self.losses) - 4), None)
-        if self.trusted_until - self.settled < FITTED or len(self.losses) - self.trusted_until < TRIAL:
+        until, count = self.trusted_until, len(self.losses)
+        if until - self.settled < FITTED or count - until < TRIAL:
             return None
+        fitted, new = slice(self.settled, until), slice(max(until, count - NEWEST), None)
         law = PowerLaw.fit(*(np.array(column[fitted]) for column in (self.tokens, self.losses, self.errors)))
         forecasts = [law.at(tokens) for tokens in self.tokens[new]]
         excess = fmean(loss - mean for loss, (mean, _) in zip(self.losses[new], forecasts, strict=True))
@@ -184,10 +193,9 @@ class Course:
         self.grace, self.risen = GRACE, 0
         if self.trusted is not None:
             self.trusted = scale
-            # the detour is no evidence for the learning rate that the run came back to
 
     def may_learn(self) -> bool:
-        """Return whether much of the loss may still fall: unless the budget is nearly used, or it clearly has stopped to."""
+        """Return whether the loss may still fall by much: not late in the budget, nor where it clearly has stopped."""
         if self.used >= ENDING:
             return False
         third = len(self.losses) // 3
@@ -202,4 +210,3 @@ class Course:
 def _middle(scales: list[float]) -> float:
     """Return the geometric mean."""
     return math.exp(fmean(map(math.log, scales)))
-

@@ -190,8 +190,8 @@ class GuardedController:
     def _is_worth_it(self) -> bool:
         """Return whether to take weights back that broke the contract.
 
-        If the budget goes back with them, always. Else what was trained on since the snapshot is lost for good, and they
-        go back only if the loss is now above what it was there: weights that are better are not given away.
+        If the budget goes back with them, always. Else what was trained on since the snapshot is lost for good, and
+        they go back only if the loss is now above what it was there: weights that are better are not given away.
         """
         if self._rewinds() or self._rollback_point is None or self.watch is None:
             return True

@@ -53,7 +53,7 @@ class LossLevel:
     """Learning-rate scale under which the lowest loss was reached."""
 
     def take(self, loss: float, error: float, scale: float) -> bool:
-        """Add an interval: its loss, the standard error, and the learning-rate scale; return whether it is a new low."""
+        """Add an interval: its loss, the standard error and the learning-rate scale. Return whether it is a new low."""
         self.losses = [*self.losses, loss][-WINDOW:]
         self.errors = [*self.errors, error if math.isfinite(error) else 0.0][-WINDOW:]
         newest = self.losses[-SMOOTHING:]

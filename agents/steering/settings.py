@@ -96,11 +96,7 @@ class SteeringSettings:
             )
         _check_policy(self.policy)
         _check_mode(self.mode)
-        if not isinstance(self.base_schedule, BaseSchedule | None):
-            raise ValueError(
-                "base_schedule must be a BaseSchedule, such as BaseSchedule(schedule='wsd', warmup_share=0.1), "
-                f"got {self.base_schedule!r}"
-            )
+        _check_base(self.base_schedule)
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
         for name in ("sequences", "epoch_sequences", "decisions", "min_batch_size", "max_batch_size"):
@@ -155,6 +151,14 @@ def _check_policy(policy: Any) -> None:
         raise ValueError(
             "policy must be a name, the file of a bundle, a PolicyBundle, 'none', or a function of observation and "
             f"masks, got {type(policy).__name__}"
+        )
+
+
+def _check_base(base: Any) -> None:
+    if not isinstance(base, BaseSchedule | None):
+        raise ValueError(
+            "base_schedule must be a BaseSchedule, such as BaseSchedule(schedule='wsd', warmup_share=0.1), "
+            f"got {base!r}"
         )
 
 

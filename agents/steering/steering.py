@@ -107,9 +107,8 @@ class Steering:
         self.advises = settings.mode == "advise"
         if settings.contract is not None and settings.contract.from_start and data is None and not self.advises:
             raise ValueError(
-                "contract must be without from_start=True where the data cannot go back to their beginning, got no data; "
-                "give Steering(data=...), an object with state_dict and load_state_dict such as trainpilot.batches, or "
-                "leave from_start out"
+                "contract must be without from_start=True where the data cannot go back to the start, got no data; "
+                "give Steering(data=...), an object with state_dict and load_state_dict, or leave from_start out"
             )
         if ranks is None:
             check_alone(model)
