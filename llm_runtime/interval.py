@@ -165,6 +165,10 @@ class IntervalRecorder:
         """Seconds spent on evaluation since the last interval."""
         self.micro_batches = 1
         """Micro-batches of the newest step."""
+        self.skips = False
+        """Whether steps whose gradient is not finite are not made; they are then left out of the interval's losses."""
+        self.skipped_steps = 0
+        """How many steps were not made, in the intervals that have ended."""
         self._losses: list[tuple[torch.Tensor, float]] = []
         self._clear(0, 0.0)
 
@@ -286,6 +290,8 @@ class IntervalRecorder:
         moments = torch.stack(self._moment_norms).tolist() if self._moment_norms else []
         losses = torch.stack([record.loss for record in self.steps]).tolist()
         norms = torch.stack([record.gradient_norm for record in self.steps]).tolist()
+        if self.skips:
+            losses, norms = self._without_skipped(losses, norms)
         statistics = loss_statistics(losses)
         clip = math.inf if self.gradient_clip is None else self.gradient_clip
         stepped = adam.adam_of(self.optimizer) or self.optimizer
@@ -306,6 +312,17 @@ class IntervalRecorder:
             "probe_linear": self.probe.linear if self.probe else None,
             "probe_quadratic": self.probe.quadratic if self.probe else None,
         }
+
+    def _without_skipped(self, losses: list[float], norms: list[float]) -> tuple[list[float], list[float]]:
+        """Return the losses and norms of the steps that were made, and count the others.
+
+        Where more than half of an interval was skipped all are returned: the weights are lost, and it has diverged.
+        """
+        made = [(loss, norm) for loss, norm in zip(losses, norms, strict=True) if math.isfinite(loss + norm)]
+        self.skipped_steps += len(losses) - len(made)
+        if 2 * len(made) < len(losses):
+            return losses, norms
+        return [loss for loss, _ in made], [norm for _, norm in made]
 
     def _cost(self) -> dict[str, Any]:
         """Return the fields of time and energy; of several processes, average their losses and probes too."""
@@ -339,7 +356,7 @@ class IntervalRecorder:
     def state_dict(self) -> dict[str, Any]:
         """Return what has been recorded of the interval so far; `torch.save` can write it."""
         state: dict[str, Any] = {name: getattr(self, name) for name in _SAVED}
-        state |= {"taken": self.sequences, "decision": self.decision}
+        state |= {"taken": self.sequences, "decision": self.decision, "skipped_steps": self.skipped_steps}
         state["evaluation_s"] += self.stopwatch.paused_s()
         now = self.stopwatch.read()
         state["begun"] = None if self._start is None else _since(self._start, now)
@@ -361,6 +378,7 @@ class IntervalRecorder:
         for name in _SAVED:
             setattr(self, name, state[name])
         self.sequences, self.decision, self._losses = state["taken"], state["decision"], []
+        self.skipped_steps = state.get("skipped_steps", 0)  # versions before did not write it
         saved = state.get("interval")
         begun = state["begun"] if saved is None else saved["since"]
         self._start = None if begun is None else _before(begun, self.stopwatch.read())

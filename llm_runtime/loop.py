@@ -118,9 +118,10 @@ class ControlledLoop:
         self.pruning = pruning
         self.masks = WeightMasks(model, pruning) if pruning in ("magnitude", "evolution") else None
         self.start_width = channels.ffn_width(self._transformer()) if pruning == "width" else 0
-        self.peak = max(_first_rate(group) for group in optimizer.param_groups)
+        rates = [_first_rate(group) for group in optimizer.param_groups]
+        self.peak = max(rates)
         """Peak of the base schedule: the highest learning rate among the optimizer's groups at the beginning."""
-        if not 0 < self.peak < math.inf:
+        if not (all(map(math.isfinite, rates)) and self.peak > 0):
             raise ValueError(
                 f"optimizer must have a finite learning rate above 0, the peak of the base schedule, got {self.peak:g} "
                 "as the largest of its parameter groups; make it without a warm-up of its own"
@@ -337,6 +338,30 @@ class ControlledLoop:
         self.apply_masks()
         self.progress.end_step(sequences)
         self.recorder.end_step(gradient_norm, sequences, loss)
+
+    def drop_lost_gradients(self, gradient_norm: Tensor) -> None:
+        """Make the coming optimizer step do nothing where the gradient is not finite.
+
+        From the first call on, such steps are left out of the losses of their interval, and counted.
+
+        Args:
+            gradient_norm: Norm of the gradient of all processes, a scalar.
+        """
+        self.recorder.skips = True
+        finite = torch.isfinite(self.ranks.full_tensor(gradient_norm.detach())).to(self.device)
+        if self.device.type == "cpu":  # reading it costs nothing
+            if not finite:
+                for parameter in self.parameters():
+                    parameter.grad = None
+            return
+        if self.changes_batch and all(group.get("fused") for group in self.optimizer.param_groups):
+            for each in adam.parts_of(self.optimizer):
+                each.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            return
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                own = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+                own.masked_fill_(~finite, 0.0)
 
     def drop_step(self) -> None:
         """Forget a step that was begun and not made."""
@@ -628,6 +653,7 @@ class ControlledLoop:
         """Give model and optimizer back, with the batch's decay and the peak learning rate as at the beginning."""
         for each in adam.parts_of(self.optimizer):
             setattr(each, _OWNER, None)
+            vars(each).pop("found_inf", None)
         self._before = []
         self.apply(replace(self.controls, batch_size=self._start.batch_size))
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=False):  # some may have been added
@@ -685,6 +711,14 @@ class RollbackCopy:
         """Intervals that were taken back."""
 
     @property
+    def rewinds(self) -> bool:
+        """Whether `restore` would now take the data and the budget back too, and not the weights alone.
+
+        Where the same interval went wrong before, the data are to blame: then the data and the budget go on.
+        """
+        return self._data is not None and self._loop.progress.decision not in self.rolled_back
+
+    @property
     def exists(self) -> bool:
         """Whether there is a copy to go back to."""
         return self._copy is not None
@@ -700,15 +734,13 @@ class RollbackCopy:
         self._copy = taken
 
     def restore(self) -> None:
-        """Go back to the copy.
-
-        Where the same interval went wrong before, the data are to blame: then the data and the budget go on.
-        """
+        """Go back to the copy: the weights, and where it `rewinds` the data and the budget."""
         assert self._copy is not None, "guardrails ask for a rollback only after a snapshot"
         copied, progress = self._copy, self._loop.progress
-        here = progress.decision
+        here, rewinds = progress.decision, self.rewinds
         self._loop.restore(copied["loop"])
-        if self._data is not None and here not in self.rolled_back:
+        if rewinds:
+            assert self._data is not None
             self._data.load_state_dict(copied["data"])
             self._restore_random(*copied["random"])
             progress.load_state_dict(copied["progress"])

@@ -112,6 +112,7 @@ class SavedReadings(JsonRecord):
     micro_batches: Count
     taken: Count
     decision: Count
+    skipped_steps: Count = 0
     begun: tuple[Number, Number | None] | None
     interval: SavedInterval | None = None
     before: list[Any]

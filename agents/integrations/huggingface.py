@@ -264,6 +264,10 @@ class SteeringMixin(Trainer):
         for batch in inputs:
             super()._track_num_input_tokens(batch)  # type: ignore[no-untyped-call]
 
+    def drop_lost_gradients(self) -> None:
+        """Make the coming optimiser step do nothing where the gradient is not finite."""
+        self.steered()[0].drop_lost_gradients(torch.as_tensor(self._norm))
+
     def end_step(self) -> None:
         """Record the optimiser step that was made; at an interval's end, decide."""
         self.steered()[0].end_step(torch.as_tensor(self._norm), self.rows * self.args.world_size)
@@ -346,6 +350,12 @@ class StepEnd(TrainerCallback):
 
     def __init__(self, trainer: SteeringMixin) -> None:
         self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Keep a gradient that is not finite from the weights."""
+        self.trainer.drop_lost_gradients()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

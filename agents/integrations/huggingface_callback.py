@@ -216,6 +216,7 @@ class SteeringCallback(TrainerCallback):
     def _clip(self, _model: nn.Module | None = None, grad_norm: Any = None) -> torch.Tensor:
         """Clip the gradient; keep and return its norm before."""
         self._norm = self._steered().clip_gradients()
+        self._steered().drop_lost_gradients(self._norm)
         return self._norm
 
     def on_optimizer_step(

@@ -267,6 +267,7 @@ class LightningSteering(pl.Callback):
         if self._total != expected and not self.steering.advises:
             self.steering.scale_gradients(expected / self._total)
         self._norm = self.steering.gradient_norm()
+        self.steering.drop_lost_gradients(self._norm)
         for loss, sequences in self._losses:
             self.steering.note_loss(loss, sequences / self._total)
 

@@ -15,78 +15,16 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.steering.power_law import PowerLaw
 from trainpilot.llm_runtime.telemetry import Telemetry
-
-Floats = NDArray[np.floating[Any]]
-
-EXPONENTS = np.geomspace(0.05, 1.0, 200)
-"""Exponents of the power law that are weighed; published ones lie between 0.05 and 0.6."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PowerLaw:
-    """Extrapolates losses floor + A tokens^-s: a mean over exponents s, each weighted by how well it fits."""
-
-    first_tokens: float
-    exponents: Floats
-    weights: Floats
-    """Weights of the exponents; they sum to 1."""
-    floors: Floats
-    amplitudes: Floats
-    covariances: Floats
-    """Covariances of floor and amplitude, shape (n_exponents, 2, 2)."""
-    excess: float
-    """Variance of the losses over the variance that their standard errors predict; at least 1."""
-
-    @classmethod
-    def fit(cls, tokens: Floats, losses: Floats, errors: Floats) -> PowerLaw:
-        """Fit losses that have standard errors; losses that scatter more widen the band."""
-        fits = [_fit_line((tokens / tokens[0]) ** -s, losses, errors) for s in EXPONENTS]
-        squares = np.array([each[2] for each in fits])
-        excess = max(float(squares.min()) / max(len(losses) - 3, 1), 1.0)
-        weights = np.exp(-(squares - squares.min()) / (2 * excess))
-        lines = np.array([each[0] for each in fits])
-        return cls(
-            first_tokens=float(tokens[0]),
-            exponents=EXPONENTS,
-            weights=weights / weights.sum(),
-            floors=lines[:, 0],
-            amplitudes=lines[:, 1],
-            covariances=excess * np.array([each[1] for each in fits]),
-            excess=excess,
-        )
-
-    def at(self, tokens: float) -> tuple[float, float]:
-        """Return the forecast of the loss at a number of tokens, and its standard error."""
-        falls = (tokens / self.first_tokens) ** -self.exponents
-        means = self.floors + self.amplitudes * falls
-        slopes = np.stack([np.ones_like(falls), falls], axis=1)
-        variances = np.einsum("ki,kij,kj->k", slopes, self.covariances, slopes)
-        mean = float(self.weights @ means)
-        return mean, math.sqrt(max(float(self.weights @ (variances + (means - mean) ** 2)), 0.0))
-
-
-def _fit_line(falls: Floats, losses: Floats, errors: Floats) -> tuple[Floats, Floats, float]:
-    """Return floor and amplitude, both >= 0, their covariance, and the sum of squared errors."""
-    design = np.stack([np.ones_like(falls), falls], axis=1) / errors[:, None]
-    target = losses / errors
-    inverse = np.linalg.pinv(design.T @ design)
-    line = inverse @ design.T @ target
-    if line.min() < 0:  # then the other one alone; all that it can do is stated by the larger sum of squares
-        kept = 1 - int(line.argmin())
-        column = design[:, kept]
-        line = np.zeros(2)
-        line[kept] = column @ target / (column @ column)
-        inverse = np.zeros((2, 2))
-        inverse[kept, kept] = 1 / (column @ column)
-    return line, inverse, float(np.sum((design @ line - target) ** 2))
-
 
 SMOOTHING = 3
 """Intervals that are averaged before they are compared."""
+WINDOWS = (SMOOTHING, 6, 12, 24)
+"""Numbers of newest intervals whose mean is held against the bound: what is small is seen in many. The longer ones
+begin where judging begins."""
 RUNNING = 2
 """Consecutive intervals that must lie outside before the contract is broken."""
 BAND = 2.0
@@ -128,7 +66,9 @@ class QualityContract:
     from_start: bool = False
     """Take a run that breaks its contract back to its beginning, so that nothing done to it stays.
 
-    That costs what was trained on up to there, and a rollback for another reason then costs as much.
+    That costs what was trained on up to there, and a rollback for another reason then costs as much. It needs `data` in
+    `Steering`: the budget begins anew with the data, and initial weights in the last part of a budget would be worse
+    than any policy.
     Otherwise it goes back to a state whose loss had lain within for ten decisions. Too large a learning rate can do
     lasting damage that shows only later.
     """
@@ -147,17 +87,22 @@ class QualityContract:
         intervals = [record.telemetry for record in records]
         reference = tuple((each.budget_used, each.train_loss) for each in intervals)
         tokens = sum(each.interval_tokens for each in intervals)
-        pace = sum(each.time_s for each in intervals) / tokens if tokens else None
+        pace = sum(each.time_s for each in intervals) / tokens if tokens else 0.0
+        pace = pace if pace > 0 else None  # a clock that stands still says nothing
         return cls(**{"reference": reference, "reference_s_per_token": pace, **terms})
 
     def __post_init__(self) -> None:
         for name in ("max_loss_increase", "max_slowdown"):
-            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
+            value = getattr(self, name)
+            if not (_is_number(value) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}")
-        if not 0 < self.evidence_share < GIVE_UP:
+        if not (_is_number(self.evidence_share) and 0 < self.evidence_share < GIVE_UP):
             raise ValueError(f"evidence_share must be in (0, {GIVE_UP}), got {self.evidence_share!r}")
         if self.reference is not None:
             _check_reference(self.reference)
+        pace = self.reference_s_per_token
+        if pace is not None and not (_is_number(pace) and math.isfinite(pace) and pace > 0):
+            raise ValueError(f"reference_s_per_token must be a number of seconds above 0 or None, got {pace!r}")
 
 
 class ContractWatch:
@@ -169,6 +114,8 @@ class ContractWatch:
         """Why the contract was broken, and after which decision."""
         self._rows: list[dict[str, float]] = []
         self._outside = 0
+        self._steers = False
+        """Whether any control has differed from the base schedule's."""
         self._fitted: tuple[tuple[int, int], PowerLaw] | None = None
 
     @property
@@ -192,10 +139,17 @@ class ContractWatch:
     def _settled(self, index: int) -> bool:
         return not self._rows[index]["learning_rate"] > 1.01 * self._rows[index - 1]["learning_rate"]
 
-    def observe(self, telemetry: Telemetry) -> str | None:
-        """Record an interval; return why the contract is broken, in the interval that broke it."""
+    def observe(self, telemetry: Telemetry, *, steers: bool = True) -> str | None:
+        """Record an interval; return why the contract is broken, in the interval that broke it.
+
+        Args:
+            telemetry: The interval.
+            steers: Whether its controls differ from the base schedule's. Until they do, the run is that of its base
+                schedule, and its loss is what the data have made it.
+        """
         if not math.isfinite(telemetry.train_loss) or not telemetry.interval_tokens:
             return None
+        self._steers |= steers
         self._rows.append(_row(telemetry))
         reason = None if self.broken else self._breach()
         self._outside = self._outside + 1 if reason else 0
@@ -207,31 +161,41 @@ class ContractWatch:
     @property
     def endangered(self) -> bool:
         """Whether the loss lies above the agreed bound, though it may be by chance."""
-        return self._loss_outside(band=0.0)
+        return self._loss_outside(band=0.0, windows=WINDOWS[:1]) is not None
 
-    def _loss_outside(self, band: float = BAND) -> bool:
-        found = self.loss_increase()
-        return found is not None and found[0] > self.contract.max_loss_increase + band * found[1]
+    def _loss_outside(self, band: float = BAND, windows: Sequence[int] = WINDOWS) -> float | None:
+        """Return the increase of the loss over the first window in which it is outside; `None` where it is in none."""
+        for window in windows:
+            found = self.loss_increase(window)
+            if found is not None and found[0] > self.contract.max_loss_increase + band * found[1]:
+                return found[0]
+        return None
 
     @property
     def harmed(self) -> bool:
         """Whether the loss broke the contract: a rollback mends that, but not lost time."""
-        return self.broken is not None and self._loss_outside()
+        return self.broken is not None and self._loss_outside() is not None
 
     def _breach(self) -> str | None:
-        terms, found = self.contract, self.loss_increase()
+        terms, increase = self.contract, self._loss_outside()
         if self._rows[-1]["share"] < JUDGED_FROM - 1e-9:
             return None
-        if found is not None and self._loss_outside():
-            return f"training loss {found[0]:.3f} nats above the base schedule's, agreed {terms.max_loss_increase:g}"
+        if increase is not None and self._steers:
+            return f"training loss {increase:.3f} nats above the base schedule's, agreed {terms.max_loss_increase:g}"
         slowdown = self.slowdown()
         if slowdown is not None and slowdown > terms.max_slowdown:
             return f"{slowdown:.0%} more seconds per token than the base schedule, agreed {terms.max_slowdown:.0%}"
         return None
 
-    def loss_increase(self) -> tuple[float, float] | None:
-        """Return the smoothed loss less the base schedule's, and its standard error; `None` where that is unknown."""
-        rows = self._steered()[-SMOOTHING:]
+    def loss_increase(self, window: int = SMOOTHING) -> tuple[float, float] | None:
+        """Return the mean loss less the base schedule's, and its standard error; `None` where that is unknown.
+
+        Args:
+            window: Number of newest intervals; fewer than these are taken up to `SMOOTHING` only.
+        """
+        rows = self._steered()[-window:]
+        if window > SMOOTHING and (len(rows) < window or rows[0]["share"] < JUDGED_FROM - 1e-9):
+            return None
         forecasts = [self._forecast(row["share"], row["tokens"]) for row in rows]
         if not rows or None in forecasts:
             return None
@@ -290,13 +254,18 @@ class ContractWatch:
         return None
 
     def summary(self) -> dict[str, Any]:
-        """Return whether the contract was kept. `held` is `None` where the evidence does not decide it."""
+        """Return whether the contract was kept. `held` is `None` where the evidence does not decide it.
+
+        `detects_from` is the smallest increase of the loss, in nats/token, that would be seen where the run stands.
+        """
         found, slowdown = self.loss_increase(), self.slowdown()
+        known = [increase[1] for window in WINDOWS if (increase := self.loss_increase(window)) is not None]
         return {
             "held": self._held(found, slowdown),
             "evidence": self._evidence_text(found) + ("; seconds were not compared" if slowdown is None else ""),
             "loss_increase": found[0] if found else None,
             "standard_error": found[1] if found else None,
+            "detects_from": self.contract.max_loss_increase + BAND * min(known) if known else None,
             "slowdown": slowdown,
             "broken_at_decision": self.broken[1] if self.broken else None,
             "broken_because": self.broken[0] if self.broken else None,
@@ -319,11 +288,13 @@ class ContractWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain JSON values."""
-        return {"past": self.past_state(), "broken": list(self.broken) if self.broken else None}
+        broken = list(self.broken) if self.broken else None
+        return {"past": self.past_state(), "broken": broken, "steers": self._steers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.load_past_state(state["past"])
+        self._steers = state.get("steers", True)  # versions before did not write it
         self.broken = (str(state["broken"][0]), int(state["broken"][1])) if state["broken"] else None
 
     def past_state(self) -> dict[str, Any]:
@@ -348,11 +319,24 @@ def _row(telemetry: Telemetry) -> dict[str, float]:
     }
 
 
-def _check_reference(reference: Sequence[tuple[float, float]]) -> None:
-    shares = [share for share, _ in reference]
-    fits = len(shares) >= 2 and all(a < b for a, b in pairwise(shares))
-    if not (fits and shares[0] >= 0 and all(math.isfinite(loss) for _, loss in reference)):
+def _check_reference(reference: Any) -> None:
+    if not _is_reference(reference):
+        plain = isinstance(reference, str) or not isinstance(reference, Sequence)
+        shown = repr(reference if plain else list(reference))
         raise ValueError(
-            "reference must be at least two (share of the budget, loss) in rising order of finite numbers, "
-            f"got {list(reference)!r}"
+            "reference must be at least two (share of the budget, loss) in rising order of shares from 0 on, with "
+            f"finite losses above 0, got {shown[:200]}; QualityContract.against(steering.records) makes it"
         )
+
+
+def _is_reference(reference: Any) -> bool:
+    if isinstance(reference, str) or not isinstance(reference, Sequence) or len(reference) < 2:
+        return False
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_number, pair)) for pair in reference):
+        return False
+    rising = all(one[0] < other[0] for one, other in pairwise(reference))
+    return rising and reference[0][0] >= 0 and all(math.isfinite(loss) and loss > 0 for _, loss in reference)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

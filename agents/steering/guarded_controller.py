@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, DecisionRecord
-from trainpilot.agents.steering.contract import ContractWatch, QualityContract
+from trainpilot.agents.steering.contract import SMOOTHING, ContractWatch, QualityContract
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.saved_state import SavedController, SavedStanding
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
@@ -75,7 +76,7 @@ class FaultTolerantPolicy:
             if not np.isfinite(controller.state.observation()).all():
                 raise ValueError("the observation is not finite")
             requested = _checked(controller.requested_action())
-        except Exception as error:  # any error of a policy must not end the run
+        except (Exception, SystemExit) as error:  # whatever a policy raises must not end the run, but for Ctrl-C
             self.failures += 1
             return KEEP, f"{POLICY_FAILED}{type(error).__name__}: {error}"
         self.failures = 0
@@ -92,6 +93,8 @@ def _checked(action: Any) -> Action:
     return checked
 
 
+MAX_CORRECTIONS = 2
+"""After more corrections of the learning rate the run goes on under its base schedule."""
 GENTLER = 0.5
 """Factor on the learning-rate scale after a rollback. Not applied to the first rollback if no control had changed."""
 FINISH = [each.name for each in ACTION_FIELDS].index("finish")
@@ -104,9 +107,17 @@ class GuardedController:
         controller: Decides; not used before.
         guardrails: The bounds.
         contract: Bounds on what steering may cost in loss and time; `None` for none.
+        rewinds: Returns whether a rollback would now take the data and the budget back with the weights.
     """
 
-    def __init__(self, controller: Controller, guardrails: Guardrails, contract: QualityContract | None = None) -> None:
+    def __init__(
+        self,
+        controller: Controller,
+        guardrails: Guardrails,
+        contract: QualityContract | None = None,
+        *,
+        rewinds: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.controller = controller
         self.guardrails = guardrails
         least = guardrails.least_scale(controller.state.situation())
@@ -121,7 +132,7 @@ class GuardedController:
         """The first decision under the base schedule."""
         self._seen: list[int] = []
         """Indices in `records` of the intervals that the controller knows: those that were not rolled back."""
-        self._recorded = True
+        self._recorded, self._rewinds = True, rewinds
         self._policy = FaultTolerantPolicy()
         self._refusals: Counter[str] = Counter()
         self._rollbacks: list[dict[str, Any]] = []
@@ -161,7 +172,8 @@ class GuardedController:
 
     def _judge(self, telemetry: Telemetry) -> tuple[bool, list[str]]:
         """Return whether the run must be rolled back, and why; fall back to the base schedule where that is due."""
-        broken = self.watch.observe(telemetry) if self.watch is not None else None
+        steers = telemetry.requested != self.controller.state.limits.start
+        broken = self.watch.observe(telemetry, steers=steers) if self.watch is not None else None
         verdict = self.guardrails.judge(telemetry)
         if self.fallen_back is not None and not is_lost(telemetry):
             return False, []
@@ -171,10 +183,25 @@ class GuardedController:
             self._fall_back(verdict.reason, telemetry.decision + 1)
         if (reason := verdict.reason or broken) is None:
             return False, []
-        harmed = verdict.kind != "go_on" or (self.watch is not None and self.watch.harmed)
+        harmed = verdict.kind != "go_on" or (self.watch is not None and self.watch.harmed and self._is_worth_it())
         if roll_back := harmed and self._rollback_point is not None:
             self._rollbacks.append({"after_decision": telemetry.decision, "reason": reason})
         return roll_back, [reason]
+
+    def _is_worth_it(self) -> bool:
+        """Return whether to take weights back that broke the contract.
+
+        If the budget goes back with them, always. Else what was trained on since the snapshot is lost for good, and
+        they go back only if the loss is now above what it was there: weights that are better are not given away.
+        """
+        if self._rewinds() or self._rollback_point is None or self.watch is None:
+            return True
+        past = self._rollback_point.contract
+        then, now = (
+            [row["loss"] for row in rows[-SMOOTHING:]]
+            for rows in (past["rows"] if past else [], self.watch.past_state()["rows"])
+        )
+        return bool(then) and fmean(now) > fmean(then)
 
     def _fall_back(self, reason: str | None, decision: int) -> None:
         if self.fallen_back is None:
@@ -192,13 +219,28 @@ class GuardedController:
         guardrails, watch = self.guardrails, self.watch
         past = watch.past_state() if watch is not None else None
         before = guardrails.past_state()
-        decision = self._bounded()
+        decision, held = self._corrected(self._bounded())
         self._refusals.update(decision.refusals)
         self._before = RollbackPoint(tuple(self._seen), before, past)
         snapshot = self._wants_snapshot(decision.allowed)
-        self._carry_out(decision)
+        self._carry_out(decision, held)
         reasons = [*reasons, *decision.refusals]
         return GuardedDecision(self.controls, False, snapshot, self.fallen_back is not None, tuple(reasons))
+
+    def _corrected(self, decision: Decision) -> tuple[Decision, Controls | None]:
+        """Return the decision, or "keep" and controls to hold where the learning rate has to come back."""
+        if self.fallen_back is not None or (self.watch is not None and self.watch.observing):
+            return decision, None
+        found = self.guardrails.correction(self.controller.state.situation())
+        if found is None:
+            return decision, None
+        (scale, reason), now = found, self.controls
+        self.guardrails.corrected(now.learning_rate_scale, scale)
+        if self.guardrails.history.corrections > MAX_CORRECTIONS:
+            self._fall_back(f"{reason}, {MAX_CORRECTIONS + 1} times", len(self._seen))
+            return Decision(decision.requested, KEEP, now, [reason]), self.base_controls()
+        why = f"learning rate brought back to x{scale:.3g}: {reason}"
+        return Decision(decision.requested, KEEP, now, [why]), replace(now, learning_rate_scale=scale)
 
     def _wants_snapshot(self, action: Action) -> bool:
         if not self.guardrails.needs_snapshot(action):
@@ -227,12 +269,21 @@ class GuardedController:
         if self.watch is not None and self.watch.observing and action != KEEP:
             return KEEP, ["everything refused: the quality contract gathers evidence under the base schedule"]
         allowed, refusals = self.guardrails.review(action, self.controller.state.situation())
-        if self.watch is not None and allowed[FINISH] != KEEP[FINISH] and (reason := self.watch.refuses_finish()):
+        if allowed[FINISH] != KEEP[FINISH] and (reason := self._refuses_finish()):
             allowed, refusals = (
                 (*allowed[:FINISH], KEEP[FINISH], *allowed[FINISH + 1 :]),
                 [*refusals, f"finish cool down refused: {reason}"],
             )
         return allowed, refusals
+
+    def _refuses_finish(self) -> str | None:
+        """Return why the run may not end early; `None` where it may."""
+        if self.watch is not None and (reason := self.watch.refuses_finish()):
+            return reason
+        preference, course = self.controller.state.preference, self.guardrails.past.course
+        if course is not None and preference.weights()[0] == 1 and course.may_learn():
+            return "the loss may still fall, and nothing but the loss is asked for"
+        return None
 
     def _carry_out(self, decision: Decision, held: Controls | None = None) -> None:
         """Make the allowed action the present decision, or the controls `held` instead."""

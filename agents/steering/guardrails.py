@@ -14,6 +14,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any, Literal
 
+from trainpilot.agents.steering.course import Course
 from trainpilot.envs.action import (
     ACTION_FIELDS,
     BATCH_FACTORS,
@@ -51,14 +52,23 @@ class LossLevel:
     paid_scale: float = 1.0
     """Learning-rate scale under which the lowest loss was reached."""
 
-    def take(self, loss: float, error: float, scale: float) -> None:
-        """Add an interval: its loss, the standard error, and the learning-rate scale in force."""
+    def take(self, loss: float, error: float, scale: float) -> bool:
+        """Add an interval: its loss, the standard error and the learning-rate scale. Return whether it is a new low."""
         self.losses = [*self.losses, loss][-WINDOW:]
         self.errors = [*self.errors, error if math.isfinite(error) else 0.0][-WINDOW:]
         newest = self.losses[-SMOOTHING:]
         smoothed = sum(newest) / len(newest)
         if self.lowest is None or smoothed < self.lowest - MARGIN * self.spread():
             self.lowest, self.paid_scale = smoothed, scale
+            return True
+        return False
+
+    def excess(self) -> float:
+        """Return how many spreads the smoothed loss lies above its lowest."""
+        newest = self.losses[-SMOOTHING:]
+        if self.lowest is None or not newest:
+            return 0.0
+        return (sum(newest) / len(newest) - self.lowest) / max(self.spread(), 1e-12)
 
     def level(self) -> float | None:
         """Return the recent level; `None` before the first interval."""
@@ -136,6 +146,9 @@ class GuardrailSettings:
     """Largest number of decisions between two snapshots, which is what a rollback can cost."""
     finish_from: float = FINISH_FROM
     """No cool-down before this share of the budget; 1 for never."""
+    cautious: bool = True
+    """Whether curvature and losses must bear out a learning rate far from the starting one, a change of it that falls
+    behind is taken back, and a run for quality alone does not end while its loss falls (`course.py`)."""
 
     def __post_init__(self) -> None:
         _check_range("learning_rate_range", self.learning_rate_range)
@@ -175,6 +188,9 @@ class Past:
     losses: LossLevel = field(default_factory=LossLevel)
     since_snapshot: int | None = None
     """Decisions since the last snapshot; `None` without one."""
+    course: Course | None = None
+    """How the run has learnt, for the rules against slow damage; `None` without them, as in a run that began under a
+    version which did not have them."""
 
 
 @dataclass(kw_only=True)
@@ -184,6 +200,10 @@ class RollbackHistory:
     rollbacks: int = 0
     held: dict[str, int] = field(default_factory=dict)
     """Changes that led to a rollback, such as `learning_rate up`, and for how many more decisions they are refused."""
+    corrections: int = 0
+    """How often the learning rate was brought back."""
+    ceiling: float = 64.0
+    """Learning-rate scale above which the loss fell behind."""
 
 
 class Guardrails:
@@ -205,7 +225,7 @@ class Guardrails:
                     f"learning_rate_range must hold the run's own learning rate, {base_learning_rate:g}, "
                     f"got {rates[0]:g} to {rates[1]:g}; raise its upper bound, or lower the rate"
                 )
-        self.past = Past()
+        self.past = Past(course=Course() if self.settings.cautious else None)
         self.history = RollbackHistory()
 
     def review(self, action: Action, situation: Situation) -> tuple[Action, list[str]]:
@@ -221,6 +241,7 @@ class Guardrails:
             swings = not (insists and each.name == "batch_size")
             reason = self._held(each.name, choice, swings=swings) or self._leaves(situation, to_scale, to_batch)
             reason = reason or self._too_early_or_high(each.name, situation, to_scale)
+            reason = reason or self._unpaid(each.name, situation, to_scale)
             if reason is None and swings and (reason := self._oscillates(each.name, choice)):
                 self.past.held[each.name] = self.settings.oscillation_window + 1  # this decision counts down too
             if reason:
@@ -265,6 +286,37 @@ class Guardrails:
         if name == "learning_rate" and scale > most:
             return f"more than x{settings.max_rise:g} above where the loss last reached a new low"
         return None
+
+    def _unpaid(self, name: str, situation: Situation, scale: float) -> str | None:
+        """Return why a learning rate is refused that the losses speak against."""
+        course, before = self.past.course, situation.controls.learning_rate_scale
+        if name != "learning_rate" or course is None:
+            return None
+        if course.start_scale is None:
+            course.start_scale = before
+        if before > scale and scale < course.least() / ROUNDED:
+            return f"less than x{course.least():.3g} while the loss still reaches new lows"
+        batches = situation.controls.batch_size, situation.limits.start.batch_size
+        if scale > before and (reason := course.too_high(scale / ROUNDED, *batches)):
+            return reason
+        if scale > before and scale > self.history.ceiling * ROUNDED:
+            return f"more than x{self.history.ceiling:.3g}, above which the loss fell behind"
+        return None
+
+    def correction(self, situation: Situation) -> tuple[float, str] | None:
+        """Return the learning-rate scale to go back to, and why; `None` where the policy may go on."""
+        course = self.past.course
+        return None if course is None else course.correction(situation.controls.learning_rate_scale)
+
+    def corrected(self, before: float, scale: float) -> None:
+        """Record that the run was brought from one learning-rate scale to another."""
+        self.history.corrections += 1
+        if scale < before:
+            self.history.ceiling = min(self.history.ceiling, scale)
+        if self.past.course is not None:
+            if scale > before:
+                self.past.course.floor = scale
+            self.past.course.corrected(scale)
 
     def _oscillates(self, name: str, choice: int) -> str | None:
         settings = self.settings
@@ -333,8 +385,25 @@ class Guardrails:
         if self._rise(loss) > 1:
             return f"training loss {loss:.3f} is a spike above {past.losses.level():.3f}"
         error = telemetry.train_loss_std / math.sqrt(max(telemetry.steps, 1))
-        past.losses.take(loss, error, telemetry.requested.learning_rate_scale)
+        new_low = past.losses.take(loss, error, telemetry.requested.learning_rate_scale)
+        if past.course is not None:
+            self._follow(past.course, telemetry, new_low=new_low)
         return None
+
+    def _follow(self, course: Course, telemetry: Telemetry, *, new_low: bool) -> None:
+        controls, losses = telemetry.requested, self.past.losses
+        scale = controls.learning_rate_scale
+        course.take(
+            loss=telemetry.train_loss,
+            error=max(losses.spread(), 1e-4),
+            tokens=telemetry.tokens - telemetry.interval_tokens / 2,
+            scale=scale,
+            rate=telemetry.learning_rate / scale / math.sqrt(controls.batch_size),
+            used=telemetry.budget_used,
+            new_low=new_low,
+            excess=losses.excess(),
+            bend=_bend(telemetry),
+        )
 
     def _rise(self, loss: float) -> float:
         """Return how far a loss lies above the recent level; a spike from 1 on."""
@@ -366,13 +435,24 @@ class Guardrails:
 
     def load_past_state(self, state: Mapping[str, Any]) -> None:
         """Restore the part that `past_state` returned; the rollback history stays."""
-        copied = {"batch_requests": None, **deepcopy(dict(state))}
-        self.past = Past(**{**copied, "losses": LossLevel(**copied["losses"])})
+        copied = {"batch_requests": None, "course": None, **deepcopy(dict(state))}
+        course = None if copied["course"] is None else Course(**copied["course"])
+        self.past = Past(**{**copied, "losses": LossLevel(**copied["losses"]), "course": course})
 
 
 def is_lost(telemetry: Telemetry) -> bool:
     """Return whether the weights are useless: the loss is not finite."""
     return telemetry.diverged or not math.isfinite(telemetry.train_loss)
+
+
+def _bend(telemetry: Telemetry) -> float | None:
+    """Return what curvature adds to the loss along a step, as a share of it, over the learning rate squared.
+
+    `None` without a probe.
+    """
+    if telemetry.probe_quadratic is None or not telemetry.learning_rate > 0:
+        return None
+    return telemetry.probe_quadratic / max(telemetry.train_loss, 1e-9) / telemetry.learning_rate**2
 
 
 def change_of(name: str, choice: int) -> str:

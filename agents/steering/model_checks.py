@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -94,6 +95,27 @@ def is_pretrained(model: nn.Module) -> bool:
     """
     named = any(getattr(module, "name_or_path", None) for module in model.modules())
     return named and any(not _is_new(gain) for gain in _gains(model))
+
+
+TRAINED = 0.6
+"""A first loss below this share of the logarithm of the vocabulary is that of a trained model; a new one's is at 1."""
+
+
+def looks_trained(model: nn.Module, first_loss: float) -> bool:
+    """Return whether a language model's first loss shows that it comes trained, whatever it says of itself.
+
+    Args:
+        model: Its vocabulary is known if its last linear layer has as many outputs as an embedding has rows.
+        first_loss: Mean loss of the first step, before any update, in nats/token.
+    """
+    vocabulary = _vocabulary(model)
+    return vocabulary is not None and 0 <= first_loss < TRAINED * math.log(vocabulary)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    outputs = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
+    rows = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    return outputs[-1] if outputs and outputs[-1] in rows else None
 
 
 def _gains(model: nn.Module) -> list[torch.Tensor]:

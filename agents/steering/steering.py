@@ -37,6 +37,7 @@ from trainpilot.agents.steering.loop_checks import RowWatch, check_repeatable
 from trainpilot.agents.steering.model_checks import (
     check_alone,
     is_pretrained,
+    looks_trained,
     near_learning_rate,
     own_optimizer,
 )
@@ -104,11 +105,16 @@ class Steering:
     ) -> None:
         self.settings = settings
         optimizer = own_optimizer(optimizer)
+        self.advises = settings.mode == "advise"
+        if settings.contract is not None and settings.contract.from_start and data is None and not self.advises:
+            raise ValueError(
+                "contract must be without from_start=True where the data cannot go back to the start, got no data; "
+                "give Steering(data=...), an object with state_dict and load_state_dict, or leave from_start out"
+            )
         if ranks is None:
             check_alone(model)
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
         self.validate, self.on_decision = validate, on_decision
-        self.advises = settings.mode == "advise"
         resolved = ResolvedSettings.of(settings)
         used = settings.precisions[:1] if self.advises else settings.precisions
         self.loop = ControlledLoop(
@@ -134,7 +140,7 @@ class Steering:
         bounds = self._bounds(self.loop.peak, fine_tuning=self.fine_tuning)
         guardrails = Guardrails(bounds, base_learning_rate=self.loop.peak)
         kind = AdvisingController if self.advises else GuardedController
-        self.controller = kind(controller, guardrails, settings.contract)
+        self.controller = kind(controller, guardrails, settings.contract, rewinds=lambda: self.rollback_copy.rewinds)
         self.validation_loss: float | None = None
         """Latest validation loss, in nats/token."""
         self._step_open = False
@@ -340,6 +346,20 @@ class Steering:
         clip = self.settings.gradient_clip
         return nn.utils.clip_grad_norm_(self.loop.parameters(), float("inf") if clip is None else clip)
 
+    def drop_lost_gradients(self, gradient_norm: torch.Tensor) -> None:
+        """Make the coming optimizer step do nothing where the gradient is not finite; call it right before the step.
+
+        Such a step would ruin the weights. It counts in the budget, and its loss is left out of the interval's. On a
+        GPU nothing waits for the norm: a fused optimizer skips the step on the device, and another one makes it with a
+        gradient of zero, along its momentum alone. All processes decide alike, as they have the same norm. Under
+        advice nothing is changed.
+
+        Args:
+            gradient_norm: Norm of the gradient of all processes, a scalar.
+        """
+        if not self.advises:
+            self.loop.drop_lost_gradients(gradient_norm)
+
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradients of all parameters that the optimizer steps by `factor`, in place."""
         for parameter in self.loop.parameters():
@@ -378,12 +398,22 @@ class Steering:
 
     def _end_interval(self) -> None:
         telemetry = self.loop.end_interval(validation_loss=self.validation_loss, epochs_seen=self._epochs_seen())
+        if telemetry.decision == 0:
+            self._look_at_first_loss(telemetry)
         record = self.controller.record(telemetry)
         try:
             self._decide(telemetry)
         finally:
             if self.on_decision is not None and self.ranks.is_first:
                 self._log(self.on_decision, record)
+
+    def _look_at_first_loss(self, telemetry: Telemetry) -> None:
+        """Keep the learning rate near the user's where the first loss shows that the model comes trained."""
+        if self.settings.fine_tuning is not None or self.fine_tuning or telemetry.diverged:
+            return
+        if looks_trained(self.loop.model, float(self.loop.recorder.steps[0].loss)):
+            self.fine_tuning = True
+            self.controller.guardrails.settings = self._bounds(self.loop.peak, fine_tuning=True)
 
     def _log(self, on_decision: Callable[[DecisionRecord], None], record: DecisionRecord) -> None:
         try:
@@ -580,6 +610,7 @@ class Steering:
             "budget_used": self.progress.used,
             "time_s": sum(each.time_s for each in intervals),
             "energy_j": sum_known(each.energy_j for each in intervals),
+            "skipped_steps": self.loop.recorder.skipped_steps,
             "energy_source": intervals[-1].energy_source if intervals else None,
             "validation_loss": self.validation_loss,
             "domain_warnings": list(self.domain_warnings),
@@ -681,6 +712,7 @@ class Step:
             )
         try:
             norm = steering.clip_gradients()
+            steering.drop_lost_gradients(norm)
             steering.loop.optimizer.step()
         except BaseException:
             self._drop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from fakes import make_telemetry
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.steering.contract import ContractWatch, PowerLaw, QualityContract
+from trainpilot.agents.steering.contract import ContractWatch, QualityContract
+from trainpilot.agents.steering.power_law import PowerLaw
 from trainpilot.envs.action import KEEP
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -194,10 +196,51 @@ def test_the_state_passes_through_json() -> None:
     assert other.summary() == one.summary()
 
 
+def test_a_run_that_changes_nothing_breaks_no_contract_whatever_its_data_do() -> None:
+    one, other = ContractWatch(KNOWN), ContractWatch(KNOWN)
+    worse = [replace(interval(index), train_loss=9.0) for index in range(30)]
+    assert not any(one.observe(each, steers=False) for each in worse)
+    assert any(other.observe(each, steers=True) for each in worse)
+    again = ContractWatch(KNOWN)
+    again.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert again.observe(worse[-1], steers=False) is None
+    assert any(again.observe(worse[-1], steers=True) for _ in range(2))
+
+
+def test_the_summary_says_how_much_it_can_see() -> None:
+    watch = ContractWatch(QualityContract(max_loss_increase=0.02, reference=REFERENCE))
+    assert watch.summary()["detects_from"] is None
+    for index in range(20):
+        watch.observe(interval(index))
+    summary = watch.summary()
+    # the first ten intervals are not judged: from then on the longest window is one of six
+    assert summary["detects_from"] == pytest.approx(0.02 + 2 * summary["standard_error"] * math.sqrt(3 / 6))
+
+
+def test_a_small_increase_is_seen_in_many_intervals() -> None:
+    watch = ContractWatch(QualityContract(max_loss_increase=0.01, reference=REFERENCE))
+    noise = interval(0).train_loss_std / math.sqrt(interval(0).steps)
+    extra = 0.01 + 1.0 * noise  # two standard errors of a mean of three are 1.15 of one interval's
+    broken_at = run(watch, lambda i: extra)
+    assert broken_at is not None
+    assert broken_at > 14
+
+
+def test_an_earlier_run_whose_clock_stood_still_says_nothing_of_time() -> None:
+    told = [make_telemetry(budget_used=share, time_s=0.0) for share in (0.5, 1.0)]
+    nothing: dict[str, Any] = {"refusals": (), "masked": {}, "observation": {}, "reward": None}
+    records = [DecisionRecord(telemetry=each, requested=KEEP, allowed=KEEP, **nothing) for each in told]
+    assert QualityContract.against(records).reference_s_per_token is None
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_loss_increase", -0.1), ("max_slowdown", math.nan), ("evidence_share", 0.0), ("reference", [(0.1, 2.0)]),
-     ("reference", [(0.2, 2.0), (0.1, 1.9)])],
+     ("reference", [(0.2, 2.0), (0.1, 1.9)]), ("reference", "losses"), ("reference", [0.1, 0.2]),
+     ("reference", [("a", 2.0), ("b", 1.0)]), ("reference", [(0.1, 0.0), (0.2, 1.0)]),
+     ("reference", [(0.1, -5.0), (0.2, 1.0)]), ("reference", [(0.1, math.inf), (0.2, 1.0)]),
+     ("reference_s_per_token", 0.0), ("reference_s_per_token", math.nan), ("reference_s_per_token", -1.0),
+     ("reference_s_per_token", "fast"), ("max_slowdown", "none"), ("evidence_share", None)],
 )  # fmt: skip
 def test_terms_that_make_no_sense_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):

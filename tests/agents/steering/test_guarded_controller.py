@@ -113,7 +113,8 @@ def owner(
 ) -> Owner:
     plant = plant or ToyPlant()
     controller = Controller(policy, plant.limits(), Preference())
-    return Owner(plant, GuardedController(controller, Guardrails(GuardrailSettings(**settings)), contract))
+    bounds = GuardrailSettings(**{"cautious": False, **settings})
+    return Owner(plant, GuardedController(controller, Guardrails(bounds), contract))
 
 
 def where(guarded: GuardedController) -> dict[str, Any]:
@@ -278,6 +279,17 @@ def test_broken_contract_rolls_back_and_falls_back_to_the_base_schedule() -> Non
     assert run.telemetry.train_loss == pytest.approx(known[-1][1])  # taken back to the start: nothing is lost
 
 
+def test_weights_better_than_their_copy_stay_where_the_budget_does() -> None:
+    lower = iter([0, 0, 0, *[3] * 100])
+    run = owner(lambda o, m: (next(lower), *KEEP[1:]), contract=QualityContract(reference=reference(ToyPlant())))
+    run.guarded._rewinds = lambda: False  # the owner has no data to take back
+    run.train()
+    summary = run.guarded.summary()
+    assert summary["contract"]["held"] is False
+    assert summary["rollbacks"] == []  # the loss was lower than where the copy was made
+    assert run.used[-1] == TOY_CASE.start()
+
+
 @pytest.mark.parametrize(("from_start", "copied"), [(False, [0, 10]), (True, [0])])
 def test_a_contract_may_keep_the_beginning_to_go_back_to(from_start: bool, copied: list[int]) -> None:
     contract = QualityContract(reference=reference(ToyPlant()), from_start=from_start)
@@ -395,8 +407,8 @@ def final(run: Owner) -> float:
     return float(run.plant.runs.expected_loss[0])
 
 
-def simulate(pool: Pool, row: int, policy: Policy, contract: QualityContract | None = None) -> Owner:
-    run = owner(policy, simulated(pool, row), contract)
+def simulate(pool: Pool, row: int, policy: Policy, contract: QualityContract | None = None, **bounds: Any) -> Owner:
+    run = owner(policy, simulated(pool, row), contract, **bounds)
     run.share = 0.02
     return run.train()
 
@@ -417,7 +429,8 @@ def test_policy_that_always_raises_ends_within_2_percent_under_a_contract(pool: 
 def test_the_shipped_policy_is_hardly_held_back(pool: Pool) -> None:
     policy = PolicyBundle.load(policy_path("default")).act
     ratios = [
-        final(simulate(pool, row, policy)) / SimulatedLoop(simulated(pool, row)).train(policy) for row in range(3)
+        final(simulate(pool, row, policy, cautious=True)) / SimulatedLoop(simulated(pool, row)).train(policy)
+        for row in range(3)
     ]
     assert float(np.median(ratios)) < 1.005
     assert max(ratios) < 1.03

@@ -39,8 +39,11 @@ def refused(guardrails: Guardrails, action: Action, **where: Any) -> list[str]:
     return refusals
 
 
+BOLD = GuardrailSettings(cautious=False)
+
+
 def test_a_rise_is_paid_for_by_a_new_low_of_the_loss() -> None:
-    guardrails = Guardrails()
+    guardrails = Guardrails(BOLD)
     assert not refused(guardrails, DOUBLE_RATE)
     assert refused(guardrails, DOUBLE_RATE, scale=2.0) == [
         "learning_rate x2 refused: more than x2 above where the loss last reached a new low"
@@ -50,7 +53,7 @@ def test_a_rise_is_paid_for_by_a_new_low_of_the_loss() -> None:
 
 
 def test_policy_that_always_raises_stops_at_twice_the_last_new_low() -> None:
-    guardrails, scale = Guardrails(), 1.0
+    guardrails, scale = Guardrails(BOLD), 1.0
     for loss in [3.0] * 20:
         allowed, _ = guardrails.review(DOUBLE_RATE, situation(scale))
         guardrails.note(allowed)

@@ -227,7 +227,7 @@ def test_a_person_can_still_end_a_run() -> None:
 
 def test_a_clock_that_stands_still_breaks_no_contract() -> None:
     model = nn.Linear(2, 1, bias=False)
-    contract = QualityContract(reference=((0.0, 9.0), (1.0, 9.0)), reference_s_per_token=0.0)
+    contract = QualityContract(reference=((0.0, 9.0), (1.0, 9.0)), reference_s_per_token=1.0)
     settings = SteeringSettings(sequences=160, batch_size=4, policy=keep, decisions=10, contract=contract, probe=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     steering = Steering(model, optimizer, settings, meter=NoMeter("a test"), clock=lambda: 0.0)

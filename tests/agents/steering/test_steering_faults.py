@@ -15,6 +15,8 @@ from steering_loops import Loop, asked
 
 from trainpilot.agents.controller import Policy
 from trainpilot.agents.steering.contract import QualityContract
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading
@@ -100,6 +102,45 @@ def test_a_policy_that_fails_every_time_is_left_out_of_the_run(config: RunConfig
     assert "5 times running" in mine.steering.summary()["fallen_back"]
 
 
+def test_a_policy_that_exits_ends_no_run(config: RunConfig) -> None:
+    def exits(observation: np.ndarray, masks: np.ndarray) -> Action:
+        raise SystemExit(3)
+
+    mine = loop(config, exits)
+    mine.train(100)
+    assert "SystemExit" in mine.steering.summary()["fallen_back"]
+
+
+def test_a_policy_that_is_interrupted_ends_the_run(config: RunConfig) -> None:
+    def interrupted(observation: np.ndarray, masks: np.ndarray) -> Action:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(config, interrupted)
+
+
+def test_a_contract_from_the_start_needs_data_that_go_back(config: RunConfig) -> None:
+    contract = QualityContract(reference=[(0.1, 3.0), (1.0, 2.0)], from_start=True)
+    with pytest.raises(ValueError, match=r"contract must be without from_start=True .* got no data; give Steering"):
+        Loop(config, lambda *_: KEEP, contract=contract)
+    Loop(config, lambda *_: KEEP, contract=contract, mode="advise")  # nothing is taken back
+    Loop(config, lambda *_: KEEP, contract=contract, rewinds=True)
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf])
+def test_an_optimizer_without_a_finite_rate_is_refused(rate: float) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "lr": rate}], lr=0.1)
+    settings = SteeringSettings(sequences=100, batch_size=2, policy="none")
+    with pytest.raises(ValueError, match=r"^optimizer must have finite learning rates, got 0\.1, (nan|inf)"):
+        Steering(model, optimizer, settings)
+
+
+def test_a_schedule_is_no_text() -> None:
+    with pytest.raises(ValueError, match=r"^base_schedule must be a BaseSchedule, .* got 'wsd'"):
+        SteeringSettings(sequences=100, batch_size=2, base_schedule="wsd")  # type: ignore[arg-type]
+
+
 class DyingMeter(EnergyMeter):
     """Reads a few times, and then knows nothing."""
 
@@ -128,7 +169,7 @@ def test_a_meter_that_dies_leaves_its_joules_unknown(config: RunConfig) -> None:
     assert final_loss(mine) == pytest.approx(final_loss(left_alone(config)))
 
 
-def test_a_spike_in_the_data_is_taken_back(config: RunConfig) -> None:
+def test_an_interval_of_lost_steps_is_taken_back(config: RunConfig) -> None:
     base = left_alone(config)
     mine = loop(config, lambda *_: KEEP)
     clean, steps = mine.loss, 0
@@ -136,7 +177,7 @@ def test_a_spike_in_the_data_is_taken_back(config: RunConfig) -> None:
     def spoilt(batch: torch.Tensor) -> torch.Tensor:
         nonlocal steps
         steps += 1
-        return clean(batch) * (math.nan if steps == 103 else 1.0)
+        return clean(batch) * (math.nan if 97 <= steps < 106 else 1.0)  # nine of an interval's sixteen steps
 
     mine.loss = spoilt  # type: ignore[method-assign]
     mine.train()

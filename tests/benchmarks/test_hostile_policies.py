@@ -1,0 +1,51 @@
+"""Hostile policies on a run of seconds: within guardrails alone they do little harm, and none under a contract."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from trainpilot.envs.action import KEEP, check_action
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield import_module("_hostile")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def base(hostile: ModuleType) -> float:
+    return float(hostile.SmallRun("none").train())
+
+
+def test_every_hostile_policy_gives_valid_actions(hostile: ModuleType) -> None:
+    assert len(hostile.HOSTILE) == 26
+    for make in hostile.HOSTILE.values():
+        policy = make(1)
+        for _ in range(hostile.DECISIONS):
+            check_action(policy(np.zeros(1), np.ones(1)))
+
+
+@pytest.mark.parametrize("name", ["always up", "always down", "up, then finish"])
+def test_guardrails_alone_leave_little_harm(hostile: ModuleType, base: float, name: str) -> None:
+    assert hostile.SmallRun(hostile.HOSTILE[name](0)).train() < base + 0.15
+
+
+def test_bad_batches_break_no_contract_where_nothing_is_steered(hostile: ModuleType) -> None:
+    benchmark = import_module("hostile_policies")
+    _, records = benchmark.base_run(0)
+    run = hostile.SmallRun(lambda *_: KEEP, contract=benchmark.CONTRACTS["reference"][0](records))
+    run.train(lambda number, rows: rows.flip(1) if 100 <= number < 140 else rows)
+    assert run.steering.summary()["contract"]["broken_at_decision"] is None
