@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.steering.course import Course
 from trainpilot.agents.steering.guardrails import MOVED, LossLevel, Past, RollbackHistory
 from trainpilot.envs.action import LEARNING_RATE_SCALE_RANGE, Action, check_action
 from trainpilot.envs.decision import Advice, Decision
@@ -58,6 +59,34 @@ class SavedLosses(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedLearning(JsonRecord):
+    """How the run has learnt, for the rules against slow damage: the fields of `course.Course`."""
+
+    start_scale: Annotated[float, Range(0)] | None
+    tokens: list[Annotated[float, Range(0)]]
+    losses: list[Number]
+    errors: list[Annotated[float, Range(0)]]
+    scales: list[Annotated[float, Range(0)]]
+    settled: Count
+    used: Annotated[float, Range(0)]
+    rate_before: Annotated[float, Range(0)]
+    since_low: Count
+    risen: Count
+    grace: Count
+    floor: Annotated[float, Range(0)] | None
+    bends: list[Number]
+    peak: Annotated[float, Range(0)]
+    trusted: Annotated[float, Range(0)] | None
+    trusted_until: Count
+
+    def __post_init__(self) -> None:
+        if len({len(self.tokens), len(self.losses), len(self.errors), len(self.scales)}) != 1:
+            raise ValueError("tokens, losses, errors and scales must be equally many")
+        if max(self.settled, self.trusted_until) > len(self.losses):
+            raise ValueError(f"settled and trusted_until must be at most the {len(self.losses)} intervals")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SavedPast(JsonRecord):
     """What the guardrails know of the run so far."""
 
@@ -66,6 +95,7 @@ class SavedPast(JsonRecord):
     held: dict[str, Count]
     losses: SavedLosses
     since_snapshot: Count | None
+    course: SavedLearning | None = None
 
     def __post_init__(self) -> None:
         if set(self.moves) != set(MOVED):
@@ -78,6 +108,8 @@ class SavedHistory(JsonRecord):
 
     rollbacks: Count
     held: dict[str, Count]
+    corrections: Count = 0
+    ceiling: Annotated[float, Range(0)] = RollbackHistory.ceiling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +121,10 @@ class SavedGuardrails(JsonRecord):
 
     def parts(self) -> tuple[Past, RollbackHistory]:
         """Return what the guardrails know of the run, and of its rollbacks."""
-        own = {name: value for name, value in vars(self.past).items() if name != "losses"}
-        return Past(**own, losses=LossLevel(**vars(self.past.losses))), RollbackHistory(**vars(self.scars))
+        own = {name: value for name, value in vars(self.past).items() if name not in ("losses", "course")}
+        course = None if self.past.course is None else Course(**vars(self.past.course))
+        past = Past(**own, losses=LossLevel(**vars(self.past.losses)), course=course)
+        return past, RollbackHistory(**vars(self.scars))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +154,7 @@ class SavedContract(JsonRecord):
 
     past: SavedIntervals
     broken: tuple[str, Count] | None
+    steers: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
