@@ -16,6 +16,7 @@ from trainpilot.llm_runtime.lazy import lazy_names
 if TYPE_CHECKING:
     from trainpilot.envs.action import ACTION_FIELDS, KEEP, ActionField
     from trainpilot.envs.decision import Preference
+    from trainpilot.envs.discrete import OneControl
     from trainpilot.envs.environments import LiveTraining, SimulatedTraining
     from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
     from trainpilot.envs.reward import UTILITIES, Reference, RewardTerms, ScalarReward
@@ -29,6 +30,7 @@ __all__ = [
     "ActionField",
     "LiveTraining",
     "ObservationField",
+    "OneControl",
     "Preference",
     "Reference",
     "RewardTerms",
@@ -40,6 +42,7 @@ __all__ = [
 _NAMES = {
     "action": ["ACTION_FIELDS", "KEEP", "ActionField"],
     "decision": ["Preference"],
+    "discrete": ["OneControl"],
     "environments": ["LiveTraining", "SimulatedTraining"],
     "observation": ["OBSERVATION_FIELDS", "ObservationField"],
     "reward": ["UTILITIES", "Reference", "RewardTerms", "ScalarReward"],

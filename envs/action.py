@@ -33,6 +33,7 @@ class ActionField:
 LEARNING_RATE_FACTORS = (0.5, 0.71, 0.84, 1.0, 1.19, 1.41, 2.0)
 """Quarter and half octaves, so that any two opposite choices cancel within 1 %."""
 BATCH_FACTORS = (0.5, 1.0, 2.0)
+_RATES, _BATCHES = np.array(LEARNING_RATE_FACTORS), np.array(BATCH_FACTORS)
 
 ACTION_FIELDS: tuple[ActionField, ...] = (
     ActionField(
@@ -58,6 +59,7 @@ KEEP: tuple[int, ...] = tuple(field.keep for field in ACTION_FIELDS)
 
 N_CHOICES: tuple[int, ...] = tuple(len(field.choices) for field in ACTION_FIELDS)
 """Choices of each field."""
+_N_CHOICES = np.array(N_CHOICES)
 
 Action = tuple[int, ...]
 Choices = Sequence[int] | np.ndarray
@@ -72,9 +74,9 @@ def decode_batch(actions: Ints, present: ControlBatch) -> ControlBatch:
         present: Controls in force.
     """
     learning_rate, batch, precision, pruning, finish = actions.T
-    batch_size = (present.batch_size * np.array(BATCH_FACTORS)[batch]).astype(np.int64)
+    batch_size = (present.batch_size * _BATCHES[batch]).astype(np.int64)
     return ControlBatch(
-        learning_rate_scale=present.learning_rate_scale * np.array(LEARNING_RATE_FACTORS)[learning_rate],
+        learning_rate_scale=present.learning_rate_scale * _RATES[learning_rate],
         batch_size=np.maximum(batch_size, 1),
         precision=np.where(precision == 0, present.precision, precision - 1),
         sparsity=np.minimum(present.sparsity + SPARSITY_STEP * pruning, 0.99),
@@ -90,7 +92,7 @@ def check_actions(actions: Ints) -> None:
     if actions.ndim != 2 or actions.shape[1] != len(ACTION_FIELDS):
         got = actions.shape[1] if actions.ndim == 2 else f"an array of shape {actions.shape}"
         raise ValueError(f"action must have {len(ACTION_FIELDS)} components, got {got}")
-    valid = (actions >= 0) & (actions < N_CHOICES)
+    valid = (actions >= 0) & (actions < _N_CHOICES)
     if not valid.all():
         row, index = np.argwhere(~valid)[0]
         field = ACTION_FIELDS[index]
@@ -169,7 +171,7 @@ def action_masks(situation: SituationBatch) -> Bools:
     masks = np.ones((len(situation.budget_used), sum(N_CHOICES)), dtype=np.bool_)
     for rule in RULES:
         masks[:, _COLUMNS[rule.field]] &= ~rule.masked(situation)
-    masks[:, FIRST_CHOICES + np.array(KEEP)] = True
+    masks[:, FIRST_CHOICES + _KEEP] = True
     return masks
 
 
@@ -180,19 +182,24 @@ def allow_batch(actions: Ints, masks: Bools) -> Ints:
         ValueError: an action does not have one valid choice per field.
     """
     check_actions(actions)
-    return np.where(np.take_along_axis(masks, FIRST_CHOICES + actions, axis=1), actions, np.array(KEEP))
+    allowed = masks[np.arange(len(actions))[:, None], FIRST_CHOICES + actions]
+    return np.where(allowed, actions, _KEEP)
 
 
-def mask_reasons(situation: Situation) -> Reasons:
-    """Return why each choice is masked. The choice that changes nothing is always allowed."""
+def mask_reasons(situation: Situation, batch: SituationBatch | None = None) -> Reasons:
+    """Return why each choice is masked. The choice that changes nothing is always allowed.
+
+    Args:
+        situation: State of the run.
+        batch: The same as a batch of one run, where there is one already.
+    """
     reasons: list[list[str | None]] = [[None] * n for n in N_CHOICES]
-    batch = SituationBatch.of([situation])
+    batch = batch or SituationBatch.of([situation])
     for rule in RULES:
-        index = _NAMES.index(rule.field)
-        masked = np.broadcast_to(rule.masked(batch)[0], N_CHOICES[index])
-        for choice in np.flatnonzero(masked):
-            if choice != KEEP[index] and reasons[index][choice] is None:
-                reasons[index][choice] = rule.reason(situation, int(choice))
+        index, masked = _NAMES.index(rule.field), rule.masked(batch)[0].tolist()
+        for choice, is_masked in enumerate(masked if len(masked) > 1 else masked * N_CHOICES[index]):
+            if is_masked and choice != KEEP[index] and reasons[index][choice] is None:
+                reasons[index][choice] = rule.reason(situation, choice)
     return tuple(map(tuple, reasons))
 
 
@@ -213,7 +220,7 @@ def allow(action: Choices, reasons: Reasons) -> tuple[Action, list[str]]:
 
 
 def _scales(situation: SituationBatch) -> Floats:
-    scales: Floats = np.multiply.outer(situation.controls.learning_rate_scale, np.array(LEARNING_RATE_FACTORS))
+    scales: Floats = situation.controls.learning_rate_scale[:, None] * _RATES
     return scales
 
 
@@ -230,7 +237,7 @@ def _scale_reason(situation: Situation, choice: int) -> str:
 
 
 def _batch_sizes(situation: SituationBatch) -> Floats:
-    sizes: Floats = np.multiply.outer(situation.controls.batch_size, np.array(BATCH_FACTORS))
+    sizes: Floats = situation.controls.batch_size[:, None] * _BATCHES
     return sizes
 
 
@@ -294,6 +301,7 @@ RULES: tuple[Rule, ...] = (
 """All mask rules; if several mask a choice, the reason of the first is reported."""
 
 _NAMES = tuple(field.name for field in ACTION_FIELDS)
+_KEEP: Ints = np.array(KEEP)
 FIRST_CHOICES = np.cumsum([0, *N_CHOICES[:-1]])
 """Column of each field's first choice in arrays over all choices, such as the masks."""
 _COLUMNS = {name: slice(first, first + n) for name, first, n in zip(_NAMES, FIRST_CHOICES, N_CHOICES, strict=True)}

@@ -158,6 +158,7 @@ def blind_to_clocks(limits: LimitBatch, preference: Floats) -> Bools:
     return np.asarray((preference[:, 1:] == 0).all(axis=1) & ~limits.measured_budget)
 
 
+_LAST_CHOICES = np.array(N_CHOICES) - 1
 N_STACK = 6
 """Number of stacked observations, the newest last."""
 
@@ -240,18 +241,18 @@ class DecisionStates:
     def action_masks(self) -> Bools:
         """Return which choices are allowed, shape (n_runs, sum of choices), field after field."""
         if self._masks is None:
-            self._masks = self._allowed()
+            self._masks = action_masks(self.situation())
         return self._masks
 
-    def _allowed(self) -> Bools:
-        situation = SituationBatch(
+    def situation(self) -> SituationBatch:
+        """Return the state on which the mask rules depend."""
+        return SituationBatch(
             limits=self.limits,
             controls=self.controls,
             budget_used=np.where(self.history.started, self.history.newest("budget_used"), 0.0),
             precision_switches=self.precision_switches,
             may_finish=np.full(len(self.precision_switches), self.may_finish),
         )
-        return action_masks(situation)
 
     def decide(self, actions: Ints) -> ControlBatch:
         """Apply the allowed part of `actions`, shape (n_runs, number of fields), and return the controls.
@@ -280,7 +281,7 @@ class DecisionStates:
             limits=self.limits,
             controls=self.controls,
             precision_switches=self.precision_switches,
-            last_action=self.last_action / (np.array(N_CHOICES) - 1),
+            last_action=self.last_action / _LAST_CHOICES,
             preference=self.preference,
         )
         return self.table.blinded(self.table.encode(view), self.blind)
@@ -369,7 +370,7 @@ class DecisionState:
 
     def mask_reasons(self) -> Reasons:
         """Return why each choice is masked now."""
-        return mask_reasons(self.situation())
+        return mask_reasons(self.situation(), self._states.situation())
 
     def situation(self) -> Situation:
         """Return the state on which the mask rules depend."""
@@ -389,7 +390,10 @@ class DecisionState:
     def decide(self, action: Choices) -> Decision:
         """Apply the allowed part of `action`. Raises `ValueError` for a choice that does not exist."""
         requested = tuple(int(choice) for choice in action)
-        allowed, refusals = allow(requested, self.mask_reasons())
+        (row,) = allow_batch(np.array([requested]), self._states.action_masks())
+        allowed, refusals = tuple(row.tolist()), []
+        if allowed != requested:  # words are looked for where they are needed
+            _, refusals = allow(requested, self.mask_reasons())
         self.apply(allowed)
         return Decision(requested, allowed, self.controls, refusals)
 

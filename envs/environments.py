@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -160,10 +159,10 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         )
         return {
             **weighing,
-            "requested": asdict(decision.controls),
+            "requested": dict(vars(decision.controls)),
             "effective": effective,
             "refusals": decision.refusals,
-            "reward_terms": asdict(terms),
+            "reward_terms": dict(vars(terms)),
             "loss": loss,
             "time_s": telemetry.time_s,
             "energy_j": telemetry.energy_j,

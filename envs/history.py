@@ -29,6 +29,7 @@ BEST = {
 _COLUMNS = tuple(field.name for field in fields(TelemetryBatch) if field.type == "Floats")
 _NAMES = (*_COLUMNS, "tokens_per_s", "energy_per_token_j")
 _INDEX = {name: index for index, name in enumerate(_NAMES)}
+_SLOW_ROWS = [_INDEX[name] for name in SLOW]
 
 
 class RunHistory:
@@ -89,7 +90,7 @@ class RunHistory:
         for name, better in BEST.items():
             now = self.newest(name)
             self._best[name] = better(self._best[name], np.where(now > 0, now, np.nan))
-        self._shift(np.stack([self.newest(name) for name in SLOW]))
+        self._shift(self._newest[_SLOW_ROWS])
         self.summary.observe(self, controls)
         self.intervals = self.intervals + 1
 
@@ -190,14 +191,14 @@ class RunSummary:
         self.best_loss = np.where(better, loss, self.best_loss)
         self.best_at = np.where(better, used, self.best_at)
         self.spikes = np.where(np.isnan(self.spikes), 0.0, self.spikes) + spike
-        kept = np.exp(-np.maximum(np.nan_to_num(used - self._used), 0.0) / FADING)
+        kept = np.exp(-np.fmax(used - self._used, 0.0) / FADING)
         self._fall, self._growth, self._used = kept * self._fall + fall, kept * self._growth + growth, used
         if controls is not None:
             self._note_extremes(controls, fall, growth)
 
     def _note_extremes(self, controls: ControlBatch, fall: Floats, growth: Floats) -> None:
         scale, batch = np.log2(np.maximum(controls.learning_rate_scale, 1e-30)), np.log2(controls.batch_size)
-        now = _SIGN * np.stack([scale, scale, batch, batch])
+        now = _SIGN * np.array([scale, scale, batch, batch])
         moved, here = ~(now <= self._furthest + SAME), np.abs(now - self._furthest) <= SAME
         self._furthest = np.where(moved, now, self._furthest)
         self._fall_there = np.where(moved, fall, self._fall_there + np.where(here, fall, 0.0))

@@ -86,10 +86,8 @@ class ObservationTable:
 
     def encode(self, view: RunView) -> Floats:
         """Return the observations, float64 of shape (n_runs, n_fields), in [-1, 1]."""
-        raw = np.empty((len(self.fields), len(view.precision_switches)))
         with np.errstate(all="ignore"):  # infinite values are clipped, NaN is unknown
-            for row, field in zip(raw, self.fields, strict=True):
-                row[:] = field.value(view)
+            raw = np.array([field.value(view) for field in self.fields], dtype=np.float64)
             return _scale(raw, self._low, self._high).T
 
     def blinded(self, observations: Floats, blind: Bools) -> Floats:
@@ -161,7 +159,8 @@ def _curvature(view: RunView) -> Floats:
 
 def _epochs(view: RunView) -> Floats:
     """Passes over the data; a run that does not say counts as one in its first pass, which most training is."""
-    seen = np.nan_to_num(view.history.newest("epochs_seen"), nan=0.0)
+    newest = view.history.newest("epochs_seen")
+    seen = np.where(np.isnan(newest), 0.0, newest)
     return np.where(view.history.started, np.log10(1 + seen), np.nan)
 
 

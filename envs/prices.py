@@ -59,7 +59,7 @@ class PriceBook:
         precision, bins, before = telemetry.precision, _bins(telemetry.batch_size), self._bins
         with np.errstate(all="ignore"):
             training_s = telemetry.time_s - telemetry.probe_time_s - telemetry.switch_time_s
-            costs = np.stack([training_s, telemetry.energy_j * (training_s / telemetry.time_s)])
+            costs = np.array([training_s, telemetry.energy_j * (training_s / telemetry.time_s)])
             price = costs / (telemetry.steps * telemetry.batch_size)
             known = np.isfinite(price) & (price > 0)
             rise = price - self._latest[:, precision, before, self._everyone]
@@ -102,6 +102,7 @@ class PriceBook:
 def _bins(batch_size: Ints | Floats) -> Ints:
     """Return the bins of batch sizes: 1 for one sequence, 2 for two. The first and the last bin stay empty."""
     with np.errstate(all="ignore"):
-        powers = np.nan_to_num(np.rint(np.log2(batch_size)), posinf=0.0, neginf=0.0)
-    bins: Ints = np.clip(1 + powers, 1, BINS - 2).astype(np.int64)
+        powers = np.rint(np.log2(batch_size))
+    powers = np.where(np.isfinite(powers), powers, 0.0)
+    bins: Ints = np.minimum(np.maximum(1 + powers, 1), BINS - 2).astype(np.int64)
     return bins

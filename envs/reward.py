@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, SupportsFloat, TypedDict
 
 import gymnasium
@@ -75,7 +76,8 @@ def _budget_for_loss(loss: Floats, y: list[Floats], points: list[Floats], limits
         found = np.where((fall > FLAT) & is_in_reach, piece, found)
     flat = np.where(x <= points[0], y[0], -np.inf)
     share = np.exp(np.where(np.isnan(found), flat, found))
-    budget: Floats = np.where(np.isfinite(loss) & (loss > 0), np.clip(share, *limits), 0.0)
+    clipped = np.minimum(np.maximum(share, limits[0]), limits[1])
+    budget: Floats = np.where(np.isfinite(loss) & (loss > 0), clipped, 0.0)
     return budget[()]
 
 
@@ -99,10 +101,21 @@ def compute_equivalent(loss: ArrayLike, budgets: Sequence[float], losses: ArrayL
     Returns:
         Shares in [0, MAX_QUALITY]; 0 for a loss that is not finite.
     """
+    return _on_curve(loss, _curve(budgets, losses))
+
+
+def _curve(budgets: Sequence[float], losses: ArrayLike) -> tuple[list[Floats], list[Floats]]:
+    """Return the logarithms of budgets and losses in order, each a list by point of the curve."""
     with np.errstate(all="ignore"):
         points, y = _by_point(np.log(losses)), _by_point(np.log(budgets))
         _put_in_order(points, y)
-        return _budget_for_loss(np.asarray(loss, dtype=np.float64), y, points, BELIEVED)
+    return y, points
+
+
+def _on_curve(loss: ArrayLike, curve: tuple[list[Floats], list[Floats]]) -> Floats:
+    """Return the `compute_equivalent` of losses on a curve that is in order."""
+    with np.errstate(all="ignore"):
+        return _budget_for_loss(np.asarray(loss, dtype=np.float64), *curve, BELIEVED)
 
 
 def _put_in_order(points: list[Floats], y: list[Floats]) -> None:
@@ -148,8 +161,11 @@ class ReferenceBatch:
 
     def quality(self, loss: Floats, diverged: Bools) -> Floats:
         """Return the quality of each run from its loss in nats/token; `DIVERGED_QUALITY` for diverged runs."""
-        shares = compute_equivalent(loss, self.budgets, self.losses)
-        return np.where(diverged, DIVERGED_QUALITY, worth(shares))
+        return np.where(diverged, DIVERGED_QUALITY, worth(_on_curve(loss, self._points)))
+
+    @cached_property
+    def _points(self) -> tuple[list[Floats], list[Floats]]:
+        return _curve(self.budgets, self.losses)
 
     def reward(self, quality: Floats, before: Floats, *, time_s: Floats, energy_j: Floats) -> Floats:
         """Return the reward vectors of one interval of each run: quality, energy and time, shape (n_runs, 3).

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from trainpilot.envs import action
 from trainpilot.envs.action import ACTION_FIELDS, SPARSITY_STEP
@@ -11,6 +13,7 @@ from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES, COOLDOWN_SHARE, EVALUATE_EVERY
 
+ROOT = Path(__file__).parents[2]
 N_FIELDS = len(OBSERVATION_FIELDS)
 N_CHOICES = sum(len(field.choices) for field in ACTION_FIELDS)
 
@@ -62,7 +65,7 @@ def mask_table() -> str:
         "precision": "it is already in force; the device does not support it; it was measured not to save time there; "
         f"{action.MAX_PRECISION_SWITCHES} switches were made",
         "pruning": f"the case does not prune; outside {window}; the sparsity would exceed {action.MAX_SPARSITY:.0%}",
-        "finish": f"before {action.FINISH_FROM:.0%} of the budget; the cool-down has begun",
+        "finish": f"before {action.FINISH_FROM:.0%} of the budget; the cool-down has begun; `finish=False`",
     }
     rows, start = [], 0
     for field in ACTION_FIELDS:
@@ -113,11 +116,70 @@ An episode is real training: the example takes a few seconds on a CPU. Time and 
 between two episodes; on a CPU everything else is reproducible with the same seed.
 
 `trainpilot/SimulatedTraining-v0` replaces the real run by a simulated one. Actions, observations, rewards, masks and
-episode ends come from the same code, so a policy works in both. An episode takes about a
-tenth of a second, draws a new simulated run, and is exactly reproducible with the same seed.
-`trainpilot.envs.VectorSimulatedTraining` runs thousands of simulated episodes at once, as a Gymnasium `VectorEnv` with
-same-step autoreset; policies are pre-trained in it. RLlib pins an older Gymnasium: install it without
-`constraints.txt`, in an environment of its own."""
+episode ends come from the same code, so a policy works in both. Every episode draws a new simulated run, and is exactly
+reproducible with the same seed. {_speed()}
+
+## How to make it
+
+| Name | Run | Reward |
+| --- | --- | --- |
+| `trainpilot/LiveTraining-v0` | real | vector |
+| `trainpilot/LiveTraining-Scalar-v0` | real | scalar |
+| `trainpilot/SimulatedTraining-v0` | simulated | vector |
+| `trainpilot/SimulatedTraining-Scalar-v0` | simulated | scalar |
+
+`import trainpilot.envs` registers these ids. Worker processes that do not import it, as those of `AsyncVectorEnv`, take
+`trainpilot.envs:trainpilot/SimulatedTraining-Scalar-v0`. Gymnasium's `check_env` finds nothing in the scalar ids; of
+the others it says that their reward is a vector, which is MO-Gymnasium's convention.
+
+```python
+import gymnasium
+
+import trainpilot.envs
+
+env = gymnasium.make(
+    "trainpilot/SimulatedTraining-Scalar-v0",
+    preference=(0.7, 0.15, 0.15),  # or "quality=1", or {{"quality": 1}}; by default drawn for each episode
+    utility="linear",
+    finish=False,
+    render_mode="rgb_array",
+)
+env.reset(seed=0)
+env.step(env.action_space.sample())
+picture = env.render()
+
+many = gymnasium.make_vec("trainpilot/SimulatedTraining-Scalar-v0", num_envs=64, autoreset_mode="NextStep")
+observations, infos = many.reset(seed=0)
+```
+
+* **`finish=False`** masks the early cool-down. An untrained policy of random choices begins it after a fifth of the
+  budget, and so ends its episodes after a dozen of 50 decisions: it learns in a part of the problem. Either leave it
+  out, or start with a policy that rarely chooses it and mostly keeps, as [examples/ppo.py](examples/ppo.py) and
+  `trainpilot train-agent` do.
+* **`render_mode="rgb_array"`** draws the run so far: loss, learning rate and batch against the share of the budget.
+* **`gymnasium.make_vec`** makes `VectorSimulatedTraining`, which steps thousands of runs as arrays. A run that ends is
+  replaced in the same step; with `autoreset_mode="NextStep"` in the next one.
+* **Stable-Baselines3**: `make_vec_env("trainpilot/SimulatedTraining-Scalar-v0", 8)`, or for speed
+  `trainpilot.agents.sb3_env.ScalarVecEnv(VectorSimulatedTraining(64))`. MaskablePPO finds the masks in both. For
+  algorithms with `Discrete` actions alone, such as DQN, `trainpilot.envs.OneControl` changes one control at a time.
+* **rl-baselines3-zoo** reads the settings in `docs/examples/rl_zoo/`, which are not tuned: `python -m rl_zoo3.train
+  --algo ppo --env trainpilot/SimulatedTraining-Scalar-v0 --gym-packages trainpilot.envs --conf-file
+  docs/examples/rl_zoo/ppo.yml`.
+* **CleanRL's style**: [examples/ppo.py](examples/ppo.py) is PPO in one file, with torch and Gymnasium alone. Return
+  0.02 for keeping the base schedule; 0.28 for the agent after 400,000 decisions, which took it 67 seconds on one core.
+* **RLlib** pins an older Gymnasium: install it without `constraints.txt`, in an environment of its own."""
+
+
+def _speed() -> str:
+    """Return the measured speed in a sentence."""
+    found = json.loads((ROOT / "benchmarks/results/environment_speed.json").read_text(encoding="utf-8"))
+    step, reset, load = found["step_ms"], found["reset_ms"], found["load_of_the_machine"][0]
+    return f"""\
+A step takes {step["least"]:.1f} ms of
+CPU and a reset {reset["least"]:.1f} ms at the least of {found["episodes"]} episodes, and {step["median"]:.1f} and \
+{reset["median"]:.1f} ms at the median, on a machine
+with a load of {load:.0f} on {found["machine"]["cores"]} cores \
+([environment_speed.json](../benchmarks/results/environment_speed.json))."""
 
 
 def _shares() -> str:
@@ -184,7 +246,7 @@ mean training loss, and in the last interval the validation loss. A diverged run
 Seconds include the curvature probe and changes of controls, but not the evaluation, which takes place every
 {EVALUATE_EVERY} decisions and at the end.
 
-`ScalarReward(env, utility)` converts the vector to a scalar reward: the change of a utility of the run so far, so that
+The argument `utility`, and the wrapper `ScalarReward(env, utility)`, make it a scalar reward: the change of a utility of the run so far, so that
 the rewards of an episode sum to the utility of its outcome. The weights w are the episode's preference; f is the sum of
 the reward vectors.
 
@@ -203,7 +265,7 @@ all. A budget in the currency that is cared for needs neither: quality alone, un
 ## Episode
 
 `reset` draws a case and a preference (with a quality weight of at least a half), or uses
-`options={{"case": i, "preference": Preference(...)}}`. Weights and data are initialised with the case's own seed.
+`options={{"case": i, "preference": "quality=1"}}`. Weights and data are initialised with the case's own seed.
 
 `trainpilot/SimulatedTraining-v0` draws a simulated run instead, or uses `"plant_seed": i`.
 
@@ -212,7 +274,7 @@ all. A budget in the currency that is cared for needs neither: quality alone, un
 
 `info` of a step: `requested` and `effective` controls, `refusals`, `reward_terms`, `preference` (w), `loss` and
 `loss_increase` over the reference's final loss in nats/token (10 if diverged), `time_s`, `energy_j`, `energy_source`
-(`measured_counter`, `measured_power`, `estimated` or `None`), `diverged`. `ScalarReward` adds `vector_reward` and
+(`measured_counter`, `measured_power`, `estimated` or `None`), `diverged`. Scalar rewards add `vector_reward` and
 `reward_weights`."""
 
 

@@ -55,7 +55,7 @@ class Hardware(Rows):
 
     def step_s(self, batch: Floats, precision: Ints, sparsity: Floats) -> Floats:
         """Return the seconds of a step: throughput saturates as B / (B + B_half), with B_half = overhead / sequence."""
-        speed = np.take_along_axis(self.speed, precision[:, None], axis=1)[:, 0]
+        speed = self.speed[np.arange(len(precision)), precision]
         seconds: Floats = self.overhead_s + self.sequence_s * batch / speed * (1.0 - self.width_share * sparsity)
         return seconds
 
@@ -331,16 +331,16 @@ def between(random: np.random.Generator, n: int, low: float, high: float) -> Flo
 Keys = NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def mix(keys: Keys) -> Keys:
     """Return well-mixed numbers: the finaliser of SplitMix64 (Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        z = keys + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        mixed: Keys = z ^ (z >> np.uint64(31))
+    z = keys + _GOLDEN  # arrays of integers overflow silently
+    z = (z ^ (z >> _30)) * _MIX_1
+    z = (z ^ (z >> _27)) * _MIX_2
+    mixed: Keys = z ^ (z >> _31)
     return mixed
 
 

@@ -6,6 +6,7 @@ base class of all records of arrays, here and in the rest of the simulator: it t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -201,7 +202,8 @@ class TelemetryBatch(Rows):
     @classmethod
     def of(cls, telemetry: Sequence[Telemetry]) -> TelemetryBatch:
         """Return the newest interval of several runs as arrays; `None` becomes NaN."""
-        columns: dict[str, Any] = {name: np.array([_number(getattr(t, name)) for t in telemetry]) for name in _FLOATS}
+        numbers = np.array([[_number(getattr(t, name)) for t in telemetry] for name in _FLOATS])
+        columns: dict[str, Any] = dict(zip(_FLOATS, numbers, strict=True))
         columns |= {name: np.array([getattr(t, name) for t in telemetry], dtype=np.bool_) for name in _FLAGS}
         columns["decision"] = np.array([t.decision for t in telemetry], dtype=np.int64)
         columns["precision"] = np.array([PRECISIONS.index(t.precision) for t in telemetry], dtype=np.int64)
@@ -209,9 +211,9 @@ class TelemetryBatch(Rows):
 
     def row(self, index: int, requested: Controls, source: EnergySource | None = "estimated") -> Telemetry:
         """Return one run's interval; NaN becomes `None` where the record allows it."""
-        values: dict[str, object] = {name: float(getattr(self, name)[index]) for name in _FLOATS}
+        values: dict[str, object] = {name: getattr(self, name).item(index) for name in _FLOATS}
         for name in _OPTIONAL:
-            values[name] = None if np.isnan(values[name]) else values[name]  # type: ignore[call-overload]
+            values[name] = None if math.isnan(values[name]) else values[name]  # type: ignore[arg-type]
         for name in _COUNTS:
             values[name] = round(values[name])  # type: ignore[call-overload]
         values |= {name: bool(getattr(self, name)[index]) for name in _FLAGS}

@@ -7,6 +7,7 @@ including cool-downs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,8 +31,9 @@ class ScheduleTable:
     """Factor at the beginning of the interval."""
 
     @classmethod
+    @lru_cache(maxsize=64)
     def of(cls, name: ScheduleName, warmup_share: float, decisions: int) -> ScheduleTable:
-        """Return the table of a schedule over `decisions` equal intervals."""
+        """Return the table of a schedule over `decisions` equal intervals; it is shared, and must not be changed."""
         schedule = Schedule(name=name, budget_tokens=_TOKENS, warmup_tokens=round(warmup_share * _TOKENS))
         points = (np.arange(decisions * _POINTS) + 0.5) / (decisions * _POINTS) * _TOKENS
         factors = np.array([schedule.factor(int(at), 0) for at in points]).reshape(decisions, _POINTS)
