@@ -41,9 +41,10 @@ bench: $(READY)  ## run every benchmark, one after the other (about two and a ha
 gpu-check: $(READY)  ## try everything that needs an NVIDIA GPU, about an hour; refuses without one (exit status 2)
 	@$(BIN)/python benchmarks/gpu_check.py $(GPU_ARGS)
 
-docs: $(READY)  ## write docs/metrics.md and docs/environment.md anew from the code
+docs: $(READY)  ## write the generated pages of docs/ anew from code and results
 	$(call generate,trainpilot.agents.logging.tags,docs/metrics.md)
 	$(call generate,docs.generate.environment,docs/environment.md)
+	$(call generate,docs.generate.benchmark,docs/benchmark.md)
 
 # A page is written beside the old one first, so that a failure leaves the old one.
 define generate

@@ -19,9 +19,9 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 
 from trainpilot.agents.bundle import FIRST_LAYER, PolicyBundle
 from trainpilot.envs.decision import N_STACK
-from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reward import OBJECTIVES, RewardInfo, Scalariser
+from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.llm_runtime.simulator.records import Bools
 from trainpilot.llm_runtime.simulator.runs import PRIVILEGED, SimulatedRuns
 

@@ -22,10 +22,10 @@ from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import PPOConfig, RememberedCallback, bundle_of, train
 from trainpilot.agents.sb3_env import PrivilegedVecEnv, ScalarVecEnv, hidden_from, seen_inputs, without_inputs
 from trainpilot.envs.decision import N_STACK, Preference
-from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.envs.observation import GROUPS, OBSERVATION_FIELDS, ObservationField, fields_of
 from trainpilot.envs.reward import UTILITIES, compute_equivalent
 from trainpilot.envs.runs import IntervalBatch, SteeredRuns
+from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.files import load_checkpoint

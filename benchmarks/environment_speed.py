@@ -33,7 +33,8 @@ def episode(env: gymnasium.Env[np.ndarray, np.ndarray], seed: int, pictures: boo
     start_s = time.process_time()
     env.reset(seed=seed)
     reset_s, steps, ended = time.process_time() - start_s, 0, False
-    actions = np.where(random.random((50, len(KEEP))) < KEEP_PROBABILITY, KEEP, random.integers(N_CHOICES, size=(50, 5)))
+    drawn = random.integers(N_CHOICES, size=(50, len(KEEP)))
+    actions = np.where(random.random(drawn.shape) < KEEP_PROBABILITY, KEEP, drawn)
     start_s = time.process_time()
     while not ended:
         _, _, terminated, truncated, _ = env.step(actions[steps])

@@ -60,6 +60,4 @@ _MANY = "trainpilot.envs.vector:vector_simulated_training"
 register("trainpilot/LiveTraining-v0", _LIVE, nondeterministic=True, disable_env_checker=True)
 register("trainpilot/SimulatedTraining-v0", _SIMULATED, disable_env_checker=True, vector_entry_point=_MANY)
 register("trainpilot/LiveTraining-Scalar-v0", _LIVE, nondeterministic=True, kwargs={"utility": "linear"})
-register(
-    "trainpilot/SimulatedTraining-Scalar-v0", _SIMULATED, kwargs={"utility": "linear"}, vector_entry_point=_MANY
-)
+register("trainpilot/SimulatedTraining-Scalar-v0", _SIMULATED, kwargs={"utility": "linear"}, vector_entry_point=_MANY)

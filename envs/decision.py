@@ -391,7 +391,8 @@ class DecisionState:
         """Apply the allowed part of `action`. Raises `ValueError` for a choice that does not exist."""
         requested = tuple(int(choice) for choice in action)
         (row,) = allow_batch(np.array([requested]), self._states.action_masks())
-        allowed, refusals = tuple(row.tolist()), []
+        allowed: Action = tuple(row.tolist())
+        refusals: list[str] = []
         if allowed != requested:  # words are looked for where they are needed
             _, refusals = allow(requested, self.mask_reasons())
         self.apply(allowed)

@@ -27,9 +27,7 @@ ONE_AT_A_TIME: Ints = np.array(
 control, in the order of `ACTION_FIELDS`."""
 
 
-class OneControl(
-    gymnasium.ActionWrapper[np.ndarray, np.int64, np.ndarray], gymnasium.utils.RecordConstructorArgs
-):
+class OneControl(gymnasium.ActionWrapper[np.ndarray, np.int64, np.ndarray], gymnasium.utils.RecordConstructorArgs):
     """Gymnasium wrapper that makes the actions of an environment of this package `Discrete(15)` (`ONE_AT_A_TIME`)."""
 
     def __init__(self, env: gymnasium.Env[np.ndarray, np.ndarray]) -> None:
@@ -48,6 +46,6 @@ class OneControl(
 
 
 def one_at_a_time_masks(masks: Bools) -> Bools:
-    """Return which of `ONE_AT_A_TIME` are allowed, (n_runs, 15), from masks of all choices, (n_runs, sum of choices)."""
+    """Return which of `ONE_AT_A_TIME` are allowed, shape (n_runs, 15), from the masks of all choices."""
     allowed: Bools = masks[:, FIRST_CHOICES + ONE_AT_A_TIME].all(axis=2)
     return allowed

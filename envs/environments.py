@@ -205,8 +205,9 @@ class LiveTraining(TrainingEnv):
     ## Reward
 
     A vector, float32 of shape (3,) (`reward_space`, `reward_dim`: MO-Gymnasium's convention). The argument `utility`,
-    the id `trainpilot/LiveTraining-Scalar-v0` and the wrapper `ScalarReward` convert it to a scalar. With gamma = 1 the rewards of an episode sum to (quality, -energy, -time) relative to the reference
-    run, so that 1 % of each means the same on every model.
+    the id `trainpilot/LiveTraining-Scalar-v0` and the wrapper `ScalarReward` make it a scalar. With gamma = 1 the
+    rewards of an episode sum to (quality, -energy, -time) relative to the reference run, so that 1 % of each means the
+    same on every model.
 
     | Num | Objective | Per interval | Unit |
     |---|---|---|---|
@@ -336,7 +337,7 @@ class SimulatedTraining(TrainingEnv):
     """A simulated language-model training run, steered interval by interval.
 
     Actions, observations, reward, masks and the end of an episode are those of `trainpilot/LiveTraining-v0`, so a
-    policy works in both. An episode takes milliseconds, draws a new run from the simulator's ranges, and is exactly
+    policy works in both. An episode draws a new run from the simulator's ranges, and is exactly
     reproducible with the same seed.
 
     ## Arguments

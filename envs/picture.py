@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ class RunPicture:
     def __init__(self) -> None:
         self.figure = Figure(figsize=INCHES, dpi=DPI, facecolor="white")
         self.figure.subplots_adjust(left=0.14, right=0.96, top=0.9, bottom=0.1, hspace=0.42)
-        self.canvas = FigureCanvasAgg(self.figure)
+        self.canvas: Any = FigureCanvasAgg(self.figure)
         loss, rate, batch = self.figure.subplots(3, 1, sharex=True)
         self.charts = (loss, rate, batch)
         self.reference = loss.axhline(0.0, color=REFERENCE, linewidth=1.2, linestyle="--")
@@ -48,15 +49,15 @@ class RunPicture:
         """Return the picture of a run's intervals, uint8 of shape (height, width, 3)."""
         used = [0.0, *(each.budget_used for each in run)]
         self.loss.set_data(used[1:], [each.train_loss for each in run])
-        self.rate.set_data(used[1:], [each.learning_rate for each in run])
-        batches = [each.batch_size for each in run]
+        rates, batches = [each.learning_rate for each in run], [float(each.batch_size) for each in run]
+        self.rate.set_data(used[1:], rates)
         self.batch.set_data(used[: len(run) + bool(run)], [*batches, *batches[-1:]])
         goal = reference.losses[-1]
         self.reference.set_ydata([goal, goal])
         self.charts[0].relim()
         self.charts[0].autoscale_view(scalex=False)
-        for chart, line in ((self.charts[1], self.rate), (self.charts[2], self.batch)):
-            shown = [value for value in line.get_ydata() if value > 0] or [1.0]
+        for chart, values in zip(self.charts[1:], (rates, batches), strict=True):
+            shown = [value for value in values if value > 0] or [1.0]
             chart.set_ylim(min(shown) / 1.5, max(shown) * 1.5)
         self.title.set_text(_headline(run, reference))
         self.canvas.draw()

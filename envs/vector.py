@@ -95,7 +95,7 @@ class VectorSimulatedTraining(VectorEnv[Observations, Ints, Floats]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
-        """Begin every run; `seed` decides the preferences, and which runs are drawn where only their number is given."""
+        """Begin every run; `seed` decides the preferences, and where only a number is given, which runs are drawn."""
         super().reset(seed=seed)
         plants = self.plants
         if plants is None:

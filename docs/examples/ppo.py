@@ -169,7 +169,8 @@ def main() -> None:
         update(agent, optimizer, {name: values.flatten(0, 1) for name, values in rollout.items()})
         if returns and (number % max(n_updates // 20, 1) == 0 or number == 1):
             spent_s = time.process_time() - start_s
-            print(f"{number * N_ENVS * N_STEPS:9,} decisions, {spent_s:4.0f} s: return {np.mean(returns):.3f}", flush=True)
+            made, mean = number * N_ENVS * N_STEPS, np.mean(returns)
+            print(f"{made:9,} decisions, {spent_s:4.0f} s: return {mean:.3f}", flush=True)
     print(f"new runs, keeping the base schedule: {greedy_return(None, keep, options.preference, 10**6):.3f}")
     print(f"new runs, the agent's likeliest action: {greedy_return(agent, keep, options.preference, 10**6):.3f}")
 

@@ -165,8 +165,8 @@ observations, infos = many.reset(seed=0)
 * **rl-baselines3-zoo** reads the settings in `docs/examples/rl_zoo/`, which are not tuned: `python -m rl_zoo3.train
   --algo ppo --env trainpilot/SimulatedTraining-Scalar-v0 --gym-packages trainpilot.envs --conf-file
   docs/examples/rl_zoo/ppo.yml`.
-* **CleanRL's style**: [examples/ppo.py](examples/ppo.py) is PPO in one file, with torch and Gymnasium alone. Return
-  0.02 for keeping the base schedule; 0.28 for the agent after 400,000 decisions, which took it 67 seconds on one core.
+* **CleanRL's style**: [examples/ppo.py](examples/ppo.py) is PPO in one file, with torch and Gymnasium alone. What it
+  reaches, and what other learners and fixed rules do, is on the page [Baselines](benchmark.md).
 * **RLlib** pins an older Gymnasium: install it without `constraints.txt`, in an environment of its own."""
 
 
@@ -246,9 +246,9 @@ mean training loss, and in the last interval the validation loss. A diverged run
 Seconds include the curvature probe and changes of controls, but not the evaluation, which takes place every
 {EVALUATE_EVERY} decisions and at the end.
 
-The argument `utility`, and the wrapper `ScalarReward(env, utility)`, make it a scalar reward: the change of a utility of the run so far, so that
-the rewards of an episode sum to the utility of its outcome. The weights w are the episode's preference; f is the sum of
-the reward vectors.
+The argument `utility`, and the wrapper `ScalarReward(env, utility)`, make it a scalar reward: the change of a utility
+of the run so far, so that the rewards of an episode sum to the utility of its outcome. The weights w are the episode's
+preference; f is the sum of the reward vectors.
 
 | Utility | Formula |
 | --- | --- |

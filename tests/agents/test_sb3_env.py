@@ -13,8 +13,8 @@ from trainpilot.agents.sb3_env import ScalarVecEnv
 from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.environments import SimulatedTraining
-from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.envs.reward import UTILITIES, ScalarReward
+from trainpilot.envs.vector import VectorSimulatedTraining
 
 PREFERENCE = Preference(quality=0.6, energy=0.3, time=0.1)
 

@@ -33,8 +33,8 @@ from trainpilot.agents.simulator_training import (
 )
 from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.envs.decision import N_STACK
-from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS, fields_of
+from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.experiments import train_agent, workers
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.train_agent import physics_of, total_cost, train_agents

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from trainpilot.envs.action import ACTION_FIELDS, KEEP
 from trainpilot.envs.environments import LiveTraining
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.reward import UTILITIES, ScalarReward
+from trainpilot.llm_runtime.simulator.runs import default_pool
 
 PAGE = Path(__file__).parents[2] / "docs" / "environment.md"
 
@@ -59,9 +61,20 @@ def test_every_key_of_info_is_on_the_page() -> None:
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     monkeypatch.setenv("TRAINPILOT_CACHE", str(tmp_path))
     monkeypatch.setattr(live_training, "live_plant", lambda: ToyPlant)  # a real run of it takes some seconds
     exec(compile(example, str(PAGE), "exec"), {})
 
     assert re.fullmatch(r"loss \d\.\d\d nats/token, utility -?\d\.\d\d\n", capsys.readouterr().out)
+
+
+def test_the_ways_to_make_it_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = default_pool(8)  # the usual pool takes seconds
+    monkeypatch.setattr("trainpilot.envs.environments._pool", lambda: few)
+    _, example = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(compile(example, str(PAGE), "exec"), made)
+
+    assert made["picture"].shape == (480, 480, 3)
+    assert made["observations"].shape[0] == 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_make_vec_makes_many_runs_in_both_modes(mode: Any) -> None:
     first, _ = env.reset(seed=3)
     total, ended = np.zeros(4), None
     for _ in range(51):
-        observation, reward, terminated, truncated, infos = env.step(np.tile(KEEP, (4, 1)))
+        observation, reward, _, truncated, infos = env.step(np.tile(KEEP, (4, 1)))
         assert (reward.shape, observation.shape) == ((4,), first.shape)
         total += reward if ended is None else 0
         if truncated.all():
@@ -268,11 +269,11 @@ def test_a_run_is_drawn_and_the_picture_grows_with_it() -> None:
     for picture in pictures:
         assert isinstance(picture, np.ndarray)
         assert (picture.shape, picture.dtype) == ((480, 480, 3), np.uint8)
-    assert all((one != other).any() for one, other in zip(pictures, pictures[1:], strict=False))
+    assert all((one != other).any() for one, other in pairwise(pictures))
 
 
 def test_without_a_render_mode_or_a_run_there_is_no_picture() -> None:
-    with pytest.raises(ValueError, match='render_mode must be "rgb_array" or None, got \'human\''):
+    with pytest.raises(ValueError, match="render_mode must be \"rgb_array\" or None, got 'human'"):
         SimulatedTraining(render_mode="human")
     with pytest.raises(ValueError, match="render needs a run; call reset first"):
         SimulatedTraining(render_mode="rgb_array").render()

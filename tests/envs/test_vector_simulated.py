@@ -16,8 +16,8 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from trainpilot.envs.action import KEEP, N_CHOICES
 from trainpilot.envs.decision import Preference, draw_weights
 from trainpilot.envs.environments import SimulatedTraining
-from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.envs.reward import ScalarReward, compute_equivalent, worth
+from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.records import Ints
 from trainpilot.llm_runtime.simulator.runs import OnePlant
