@@ -1,10 +1,11 @@
-"""Print `docs/benchmark.md`: what rules and reinforcement learners reach, from `benchmarks/results/rl_baselines.json`."""
+"""Print `docs/benchmark.md`: what rules and learners reach, from `benchmarks/results/rl_baselines.json`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from docs.generate.environment import table
@@ -34,24 +35,20 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]", *shares, f"{found['diverged']:.0%}")
 
 
+def _means(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the mean return over the seeds at each point of the curves."""
+    return [
+        f"{fmean(value for _, value in points):.2f}" for points in zip(*(run["curve"] for run in runs), strict=True)
+    ]
+
+
 def _learned(result: Mapping[str, Any]) -> str:
     columns = ("Learner", "Return, lowest and highest seed", "Quality", "Energy", "Time", "Diverged", "What it is")
     if not result["learners"]:
-        return (
-            "No learner has been measured yet: `python benchmarks/rl_baselines.py` takes about ten minutes of one core."
-        )
+        return "Not measured yet: `python benchmarks/rl_baselines.py` takes about ten minutes of one core."
     rows = [(name, *_cells(result["learners"][name]), meaning) for name, meaning in LEARNERS.items()]
     points = [at for at, _ in result["learners"]["PPO"]["runs"][0]["curve"]]
-    curves = [
-        (
-            name,
-            *(
-                f"{sum(run['curve'][i][1] for run in found['runs']) / len(found['runs']):.2f}"
-                for i in range(len(points))
-            ),
-        )
-        for name, found in result["learners"].items()
-    ]
+    curves = [(name, *_means(found["runs"])) for name, found in result["learners"].items()]
     return f"""\
 {table(columns, rows)}
 
@@ -73,11 +70,11 @@ def markdown() -> str:
 Generated from [rl_baselines.json](../benchmarks/results/rl_baselines.json) by `python -m docs.generate.benchmark`.
 
 Everybody steers the same {result["n_runs"]} simulated runs, drawn from 512 instances that no agent was trained on, in
-`trainpilot/SimulatedTraining-Scalar-v0`: starting learning rates are 1/30 to 10 times the tuned one, and a preference is
-drawn for each run. The return is the sum of an episode's rewards under the utility `linear`. Quality, energy and time
-are relative to the tuned static schedule, which has 1 each. The interval is a bootstrap over instances.
+`trainpilot/SimulatedTraining-Scalar-v0`: starting learning rates are 1/30 to 10 times the tuned one, and a preference
+is drawn for each run. The return is the sum of an episode's rewards under the utility `linear`. Quality, energy and
+time are relative to the tuned static schedule, which has 1 each. The interval is a bootstrap over instances.
 
-{table(columns, rows)}
+{table(columns, rules)}
 
 `seesaw` and `gradual-pruning` are left out: they need settings of a live run.
 
@@ -88,7 +85,8 @@ are relative to the tuned static schedule, which has 1 each. The interval is a b
 ## One file
 
 [examples/ppo.py](examples/ppo.py) is PPO with torch and Gymnasium alone. It masks what is not allowed and starts near
-the base schedule, both of which the PPO of the table does not. `python docs/examples/ppo.py --decisions 400000` printed:
+the base schedule, both of which the PPO of the table does not, and has `finish=False`.
+`python docs/examples/ppo.py --decisions 400000` printed:
 
 ```text
 {CURVE}```

@@ -229,7 +229,8 @@ def _reward() -> str:
 
 A vector, float32 of shape (3,), by MO-Gymnasium's convention (`reward_space`, `reward_dim`). With gamma = 1 the
 rewards of an episode sum to (quality, -energy, -time) relative to the reference, so that 1 % of each means the same on
-every model. Always keeping yields about (1, -1, -1).
+every model. In a live run, always keeping yields about (1, -1, -1). The reference of a simulated run is a tuned static
+schedule, which its own base schedule falls short of ([Baselines](benchmark.md)).
 
 | Num | Objective | Per interval |
 | --- | --- | --- |
