@@ -42,10 +42,10 @@ class OneControl(gymnasium.ActionWrapper[np.ndarray, np.int64, np.ndarray], gymn
 
     def action_masks(self) -> np.ndarray:
         """Return which discrete actions are allowed now, bool of shape (15,)."""
-        return one_at_a_time_masks(self.env.get_wrapper_attr("action_masks")()[None])[0]
+        masks: np.ndarray = one_at_a_time_masks(self.env.get_wrapper_attr("action_masks")()[None])[0]
+        return masks
 
 
 def one_at_a_time_masks(masks: Bools) -> Bools:
     """Return which of `ONE_AT_A_TIME` are allowed, shape (n_runs, 15), from the masks of all choices."""
-    allowed: Bools = masks[:, FIRST_CHOICES + ONE_AT_A_TIME].all(axis=2)
-    return allowed
+    return np.asarray(masks[:, FIRST_CHOICES + ONE_AT_A_TIME].all(axis=2))
