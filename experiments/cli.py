@@ -27,6 +27,7 @@ from trainpilot.experiments.options import (
     FitSweepOptions,
     InspectOptions,
     ReplayOptions,
+    ReportOptions,
     TrainAgentOptions,
 )
 
@@ -40,9 +41,12 @@ Command = (
     | Annotated[ExportOptions, subcommand("export")]
     | Annotated[DoctorOptions, subcommand("doctor")]
     | Annotated[InspectOptions, subcommand("inspect")]
+    | Annotated[ReportOptions, subcommand("report")]
 )
 
-COMMANDS = ("demo", "train-agent", "replay", "compare", "calibrate", "fit-sweep", "export", "doctor", "inspect")
+COMMANDS = (
+    "demo", "train-agent", "replay", "compare", "calibrate", "fit-sweep", "export", "doctor", "inspect", "report",
+)  # fmt: skip
 DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot demo`, then `trainpilot replay --help`."
 
 
@@ -94,10 +98,20 @@ def _run(options: object) -> None:
         export(options, console)
     elif isinstance(options, DoctorOptions):
         _doctor(options, console)
-    elif isinstance(options, InspectOptions):
-        from trainpilot.experiments.inspect_run import inspect_path
+    else:
+        _show(options, console)
 
-        inspect_path(options.path, console)
+
+def _show(options: object, console: Console) -> None:
+    """Run the commands that show what is there and train nothing."""
+    if isinstance(options, InspectOptions):
+        from trainpilot.experiments.inspect_run import inspect_paths
+
+        inspect_paths(options.path, console, everything=options.all)
+    elif isinstance(options, ReportOptions):
+        from trainpilot.experiments.report.run_page import report
+
+        report(options, console)
 
 
 def _doctor(options: DoctorOptions, console: Console) -> None:

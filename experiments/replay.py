@@ -188,6 +188,8 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     else:
         controller = kind(Controller(keep, run.base_limits(), preference), Guardrails(UNGUARDED))
     reference = _reference(config, console) if options.reference else None
+    if reference is not None:
+        reference.write(folder.path / "reference.json")
     steered = SteeredRun(run, controller, folder, reference)
     steered.train(console)
     summary = summarise(run, steered.records, steered.initial_loss, reference, options) | used | controller.summary()
