@@ -82,6 +82,12 @@ class StoredRun:
         """What was taken back, in order."""
         return self._course[1]
 
+    def began_at(self, place: int) -> float:
+        """Return the share of the budget that was used when an interval began."""
+        decision = self.records[place].telemetry.decision
+        before = (r.telemetry for r in reversed(self.records[:place]) if r.telemetry.decision == decision - 1)
+        return next((telemetry.budget_used for telemetry in before), 0.0)
+
     @property
     def advised(self) -> bool:
         """Whether the policy only advised."""

@@ -136,8 +136,9 @@ ROW = 0.235
 NAMES = 1.4
 """Width of the names before the rows, in inches."""
 LONGEST_NAME = 20
+PART_NAMES = ("training", "curvature probe", "evaluation", "switching controls")
 PART_INKS = ("part1", "part2", "part3", "part4")
-"""Colours of what a run's time and energy went to: training, probe, evaluation, switching."""
+"""What a run's time and energy went to, and in which colours."""
 
 
 def named_rows(title: str, names: Sequence[str], about: str, y: str = "") -> Panel:

@@ -22,7 +22,7 @@ from trainpilot.experiments.report.charts import (
     part_panels,
 )
 from trainpilot.experiments.report.charts_controls import AverageSchedule, ControlChanges, control_changes, learnt
-from trainpilot.experiments.report.drawing import MethodStyles, choose
+from trainpilot.experiments.report.drawing import PART_INKS, PART_NAMES, MethodStyles, choose
 from trainpilot.experiments.report.formatting import count, listed, percent, ratio
 from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.experiments.report.tables import (
@@ -209,9 +209,6 @@ def _test(data: ReportData, method: str, baseline: str) -> SignTest | None:
     return found.sign_tests.get(baseline, {}).get("tokens") if found else None
 
 
-PART_NAMES = ("training", "curvature probe", "evaluation", "switching controls")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Page:
     """What the template shows, in the order of the page."""
@@ -237,7 +234,8 @@ class Page:
     budgets: Charts
     sweep: Table | None
     parts: Charts
-    part_names: tuple[str, ...]
+    part_names: tuple[tuple[str, str], ...]
+    """Colours and names of what time and energy went to."""
     checks: Table | None
     failures: Table | None
     early: Table | None
@@ -287,7 +285,7 @@ def build(data: ReportData) -> Page:
         budgets=draw("budget", budget_panels(data, looks), (*looks.baselines, *looks.subjects)),
         sweep=sweep_table(data),
         parts=draw("part", part_panels(data, looks), ()),
-        part_names=PART_NAMES,
+        part_names=tuple(zip(PART_INKS, PART_NAMES, strict=True)),
         checks=check_table(data),
         failures=failures_table(data, "method"),
         early=failures_table(data, "method", early=True),
