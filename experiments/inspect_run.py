@@ -21,6 +21,7 @@ from rich.text import Text
 
 from trainpilot.agents.bundle import policy_path, shipped_policies
 from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.logging.tags import opening_link
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.experiments.inspect_policy import print_policy, print_reasons, titled_table
 from trainpilot.experiments.stored_run import (
@@ -87,7 +88,11 @@ def print_run(folder: Path, console: Console) -> None:
     console.print(_decisions(records))
     if refused := _refusals(records):
         console.print(refused)
-    console.print(Text(f"\nfor details: tensorboard --logdir {folder / 'tb'}"), soft_wrap=True)
+    console.print(Text(f"\nas a page: trainpilot report {folder} --out {folder.name}.html"), soft_wrap=True)
+    if (folder / "tb").is_dir():
+        console.print(
+            Text(f"for details: tensorboard --logdir {folder / 'tb'}\nthen open {opening_link()}"), soft_wrap=True
+        )
 
 
 def _heading(summary: Mapping[str, Any], last: Telemetry) -> Text:

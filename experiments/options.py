@@ -259,6 +259,9 @@ class CompareOptions:
     """Run nothing; write the report from the runs that are there, while others may still be running."""
     tensorboard: bool = True
     """Write the runs for TensorBoard too."""
+    optuna_storage: str | None = None
+    """Keep the studies of tuned-tpe, tuned-halving and nsga2 here too, such as sqlite:///optuna.db, which
+    optuna-dashboard opens."""
 
     @property
     def folder(self) -> Path:
