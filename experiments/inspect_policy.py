@@ -27,7 +27,7 @@ from trainpilot.experiments.stored_run import StoredRun, read_run
 
 MAX_LISTED = 6
 """Up to this many different values are listed."""
-BARS, MORE_BARS = 8, 15
+BARS, MORE_BARS = 6, 15
 """Number of fields that get a bar, in short and in full; the others are summed up in one row."""
 TRAINED = (
     "recipe", "created", "versions.trainpilot", "preference_range.quality", "utility", "start_scale",
