@@ -485,7 +485,7 @@ def test_nsga2_needs_a_cost_table_for_every_size_and_judges_its_front() -> None:
 # Studies that are kept --------------------------------------------------------------------------------------
 
 
-def test_a_study_ends_with_every_trial_told_and_keeping_it_changes_no_search() -> None:
+def test_a_study_ends_with_every_trial_told() -> None:
     studies: list[optuna.Study] = []
     kept, _ = drive(halving(CONFIG, ["fp32"], TUNING_SEEDS, studies.append), Bowl())
     plain, _ = halving_search()
@@ -511,5 +511,5 @@ def test_a_study_is_kept_under_its_name_in_place_of_an_earlier_one(tmp_path: Pat
 
 
 def test_a_storage_that_cannot_be_opened() -> None:
-    with pytest.raises(ValueError, match=r"^optuna_storage must be a storage of Optuna, such as .*, got 'nothing'; "):
+    with pytest.raises(ValueError, match=r"^optuna_storage must be a storage of Optuna, such as .*, got 'nothing', "):
         StudyStorage("nothing")
