@@ -12,6 +12,14 @@ from trainpilot.llm_runtime.lazy import lazy_names
 if TYPE_CHECKING:
     from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, shipped_policies
     from trainpilot.agents.controller import Controller, DecisionRecord, Policy
+    from trainpilot.agents.logging.trackers import (
+        AimTracker,
+        CometTracker,
+        FolderTracker,
+        MlflowTracker,
+        TrackioTracker,
+        WandbTracker,
+    )
     from trainpilot.agents.steering.contract import QualityContract
     from trainpilot.agents.steering.guarded_controller import GuardedController, GuardedDecision
     from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings
@@ -21,20 +29,26 @@ if TYPE_CHECKING:
     from trainpilot.agents.steering.torch_schedules import schedule_of
 
 __all__ = [
+    "AimTracker",
     "BaseSchedule",
+    "CometTracker",
     "Controller",
     "DecisionRecord",
+    "FolderTracker",
     "GuardedController",
     "GuardedDecision",
     "GuardrailSettings",
     "Guardrails",
     "LoaderBatches",
+    "MlflowTracker",
     "Policy",
     "PolicyBundle",
     "QualityContract",
     "Steering",
     "SteeringSettings",
     "Step",
+    "TrackioTracker",
+    "WandbTracker",
     "batches",
     "schedule_of",
     "shipped_policies",
@@ -43,6 +57,14 @@ __all__ = [
 _NAMES = {
     "bundle": ["BaseSchedule", "PolicyBundle", "shipped_policies"],
     "controller": ["Controller", "DecisionRecord", "Policy"],
+    "logging.trackers": [
+        "AimTracker",
+        "CometTracker",
+        "FolderTracker",
+        "MlflowTracker",
+        "TrackioTracker",
+        "WandbTracker",
+    ],
     "steering.contract": ["QualityContract"],
     "steering.guarded_controller": ["GuardedController", "GuardedDecision"],
     "steering.guardrails": ["GuardrailSettings", "Guardrails"],

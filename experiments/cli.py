@@ -39,6 +39,7 @@ from trainpilot.experiments.options import (
     FitSweepOptions,
     InspectOptions,
     ReplayOptions,
+    ReportOptions,
     TrainAgentOptions,
 )
 from trainpilot.llm_runtime.files import check_writable
@@ -54,6 +55,7 @@ COMMANDS = {
     "export": ExportOptions,
     "doctor": DoctorOptions,
     "inspect": InspectOptions,
+    "report": ReportOptions,
 }
 DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot demo`, then `trainpilot replay --help`."
 Command: Any = reduce(or_, (Annotated[options, subcommand(name)] for name, options in COMMANDS.items()))
@@ -95,7 +97,9 @@ def _one_writer(options: object) -> AbstractContextManager[None]:
     if isinstance(options, CompareOptions):  # a report may be written while others still run
         return nullcontext() if options.report_only else one_writer(options.folder)
     out = getattr(options, "out", None)
-    return one_writer(out) if isinstance(out, Path) else nullcontext()
+    if isinstance(options, ReportOptions) or not isinstance(out, Path):  # a page is one file, written whole
+        return nullcontext()
+    return one_writer(out)
 
 
 def _run(options: object) -> None:
@@ -130,10 +134,20 @@ def _run(options: object) -> None:
         export(options, console)
     elif isinstance(options, DoctorOptions):
         _doctor(options, console)
-    elif isinstance(options, InspectOptions):
-        from trainpilot.experiments.inspect_run import inspect_path
+    else:
+        _show(options, console)
 
-        inspect_path(options.path, console)
+
+def _show(options: object, console: Console) -> None:
+    """Run the commands that show what is there and train nothing."""
+    if isinstance(options, InspectOptions):
+        from trainpilot.experiments.inspect_run import inspect_paths
+
+        inspect_paths(options.path, console, everything=options.all)
+    elif isinstance(options, ReportOptions):
+        from trainpilot.experiments.report.run_page import report
+
+        report(options, console)
 
 
 def _doctor(options: DoctorOptions, console: Console) -> None:

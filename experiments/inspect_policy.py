@@ -23,22 +23,32 @@ from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.explain import Explanation, Push, explain, input_shares
 from trainpilot.agents.logging.run_log import flatten, text
 from trainpilot.envs.action import ACTION_FIELDS, LEARNING_RATE_FACTORS
-from trainpilot.experiments.run_store import read_records
-from trainpilot.llm_runtime.plain_values import one_line, printable, read_json
+from trainpilot.experiments.stored_run import StoredRun, read_run
+from trainpilot.llm_runtime.plain_values import one_line, printable
 
 MAX_LISTED = 6
 """Up to this many different values are listed."""
 MOST_ROWS, MOST_CHARACTERS = 200, 2000
 """Most rows of a table of what a file says, and most characters in one of its cells."""
-BARS = 15
-"""Number of fields that get a bar; the others are summed up in one row."""
+BARS, MORE_BARS = 6, 15
+"""Number of fields that get a bar, in short and in full; the others are summed up in one row."""
+TRAINED = (
+    "recipe", "created", "versions.trainpilot", "preference_range.quality", "utility", "start_scale",
+    "training_cases", "simulator.widening.weights",
+)  # fmt: skip
+"""Parts of the provenance that the short form shows, as far as they are stated."""
 BAR_WIDTH = 40
 SHOWN_APART = ("base_schedule", "decisions", "training_cost", "scores")
 """Parts of the provenance that are printed in tables of their own."""
 
 
-def print_policy(path: Path, console: Console) -> None:
-    """Print a bundle: its network, provenance, training cost, scores, and the weight of each field in the first layer.
+def print_policy(path: Path, console: Console, *, everything: bool = False) -> None:
+    """Print a bundle: its network, training, cost, scores, and the weight of each field in the first layer.
+
+    Args:
+        path: The bundle's file.
+        console: Where to print.
+        everything: Print the whole provenance and more fields; by default what fits one screen.
 
     Raises:
         ValueError: the file is not a bundle, or has an unsupported version.
@@ -49,10 +59,15 @@ def print_policy(path: Path, console: Console) -> None:
     for name, title in (("training_cost", "Training cost"), ("scores", "Scores")):
         if figures := bundle.provenance.get(name):
             print_table(title, _figures(figures), console)
-    if rest := {key: value for key, value in bundle.provenance.items() if key not in SHOWN_APART}:
-        print_bundle(rest, console)
-    bars = _bars(input_shares(bundle), "█" if console.encoding.lower().startswith("utf") else "#")
+    rest = flatten({key: value for key, value in bundle.provenance.items() if key not in SHOWN_APART})
+    shown = rest if everything else {key: rest[key] for key in TRAINED if rest.get(key) not in (None, "", [])}
+    if shown:
+        print_bundle(shown, console)
+    block = "█" if console.encoding.lower().startswith("utf") else "#"
+    bars = _bars(input_shares(bundle), block, MORE_BARS if everything else BARS)
     print_table("First layer: each field's share of the sum of the weights' norms", bars, console)
+    if len(shown) < len(rest):
+        console.print(Text(f"\n{len(rest) - len(shown)} more settings of its training: add --all", style="dim"))
 
 
 def print_table(title: str, table: Table, console: Console) -> None:
@@ -91,8 +106,15 @@ def _schedule(bundle: PolicyBundle) -> str:
 
 def _figures(figures: Any) -> Table:
     table = plain_table("", "")
-    _add_rows(table, figures if isinstance(figures, Mapping) else {"": figures}, _figure)
+    flat = flatten(figures if isinstance(figures, Mapping) else {"": figures})
+    _add_rows(table, {key: value for key, value in flat.items() if not _repeats(flat, key)}, _figure)
     return table
+
+
+def _repeats(flat: Mapping[str, Any], key: str) -> bool:
+    """Return whether a figure is that of a part which is the whole."""
+    stem, _, name = key.rpartition(".")
+    return bool(stem and flat[key] is not None and flat.get(name) == flat[key])
 
 
 def _add_rows(table: Table, content: Mapping[str, Any], form: Callable[[Any], str]) -> None:
@@ -114,9 +136,9 @@ def _figure(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _bars(shares: Mapping[str, float], block: str) -> Table:
+def _bars(shares: Mapping[str, float], block: str, n: int) -> Table:
     table = plain_table("", "", "", left=2)
-    top = list(shares.items())[:BARS]
+    top = list(shares.items())[:n]
     for name, share in top:
         table.add_row(name, block * round(BAR_WIDTH * share / max(top[0][1], 1e-30)), f"{share:.1%}")
     table.add_row(f"the other {len(shares) - len(top)}", "", f"{1 - sum(share for _, share in top):.1%}", style="dim")
@@ -184,36 +206,50 @@ class Change:
     """Number of decisions in the move."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunReasons:
+    """Why a policy decided as it did in a run."""
+
+    explanation: Explanation
+    warning: str
+    """What speaks against the explanation; empty if nothing does."""
+
+
+def reasons_of(run: StoredRun) -> RunReasons | None:
+    """Return the effects of the observation fields on the decisions of a run; `None` if no policy took them.
+
+    Raises:
+        ValueError: the policy is gone, or has other fields than the run.
+        OSError: its file cannot be read.
+    """
+    if run.config.get("policy", "none") == "none":
+        return None
+    bundle, warning = _policy(run.config)
+    explanation, n = explain(bundle, run.records), len(run.records)
+    if explanation.n_repeated < n:
+        warning = f"This policy would repeat only {explanation.n_repeated} of the {n} decisions. {warning}"
+    return RunReasons(explanation=explanation, warning=warning.strip())
+
+
 def print_reasons(folder: Path, console: Console) -> None:
     """Print which observation fields caused the decisions of the run in `folder`, if a policy took them."""
-    config = _config(folder)
-    if config.get("policy", "none") == "none":
-        return
+    run = read_run(folder)
     try:
-        bundle, warning = _policy(config)
-        records = read_records(folder)
-        explanation = explain(bundle, records)
+        reasons = reasons_of(run)
     except (ValueError, OSError) as error:
         console.print(f"\n[dim]The decisions cannot be explained: {escape(one_line(error))}[/dim]", highlight=False)
         return
-    if explanation.n_repeated < len(records):
-        warning = f"This policy would repeat only {explanation.n_repeated} of the {len(records)} decisions. {warning}"
-    if warning:
-        console.print(f"\n[yellow]{escape(one_line(warning))}[/yellow]", highlight=False)
-    print_table("Why: fields with the largest effect on the decisions", _reasons(explanation, records), console)
+    if reasons is None:
+        return
+    if reasons.warning:
+        console.print(f"\n[yellow]{escape(one_line(reasons.warning))}[/yellow]", highlight=False)
+    explanation = reasons.explanation
+    print_table("Why: fields with the largest effect on the decisions", _reasons(explanation, run.records), console)
     console.print(Text(LEGEND, style="dim"))
     print_table("Mean effect of the fields over the run, in log-odds", _importance(explanation), console)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        content = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return {}  # missing or damaged: the run itself can still be shown
-    return content if isinstance(content, dict) else {}
-
-
-def _policy(config: dict[str, Any]) -> tuple[PolicyBundle, str]:
+def _policy(config: Mapping[str, Any]) -> tuple[PolicyBundle, str]:
     """Return the policy that steered the run, and a warning if its file has changed since."""
     path = policy_path(str(config["policy"]))
     bundle = PolicyBundle.load(path)
@@ -227,7 +263,7 @@ def _reasons(explanation: Explanation, records: Sequence[DecisionRecord]) -> Tab
     for change in changes[:MOST_CHANGES]:
         control = ACTION_FIELDS[change.control].name
         table.add_row(
-            f"{change.decision} ({_budget_used(records, change.decision):.0%})",
+            f"{change.decision} ({budget_before(records, change.decision):.0%})",
             control.replace("_", " "),
             _choice(change, records[change.decision], int(explanation.rivals[change.decision, change.control])),
             _because(explanation.pushes(change.decision, control, PUSHES)),
@@ -285,15 +321,23 @@ def _took_effect(record: DecisionRecord, control: int) -> bool:
     return record.allowed[control] == record.requested[control] != ACTION_FIELDS[control].keep
 
 
-def _budget_used(records: Sequence[DecisionRecord], decision: int) -> float:
+def budget_before(records: Sequence[DecisionRecord], decision: int) -> float:
+    """Return the share of the budget that was used when a decision was made."""
     return records[decision - 1].telemetry.budget_used if decision else 0.0
 
 
-def _importance(explanation: Explanation) -> Table:
+def mean_effects(explanation: Explanation) -> tuple[list[str], list[tuple[str, list[float]]]]:
+    """Return the controls with a mean effect to speak of, and the fields with theirs on each, the strongest first."""
     table = explanation.importance()
     names = [name for name in table if max(table[name].values()) >= MIN_MEAN_EFFECT]
-    shown = plain_table("", *(name.replace("_", " ") for name in names))
     fields = sorted(next(iter(table.values()), {}), key=lambda f: -sum(table[name][f] for name in names))
-    for field in (f for f in fields[:FIELDS_SHOWN] if any(table[name][f] >= MIN_MEAN_EFFECT for name in names)):
-        shown.add_row(field, *(f"{table[name][field]:.2f}" for name in names))
+    strong = (f for f in fields[:FIELDS_SHOWN] if any(table[name][f] >= MIN_MEAN_EFFECT for name in names))
+    return names, [(field, [table[name][field] for name in names]) for field in strong]
+
+
+def _importance(explanation: Explanation) -> Table:
+    names, fields = mean_effects(explanation)
+    shown = plain_table("", *(name.replace("_", " ") for name in names))
+    for field, effects in fields:
+        shown.add_row(field, *(f"{effect:.2f}" for effect in effects))
     return shown

@@ -1,15 +1,14 @@
-"""Print a run, a policy bundle or a training folder in the terminal (`trainpilot inspect`).
+"""Print a run, several runs, a policy bundle or a training folder in the terminal (`trainpilot inspect`).
 
 For a run it prints key figures, curves, a breakdown of time and energy, the decisions and the refusals. Curves are
-always printed as sparklines, and as larger charts if plotext is installed.
+always printed as sparklines, and as larger charts if plotext is installed. Of several runs it prints a line each.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,19 @@ from rich.text import Text
 
 from trainpilot.agents.bundle import policy_path, shipped_policies
 from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.logging.tags import opening_link
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.experiments.inspect_policy import print_policy, print_reasons, titled_table
-from trainpilot.experiments.run_store import read_records
+from trainpilot.experiments.stored_run import (
+    StoredRun,
+    cost_parts,
+    counted_refusals,
+    is_figure,
+    read_run,
+    read_runs,
+    taken,
+)
 from trainpilot.llm_runtime.config import PRECISIONS
-from trainpilot.llm_runtime.plain_values import printable, printable_values, read_json
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 SPARKS, PLAIN_SPARKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
@@ -56,6 +63,8 @@ CURVES: tuple[tuple[str, Value, str], ...] = (
 )
 CHARTS = (CURVES[0], CURVES[2])
 """Curves that are also drawn as large charts if plotext is installed."""
+NARROW, LEFT_OUT = 110, ("policy", "test loss")
+"""Below this width the table of several runs leaves out these columns."""
 FLAT = 0.005
 """Values that differ by less than this share are drawn as a flat line."""
 
@@ -66,31 +75,24 @@ def print_run(folder: Path, console: Console) -> None:
     Raises:
         ValueError: the folder has no `telemetry.jsonl`, or an empty one.
     """
-    if not (folder / "telemetry.jsonl").is_file():
-        raise ValueError(f"path must hold a run's telemetry.jsonl, got {folder}")
-    records = read_records(folder)
-    if not records:
-        raise ValueError(f"path must hold at least one decision, got an empty telemetry.jsonl in {folder}")
-    summary, telemetry = _summary(folder), [record.telemetry for record in records]
+    run = read_run(folder)
+    records, summary = run.records, run.summary
+    telemetry = [record.telemetry for record in records]
     console.print(_heading(summary, telemetry[-1]))
     if summary:
         console.print(_key_figures(summary))
     if charts := _charts(telemetry, console):
         console.print(Columns(charts))
     console.print(_curves(telemetry, console))
-    console.print(_costs(telemetry))
+    console.print(_costs(run))
     console.print(_decisions(records))
     if refused := _refusals(records):
         console.print(refused)
-    console.print(Text(f"\nfor details: tensorboard --logdir {folder / 'tb'}"), soft_wrap=True)
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    try:
-        content = read_json(folder / "summary.json")
-    except (OSError, ValueError):
-        return {}  # not finished yet, or damaged: the telemetry is shown without it
-    return printable_values(content) if isinstance(content, dict) else {}
+    console.print(Text(f"\nas a page: trainpilot report {folder} --out {folder.name}.html"), soft_wrap=True)
+    if (folder / "tb").is_dir():
+        console.print(
+            Text(f"for details: tensorboard --logdir {folder / 'tb'}\nthen open {opening_link()}"), soft_wrap=True
+        )
 
 
 def _heading(summary: Mapping[str, Any], last: Telemetry) -> Text:
@@ -174,33 +176,15 @@ def sparkline(values: Sequence[float], width: int, levels: str = SPARKS) -> str:
     return "".join(levels[min(int((mean - low) / span * len(levels)), len(levels) - 1)] for mean in means)
 
 
-def _costs(telemetry: Sequence[Telemetry]) -> Table:
-    """Return the breakdown of time and energy; an interval's energy is divided among its parts by their time."""
-    probe, switch = sum(t.probe_time_s for t in telemetry), sum(t.switch_time_s for t in telemetry)
-    training = sum(t.time_s for t in telemetry) - probe - switch
-    evaluation = sum(t.evaluation_time_s for t in telemetry)
-    total = training + probe + switch + evaluation
-    shares = {
-        "training": (training, lambda t: t.time_s - t.probe_time_s - t.switch_time_s),
-        "curvature probe": (probe, lambda t: t.probe_time_s),
-        "switching controls": (switch, lambda t: t.switch_time_s),
-        "evaluation": (evaluation, None),
-    }
-    source = telemetry[-1].energy_source or "no meter"
-    table = titled_table("Where time and energy went", "", "time, s", "share", f"energy, J ({source})")
-    for name, (seconds, part) in shares.items():
-        joules = _number(_joules(telemetry, part), ",.2f") if part is not None else "not counted"
-        table.add_row(name, f"{seconds:,.2f}", f"{seconds / max(total, 1e-9):.1%}", joules)
+def _costs(run: StoredRun) -> Table:
+    """Return the breakdown of time and energy."""
+    parts = cost_parts(run)
+    total = sum(seconds for seconds, _ in parts.values())
+    table = titled_table("Where time and energy went", "", "time, s", "share", f"energy, J ({run.energy_source})")
+    for name, (seconds, joules) in parts.items():
+        shown = "not counted" if name == "evaluation" else _number(joules, ",.2f")
+        table.add_row(name, f"{seconds:,.2f}", f"{seconds / max(total, 1e-9):.1%}", shown)
     return table
-
-
-def _joules(telemetry: Iterable[Telemetry], part: Callable[[Telemetry], float]) -> float | None:
-    total = 0.0
-    for t in telemetry:
-        if t.energy_j is None:
-            return None
-        total += t.energy_j * part(t) / max(t.time_s, 1e-9)
-    return total
 
 
 def _decisions(records: Sequence[DecisionRecord]) -> Table:
@@ -208,27 +192,22 @@ def _decisions(records: Sequence[DecisionRecord]) -> Table:
     heads = ("advised", "choices that were advised") if advised else ("changed", "choices that took effect")
     table = titled_table(f"{len(records)} decisions", "control", *heads)
     table.columns[2].justify = "left"
-    actions = [record.allowed if record.advice is None else record.advice.action for record in records]
+    actions = [taken(record) for record in records]
     for index, field in enumerate(ACTION_FIELDS):
-        taken = Counter(action[index] for action in actions)
-        changes = [f"{field.choices[c]}: {n}" for c, n in sorted(taken.items()) if c != field.keep]
-        table.add_row(field.name, str(len(records) - taken[field.keep]), escape(", ".join(changes)) or "-")
+        chosen = Counter(action[index] for action in actions)
+        changes = [f"{field.choices[c]}: {n}" for c, n in sorted(chosen.items()) if c != field.keep]
+        table.add_row(field.name, str(len(records) - chosen[field.keep]), escape(", ".join(changes)) or "-")
     return table
 
 
 def _refusals(records: Sequence[DecisionRecord]) -> Table | None:
     """Count refusals by reason; reasons that differ only in their numbers are counted as one."""
-    counts: Counter[str] = Counter()
-    example: dict[str, str] = {}
-    for reason in (printable(reason) for record in records for reason in record.refusals):
-        kind = re.sub(r"\d[\d.,e+-]*", "#", reason)
-        counts[kind] += 1
-        example.setdefault(kind, reason)
-    if not counts:
+    counted = counted_refusals(records)
+    if not counted:
         return None
     table = titled_table("Refused by the action masks", "", "times")
-    for kind, count in counts.most_common():
-        table.add_row(escape(example[kind]), str(count))
+    for reason, count in counted:
+        table.add_row(escape(reason), str(count))
     return table
 
 
@@ -244,29 +223,81 @@ def _tokens(count: float) -> str:
 
 
 def _number(value: Any, form: str) -> str:
-    return format(value, form) if isinstance(value, int | float) and math.isfinite(value) else "unknown"
+    return format(value, form) if is_figure(value) else "unknown"
 
 
 def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def inspect_path(path: Path, console: Console) -> None:
+RUNS_COLUMNS: tuple[tuple[str, Callable[[StoredRun], str]], ...] = (
+    ("policy", lambda run: run.policy),
+    ("state", lambda run: run.state),
+    ("loss", lambda run: _number(run.validation_loss, ".4f")),
+    ("test loss", lambda run: _number(run.test_loss, ".4f")),
+    ("tokens", lambda run: _tokens(run.last.tokens)),
+    ("time, s", lambda run: _number(run.time_s, ",.1f")),
+    ("energy, J", lambda run: _number(run.energy_j, ",.1f")),
+    ("changed", lambda run: str(run.n_changes)),
+    ("refused", lambda run: str(run.n_refusals)),
+    ("rollbacks", lambda run: str(len(run.rollbacks))),
+)
+
+
+def print_runs(folders: Sequence[Path], console: Console) -> None:
+    """Print several runs as a table, a line for each.
+
+    Raises:
+        ValueError: a folder holds no run.
+    """
+    runs = read_runs(folders)
+    columns = [each for each in RUNS_COLUMNS if console.width >= NARROW or each[0] not in LEFT_OUT]
+    table = titled_table(f"{len(runs)} runs", "", *(name for name, _ in columns))
+    for run in runs:
+        table.add_row(escape(run.name), *(escape(shown(run)) for _, shown in columns))
+    console.print(table)
+    sources = ", ".join(sorted({run.energy_source for run in runs}))
+    about = f"loss: validation, in nats/token; changed: decisions; refused: choices; source of the joules: {sources}"
+    console.print(Text(about, style="dim"))
+    page = " ".join(["trainpilot report", *map(str, folders), "--out runs.html"])
+    console.print(Text(f"as one page: {page}"), soft_wrap=True)
+
+
+def inspect_paths(paths: Sequence[Path], console: Console, *, everything: bool = False) -> None:
+    """Print what `inspect_path` prints of one path, and of several runs a line each.
+
+    Raises:
+        ValueError: there is no path, one of several is no run, or as `inspect_path`.
+    """
+    if not paths:
+        raise ValueError("path must be given, got none; try trainpilot inspect default")
+    if len(paths) == 1:
+        inspect_path(paths[0], console, everything=everything)
+    else:
+        print_runs(paths, console)
+
+
+def inspect_path(path: Path, console: Console, *, everything: bool = False) -> None:
     """Print the bundle, run or training folder at `path`, or the shipped policy of that name.
+
+    Args:
+        path: What to print.
+        console: Where.
+        everything: Print the whole provenance of a bundle, not only what fits one screen.
 
     Raises:
         ValueError: `path` is none of these.
     """
     if path.is_file():
-        print_policy(path, console)
+        print_policy(path, console, everything=everything)
     elif (path / "telemetry.jsonl").is_file():
         print_run(path, console)
         print_reasons(path, console)
     elif (path / "policy.safetensors").is_file():
-        print_policy(path / "policy.safetensors", console)
+        print_policy(path / "policy.safetensors", console, everything=everything)
         console.print(f"training curves: tensorboard --logdir {path / 'tb'}", soft_wrap=True)
     elif not path.exists() and str(path) in shipped_policies():
-        print_policy(policy_path(str(path)), console)
+        print_policy(policy_path(str(path)), console, everything=everything)
     else:
         shipped = ", ".join(shipped_policies()) or "none"
         raise ValueError(

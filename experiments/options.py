@@ -307,6 +307,9 @@ class CompareOptions(Options):
     """Run nothing; write the report from the runs that are there, while others may still be running."""
     tensorboard: bool = True
     """Write the runs for TensorBoard too."""
+    optuna_storage: str | None = None
+    """Keep the studies of tuned-tpe, tuned-halving and nsga2 here too, such as sqlite:///optuna.db, which
+    optuna-dashboard opens."""
 
     @property
     def folder(self) -> Path:
@@ -346,11 +349,37 @@ class DoctorOptions(Options):
 @with_ranges
 @dataclass(frozen=True)
 class InspectOptions(Options):
-    """Show where a policy comes from and what it looks at, or how a run went and why it was steered so."""
+    """Show where a policy comes from and what it looks at, or how a run went and why it was steered so.
 
-    path: Annotated[Path, tyro.conf.Positional]
-    """A bundle (policy.safetensors), `default` for the one that comes with trainpilot, or the folder of a run or of an
-    agent."""
+    Of several runs it prints one line each.
+    """
+
+    path: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """A bundle (policy.safetensors), `default` for the one that comes with trainpilot, the folder of an agent, or the
+    folders of one or several runs."""
+    all: bool = False
+    """Print the whole provenance of a bundle, not only what fits one screen."""
+
+
+@with_ranges
+@dataclass(frozen=True)
+class ReportOptions(Options):
+    """Write a page about one run or several: losses, what steering did and why, what it cost, what was refused.
+
+    The page is one HTML file that needs no network and reads on a phone, too.
+
+    Try for instance:
+
+      trainpilot report runs/steered --out steered.html
+      trainpilot report runs/steered runs/mine --reference runs/base --out comparison.html
+    """
+
+    path: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs: of `replay`, or of `FolderTracker` in a training loop of your own."""
+    out: Path
+    """The page to write, an .html file; an earlier one is replaced."""
+    reference: Path | None = None
+    """Folder of a run that the others are drawn against; by default the reference that `replay --reference` made."""
 
 
 @with_ranges

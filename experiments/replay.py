@@ -189,6 +189,8 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     else:
         controller = kind(Controller(keep, run.base_limits(), preference), Guardrails(UNGUARDED))
     reference = _reference(config, console) if options.reference else None
+    if reference is not None:
+        reference.write(folder.path / "reference.json")
     steered = SteeredRun(run, controller, folder, reference)
     steered.train(console)
     with steered.kept_on_failure():

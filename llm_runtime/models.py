@@ -76,15 +76,17 @@ class LoadedModel:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def save(self, folder: Path) -> None:
-        """Write the model, and its tokenizer if it has one, so that plain transformers loads them.
+        """Write the model and its tokenizer so that plain transformers loads them, and `generate` works.
 
         Raises:
             OSError: they cannot be written, for example on a full disk.
         """
+        generation = self.model.generation_config
+        if isinstance(self.tokenizer, ByteTokenizer) and generation is not None:
+            generation.eos_token_id = self.tokenizer.document_end  # the tokenizer names no such token
         with system_errors(folder, SafetensorError):
             self.model.save_pretrained(folder)
-        if isinstance(self.tokenizer, PretrainedTokenizer):
-            self.tokenizer.tokenizer.save_pretrained(folder)
+        self.tokenizer.save(folder)
 
 
 def load_model(name: str, seed: int) -> LoadedModel:
@@ -101,7 +103,7 @@ def load_model(name: str, seed: int) -> LoadedModel:
     """
     blueprint = _blueprint(name)
     if blueprint is None:
-        return _from_pretrained(name)
+        return load_saved(Path(name)) if Path(name).is_dir() else _from_pretrained(name)
     return blueprint.build(seed, blueprint.tokenizer or ByteTokenizer())
 
 
@@ -117,14 +119,10 @@ def load_saved(folder: Path) -> LoadedModel:
     if "quantization_config" in config:
         raise ValueError(f"model: {folder} is quantised already; give the model that it was made from")
     if holds_tokenizer(folder):
-        return _from_pretrained(str(folder))
+        return _from_pretrained(str(folder), of_bytes=ByteTokenizer.lies_in(folder))
     if config.get("vocab_size") != ByteTokenizer.vocabulary:
         raise ValueError(f"model: {folder} has no tokenizer; save it there with tokenizer.save_pretrained")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except Exception as error:  # as below
-        raise ValueError(f"model: {folder} cannot be loaded ({type(error).__name__}: {_one_line(error)})") from error
-    return LoadedModel(model, ByteTokenizer(), pretrained=True)
+    return _from_pretrained(str(folder), of_bytes=True)
 
 
 def load_model_of(config: RunConfig) -> LoadedModel:
@@ -189,7 +187,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def _tokenizer_in(folder: Path) -> PretrainedTokenizer | None:
-    if not holds_tokenizer(folder):
+    if not holds_tokenizer(folder) or ByteTokenizer.lies_in(folder):
         return None
     try:
         return PretrainedTokenizer(AutoTokenizer.from_pretrained(folder))
@@ -272,11 +270,13 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
 
 
-def _from_pretrained(name: str) -> LoadedModel:
+def _from_pretrained(name: str, *, of_bytes: bool = False) -> LoadedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = ByteTokenizer() if of_bytes else PretrainedTokenizer(AutoTokenizer.from_pretrained(name))
     except Exception as error:  # offline, gated, missing, damaged: the Hub client has a class for each
+        if Path(name).is_dir():
+            raise ValueError(f"model: {name} cannot be loaded ({type(error).__name__}: {_one_line(error)})") from error
         raise ValueError(
             f"model: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder, and could not be loaded as a "
             f"Hub id ({type(error).__name__}: {_one_line(error)}); download it first and give its folder"
@@ -284,11 +284,11 @@ def _from_pretrained(name: str) -> LoadedModel:
     if fault := _fault(model):
         raise ValueError(f"model: {name!r} {fault}")
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    if tokenizer.vocabulary > rows:
         raise ValueError(
-            f"model: {name!r} must have an embedding for {len(tokenizer)} tokens of its tokenizer, got {rows}"
+            f"model: {name!r} must have an embedding for {tokenizer.vocabulary} tokens of its tokenizer, got {rows}"
         )
-    return LoadedModel(model, PretrainedTokenizer(tokenizer), pretrained=True)
+    return LoadedModel(model, tokenizer, pretrained=True)
 
 
 def _typos(config: PretrainedConfig, stated: Mapping[str, Any]) -> dict[str, str]:

@@ -6,10 +6,12 @@ The writers (`run_log`, `training_log`) take their tag names from this table, an
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import quote
 
 from trainpilot.envs.action import ACTION_FIELDS, ActionField
 from trainpilot.envs.observation import OBSERVATION_FIELDS
@@ -245,12 +247,23 @@ TAGS: dict[str, Tag] = {tag.name: tag for group in GROUPS for tag in group.tags}
 """Every tag by its name; looking up an unknown name raises `KeyError`."""
 
 
+OPENING = ("loss/train", "loss/validation", "controls_effective/learning_rate", "controls_effective/batch_size")
+"""What a link to TensorBoard opens on: loss and controls, before the tags in the order of the alphabet."""
+
+
+def opening_link() -> str:
+    """Return the address at which a local TensorBoard shows the charts of `OPENING` first."""
+    cards = [{"plugin": "scalars", "tag": TAGS[name].name} for name in OPENING]
+    pinned = quote(json.dumps(cards, separators=(",", ":")), safe="")
+    return f"http://localhost:6006/?pinnedCards={pinned}#timeseries"
+
+
 def tags_of(writer: Writer) -> list[Tag]:
     """Return all tags with the given writer."""
     return [tag for group in GROUPS if group.written_by == writer for tag in group.tags]
 
 
-_HEAD = """\
+_HEAD = f"""\
 # What TensorBoard shows
 
 Written from `agents/logging/tags.py` by `make docs`; change it there.
@@ -258,7 +271,8 @@ Written from `agents/logging/tags.py` by `make docs`; change it there.
     tensorboard --logdir DIR
 
 DIR is the `tb` folder of a run or of an agent's training, or any folder above several of them. Then open
-<http://localhost:6006>. Everything is served from this machine.
+<http://localhost:6006>, for a run [with loss, learning rate and batch on top]({opening_link()}). Everything is
+served from this machine.
 
 * **Time series, Scalars**: the tags below. Tick several runs to lay them over each other.
 * **Custom scalars**: ready-made charts (loss, controls requested and effective, energy, reward; actions).

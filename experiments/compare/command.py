@@ -34,6 +34,7 @@ from trainpilot.experiments.compare.programs import (
     untuned_curve,
 )
 from trainpilot.experiments.compare.scheduler import Program, Scheduler, run_workers
+from trainpilot.experiments.compare.search import StudyStorage
 from trainpilot.experiments.costs.measure import cost_tables, precisions_that_pay
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CompareOptions
@@ -150,6 +151,7 @@ def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
     """Validate all options before the first run, and measure the cost tables."""
     if options.folder.exists() and not options.folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {options.folder}")
+    studies = StudyStorage(options.optuna_storage)
     use_threads(options.threads)
     jobs = options.jobs or max(1, available_cores() // options.threads)
     cases = load_cases(options.cases)
@@ -168,7 +170,7 @@ def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
         tables = cost_tables(configs, precisions, options.folder / "costs", status.update)
     seeds = range(options.seeds)
     warn = _warner(console)
-    ledger = ComparisonLedger(seeds, TUNING_SEEDS, tables, precisions, warn)
+    ledger = ComparisonLedger(seeds, TUNING_SEEDS, tables, precisions, warn, studies=studies)
     return PreparedComparison(cases=cases, chosen=chosen, ledger=ledger, tables=tables, jobs=jobs)
 
 

@@ -24,6 +24,7 @@ from trainpilot.experiments.compare.scheduler import Program
 from trainpilot.experiments.compare.search import (
     MAX_MOVES,
     N_CONFIRMED,
+    StudyStorage,
     Trial,
     Trials,
     final_loss,
@@ -60,6 +61,8 @@ class ComparisonLedger:
         tuning_seeds: Seeds of the searches, disjoint from the judged ones to avoid selection bias.
         tables: Cost tables by `cost_key`.
         precisions: Precisions worth trying, by case.
+        warn: Called with a line about what goes on without a part.
+        studies: Where Optuna's studies are kept; by default nowhere.
     """
 
     def __init__(
@@ -69,12 +72,15 @@ class ComparisonLedger:
         tables: Mapping[str, CostTable],
         precisions: Mapping[str, Sequence[Precision]],
         warn: Callable[[str], None],
+        *,
+        studies: StudyStorage | None = None,
     ) -> None:
         if both := set(tuning_seeds) & set(seeds):
             raise ValueError(f"seeds must leave the tuning seeds out, got {min(both)} in both; take fewer seeds")
         self.seeds, self.tuning_seeds = tuple(seeds), tuple(tuning_seeds)
         self.tables = tables
         self.warn = warn
+        self.studies = studies if studies is not None else StudyStorage()
         self._precisions = precisions
         self._rows: dict[Row, None] = {}
         self.baselines: dict[str, list[TunedBaseline]] = {}
@@ -382,19 +388,22 @@ def search_program(ledger: ComparisonLedger, case: Case, name: str) -> Program:
 
 
 def _best_of_tpe(ledger: ComparisonLedger, case: Case) -> Program:
-    trials = yield from tpe(case.config, ledger.precisions(case), ledger.tuning_seeds)
+    keep = ledger.studies.keep(f"{case.name} tuned-tpe")
+    trials = yield from tpe(case.config, ledger.precisions(case), ledger.tuning_seeds, keep)
     _note_sweep(ledger, case, "tuned-tpe", [trials])
     yield from _judge(ledger, case, "tuned-tpe", trials.best_confirmed(TUNED_SCHEDULES).spec)
 
 
 def _best_of_halving(ledger: ComparisonLedger, case: Case) -> Program:
-    found = yield from halving(case.config, ledger.precisions(case), ledger.tuning_seeds)
+    keep = ledger.studies.keep(f"{case.name} tuned-halving")
+    found = yield from halving(case.config, ledger.precisions(case), ledger.tuning_seeds, keep)
     _note_sweep(ledger, case, "tuned-halving", found.trials)
     yield from _judge(ledger, case, "tuned-halving", found.best.spec)
 
 
 def _front(ledger: ComparisonLedger, case: Case) -> Program:
-    front = yield from nsga2(case.config, ledger.precisions(case), ledger.tuning_seeds[0], ledger.cost_of)
+    keep = ledger.studies.keep(f"{case.name} nsga2")
+    front = yield from nsga2(case.config, ledger.precisions(case), ledger.tuning_seeds[0], ledger.cost_of, keep)
     for spec in front.tried:
         ledger.row(case, "nsga2", spec, role="sweep")
     for number, spec in enumerate(front.best, start=1):

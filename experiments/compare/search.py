@@ -191,7 +191,55 @@ WORST_LOSS = 20.0
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def tpe(config: RunConfig, precisions: Sequence[Precision], seeds: Sequence[int]) -> Search:
+Keep = Callable[[optuna.Study], None]
+"""Called with a study that has ended."""
+
+
+def not_kept(study: optuna.Study) -> None:
+    """Keep nothing of a study."""
+
+
+@dataclass(frozen=True)
+class StudyStorage:
+    """Where studies are kept, so that optuna-dashboard opens them.
+
+    A study is copied there when it has ended: what a search tries does not depend on where it is kept.
+
+    Args:
+        url: A storage of Optuna, such as `sqlite:///optuna.db`; `None` keeps nothing.
+
+    Raises:
+        ValueError: the storage cannot be opened.
+    """
+
+    url: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.url is not None:
+            try:
+                optuna.storages.get_storage(self.url)
+            except Exception as error:  # SQLAlchemy and its drivers raise many kinds
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"optuna_storage must be a storage of Optuna, such as sqlite:///optuna.db, got {self.url!r}, "
+                    f"which it does not open: {reason}"
+                ) from error
+
+    def keep(self, name: str) -> Keep:
+        """Return a function that keeps a study under a name, in place of an earlier one of that name."""
+        url = self.url
+        if url is None:
+            return not_kept
+
+        def keep(study: optuna.Study) -> None:
+            if name in optuna.get_all_study_names(url):
+                optuna.delete_study(study_name=name, storage=url)
+            optuna.create_study(study_name=name, storage=url, directions=study.directions).add_trials(study.trials)
+
+        return keep
+
+
+def tpe(config: RunConfig, precisions: Sequence[Precision], seeds: Sequence[int], keep: Keep = not_kept) -> Search:
     """Search with the tree-structured Parzen estimator, and confirm its best settings like those of the grid."""
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seeds[0], constant_liar=True))
     trials = Trials(config, seeds)
@@ -201,6 +249,7 @@ def tpe(config: RunConfig, precisions: Sequence[Precision], seeds: Sequence[int]
         by_setting = {found.setting: found for found in done}
         for trial in asked:
             study.tell(trial, _told(by_setting[suggest(trial, config, precisions)]))
+    keep(study)
     yield from trials.confirm(trial.setting for trial in trials.ranked()[:TPE_CONFIRMED])
     return trials
 
@@ -215,7 +264,7 @@ class Halved:
 
 
 def halving(
-    config: RunConfig, precisions: Sequence[Precision], seeds: Sequence[int]
+    config: RunConfig, precisions: Sequence[Precision], seeds: Sequence[int], keep: Keep = not_kept
 ) -> Generator[list[RunSpec], list[RunResult], Halved]:
     """Try random settings at an eighth of the budget, and the best of them at larger and larger budgets.
 
@@ -227,6 +276,8 @@ def halving(
     order = Random(seeds[0])
     rungs: list[Trials] = []
     done: list[Trial] = []
+    found: dict[StaticSetting, Trial] = {}
+    pruned: list[optuna.Trial] = []
     for rung in HALVING_RUNGS:
         rungs.append(Trials(config, seeds, rung / HALVING_RUNGS[-1]))
         settings = [suggest(trial, config, precisions) for trial in survivors]
@@ -237,7 +288,14 @@ def halving(
         if rung != HALVING_RUNGS[-1]:
             # Optuna judges each by those that came before it. Survivors stand with the better ones last, and nearly all
             # of them would pass.
-            survivors = [trial for trial in order.sample(survivors, len(survivors)) if not trial.should_prune()]
+            judged_in_turn = [(trial, trial.should_prune()) for trial in order.sample(survivors, len(survivors))]
+            survivors = [trial for trial, dropped in judged_in_turn if not dropped]
+            pruned += [trial for trial, dropped in judged_in_turn if dropped]
+    for trial in pruned:
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    for trial in survivors:
+        study.tell(trial, _told(found[suggest(trial, config, precisions)]))
+    keep(study)
     return Halved(min(done, key=lambda trial: final_loss(trial.result)), tuple(rungs))
 
 
@@ -278,7 +336,7 @@ class Front:
 
 
 def nsga2(
-    config: RunConfig, precisions: Sequence[Precision], seed: int, cost: Cost
+    config: RunConfig, precisions: Sequence[Precision], seed: int, cost: Cost, keep: Keep = not_kept
 ) -> Generator[list[RunSpec], list[RunResult], Front]:
     """Search settings, width and depth for low loss and low modelled cost of one run.
 
@@ -287,6 +345,7 @@ def nsga2(
         precisions: Precisions worth trying.
         seed: Seed of the search and of its runs.
         cost: Returns the modelled joules, or seconds, of a run.
+        keep: Called with the study at the end.
     """
     sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
@@ -299,6 +358,7 @@ def nsga2(
             specs[trial.number] = spec
             worst = not result.usable
             study.tell(trial, (WORST_LOSS, float("1e12")) if worst else (final_loss(result), cost(result)))
+    keep(study)
     front = sorted(study.best_trials, key=lambda trial: trial.values[1])
     points = {specs[trial.number].config: specs[trial.number] for trial in front}  # it may request a run twice
     return Front(_evenly(list(points.values())), tuple(specs.values()))

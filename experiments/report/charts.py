@@ -11,22 +11,21 @@ from typing import Any
 
 from trainpilot.experiments.analysis.figures import PARTS, BaselineCurve, CaseFigures, Estimate, FrontPoint
 from trainpilot.experiments.report.drawing import (
-    BOTTOM,
-    TEXT,
-    TOP,
+    PART_INKS,
     MethodStyle,
     MethodStyles,
     Panel,
     counted,
     ink,
-    label,
     log_axis,
     log_ticks,
     log_window,
     measured,
     name_x,
+    named_rows,
     panel,
     plain_axis,
+    stack,
     window,
 )
 from trainpilot.experiments.report.formatting import percent, ratio
@@ -208,11 +207,6 @@ def _kind(data: ReportData, method: str) -> str:
     return data.notes[method].kind if method in data.notes else ""
 
 
-ROW = 0.235
-"""Height of a method's row, in inches."""
-NAMES = 1.4
-"""Width of the names before the rows, in inches."""
-LONGEST_NAME = 20
 FAR = 4.0
 """Multipliers beyond this factor are drawn as arrows at the edge."""
 TICKS = ((1 / 4, 1 / 2, 1, 2, 4), (0.5, 0.7, 1, 1.5, 2), (0.8, 0.9, 1, 1.1, 1.25))
@@ -257,7 +251,7 @@ def _limits(estimates: Sequence[Estimate]) -> tuple[float, float]:
 
 
 def _forest(shown: Sequence[MethodStyle], title: str, of: Of, second: str | None, limits: tuple[float, float]) -> Panel:
-    drawn = _rows(title, [look.title for look in shown], f"compute multipliers, {title}")
+    drawn = named_rows(title, [look.title for look in shown], f"compute multipliers, {title}")
     log_axis(drawn.axes, "x", limits, ratio, _ticks(limits))
     name_x(drawn.axes, "compute multiplier")
     drawn.axes.axvline(1, color=ink("ink"), linewidth=0.9, zorder=1)
@@ -340,30 +334,9 @@ def _shares(
 
 
 def _bars(data: ReportData, title: str, unit: str, shares: Mapping[str, Mapping[str, float]]) -> Panel:
-    drawn = _rows(title, [data.title(name) for name in shares], f"{title} by part and method")
+    drawn = named_rows(title, [data.title(name) for name in shares], f"{title} by part and method")
     longest = max(sum(parts.values()) for parts in shares.values())
     plain_axis(drawn.axes, "x", (0, longest * 1.16), percent)
     name_x(drawn.axes, f"share of {unit}")
-    for row, parts in enumerate(shares.values()):
-        start = 0.0
-        for index, part in enumerate(PARTS):
-            drawn.axes.barh(row, parts[part], left=start, height=0.62, color=ink(f"part{index + 1}"))
-            start += parts[part]
-        drawn.axes.text(start + longest * 0.015, row, percent(start), va="center", fontsize=TEXT, color=ink("ink"))
+    stack(drawn, [[parts[part] for part in PARTS] for parts in shares.values()], PART_INKS, percent)
     return drawn
-
-
-def _rows(title: str, names: Sequence[str], about: str) -> Panel:
-    """Return a panel with a named row for each method, the first on top."""
-    height = TOP + BOTTOM + ROW * max(len(names), 2)
-    drawn = panel(title, about=about, height=height, left=NAMES)
-    drawn.axes.set_ylim(max(len(names), 2) - 0.5, -0.5)
-    drawn.axes.set_yticks(range(len(names)), [label(_shortened(name)) for name in names])
-    drawn.axes.tick_params(axis="y", labelcolor=ink("ink"), pad=8)
-    drawn.axes.grid(visible=False)
-    drawn.axes.grid(axis="x", color=ink("faint"), linewidth=0.7)
-    return drawn
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

@@ -137,6 +137,43 @@ def _local(tag: str) -> str:
     return tag.rpartition("}")[2]
 
 
+ROW = 0.235
+"""Height of a named row, in inches."""
+NAMES = 1.4
+"""Width of the names before the rows, in inches."""
+LONGEST_NAME = 20
+PART_NAMES = ("training", "curvature probe", "evaluation", "switching controls")
+PART_INKS = ("part1", "part2", "part3", "part4")
+"""What a run's time and energy went to, and in which colours."""
+
+
+def named_rows(title: str, names: Sequence[str], about: str, y: str = "") -> Panel:
+    """Return a panel with a named row for each of `names`, the first on top."""
+    height = TOP + BOTTOM + ROW * max(len(names), 2)
+    drawn = panel(title, y, about=about, height=height, left=NAMES)
+    drawn.axes.set_ylim(max(len(names), 2) - 0.5, -0.5)
+    drawn.axes.set_yticks(range(len(names)), [label(_shortened(name)) for name in names])
+    drawn.axes.tick_params(axis="y", labelcolor=ink("ink"), pad=8)
+    drawn.axes.grid(visible=False)
+    drawn.axes.grid(axis="x", color=ink("faint"), linewidth=0.7)
+    return drawn
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def stack(drawn: Panel, rows: Sequence[Sequence[float]], inks: Sequence[str], form: Callable[[float], str]) -> None:
+    """Draw each row's parts as one bar, with their sum behind it."""
+    longest = max(sum(parts) for parts in rows)
+    for row, parts in enumerate(rows):
+        start = 0.0
+        for part, name in zip(parts, inks, strict=True):
+            drawn.axes.barh(row, part, left=start, height=0.62, color=ink(name))
+            start += part
+        drawn.axes.text(start + longest * 0.015, row, form(start), va="center", fontsize=TEXT, color=ink("ink"))
+
+
 N_COLOURED = 6
 """Methods with a colour of their own besides the two baselines: more could not be distinguished."""
 N_SUBJECTS = 3

@@ -7,11 +7,9 @@ figures carry; `build` collects all sections; the template `report.html.j2` draw
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from trainpilot.experiments.analysis.figures import PRESUMED_BUG, Estimate, Figures, SignTest
 from trainpilot.experiments.costs.table import CostTable
@@ -24,7 +22,7 @@ from trainpilot.experiments.report.charts import (
     part_panels,
 )
 from trainpilot.experiments.report.charts_controls import AverageSchedule, ControlChanges, control_changes, learnt
-from trainpilot.experiments.report.drawing import MethodStyle, MethodStyles, Panel, choose, to_svg
+from trainpilot.experiments.report.drawing import PART_INKS, PART_NAMES, MethodStyles, choose
 from trainpilot.experiments.report.formatting import count, listed, percent, ratio
 from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.experiments.report.tables import (
@@ -45,9 +43,9 @@ from trainpilot.experiments.report.tables import (
     sweep_table,
     write_sheets,
 )
+from trainpilot.experiments.report.template import Charts, draw, render_page
 from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, RunResult
 from trainpilot.llm_runtime.files import whole_file, write_json
-from trainpilot.llm_runtime.plain_values import printable
 
 PAGE = "report.html"
 
@@ -211,28 +209,6 @@ def _test(data: ReportData, method: str, baseline: str) -> SignTest | None:
     return found.sign_tests.get(baseline, {}).get("tokens") if found else None
 
 
-PART_NAMES = ("training", "curvature probe", "evaluation", "switching controls")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """One panel, drawn."""
-
-    title: str
-    y: str
-    svg: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Charts:
-    """A figure of one or several panels with its legend."""
-
-    drawings: tuple[Drawing, ...]
-    legend: tuple[MethodStyle, ...] = ()
-    heading: str = ""
-    note: str = ""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Page:
     """What the template shows, in the order of the page."""
@@ -258,7 +234,8 @@ class Page:
     budgets: Charts
     sweep: Table | None
     parts: Charts
-    part_names: tuple[str, ...]
+    part_names: tuple[tuple[str, str], ...]
+    """Colours and names of what time and energy went to."""
     checks: Table | None
     failures: Table | None
     early: Table | None
@@ -273,25 +250,15 @@ class Page:
     chosen: str
     """Which methods the charts show, where that is not all of them."""
 
+    @property
+    def title(self) -> str:
+        """Title of the page."""
+        return self.headline.title
+
 
 def render(data: ReportData) -> str:
     """Return the whole page."""
-    from jinja2 import Environment, StrictUndefined
-
-    folder = files("trainpilot.experiments.report")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_on_the_page
-    )
-    template = environment.from_string(folder.joinpath("report.html.j2").read_text(encoding="utf-8"))
-    css = folder.joinpath("report.css").read_text(encoding="utf-8")
-    return template.render(page=build(data), css=css) + "\n"
-
-
-def _on_the_page(value: Any) -> Any:
-    """Return text without characters that act on what is shown, such as overrides of its direction."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return "\n".join(map(printable, value.split("\n")))
+    return render_page("report.html.j2", build(data))
 
 
 def build(data: ReportData) -> Page:
@@ -306,19 +273,19 @@ def build(data: ReportData) -> Page:
         about=_devices(data),
         methods=methods_table(data),
         break_even=break_even(data),
-        front=_charts("front", front_panels(data, looks), looks.chosen),
+        front=draw("front", front_panels(data, looks), looks.chosen),
         front_joules=all(counts_joules(data, point.case) for point in data.figures.points),
         fronts=front_table(data),
-        courses=_charts("course", loss_panels(data, looks), (*looks.baselines, *looks.subjects)),
+        courses=draw("course", loss_panels(data, looks), (*looks.baselines, *looks.subjects)),
         controls=tuple(_control_charts(moves) for moves in control_changes(data, looks)),
         learnt=tuple(_learnt_charts(index, found) for index, found in enumerate(learnt(data))),
-        forest=_charts("forest", multiplier_panels(data, looks, second), ()),
+        forest=draw("forest", multiplier_panels(data, looks, second), ()),
         second_axis={"energy_j": "modelled joules", "time_s": "modelled seconds"}.get(second or ""),
         cases=case_tables(data),
-        budgets=_charts("budget", budget_panels(data, looks), (*looks.baselines, *looks.subjects)),
+        budgets=draw("budget", budget_panels(data, looks), (*looks.baselines, *looks.subjects)),
         sweep=sweep_table(data),
-        parts=_charts("part", part_panels(data, looks), ()),
-        part_names=PART_NAMES,
+        parts=draw("part", part_panels(data, looks), ()),
+        part_names=tuple(zip(PART_INKS, PART_NAMES, strict=True)),
         checks=check_table(data),
         failures=failures_table(data, "method"),
         early=failures_table(data, "method", early=True),
@@ -341,23 +308,14 @@ def second_axis(data: ReportData) -> str | None:
     return None
 
 
-def _charts(
-    name: str, panels: Sequence[Panel], legend: Sequence[MethodStyle], heading: str = "", note: str = ""
-) -> Charts:
-    drawings = tuple(
-        Drawing(title=drawn.title, y=drawn.y, svg=to_svg(drawn, f"{name}{index}")) for index, drawn in enumerate(panels)
-    )
-    return Charts(drawings=drawings, legend=tuple(legend), heading=heading, note=note)
-
-
 def _control_charts(moves: ControlChanges) -> Charts:
     note = f"It never changed {listed(list(moves.unmoved))}." if moves.unmoved else ""
     name = "control" + re.sub(r"\W+", "", moves.look.color)
-    return _charts(name, moves.panels, (moves.look,), moves.look.title, note)
+    return draw(name, moves.panels, (moves.look,), moves.look.title, note)
 
 
 def _learnt_charts(index: int, found: AverageSchedule) -> Charts:
-    return _charts(f"learnt{index}x", found.panels, found.looks, found.heading, found.note)
+    return draw(f"learnt{index}x", found.panels, found.looks, found.heading, found.note)
 
 
 def _chosen(looks: MethodStyles) -> str:

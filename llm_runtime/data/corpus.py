@@ -56,16 +56,53 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Tokens:
         """Return the ids of `text`, shape `(tokens,)`; `DOCUMENT_END` stands between two documents."""
 
+    def save(self, folder: Path) -> None:
+        """Write files from which `AutoTokenizer.from_pretrained(folder)` makes a tokenizer with the same ids."""
+
 
 class ByteTokenizer:
     """One id per byte of UTF-8, for models that start from scratch; a document's end is id 0."""
 
     fingerprint = "bytes"
     vocabulary = 256
+    document_end = 0
 
     def encode(self, text: str) -> Tokens:
         """Return the bytes of `text` as uint8, shape `(bytes,)`."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+    def save(self, folder: Path) -> None:
+        """Write it as a byte-level BPE without merges, which transformers loads without code of ours.
+
+        It has no special tokens: those would be found in a text, where every byte has its meaning already.
+        """
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        rules = Tokenizer(models.BPE({character: byte for byte, character in enumerate(byte_characters())}, []))
+        rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        rules.decoder = decoders.ByteLevel()
+        PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=rules, clean_up_tokenization_spaces=False
+        ).save_pretrained(folder)
+
+    @staticmethod
+    def lies_in(folder: Path) -> bool:
+        """Return whether the tokenizer in a folder is one that `save` wrote."""
+        try:
+            rules = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            model, added = rules["model"], rules["added_tokens"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        of_bytes = {character: byte for byte, character in enumerate(byte_characters())}
+        return not added and model.get("vocab") == of_bytes and model.get("merges") == []
+
+
+def byte_characters() -> list[str]:
+    """Return GPT-2's printable character for every byte, in the order of the bytes."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
 
 
 class PretrainedTokenizer:
@@ -92,6 +129,10 @@ class PretrainedTokenizer:
         short = len(pieces) < PIECES_WITHOUT_BAR
         bar = track(calls, "text to tokens", disable=short, transient=True, console=Console(stderr=True))
         return np.concatenate([np.zeros(0, np.uint32), *map(self._encode_pieces, bar)])
+
+    def save(self, folder: Path) -> None:
+        """Write it as transformers does."""
+        self.tokenizer.save_pretrained(folder)
 
     def _encode_pieces(self, pieces: list[str]) -> npt.NDArray[np.uint32]:
         ids = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)

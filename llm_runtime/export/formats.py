@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trainpilot.llm_runtime.data.corpus import PretrainedTokenizer
 from trainpilot.llm_runtime.export import gguf_file
 from trainpilot.llm_runtime.export.gguf_file import GgufType, gguf_fault, write_gguf
 from trainpilot.llm_runtime.models import LoadedModel
@@ -139,8 +138,7 @@ def write_format(name: str, loaded: LoadedModel, source: Path, folder: Path, gro
     if chosen.gguf_type is not None:
         write_gguf(loaded.model, loaded.tokenizer, folder / GGUF_NAME, chosen.gguf_type)
         return gguf_file.BITS_PER_WEIGHT[chosen.gguf_type]
-    if isinstance(loaded.tokenizer, PretrainedTokenizer):
-        loaded.tokenizer.tokenizer.save_pretrained(folder)
+    loaded.tokenizer.save(folder)
     if chosen.kind == "torchao":
         return _write_torchao(loaded, source, folder)
     model = copy.deepcopy(loaded.model)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainpilot.llm_runtime.data.corpus import PretrainedTokenizer, Tokenizer
+from trainpilot.llm_runtime.data.corpus import PretrainedTokenizer, Tokenizer, byte_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,8 +157,7 @@ def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
         ValueError: llama.cpp has no such tokenizer, as far as this writer knows.
     """
     if not isinstance(tokenizer, PretrainedTokenizer):
-        tokens = [*_byte_tokens().values()]
-        return Vocabulary(tokens=tokens, types=[_NORMAL] * size, merges=["a b"], pre="default", end=0)
+        return Vocabulary(tokens=byte_characters(), types=[_NORMAL] * size, merges=["a b"], pre="default", end=0)
     fast = getattr(tokenizer.tokenizer, "backend_tokenizer", None)
     rules = {} if fast is None else json.loads(fast.to_str())
     model, pre = rules.get("model", {}), _pre_tokenizer(rules.get("pre_tokenizer"))
@@ -185,11 +184,3 @@ def _pre_tokenizer(rule: dict[str, Any] | None) -> str | None:
     if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]:
         return "smollm"
     return "gpt-2" if kinds == ["ByteLevel"] else None
-
-
-def _byte_tokens() -> dict[int, str]:
-    """Return GPT-2's printable character for every byte, in the order of the bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return dict(sorted(characters.items()))

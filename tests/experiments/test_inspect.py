@@ -132,6 +132,21 @@ def test_a_policy_shows_where_it_comes_from_and_what_it_reads(tmp_path: Path) ->
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_the_shipped_policy_fits_one_screen() -> None:
+    texts = {}
+    for everything in (False, True):
+        console = Console(file=io.StringIO(), width=80)
+        inspect_path(Path("default"), console, everything=everything)
+        assert isinstance(console.file, io.StringIO)
+        texts[everything] = console.file.getvalue()
+
+    assert len(texts[False].splitlines()) <= 50
+    assert "more settings of its training: add --all" in texts[False]
+    assert "simulator.ppo.gamma" not in texts[False]
+    assert "simulator.ppo.gamma" in texts[True]
+    assert "add --all" not in texts[True]
+
+
 def test_a_policy_without_provenance_and_a_terminal_without_unicode_do(tmp_path: Path) -> None:
     PolicyBundle(random_weights()).save(tmp_path / "p.safetensors")
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")

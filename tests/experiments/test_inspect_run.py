@@ -10,9 +10,10 @@ import pytest
 from decision_records import decision_record, decision_records, write_run
 from rich.console import Console
 
+from trainpilot.agents.logging.tags import opening_link
 from trainpilot.envs.action import KEEP
 from trainpilot.experiments.inspect_policy import print_bundle
-from trainpilot.experiments.inspect_run import print_run, sparkline
+from trainpilot.experiments.inspect_run import inspect_paths, print_run, sparkline
 
 SUMMARY = {
     "model": "llama-nano",
@@ -87,7 +88,10 @@ def test_decisions_and_refusals_are_counted(tmp_path: Path) -> None:
 
 
 def test_it_says_how_to_open_tensorboard_on_one_line(finished: Path) -> None:
+    (finished / "tb").mkdir()
     assert f"tensorboard --logdir {finished / 'tb'}\n" in shown(finished, width=40)
+    assert f"then open {opening_link()}\n" in shown(finished, width=40)
+    assert f"trainpilot report {finished} --out {finished.name}.html\n" in shown(finished, width=40)
 
 
 def test_an_unfinished_run_is_shown_without_summary(tmp_path: Path) -> None:
@@ -164,3 +168,41 @@ def test_a_bundle_shows_its_provenance() -> None:
     assert row(text, "ppo.n_steps")[-1] == "100"
     assert row(text, "training_cases")[-1] == "2; model llama-nano, gpt2-nano"
     assert row(text, "created")[-1] == "unknown"
+
+
+def test_several_runs_are_a_line_each(tmp_path: Path) -> None:
+    write_run(tmp_path / "done", decision_records())
+    (tmp_path / "done" / "summary.json").write_text(json.dumps(SUMMARY), encoding="utf-8")
+    double, refusals = (3, 2, 0, 0, 0), ("batch_size double: 16 sequences outside [4, 8]",)
+    lost = {"train_loss": float("nan"), "diverged": True, "energy_j": None}
+    write_run(
+        tmp_path / "lost",
+        [decision_record(0, requested=double, allowed=double), decision_record(1, refusals=refusals, **lost)],
+    )
+    texts = {}
+    for width in (120, 80):
+        console = Console(file=io.StringIO(), width=width)
+        inspect_paths([tmp_path / "done", tmp_path / "lost"], console)
+        assert isinstance(console.file, io.StringIO)
+        texts[width] = console.file.getvalue()
+
+    # Four intervals of 2 s and 10 J; the summary's loss counts. The lost run changed once and was refused once.
+    figures = ["policy.safetensors", "finished", "2.1000", "unknown", "4 k", "8.0", "40.0", "0", "0", "0"]
+    assert row(texts[120], "done") == figures
+    assert row(texts[120], "lost") == [
+        "unknown",
+        "diverged",
+        "unknown",
+        "unknown",
+        "2 k",
+        "4.0",
+        "unknown",
+        "1",
+        "1",
+        "0",
+    ]
+    assert row(texts[80], "done") == ["finished", "2.1000", "4 k", "8.0", "40.0", "0", "0", "0"]
+    with pytest.raises(ValueError, match=r"^path must hold a run's telemetry.jsonl, got "):
+        inspect_paths([tmp_path / "done", tmp_path], Console(quiet=True))
+    with pytest.raises(ValueError, match=r"^path must be given, got none"):
+        inspect_paths([], Console(quiet=True))

@@ -246,11 +246,55 @@ def test_saved_again_it_is_an_ordinary_folder(saved: Path, tmp_path: Path) -> No
     assert again.evaluate() == pytest.approx(loss, abs=1e-5)
 
 
-def test_from_scratch_saves_without_a_tokenizer(tmp_path: Path) -> None:
-    loaded = load_model("llama-nano", seed=0)
+@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_plain_transformers_generates_with_a_model_of_bytes(model: dict[str, Any], tmp_path: Path) -> None:
+    loaded = load_model(write_config(tmp_path, model), seed=0)
     loaded.save(tmp_path / "bytes")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "bytes")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "bytes")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "bytes")
+
     assert all(torch.equal(a, b) for a, b in zip(weights_of(loaded), again.parameters(), strict=True))
+    text = "Zwölf\tlines,  don't \r\n\n 飛行 <s> <|endoftext|> Ā ▁ \x00 end "
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode()) == list(loaded.tokenizer.encode(text))
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == again.config.vocab_size == 256
+    assert again.generation_config.eos_token_id == 0  # generation ends with the document
+    made = again.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert made[0, :4].tolist() == list(b"def ")
+    assert made.shape == (1, 8)
+
+
+def test_a_saved_model_of_bytes_trains_on(tmp_path: Path) -> None:
+    run = live_run(case(tmp_path, LLAMA))
+    advance(run)
+    run.loaded.save(tmp_path / "bytes")
+    again = live_run(case(tmp_path, str(tmp_path / "bytes")))
+
+    assert again.loaded.pretrained
+    assert isinstance(again.loaded.tokenizer, ByteTokenizer)
+    assert again.corpus.key == run.corpus.key
+    assert again.evaluate() == pytest.approx(run.evaluate(), abs=1e-5)
+
+
+def test_a_folder_of_bytes_as_version_0_2_saved_it(tmp_path: Path) -> None:
+    load_model("llama-nano", seed=0).model.save_pretrained(tmp_path / "bytes")  # without a tokenizer
+
+    loaded = load_model(str(tmp_path / "bytes"), seed=0)
+    assert loaded.pretrained
+    assert isinstance(loaded.tokenizer, ByteTokenizer)
+
+
+def test_only_our_own_tokenizer_is_taken_for_bytes(saved: Path, tmp_path: Path) -> None:
+    ByteTokenizer().save(tmp_path)
+    assert ByteTokenizer.lies_in(tmp_path)
+    assert not ByteTokenizer.lies_in(saved)
+    assert not ByteTokenizer.lies_in(tmp_path / "nowhere")
+    for damage in ('"vocab": {', "{"), ('"added_tokens": []', '"added_tokens": [1]'):
+        ByteTokenizer().save(tmp_path)
+        file = tmp_path / "tokenizer.json"
+        file.write_text(file.read_text(encoding="utf-8").replace(*damage), encoding="utf-8")
+        assert not ByteTokenizer.lies_in(tmp_path)
 
 
 def test_sixteen_bit_weights_are_widened(saved: Path) -> None:

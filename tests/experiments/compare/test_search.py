@@ -42,6 +42,7 @@ from trainpilot.experiments.compare.search import (
     TPE_TRIALS,
     Front,
     Halved,
+    StudyStorage,
     Trials,
     final_loss,
     halving,
@@ -479,3 +480,36 @@ def test_nsga2_needs_a_cost_table_for_every_size_and_judges_its_front() -> None:
     assert set(judged_rows.values()) == {2}
     assert list(judged_rows) == [f"nsga2-{number}" for number in range(1, len(judged_rows) + 1)]
     assert {row.method for row in ledger.rows if row.role == "sweep"} == {"nsga2"}
+
+
+# Studies that are kept --------------------------------------------------------------------------------------
+
+
+def test_a_study_ends_with_every_trial_told() -> None:
+    studies: list[optuna.Study] = []
+    kept, _ = drive(halving(CONFIG, ["fp32"], TUNING_SEEDS, studies.append), Bowl())
+    plain, _ = halving_search()
+
+    assert kept.best.setting == plain.best.setting
+    states = Counter(trial.state.name for trial in studies[0].trials)
+    assert states.total() == HALVING_TRIALS
+    assert set(states) == {"PRUNED", "COMPLETE"}
+    assert studies[0].best_value == pytest.approx(final_loss(kept.best.result))
+
+
+def test_a_study_is_kept_under_its_name_in_place_of_an_earlier_one(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'optuna.db'}"
+    keep = StudyStorage(url).keep("case nsga2")
+    for value in (2.0, 1.0):
+        study = optuna.create_study(directions=["minimize", "minimize"])
+        study.add_trial(optuna.trial.create_trial(values=[value, 3.0], user_attrs={"from": "test"}))
+        keep(study)
+
+    assert optuna.get_all_study_names(url) == ["case nsga2"]
+    kept = optuna.load_study(study_name="case nsga2", storage=url)
+    assert [trial.values for trial in kept.trials] == [[1.0, 3.0]]
+
+
+def test_a_storage_that_cannot_be_opened() -> None:
+    with pytest.raises(ValueError, match=r"^optuna_storage must be a storage of Optuna, such as .*, got 'nothing', "):
+        StudyStorage("nothing")

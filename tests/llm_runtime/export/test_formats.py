@@ -207,6 +207,8 @@ def test_a_model_without_tokenizer_must_be_one_of_bytes(tmp_path: Path) -> None:
     _, source = saved(tmp_path)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    for file in source.glob("tokenizer*"):
+        file.unlink()
 
     with pytest.raises(ValueError, match="has no tokenizer; save it there with"):
         load_saved(source)
