@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Callable
 
 from tests.attack import ROOT
-from tests.attack.page import PAGE, RESULT, collect, write_page
-from tests.attack.runner import KINDS, Suite, load_everything
+from tests.attack.page import PAGE, RESULT, keep_result, kept_result, write_page
+from tests.attack.runner import KINDS, Suite, load_everything, source_digest
 
 WORK = ROOT / "runs" / "attack"
 
@@ -57,6 +57,7 @@ def _run(name: str, options: argparse.Namespace) -> int:
     for record in failed:
         for promise, reason in record["failures"].items():
             print(f"  {record['number']:4d} {promise}: {record['name'][:120]}\n       {reason}")
+    keep_result(suite, made)
     seconds = sum(record["cpu_s"] for record in made)
     print(f"{suite.kind.TITLE}: {len(made) - len(failed)} of {len(made)} held, {seconds:.0f} s of one core")
     return len(failed)
@@ -89,15 +90,17 @@ def _one(options: argparse.Namespace) -> int:
 
 
 def _write(seed: int) -> None:
-    """Write the result and the page, if every kind is complete."""
+    """Write the result and the page, if every kind is known."""
     import torch
     from _common import write_result
 
-    suites = [Suite(name, seed, WORK) for name in KINDS]
-    if not all(suite.complete for suite in suites):
-        print("no page: not every attempt has been made; run the suite without --only and --every")
+    mark = source_digest(seed)
+    kinds = {name: kept for name in KINDS if (kept := kept_result(WORK, name, mark)) is not None}
+    if missing := [name for name in KINDS if name not in kinds]:
+        print(f"no page yet: {', '.join(missing)} has not been run")
         return
-    write_result("attack", collect(suites, seed), torch.device("cpu"), command=f"python -m tests.attack --seed {seed}")
+    result = {"seed": seed, "kinds": kinds}
+    write_result("attack", result, torch.device("cpu"), command=f"python -m tests.attack --seed {seed}")
     write_page()
     print(f"written: {RESULT.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
 

@@ -12,6 +12,9 @@ from typing import Protocol
 Failures = dict[str, str]
 """Why promises were broken, by the name of the promise; empty where all are held."""
 
+Outcome = Failures | tuple[Failures, float]
+"""The same, perhaps with what was measured, in the unit of the promise."""
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -31,7 +34,7 @@ class Attempt:
     """What is attacked with, in one line."""
     promises: tuple[str, ...]
     """Names of the promises that it attacks."""
-    run: Callable[[Path], Failures]
+    run: Callable[[Path], Outcome]
     """Carries it out in the folder, and returns what failed. An exception or a death fails all of its promises."""
     limit_s: float = 60.0
     """Seconds after which it is killed."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.attack import ROOT
 from tests.attack.runner import KINDS, Suite, kind_of
+from trainpilot.llm_runtime.files import write_json
 
 RESULT = ROOT / "benchmarks" / "results" / "attack.json"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -45,21 +46,28 @@ NOT_ATTACKED = """## What is not attacked
 """
 
 
-def collect(suites: Sequence[Suite], seed: int) -> dict[str, Any]:
-    """Return the result of complete suites as plain JSON values."""
-    kinds = {}
-    for suite in suites:
-        records = [suite.done[number] for number in sorted(suite.done)]
-        notes = suite.shared / "notes.json"
-        kinds[suite.name] = {
-            "title": suite.kind.TITLE,
-            "tried": len(records),
-            "held": sum(not record["failures"] for record in records),
-            "cpu_s": round(sum(record["cpu_s"] for record in records), 1),
-            "measured": json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {},
-            "promises": _by_promise(suite.kind.PROMISES, records),
-        }
-    return {"seed": seed, "kinds": kinds}
+def keep_result(suite: Suite, records: Sequence[dict[str, Any]]) -> None:
+    """Write the result of a kind beside the records of its attempts."""
+    notes = suite.shared / "notes.json"
+    result = {
+        "title": suite.kind.TITLE,
+        "attempts": len(suite.attempts),
+        "tried": len(records),
+        "held": sum(not record["failures"] for record in records),
+        "cpu_s": round(sum(record["cpu_s"] for record in records), 1),
+        "measured": json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {},
+        "promises": _by_promise(suite.kind.PROMISES, records),
+    }
+    write_json(suite.results.with_suffix(".json"), {"digest": suite.digest, "result": result})
+
+
+def kept_result(work: Path, name: str, digest: str) -> dict[str, Any] | None:
+    """Return the result of a kind that was made with the same product, suite and seed; `None` where there is none."""
+    try:
+        kept = json.loads((work / f"{name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return kept["result"] if kept["digest"] == digest else None
 
 
 def _by_promise(promises: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -70,17 +78,13 @@ def _by_promise(promises: Mapping[str, Any], records: Sequence[dict[str, Any]]) 
         found[name] = {
             "tried": len(tried),
             "held": len(tried) - len(failed),
+            "worst": max((each["measured"] for each in tried if each.get("measured") is not None), default=None),
             "failures": [
                 {"number": record["number"], "attack": record["name"], "reason": record["failures"][name]}
                 for record in failed
             ],
         }
     return found
-
-
-def repeat(kind: str, number: int, seed: int) -> str:
-    """Return the command that repeats an attempt."""
-    return f"python -m tests.attack --only {kind} --number {number} --seed {seed}"
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -98,7 +102,9 @@ def _summary(result: Mapping[str, Any]) -> str:
     rows.append(f"| all | {tried} | {held} | {seconds / 60:.1f} |")
     cores = result["machine"]["processor"]
     tail = f"Measured on {result['date']} with trainpilot {result['versions']['trainpilot']}, seed {result['seed']}, "
-    return "\n".join([*rows, "", f"{tail}on one core of: {cores}."])
+    left_out = sum(kind["attempts"] for kind in kinds) - tried
+    note = f" A sample: {left_out:,} further attempts were not made." if left_out else ""
+    return "\n".join([*rows, "", f"{tail}on one core of: {cores}.{note}"])
 
 
 def _table(result: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from tests.attack import ROOT
-from tests.attack.attempts import Attempt, Failures
+from tests.attack.attempts import Attempt
 from tests.attack.forked import in_fork
 from trainpilot.llm_runtime.files import digest
 
@@ -63,7 +63,8 @@ class Suite:
     def __init__(self, name: str, seed: int, work: Path, *, fresh: bool = False) -> None:
         self.name, self.kind, self.work = name, kind_of(name), work / name
         self.results = work / f"{name}.jsonl"
-        mark = json.dumps({"kind": name, "digest": source_digest(seed)})
+        self.digest = source_digest(seed)
+        mark = json.dumps({"kind": name, "digest": self.digest})
         kept = self.results.read_text(encoding="utf-8").splitlines() if self.results.is_file() else []
         if fresh or kept[:1] != [mark]:
             shutil.rmtree(self.work, ignore_errors=True)
@@ -80,11 +81,6 @@ class Suite:
         self.shared = self.work / "shared"
         self._prepare()
         self.attempts: Sequence[Attempt] = self.kind.attempts(seed, self.shared)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all attempts were made."""
-        return len(self.done) == len(self.attempts)
 
     def _prepare(self) -> None:
         mark = self.shared / ".prepared"
@@ -118,7 +114,7 @@ class Suite:
             lambda: _in_folder(place, attempt.run), limit_s=attempt.limit_s, memory_bytes=attempt.memory_bytes
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        failures: Failures = ended.value or {}
+        failures, measured = ended.value if isinstance(ended.value, list) else (ended.value or {}, None)
         if ended.death is not None:
             failures = dict.fromkeys(attempt.promises, ended.death)
         if not keep:
@@ -129,6 +125,7 @@ class Suite:
             "name": attempt.name,
             "promises": list(attempt.promises),
             "failures": failures,
+            "measured": measured,
             "cpu_s": round(cpu_s, 3),
             "wall_s": round(time.monotonic() - start, 3),
         }
