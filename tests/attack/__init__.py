@@ -12,10 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# Before torch is imported: forked processes are safe with one thread alone, and nothing may ask the network.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
-os.environ["MPLBACKEND"] = "Agg"
+# Before torch is imported: a forked process is safe with one thread alone, and nothing may ask the network.
+for _name, _value in {
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MPLBACKEND": "Agg"
+}.items():  # fmt: skip
+    os.environ.setdefault(_name, _value)
 
 for _folder in (ROOT / "tests" / "helpers", ROOT / "benchmarks"):
     if str(_folder) not in sys.path:

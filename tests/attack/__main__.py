@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tests.attack import ROOT
 from tests.attack.page import PAGE, RESULT, keep_result, kept_result, write_page
-from tests.attack.runner import KINDS, Suite, load_everything, source_digest
+from tests.attack.runner import KINDS, Suite, examples, load_everything, source_digest
 
 WORK = ROOT / "runs" / "attack"
 
@@ -25,6 +25,9 @@ def main() -> int:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if options.example:
+        print(json.dumps(examples()))
+        return 0
     load_everything()
     if options.number is not None:
         return _one(options)
@@ -40,6 +43,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--number", type=int, help="repeat one attempt of one kind, and leave its folder")
     parser.add_argument("--every", type=int, default=1, help="make every n-th attempt alone, for a quick look")
     parser.add_argument("--fresh", action="store_true", help="forget the attempts that were made before")
+    parser.add_argument("--example", action="store_true", help="make one attempt of each kind, and print what failed")
     parser.add_argument("--page", action="store_true", help="write docs/reliability.md from the result, and stop")
     options = parser.parse_args()
     if options.number is not None and len(options.only or ()) != 1:

@@ -51,6 +51,9 @@ class Kind(Protocol):
     def prepare(self, shared: Path) -> None:
         """Write what all attempts need into a folder, once."""
 
+    def example(self, place: Path) -> Outcome:
+        """Carry out one attempt that needs nothing prepared, in an empty folder."""
+
     def attempts(self, seed: int, shared: Path) -> Sequence[Attempt]:
         """Return the attempts, the same for the same seed."""
 

@@ -14,7 +14,7 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from tests.attack import furniture
-from tests.attack.attempts import Attempt, Failures, Promise, changes, content_of, control_characters, one_line
+from tests.attack.attempts import Attempt, Failures, Outcome, Promise, changes, content_of, control_characters, one_line
 from tests.attack.forked import Called, trainpilot
 from tests.attack.furniture import REPLAY, arguments, changed
 
@@ -372,6 +372,11 @@ def attempts(seed: int, shared: Path) -> list[Attempt]:
         )
         for line in unique
     ]
+
+
+def example(place: Path) -> Outcome:
+    """Ask for a replay with a budget that is none."""
+    return attack(["replay", "--out", "out", "--tokens", "x"], place)
 
 
 def attack(line: Line, place: Path) -> Failures:

@@ -83,6 +83,12 @@ def attempts(seed: int, shared: Path) -> list[Attempt]:
     return list(itertools.chain.from_iterable(make(known) for make in lists))
 
 
+def example(place: Path) -> Outcome:
+    """Train with a meter that raises."""
+    known = {"short": FaultyRun("none", **SHORT).train().weights()}
+    return _undisturbed("meter", known, "keep", lambda: _metered(METERS["a meter that raises later"]), place)
+
+
 # Data -----------------------------------------------------------------------------------------------------------------
 
 When = Callable[[int], bool]

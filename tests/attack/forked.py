@@ -92,7 +92,7 @@ def _be_child(call: Callable[[], Any], answer: int, memory_bytes: int | None) ->
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if memory_bytes is not None:
+        if memory_bytes is not None and sys.platform == "linux":
             limit = _address_space() + memory_bytes
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
@@ -108,13 +108,15 @@ def _be_child(call: Callable[[], Any], answer: int, memory_bytes: int | None) ->
 
 
 def _address_space() -> int:
+    """Return the bytes of this process's address space, on Linux."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     return pages * resource.getpagesize()
 
 
 def grown_bytes() -> int:
     """Return the most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True, kw_only=True)

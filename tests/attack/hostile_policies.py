@@ -85,6 +85,11 @@ def attempts(seed: int, shared: Path) -> list[Attempt]:
     return found
 
 
+def example(place: Path) -> Outcome:
+    """Double the learning rate at each decision."""
+    return _attack("always up", "guardrails", 0, {"loss": 0.0}, 10.0, place)
+
+
 def _attack(
     name: str, form: str, seed: int, base: Mapping[str, Any], bound: float, place: Path
 ) -> Outcome:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.attack import furniture, valid_runs
-from tests.attack.attempts import Attempt, Failures, Promise, one_line
+from tests.attack.attempts import Attempt, Failures, Outcome, Promise, one_line
 from tests.attack.forked import in_fork, trainpilot
 from tests.attack.furniture import REPLAY, arguments
 
@@ -191,7 +191,7 @@ COMMANDS: Mapping[str, tuple[list[str], Callable[[Path], Any], int]] = {
     "replay --policy": (valid_runs.replay_line("out"), valid_runs.replay_ending, 30),
     "train-agent": (valid_runs.agent_line("out"), valid_runs.agent_ending, 25),
     "compare": (COMPARE, compare_ending, 15),
-    "calibrate": (CALIBRATE, calibrate_ending, 20),
+    "calibrate": (CALIBRATE, calibrate_ending, 13),
 }
 """By command: its line, what its end results are, and how many kills it suffers."""
 
@@ -251,6 +251,19 @@ def attempts(seed: int, shared: Path) -> list[Attempt]:
                 )
             )
     return found
+
+
+def example(place: Path) -> Outcome:
+    """Kill a replay of one file, and compare with one that nobody killed."""
+    whole = place / "whole"
+    whole.mkdir()
+    os.chdir(whole)
+    with _quiet(whole):
+        ended = in_fork(lambda: _run(PLAIN, whole), limit_s=RUN_LIMIT_S)
+    if ended.death is not None:
+        return {"same result": ended.death}
+    os.chdir(place)
+    return _attack(PLAIN, valid_runs.replay_ending, valid_runs.replay_ending(whole / "out"), 40, 0, True, place)
 
 
 def _attack(

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from tests.attack import furniture, malformed_settings, valid_runs
-from tests.attack.attempts import Attempt, Failures, Promise
+from tests.attack.attempts import Attempt, Failures, Outcome, Promise
 from tests.attack.file_checks import (
     bundle_file,
     calibration_file,
@@ -90,6 +90,11 @@ def attempts(seed: int, shared: Path) -> list[Attempt]:
     found = list(itertools.chain.from_iterable(make(seed, shared) for make in lists))
     found += [state_attempt(shared, mutation) for mutation in mutations(_load(shared / "state.pt")["steering"], 60, seed, written=False)]
     return found + malformed_settings.attempts()
+
+
+def example(place: Path) -> Outcome:
+    """Load a file that is called a bundle and holds nothing."""
+    return bundle_file(bytes, place)
 
 
 def _load(path: Path) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,8 +35,10 @@ def load_everything() -> None:
     for name in ("demo", "train_agent", "replay", "compare.command", "calibrate.command", "fit_sweep", "doctor",
                  "export.command", "inspect_run", "report.page", "compare.cases"):  # fmt: skip
         importlib.import_module(f"trainpilot.experiments.{name}")
+    from trainpilot.experiments import cli
     from trainpilot.llm_runtime.models import load_model
 
+    cli._parse(["doctor"])
     for preset in ("llama-nano", "gpt2-nano"):
         load_model(preset, 0)
 
@@ -129,6 +132,18 @@ class Suite:
             "cpu_s": round(cpu_s, 3),
             "wall_s": round(time.monotonic() - start, 3),
         }
+
+
+def examples() -> dict[str, Any]:
+    """Return what failed in one attempt of each kind, by kind."""
+    found = {}
+    with tempfile.TemporaryDirectory() as work:
+        for name in KINDS:
+            place = Path(work) / name
+            place.mkdir()
+            ended = in_fork(lambda name=name, place=place: _in_folder(place, kind_of(name).example), limit_s=300)
+            found[name] = ended.death or ended.value
+    return found
 
 
 def _in_folder(folder: Path, call: Callable[[Path], Any]) -> Any:

@@ -121,9 +121,11 @@ def unmeasured(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def agent_ending(folder: Path) -> dict[str, Any]:
-    """Return the weights of a trained policy."""
+    """Return the weights of a trained policy: those that were kept, and those at the end of the training."""
     bundle = PolicyBundle.load(folder / "policy.safetensors")
-    return {"policy": bundle.digest()}
+    last = folder / "simulator" / "0" / "checkpoint.pt"
+    weights = torch.load(last, weights_only=True)["policy"] if last.is_file() else {}
+    return {"policy": bundle.digest(), "last weights": digest_of(weights)}
 
 
 replay_ends = partial(endings, line=replay_line, ending=replay_ending)
