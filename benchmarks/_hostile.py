@@ -170,9 +170,7 @@ class SmallRun:
         options: Further fields of `SteeringSettings`.
     """
 
-    def __init__(
-        self, policy: Any, seed: int = 0, *, rate: float = 1.0, rewinds: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, policy: Any, seed: int = 0, *, rate: float = 1.0, rewinds: bool = False, **options: Any) -> None:
         torch.manual_seed(seed)
         self.model = NextByte()
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=TUNED_RATE * rate, betas=(0.9, 0.95), fused=True)

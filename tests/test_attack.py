@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.attack import ROOT
 from tests.attack.page import PAGE, RESULT, page
 from tests.attack.runner import KINDS, kind_of
@@ -33,4 +34,4 @@ def test_one_attempt_of_each_kind_is_made_and_held() -> None:
     command = [sys.executable, "-m", "tests.attack", "--example"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     failures = {name: found[0] if isinstance(found, list) else found for name, found in json.loads(done.stdout).items()}
-    assert failures == dict.fromkeys(KINDS, {})
+    assert failures == {name: {} for name in KINDS}

@@ -130,7 +130,7 @@ def _replay(seed: int) -> Iterator[Line]:
         {"tokens": False, "budget": "-5s"}, {"tokens": False, "budget": "10 parsecs"}, {"tokens": False, "budget": ""},
         {"tokens": False, "budget": "nan s"}, {"tokens": False, "budget": "1e999s"}, {"tokens": "10s"},
         {"tokens": False, "budget": "10s", "batch-size": "auto"}, {"tokens": "600"}, {"decisions": "41"},
-        {"tokens": "2.5.6k"}, {"tokens": "1Q"}, {"tokens": "١٢x"}, {"batch-size": "4.0"}, {"batch-size": "0x4"},
+        {"tokens": "2.5.6k"}, {"tokens": "1Q"}, {"tokens": "12x"}, {"batch-size": "4.0"}, {"batch-size": "0x4"},
         {"sequence-length": "100000"}, {"sequence-length": "65"}, {"vocabulary": "65537"}, {"vocabulary": "60000"},
         {"preference": "quality=1,quality=2"}, {"preference": "quality=-1"}, {"preference": "quality=nan"},
         {"preference": "quality=1e999"}, {"preference": "speed=1"}, {"preference": "quality"}, {"preference": ""},
@@ -233,7 +233,8 @@ def _train_agent(seed: int) -> Iterator[Line]:
         if not key.endswith(("cases", "common.text", "common.model")):
             yield arguments("train-agent", changed(base, {"set": (f"{key}={value}~",)}))
     odd = ("", "=", "x", "=1", ".=1", "ppo..seed=1", "ppo.seed.x=1", "ppo.seed", "a.b.c=1", "ppo=1", "ppo=", " =1",
-           'ppo.seed=!!python/object/apply:os.system ["touch PWNED"]', "ppo.seed=*a", "\x1b[2J=1", "ppo.seed={")  # fmt: skip
+           "ppo.seed=*a", "\x1b[2J=1", "ppo.seed={",
+           'ppo.seed=!!python/object/apply:os.system ["touch PWNED"]')  # fmt: skip
     for text in odd:
         yield arguments("train-agent", changed(base, {"set": (text,)}))
     recipes = ("", "nosuch", "empty.yaml", "empty.json", "deep.yaml", "list.yaml", "anchor.yaml", "tag.yaml", "folder",
@@ -247,7 +248,14 @@ def _train_agent(seed: int) -> Iterator[Line]:
 
 
 def _compare(seed: int) -> Iterator[Line]:
-    base: Options = {"cases": "cases.yaml", "out": "out", "methods": "cosine,constant", "seeds": "1", "jobs": "1", "plan": None}
+    base: Options = {
+        "cases": "cases.yaml",
+        "out": "out",
+        "methods": "cosine,constant",
+        "seeds": "1",
+        "jobs": "1",
+        "plan": None,
+    }
     for number, name in enumerate(("seeds", "threads", "jobs")):
         for value in drawn(_no_whole_number(0 if name == "jobs" else 1, huge=False), 4, seed + number):
             yield arguments("compare", changed(base, {name: value}))
@@ -261,8 +269,8 @@ def _compare(seed: int) -> Iterator[Line]:
                "open-loop:nosuch", "policy", ":", "@", "policy:default@unguarded@unguarded")  # fmt: skip
     for value in methods:
         yield arguments("compare", changed(base, {"methods": value}))
-    cases = ("", "nosuch", "empty.yaml", "deep.yaml", "list.yaml", "anchor.yaml", "tag.yaml", "folder", "binary", "fifo",
-             "loop", "recipe.yaml", "model.json", "deep.json", "text.txt", "x" * 300)  # fmt: skip
+    cases = ("", "nosuch", "empty.yaml", "deep.yaml", "list.yaml", "anchor.yaml", "tag.yaml", "folder", "binary",
+             "fifo", "loop", "recipe.yaml", "model.json", "deep.json", "text.txt", "x" * 300)  # fmt: skip
     for name in cases:
         yield arguments("compare", changed(base, {"cases": name}))
     for out in ("", "text.txt", "text.txt/below", "/dev/null/below", "/proc/below", "loop", "x" * 300):
@@ -316,7 +324,19 @@ def _fit_sweep(seed: int) -> Iterator[Line]:
 
 def _export(seed: int) -> Iterator[Line]:
     base: Options = {"out": "out"}
-    for name in ("", "nosuch", "folder", "text.txt", "binary", "fifo", "loop", "taken-run", "taken-list", ".", "x" * 300):
+    for name in (
+        "",
+        "nosuch",
+        "folder",
+        "text.txt",
+        "binary",
+        "fifo",
+        "loop",
+        "taken-run",
+        "taken-list",
+        ".",
+        "x" * 300,
+    ):
         yield arguments("export", base, (name,))
     for value in drawn(_words(), 3, seed):
         yield arguments("export", changed(base, {"format": value}), ("taken-run",))
@@ -349,7 +369,8 @@ def _others(seed: int) -> Iterator[Line]:
     for options in demo:
         yield arguments("demo", {"out": "out", **options})
     yield from ([], [""], ["-"], ["--"], ["fly"], ["replay", "replay"], ["--nosuch"], ["Replay"], ["replay\n"],
-                ["doctor", "x"], ["doctor", "--jsn"], ["doctor", "--json", "x"], ["\x1b[2J"], ["😀"], ["--out", "x"])  # fmt: skip
+                ["doctor", "x"], ["doctor", "--jsn"], ["doctor", "--json", "x"], ["\x1b[2J"], ["😀"],
+                ["--out", "x"])  # fmt: skip
     for word in drawn(_words(), 10, seed):
         yield [word]
 

@@ -69,7 +69,9 @@ def prepare(shared: Path) -> None:
         "reference": told,
         "noise": 2 * statistics.stdev(losses),
         "short": FaultyRun("none", **SHORT).train().weights(),
-        "skipping": {when: FaultyRun("none", sequences=_left(strikes)).train().loss() for when, strikes in WHENS.items()},
+        "skipping": {
+            when: FaultyRun("none", sequences=_left(strikes)).train().loss() for when, strikes in WHENS.items()
+        },
     }
     (shared / "known.json").write_text(json.dumps(known), encoding="utf-8")
     notes = {"seed_noise": known["noise"], "slack": SLACK}

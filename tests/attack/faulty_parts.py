@@ -87,7 +87,9 @@ METERS: Mapping[str, Callable[[TickingClock], Any]] = {
     "infinite joules": _lies(_later(_energy(math.inf))),
     "negative joules": _lies(_later(_energy(-50.0))),
     "falling joules": _lies(lambda n, true: replace(true, energy_j=1e6 - (true.energy_j or 0.0))),
-    "joules that go back once": _lies(lambda n, true: replace(true, energy_j=(true.energy_j or 0.0) - (500 if n > 9 else 0))),
+    "joules that go back once": _lies(
+        lambda n, true: replace(true, energy_j=(true.energy_j or 0.0) - (500 if n > 9 else 0))
+    ),
     "a frozen counter": _lies(_later(_energy(60.0))),
     "a counter that is always 0": _lies(lambda n, true: replace(true, energy_j=0.0)),
     "a counter that becomes 2^63": _lies(_later(_energy(2.0**63 / 1e3))),

@@ -1,4 +1,4 @@
-"""What a malformed file may do: be refused in one line, or load as something that is sound; quickly, without a trace."""
+"""What a malformed file may do: be refused in one line, or load as something that is sound; quickly, and no more."""
 
 from __future__ import annotations
 
@@ -287,13 +287,14 @@ def commanded(shared: Path, line: list[str], spoil: Callable[[Path], None], plac
 
 
 def resumed(
+    spoil: Callable[[Path], None],
+    place: Path,
+    *,
     shared: Path,
     out: str,
     line: Callable[[str], list[str]],
     what: str,
     ending: Callable[[Path], Any],
-    spoil: Callable[[Path], None],
-    place: Path,
 ) -> Failures:
     """Go on from a spoilt checkpoint: it must be refused, or the run must end as from the unspoilt one."""
     _copy(shared, (out, "text.txt", "model.json", "policy.safetensors", "recipe.yaml"), place)

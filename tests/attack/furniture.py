@@ -130,7 +130,10 @@ def odd_run_folders(folder: Path) -> list[str]:
 
 
 def arguments(command: str, options: dict[str, Any], positional: tuple[str, ...] = ()) -> list[str]:
-    """Return a command line; an option with a tuple has several values, one that is `None` none, `False` is left out."""
+    """Return a command line.
+
+    An option that is a tuple has several values, one that is `None` has none, and one that is `False` is left out.
+    """
     words = [command, *positional]
     for name, value in options.items():
         if value is False:

@@ -78,7 +78,7 @@ def attempts(seed: int, shared: Path) -> list[Attempt]:
                 Attempt(
                     name=f"{name}, contract: {form if form != 'guardrails' else 'none'}, seed {run_seed}",
                     promises=(form,),
-                    run=partial(_attack, name, form, run_seed, base, bound),
+                    run=partial(_attack, name=name, form=form, seed=run_seed, base=base, bound=bound),
                 )
                 for name in HOSTILE
             ]
@@ -87,12 +87,10 @@ def attempts(seed: int, shared: Path) -> list[Attempt]:
 
 def example(place: Path) -> Outcome:
     """Double the learning rate at each decision."""
-    return _attack("always up", "guardrails", 0, {"loss": 0.0}, 10.0, place)
+    return _attack(place, name="always up", form="guardrails", seed=0, base={"loss": 0.0}, bound=10.0)
 
 
-def _attack(
-    name: str, form: str, seed: int, base: Mapping[str, Any], bound: float, place: Path
-) -> Outcome:
+def _attack(place: Path, *, name: str, form: str, seed: int, base: Mapping[str, Any], bound: float) -> Outcome:
     run = SmallRun(HOSTILE[name](seed), seed, rewinds=form == "reference, data", contract=_contract(form, base))
     increase = run.train() - base["loss"]
     held = increase <= bound  # False for NaN too

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.attack import furniture, valid_runs
 from tests.attack.attempts import Attempt, Failures, Outcome, Promise, one_line
@@ -20,10 +20,10 @@ TITLE = "kills and resumes"
 PROMISES = {
     "same result": Promise(
         "Killed at any moment, the same command goes on, and ends with the same result to the last bit.",
-        "`replay` under its base schedule and under a policy, `train-agent` in the simulator, `compare` and `calibrate` "
-        "die at one of the writes, renames and removals that they make, every other time in the middle of it, and some "
-        "a second time on the way; weights, losses and decisions are compared with those of an undisturbed run, without "
-        "measured seconds and joules",
+        "`replay` under its base schedule and under a policy, `train-agent` in the simulator, `compare` and "
+        "`calibrate` die at one of the writes, renames and removals that they make, every other time in the middle of "
+        "it, and some a second time on the way; weights, losses and decisions are compared with those of an "
+        "undisturbed run, without measured seconds and joules",
     ),
     "no rests": Promise(
         "No temporary file stays behind once the command has ended.",
@@ -186,14 +186,23 @@ def calibrate_ending(folder: Path) -> Any:
     return {"runs": runs, **{name: told[name] for name in ("held_out", "fitted", "best_rates")}}
 
 
-COMMANDS: Mapping[str, tuple[list[str], Callable[[Path], Any], int]] = {
-    "replay": (PLAIN, valid_runs.replay_ending, 25),
-    "replay --policy": (valid_runs.replay_line("out"), valid_runs.replay_ending, 30),
-    "train-agent": (valid_runs.agent_line("out"), valid_runs.agent_ending, 25),
-    "compare": (COMPARE, compare_ending, 15),
-    "calibrate": (CALIBRATE, calibrate_ending, 13),
+class Command(NamedTuple):
+    """A command that is killed."""
+
+    line: list[str]
+    ending: Callable[[Path], Any]
+    """Returns what its results are, from the folder that it has written."""
+    kills: int
+    """How many kills it suffers."""
+
+
+COMMANDS: Mapping[str, Command] = {
+    "replay": Command(PLAIN, valid_runs.replay_ending, 25),
+    "replay --policy": Command(valid_runs.replay_line("out"), valid_runs.replay_ending, 30),
+    "train-agent": Command(valid_runs.agent_line("out"), valid_runs.agent_ending, 25),
+    "compare": Command(COMPARE, compare_ending, 15),
+    "calibrate": Command(CALIBRATE, calibrate_ending, 13),
 }
-"""By command: its line, what its end results are, and how many kills it suffers."""
 
 
 @contextmanager
@@ -235,13 +244,13 @@ def attempts(seed: int, shared: Path) -> list[Attempt]:
     """Return kills at points that lie evenly over the changes that a command makes."""
     known = json.loads((shared / "known.json").read_text(encoding="utf-8"))
     found = []
-    for name, (line, ending, count) in COMMANDS.items():
+    for name, command in COMMANDS.items():
         most = known[name]["changes"]
-        points = sorted({1 + (index * (most - 1)) // max(count - 1, 1) for index in range(count)})
+        points = sorted({1 + (index * (most - 1)) // (command.kills - 1) for index in range(command.kills)})
         for index, at in enumerate(points):
             torn, again = index % 2 == 1, at // 2 + 1 if index % 5 == 4 else 0
             told = f"{name}, killed at change {at} of {most}" + (", half done" if torn else "")
-            run = partial(_attack, line, ending, known[name]["ending"], at, again, torn)
+            run = partial(_attack, command, known[name]["ending"], (at, again) if again else (at,), torn)
             found.append(
                 Attempt(
                     name=told + (f", and once more at change {again}" if again else ""),
@@ -263,22 +272,21 @@ def example(place: Path) -> Outcome:
     if ended.death is not None:
         return {"same result": ended.death}
     os.chdir(place)
-    return _attack(PLAIN, valid_runs.replay_ending, valid_runs.replay_ending(whole / "out"), 40, 0, True, place)
+    command = Command(PLAIN, valid_runs.replay_ending, 0)
+    return _attack(command, valid_runs.replay_ending(whole / "out"), (40,), True, place)
 
 
-def _attack(
-    line: Sequence[str], ending: Callable[[Path], Any], expected: Any, at: int, again: int, torn: bool, place: Path
-) -> Failures:
+def _attack(command: Command, expected: Any, points: Sequence[int], torn: bool, place: Path) -> Failures:
     with _quiet(place):
-        for point in (at, again) if again else (at,):
-            killed = in_fork(lambda point=point: _run(line, place, point, torn=torn), limit_s=RUN_LIMIT_S)
+        for point in points:
+            killed = in_fork(lambda point=point: _run(command.line, place, point, torn=torn), limit_s=RUN_LIMIT_S)
             if killed.death is not None and killed.code != KILLED:
                 return {"same result": f"it cannot go on: {killed.death}"}
-        ended = in_fork(lambda: _run(line, place), limit_s=RUN_LIMIT_S)
+        ended = in_fork(lambda: _run(command.line, place), limit_s=RUN_LIMIT_S)
     failures: Failures = {}
     if ended.death is not None:
         failures["same result"] = f"it cannot go on: {ended.death}"
-    elif (found := json.loads(json.dumps(ending(place / "out")))) != expected:
+    elif (found := json.loads(json.dumps(command.ending(place / "out")))) != expected:
         other = [name for name in expected if found.get(name) != expected[name]]
         failures["same result"] = f"another result: {', '.join(other)}"
     rests = [path.name for path in place.rglob(".*") if path.is_file() or path.is_dir()]

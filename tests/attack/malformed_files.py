@@ -55,9 +55,7 @@ PROMISES = {
         "A malformed file costs at most a second (five where a model is built first) and 200 MB.",
         "processor time and memory of each of these loads are measured",
     ),
-    "unchanged": Promise(
-        "A refused file or folder stays as it was.", "the folder is compared before and after"
-    ),
+    "unchanged": Promise("A refused file or folder stays as it was.", "the folder is compared before and after"),
     "terminal": Promise(
         "Nothing that a file says drives the terminal.",
         "control characters, escape sequences and marks of direction in names and texts of files that are shown",
@@ -88,7 +86,10 @@ def attempts(seed: int, shared: Path) -> list[Attempt]:
     """Return one attempt for each mutation."""
     lists = (_bundles, _trees, _checkpoints, _run_folders, _byte_damage)
     found = list(itertools.chain.from_iterable(make(seed, shared) for make in lists))
-    found += [state_attempt(shared, mutation) for mutation in mutations(_load(shared / "state.pt")["steering"], 60, seed, written=False)]
+    found += [
+        state_attempt(shared, mutation)
+        for mutation in mutations(_load(shared / "state.pt")["steering"], 60, seed, written=False)
+    ]
     return found + malformed_settings.attempts()
 
 
@@ -151,18 +152,19 @@ RICH_PROVENANCE: dict[str, Any] = {
 def odd_bundles(content: Any, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     """Return bundles that no mutation of a value reaches."""
     whole = safetensors(content, tensors)
-    header = json.dumps({"__metadata__": {"trainpilot": json.dumps(content)}}).encode()
     huge = {name: value * 3e38 / value.abs().max() for name, value in tensors.items()}
-    f8 = json.dumps({"__metadata__": {"trainpilot": json.dumps(content)},
-                     "action.bias": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()  # fmt: skip
-    overlap = json.dumps({"__metadata__": {"trainpilot": json.dumps(content)},
-                          "action.bias": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()  # fmt: skip
+    metadata = {"__metadata__": {"trainpilot": json.dumps(content)}}
+    header = json.dumps(metadata).encode()
+    entry = {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}
+    f8 = json.dumps({**metadata, "action.bias": entry}).encode()
+    entry = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}
+    beyond = json.dumps({**metadata, "action.bias": entry}).encode()
     return {
         "a header of 2^63 bytes": (2**63).to_bytes(8, "little") + b"{}",
         "a header that says it is longer": (len(header) + 99).to_bytes(8, "little") + header,
         "no tensor": len(header).to_bytes(8, "little") + header,
         "a tensor of FP8": len(f8).to_bytes(8, "little") + f8 + bytes(4),
-        "a tensor beyond the file": len(overlap).to_bytes(8, "little") + overlap,
+        "a tensor beyond the file": len(beyond).to_bytes(8, "little") + beyond,
         "weights of 3e38": safetensors(content, huge),
         "17 MiB": whole + bytes(17 * 2**20),
         "a header of nulls": safetensors(None, tensors),
@@ -191,13 +193,18 @@ def _trees(seed: int, shared: Path) -> Iterator[Attempt]:
         ("comparison run", "run.json", _json(compared[0]), as_json, partial(loaded_run_file, "compare"), 15),
         ("cost table", "costs.json", _json(costs), as_json, cost_file, 15),
     )  # fmt: skip
+    spoilt = partial(partial, _mutated_file)
     for what, name, tree, write, check, count in trees:
         for mutation in mutations(tree, count, seed):
-            yield _attempt(f"{what}, {mutation}", partial(_mutated_file, name, tree, write, check, mutation))
+            yield _attempt(
+                f"{what}, {mutation}", spoilt(name=name, tree=tree, write=write, check=check, mutation=mutation)
+            )
     for what, file, check in (("sweep", "sweep.csv", sweep_file), ("meter recording", "meter.csv", recording_file)):
         lines = [line.split(",") for line in (shared / file).read_text(encoding="utf-8").splitlines()]
         for mutation in mutations(lines, 12, seed):
-            yield _attempt(f"{what}, {mutation}", partial(_mutated_file, file, lines, _as_csv, check, mutation))
+            yield _attempt(
+                f"{what}, {mutation}", spoilt(name=file, tree=lines, write=_as_csv, check=check, mutation=mutation)
+            )
 
 
 def _as_csv(lines: Any) -> str:
@@ -207,7 +214,7 @@ def _as_csv(lines: Any) -> str:
 
 
 def _mutated_file(
-    name: str, tree: Any, write: Callable[[Any], str], check: Check, mutation: Mutation, place: Path
+    place: Path, *, name: str, tree: Any, write: Callable[[Any], str], check: Check, mutation: Mutation
 ) -> Failures:
     furniture.valid_files(place)
     (place / name).write_text(write(mutation.of(tree)), encoding="utf-8", errors="surrogatepass")
@@ -221,7 +228,8 @@ def _checkpoints(seed: int, shared: Path) -> Iterator[Attempt]:
     ):  # fmt: skip
         tree = _load(shared / out / "checkpoint.pt")
         ending = valid_runs.replay_ending if what == "replay" else valid_runs.agent_ending
-        check = partial(resumed, shared, out.partition("/")[0], line, what, ending)
+        folder = out.partition("/")[0]
+        check = partial(resumed, shared=shared, out=folder, line=line, what=what, ending=ending)
         for mutation in mutations(tree, count, seed, written=False):
             write = partial(_mutated_checkpoint, f"{out}/checkpoint.pt", mutation)
             yield _attempt(f"checkpoint of {what}, {mutation}", partial(check, write), "unchanged", "terminal")

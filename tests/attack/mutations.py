@@ -41,7 +41,7 @@ NUMBERS: dict[str, Change] = {
     "negative": lambda value: -abs(value) - 1,
     "1e308": lambda value: 1e308,
     "10^400": lambda value: 10**400,
-    "its text": lambda value: str(value),
+    "its text": str,
 }
 TEXTS: dict[str, Change] = {
     "empty": lambda value: "",
@@ -61,7 +61,7 @@ LISTS: dict[str, Change] = {
 }
 OBJECTS: dict[str, Change] = {
     "empty": lambda value: {},
-    "a list": lambda value: list(value),
+    "a list": list,
     "an unknown name": lambda value: {**value, "nosuch": 1},
     "a hostile name": lambda value: {**value, HOSTILE_TEXT: 1},
     "20,000 names": lambda value: {**value, **{f"name{i}": i for i in range(20_000)}},

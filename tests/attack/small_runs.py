@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.attack.valid_runs import digest_of
 from trainpilot import Steering, SteeringSettings
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.llm_runtime.energy.meter import NoMeter
+from trainpilot.llm_runtime.energy.meter import SOURCES, NoMeter
+from trainpilot.llm_runtime.telemetry import Telemetry
 
 SHORT = {"sequences": 480, "decisions": 12}
 """A run of 60 steps, for faults that must not touch the weights at all."""
@@ -91,39 +92,33 @@ class FaultyRun:
 
 def implausible(run: FaultyRun, most_w: float = math.inf) -> str | None:
     """Return what no meter and no clock can have measured in a run's records and summary; `None` for nothing."""
-    summary = run.steering.summary()
-    told = [record.telemetry for record in run.steering.records]
-    if not told:
-        return "no interval was recorded"
-    for each in told:
-        for name in ("time_s", "probe_time_s", "switch_time_s", "evaluation_time_s"):
-            if not _amount(value := getattr(each, name)):
-                return f"{name} {value!r} in interval {each.decision}"
-        joules, source = each.energy_j, each.energy_source
-        if joules is not None and not _amount(joules):
-            return f"energy_j {joules!r} as {source} in interval {each.decision}"
-        if joules is not None and joules > most_w * each.time_s:
-            return f"{joules:.3g} J in {each.time_s:.3g} s as {source}, at a limit of {most_w:g} W"
-        if joules == 0 and each.time_s > 0:
-            return f"0 J in {each.time_s:.3g} s as {source}"
-        if joules is not None and source not in ("measured_counter", "measured_power", "estimated"):
-            return f"{joules:.3g} J from the source {source!r}"
-        if each.power_w is not None and not _amount(each.power_w):
-            return f"power_w {each.power_w!r} in interval {each.decision}"
-        if each.validation_loss is not None and not _amount(each.validation_loss):
-            return f"validation_loss {each.validation_loss!r} in interval {each.decision}"
-    for name in ("time_s", "energy_j", "validation_loss"):
-        if summary[name] is not None and not _amount(summary[name]):
-            return f"{name} {summary[name]!r} in the summary"
-    return None
+    summary, told = run.steering.summary(), [record.telemetry for record in run.steering.records]
+    faults = itertools.chain.from_iterable(_faults(each, most_w) for each in told)
+    totals = (_not_an_amount(name, summary[name], "the summary") for name in ("time_s", "energy_j", "validation_loss"))
+    nothing = [] if told else ["no interval was recorded"]
+    return next((fault for fault in itertools.chain(nothing, faults, totals) if fault), None)
 
 
-def _amount(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+AMOUNTS = (
+    "time_s", "probe_time_s", "switch_time_s", "evaluation_time_s", "energy_j", "power_w", "validation_loss",
+)  # fmt: skip
 
 
-def quietly(call: Callable[[], Any]) -> Any:
-    """Return what a call returns, without its warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call()
+def _faults(told: Telemetry, most_w: float) -> Iterator[str | None]:
+    """Yield what is implausible in an interval."""
+    where = f"interval {told.decision}"
+    yield from (_not_an_amount(name, getattr(told, name), where) for name in AMOUNTS)
+    joules, seconds, source = told.energy_j, told.time_s, told.energy_source
+    if joules is None or seconds is None:
+        return
+    if source not in SOURCES:
+        yield f"{joules:.3g} J from the source {source!r} in {where}"
+    if joules > most_w * seconds:
+        yield f"{joules:.3g} J in {seconds:.3g} s as {source} in {where}, at a limit of {most_w:g} W"
+    if joules == 0 and seconds > 0:
+        yield f"0 J in {seconds:.3g} s as {source} in {where}"
+
+
+def _not_an_amount(name: str, value: Any, where: str) -> str | None:
+    known = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return None if value is None or known else f"{name} is {value!r} in {where}"
