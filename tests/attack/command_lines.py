@@ -226,12 +226,13 @@ BAD_SETTINGS: dict[str, Sequence[str]] = {
 def _train_agent(seed: int) -> Iterator[Line]:
     base: Options = {"recipe": "recipe.yaml", "out": "out"}
     for key, values in BAD_SETTINGS.items():
+        recipe = "recipe.yaml" if key.startswith("simulator") else "live.yaml"
         for value in values:
-            yield arguments("train-agent", changed(base, {"set": (f"{key}={value}",)}))
+            yield arguments("train-agent", changed(base, {"recipe": recipe, "set": (f"{key}={value}",)}))
     keys = st.sampled_from(sorted(BAD_SETTINGS))
     for key, value in drawn(st.tuples(keys, _words()), 12, seed):
         if not key.endswith(("cases", "common.text", "common.model")):
-            yield arguments("train-agent", changed(base, {"set": (f"{key}={value}~",)}))
+            yield arguments("train-agent", changed(base, {"set": (f"{key}=no{value}",)}))
     odd = ("", "=", "x", "=1", ".=1", "ppo..seed=1", "ppo.seed.x=1", "ppo.seed", "a.b.c=1", "ppo=1", "ppo=", " =1",
            "ppo.seed=*a", "\x1b[2J=1", "ppo.seed={",
            'ppo.seed=!!python/object/apply:os.system ["touch PWNED"]')  # fmt: skip
@@ -349,7 +350,7 @@ def _export(seed: int) -> Iterator[Line]:
 
 
 def _inspect(seed: int) -> Iterator[Line]:
-    names = ["", "nosuch", "folder", "text.txt", "binary", "fifo", "loop", "dangling", ".", "pickle.safetensors",
+    names = ["", "nosuch", "folder", "text.txt", "binary", "fifo", "loop", "dangling", "pickle.safetensors",
              "zip.safetensors", "binary.safetensors", "taken-run", "model.json", "/dev/null", "x" * 300, "\x1b[2J",
              "default\n"]  # fmt: skip
     names += [f"odd-run-{number}" for number in range(len(furniture.ODD_LINES))]

@@ -26,6 +26,16 @@ RECIPE: dict[str, Any] = {
     "ppo": {"total_decisions": 0},
 }  # fmt: skip
 """A training of a policy in the simulator alone, of seconds."""
+LIVE: dict[str, Any] = {
+    **RECIPE,
+    "common": {
+        "model": "model.json", "text": ["text.txt"], "tokens": 1024, "batch_size": 4, "sequence_length": 16,
+        "decisions": 8, "device": "cpu",
+    },
+    "ppo": {"total_decisions": 24, "n_steps": 8, "batch_size": 8},
+    "n_envs": 1,
+}  # fmt: skip
+"""The same, and then live runs."""
 CASES: dict[str, Any] = {
     "common": {
         "text": ["text.txt"], "tokens": 1024, "batch_size": 4, "sequence_length": 16, "decisions": 8,
@@ -69,6 +79,7 @@ def valid_files(folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps(LLAMA), encoding="utf-8")
     (folder / "gpt2.json").write_text(json.dumps(GPT2), encoding="utf-8")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    (folder / "live.yaml").write_text(yaml.safe_dump(LIVE), encoding="utf-8")
     (folder / "cases.yaml").write_text(yaml.safe_dump(CASES), encoding="utf-8")
     write_csv(folder / "sweep.csv", sweep_rows())
     zigzag_bundle(folder / "policy.safetensors", decisions=10)

@@ -30,7 +30,7 @@ from tests.attack.file_checks import (
     split_safetensors,
     sweep_file,
 )
-from tests.attack.mutations import Mutation, as_json, as_yaml, mutations, spoilt_bytes
+from tests.attack.mutations import PLAUSIBLE, Mutation, as_json, as_yaml, mutations, spoilt_bytes
 from tests.attack.steering_states import saved_state, state_attempt
 from trainpilot.llm_runtime.energy.meter import EnergyReading, write_recording
 
@@ -177,9 +177,7 @@ Check = Callable[[Path, Mutation | None], Failures]
 
 def _trees(seed: int, shared: Path) -> Iterator[Attempt]:
     """Files of JSON, YAML and CSV that a function reads whole."""
-    recipe = yaml.safe_load((shared / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["common"] = dict(furniture.CASES["common"], model="model.json")
-    recipe["ppo"] = {"total_decisions": 24, "n_steps": 8, "batch_size": 8}
+    recipe = yaml.safe_load((shared / "live.yaml").read_text(encoding="utf-8"))
     runs = sorted((shared / "calibration" / "runs").iterdir())
     compared = sorted((shared / "comparison" / "runs").iterdir())
     costs = next((shared / "comparison" / "costs").iterdir())
@@ -199,8 +197,8 @@ def _trees(seed: int, shared: Path) -> Iterator[Attempt]:
             yield _attempt(
                 f"{what}, {mutation}", spoilt(name=name, tree=tree, write=write, check=check, mutation=mutation)
             )
-    for what, file, check in (("sweep", "sweep.csv", sweep_file), ("meter recording", "meter.csv", recording_file)):
-        lines = [line.split(",") for line in (shared / file).read_text(encoding="utf-8").splitlines()]
+    for what, name, check in (("sweep", "sweep.csv", sweep_file), ("meter recording", "meter.csv", recording_file)):
+        lines = [line.split(",") for line in (shared / name).read_text(encoding="utf-8").splitlines()]
         for mutation in mutations(lines, 12, seed):
             yield _attempt(
                 f"{what}, {mutation}", spoilt(name=file, tree=lines, write=_as_csv, check=check, mutation=mutation)
@@ -232,7 +230,8 @@ def _checkpoints(seed: int, shared: Path) -> Iterator[Attempt]:
         check = partial(resumed, shared=shared, out=folder, line=line, what=what, ending=ending)
         for mutation in mutations(tree, count, seed, written=False):
             write = partial(_mutated_checkpoint, f"{out}/checkpoint.pt", mutation)
-            yield _attempt(f"checkpoint of {what}, {mutation}", partial(check, write), "unchanged", "terminal")
+            use = partial(check, write, plausible=mutation.change in PLAUSIBLE)
+            yield _attempt(f"checkpoint of {what}, {mutation}", use, "unchanged", "terminal")
         for name, made in spoilt_bytes((shared / out / "checkpoint.pt").read_bytes(), 3, seed):
             write = partial(_written, f"{out}/checkpoint.pt", made)
             yield _attempt(f"checkpoint of {what}, {name}", partial(check, write), "unchanged", "terminal")

@@ -136,18 +136,12 @@ def _foreign() -> tuple[nn.Module, Any]:
     return nn.Linear(2, 1), torch.optim.AdamW(nn.Linear(3, 3).parameters(), lr=1e-3)
 
 
-def _frozen() -> tuple[nn.Module, Any]:
-    model = nn.Linear(2, 1).requires_grad_(False)
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-
 OPTIMIZERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "an optimizer at learning rate 0": _optimizer(0.0),
     "an optimizer at a negative learning rate": _optimizer(-1.0),
     "an optimizer at learning rate NaN": _optimizer(math.nan),
     "an optimizer at an infinite learning rate": _optimizer(math.inf),
     "an optimizer of another model": _foreign,
-    "a frozen model": _frozen,
     "no optimizer": lambda: (nn.Linear(2, 1), None),
     "no model": lambda: (None, torch.optim.AdamW(nn.Linear(2, 1).parameters(), lr=1e-3)),
 }

@@ -23,6 +23,8 @@ HOSTILE_TEXT = "\x1b]0;title\x07\x1b[2J\x1b[31m\u202e\x9b1m\x7f"
 """Sets a terminal's title, clears it, colours it and turns its direction."""
 NONSENSE = ("NaN", "infinite", "negative")
 """Changes of a number that leave nothing that it could mean, where it counts or measures something."""
+PLAUSIBLE = ("empty", "one shorter", "true")
+"""Changes after which a state may still be that of another run, which is then gone on with."""
 
 Change = Callable[[Any], Any]
 
