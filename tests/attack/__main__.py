@@ -32,7 +32,7 @@ def main() -> int:
     if options.number is not None:
         return _one(options)
     failed = sum(_run(name, options) for name in options.only or KINDS)
-    _write(options.seed)
+    _write(options)
     return int(failed > 0)
 
 
@@ -93,18 +93,19 @@ def _one(options: argparse.Namespace) -> int:
     return int(bool(record["failures"]))
 
 
-def _write(seed: int) -> None:
+def _write(options: argparse.Namespace) -> None:
     """Write the result and the page, if every kind is known."""
     import torch
     from _common import write_result
 
-    mark = source_digest(seed)
+    seed, mark = options.seed, source_digest(options.seed)
     kinds = {name: kept for name in KINDS if (kept := kept_result(WORK, name, mark)) is not None}
     if missing := [name for name in KINDS if name not in kinds]:
         print(f"no page yet: {', '.join(missing)} has not been run")
         return
     result = {"seed": seed, "kinds": kinds}
-    write_result("attack", result, torch.device("cpu"), command=f"python -m tests.attack --seed {seed}")
+    command = f"python -m tests.attack --seed {seed}" + (f" --every {options.every}" if options.every > 1 else "")
+    write_result("attack", result, torch.device("cpu"), command=command)
     write_page()
     print(f"written: {RESULT.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
 

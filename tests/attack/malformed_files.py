@@ -201,7 +201,7 @@ def _trees(seed: int, shared: Path) -> Iterator[Attempt]:
         lines = [line.split(",") for line in (shared / name).read_text(encoding="utf-8").splitlines()]
         for mutation in mutations(lines, 12, seed):
             yield _attempt(
-                f"{what}, {mutation}", spoilt(name=file, tree=lines, write=_as_csv, check=check, mutation=mutation)
+                f"{what}, {mutation}", spoilt(name=name, tree=lines, write=_as_csv, check=check, mutation=mutation)
             )
 
 
