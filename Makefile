@@ -4,6 +4,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 PIP_ARGS ?=
 GPU_ARGS ?=
+ATTACK_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ TYPING := .typing/trainpilot/__init__.py
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py benchmarks/smollm2.py benchmarks/fine_tuning.py benchmarks/export_formats.py benchmarks/live_budgets.py benchmarks/_%.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test lint types bench gpu-check docs docs-site clean help
+.PHONY: setup demo test lint types bench attack gpu-check docs docs-site clean help
 
 setup: $(READY)  ## create .venv with everything that the other targets need
 
@@ -37,6 +38,9 @@ types: $(READY) $(TYPING)  ## check types, strictly
 
 bench: $(READY)  ## run every benchmark, one after the other (about two and a half hours); results: benchmarks/results
 	set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
+
+attack: $(READY)  ## attack the promises of the docs, about 25 minutes of one core; result: docs/reliability.md
+	$(BIN)/python -m tests.attack $(ATTACK_ARGS)
 
 gpu-check: $(READY)  ## try everything that needs an NVIDIA GPU, about an hour; refuses without one (exit status 2)
 	@$(BIN)/python benchmarks/gpu_check.py $(GPU_ARGS)

@@ -29,11 +29,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_result(name: str, result: dict[str, Any], device: torch.device) -> Path:
-    """Write `results/NAME.json` and return its path."""
+def write_result(name: str, result: dict[str, Any], device: torch.device, command: str | None = None) -> Path:
+    """Write `results/NAME.json` and return its path. The command is by default this benchmark's."""
     path = RESULTS / f"{name}.json"
+    own = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_portable, sys.argv[1:])])
     header = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_portable, sys.argv[1:])]),
+        "command": command or own,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(device),
         "versions": versions(),
