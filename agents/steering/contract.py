@@ -232,9 +232,8 @@ class ContractWatch:
     def slowdown(self) -> float | None:
         """Return how much longer a token takes than under the base schedule, as a share; `None` where unknown."""
         base, steered = self._base_s_per_token(), self._steered()[-SMOOTHING:]
-        if not base or len(steered) < SMOOTHING:  # 0 comes from a clock that stands still
-            return None
-        return median(row["s_per_token"] for row in steered) / base - 1
+        pace = median(row["s_per_token"] for row in steered) if len(steered) >= SMOOTHING else 0.0
+        return pace / base - 1 if base and pace else None  # 0 comes from a clock that stands still
 
     def _base_s_per_token(self) -> float | None:
         if self.contract.reference_s_per_token is not None:

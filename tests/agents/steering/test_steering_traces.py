@@ -191,9 +191,9 @@ def test_all_changes_since_the_snapshot_are_held_after_a_rollback() -> None:
     def doubles(*_: Any) -> Action:
         return (3, 2, 0, 0, 0)
 
-    known = [(share, 0.0) for share in (0.0, 1.0)]
+    known = [(share, 1e-9) for share in (0.0, 1.0)]
     contract = QualityContract(max_loss_increase=1e-6, reference=known, from_start=True, max_slowdown=1e9)
-    run = Steered(policy=doubles, contract=contract).go()
+    run = Steered(policy=doubles, contract=contract, data=True).go()
     assert run.rollbacks >= 1
     first = run.steering.summary()["rollbacks"][0]["after_decision"]
     after = [r for r in run.steering.records if r.telemetry.decision <= first][0:1]
