@@ -88,8 +88,8 @@ class QualityContract:
         reference = tuple((each.budget_used, each.train_loss) for each in intervals)
         tokens = sum(each.interval_tokens for each in intervals)
         pace = sum(each.time_s for each in intervals) / tokens if tokens else 0.0
-        pace = pace if pace > 0 else None  # a clock that stands still says nothing
-        return cls(**{"reference": reference, "reference_s_per_token": pace, **terms})
+        known = pace if pace > 0 else None  # a clock that stands still says nothing
+        return cls(**{"reference": reference, "reference_s_per_token": known, **terms})
 
     def __post_init__(self) -> None:
         for name in ("max_loss_increase", "max_slowdown"):
