@@ -88,8 +88,8 @@ class QualityContract:
         reference = tuple((each.budget_used, each.train_loss) for each in intervals)
         tokens = sum(each.interval_tokens for each in intervals)
         pace = sum(each.time_s for each in intervals) / tokens if tokens else 0.0
-        pace = pace if pace > 0 else None  # a clock that stands still says nothing
-        return cls(**{"reference": reference, "reference_s_per_token": pace, **terms})
+        known = pace if pace > 0 else None  # a clock that stands still says nothing
+        return cls(**{"reference": reference, "reference_s_per_token": known, **terms})
 
     def __post_init__(self) -> None:
         for name in ("max_loss_increase", "max_slowdown"):
@@ -232,9 +232,8 @@ class ContractWatch:
     def slowdown(self) -> float | None:
         """Return how much longer a token takes than under the base schedule, as a share; `None` where unknown."""
         base, steered = self._base_s_per_token(), self._steered()[-SMOOTHING:]
-        if not base or len(steered) < SMOOTHING:  # 0 comes from a clock that stands still
-            return None
-        return median(row["s_per_token"] for row in steered) / base - 1
+        pace = median(row["s_per_token"] for row in steered) if len(steered) >= SMOOTHING else 0.0
+        return pace / base - 1 if base and pace else None  # 0 comes from a clock that stands still
 
     def _base_s_per_token(self) -> float | None:
         if self.contract.reference_s_per_token is not None:

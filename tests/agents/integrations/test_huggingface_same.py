@@ -341,7 +341,7 @@ def test_a_rollback_takes_model_and_data_back_to_the_beginning(config: RunConfig
         def spoil(module: Any, _: Any, output: Any) -> Any:
             nonlocal passes
             passes += module.training
-            if passes == fault:
+            if fault and fault <= passes < fault + 6:  # three of an interval's five steps
                 output.loss = output.loss * math.nan
             return output
 
@@ -350,7 +350,7 @@ def test_a_rollback_takes_model_and_data_back_to_the_beginning(config: RunConfig
         trainer.train()
         return trainer, ends
 
-    (clean, ends), (spoilt, spoilt_ends) = run(0), run(9)
+    (clean, ends), (spoilt, spoilt_ends) = run(0), run(3)
     assert len(spoilt.steering.summary()["rollbacks"]) == 1
     assert far(clean.model, spoilt.model) == 0.0
     assert clean.steering.sequences == spoilt.steering.sequences == 200
