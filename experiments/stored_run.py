@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.envs.action import KEEP, Action
@@ -186,7 +186,7 @@ def counted_refusals(records: Sequence[DecisionRecord]) -> list[tuple[str, int]]
     return [(example[kind], count) for kind, count in counts.most_common()]
 
 
-def is_figure(value: Any) -> bool:
+def is_figure(value: Any) -> TypeGuard[float]:
     """Return whether a value from a file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -212,18 +212,18 @@ def _base_schedule(
             f"lr_scheduler_type must follow from the number of steps under steering, got {name!r}, which follows from "
             "losses; take another, or give steering a base_schedule"
         )
+    options: Any = args.lr_scheduler_kwargs or {}
     try:
         scheduler = get_scheduler(
             name,
             torch.optim.SGD([torch.zeros(1)], lr=1.0),
             num_warmup_steps=warmup,
             num_training_steps=steps,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=dict(options),
         )
     except TypeError as error:
         raise ValueError(
-            f"lr_scheduler_kwargs must be options of lr_scheduler_type {name!r}, got {args.lr_scheduler_kwargs}: "
-            f"{error}"
+            f"lr_scheduler_kwargs must be options of lr_scheduler_type {name!r}, got {options}: {error}"
         ) from error
     return schedule_of(scheduler, steps)
 
