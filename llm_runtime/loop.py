@@ -123,8 +123,8 @@ class ControlledLoop:
         """Peak of the base schedule: the highest learning rate among the optimizer's groups at the beginning."""
         if not (all(map(math.isfinite, rates)) and self.peak > 0):
             raise ValueError(
-                f"optimizer must have a finite learning rate above 0, the peak of the base schedule, got {self.peak:g} "
-                "as the largest of its parameter groups; make it without a warm-up of its own"
+                "optimizer must have finite learning rates, the largest above 0, the peak of the base schedule, got "
+                f"{', '.join(f'{rate:g}' for rate in rates)}; make it without a warm-up of its own"
             )
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._stepped = [(name, p) for name, p in model.named_parameters() if id(p) in stepped]

@@ -45,6 +45,10 @@ class AdvisingController(GuardedController):
         decision = super()._bounded()
         return replace(decision, refusals=[*self._remarks, *decision.refusals])
 
+    def _corrected(self, decision: Decision) -> tuple[Decision, Controls | None]:
+        """Return the decision: the losses are those of the base schedule, and say nothing about the advice."""
+        return decision, None
+
     def _wants_snapshot(self, action: Action) -> bool:
         return False
 

@@ -17,6 +17,7 @@ from torch import nn
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import DecisionRecord, Policy
 from trainpilot.agents.steering.contract import QualityContract
+from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import Controls, RunConfig
@@ -34,7 +35,8 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def loop(config: RunConfig, policy: str | Policy, mode: str = "advise", **settings: Any) -> Loop:
-    usual = {"pruning": config.pruning, "precisions": ("fp32", "bf16"), "probe": True, "mode": mode}
+    usual: dict[str, Any] = {"pruning": config.pruning, "precisions": ("fp32", "bf16"), "probe": True, "mode": mode}
+    usual["guardrails"] = GuardrailSettings(cautious=False)  # the policies here double the learning rate at once
     return Loop(config, policy, **usual | settings)
 
 
