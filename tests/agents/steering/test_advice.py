@@ -17,6 +17,7 @@ from torch import nn
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import DecisionRecord, Policy
 from trainpilot.agents.steering.contract import QualityContract
+from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import Controls, RunConfig
@@ -33,9 +34,13 @@ def config(tmp_path: Path) -> RunConfig:
     return case(tmp_path, LLAMA, tokens=6_400, batch_size=4, decisions=10, pruning="magnitude")
 
 
+BOLD = GuardrailSettings(cautious=False)
+"""Without the rules that hold these policies from doubling the learning rate at once."""
+
+
 def loop(config: RunConfig, policy: str | Policy, mode: str = "advise", **settings: Any) -> Loop:
     usual = {"pruning": config.pruning, "precisions": ("fp32", "bf16"), "probe": True, "mode": mode}
-    return Loop(config, policy, **usual | settings)
+    return Loop(config, policy, **{**usual, "guardrails": BOLD, **settings})
 
 
 def trained(*arguments: Any, **settings: Any) -> Loop:
