@@ -34,10 +34,13 @@ def config(tmp_path: Path) -> RunConfig:
     return case(tmp_path, LLAMA, tokens=6_400, batch_size=4, decisions=10, pruning="magnitude")
 
 
+BOLD = GuardrailSettings(cautious=False)
+"""Without the rules that hold these policies from doubling the learning rate at once."""
+
+
 def loop(config: RunConfig, policy: str | Policy, mode: str = "advise", **settings: Any) -> Loop:
-    usual: dict[str, Any] = {"pruning": config.pruning, "precisions": ("fp32", "bf16"), "probe": True, "mode": mode}
-    usual["guardrails"] = GuardrailSettings(cautious=False)  # the policies here double the learning rate at once
-    return Loop(config, policy, **usual | settings)
+    usual = {"pruning": config.pruning, "precisions": ("fp32", "bf16"), "probe": True, "mode": mode}
+    return Loop(config, policy, **{**usual, "guardrails": BOLD, **settings})
 
 
 def trained(*arguments: Any, **settings: Any) -> Loop:
