@@ -184,7 +184,7 @@ def _with_bad_data(spoil: Spoil, when: str, form: str, known: Mapping[str, Any],
 def _meters(known: Mapping[str, Any]) -> Iterator[Attempt]:
     for name, make in METERS.items():
         for policy in ("none", "keep"):
-            run = partial(_undisturbed, "meter", known, policy, lambda make=make: _metered(make))
+            run = partial(_undisturbed, "meter", known, policy, partial(_metered, make))
             yield Attempt(name=f"{name}; {policy}", promises=("meter", "plausible"), run=run)
 
 
@@ -193,10 +193,22 @@ def _metered(make: Callable[[TickingClock], Any]) -> dict[str, Any]:
     return {"around": {"clock": clock, "meter": make(clock)}}
 
 
+def _around(name: str, make: Callable[[], Any]) -> dict[str, Any]:
+    return {"around": {name: make()}}
+
+
+def _positioned(make: Callable[[], Any]) -> dict[str, Any]:
+    return {"data": make()}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
 def _clocks(known: Mapping[str, Any]) -> Iterator[Attempt]:
     for name, make in CLOCKS.items():
         for policy in ("none", "keep"):
-            run = partial(_undisturbed, "clock", known, policy, lambda make=make: {"around": {"clock": make()}})
+            run = partial(_undisturbed, "clock", known, policy, partial(_around, "clock", make))
             yield Attempt(name=f"{name}; {policy}", promises=("clock", "plausible"), run=run)
 
 
@@ -204,10 +216,10 @@ def _callbacks(known: Mapping[str, Any]) -> Iterator[Attempt]:
     for name, call in CALLBACKS.items():
         which = name.split()[0]
         for policy in ("none", "keep"):
-            run = partial(_undisturbed, "callbacks", known, policy, lambda w=which, c=call: {"around": {w: c}})
+            run = partial(_undisturbed, "callbacks", known, policy, partial(_around, which, partial(_same, call)))
             yield Attempt(name=f"{name}; {policy}", promises=("callbacks", "plausible"), run=run)
     for name, make_data in POSITIONS.items():
-        run = partial(_undisturbed, "callbacks", known, "keep", lambda make=make_data: {"data": make()})
+        run = partial(_undisturbed, "callbacks", known, "keep", partial(_positioned, make_data))
         yield Attempt(name=f"data {name}", promises=("callbacks", "plausible"), run=run)
 
 

@@ -156,9 +156,10 @@ OUTCOMES: Mapping[str, Callable[..., Any]] = {
     "returns 1e300": lambda *_: 1e300,
     "takes no argument that it is given": lambda a, b, c: 1.0,
 }
+_NO_FUNCTION: Any = 7
 CALLBACKS: Mapping[str, Callable[..., Any]] = {
     f"{which} {how}": call for which in ("validate", "on_decision") for how, call in OUTCOMES.items()
-} | {"validate is no function": 7, "on_decision is no function": "x"}  # type: ignore[dict-item]
+} | {"validate is no function": _NO_FUNCTION, "on_decision is no function": _NO_FUNCTION}
 """By the argument of `Steering` and what it does."""
 
 

@@ -71,7 +71,8 @@ def _kill(child: int) -> None:
 
 def _read(handle: int, limit_s: float) -> tuple[bytes, bool]:
     """Return what comes through a pipe until its end, and whether that took too long."""
-    parts, end = [], time.monotonic() + limit_s
+    parts: list[bytes] = []
+    end = time.monotonic() + limit_s
     while True:
         ready, _, _ = select.select([handle], [], [], max(end - time.monotonic(), 0))
         if not ready:

@@ -42,13 +42,13 @@ PROMISES = {
         "the same policies, over two seeds; a rollback takes the data back too",
     ),
 }
-SETTLED = {"max_loss_increase": AGREED, "max_slowdown": 1e9}
+SETTLED: dict[str, Any] = {"max_loss_increase": AGREED, "max_slowdown": 1e9}
 """Terms of every contract: seconds are left out, as other programs may take the processor."""
 
 
 def prepare(shared: Path) -> None:
     """Train the base schedule with several seeds: what is compared with, and the noise of a seed."""
-    bases = {}
+    bases: dict[int, dict[str, Any]] = {}
     for seed in NOISE_SEEDS:
         run = SmallRun("none", seed)
         loss = run.train()

@@ -233,7 +233,7 @@ def prepare(shared: Path) -> None:
         place.mkdir()
         os.chdir(place)
         with _quiet(place):
-            ended = in_fork(lambda line=line, place=place: _run(line, place), limit_s=RUN_LIMIT_S)
+            ended = in_fork(partial(_run, line, place), limit_s=RUN_LIMIT_S)
         if ended.death is not None:
             raise RuntimeError(f"{name}: {ended.death}")
         known[name] = {"changes": ended.value, "ending": ending(place / "out")}
@@ -279,7 +279,7 @@ def example(place: Path) -> Outcome:
 def _attack(command: Command, expected: Any, points: Sequence[int], torn: bool, place: Path) -> Failures:
     with _quiet(place):
         for point in points:
-            killed = in_fork(lambda point=point: _run(command.line, place, point, torn=torn), limit_s=RUN_LIMIT_S)
+            killed = in_fork(partial(_run, command.line, place, point, torn=torn), limit_s=RUN_LIMIT_S)
             if killed.death is not None and killed.code != KILLED:
                 return {"same result": f"it cannot go on: {killed.death}"}
         ended = in_fork(lambda: _run(command.line, place), limit_s=RUN_LIMIT_S)
@@ -289,7 +289,7 @@ def _attack(command: Command, expected: Any, points: Sequence[int], torn: bool, 
     elif (found := json.loads(json.dumps(command.ending(place / "out")))) != expected:
         other = [name for name in expected if found.get(name) != expected[name]]
         failures["same result"] = f"another result: {', '.join(other)}"
-    rests = [path.name for path in place.rglob(".*") if path.is_file() or path.is_dir()]
+    rests = [path.name for path in place.rglob(".*") if path.name not in (".stdout", ".stderr")]
     if rests:
         failures["no rests"] = one_line(f"left behind: {', '.join(sorted(rests))}", 120)
     return failures

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -141,7 +142,7 @@ def examples() -> dict[str, Any]:
         for name in KINDS:
             place = Path(work) / name
             place.mkdir()
-            ended = in_fork(lambda name=name, place=place: _in_folder(place, kind_of(name).example), limit_s=300)
+            ended = in_fork(partial(_in_folder, place, kind_of(name).example), limit_s=300)
             found[name] = ended.death or ended.value
     return found
 

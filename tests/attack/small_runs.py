@@ -18,7 +18,7 @@ from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.energy.meter import SOURCES, NoMeter
 from trainpilot.llm_runtime.telemetry import Telemetry
 
-SHORT = {"sequences": 480, "decisions": 12}
+SHORT: dict[str, Any] = {"sequences": 480, "decisions": 12}
 """A run of 60 steps, for faults that must not touch the weights at all."""
 Spoil = Callable[["FaultyRun", int, Any, Tensor], None]
 """Makes the backward pass of a step, from its number, the open step and the rows that are due."""

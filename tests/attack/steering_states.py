@@ -96,14 +96,14 @@ def _load_spoilt(shared: Path, mutation: Mutation, place: Path) -> Failures:
 def _loaded(saved: dict[str, Any]) -> TinyRun:
     run = TinyRun()
     run.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(saved["optimizer"])
+    run.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # torch would keep its tensors
     return run
 
 
 def _goes_on(run: TinyRun, saved: dict[str, Any], *, plausible: bool) -> str | None:
     """Return what is wrong with a run that took a spoilt state, against one that took the unspoilt one."""
     other = _loaded(saved)
-    other.steering.load_state_dict(saved["steering"])
+    other.steering.load_state_dict(copy.deepcopy(saved["steering"]))
     for each in (run, other):
         each.train(STEPS)
     same = all(torch.equal(a, b) for a, b in zip(run.model.parameters(), other.model.parameters(), strict=True))
