@@ -301,7 +301,7 @@ BAD: list[tuple[Callable[[WholeLoop, Path], None], str]] = [
     (too_few_steps, "max_steps must be at least 100"),
     (precision_without_trainer, "set callback.trainer"),
     (three_micro_batches, "power of two"),
-    (a_greedy_scheduler, "lr_scheduler_type must be"),
+    (a_greedy_scheduler, "lr_scheduler_type must follow from the number of steps"),
     (more_than_is_drawn, "sequences must be at most 40"),
     (a_model_that_leaves_the_items_unused, "model must use num_items_in_batch"),
     (a_stream_that_is_over, "a run that steering has not ended"),

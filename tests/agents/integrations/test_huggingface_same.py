@@ -38,6 +38,7 @@ from transformers import (
 
 from trainpilot.agents.integrations.huggingface import SteeredTrainer, SteeringMixin
 from trainpilot.agents.integrations.huggingface_callback import SteeringCallback
+from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
@@ -121,7 +122,8 @@ def raised(observation: np.ndarray, masks: np.ndarray) -> Action:
     return (6, 2, *KEEP[2:])
 
 
-ADVICE: dict[str, Any] = {"policy": raised, "mode": "advise", "decisions": 5}
+BOLD = GuardrailSettings(cautious=False)  # the policy doubles the learning rate at once
+ADVICE: dict[str, Any] = {"policy": raised, "mode": "advise", "decisions": 5, "guardrails": BOLD}
 
 
 UNEVEN: list[dict[str, Any]] = [
