@@ -100,7 +100,8 @@ C = TypeVar("C", bound=type[Options])
 def with_ranges(options: C) -> C:
     """Show the ranges of a command's numbers in its help: their own, or those of the run's settings of that name."""
     hints = get_type_hints(options, include_extras=True)
-    for name, allowed in (ranges_of(RunConfig) | ranges_of(options)).items():
+    kind: Any = options
+    for name, allowed in (ranges_of(RunConfig) | ranges_of(kind)).items():
         if name in hints and hints[name] is not Tokens:
             words = "|auto" if "auto" in str(hints[name]) else ""
             metavar = f"{'INT' if isinstance(allowed, Whole) else 'FLOAT'} {allowed}{words}"

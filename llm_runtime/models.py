@@ -276,7 +276,8 @@ def _from_pretrained(name: str) -> LoadedModel:
         ) from error
     if fault := _fault(model):
         raise ValueError(f"model: {name!r} {fault}")
-    rows = model.get_input_embeddings().num_embeddings
+    embedding: Any = model.get_input_embeddings()
+    rows = int(embedding.num_embeddings)
     if len(tokenizer) > rows:
         raise ValueError(
             f"model: {name!r} must have an embedding for {len(tokenizer)} tokens of its tokenizer, got {rows}"

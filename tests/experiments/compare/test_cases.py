@@ -249,7 +249,7 @@ def test_the_architecture_is_looked_up_where_the_model_is_on_this_machine(write:
         ("cases: [{name: a, model: {hidden_size: 8}}]\n", "case a: model must have a model_type .*, got None"),
         (
             "cases: [{name: a, model: {model_type: llama, x: .nan}}]\n",
-            "it holds a date, which is no plain value values: ",
+            "case a: model must hold plain JSON values: ",
         ),
         ("cases: [{name: a, model: {model_type: llama, x: 2024-01-01}}]\n", "it holds a date, which is no plain value"),
         ("cases: [{name: a, model: no/such.json}]\n", "case a: model must be a readable config, got no/such.json"),
