@@ -82,6 +82,7 @@ Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda.")]
 if TYPE_CHECKING:
     from trainpilot.agents.bundle import BaseSchedule
 
+LearningRate = Annotated[float, Range(0, 1000, above=True)]
 Jobs = Annotated[int, Whole(0, 1024)]
 Threads = Annotated[int, Whole(0, 1024)]
 
@@ -99,8 +100,8 @@ C = TypeVar("C", bound=type[Options])
 def with_ranges(options: C) -> C:
     """Show the ranges of a command's numbers in its help: their own, or those of the run's settings of that name."""
     hints = get_type_hints(options, include_extras=True)
-    of_command = ranges_of(options)  # type: ignore[arg-type]
-    for name, allowed in (ranges_of(RunConfig) | of_command).items():
+    kind: Any = options
+    for name, allowed in (ranges_of(RunConfig) | ranges_of(kind)).items():
         if name in hints and hints[name] is not Tokens:
             words = "|auto" if "auto" in str(hints[name]) else ""
             metavar = f"{'INT' if isinstance(allowed, Whole) else 'FLOAT'} {allowed}{words}"
@@ -144,7 +145,7 @@ class ReplayOptions(Options):
     batch_size: int | Literal["auto"] = RunConfig.batch_size
     """Starting batch, in sequences, or `auto` for the power of two nearest to what Step Law advises for this budget."""
     sequence_length: SequenceLength = RunConfig.sequence_length
-    base_learning_rate: float | Literal["auto"] = RunConfig.base_learning_rate
+    base_learning_rate: LearningRate | Literal["auto"] = RunConfig.base_learning_rate
     """Peak learning rate of the base schedule, or `auto` for what Step Law advises for this model and budget: a start
     without a sweep, for models trained from scratch. Below 100 M parameters the law is extrapolated: at 0.2 M its rate
     is 2 to 10 times too high, which the policy is there to correct, and its batch of the right order."""
@@ -449,7 +450,7 @@ class CalibrateOptions(Options):
     batch_size: int = 8
     """Starting batch, in sequences; 1/8, 1/2 and 2 times as many are tried."""
     sequence_length: SequenceLength = 64
-    base_learning_rate: float = 3e-3
+    base_learning_rate: LearningRate = 3e-3
     """Peak learning rate that the tried ones are multiples of."""
     effort: Effort = "standard"
     """How many runs: quick (about 14) or standard (about 33)."""

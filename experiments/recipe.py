@@ -34,7 +34,7 @@ class Recipe:
     """`RunConfig` fields that all live cases share."""
     vary: dict[str, list[Any]] = field(default_factory=dict)
     """`RunConfig` fields with lists of values; the live cases are all combinations of these values."""
-    reference_learning_rate: Annotated[float, Range(0, 1000, above=True)] | None = None
+    reference_learning_rate: Annotated[float, Range(0, above=True)] | None = None
     """Learning rate of the reference runs; by default each case's own. If that is far too low, every steered run looks
     good in comparison."""
     ppo: PPOConfig = field(default_factory=PPOConfig)

@@ -159,7 +159,7 @@ class RunConfig(JsonRecord):
     """Starting batch, in sequences."""
     sequence_length: Annotated[int, Whole(1, 2**24)] = 128
     """Tokens per sequence."""
-    base_learning_rate: Annotated[float, Range(0, 1000, above=True)] = 1e-3
+    base_learning_rate: Annotated[float, Range(0, above=True)] = 1e-3
     """Peak of the base schedule at the starting batch size."""
     schedule: ScheduleName = "linear"
     """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero) or constant."""

@@ -283,7 +283,8 @@ def _from_pretrained(name: str, *, of_bytes: bool = False) -> LoadedModel:
         ) from error
     if fault := _fault(model):
         raise ValueError(f"model: {name!r} {fault}")
-    rows: Any = model.get_input_embeddings().num_embeddings
+    embedding: Any = model.get_input_embeddings()
+    rows = int(embedding.num_embeddings)
     if tokenizer.vocabulary > rows:
         raise ValueError(
             f"model: {name!r} must have an embedding for {tokenizer.vocabulary} tokens of its tokenizer, got {rows}"

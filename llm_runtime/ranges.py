@@ -127,7 +127,8 @@ def check_ranges(record: Any, prefix: str = "") -> None:
     Raises:
         ValueError: a number is out of its range.
     """
-    for name, (allowed, words) in _declarations(type(record)).items():  # type: ignore[arg-type]
+    kind: Any = type(record)
+    for name, (allowed, words) in _declarations(kind).items():
         value = getattr(record, name)
         for each in value if isinstance(value, tuple) else (value,):
             if each is not None and not (words and isinstance(each, str)):

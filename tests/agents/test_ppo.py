@@ -1,5 +1,6 @@
 """PPO starts near the base schedule, learns a toy plant whose best control is known, and resumes."""
 
+import math
 import random
 import signal
 import subprocess
@@ -175,3 +176,28 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
 def test_bad_settings_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"ppo\.{name} must be .*got {value}"):
         PPOConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+    env, config = toy_env(1), PPOConfig(total_decisions=0, hidden=(4,))
+    policy = make_ppo(env, config).policy
+    cost = {"decisions": 1.0, "episodes": 0.0, "energy_j": math.nan, "time_s": 1.0}
+    good = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "num_timesteps": 1,
+            "n_updates": 1, "cost": cost}  # fmt: skip
+    save_checkpoint(tmp_path / "checkpoint.pt", good)
+    assert train(env, config, tmp_path)[0].num_timesteps == 1
+    name, weights = next(iter(policy.state_dict().items()))
+    for change in (
+        {"policy": {}},
+        {"policy": {**policy.state_dict(), name: weights * math.nan}},
+        {"policy": {**policy.state_dict(), name: weights[:1]}},
+        {"optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}},
+        {"num_timesteps": -5},
+        {"n_updates": "many"},
+        {"cost": {"decisions": 1.0}},
+    ):
+        save_checkpoint(tmp_path / "checkpoint.pt", good | change)
+        with pytest.raises(
+            ValueError, match=r"^out: .*checkpoint.pt cannot be resumed \(.*\); remove it to start anew$"
+        ):
+            train(env, config, tmp_path)

@@ -233,7 +233,7 @@ def test_the_architecture_is_looked_up_where_the_model_is_on_this_machine(write:
         ("colour: red\n", "'colour' is unknown; known are common, cases"),
         ("common: {tokns: 5}\ncases: [{name: a}]\n", "common: 'tokns' is unknown; known are model, text"),
         ("common: {seed: 5}\ncases: [{name: a}]\n", "common: seed is set by the comparison, got 5; leave it out"),
-        ("cases: [{text: a.txt}]\n", "case 1: name must be made of a-z, 0-9, '.' and '-', got None"),
+        ("cases: [{text: a.txt}]\n", "case 1: name must be made of at most 64 of a-z, 0-9, '.' and '-', got None"),
         ("cases: [{name: a}, {name: 3}]\n", "case 2: name must be made of .*, got 3"),
         ("cases: [{name: ../a}]\n", "case 1: name must be made of .*, got '../a'"),
         ("cases: [{name: ..}]\n", r"case 1: name must be made of .*, got '\.\.'"),
@@ -247,8 +247,11 @@ def test_the_architecture_is_looked_up_where_the_model_is_on_this_machine(write:
         ("cases: [{name: a, target_loss: .nan}]\n", "case a: target_loss must be a positive number .*, got nan"),
         ("cases: [{name: a, model: 7}]\n", "case a: model: Input should be a valid string, got 7"),
         ("cases: [{name: a, model: {hidden_size: 8}}]\n", "case a: model must have a model_type .*, got None"),
-        ("cases: [{name: a, model: {model_type: llama, x: .nan}}]\n", "case a: model must hold plain JSON values: "),
-        ("cases: [{name: a, model: {model_type: llama, x: 2024-01-01}}]\n", "case a: model must hold plain JSON"),
+        (
+            "cases: [{name: a, model: {model_type: llama, x: .nan}}]\n",
+            "case a: model must hold plain JSON values: ",
+        ),
+        ("cases: [{name: a, model: {model_type: llama, x: 2024-01-01}}]\n", "it holds a date, which is no plain value"),
         ("cases: [{name: a, model: no/such.json}]\n", "case a: model must be a readable config, got no/such.json"),
     ],
 )
