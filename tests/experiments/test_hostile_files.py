@@ -69,7 +69,8 @@ def test_a_bundle_of_twenty_thousand_keys_is_shown_at_once(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_bundle({f"k{index}": index for index in range(20_000)})
-    shown = said(monkeypatch, capsys, "inspect", "p.safetensors")
+    assert "20000 more settings" in said(monkeypatch, capsys, "inspect", "p.safetensors")
+    shown = said(monkeypatch, capsys, "inspect", "p.safetensors", "--all")
     assert "and 19,800 more" in shown
     assert shown.count("\n") < 300
 

@@ -131,7 +131,8 @@ WRITERS = {
 def test_a_command_that_writes_holds_the_lock(
     tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = {**WRITERS, "doctor": (), "inspect": (str(tmp_path),)}[command]
+    page = (str(tmp_path), "--out", str(tmp_path / "page.html"))  # one file, written whole
+    arguments = {**WRITERS, "doctor": (), "inspect": (str(tmp_path),), "report": page}[command]
     out = ("--out", str(tmp_path)) if command in WRITERS else ()
     monkeypatch.setattr(sys, "argv", ["trainpilot", command, *arguments, *out])
     ran = []

@@ -16,6 +16,7 @@ from trainpilot.llm_runtime.models import load_model
 
 TINY = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+MISSPELT = {("hidden_sise" if name == "hidden_size" else name): value for name, value in TINY.items()}
 BERT = {"model_type": "bert", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2}  # fmt: skip
 
@@ -128,7 +129,7 @@ def test_options(
     ("config", "message"),
     [
         (BERT, "sees the tokens that it is to predict"),
-        (TINY | {"hidden_sise": 8}, "has 'hidden_sise', which llama does not know; is it 'hidden_size'?"),
+        (MISSPELT, "'hidden_sise' in model.json is unknown to llama, which has 'hidden_size'; correct it"),
         (TINY | {"num_hidden_layers": 0}, "must have at least one layer, got 0"),
         (TINY | {"num_hidden_layers": -1}, "layer"),
         (TINY | {"rms_norm_eps": float("nan")}, "computes values that are not finite"),

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainpilot.agents.bundle import BaseSchedule, policy_digest
 from trainpilot.agents.controller import DecisionRecord
+from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.experiments import run_store
 from trainpilot.experiments.cli import main
 from trainpilot.experiments.inspect_run import inspect_path
@@ -298,6 +299,8 @@ def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, mon
 
 MEASURED = {"time_s", "probe_time_s", "switch_time_s", "evaluation_time_s", "energy_j", "power_w", "memory_share"}
 """Fields of an interval that never repeat exactly."""
+METERED = {field.name for field in OBSERVATION_FIELDS if field.metered}
+"""What a policy sees of them, unless it is blind to them."""
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -306,6 +309,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     for line in lines:
         for name in MEASURED:
             del line["telemetry"][name]
+        line["observation"] = {name: value for name, value in line["observation"].items() if name not in METERED}
     return lines
 
 

@@ -152,9 +152,10 @@ def test_a_policy_that_only_advises_changes_no_bit_in_two_processes(results: Res
 
 
 @pytest.mark.slow
-def test_a_loss_that_one_process_cannot_compute_takes_all_back(results: Results) -> None:
+def test_a_loss_that_one_process_cannot_compute_is_skipped_by_all(results: Results) -> None:
     first, second = results("spoilt fsdp")
-    assert [each["reason"] for each in first["summary"]["rollbacks"]] == ["training loss is not finite"]
+    assert first["summary"]["skipped_steps"] == 1
+    assert first["summary"]["rollbacks"] == []
     assert first["summary"] == second["summary"]
     assert far(first, second) == 0.0
     assert all(weights.isfinite().all() for weights in first["weights"])

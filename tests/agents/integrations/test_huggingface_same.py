@@ -122,7 +122,7 @@ def raised(observation: np.ndarray, masks: np.ndarray) -> Action:
     return (6, 2, *KEEP[2:])
 
 
-BOLD = GuardrailSettings(cautious=False)  # the policy doubles the learning rate at once
+BOLD = GuardrailSettings(cautious=False)  # the policies here double the rate at once, or end early
 ADVICE: dict[str, Any] = {"policy": raised, "mode": "advise", "decisions": 5, "guardrails": BOLD}
 
 
@@ -264,7 +264,7 @@ def test_other_callbacks_see_the_epoch_and_each_end_of_one_once(config: RunConfi
 
 def test_speed_is_told_of_what_was_trained_on_though_the_run_ends_early(config: RunConfig, tmp_path: Path) -> None:
     finish: list[Action] = [KEEP] * 6 + [(*KEEP[:4], 1), KEEP]
-    trainer = steered_trainer(plain(config, finish), tmp_path)
+    trainer = steered_trainer(plain(config, finish, guardrails=BOLD), tmp_path)
     told = trainer.train().metrics
     assert trainer.steering.sequences < 200
     assert told["train_samples_per_second"] * told["train_runtime"] == pytest.approx(

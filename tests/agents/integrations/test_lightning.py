@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainpilot.agents.bundle import BaseSchedule
+from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.batches import BatchStream
@@ -167,7 +168,10 @@ def test_under_advice_the_weights_are_those_of_a_fit_without_steering(tmp_path: 
         loop.steering.close()
         taken: Any = list(torch.from_numpy(loop.stream.take(23)))
         rows: Any = DataLoader(taken, batch_size=MICRO)
-        given = {"policy": raised, "mode": "advise", "base_schedule": FLAT, "decisions": 5}
+        bold = GuardrailSettings(cautious=False)  # the policy doubles the learning rate at once
+        given = {
+            "policy": raised, "mode": "advise", "base_schedule": FLAT, "decisions": 5, "guardrails": bold,
+        }  # fmt: skip
         module, callback = Module(loop), steer(given)
         own = pl.Trainer(
             **usual | quiet | limits, callbacks=[callback] if advises else [], logger=logger if advises else False

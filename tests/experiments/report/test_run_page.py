@@ -182,7 +182,7 @@ def test_advice_is_drawn_beside_what_was_done(tmp_path: Path) -> None:
         lambda r: replace(r, telemetry=replace(r.telemetry, energy_j=None, energy_source=None, validation_loss=None)),
         lambda r: replace(r, telemetry=replace(r.telemetry, train_loss=float("nan"), diverged=True)),
         lambda r: replace(r, telemetry=replace(r.telemetry, learning_rate=0.0, batch_size=float("nan"), time_s=0.0)),
-        lambda r: replace(r, telemetry=replace(r.telemetry, precision="fp8", sparsity=0.5, budget_used=0.0)),
+        lambda r: replace(r, telemetry=replace(r.telemetry, precision="fp16", sparsity=0.5, budget_used=0.0)),
     ],
 )
 @pytest.mark.parametrize("n", [1, 4])
