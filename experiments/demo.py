@@ -32,6 +32,7 @@ def demo(options: DemoOptions, console: Console) -> None:
     from trainpilot.experiments.replay import replay
 
     bundle = PolicyBundle.load(policy_path(options.policy))
+    run_options("none", options.out / "base", options).run_config(bundle.decisions)  # a bad setting is refused here
     console.rule(f"1/3  {MODEL} under the default schedule, at a learning rate of {UNTUNED_RATE:g}")
     base = replay(run_options("none", options.out / "base", options), console)
 

@@ -498,7 +498,7 @@ class FitSweepOptions(Options):
     """Steps of linear warm-up, likewise; of a run shorter than twice that, half of its steps."""
     end_learning_rate: Annotated[float, Range(0, 1000)] = 1e-5
     """Learning rate at the end of the schedule, likewise."""
-    weight_decay: float = RunConfig.weight_decay
+    weight_decay: Annotated[float, Range(0)] = RunConfig.weight_decay
     """Weight decay of all runs."""
     initial_loss: Annotated[float, Range(0, 100, above=True)] = 11.0
     """Loss before training, about the logarithm of the vocabulary; final losses hardly depend on it."""

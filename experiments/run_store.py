@@ -72,7 +72,7 @@ class _Checkpoint(JsonRecord):
     """The form of a run's checkpoint."""
 
     snapshot: dict[str, Any]
-    initial_loss: float
+    initial_loss: Annotated[float, Range()]
     controller: dict[str, Any]
     records: list[str]
 

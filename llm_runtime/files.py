@@ -161,8 +161,10 @@ def resuming(path: Path) -> Iterator[None]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise `ValueError` for a file that torch did not write so: what it holds is not compressed."""
+    """Raise `ValueError` for a file that torch did not write so: what it holds is not compressed, and its sums fit."""
     with zipfile.ZipFile(path) as archive:
         size = sum(each.file_size for each in archive.infolist())
-    if size > path.stat().st_size:
-        raise ValueError("its content is larger than the file")
+        if size > path.stat().st_size:
+            raise ValueError("its content is larger than the file")
+        if archive.testzip() is not None:
+            raise ValueError("its content is not what was written")

@@ -334,7 +334,8 @@ def _is_reference(reference: Any) -> bool:
     if not all(isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_number, pair)) for pair in reference):
         return False
     rising = all(one[0] < other[0] for one, other in pairwise(reference))
-    return rising and reference[0][0] >= 0 and all(math.isfinite(loss) and loss > 0 for _, loss in reference)
+    within = reference[0][0] >= 0 and reference[-1][0] <= 1 + 1e-6
+    return rising and within and all(math.isfinite(loss) and loss > 0 for _, loss in reference)
 
 
 def _is_number(value: Any) -> bool:

@@ -99,7 +99,10 @@ class SteeringSettings:
             )
         _check_policy(self.policy)
         _check_base_schedule(self.base_schedule)
-        _check_mode(self.mode)
+        _check_word("mode", self.mode, get_args(Mode))
+        _check_word("pruning", self.pruning, get_args(MaskPruning))
+        _check_kind("guardrails", self.guardrails, GuardrailSettings)
+        _check_kind("contract", self.contract or QualityContract(), QualityContract)
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
         for name in ("sequences", "epoch_sequences", "decisions", "min_batch_size", "max_batch_size"):
@@ -165,14 +168,19 @@ def _check_base_schedule(base: Any) -> None:
         )
 
 
-def _check_mode(mode: str) -> None:
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+def _check_word(name: str, value: Any, words: tuple[str, ...]) -> None:
+    if value not in words:
+        raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}")
 
 
 def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {kind.__name__}(...), got {value!r}")
 
 
 WITHOUT_POLICY = BaseSchedule(schedule="linear", warmup_share=0.02)

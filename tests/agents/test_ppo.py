@@ -187,7 +187,7 @@ def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> N
     save_checkpoint(tmp_path / "checkpoint.pt", good)
     assert train(env, config, tmp_path)[0].num_timesteps == 1
     name, weights = next(iter(policy.state_dict().items()))
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"policy": {}},
         {"policy": {**policy.state_dict(), name: weights * math.nan}},
         {"policy": {**policy.state_dict(), name: weights[:1]}},
@@ -195,7 +195,8 @@ def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> N
         {"num_timesteps": -5},
         {"n_updates": "many"},
         {"cost": {"decisions": 1.0}},
-    ):
+    )
+    for change in changes:
         save_checkpoint(tmp_path / "checkpoint.pt", good | change)
         with pytest.raises(
             ValueError, match=r"^out: .*checkpoint.pt cannot be resumed \(.*\); remove it to start anew$"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from trainpilot.experiments.one_writer import NAME as LOCK
+
 Failures = dict[str, str]
 """Why promises were broken, by the name of the promise; empty where all are held."""
 
@@ -86,6 +88,8 @@ def content_of(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if path.name == LOCK:  # a command holds it while it runs
+            continue
         if path.is_symlink() or not path.is_file():
             found[name] = "a folder, a link or a device"
         else:

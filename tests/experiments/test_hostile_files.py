@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from decision_records import decision_record, decision_records, write_run
+from matplotlib.figure import Figure
 from policies import random_weights
 from safetensors.numpy import save_file
 
 from trainpilot.agents.bundle import field_tables
 from trainpilot.agents.logging.run_log import markdown_table
 from trainpilot.experiments import cli
-from trainpilot.experiments.report.drawing import Figure, Panel, label, to_svg
+from trainpilot.experiments.report.drawing import Panel, label, to_svg
 from trainpilot.experiments.report.tensorboard import slug
 from trainpilot.llm_runtime.files import save_checkpoint
 

@@ -174,7 +174,7 @@ def test_several_runs_are_a_line_each(tmp_path: Path) -> None:
     write_run(tmp_path / "done", decision_records())
     (tmp_path / "done" / "summary.json").write_text(json.dumps(SUMMARY), encoding="utf-8")
     double, refusals = (3, 2, 0, 0, 0), ("batch_size double: 16 sequences outside [4, 8]",)
-    lost = {"train_loss": float("nan"), "diverged": True, "energy_j": None}
+    lost: dict[str, Any] = {"train_loss": float("nan"), "diverged": True, "energy_j": None}
     write_run(
         tmp_path / "lost",
         [decision_record(0, requested=double, allowed=double), decision_record(1, refusals=refusals, **lost)],

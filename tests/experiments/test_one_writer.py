@@ -135,7 +135,7 @@ def test_a_command_that_writes_holds_the_lock(
     arguments = {**WRITERS, "doctor": (), "inspect": (str(tmp_path),), "report": page}[command]
     out = ("--out", str(tmp_path)) if command in WRITERS else ()
     monkeypatch.setattr(sys, "argv", ["trainpilot", command, *arguments, *out])
-    ran = []
+    ran: list[object] = []
     monkeypatch.setattr(cli, "_run", ran.append)
     cli.main()
     with one_writer.one_writer(tmp_path):

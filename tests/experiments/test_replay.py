@@ -31,7 +31,7 @@ from trainpilot.experiments.cli import main
 from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.llm_runtime.energy.meter import NoMeter
-from trainpilot.llm_runtime.files import load_checkpoint
+from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.models import body_parameters_of
 from trainpilot.llm_runtime.scaling_laws import step_law
@@ -483,7 +483,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("earlier", [True, False])
 def test_a_last_checkpoint_finds_a_place(tmp_path: Path, earlier: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_store.RunFolder(tmp_path / "run", {"seed": 0})
-    here, save = tmp_path / "run" / "checkpoint.pt", run_store.save_checkpoint
+    here, save = tmp_path / "run" / "checkpoint.pt", save_checkpoint
     if earlier:
         folder.write_checkpoint({"at": 1}, [])
 

@@ -94,7 +94,7 @@ def test_neutral_run_is_the_plain_loop(
     options = {"tokens": BUDGET, "batch_size": BATCH, "sequence_length": LENGTH, "base_learning_rate": PEAK}
     config = case(tmp_path, MODELS[family], seed=SEED, gradient_clip=CLIP, weight_decay=DECAY, **options)
     run = live_run(config, probe=probe)
-    assert run.progress.schedule.warmup_tokens == WARMUP
+    assert config.base_schedule().warmup_tokens == WARMUP
 
     losses = losses_of(run, monkeypatch)
 

@@ -241,7 +241,7 @@ def test_a_full_disk_under_the_reference_is_no_error(tmp_path: Path, monkeypatch
     def full(*_args: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_log.SummaryWriter, "close", full)
+    monkeypatch.setattr("trainpilot.agents.logging.run_log.SummaryWriter.close", full)
     with pytest.warns(UserWarning, match="no more TensorBoard events are written"):
         writer.write_reference(reference_run())
 

@@ -66,7 +66,8 @@ def logged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     module = ModuleType(request.param)
     module.__dict__["__getattr__"] = library.__getattr__
     monkeypatch.setitem(sys.modules, request.param, module)
-    tracker: Tracker = TRACKERS[request.param](SETTINGS)
+    kind: Any = TRACKERS[request.param]
+    tracker: Tracker = kind(SETTINGS)
     for record in [decision_record(0), decision_record(1), decision_record(0, refusals=("taken back: a spike",))]:
         tracker(record)
     tracker.finish(SUMMARY)

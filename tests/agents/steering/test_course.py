@@ -132,5 +132,6 @@ def test_the_course_goes_on_from_a_file() -> None:
     again = Guardrails()
     again.load_state_dict(state_of(guardrails))
     assert again.past.course == guardrails.past.course
+    assert again.past.course is not None
     assert len(again.past.course.losses) == 12
     assert math.isfinite(sum(again.past.course.bends))

@@ -74,7 +74,7 @@ def test_the_learning_rate_rises_no_further_than_it_may(
     tmp_path: Path, settings: dict[str, Any], highest: float
 ) -> None:
     bounds = GuardrailSettings(cautious=False, learning_rate_range=settings.get("learning_rate_range"))
-    options = {"guardrails": bounds, "fine_tuning": settings.get("fine_tuning")}
+    options: dict[str, Any] = {"guardrails": bounds, "fine_tuning": settings.get("fine_tuning")}
     mine = Loop(case(tmp_path, LLAMA, tokens=6_400, batch_size=4, decisions=10), always_up, **options)
     mine.train()
     scales = [record.telemetry.requested.learning_rate_scale for record in mine.steering.records]
@@ -134,7 +134,13 @@ def test_a_plain_model_that_comes_trained_keeps_near_its_rate() -> None:
 
     def steered(model: Plain, **settings: Any) -> Steering:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        options = {"sequences": 400, "batch_size": 4, "policy": always_up, "decisions": 10, "probe": False}
+        options: dict[str, Any] = {
+            "sequences": 400,
+            "batch_size": 4,
+            "policy": always_up,
+            "decisions": 10,
+            "probe": False,
+        }
         run = Steering(model, optimizer, SteeringSettings(**options | settings), meter=NoMeter("a test"))
         while not run.finished:
             with run.step() as step:

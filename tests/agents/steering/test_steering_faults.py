@@ -130,7 +130,8 @@ def test_a_contract_from_the_start_needs_data_that_go_back(config: RunConfig) ->
 @pytest.mark.parametrize("rate", [math.nan, math.inf])
 def test_an_optimizer_without_a_finite_rate_is_refused(rate: float) -> None:
     model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "lr": rate}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": [model.weight]}, {"params": [model.bias], "lr": rate}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
     settings = SteeringSettings(sequences=100, batch_size=2, policy="none")
     with pytest.raises(ValueError, match=r"^optimizer must have finite learning rates, .* got 0\.1, (nan|inf)"):
         Steering(model, optimizer, settings)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from decision_records import decision_record, decision_records, reference_run, write_run
 from explained_runs import NOISE_BY_DECISION, planted, seen, steered
@@ -172,7 +173,7 @@ def test_advice_is_drawn_beside_what_was_done(tmp_path: Path) -> None:
     assert run.n_changes == 4
     panels, _ = control_panels(looks_of([run], None))
     batch = next(panel for panel in panels if panel.title == "batch")
-    levels = {float(y) for line in batch.axes.lines for y in line.get_ydata()}
+    levels = {float(y) for line in batch.axes.lines for y in np.asarray(line.get_ydata())}
     assert levels >= {8.0, 16.0}
 
 
