@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from trainpilot.llm_runtime.files import remove_leftovers
+
 NAME = ".trainpilot.lock"
 _ELSEWHERE = 1 << 30
 """Offset of the byte that is locked on Windows, where a locked byte cannot be read."""
@@ -39,6 +41,7 @@ def one_writer(folder: Path) -> Iterator[None]:
             return
         try:
             _sign(handle)
+            remove_leftovers(folder)
             yield
         finally:
             _release(handle, path)

@@ -64,6 +64,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""How `tempfile` names the temporary files and folders above."""
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that a process which was killed has left; nobody else may write there."""
+    for path in list(folder.rglob(".*")):
+        if _TEMPORARY.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def check_writable(folder: Path) -> None:
     """Raise `OSError` where no file can be written into a folder, which need not be there yet; nothing is left."""
     place = folder

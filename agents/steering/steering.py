@@ -111,6 +111,11 @@ class Steering:
                 "contract must be without from_start=True where the data cannot go back to the start, got no data; "
                 "give Steering(data=...), an object with state_dict and load_state_dict, or leave from_start out"
             )
+        if data is not None and not (hasattr(data, "state_dict") and hasattr(data, "load_state_dict")):
+            raise ValueError(
+                f"data must have state_dict and load_state_dict, got {type(data).__name__}; wrap a data loader in "
+                "batches(loader), or leave data out"
+            )
         if ranks is None:
             check_alone(model)
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
@@ -499,7 +504,7 @@ class Steering:
         """Return the loss that the user's function gives; NaN where it fails or that cannot be one."""
         try:
             loss = float(validate())
-        except Exception as error:  # a look at the loss may not cost the run
+        except (Exception, SystemExit) as error:  # a look at the loss may not cost the run
             fault = f"validate raised {type(error).__name__}: {error}; the validation loss is unknown"
             self._warn_once("validate", fault, RuntimeWarning)
             return math.nan

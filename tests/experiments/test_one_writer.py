@@ -156,3 +156,16 @@ def test_a_report_is_written_while_others_run(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(cli, "_run", lambda _: None)
     with one_writer.one_writer(tmp_path):
         cli.main()
+
+
+def test_what_a_killed_writer_left_behind_is_removed(tmp_path: Path) -> None:
+    left = [".summary.json.ab12_xyz", "runs/.a.json.0a1b2c3d", ".model.dexo648v/weights"]
+    kept = ["summary.json", ".hidden", "runs/.gitignore", "model/weights"]
+    for name in (*left, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+
+    with one_writer.one_writer(tmp_path):
+        found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+
+    assert found == {*kept, one_writer.NAME}

@@ -196,7 +196,7 @@ def test_the_state_passes_through_json() -> None:
     assert other.summary() == one.summary()
 
 
-def test_a_run_that_changes_nothing_breaks_no_contract_whatever_its_data_do() -> None:
+def test_a_run_that_changes_nothing_breaks_no_contract_whatever_its_data() -> None:
     one, other = ContractWatch(KNOWN), ContractWatch(KNOWN)
     worse = [replace(interval(index), train_loss=9.0) for index in range(30)]
     assert not any(one.observe(each, steers=False) for each in worse)
