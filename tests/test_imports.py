@@ -80,8 +80,9 @@ def test_tests_share_code_by_helpers_only_and_have_short_names() -> None:
 
 def complaints(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-        if module.startswith("test") and not module.startswith("tests.attack"):  # a package of its own
-            yield f"{node.lineno}: {module} is a test file; what is shared belongs in tests/helpers"
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if module.startswith("test") and not module.startswith("tests.attack"):  # a package of its own
+                yield f"{node.lineno}: {module} is a test file; what is shared belongs in tests/helpers"
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > 70:
             yield f"{node.lineno}: the name has more than 70 characters: {node.name}"
