@@ -31,9 +31,9 @@ def own_optimizer(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
         ValueError: it cannot be steered; the message says what to do.
     """
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    if strange := [each for each in given if not (hasattr(each, "step") and hasattr(each, "param_groups"))]:
-        raise ValueError(f"optimizer must be a torch optimizer, or several, got {type(strange[0]).__name__}")
     parts = [_unwrapped(each) for each in given]
+    if strange := [each for each in parts if not (hasattr(each, "step") and hasattr(each, "param_groups"))]:
+        raise ValueError(f"optimizer must be a torch optimizer, or several, got {type(strange[0]).__name__}")
     for part in parts:
         check_optimizer(part)
     return parts[0] if len(parts) == 1 else JointOptimizer(parts)

@@ -6,11 +6,25 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from trainpilot.experiments import cli, stopping
 from trainpilot.experiments.stopping import SIGNALS, Stopped, answered, asked, postponed, raise_if_asked
+
+
+@pytest.fixture(autouse=True)
+def _not_ignored() -> Iterator[None]:
+    """Let signals through that whoever started the tests has ignored, as `nohup` and `&` do."""
+    usual: dict[signal.Signals, Any] = {number: signal.SIG_DFL for number in SIGNALS} | {
+        signal.SIGINT: signal.default_int_handler
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
