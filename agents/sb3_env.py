@@ -128,8 +128,7 @@ class ScalarVecEnv(VecEnv):
         """
         if method_name != "action_masks":
             raise AttributeError(f"method_name must be action_masks, got {method_name!r}")
-        masks = self.action_masks()
-        return [masks[index] for index in self._get_indices(indices)]
+        return list(self.action_masks()[list(self._get_indices(indices))])
 
     def env_is_wrapped(
         self, wrapper_class: type[Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None

@@ -161,18 +161,18 @@ class Rule:
 
     field: str
     masked: Callable[[SituationBatch], Bools]
-    """Returns the masked choices, shape (n_runs, choices), or (n_runs, 1) for all but the one that changes nothing."""
+    """Returns the masked choices, shape (choices, n_runs), or (n_runs,) for all but the one that changes nothing."""
     reason: Callable[[Situation, int], str]
     """Returns the reason for masking a choice of one run."""
 
 
 def action_masks(situation: SituationBatch) -> Bools:
     """Return which choices are allowed, field after field, shape (n_runs, sum of choices)."""
-    masks = np.ones((len(situation.budget_used), sum(N_CHOICES)), dtype=np.bool_)
+    masked = np.zeros((sum(N_CHOICES), len(situation.budget_used)), dtype=np.bool_)
     for rule in RULES:
-        masks[:, _COLUMNS[rule.field]] &= ~rule.masked(situation)
-    masks[:, FIRST_CHOICES + _KEEP] = True
-    return masks
+        masked[_COLUMNS[rule.field]] |= rule.masked(situation)
+    masked[FIRST_CHOICES + _KEEP] = False
+    return np.ascontiguousarray(~masked.T)
 
 
 def allow_batch(actions: Ints, masks: Bools) -> Ints:
@@ -196,7 +196,7 @@ def mask_reasons(situation: Situation, batch: SituationBatch | None = None) -> R
     reasons: list[list[str | None]] = [[None] * n for n in N_CHOICES]
     batch = batch or SituationBatch.of([situation])
     for rule in RULES:
-        index, masked = _NAMES.index(rule.field), rule.masked(batch)[0].tolist()
+        index, masked = _NAMES.index(rule.field), rule.masked(batch).ravel().tolist()
         for choice, is_masked in enumerate(masked if len(masked) > 1 else masked * N_CHOICES[index]):
             if is_masked and choice != KEEP[index] and reasons[index][choice] is None:
                 reasons[index][choice] = rule.reason(situation, choice)
@@ -220,7 +220,7 @@ def allow(action: Choices, reasons: Reasons) -> tuple[Action, list[str]]:
 
 
 def _scales(situation: SituationBatch) -> Floats:
-    scales: Floats = situation.controls.learning_rate_scale[:, None] * _RATES
+    scales: Floats = _RATES[:, None] * situation.controls.learning_rate_scale
     return scales
 
 
@@ -237,7 +237,7 @@ def _scale_reason(situation: Situation, choice: int) -> str:
 
 
 def _batch_sizes(situation: SituationBatch) -> Floats:
-    sizes: Floats = situation.controls.batch_size[:, None] * _BATCHES
+    sizes: Floats = _BATCHES[:, None] * situation.controls.batch_size
     return sizes
 
 
@@ -248,7 +248,7 @@ def _batch_is_no_whole_number(situation: SituationBatch) -> Bools:
 
 def _batch_leaves_its_limits(situation: SituationBatch) -> Bools:
     sizes, limits = _batch_sizes(situation), situation.limits
-    return (sizes < limits.min_batch_size[:, None]) | (sizes > limits.max_batch_size[:, None])
+    return (sizes < limits.min_batch_size) | (sizes > limits.max_batch_size)
 
 
 def _batch_reason(situation: Situation, choice: int) -> str:
@@ -257,22 +257,22 @@ def _batch_reason(situation: Situation, choice: int) -> str:
 
 
 def _precision_is_in_force(situation: SituationBatch) -> Bools:
-    return np.asarray(situation.controls.precision[:, None] == np.arange(-1, len(PRECISIONS)))
+    return np.asarray(np.arange(-1, len(PRECISIONS))[:, None] == situation.controls.precision)
 
 
 def _precision_is_not_offered(situation: SituationBatch) -> Bools:
     masked = situation.limits.masked_precisions
-    return np.concatenate([np.zeros((len(masked), 1), dtype=np.bool_), masked], axis=1)
+    return np.concatenate([np.zeros((1, len(masked)), dtype=np.bool_), masked.T])
 
 
 def _is_outside_the_pruning_window(situation: SituationBatch) -> Bools:
     low, high = PRUNING_WINDOW
-    return ~((low <= situation.budget_used) & (situation.budget_used <= high))[:, None]
+    return ~((low <= situation.budget_used) & (situation.budget_used <= high))
 
 
 def _sparsity_is_at_its_most(situation: SituationBatch) -> Bools:
     # steps of 0.05 do not add up exactly
-    return (situation.controls.sparsity + SPARSITY_STEP > MAX_SPARSITY + 1e-9)[:, None]
+    return np.asarray(situation.controls.sparsity + SPARSITY_STEP > MAX_SPARSITY + 1e-9)
 
 
 def _says(text: str) -> Callable[[Situation, int], str]:
@@ -285,17 +285,17 @@ RULES: tuple[Rule, ...] = (
          lambda s, choice: f"{s.controls.batch_size} sequences cannot be halved"),
     Rule("batch_size", _batch_leaves_its_limits, _batch_reason),
     Rule("precision", _precision_is_in_force, _says("already in force")),
-    Rule("precision", lambda s: (s.precision_switches >= MAX_PRECISION_SWITCHES)[:, None],
+    Rule("precision", lambda s: s.precision_switches >= MAX_PRECISION_SWITCHES,
          _says(f"at most {MAX_PRECISION_SWITCHES} switches per run")),
     Rule("precision", _precision_is_not_offered,
          lambda s, choice: s.limits.masked_precisions[PRECISIONS[choice - 1]]),
-    Rule("pruning", lambda s: ~s.limits.prunes[:, None], _says("this run does not prune")),
+    Rule("pruning", lambda s: ~s.limits.prunes, _says("this run does not prune")),
     Rule("pruning", _is_outside_the_pruning_window,
          _says(f"only between {PRUNING_WINDOW[0]:.0%} and {PRUNING_WINDOW[1]:.0%} of the budget")),
     Rule("pruning", _sparsity_is_at_its_most, _says(f"at most {MAX_SPARSITY:.0%}")),
-    Rule("finish", lambda s: ~s.may_finish[:, None], _says("left out of this environment (finish=False)")),
-    Rule("finish", lambda s: s.controls.finish[:, None], _says("the cool-down has begun")),
-    Rule("finish", lambda s: (s.budget_used < FINISH_FROM)[:, None],
+    Rule("finish", lambda s: ~s.may_finish, _says("left out of this environment (finish=False)")),
+    Rule("finish", lambda s: s.controls.finish, _says("the cool-down has begun")),
+    Rule("finish", lambda s: s.budget_used < FINISH_FROM,
          _says(f"not before {FINISH_FROM:.0%} of the budget")),
 )  # fmt: skip
 """All mask rules; if several mask a choice, the reason of the first is reported."""

@@ -196,9 +196,9 @@ class DecisionStates:
         self.controls = limits.start
         if start_scale != 1.0:
             self.controls = replace(limits.start, learning_rate_scale=np.full(n_runs, start_scale))
-        self.history = RunHistory(n_runs)
-        priced = any(field.group == "prices" for field in fields)
-        self.prices = PriceBook(self.limits) if priced else None
+        groups = {field.group for field in fields}
+        self.history = RunHistory(n_runs, summarised="history" in groups)
+        self.prices = PriceBook(self.limits) if "prices" in groups else None
         self.precision_switches: Ints = np.zeros(n_runs, dtype=np.int64)
         self.last_action: Ints = np.tile(KEEP, (n_runs, 1))
         self.newest: Floats = self._encode()

@@ -36,9 +36,13 @@ class RunHistory:
     """Rolling per-run statistics of telemetry: newest, previous, oldest in the window, best so far.
 
     Runs need not be at the same decision. Unknown is NaN.
+
+    Args:
+        n_runs: Number of runs.
+        summarised: Whether the summary of the whole runs is kept, too; else all of it stays unknown.
     """
 
-    def __init__(self, n_runs: int) -> None:
+    def __init__(self, n_runs: int, *, summarised: bool = True) -> None:
         self.intervals: Ints = np.zeros(n_runs, dtype=np.int64)
         """Intervals so far of each run."""
         self.validation_loss: Floats = np.full(n_runs, np.nan)
@@ -49,6 +53,7 @@ class RunHistory:
         self._before = self._newest.copy()
         self._past = np.full((len(SLOW), WINDOW, n_runs), np.nan)
         self.summary = RunSummary(n_runs)
+        self.summarised = summarised
         self._best = {name: np.full(n_runs, np.nan) for name in BEST}
 
     @property
@@ -91,7 +96,8 @@ class RunHistory:
             now = self.newest(name)
             self._best[name] = better(self._best[name], np.where(now > 0, now, np.nan))
         self._shift(self._newest[_SLOW_ROWS])
-        self.summary.observe(self, controls)
+        if self.summarised:
+            self.summary.observe(self, controls)
         self.intervals = self.intervals + 1
 
     def reset(self, rows: Ints) -> None:

@@ -68,7 +68,7 @@ class ObservationField:
 
     def scale(self, raw: ArrayLike) -> Floats:
         """Return the scaled values."""
-        return _scale(np.asarray(raw, dtype=np.float64), self.low, self.high)
+        return _scale(np.array(raw, dtype=np.float64), self.low, self.high)
 
 
 class ObservationTable:
@@ -98,8 +98,14 @@ class ObservationTable:
 
 
 def _scale(raw: Floats, low: float | Floats, high: float | Floats) -> Floats:
-    scaled: Floats = 2 * (np.minimum(np.maximum(raw, low), high) - low) / (high - low) - 1
-    return np.where(np.isnan(scaled), 0.0, scaled)
+    """Clip and scale values, which are overwritten; unknown ones become 0."""
+    np.maximum(raw, low, out=raw)
+    np.minimum(raw, high, out=raw)
+    raw -= low
+    raw *= 2
+    raw /= high - low
+    raw -= 1
+    return np.where(np.isnan(raw), 0.0, raw)
 
 
 def _newest(name: str) -> Callable[[RunView], Floats]:

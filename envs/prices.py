@@ -14,6 +14,7 @@ from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.simulator.records import Floats, Ints, LimitBatch, TelemetryBatch
 
 QUANTITIES = ("seconds", "joules")
+_EACH_PRECISION = np.arange(len(PRECISIONS))[:, None]
 BINS = 24
 """Powers of two of sequences that are told apart, and an empty bin on either side."""
 
@@ -89,14 +90,15 @@ class PriceBook:
         doubled = self._latest[:, precision, bins + 1, everyone]
         per_sequence = 2.0**-bins
         with np.errstate(all="ignore"):
-            half = np.where(np.isnan(halved), now + self._fixed * per_sequence, halved)
-            double = np.where(np.isnan(doubled), now - self._fixed * per_sequence / 2, doubled)
+            prices: Floats = np.empty((len(QUANTITIES), 2 + len(PRECISIONS), len(everyone)))
+            prices[:, 0] = np.where(np.isnan(halved), now + self._fixed * per_sequence, halved)
+            prices[:, 1] = np.where(np.isnan(doubled), now - self._fixed * per_sequence / 2, doubled)
             moved = np.where(self._newest == bins, 0.0, self._fixed[:, None] * (per_sequence - 2.0**-self._newest))
-            seen = self._latest[:, np.arange(len(PRECISIONS))[:, None], self._newest, everyone] + moved
+            seen = self._latest[:, _EACH_PRECISION, self._newest, everyone] + moved
             unseen = now[:, None] + self._beside - self._beside[:, precision, everyone][:, None]
-            prices = np.concatenate([half[:, None], double[:, None], np.where(np.isnan(seen), unseen, seen)], axis=1)
-            compared: Floats = np.log2(prices / now[:, None])
-        return compared
+            prices[:, 2:] = np.where(np.isnan(seen), unseen, seen)
+            prices /= now[:, None]
+            return np.log2(prices, out=prices)
 
 
 def _bins(batch_size: Ints | Floats) -> Ints:

@@ -168,7 +168,7 @@ class Physics(Rows):
         if left is not None:
             self.shares = self.shares * left
             self.shares /= self.shares.sum(axis=1, keepdims=True)
-        self.slow_shares = mode_weights(RELATIVE_RATES, v["slow_spectrum"])
+        self.slow_weights = mode_weights(RELATIVE_RATES, v["slow_spectrum"]) * RELATIVE_RATES
         self.stall = RELATIVE_RATES ** -v["stall_slow"][:, None]
         power = self.shares * RELATIVE_RATES
         self.gradient_shares = power / power.sum(axis=1, keepdims=True)
@@ -257,7 +257,7 @@ def advance(physics: Physics, state: PhysicsState, steps: Floats, learning_rate:
 
 def loss(physics: Physics, state: PhysicsState) -> Floats:
     """Return the expected loss of every run, in nats/token."""
-    slow = np.einsum("ij,ij,j->i", physics.slow_shares, state.noise, RELATIVE_RATES)
+    slow = np.einsum("ij,ij->i", physics.slow_weights, state.noise)
     slow *= physics.values["slow_noise"] * physics.values["rate"]
     left: Floats = np.einsum("ij,ij->i", physics.shares, state.signal)
     left += physics.values["edge_damage"] * state.damage
@@ -296,11 +296,14 @@ def _young_steps(youth: Floats, before: Floats, steps: Floats) -> Floats:
 
 
 def _step_slow_noise(noise: Floats, path: Floats, injected: Floats) -> None:
-    """Relax the accumulated noise over a stretch and add new noise: q <- q e^-r + injected (1 - e^-r) / r."""
+    """Relax the accumulated noise over a stretch and add new noise, in place: q <- q e^-r + injected (1 - e^-r) / r."""
     r = path[:, None] * RELATIVE_RATES
     np.maximum(r, 1e-300, out=r)
-    faded = np.expm1(-r)
-    noise -= injected[:, None] * faded / r - noise * faded
+    balance = injected[:, None] / r
+    np.subtract(noise, balance, out=balance)
+    np.negative(r, out=r)
+    balance *= np.expm1(r, out=r)
+    noise += balance
 
 
 def _grow(physics: Physics, state: PhysicsState, steps: Floats, rate: Floats, moments: Moments) -> None:

@@ -224,7 +224,7 @@ def test_putting_and_taking_rows_move_everything_of_a_run() -> None:
     assert many.values["rate"].tolist() == [0.2, 0.1, 0.2]
     assert many.amplitude.tolist() == [4.0, 4.5, 4.0]
     assert taken.weight_decay.tolist() == [0.3, 0.0]
-    for name in ("shares", "slow_shares", "stall", "gradient_shares"):
+    for name in ("shares", "slow_weights", "stall", "gradient_shares"):
         assert (getattr(taken, name)[0] == getattr(other, name)[0]).all()
     taken.values["rate"][:] = 9.0
     assert many.values["rate"].tolist() == [0.2, 0.1, 0.2]
