@@ -58,6 +58,20 @@ COMMANDS = {
     "report": ReportOptions,
 }
 DESCRIPTION = "An autopilot for language-model training. Start with `trainpilot demo`, then `trainpilot replay --help`."
+EXTRAS = {
+    "transformers": "train",
+    "tokenizers": "train",
+    "tensorboard": "train",
+    "scipy": "train",
+    "loky": "train",
+    "matplotlib": "report",
+    "jinja2": "report",
+    "stable_baselines3": "agent",
+    "sb3_contrib": "agent",
+    "optuna": "compare",
+    "pymoo": "compare",
+}
+"""Extras of the installation by the packages that they bring along. Without any, a command has its help only."""
 Command: Any = reduce(or_, (Annotated[options, subcommand(name)] for name, options in COMMANDS.items()))
 
 
@@ -72,6 +86,11 @@ def main() -> None:
                 _run(options)
     except ValueError as error:
         _refuse(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _refuse(f'this command needs {package}, which is not installed; pip install "trainpilot[{EXTRAS[package]}]"')
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "free space or choose another --out" if full else "choose another --out"

@@ -12,8 +12,9 @@ from trainpilot.llm_runtime.lazy import lazy_names
 if TYPE_CHECKING:
     from trainpilot.llm_runtime.config import ControlLimits, Controls, RunConfig
     from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
+    from trainpilot.llm_runtime.layers import body_parameters
     from trainpilot.llm_runtime.live_run import LiveRun
-    from trainpilot.llm_runtime.models import body_parameters, load_model
+    from trainpilot.llm_runtime.models import load_model
     from trainpilot.llm_runtime.scaling_laws import Advice, step_law
     from trainpilot.llm_runtime.schedules import Schedule
     from trainpilot.llm_runtime.telemetry import Plant, Telemetry
@@ -38,8 +39,9 @@ __all__ = [
 _NAMES = {
     "config": ["ControlLimits", "Controls", "RunConfig"],
     "energy": ["EnergyMeter", "EnergyReading", "select_meter"],
+    "layers": ["body_parameters"],
     "live_run": ["LiveRun"],
-    "models": ["body_parameters", "load_model"],
+    "models": ["load_model"],
     "scaling_laws": ["Advice", "step_law"],
     "schedules": ["Schedule"],
     "telemetry": ["Plant", "Telemetry"],

@@ -42,8 +42,9 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
 from trainpilot.llm_runtime.energy.plausible import plausible_meter
 from trainpilot.llm_runtime.files import cache_dir, digest
 from trainpilot.llm_runtime.interval import StepRecord
+from trainpilot.llm_runtime.layers import body_parameters
 from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
-from trainpilot.llm_runtime.models import LoadedModel, body_parameters, context_length, load_model_of
+from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model_of
 from trainpilot.llm_runtime.optimizer import averaged_weights
 from trainpilot.llm_runtime.precision import kept_step_seconds, lacking, masked_precisions, measured_on, synchronise
 from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices

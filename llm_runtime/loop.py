@@ -21,15 +21,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime import precision as number_format
@@ -41,6 +39,7 @@ from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.energy.plausible import plausible_meter
 from trainpilot.llm_runtime.interval import IntervalRecorder, memory_share
+from trainpilot.llm_runtime.layers import is_linear
 from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.plain_values import shown
 from trainpilot.llm_runtime.precision import synchronise
@@ -58,6 +57,9 @@ from trainpilot.llm_runtime.schedules import (
 )
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 from trainpilot.llm_runtime.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MaskPruning = Literal["none", "magnitude", "evolution"]
 _OWNER = "_trainpilot_loop"
@@ -156,7 +158,7 @@ class ControlledLoop:
         self._matmul_precision = torch.get_float32_matmul_precision()
 
     def _transformer(self) -> PreTrainedModel:
-        return cast(PreTrainedModel, self.model)
+        return cast("PreTrainedModel", self.model)
 
     # Facts -----------------------------------------------------------------------------------------------------------
 
@@ -645,7 +647,7 @@ class ControlledLoop:
         """Keep other loops from the optimizer, and watch the model's number format, until `detach`."""
         for each in adam.parts_of(self.optimizer):
             setattr(each, _OWNER, weakref.ref(self))
-        first = next((m for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D)), None)
+        first = next((m for m in self.model.modules() if is_linear(m)), None)
         if first is not None:
             self._hook = first.register_forward_hook(_PrecisionHook(self))
 

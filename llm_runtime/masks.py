@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.layers import is_linear
 from trainpilot.llm_runtime.optimizer import full_tensor, laid_out_like
 from trainpilot.llm_runtime.plain_values import printable, shown
 from trainpilot.llm_runtime.ranges import COUNT, Range
@@ -33,7 +33,7 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if not isinstance(stack, nn.ModuleList):
             continue
         for name, module in stack.named_modules(prefix=stack_name):
-            if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in seen:
+            if is_linear(module) and id(module.weight) not in seen:
                 seen.add(id(module.weight))
                 found[f"{name}.weight"] = model.get_parameter(f"{name}.weight")
     return found

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.bpe import trained_tokenizer
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from trainpilot.llm_runtime.files import system_errors
+from trainpilot.llm_runtime.layers import body_parameters
 from trainpilot.llm_runtime.model_folder import holds_tokenizer, holds_weights
 from trainpilot.llm_runtime.plain_values import one_line, read_json, shown
 
@@ -152,15 +152,6 @@ def _blueprint(name: str) -> _Blueprint | None:
     if path.is_dir() and not holds_weights(path):
         return _Blueprint(name, _read_config(path / "config.json"), _tokenizer_in(path))
     return None
-
-
-def body_parameters(model: nn.Module) -> int:
-    """Return the number of parameters without all embeddings and the output layer, which is the N of scaling laws."""
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-    outputs = [module for module in last if module.out_features in {each.num_embeddings for each in embeddings}]
-    left_out = {id(p) for module in (*embeddings, *outputs) for p in module.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
 
 
 def body_parameters_of(name: str) -> int | None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from trainpilot.llm_runtime.layers import is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,7 +165,7 @@ def _channel_parameters(block: nn.Module, layout: FfnLayout) -> list[tuple[nn.Pa
 
 def _output_dim(linear: nn.Module) -> int:
     """Return the dimension of the outputs: weights are [out, in] in `nn.Linear` and [in, out] in `Conv1D`."""
-    if isinstance(linear, Conv1D):
+    if is_transposed(linear):
         return 1
     if isinstance(linear, nn.Linear):
         return 0
@@ -217,9 +218,9 @@ def _note_width(model: PreTrainedModel, layout: FfnLayout, width: int) -> None:
     for block in _blocks(model, layout):
         for name in layout.opening:
             linear = getattr(block, name)
-            setattr(linear, "nf" if isinstance(linear, Conv1D) else "out_features", width)
+            setattr(linear, "nf" if is_transposed(linear) else "out_features", width)
         closing = getattr(block, layout.closing)
-        setattr(closing, "nx" if isinstance(closing, Conv1D) else "in_features", width)
+        setattr(closing, "nx" if is_transposed(closing) else "in_features", width)
         if hasattr(block, "intermediate_size"):
             setattr(block, "intermediate_size", width)  # noqa: B010  mypy takes module attributes for tensors
     setattr(model.config, layout.width_field, width)

@@ -1,4 +1,4 @@
-"""What import-linter and ruff cannot say of imports: which modules load without torch, and how tests share code.
+"""What import-linter and ruff cannot say of imports: what loads without torch, or without extras, and tests' own code.
 
 The layers, the circles and who may import which library are contracts in pyproject.toml (`make lint`).
 """
@@ -6,10 +6,16 @@ The layers, the circles and who may import which library are contracts in pyproj
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import pytest
+
+from trainpilot.experiments.cli import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,3 +92,90 @@ def complaints(path: Path) -> Iterator[str]:
                 yield f"{node.lineno}: {module} is a test file; what is shared belongs in tests/helpers"
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > 70:
             yield f"{node.lineno}: the name has more than 70 characters: {node.name}"
+
+
+EXTRA_OF = {
+    "agents.steering.steering": None,
+    "envs.environments": None,
+    "envs.vector": None,
+    "experiments.cli": None,
+    "experiments.demo": None,
+    "experiments.inspect_run": None,
+    "experiments.replay": "train",
+    "experiments.calibrate.command": "train",
+    "experiments.fit_sweep": "train",
+    "experiments.doctor": "train",
+    "experiments.report.run_page": "report",
+    "experiments.train_agent": "agent",
+    "experiments.compare.command": "compare",
+    "experiments.export.command": "export",
+}
+"""Extra of the installation that a module needs to be imported, `None` where the plain installation is enough."""
+IMPORT_NAMES = {"pyyaml": "yaml", "transformers": "transformers tokenizers"}
+"""Names under which a package is imported, where it is not its own; the tokenizers come with transformers."""
+
+
+@pytest.mark.parametrize(("module", "extra"), EXTRA_OF.items())
+def test_a_module_needs_its_extra_only(module: str, extra: str | None) -> None:
+    needed = libraries(f"trainpilot.{module}")
+
+    assert {"numpy"} <= needed
+    assert needed <= installed_with(extra)
+
+
+def test_the_command_line_knows_what_brings_a_package() -> None:
+    for package, extra in EXTRAS.items():
+        assert package in installed_with(extra), package
+        assert package not in installed_with(None), package
+
+
+def installed_with(extra: str | None) -> set[str]:
+    """Return the import names of what an installation with an extra has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    todo, names = list(project["dependencies"]) + [f"trainpilot[{extra}]"] * (extra is not None), set()
+    while todo:
+        name = re.split(r"[<>=;]", todo.pop())[0].strip()
+        if found := re.fullmatch(r"trainpilot\[(.+)\]", name):
+            todo += [each for one in found[1].split(",") for each in project["optional-dependencies"][one]]
+        else:
+            names |= set(IMPORT_NAMES.get(name, name.replace("-", "_")).split())
+    return names
+
+
+def libraries(module: str) -> set[str]:
+    """Return the packages of others that importing a module of trainpilot loads."""
+    seen: set[str] = set()
+    found, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        if name in seen or (path := path_of(name)) is None:
+            continue
+        seen.add(name)
+        todo += [name.rpartition(".")[0]]
+        for imported in imports(ast.parse(path.read_text(encoding="utf-8")).body):
+            if imported.startswith("trainpilot."):
+                todo.append(imported)
+            elif imported == "torch.utils.tensorboard":
+                found.add("tensorboard")
+            elif (root := imported.partition(".")[0]) not in sys.stdlib_module_names:
+                found.add(root)
+    return found - {"trainpilot"}
+
+
+def path_of(module: str) -> Path | None:
+    """Return the file of a module of trainpilot, `None` for a name in one."""
+    path = ROOT.joinpath(*module.split(".")[1:])
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((each for each in candidates if each.is_file()), None)
+
+
+def imports(statements: Iterable[ast.stmt]) -> Iterator[str]:
+    """Yield what statements import when their module is imported, modules and names in them."""
+    for statement in statements:
+        if isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            yield str(statement.module)
+            yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
+        elif isinstance(statement, ast.If | ast.Try) and "TYPE_CHECKING" not in ast.unparse(statement):
+            yield from imports([*statement.body, *statement.orelse])

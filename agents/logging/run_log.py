@@ -14,9 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.logging.tags import TAGS, multiline
@@ -25,6 +23,9 @@ from trainpilot.envs.reward import OBJECTIVES, Reference, RewardTerms
 from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.plain_values import one_line
 from trainpilot.llm_runtime.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,6 +89,16 @@ class Totals:
                 self.reward[name] += getattr(reward, name)
 
 
+def _event_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"TensorBoard charts need {error.name}: pip install tensorboard", name=error.name
+        ) from error
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
 class RunWriter:
     """Writes the TensorBoard events of a steered run, one decision at a time.
 
@@ -113,7 +124,7 @@ class RunWriter:
         self._try(lambda: self._begin(purge))
 
     def _begin(self, purge_step: int | None) -> None:
-        self._writer = SummaryWriter(str(self.folder / "steered"), purge_step=purge_step)
+        self._writer = _event_writer(self.folder / "steered", purge_step)
         self._writer.add_custom_scalars(layout())
 
     def write(self, record: DecisionRecord) -> None:
@@ -139,7 +150,7 @@ class RunWriter:
     def _write_reference(self, reference: Reference) -> None:
         totals = Totals()
         shutil.rmtree(self.folder / "reference", ignore_errors=True)
-        with SummaryWriter(str(self.folder / "reference")) as writer:
+        with _event_writer(self.folder / "reference") as writer:
             for telemetry in reference.telemetry:
                 totals.add(telemetry)
                 self._scalars(writer, _of_telemetry(telemetry, totals), telemetry.tokens)

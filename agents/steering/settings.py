@@ -26,8 +26,8 @@ from trainpilot.llm_runtime.config import (
     Precision,
     batch_limits,
 )
+from trainpilot.llm_runtime.layers import body_parameters
 from trainpilot.llm_runtime.loop import ControlledLoop, MaskPruning
-from trainpilot.llm_runtime.models import body_parameters
 from trainpilot.llm_runtime.precision import lacking
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, TokenProgress
 from trainpilot.llm_runtime.scaling_laws import step_law

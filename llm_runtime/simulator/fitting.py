@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from scipy.optimize import OptimizeResult, least_squares
 
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, Evidence, of_live_runs
@@ -30,6 +29,9 @@ from trainpilot.llm_runtime.simulator.physics import (
     loss,
 )
 from trainpilot.llm_runtime.simulator.records import Floats, Ints
+
+if TYPE_CHECKING:
+    from scipy.optimize import OptimizeResult
 
 UPDATE_SCALE = 0.5
 """Scale of the residuals of the logarithm of a relative update."""
@@ -245,6 +247,8 @@ def fit(
     for index, model in enumerate(models):
         if not (known & (evidence.model == index)).any():
             raise ValueError(f"evidence must hold a measured loss of each model, got none of {model.n_parameters:,}")
+    from scipy.optimize import least_squares  # what was fitted is read without scipy
+
     problem = _Problem(evidence, models, prior, on_step)
     random = np.random.default_rng(seed)
     best: OptimizeResult | None = None

@@ -22,10 +22,10 @@ from transformers import (
 
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer
 from trainpilot.llm_runtime.data.text_sources import content_digest
+from trainpilot.llm_runtime.layers import body_parameters
 from trainpilot.llm_runtime.models import (
     PRESETS,
     LoadedModel,
-    body_parameters,
     body_parameters_of,
     context_length,
     load_model,

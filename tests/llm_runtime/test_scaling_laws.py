@@ -8,7 +8,8 @@ import pytest
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainpilot.llm_runtime.models import PRESETS, body_parameters, body_parameters_of, load_model
+from trainpilot.llm_runtime.layers import body_parameters
+from trainpilot.llm_runtime.models import PRESETS, body_parameters_of, load_model
 from trainpilot.llm_runtime.scaling_laws import Advice, step_law
 
 

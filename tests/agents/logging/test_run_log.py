@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from trainpilot.agents.logging import run_log
 from trainpilot.agents.logging.run_log import RunWriter, flatten, markdown_table
 from trainpilot.agents.logging.run_log import scalars as logged
 from trainpilot.envs.decision import Advice
@@ -225,7 +224,7 @@ def test_a_full_disk_at_the_start_costs_the_charts_too(tmp_path: Path, monkeypat
     def full(*_args: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_log, "SummaryWriter", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
     with pytest.warns(UserWarning, match="no more TensorBoard events are written") as warned:
         writer = RunWriter(tmp_path)
     writer.write_reference(reference_run())
@@ -241,7 +240,7 @@ def test_a_full_disk_under_the_reference_is_no_error(tmp_path: Path, monkeypatch
     def full(*_args: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainpilot.agents.logging.run_log.SummaryWriter.close", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
     with pytest.warns(UserWarning, match="no more TensorBoard events are written"):
         writer.write_reference(reference_run())
 
