@@ -60,6 +60,12 @@ def test_the_root_and_the_tests_are_no_packages() -> None:
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
+def test_the_citation_names_the_version() -> None:
+    version = pyproject()["project"]["version"]
+
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_each_package_says_that_it_is_typed(folder: str) -> None:
     assert (ROOT / folder / "py.typed").is_file()
