@@ -31,6 +31,7 @@ from trainpilot.experiments.carbon import (
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_store import RunFolder, versions
+from trainpilot.llm_runtime.busy import BusyWatch
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
@@ -195,12 +196,16 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     if reference is not None:
         reference.write(folder.path / "reference.json")
     steered = SteeredRun(run, controller, folder, reference)
+    busy = BusyWatch()
     steered.train(console)
+    remark = busy.remark(on_cpu=run.device.type == "cpu")
     with steered.kept_on_failure():
         summary = summarise(run, steered.records, steered.initial_loss, reference, options)
         summary |= used | controller.summary()
         steered.finish(summary)
     print_summary(summary, console)
+    if remark is not None:
+        console.print(f"[dim]{remark}[/dim]", highlight=False)
     return summary
 
 

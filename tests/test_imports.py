@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 TORCH_FREE = (
+    "llm_runtime/busy",
     "llm_runtime/config",
     "llm_runtime/data/",
     "llm_runtime/energy/meter",
@@ -31,6 +32,7 @@ TORCH_FREE = (
     "agents/steering/contract",
     "agents/steering/domain",
     "agents/steering/guard",
+    "agents/steering/throughput",
     "experiments/analysis/",
     "experiments/costs/table",
     "experiments/options",

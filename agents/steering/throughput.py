@@ -18,7 +18,7 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 PROVEN = 2
 """Intervals at a batch before it is judged, so that a single slow one says nothing."""
 NEWEST = 3
-"""Most intervals on either side of a change of batch that are compared, by their lower median: the faster one of two."""
+"""Most intervals on either side of a change of batch that are compared: by their lower median, the faster of two."""
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class Throughput:
     """Seconds per token at a cost of 1, by the last batch before this one that has proven itself; `None` without."""
 
     def begin(self, limits: ControlLimits) -> None:
-        """Before the first interval, take the prices at the starting batch and at half of it where they were measured."""
+        """Before the first interval, take the prices at the starting batch and at half of it, where both are known."""
         start = limits.start
         if self.costs or self.stayed:
             return
