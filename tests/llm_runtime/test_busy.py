@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 
-from trainpilot.llm_runtime import busy
 from trainpilot.llm_runtime.busy import BusyWatch, busy_remark
 
 ENTRY = """
@@ -56,7 +56,7 @@ def test_a_busy_machine_is_remarked_on(
 def test_the_watch_counts_from_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", iter([5.0, 15.0, 25.0]).__next__)
     monkeypatch.setattr(time, "process_time", iter([1.0, 3.0, 4.0]).__next__)
-    monkeypatch.setattr(busy.os, "getloadavg", lambda: (0.5, 9.0, 9.0), raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 9.0, 9.0), raising=False)
     watch = BusyWatch()
     assert "had a core for 2.0 of 10.0 s)" in (watch.remark(on_cpu=True) or "")
     assert watch.remark(on_cpu=False) is None
