@@ -339,7 +339,7 @@ class DecisionState:
     ) -> None:
         weights = preference.weights()[None]
         self._states = DecisionStates(LimitBatch.of([limits]), weights, fields, start_scale, finish=finish)
-        self.limits = limits.untimed() if self._states.blind[0] else limits
+        self.limits = limits.untimed() if self.blind else limits
         self.preference = preference
         self.telemetry: list[Telemetry] = []
 
@@ -349,6 +349,11 @@ class DecisionState:
         scale = states.start_scale if start_scale is None else start_scale
         fields = states.table.fields
         return DecisionState(limits or self.limits, self.preference, fields, scale, finish=states.may_finish)
+
+    @property
+    def blind(self) -> bool:
+        """Whether the run sees no clock, no meter and no memory."""
+        return bool(self._states.blind[0])
 
     @property
     def controls(self) -> Controls:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
 from trainpilot.llm_runtime.budget import Budget
@@ -164,6 +165,9 @@ class ReplayOptions(Options):
     """Decisions per run; by default as many as the policy was trained with, 50 without a policy."""
     preference: str = str(Preference())
     """Weights on quality, energy and time, such as quality=0.5,energy=0.4,time=0.1."""
+    throughput_floor: Annotated[float, Range(0, 1)] = GuardrailSettings.throughput_floor
+    """The policy may choose no batch below the starting one that gives less than this share of the best tokens/s seen
+    on this device; 0 lifts it. Without effect for quality alone under a budget in tokens, where clocks are hidden."""
     seed: int = RunConfig.seed
     """Seeds the initial weights and the data order."""
     device: Device = RunConfig.device

@@ -17,7 +17,7 @@ from trainpilot.agents.controller import Controller, DecisionRecord, keep
 from trainpilot.agents.logging.run_log import RunWriter
 from trainpilot.agents.steering.advice import AdvisingController
 from trainpilot.agents.steering.guarded_controller import GuardedController, RollbackController
-from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails
+from trainpilot.agents.steering.guardrails import UNGUARDED, Guardrails, GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label, live_reference
 from trainpilot.envs.reward import Reference, RewardMeter
@@ -31,6 +31,7 @@ from trainpilot.experiments.carbon import (
 from trainpilot.experiments.options import ReplayOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_store import RunFolder, versions
+from trainpilot.llm_runtime.busy import BusyWatch
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
@@ -178,6 +179,8 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     chosen = {"policy": options.policy, **used, "preference": str(preference), "probe": options.probe}
     if options.mode != ReplayOptions.mode:
         chosen["mode"] = options.mode  # folders of earlier versions do not have it
+    if bundle is not None and options.throughput_floor != ReplayOptions.throughput_floor:
+        chosen["throughput_floor"] = options.throughput_floor
     folder = RunFolder(options.out, {**config.settings(), **chosen, "text_and_model_digest": content_digest(config)})
     if (summary := folder.summary()) is not None:
         console.print(f"[dim]{options.out} is already finished[/dim]", soft_wrap=True)
@@ -185,19 +188,24 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
         return summary
     kind = AdvisingController if options.mode == "advise" else GuardedController
     if bundle is not None:
-        controller = kind.of_bundle(bundle, run.limits(), preference)
+        bounds = GuardrailSettings(throughput_floor=options.throughput_floor)
+        controller = kind.of_bundle(bundle, run.limits(), preference, bounds)
     else:
         controller = kind(Controller(keep, run.base_limits(), preference), Guardrails(UNGUARDED))
     reference = _reference(config, console) if options.reference else None
     if reference is not None:
         reference.write(folder.path / "reference.json")
     steered = SteeredRun(run, controller, folder, reference)
+    busy = BusyWatch()
     steered.train(console)
+    remark = busy.remark(on_cpu=run.device.type == "cpu")
     with steered.kept_on_failure():
         summary = summarise(run, steered.records, steered.initial_loss, reference, options)
         summary |= used | controller.summary()
         steered.finish(summary)
     print_summary(summary, console)
+    if remark is not None:
+        console.print(f"[dim]{remark}[/dim]", highlight=False)
     return summary
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.steering.guardrails import GROWN_BACK
 from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.reward import Reference
 from trainpilot.experiments.run_store import read_records
@@ -25,7 +26,7 @@ from trainpilot.llm_runtime.telemetry import Telemetry
 
 TAKEN_BACK = "taken back"
 """How the refusals of the first decision after a rollback begin."""
-NO_CHOICE = (TAKEN_BACK, "not taken back", "policy failed")
+NO_CHOICE = (TAKEN_BACK, "not taken back", "policy failed", GROWN_BACK)
 """Beginnings of what stands among the refusals and is no refused choice."""
 
 

@@ -20,6 +20,7 @@ from trainpilot.experiments.cli import EXTRAS
 ROOT = Path(__file__).resolve().parents[1]
 
 TORCH_FREE = (
+    "llm_runtime/busy",
     "llm_runtime/config",
     "llm_runtime/data/",
     "llm_runtime/energy/meter",
@@ -37,6 +38,7 @@ TORCH_FREE = (
     "agents/steering/contract",
     "agents/steering/domain",
     "agents/steering/guard",
+    "agents/steering/throughput",
     "experiments/analysis/",
     "experiments/costs/table",
     "experiments/options",

@@ -21,6 +21,7 @@ from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.contract import SMOOTHING, ContractWatch, QualityContract
 from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.saved_state import SavedController, SavedStanding
+from trainpilot.agents.steering.throughput import Throughput
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
 from trainpilot.envs.decision import Decision, Preference
 from trainpilot.envs.reward import RewardTerms
@@ -120,6 +121,7 @@ class GuardedController:
     ) -> None:
         self.controller = controller
         self.guardrails = guardrails
+        guardrails.throughput = None if controller.state.blind else Throughput()
         least = guardrails.least_scale(controller.state.situation())
         if controller.state.controls.learning_rate_scale < least:  # a policy that begins lower keeps the bounds too
             controller.state = controller.state.anew(min(least, 1.0))
@@ -423,7 +425,7 @@ class GuardedController:
             self.controller.state.apply(decision.allowed)
             self.controller.state.hold(decision.controls)
         self._recorded = saved.recorded
-        self.guardrails.past, self.guardrails.history = saved.guardrails.parts()
+        self.guardrails.past, self.guardrails.history, self.guardrails.throughput = saved.guardrails.parts()
         self.guardrails.past.since_snapshot = None
         if self.watch is not None and saved.contract is not None:
             self.watch.load_state_dict(saved.contract.to_json())

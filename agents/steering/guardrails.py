@@ -15,6 +15,7 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 from trainpilot.agents.steering.course import Course
+from trainpilot.agents.steering.throughput import Throughput
 from trainpilot.envs.action import (
     ACTION_FIELDS,
     BATCH_FACTORS,
@@ -24,6 +25,7 @@ from trainpilot.envs.action import (
     Action,
     Situation,
 )
+from trainpilot.llm_runtime.ranges import Range
 from trainpilot.llm_runtime.schedules import neutral_factor
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -111,6 +113,9 @@ HEALTHY = 0.5
 """A loss that lies less than this part of a spike above its level is worth a snapshot."""
 ROUNDED = 1.02
 """Opposite factors on the learning rate cancel within 1 %."""
+BATCH = [each.name for each in ACTION_FIELDS].index("batch_size")
+GROWN_BACK = "batch grown back"
+"""How the reason begins for which a batch was raised that nobody asked for."""
 MOVED = ("learning_rate", "batch_size")
 """Controls that can oscillate; the others can change only a limited number of times."""
 INSISTENCE = 3
@@ -149,6 +154,9 @@ class GuardrailSettings:
     cautious: bool = True
     """Whether curvature and losses must bear out a learning rate far from the starting one, a change of it that falls
     behind is taken back, and a run for quality alone does not end while its loss falls (`course.py`)."""
+    throughput_floor: float = 0.8
+    """No batch below the starting one that gives less than this share of the best tokens/s seen; 0 for no floor. Runs
+    for quality alone under a budget in tokens have none, as clocks are hidden from them."""
 
     def __post_init__(self) -> None:
         _check_range("learning_rate_range", self.learning_rate_range)
@@ -158,6 +166,7 @@ class GuardrailSettings:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}")
         if not 0 <= self.finish_from <= 1:
             raise ValueError(f"finish_from must be a share in [0, 1], got {self.finish_from!r}")
+        Range(0, 1).check("throughput_floor", self.throughput_floor)
 
 
 _LEAST: Mapping[str, float] = {
@@ -227,11 +236,23 @@ class Guardrails:
                 )
         self.past = Past(course=Course() if self.settings.cautious else None)
         self.history = RollbackHistory()
+        self.throughput: Throughput | None = None
+        """How fast each batch is, for the floor. `GuardedController` sets it unless the run is blind to clocks; `None`
+        too in a run that began under a version which did not have it."""
 
     def review(self, action: Action, situation: Situation) -> tuple[Action, list[str]]:
-        """Return the action with every choice that breaks a bound replaced by `keep`, and the reasons."""
-        allowed, refusals = list(KEEP), []
+        """Return the action with every choice that breaks a bound replaced by `keep`, and the reasons.
+
+        A batch that has proven too slow grows whatever the action is.
+        """
+        allowed, refusals = list(KEEP), list[str]()
         insists = self._insists_on_a_larger_batch(action)
+        if self.throughput is not None:
+            self.throughput.begin(situation.limits)
+        if grows := self._too_slow(situation):
+            action = (*action[:BATCH], BATCH_FACTORS.index(2.0), *action[BATCH + 1 :])
+            refusals.append(f"{GROWN_BACK} to {2 * situation.controls.batch_size}: {grows}")
+            insists = True
         scale, batch_size = situation.controls.learning_rate_scale, situation.controls.batch_size
         for index, (each, choice) in enumerate(zip(ACTION_FIELDS, action, strict=True)):
             if choice == each.keep:
@@ -242,6 +263,8 @@ class Guardrails:
             reason = self._held(each.name, choice, swings=swings) or self._leaves(situation, to_scale, to_batch)
             reason = reason or self._too_early_or_high(each.name, situation, to_scale)
             reason = reason or self._unpaid(each.name, situation, to_scale)
+            if each.name == "batch_size":
+                reason = reason or self._slow(situation, to_batch)
             if reason is None and swings and (reason := self._oscillates(each.name, choice)):
                 self.past.held[each.name] = self.settings.oscillation_window + 1  # this decision counts down too
             if reason:
@@ -254,8 +277,7 @@ class Guardrails:
         """Record the request for another batch, and return whether it is the newest of enough for a larger one."""
         if self.past.batch_requests is None:
             return False
-        index = [each.name for each in ACTION_FIELDS].index("batch_size")
-        self.past.batch_requests = [*self.past.batch_requests, _direction("batch_size", action[index])][-INSISTENCE:]
+        self.past.batch_requests = [*self.past.batch_requests, _direction("batch_size", action[BATCH])][-INSISTENCE:]
         return sum(self.past.batch_requests) == INSISTENCE
 
     def _held(self, name: str, choice: int, *, swings: bool) -> str | None:
@@ -302,6 +324,16 @@ class Guardrails:
         if scale > before and scale > self.history.ceiling * ROUNDED:
             return f"more than x{self.history.ceiling:.3g}, above which the loss fell behind"
         return None
+
+    def _slow(self, situation: Situation, batch_size: int) -> str | None:
+        """Return why a smaller batch is refused that wastes the device's tokens/s."""
+        floor = self.settings.throughput_floor
+        return self.throughput.refuses(batch_size, situation, floor) if self.throughput is not None and floor else None
+
+    def _too_slow(self, situation: Situation) -> str | None:
+        """Return why the batch in force has to grow; `None` where it may stay."""
+        floor = self.settings.throughput_floor
+        return self.throughput.too_slow(situation, floor) if self.throughput is not None and floor else None
 
     def correction(self, situation: Situation) -> tuple[float, str] | None:
         """Return the learning-rate scale to go back to, and why; `None` where the policy may go on."""
@@ -372,6 +404,8 @@ class Guardrails:
 
     def judge(self, telemetry: Telemetry) -> Verdict:
         """Record an interval, and return whether the run may go on from it."""
+        if self.throughput is not None:
+            self.throughput.take(telemetry)
         reason = self._fault(telemetry)
         if reason is None:
             return Verdict("go_on")
@@ -422,12 +456,17 @@ class Guardrails:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain JSON values; the rollback history has the key `scars`."""
-        return {"past": self.past_state(), "scars": asdict(self.history)}
+        throughput = None if self.throughput is None else asdict(self.throughput)
+        return {"past": self.past_state(), "scars": asdict(self.history), "throughput": throughput}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.load_past_state(state["past"])
         self.history = RollbackHistory(**deepcopy(dict(state["scars"])))
+        self.throughput = None
+        if (saved := state.get("throughput")) is not None:  # version 0.2 did not write it
+            costs = {int(batch_size): cost for batch_size, cost in saved["costs"].items()}  # JSON's names are texts
+            self.throughput = Throughput(**{**deepcopy(dict(saved)), "costs": costs})
 
     def past_state(self) -> dict[str, Any]:
         """Return the part of the state that a rollback restores, as plain JSON values."""

@@ -6,12 +6,14 @@ The states of version 0.1 lack some fields; these have defaults.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.steering.course import Course
 from trainpilot.agents.steering.guardrails import MOVED, LossLevel, Past, RollbackHistory
+from trainpilot.agents.steering.throughput import Throughput
 from trainpilot.envs.action import LEARNING_RATE_SCALE_RANGE, Action, check_action
 from trainpilot.envs.decision import Advice, Decision
 from trainpilot.llm_runtime.config import Controls
@@ -113,18 +115,35 @@ class SavedHistory(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedThroughput(JsonRecord):
+    """How fast each batch is: the fields of `throughput.Throughput`."""
+
+    costs: dict[Annotated[int, Range(1)], Annotated[float, Range(0, above=True)]]
+    batch_size: Count
+    stayed: Count
+    newest: list[Annotated[float, Range(0, above=True)]]
+    machine: Annotated[float, Range(0, above=True)] | None
+
+    def __post_init__(self) -> None:
+        if self.stayed and not self.newest:
+            raise ValueError(f"newest must hold the newest of {self.stayed} intervals, got none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SavedGuardrails(JsonRecord):
     """The state of the guardrails."""
 
     past: SavedPast
     scars: SavedHistory
+    throughput: SavedThroughput | None = None
 
-    def parts(self) -> tuple[Past, RollbackHistory]:
-        """Return what the guardrails know of the run, and of its rollbacks."""
+    def parts(self) -> tuple[Past, RollbackHistory, Throughput | None]:
+        """Return what the guardrails know of the run, of its rollbacks, and of the device's throughput."""
         own = {name: value for name, value in vars(self.past).items() if name not in ("losses", "course")}
         course = None if self.past.course is None else Course(**vars(self.past.course))
         past = Past(**own, losses=LossLevel(**vars(self.past.losses)), course=course)
-        return past, RollbackHistory(**vars(self.scars))
+        throughput = None if self.throughput is None else Throughput(**deepcopy(vars(self.throughput)))
+        return past, RollbackHistory(**vars(self.scars)), throughput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,7 @@ def test_help_and_typing_errors_load_nothing_heavy(argument: str) -> None:
         (("replay", "--polcy", "none", "--out", "x"), "--polcy, none; did you mean --policy?; see trainpilot replay"),
         (("replay", "--batch_sise=8", "--out", "x"), "did you mean --batch-size?"),
         (("replay",), "--out"),
+        (("replay", "--throughput-floor", "1.5", "--out", "x"), "throughput_floor must be in [0, 1], got 1.5"),
         (("train-agent", "--out", "x"), "--recipe"),
         (("train-agent", "--recipe", "nope", "--out", "x"), "recipe must be one of default, demo, tiny or a YAML file"),
         (("inspect", "nowhere"), "path must be a bundle, a run's folder or an agent's folder, got nowhere"),

@@ -274,7 +274,7 @@ def stop_after(n_decisions: int, arguments: list[str], monkeypatch: pytest.Monke
 def test_kill_and_resume_gives_the_same_result(workplace: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     zigzag_bundle(workplace / "policy.safetensors")
     chosen = policy if policy != "bundle" else str(workplace / "policy.safetensors")
-    more = BLIND if policy == "default" else ("--policy", chosen, "--pruning", "magnitude")
+    more = BLIND if policy == "default" else ("--policy", chosen, "--pruning", "magnitude", "--throughput-floor", "0")
     size = {"tokens": 102_400, "decisions": 40}
     assert run_here(command(workplace, "whole", *more, **size), monkeypatch) == 0
     process = subprocess.Popen([sys.executable, "-c", EAGER, *command(workplace, "cut", *more, **size)[3:]])

@@ -87,6 +87,15 @@ class Made:
         return found
 
 
+def test_worker_processes_wait_without_spinning_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chosen in ("", "ACTIVE"):
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+        if not chosen:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        Made(monkeypatch, 1)
+        assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+
+
 @pytest.mark.parametrize(("name", "arguments"), [("jobs", (0, 1)), ("threads", (1, 0)), ("jobs", (-2, 1))])
 def test_there_must_be_a_process_and_a_thread(name: str, arguments: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got"):

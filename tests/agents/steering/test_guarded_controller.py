@@ -113,7 +113,7 @@ def owner(
 ) -> Owner:
     plant = plant or ToyPlant()
     controller = Controller(policy, plant.limits(), Preference())
-    bounds = GuardrailSettings(**{"cautious": False, **settings})
+    bounds = GuardrailSettings(**{"cautious": False, "throughput_floor": 0, **settings})
     return Owner(plant, GuardedController(controller, Guardrails(bounds), contract))
 
 
