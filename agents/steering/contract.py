@@ -18,6 +18,7 @@ import numpy as np
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.steering.power_law import PowerLaw
+from trainpilot.agents.steering.withheld import FREE_UNTIL, LATE, ReferenceFall
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 SMOOTHING = 3
@@ -29,10 +30,14 @@ RUNNING = 2
 """Consecutive intervals that must lie outside before the contract is broken."""
 BAND = 2.0
 """Standard errors by which the loss may exceed the agreed bound."""
+PAIRED, LEAST_PAIRED = 12, 6
+"""Newest differences to a reference from which their spread is estimated, and the least number of them."""
 JUDGED_FROM = 0.2
 """Share of the budget before which nothing is judged."""
 EVIDENCE_INTERVALS = 4
 """Fewer losses than these determine no power law."""
+ALMOST = 0.99
+"""Share of the base schedule's speed that counts as the same."""
 GIVE_UP = 0.5
 """A base schedule that still warms up at this share of the budget leaves nothing to extrapolate from."""
 
@@ -117,6 +122,7 @@ class ContractWatch:
         self._steers = False
         """Whether any control has differed from the base schedule's."""
         self._fitted: tuple[tuple[int, int], PowerLaw] | None = None
+        self._fall = ReferenceFall.of(contract.reference) if contract.reference is not None else None
 
     @property
     def observing(self) -> bool:
@@ -139,18 +145,19 @@ class ContractWatch:
     def _settled(self, index: int) -> bool:
         return not self._rows[index]["learning_rate"] > 1.01 * self._rows[index - 1]["learning_rate"]
 
-    def observe(self, telemetry: Telemetry, *, steers: bool = True) -> str | None:
+    def observe(self, telemetry: Telemetry, *, steers: bool = True, speed: float = 1.0) -> str | None:
         """Record an interval; return why the contract is broken, in the interval that broke it.
 
         Args:
             telemetry: The interval.
             steers: Whether its controls differ from the base schedule's. Until they do, the run is that of its base
                 schedule, and its loss is what the data have made it.
+            speed: How fast its controls learn per token, over those of the base schedule.
         """
         if not math.isfinite(telemetry.train_loss) or not telemetry.interval_tokens:
             return None
         self._steers |= steers
-        self._rows.append(_row(telemetry))
+        self._rows.append(_row(telemetry, speed))
         reason = None if self.broken else self._breach()
         self._outside = self._outside + 1 if reason else 0
         if reason is None or self._outside < RUNNING:
@@ -203,7 +210,22 @@ class ContractWatch:
         increase = sum(row["loss"] - mean for row, (mean, _) in zip(rows, known, strict=True)) / len(rows)
         excess = law.excess if (law := self._law()) is not None else 1.0
         noise = excess * sum(row["error"] ** 2 for row in rows) / len(rows) ** 2
+        if (paired := self._paired_variance()) is not None:
+            noise = min(noise, paired / len(rows))
         return increase, math.sqrt(noise + max(error for _, error in known) ** 2)
+
+    def _paired_variance(self) -> float | None:
+        """Return the variance of the difference to the reference in an interval, `None` where it is not yet known.
+
+        Both runs have the same data as a rule, and their losses swing together: the difference tells much more than
+        the spread of the losses.
+        """
+        if self.contract.reference is None:
+            return None
+        rows = self._rows[-PAIRED - 1 :]
+        found = [row["loss"] - each[0] for row in rows if (each := self._forecast(row["share"], 0.0)) is not None]
+        squares = [(after - before) ** 2 / 2 for before, after in pairwise(found) if after != before]
+        return sum(squares) / len(squares) if len(squares) >= LEAST_PAIRED else None
 
     def _steered(self) -> list[dict[str, float]]:
         if self.contract.reference is not None:
@@ -250,6 +272,49 @@ class ContractWatch:
         smoothed = sum(row["loss"] for row in rows) / len(rows)
         if smoothed > end[0] + self.contract.max_loss_increase:
             return f"training loss {smoothed:.3f}, and the base schedule's is expected to end at {end[0]:.3f}"
+        return None
+
+    def too_slow(self, speed: float) -> str | None:
+        """Return why the next interval may not be at a speed; `None` where it may.
+
+        Args:
+            speed: How fast it would learn per token, over the base schedule.
+        """
+        terms, fall = self.contract, self._fall
+        if fall is None or speed > ALMOST or not self._rows or self._rows[-1]["share"] < FREE_UNTIL - 1e-9:
+            return None
+        before = self._rows[-2]["share"] if len(self._rows) > 1 else 0.0
+        ahead = max(1 - speed, 0.0) * (self._rows[-1]["share"] - before)
+        if self.withheld() + fall.rate * ahead <= terms.max_loss_increase or self._paid(speed):
+            return None
+        return f"learning withheld would cost more than the agreed {terms.max_loss_increase:g} nats"
+
+    def withheld(self) -> float:
+        """Return what the run may have given up by learning more slowly than the reference, in nats/token."""
+        rate = self._fall.rate if self._fall is not None else 0.0
+        shares = [0.0, *(row["share"] for row in self._rows)]
+        return rate * sum(
+            max(1 - row["speed"], 0.0) * (after - before)
+            for row, (before, after) in zip(self._rows, pairwise(shares), strict=True)
+        )
+
+    def _paid(self, speed: float) -> bool:
+        """Return whether the loss is lower than the reference's by all that a run at this speed may still miss.
+
+        """
+        rows, found = self._rows[-SMOOTHING:], self.loss_increase()
+        if self._fall is None or found is None or len(rows) < SMOOTHING:
+            return False
+        loss = sum(row["loss"] for row in rows) / len(rows) - found[0]
+        slowest = min(speed, *(row["speed"] for row in rows))
+        return found[0] + BAND * found[1] + self._fall.missed(rows[-1]["share"], loss, slowest) < 0
+
+    def too_fast(self, speed: float, present: float) -> str | None:
+        """Return why the speed may not rise from the present one; `None` where it may."""
+        if self._fall is None or not self._rows or self._rows[-1]["share"] < LATE - 1e-9:
+            return None
+        if speed > max(1.0, present) / ALMOST:
+            return f"faster than the base schedule after {LATE:.0%} of the budget"
         return None
 
     def summary(self) -> dict[str, Any]:
@@ -305,7 +370,7 @@ class ContractWatch:
         self._rows, self._outside, self._fitted = [dict(row) for row in state["rows"]], state["outside"], None
 
 
-def _row(telemetry: Telemetry) -> dict[str, float]:
+def _row(telemetry: Telemetry, speed: float) -> dict[str, float]:
     spread = telemetry.train_loss_std if math.isfinite(telemetry.train_loss_std) else 0.0
     return {
         "share": telemetry.budget_used,
@@ -315,6 +380,7 @@ def _row(telemetry: Telemetry) -> dict[str, float]:
         "error": max(spread / math.sqrt(max(telemetry.steps, 1)), 1e-4),
         "s_per_token": telemetry.time_s / telemetry.interval_tokens,
         "learning_rate": telemetry.learning_rate,
+        "speed": speed,
     }
 
 

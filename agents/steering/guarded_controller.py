@@ -19,8 +19,9 @@ import numpy as np
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.contract import SMOOTHING, ContractWatch, QualityContract
-from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
+from trainpilot.agents.steering.guardrails import ROUNDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.saved_state import SavedController, SavedStanding
+from trainpilot.agents.steering.withheld import at_full_speed, relative_speed
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
 from trainpilot.envs.decision import Decision, Preference
 from trainpilot.envs.reward import RewardTerms
@@ -172,8 +173,10 @@ class GuardedController:
 
     def _judge(self, telemetry: Telemetry) -> tuple[bool, list[str]]:
         """Return whether the run must be rolled back, and why; fall back to the base schedule where that is due."""
-        steers = telemetry.requested != self.controller.state.limits.start
-        broken = self.watch.observe(telemetry, steers=steers) if self.watch is not None else None
+        asked, start = telemetry.requested, self.controller.state.limits.start
+        broken = None
+        if self.watch is not None:
+            broken = self.watch.observe(telemetry, steers=asked != start, speed=relative_speed(asked, start))
         verdict = self.guardrails.judge(telemetry)
         if self.fallen_back is not None and not is_lost(telemetry):
             return False, []
@@ -219,7 +222,7 @@ class GuardedController:
         guardrails, watch = self.guardrails, self.watch
         past = watch.past_state() if watch is not None else None
         before = guardrails.past_state()
-        decision, held = self._corrected(self._bounded())
+        decision, held = self._kept_up(*self._corrected(self._bounded()))
         self._refusals.update(decision.refusals)
         self._before = RollbackPoint(tuple(self._seen), before, past)
         snapshot = self._wants_snapshot(decision.allowed)
@@ -241,6 +244,25 @@ class GuardedController:
             return Decision(decision.requested, KEEP, now, [reason]), self.base_controls()
         why = f"learning rate brought back to x{scale:.3g}: {reason}"
         return Decision(decision.requested, KEEP, now, [why]), replace(now, learning_rate_scale=scale)
+
+    def _kept_up(self, decision: Decision, held: Controls | None) -> tuple[Decision, Controls | None]:
+        """Return the decision, or one whose learning rate and batch a contract with a reference allows."""
+        if self.watch is None or self.fallen_back is not None:
+            return decision, held
+        state, now = self.controller.state, self.controls
+        next_ones, start = held or state.after(decision.allowed), state.limits.start
+        speed = relative_speed(next_ones, start)
+        if reason := self.watch.too_slow(speed):
+            instead = at_full_speed(next_ones, start)
+        elif reason := self.watch.too_fast(speed, relative_speed(now, start)):
+            instead = replace(next_ones, learning_rate_scale=now.learning_rate_scale, batch_size=now.batch_size)
+        else:
+            return decision, held
+        if instead.learning_rate_scale > now.learning_rate_scale * ROUNDED:
+            self.guardrails.raised(instead.learning_rate_scale)
+        allowed = (KEEP[0], KEEP[1], *decision.allowed[2:])
+        why = f"learning rate and batch held by the quality contract: {reason}"
+        return Decision(decision.requested, allowed, now, [*decision.refusals, why]), instead
 
     def _wants_snapshot(self, action: Action) -> bool:
         if not self.guardrails.needs_snapshot(action):
