@@ -351,6 +351,11 @@ class DecisionState:
         return DecisionState(limits or self.limits, self.preference, fields, scale, finish=states.may_finish)
 
     @property
+    def start_scale(self) -> float:
+        """Learning-rate scale in force before the first decision."""
+        return self._states.start_scale
+
+    @property
     def controls(self) -> Controls:
         """Controls in force."""
         return self._states.controls.row(0)

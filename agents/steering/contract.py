@@ -18,7 +18,7 @@ import numpy as np
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.steering.power_law import PowerLaw
-from trainpilot.agents.steering.withheld import FREE_UNTIL, LATE, ReferenceFall
+from trainpilot.agents.steering.withheld import LATE, ReferenceFall
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 SMOOTHING = 3
@@ -274,17 +274,20 @@ class ContractWatch:
             return f"training loss {smoothed:.3f}, and the base schedule's is expected to end at {end[0]:.3f}"
         return None
 
-    def too_slow(self, speed: float) -> str | None:
+    def too_slow(self, speed: float, started: float = 1.0) -> str | None:
         """Return why the next interval may not be at a speed; `None` where it may.
 
         Args:
             speed: How fast it would learn per token, over the base schedule.
+            started: The speed that the policy began at.
         """
-        terms, fall = self.contract, self._fall
-        if fall is None or speed > ALMOST or not self._rows or self._rows[-1]["share"] < FREE_UNTIL - 1e-9:
+        terms, fall, used = self.contract, self._fall, self._rows[-1]["share"] if self._rows else 0.0
+        if fall is None or speed > ALMOST or not self._rows:
             return None
+        if used < JUDGED_FROM - 1e-9 and speed > ALMOST * started:
+            return None  # it looks for its learning rate from below
         before = self._rows[-2]["share"] if len(self._rows) > 1 else 0.0
-        ahead = max(1 - speed, 0.0) * (self._rows[-1]["share"] - before)
+        ahead = (1 - speed) * (used - before)
         if self.withheld() + fall.rate * ahead <= terms.max_loss_increase or self._paid(speed):
             return None
         return f"learning withheld would cost more than the agreed {terms.max_loss_increase:g} nats"
@@ -299,15 +302,17 @@ class ContractWatch:
         )
 
     def _paid(self, speed: float) -> bool:
-        """Return whether the loss is lower than the reference's by all that a run at this speed may still miss.
+        """Return whether the loss is lower than the reference's by more than what a low rate hides.
 
+        That is at most the same share of what the reference still gains in the later half of its budget: a cool-down
+        takes the noise of its rate away, and what a slower run has less of it was gained before.
         """
         rows, found = self._rows[-SMOOTHING:], self.loss_increase()
         if self._fall is None or found is None or len(rows) < SMOOTHING:
             return False
-        loss = sum(row["loss"] for row in rows) / len(rows) - found[0]
-        slowest = min(speed, *(row["speed"] for row in rows))
-        return found[0] + BAND * found[1] + self._fall.missed(rows[-1]["share"], loss, slowest) < 0
+        mean = sum(row["loss"] for row in rows) / len(rows) - found[0]
+        slow = min(speed, sum(row["speed"] for row in rows) / len(rows))
+        return found[0] + found[1] + (1 - slow) * self._fall.left(rows[-1]["share"], mean) < 0
 
     def too_fast(self, speed: float, present: float) -> str | None:
         """Return why the speed may not rise from the present one; `None` where it may."""

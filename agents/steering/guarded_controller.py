@@ -21,7 +21,7 @@ from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.contract import SMOOTHING, ContractWatch, QualityContract
 from trainpilot.agents.steering.guardrails import ROUNDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.saved_state import SavedController, SavedStanding
-from trainpilot.agents.steering.withheld import at_full_speed, relative_speed
+from trainpilot.agents.steering.withheld import brought_up, relative_speed
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
 from trainpilot.envs.decision import Decision, Preference
 from trainpilot.envs.reward import RewardTerms
@@ -251,10 +251,10 @@ class GuardedController:
             return decision, held
         state, now = self.controller.state, self.controls
         next_ones, start = held or state.after(decision.allowed), state.limits.start
-        speed = relative_speed(next_ones, start)
-        if reason := self.watch.too_slow(speed):
-            instead = at_full_speed(next_ones, start)
-        elif reason := self.watch.too_fast(speed, relative_speed(now, start)):
+        speed, present = relative_speed(next_ones, start), relative_speed(now, start)
+        if reason := self.watch.too_slow(speed, state.start_scale):
+            instead = brought_up(next_ones, start, present)
+        elif reason := self.watch.too_fast(speed, present):
             instead = replace(next_ones, learning_rate_scale=now.learning_rate_scale, batch_size=now.batch_size)
         else:
             return decision, held

@@ -7,7 +7,6 @@ agreed unless the loss is so much lower already that it pays for all that the ru
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,9 +17,8 @@ from trainpilot.llm_runtime.config import Controls
 BATCH_EXPONENT = 0.25
 """Progress per token falls with the batch by this power, at the same scale. By the neutral rule it does not depend on
 the batch, and by the sum of learning rates it falls with the root: this is the geometric mean of the two."""
-FREE_UNTIL = 0.08
-"""Share of the budget in which a policy may look for its learning rate from below: what is withheld then is counted,
-but nothing is held."""
+STEP = 1.5
+"""Factor by which a run that is too slow is brought up at a time."""
 LATE = 0.7
 """Share of the budget from which a run may not learn faster than the reference and than it does already: what a higher
 rate stirs up needs time to settle."""
@@ -28,6 +26,7 @@ SETTLED = 0.3
 """Share of the budget from which the reference's fall is read: before it falls too steeply to be given up for good."""
 ENDING = 0.9
 """The reference's loss at its end is its mean from this share of the budget on."""
+HALF = 0.5
 GRID = 50
 
 
@@ -36,10 +35,17 @@ def relative_speed(controls: Controls, start: Controls) -> float:
     return controls.learning_rate_scale * (start.batch_size / controls.batch_size) ** BATCH_EXPONENT
 
 
-def at_full_speed(controls: Controls, start: Controls) -> Controls:
-    """Return the nearest controls that learn as fast as those of the base schedule, with a batch not above theirs."""
+def brought_up(controls: Controls, start: Controls, present: float) -> Controls:
+    """Return the controls with a batch not above the base schedule's, and its speed, or a step nearer to it.
+
+    Args:
+        controls: What would be too slow.
+        start: Controls of the base schedule.
+        present: The speed in force.
+    """
     batch_size = min(controls.batch_size, start.batch_size)
-    scale = (batch_size / start.batch_size) ** BATCH_EXPONENT
+    speed = min(max(relative_speed(controls, start), present * STEP), 1.0)
+    scale = speed * (batch_size / start.batch_size) ** BATCH_EXPONENT
     return replace(controls, batch_size=batch_size, learning_rate_scale=scale)
 
 
@@ -60,17 +66,8 @@ class ReferenceFall:
         slope = np.polyfit(settled, np.interp(settled, shares, losses), 1)[0]
         return cls(rate=max(-float(slope), 0.0), end=float(np.interp(ending, shares, losses).mean()))
 
-    def missed(self, share: float, loss: float, speed: float) -> float:
-        """Return how much of the fall that is left a run would miss that goes on at a speed below 1.
-
-        Losses fall with the logarithm of what was learnt, so it makes more than that share of the progress.
-
-        Args:
-            share: Share of the budget used.
-            loss: The reference's loss there.
-            speed: How fast the run learns per token, over the reference.
-        """
-        left = max(loss - self.end, self.rate * (1 - share), 0.0)
-        if not 0 < share < 1:
-            return left * (1 - speed)
-        return left * (1 - math.log1p(speed * (1 - share) / share) / math.log(1 / share))
+    def left(self, share: float, loss: float) -> float:
+        """Return how far the reference still falls, from its loss at a share of the budget; at most from the half."""
+        if share < HALF:
+            return self.rate * HALF
+        return max(loss - self.end, self.rate * (1 - share), 0.0)
