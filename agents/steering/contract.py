@@ -18,7 +18,7 @@ import numpy as np
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.steering.power_law import PowerLaw
-from trainpilot.agents.steering.withheld import LATE, ReferenceFall
+from trainpilot.agents.steering.withheld import LATE, STEP, ReferenceFall
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 SMOOTHING = 3
@@ -274,23 +274,26 @@ class ContractWatch:
             return f"training loss {smoothed:.3f}, and the base schedule's is expected to end at {end[0]:.3f}"
         return None
 
-    def too_slow(self, speed: float, started: float = 1.0) -> str | None:
-        """Return why the next interval may not be at a speed; `None` where it may.
+    def least_speed(self, speed: float, present: float, started: float) -> float:
+        """Return the speed at which the next interval is to learn if another one is chosen: that, or a higher one.
+
+        Speeds are those of `relative_speed`. Without a reference every speed is allowed.
 
         Args:
-            speed: How fast it would learn per token, over the base schedule.
+            speed: The speed chosen.
+            present: The speed in force.
             started: The speed that the policy began at.
         """
-        terms, fall, used = self.contract, self._fall, self._rows[-1]["share"] if self._rows else 0.0
-        if fall is None or speed > ALMOST or not self._rows:
-            return None
-        if used < JUDGED_FROM - 1e-9 and speed > ALMOST * started:
-            return None  # it looks for its learning rate from below
-        before = self._rows[-2]["share"] if len(self._rows) > 1 else 0.0
-        ahead = (1 - speed) * (used - before)
-        if self.withheld() + fall.rate * ahead <= terms.max_loss_increase or self._paid(speed):
-            return None
-        return f"learning withheld would cost more than the agreed {terms.max_loss_increase:g} nats"
+        if self._fall is None or speed > ALMOST or not self._rows:
+            return speed
+        used, before = self._rows[-1]["share"], self._rows[-2]["share"] if len(self._rows) > 1 else 0.0
+        searches, lowest = used < JUDGED_FROM - 1e-9, started**2  # from below if it begins there, as in `course.py`
+        if searches and speed > ALMOST * lowest:
+            return speed
+        ahead = self._fall.rate * (1 - speed) * (used - before)
+        if self.withheld() + ahead <= self.contract.max_loss_increase or self._is_paid(speed):
+            return speed
+        return min(max(lowest if searches else present * STEP, speed), 1.0)
 
     def withheld(self) -> float:
         """Return what the run may have given up by learning more slowly than the reference, in nats/token."""
@@ -301,7 +304,7 @@ class ContractWatch:
             for row, (before, after) in zip(self._rows, pairwise(shares), strict=True)
         )
 
-    def _paid(self, speed: float) -> bool:
+    def _is_paid(self, speed: float) -> bool:
         """Return whether the loss is lower than the reference's by more than what a low rate hides.
 
         That is at most the same share of what the reference still gains in the later half of its budget: a cool-down
@@ -314,13 +317,10 @@ class ContractWatch:
         slow = min(speed, sum(row["speed"] for row in rows) / len(rows))
         return found[0] + found[1] + (1 - slow) * self._fall.left(rows[-1]["share"], mean) < 0
 
-    def too_fast(self, speed: float, present: float) -> str | None:
-        """Return why the speed may not rise from the present one; `None` where it may."""
-        if self._fall is None or not self._rows or self._rows[-1]["share"] < LATE - 1e-9:
-            return None
-        if speed > max(1.0, present) / ALMOST:
-            return f"faster than the base schedule after {LATE:.0%} of the budget"
-        return None
+    def most_speed(self, present: float) -> float:
+        """Return the highest speed allowed in the next interval, by the present one."""
+        late = self._fall is not None and bool(self._rows) and self._rows[-1]["share"] > LATE - 1e-9
+        return max(1.0, present) if late else math.inf
 
     def summary(self) -> dict[str, Any]:
         """Return whether the contract was kept. `held` is `None` where the evidence does not decide it.

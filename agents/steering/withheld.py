@@ -35,16 +35,15 @@ def relative_speed(controls: Controls, start: Controls) -> float:
     return controls.learning_rate_scale * (start.batch_size / controls.batch_size) ** BATCH_EXPONENT
 
 
-def brought_up(controls: Controls, start: Controls, present: float) -> Controls:
-    """Return the controls with a batch not above the base schedule's, and its speed, or a step nearer to it.
+def at_speed(speed: float, controls: Controls, start: Controls) -> Controls:
+    """Return controls that learn at a speed of at most 1, with a batch not above the base schedule's.
 
     Args:
-        controls: What would be too slow.
+        speed: As `relative_speed`.
+        controls: What else they are.
         start: Controls of the base schedule.
-        present: The speed in force.
     """
     batch_size = min(controls.batch_size, start.batch_size)
-    speed = min(max(relative_speed(controls, start), present * STEP), 1.0)
     scale = speed * (batch_size / start.batch_size) ** BATCH_EXPONENT
     return replace(controls, batch_size=batch_size, learning_rate_scale=scale)
 
