@@ -270,7 +270,8 @@ class ContractWatch:
         if end is None:
             return "the base schedule's final loss is not known"
         smoothed = sum(row["loss"] for row in rows) / len(rows)
-        if smoothed > end[0] + self.contract.max_loss_increase:
+        chance = 0.0 if self._fall is None else BAND * self._fall.swing * math.sqrt(1 + 1 / len(rows))
+        if smoothed + chance > end[0] + self.contract.max_loss_increase:
             return f"training loss {smoothed:.3f}, and the base schedule's is expected to end at {end[0]:.3f}"
         return None
 
@@ -291,7 +292,7 @@ class ContractWatch:
         if searches and speed > ALMOST * lowest:
             return speed
         ahead = self._fall.rate * (1 - speed) * (used - before)
-        if self.withheld() + ahead <= self.contract.max_loss_increase or self._is_paid(speed):
+        if self.withheld() + ahead <= self.contract.max_loss_increase + 1e-9 or self._is_paid(speed):
             return speed
         return min(max(lowest if searches else present * STEP, speed), 1.0)
 

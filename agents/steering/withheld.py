@@ -56,6 +56,8 @@ class ReferenceFall:
     """Mean fall over the settled part, per whole budget: what a share of the budget that is not used may cost."""
     end: float
     """Loss at the end."""
+    swing: float
+    """Standard deviation of the loss between intervals, from neighbours in the later half of the budget."""
 
     @classmethod
     def of(cls, reference: Sequence[tuple[float, float]]) -> ReferenceFall:
@@ -63,7 +65,10 @@ class ReferenceFall:
         shares, losses = zip(*reference, strict=True)
         settled, ending = np.linspace(SETTLED, 1.0, GRID), np.linspace(ENDING, 1.0, GRID)
         slope = np.polyfit(settled, np.interp(settled, shares, losses), 1)[0]
-        return cls(rate=max(-float(slope), 0.0), end=float(np.interp(ending, shares, losses).mean()))
+        end = float(np.interp(ending, shares, losses).mean())
+        later = np.array([loss for share, loss in reference if share >= HALF])
+        swing = float(np.sqrt((np.diff(later) ** 2).mean() / 2)) if len(later) > 1 else 0.0
+        return cls(rate=max(-float(slope), 0.0), end=end, swing=swing)
 
     def left(self, share: float, loss: float) -> float:
         """Return how far the reference still falls, from its loss at a share of the budget; at most from the half."""
