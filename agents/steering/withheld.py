@@ -32,7 +32,7 @@ GRID = 50
 
 def relative_speed(controls: Controls, start: Controls) -> float:
     """Return how fast controls learn per token, over those of the base schedule: 1 for the same."""
-    return controls.learning_rate_scale * (start.batch_size / controls.batch_size) ** BATCH_EXPONENT
+    return float(controls.learning_rate_scale * (start.batch_size / controls.batch_size) ** BATCH_EXPONENT)
 
 
 def at_speed(speed: float, controls: Controls, start: Controls) -> Controls:

@@ -40,7 +40,9 @@ def base(base_run: tuple[float, Sequence[DecisionRecord]]) -> float:
 
 @pytest.fixture(scope="module")
 def contract(hostile: ModuleType, base_run: tuple[float, Sequence[DecisionRecord]]) -> QualityContract:
-    return import_module("hostile_policies").CONTRACTS["reference"][0](base_run[1])
+    made = import_module("hostile_policies").CONTRACTS["reference"][0](base_run[1])
+    assert isinstance(made, QualityContract)
+    return made
 
 
 def test_every_hostile_policy_gives_valid_actions(hostile: ModuleType) -> None:
