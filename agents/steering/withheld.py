@@ -2,7 +2,7 @@
 
 A low learning rate has less noise, so the loss looks no worse, or even better, until the reference run cools down; then
 it is too late. So learning that is withheld is counted when it is withheld, in nats/token, and may not exceed what was
-agreed unless the loss is so much lower already that it pays for all that the run may still miss.
+agreed unless the loss is lower than the reference's by more than a low rate can hide.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ SETTLED = 0.3
 ENDING = 0.9
 """The reference's loss at its end is its mean from this share of the budget on."""
 HALF = 0.5
+"""Share of the budget from which on the reference's fall is what a low rate can hide, and its swing is estimated."""
 GRID = 50
+"""Points at which the reference is read."""
 
 
 def relative_speed(controls: Controls, start: Controls) -> float:
