@@ -84,15 +84,19 @@ def main() -> None:
         ]
         for kind in contracts
     }
+    noise = seed_noise([loss for loss, _ in bases])
     result = {
         "run": {"tuned_rate": TUNED_RATE, "seeds": options.seeds, "policies": names},
         "base": [rounded(loss) for loss, _ in bases],
-        "summary": {kind: summary(runs) for kind, runs in hostile.items()},
-        "seed_noise": rounded(seed_noise([loss for loss, _ in bases])),
+        "summary": {kind: summary(runs, noise) for kind, runs in hostile.items()},
+        "seed_noise": rounded(noise),
         "shipped_policy": {f"{rate:g}": [shipped(rate, seed) for seed in seeds] for rate in RATES},
+        "shipped_policy_under_contract": {
+            f"{rate:g}": [shipped(rate, seed, contract=True) for seed in seeds] for rate in RATES
+        },
         "runs": hostile,
     }
-    print(json.dumps({**result["summary"], "shipped": result["shipped_policy"]}, indent=1))
+    print(json.dumps({**result["summary"], "shipped": result["shipped_policy_under_contract"]}, indent=1))
     if not options.dry:
         print(write_result("hostile_policies", result, torch.device("cpu")))
 
@@ -112,9 +116,14 @@ def attack(name: str, kind: str, base_loss: float, base: Records, seed: int) -> 
     return {"policy": name, "seed": seed, "increase": rounded(found["loss"] - base_loss), **found}
 
 
-def shipped(rate: float, seed: int) -> dict[str, Any]:
+def shipped(rate: float, seed: int, *, contract: bool = False) -> dict[str, Any]:
     """Return how the shipped policy does from a start at `rate` times the tuned rate."""
-    run = SmallRun(default(seed), seed, rate=rate)
+    terms = None
+    if contract:
+        base = SmallRun("none", seed, rate=rate)
+        base.train()
+        terms = CONTRACTS["reference"][0](base.steering.records)
+    run = SmallRun(default(seed), seed, rate=rate, contract=terms)
     return {"seed": seed, **outcome(run, run.train())}
 
 
@@ -132,8 +141,8 @@ def outcome(run: SmallRun, loss: float) -> dict[str, Any]:
     }
 
 
-def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return median, worst and the number of runs that ended worse than agreed."""
+def summary(runs: Sequence[Mapping[str, Any]], noise: float) -> dict[str, Any]:
+    """Return median, worst and the number of runs worse than agreed, and than that and the noise of a seed."""
     increases = [run["increase"] for run in runs]
     worst = max(runs, key=lambda run: run["increase"])
     return {
@@ -142,6 +151,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "worst": worst["increase"],
         "worst_policy": worst["policy"],
         "over_agreed": sum(increase > MAX_LOSS_INCREASE for increase in increases),
+        "over_agreed_and_noise": sum(increase > MAX_LOSS_INCREASE + noise for increase in increases),
         "most_sequences": max(run["sequences_trained"] for run in runs),
     }
 

@@ -356,6 +356,11 @@ class DecisionState:
         return bool(self._states.blind[0])
 
     @property
+    def start_scale(self) -> float:
+        """Learning-rate scale in force before the first decision."""
+        return self._states.start_scale
+
+    @property
     def controls(self) -> Controls:
         """Controls in force."""
         return self._states.controls.row(0)

@@ -49,6 +49,10 @@ class AdvisingController(GuardedController):
         """Return the decision: the losses are those of the base schedule, and say nothing about the advice."""
         return decision, None
 
+    def _kept_up(self, decision: Decision, held: Controls | None) -> tuple[Decision, Controls | None]:
+        """Return the decision: a run under its base schedule withholds nothing."""
+        return decision, held
+
     def _wants_snapshot(self, action: Action) -> bool:
         return False
 

@@ -2,7 +2,8 @@
 
 The base schedule is not trained beside the run, so its losses are forecast. Either the user knows them from an earlier
 run, or the first part of this run follows the base schedule, and a `PowerLaw` through its losses is extrapolated. A run
-that breaks its contract is rolled back to a state that has proven itself, and left to the base schedule.
+that breaks its contract is rolled back to a state that has proven itself, and left to the base schedule. Against an
+earlier run, a contract also bounds how long the run may learn more slowly than that one (`withheld.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.steering.power_law import PowerLaw
+from trainpilot.agents.steering.withheld import LATE, STEP, ReferenceFall
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 SMOOTHING = 3
@@ -29,10 +31,14 @@ RUNNING = 2
 """Consecutive intervals that must lie outside before the contract is broken."""
 BAND = 2.0
 """Standard errors by which the loss may exceed the agreed bound."""
+PAIRED, LEAST_PAIRED = 12, 6
+"""Newest differences to a reference from which their spread is estimated, and the least number of them."""
 JUDGED_FROM = 0.2
 """Share of the budget before which nothing is judged."""
 EVIDENCE_INTERVALS = 4
 """Fewer losses than these determine no power law."""
+ALMOST = 0.99
+"""Share of the base schedule's speed that counts as the same."""
 GIVE_UP = 0.5
 """A base schedule that still warms up at this share of the budget leaves nothing to extrapolate from."""
 
@@ -117,6 +123,7 @@ class ContractWatch:
         self._steers = False
         """Whether any control has differed from the base schedule's."""
         self._fitted: tuple[tuple[int, int], PowerLaw] | None = None
+        self._fall = ReferenceFall.of(contract.reference) if contract.reference is not None else None
 
     @property
     def observing(self) -> bool:
@@ -139,18 +146,19 @@ class ContractWatch:
     def _settled(self, index: int) -> bool:
         return not self._rows[index]["learning_rate"] > 1.01 * self._rows[index - 1]["learning_rate"]
 
-    def observe(self, telemetry: Telemetry, *, steers: bool = True) -> str | None:
+    def observe(self, telemetry: Telemetry, *, steers: bool = True, speed: float = 1.0) -> str | None:
         """Record an interval; return why the contract is broken, in the interval that broke it.
 
         Args:
             telemetry: The interval.
             steers: Whether its controls differ from the base schedule's. Until they do, the run is that of its base
                 schedule, and its loss is what the data have made it.
+            speed: How fast its controls learn per token, over those of the base schedule.
         """
         if not math.isfinite(telemetry.train_loss) or not telemetry.interval_tokens:
             return None
         self._steers |= steers
-        self._rows.append(_row(telemetry))
+        self._rows.append(_row(telemetry, speed))
         reason = None if self.broken else self._breach()
         self._outside = self._outside + 1 if reason else 0
         if reason is None or self._outside < RUNNING:
@@ -203,7 +211,22 @@ class ContractWatch:
         increase = sum(row["loss"] - mean for row, (mean, _) in zip(rows, known, strict=True)) / len(rows)
         excess = law.excess if (law := self._law()) is not None else 1.0
         noise = excess * sum(row["error"] ** 2 for row in rows) / len(rows) ** 2
+        if (paired := self._paired_variance()) is not None:
+            noise = min(noise, paired / len(rows))
         return increase, math.sqrt(noise + max(error for _, error in known) ** 2)
+
+    def _paired_variance(self) -> float | None:
+        """Return the variance of the difference to the reference in an interval, `None` where it is not yet known.
+
+        Both runs have the same data as a rule, and their losses swing together: the difference tells much more than
+        the spread of the losses.
+        """
+        if self.contract.reference is None:
+            return None
+        rows = self._rows[-PAIRED - 1 :]
+        found = [row["loss"] - each[0] for row in rows if (each := self._forecast(row["share"], 0.0)) is not None]
+        squares = [(after - before) ** 2 / 2 for before, after in pairwise(found) if after != before]
+        return sum(squares) / len(squares) if len(squares) >= LEAST_PAIRED else None
 
     def _steered(self) -> list[dict[str, float]]:
         if self.contract.reference is not None:
@@ -248,9 +271,58 @@ class ContractWatch:
         if end is None:
             return "the base schedule's final loss is not known"
         smoothed = sum(row["loss"] for row in rows) / len(rows)
-        if smoothed > end[0] + self.contract.max_loss_increase:
+        chance = 0.0 if self._fall is None else BAND * self._fall.swing * math.sqrt(1 + 1 / len(rows))
+        if smoothed + chance > end[0] + self.contract.max_loss_increase:
             return f"training loss {smoothed:.3f}, and the base schedule's is expected to end at {end[0]:.3f}"
         return None
+
+    def least_speed(self, speed: float, present: float, started: float) -> float:
+        """Return the speed at which the next interval is to learn if another one is chosen: that, or a higher one.
+
+        Speeds are those of `relative_speed`. Without a reference every speed is allowed.
+
+        Args:
+            speed: The speed chosen.
+            present: The speed in force.
+            started: The speed that the policy began at.
+        """
+        if self._fall is None or speed > ALMOST or not self._rows:
+            return speed
+        used, before = self._rows[-1]["share"], self._rows[-2]["share"] if len(self._rows) > 1 else 0.0
+        searches, lowest = used < JUDGED_FROM - 1e-9, started**2  # from below if it begins there, as in `course.py`
+        if searches and speed > ALMOST * lowest:
+            return speed
+        ahead = self._fall.rate * (1 - speed) * (used - before)
+        if self.withheld() + ahead <= self.contract.max_loss_increase + 1e-9 or self._is_paid(speed):
+            return speed
+        return min(max(lowest if searches else present * STEP, speed), 1.0)
+
+    def withheld(self) -> float:
+        """Return what the run may have given up by learning more slowly than the reference, in nats/token."""
+        rate = self._fall.rate if self._fall is not None else 0.0
+        shares = [0.0, *(row["share"] for row in self._rows)]
+        return rate * sum(
+            max(1 - row["speed"], 0.0) * (after - before)
+            for row, (before, after) in zip(self._rows, pairwise(shares), strict=True)
+        )
+
+    def _is_paid(self, speed: float) -> bool:
+        """Return whether the loss is lower than the reference's by more than what a low rate hides.
+
+        That is at most the same share of what the reference still gains in the later half of its budget: a cool-down
+        takes the noise of its rate away, and what a slower run has less of it was gained before.
+        """
+        rows, found = self._rows[-SMOOTHING:], self.loss_increase()
+        if self._fall is None or found is None or len(rows) < SMOOTHING:
+            return False
+        mean = sum(row["loss"] for row in rows) / len(rows) - found[0]
+        slow = min(speed, sum(row["speed"] for row in rows) / len(rows))
+        return found[0] + found[1] + (1 - slow) * self._fall.left(rows[-1]["share"], mean) < 0
+
+    def most_speed(self, present: float) -> float:
+        """Return the highest speed allowed in the next interval, by the present one."""
+        late = self._fall is not None and bool(self._rows) and self._rows[-1]["share"] > LATE - 1e-9
+        return max(1.0, present) if late else math.inf
 
     def summary(self) -> dict[str, Any]:
         """Return whether the contract was kept. `held` is `None` where the evidence does not decide it.
@@ -305,7 +377,7 @@ class ContractWatch:
         self._rows, self._outside, self._fitted = [dict(row) for row in state["rows"]], state["outside"], None
 
 
-def _row(telemetry: Telemetry) -> dict[str, float]:
+def _row(telemetry: Telemetry, speed: float) -> dict[str, float]:
     spread = telemetry.train_loss_std if math.isfinite(telemetry.train_loss_std) else 0.0
     return {
         "share": telemetry.budget_used,
@@ -315,6 +387,7 @@ def _row(telemetry: Telemetry) -> dict[str, float]:
         "error": max(spread / math.sqrt(max(telemetry.steps, 1)), 1e-4),
         "s_per_token": telemetry.time_s / telemetry.interval_tokens,
         "learning_rate": telemetry.learning_rate,
+        "speed": speed,
     }
 
 

@@ -18,10 +18,11 @@ import numpy as np
 
 from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, DecisionRecord
-from trainpilot.agents.steering.contract import SMOOTHING, ContractWatch, QualityContract
-from trainpilot.agents.steering.guardrails import Guardrails, GuardrailSettings, is_lost
+from trainpilot.agents.steering.contract import ALMOST, SMOOTHING, ContractWatch, QualityContract
+from trainpilot.agents.steering.guardrails import ROUNDED, Guardrails, GuardrailSettings, is_lost
 from trainpilot.agents.steering.saved_state import SavedController, SavedStanding
 from trainpilot.agents.steering.throughput import Throughput
+from trainpilot.agents.steering.withheld import at_speed, relative_speed
 from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
 from trainpilot.envs.decision import Decision, Preference
 from trainpilot.envs.reward import RewardTerms
@@ -98,6 +99,10 @@ MAX_CORRECTIONS = 2
 """After more corrections of the learning rate the run goes on under its base schedule."""
 GENTLER = 0.5
 """Factor on the learning-rate scale after a rollback. Not applied to the first rollback if no control had changed."""
+SPEED = ("learning_rate_scale", "batch_size")
+"""Controls that decide how fast a run learns per token."""
+TOO_SLOW = "learning rate and batch held by the quality contract: slower than the reference for longer than agreed"
+TOO_FAST = "learning rate and batch held by the quality contract: faster than the reference late in the budget"
 FINISH = [each.name for each in ACTION_FIELDS].index("finish")
 
 
@@ -174,8 +179,10 @@ class GuardedController:
 
     def _judge(self, telemetry: Telemetry) -> tuple[bool, list[str]]:
         """Return whether the run must be rolled back, and why; fall back to the base schedule where that is due."""
-        steers = telemetry.requested != self.controller.state.limits.start
-        broken = self.watch.observe(telemetry, steers=steers) if self.watch is not None else None
+        asked, start = telemetry.requested, self.controller.state.limits.start
+        broken = None
+        if self.watch is not None:
+            broken = self.watch.observe(telemetry, steers=asked != start, speed=relative_speed(asked, start))
         verdict = self.guardrails.judge(telemetry)
         if self.fallen_back is not None and not is_lost(telemetry):
             return False, []
@@ -221,7 +228,7 @@ class GuardedController:
         guardrails, watch = self.guardrails, self.watch
         past = watch.past_state() if watch is not None else None
         before = guardrails.past_state()
-        decision, held = self._corrected(self._bounded())
+        decision, held = self._kept_up(*self._corrected(self._bounded()))
         self._refusals.update(decision.refusals)
         self._before = RollbackPoint(tuple(self._seen), before, past)
         snapshot = self._wants_snapshot(decision.allowed)
@@ -243,6 +250,25 @@ class GuardedController:
             return Decision(decision.requested, KEEP, now, [reason]), self.base_controls()
         why = f"learning rate brought back to x{scale:.3g}: {reason}"
         return Decision(decision.requested, KEEP, now, [why]), replace(now, learning_rate_scale=scale)
+
+    def _kept_up(self, decision: Decision, held: Controls | None) -> tuple[Decision, Controls | None]:
+        """Return the decision, with the learning rate and the batch that a contract with a reference allows."""
+        if self.watch is None or self.fallen_back is not None:
+            return decision, held
+        state, now = self.controller.state, self.controls
+        chosen, start = held or state.after(decision.allowed), state.limits.start
+        speed, present = relative_speed(chosen, start), relative_speed(now, start)
+        least = self.watch.least_speed(speed, present, state.start_scale)
+        if speed < ALMOST * least:
+            chosen, reason = at_speed(least, chosen, start), TOO_SLOW
+        elif speed > self.watch.most_speed(present) / ALMOST:
+            chosen, reason = replace(chosen, **{name: getattr(now, name) for name in SPEED}), TOO_FAST
+        else:
+            return decision, held
+        if chosen.learning_rate_scale > now.learning_rate_scale * ROUNDED:
+            self.guardrails.raised(chosen.learning_rate_scale)
+        allowed = (KEEP[0], KEEP[1], *decision.allowed[2:])
+        return Decision(decision.requested, allowed, now, [*decision.refusals, reason]), chosen
 
     def _wants_snapshot(self, action: Action) -> bool:
         if not self.guardrails.needs_snapshot(action):

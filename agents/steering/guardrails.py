@@ -350,6 +350,11 @@ class Guardrails:
                 self.past.course.floor = scale
             self.past.course.corrected(scale)
 
+    def raised(self, scale: float) -> None:
+        """Record that a contract brought the learning rate up to a scale, which is not on trial."""
+        if self.past.course is not None:
+            self.past.course.corrected(scale)
+
     def _oscillates(self, name: str, choice: int) -> str | None:
         settings = self.settings
         if name in MOVED and self._reversals(name, _direction(name, choice)) >= settings.max_reversals:

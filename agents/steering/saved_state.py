@@ -157,6 +157,7 @@ class SavedRow(JsonRecord):
     error: Annotated[float, Range(0, above=True)]
     s_per_token: Number
     learning_rate: Number
+    speed: Annotated[float, Range(0)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from trainpilot.agents.controller import DecisionRecord
+from trainpilot.agents.steering.contract import QualityContract
 from trainpilot.envs.action import KEEP, check_action
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -26,8 +28,21 @@ def hostile() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def base(hostile: ModuleType) -> float:
-    return float(hostile.SmallRun("none").train())
+def base_run(hostile: ModuleType) -> tuple[float, Sequence[DecisionRecord]]:
+    loss, records = import_module("hostile_policies").base_run(0)
+    return loss, records
+
+
+@pytest.fixture(scope="module")
+def base(base_run: tuple[float, Sequence[DecisionRecord]]) -> float:
+    return base_run[0]
+
+
+@pytest.fixture(scope="module")
+def contract(hostile: ModuleType, base_run: tuple[float, Sequence[DecisionRecord]]) -> QualityContract:
+    made = import_module("hostile_policies").CONTRACTS["reference"][0](base_run[1])
+    assert isinstance(made, QualityContract)
+    return made
 
 
 def test_every_hostile_policy_gives_valid_actions(hostile: ModuleType) -> None:
@@ -43,9 +58,14 @@ def test_guardrails_alone_leave_little_harm(hostile: ModuleType, base: float, na
     assert hostile.SmallRun(hostile.HOSTILE[name](0)).train() < base + 0.15
 
 
-def test_bad_batches_break_no_contract_where_nothing_is_steered(hostile: ModuleType) -> None:
-    benchmark = import_module("hostile_policies")
-    _, records = benchmark.base_run(0)
-    run = hostile.SmallRun(lambda *_: KEEP, contract=benchmark.CONTRACTS["reference"][0](records))
+def test_a_low_rate_that_shows_in_the_cool_down_only_is_held(
+    hostile: ModuleType, base: float, contract: QualityContract
+) -> None:
+    run = hostile.SmallRun(hostile.HOSTILE["down from 10"](0), contract=contract)
+    assert run.train() < base + 0.01  # 0.08 above it where only losses are compared
+
+
+def test_bad_batches_break_no_contract_where_nothing_is_steered(hostile: ModuleType, contract: QualityContract) -> None:
+    run = hostile.SmallRun(lambda *_: KEEP, contract=contract)
     run.train(lambda number, rows: rows.flip(1) if 100 <= number < 140 else rows)
     assert run.steering.summary()["contract"]["broken_at_decision"] is None
