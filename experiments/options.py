@@ -12,7 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
 from trainpilot.llm_runtime.budget import Budget
-from trainpilot.llm_runtime.config import BYTES, MAX_VOCABULARY, Precision, Pruning, RunConfig
+from trainpilot.llm_runtime.config import BYTES, MAX_VOCABULARY, Precision, Pruning, PruningImportance, RunConfig
 from trainpilot.llm_runtime.ranges import Range, Whole, check_ranges, ranges_of
 from trainpilot.llm_runtime.schedules import ScheduleName
 
@@ -160,6 +160,16 @@ class ReplayOptions(Options):
     """Starting precision of the matrix products."""
     pruning: Pruning = RunConfig.pruning
     """What the policy may prune: nothing, weight masks (magnitude or evolution), or feed-forward channels (width)."""
+    pruning_importance: PruningImportance = RunConfig.pruning_importance
+    """Which channels `width` keeps: those of largest weights, or of largest activations on the validation text, which
+    costs less loss."""
+    teacher: str | None = RunConfig.teacher
+    """Folder of a larger model, or of a run that left one, whose predictions the run learns from too (distillation),
+    for example the model that --model was cut from. It must have the same vocabulary."""
+    distillation_weight: float = RunConfig.distillation_weight
+    """Share w of the teacher: (1 - w) x cross-entropy + w x T^2 x KL(teacher || model)."""
+    distillation_temperature: float = RunConfig.distillation_temperature
+    """T, by which both models' logits are divided before they are compared."""
     decisions: int | None = None
     """Decisions per run; by default as many as the policy was trained with, 50 without a policy."""
     preference: str = str(Preference())

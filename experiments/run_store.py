@@ -285,12 +285,13 @@ def run_key(spec: RunSpec) -> str:
     Raises:
         ValueError: the text cannot be read.
     """
-    return spec.key(_content(spec.config.text, spec.config.model))
+    config = spec.config
+    return spec.key(_content(config.text, config.model, config.teacher if config.distillation_weight else None))
 
 
 @lru_cache(maxsize=256)
-def _content(text: tuple[str, ...], model: str) -> str:
-    digest = content_digest(RunConfig(text=text, model=model))
+def _content(text: tuple[str, ...], model: str, teacher: str | None) -> str:
+    digest = content_digest(RunConfig(text=text, model=model, teacher=teacher))
     return digest if Path(model).exists() else f"{digest} {model}"
 
 

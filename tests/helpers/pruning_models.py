@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -44,6 +45,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     ),
     "gpt_neox": GPTNeoXConfig(**_SHARED, intermediate_size=WIDTH, max_position_embeddings=32),
+    "phi": PhiConfig(
+        **_GATED, partial_rotary_factor=0.5, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0
+    ),
     "opt": OPTConfig(
         **_SHARED, ffn_dim=WIDTH, word_embed_proj_dim=12, max_position_embeddings=32, dropout=0.0
     ),
