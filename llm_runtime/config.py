@@ -197,8 +197,8 @@ class RunConfig(JsonRecord):
     """Folder of a larger model, or of a run that left one, whose predictions the run learns from too (distillation).
     It must have the run's vocabulary, and is not trained."""
     distillation_weight: Annotated[float, Range(0, 1)] = 0.5
-    """Share of the teacher in the gradient: (1 - w) x cross-entropy + w x T^2 x KL(teacher || model). With 0 the teacher
-    is not even read. All losses that are reported are plain cross-entropy."""
+    """Share w of the teacher in the gradient: (1 - w) x cross-entropy + w x T^2 x KL(teacher || model). With 0 the
+    teacher is not even read. All losses that are reported are plain cross-entropy."""
     distillation_temperature: Annotated[float, Range(0, above=True)] = 1.0
     """T: both models' logits are divided by it before they are compared."""
     seed: Annotated[int, Whole(0, MAX_INT)] = 0

@@ -43,7 +43,7 @@ def export(options: ExportOptions, console: Console) -> ExportResult:
         ValueError: an option cannot be used; nothing has been written then.
     """
     names = _wanted(options.format)
-    check_out(options.out, options.path)
+    check_out(options.out, options.path, RESULT, "an earlier export")
     _check_counts(options)
     device = resolve_device(options.device)
     model_folder_of(options.path)
@@ -94,14 +94,21 @@ def _wanted(formats: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_out(out: Path, source: Path) -> None:
-    """Refuse a folder with anything in it but an earlier export, which will be replaced."""
+def check_out(out: Path, source: Path, marker: str, earlier: str) -> None:
+    """Refuse a folder with anything in it but an earlier result, which will be replaced.
+
+    Args:
+        out: The folder.
+        source: Folder of the model that is read.
+        marker: File that marks a folder as an earlier result.
+        earlier: What such a result is called.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, got the file {out}")
     if source.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"out must not hold the model that is exported, got {out}; choose another --out")
-    if out.is_dir() and set(out.iterdir()) - {lock_file(out)} and not (out / RESULT).is_file():
-        raise ValueError(f"out must be new, empty or an earlier export, got {out}; choose another --out")
+        raise ValueError(f"out must not hold the model that is read, got {out}; choose another --out")
+    if out.is_dir() and set(out.iterdir()) - {lock_file(out)} and not (out / marker).is_file():
+        raise ValueError(f"out must be new, empty or {earlier}, got {out}; choose another --out")
 
 
 def _check_counts(options: ExportOptions) -> None:

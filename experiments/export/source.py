@@ -1,4 +1,4 @@
-"""Read what is to be exported: a run's folder or a model folder, and the text that its loss is measured on."""
+"""Read a trained model that is to be exported or cut, from a run's folder or a model folder, and its held text."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Source:
     text: tuple[str, ...]
     windows: Batch
     """Evenly spaced over the test split, shape (n, T + 1)."""
+    validation: Batch
+    """The same of the validation split."""
     trained_tokens: int | None
     """Tokens that the run has trained on; `None` for a model folder."""
     run_test_loss: float | None
@@ -75,14 +77,15 @@ def read_source(path: Path, text: tuple[str, ...] | None, sequence_length: int |
         raise ValueError(f"sequence_length must be in [1, {limit}], the model's context in tokens, got {length}")
     tokens = summary.get("tokens") or int(run.get("tokens", 0))
     wanted = min(max(EVALUATION_SHARE * int(run.get("tokens", 0)), MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
-    test = load_corpus(sources, loaded.tokenizer).test
+    corpus, count = load_corpus(sources, loaded.tokenizer), max(int(wanted) // length, 1)
     own = text is None and sequence_length is None
     return Source(
         path=path,
         model_folder=folder,
         loaded=loaded,
         text=sources,
-        windows=fixed_batch(test, length, max(int(wanted) // length, 1)),
+        windows=fixed_batch(corpus.test, length, count),
+        validation=fixed_batch(corpus.validation, length, count),
         trained_tokens=tokens or None,
         run_test_loss=summary.get("final_test_loss") if own else None,
     )

@@ -123,6 +123,7 @@ WRITERS = {
     "compare": (),
     "calibrate": (),
     "fit-sweep": ("sweep.csv",),
+    "cut": ("model",),
     "export": ("model",),
 }
 
