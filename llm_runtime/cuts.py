@@ -210,7 +210,8 @@ class _Search:
     """A model that becomes smaller by the cut, of several, that adds least loss per parameter."""
 
     def __init__(self, model: PreTrainedModel, windows: Windows, progress: Progress | None) -> None:
-        self.model, self.cuts = copy.deepcopy(model).eval(), list[Cut]()
+        self.model, self.cuts = copy.deepcopy(model), list[Cut]()
+        self.model.eval()  # type: ignore[no-untyped-call]
         self._windows, self._progress = windows, progress
         self._sequences = torch.from_numpy(windows[:, :-1]).to(model.device)
         self._loss = mean_loss(self.model, windows)

@@ -197,13 +197,14 @@ def _attentions(model: PreTrainedModel) -> list[nn.Module]:
 def _slices(attention: nn.Module, output: str) -> tuple[list[Slice], list[Slice]]:
     """Return the parameters that are cut by query heads, and those that are cut by key-value heads."""
     closing = getattr(attention, output)
-    queries: list[Slice] = [*_rows(attention.q_proj), (closing.weight, 1 - output_dim(closing))]
-    return queries, [*_rows(attention.k_proj), *_rows(attention.v_proj)]
+    queries: list[Slice] = [*_rows(attention, "q_proj"), (closing.weight, 1 - output_dim(closing))]
+    return queries, [*_rows(attention, "k_proj"), *_rows(attention, "v_proj")]
 
 
-def _rows(linear: nn.Module) -> list[Slice]:
-    weights: Slice = (linear.weight, output_dim(linear))  # type: ignore[assignment]
-    return [weights] if linear.bias is None else [weights, (linear.bias, 0)]  # type: ignore[list-item]
+def _rows(attention: nn.Module, name: str) -> list[Slice]:
+    linear = getattr(attention, name)
+    weights: Slice = (linear.weight, output_dim(linear))
+    return [weights] if linear.bias is None else [weights, (linear.bias, 0)]
 
 
 def _columns(kept: Tensor, size: int) -> Tensor:

@@ -43,7 +43,7 @@ def export(options: ExportOptions, console: Console) -> ExportResult:
         ValueError: an option cannot be used; nothing has been written then.
     """
     names = _wanted(options.format)
-    check_out(options.out, options.path, RESULT, "an earlier export")
+    check_out(options.out, options.path)
     _check_counts(options)
     device = resolve_device(options.device)
     model_folder_of(options.path)
@@ -94,7 +94,7 @@ def _wanted(formats: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_out(out: Path, source: Path, marker: str, earlier: str) -> None:
+def check_out(out: Path, source: Path, marker: str = RESULT, earlier: str = "an earlier export") -> None:
     """Refuse a folder with anything in it but an earlier result, which will be replaced.
 
     Args:
