@@ -285,13 +285,12 @@ def run_key(spec: RunSpec) -> str:
     Raises:
         ValueError: the text cannot be read.
     """
-    config = spec.config
-    return spec.key(_content(config.text, config.model, config.teacher if config.distillation_weight else None))
+    return spec.key(_content(spec.config.text, spec.config.model))
 
 
 @lru_cache(maxsize=256)
-def _content(text: tuple[str, ...], model: str, teacher: str | None) -> str:
-    digest = content_digest(RunConfig(text=text, model=model, teacher=teacher))
+def _content(text: tuple[str, ...], model: str) -> str:
+    digest = content_digest(RunConfig(text=text, model=model))
     return digest if Path(model).exists() else f"{digest} {model}"
 
 
