@@ -1,10 +1,10 @@
 """Is it worth to cut a trained model down and let it learn from its origin, or to train the small one at once?
 
 One model is trained, cut to half of its parameters, and trained on with and without its origin as a teacher, for a
-short and for a longer while. The same final shape is trained from scratch: on the tokens that follow the cut ("small"),
-and on all tokens that the cut model saw, those of its origin included ("small, all tokens"). Each arm has the best, by
-validation loss, of several peak learning rates; what is compared is the test loss. The cut is chosen on the validation
-text.
+short and for a longer while, and without it also on as many more tokens as the teacher's passes would have paid for.
+The same final shape is trained from scratch: on the tokens that follow the cut ("small"), and on all tokens that the
+cut model saw, those of its origin included ("small, all tokens"). Each arm has the best, by validation loss, of
+several peak learning rates; what is compared is the test loss. The cut is chosen on the validation text.
 
     python benchmarks/minitron.py
 
@@ -31,7 +31,7 @@ from trainpilot.experiments.options import CutOptions, ReplayOptions
 from trainpilot.experiments.replay import replay
 
 BASE_RATE = 3e-3
-AFTER_RATES, SMALL_RATES = (1e-3, 3e-3), (3e-3, 1e-2)
+AFTER_RATES, SMALL_RATES = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2)
 """Peak learning rates that are tried: after a cut, and from scratch."""
 
 
@@ -92,10 +92,14 @@ def one_seed(place: Path, seed: int, options: argparse.Namespace) -> dict[str, A
     smaller = str(place / "cut")
     shutil.copytree(place / "cut", place / "shape", ignore=shutil.ignore_patterns("*.safetensors", "cut.json"))
     shape, ways = str(place / "shape"), dict[str, Arm]()
+    longer = 1 + made.before.n_parameters / (3 * made.after.n_parameters)
     for after in options.after:
         ways |= {
             f"{after} tokens, cut, distilled": Arm(model=smaller, tokens=after, rates=AFTER_RATES, teacher=str(origin)),
             f"{after} tokens, cut, not distilled": Arm(model=smaller, tokens=after, rates=AFTER_RATES),
+            f"{int(longer * after)} tokens, cut, not distilled, at equal cost": Arm(
+                model=smaller, tokens=int(longer * after), rates=AFTER_RATES
+            ),
             f"{after} tokens, small": Arm(model=shape, tokens=after, rates=SMALL_RATES),
         }
     every = options.tokens + max(options.after)

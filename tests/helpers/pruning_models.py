@@ -20,6 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from trainpilot.llm_runtime.structure import blocks
+
 VOCABULARY = 32
 WIDTH = 24
 _SHARED: dict[str, Any] = {
@@ -46,7 +48,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "gpt_neox": GPTNeoXConfig(**_SHARED, intermediate_size=WIDTH, max_position_embeddings=32),
     "phi": PhiConfig(
-        **_GATED, partial_rotary_factor=0.5, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0
+        **_GATED | {"partial_rotary_factor": 0.5}, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0
     ),
     "opt": OPTConfig(
         **_SHARED, ffn_dim=WIDTH, word_embed_proj_dim=12, max_position_embeddings=32, dropout=0.0
@@ -69,6 +71,11 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def layers(model: PreTrainedModel) -> list[Any]:
+    """Return the blocks of a model, whose parts mypy does not know."""
+    return list(blocks(model))
 
 
 def tokens(seed: int = 0) -> Tensor:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from live_runs import GPT2, LLAMA, advance, case, live_run, same_bits, weights
+from pruning_models import layers
 from torch import Tensor, nn
 
 from trainpilot.llm_runtime.config import Controls, Precision
 from trainpilot.llm_runtime.data.batches import fixed_batch
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.optimizer import update_direction
-from trainpilot.llm_runtime.structure import blocks
 
 PEAK = 1e-2  # of the base schedule
 TOKENS, WARMUP = 3_200, 64  # budget, and 2 % of it
@@ -312,9 +312,9 @@ def test_activations_on_the_validation_text_choose_the_channels(tmp_path: Path) 
     windows = fixed_batch(run.corpus.validation, 16, run.evaluation_sequences)
     inputs = torch.from_numpy(windows[:, :-1])
     before, kept = weights(run), {}
-    for layer, block in enumerate(blocks(run.loaded.model)):
+    for layer, block in enumerate(layers(run.loaded.model)):
         seen: list[Tensor] = []
-        handle = block.mlp.down_proj.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))  # type: ignore[union-attr,operator]
+        handle = block.mlp.down_proj.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
         with torch.no_grad():
             run.loaded.model(input_ids=inputs)
         handle.remove()

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from pruning_models import VOCABULARY, logits, tiny_model
-from transformers import PreTrainedModel
+from pruning_models import VOCABULARY, layers, logits, model_of, tiny_model
+from transformers import PreTrainedModel, Qwen2Config
 
 from trainpilot.llm_runtime.cuts import (
     Cut,
+    Part,
     count_parameters,
     cut_to_parameters,
     cut_to_sizes,
@@ -22,22 +23,18 @@ from trainpilot.llm_runtime.cuts import (
     size_of_share,
 )
 from trainpilot.llm_runtime.export.inference import mean_loss
-from trainpilot.llm_runtime.structure import blocks
 
 
-def wide_model(family: str = "qwen2", blocks_: int = 3) -> PreTrainedModel:
-    """Return a random model of three blocks, 64 channels and four groups of one head."""
-    sizes: dict[str, Any] = {"num_hidden_layers": blocks_, "hidden_size": 16, "num_attention_heads": 4}
-    config = type(tiny_model(family).config)(
-        **sizes, vocab_size=VOCABULARY, intermediate_size=64, num_key_value_heads=4, max_position_embeddings=32
-    )
+def wide_model(n_blocks: int = 3) -> PreTrainedModel:
+    """Return a random model of 64 channels and four groups of one head, all of which matter."""
+    sizes: dict[str, Any] = {"num_hidden_layers": n_blocks, "hidden_size": 16, "intermediate_size": 64}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4}
     torch.manual_seed(3)
-    model = type(tiny_model(family))(config).eval()
+    model = model_of(Qwen2Config(**sizes, **heads, vocab_size=VOCABULARY, max_position_embeddings=32))
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-        for parameter in blocks(model).parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                parameter.mul_(10)  # or the parts would hardly matter
+                parameter.mul_(20 if "lm_head" in name else 10 if "layers" in name else 1)
     return model
 
 
@@ -50,8 +47,8 @@ def own_text(model: PreTrainedModel) -> npt.NDArray[np.int64]:
 
 def without_effect(model: PreTrainedModel, block: int) -> None:
     with torch.no_grad():
-        blocks(model)[block].self_attn.o_proj.weight.zero_()
-        blocks(model)[block].mlp.down_proj.weight.zero_()
+        layers(model)[block].self_attn.o_proj.weight.zero_()
+        layers(model)[block].mlp.down_proj.weight.zero_()
 
 
 def test_shares_become_the_nearest_sizes_that_there_are() -> None:
@@ -85,28 +82,29 @@ def test_a_number_of_parameters_is_reached_by_cuts_that_cost_nothing() -> None:
     model = wide_model()
     without_effect(model, 0)
     without_effect(model, 2)
-    one_block = sum(p.numel() for p in blocks(model)[0].parameters())
+    one_block = sum(p.numel() for p in layers(model)[0].parameters())
     wanted = count_parameters(model) - 2 * one_block
 
-    smaller, cuts = cut_to_parameters(model, wanted, own_text(model))
+    smaller, cuts = cut_to_parameters(model, wanted, own_text(model), least={"ffn": 64})
 
-    # Channels and heads of the idle blocks go with those of the busy one, so a block is the cheapest cut.
+    # Heads of the idle blocks go with those of the busy one, so a block is the cheapest cut.
     assert [each.part for each in cuts] == ["depth", "depth"]
     assert count_parameters(smaller) == wanted
     assert torch.equal(
-        blocks(smaller)[0].mlp.down_proj.weight,
-        blocks(model)[1].mlp.down_proj.weight,  # type: ignore[arg-type]
+        layers(smaller)[0].mlp.down_proj.weight,
+        layers(model)[1].mlp.down_proj.weight,
     )
 
 
 def test_a_search_respects_the_least_sizes_and_says_what_it_reached() -> None:
-    model = wide_model(blocks_=2)
+    model = wide_model(n_blocks=2)
     with pytest.raises(
         ValueError, match=r"parameters must be at least [\d,]+, what is left once ffn, heads, depth are cut"
     ):
         cut_to_parameters(model, 10, own_text(model))
 
-    least, wanted = {"heads": 4, "depth": 2}, count_parameters(model) - 2000
+    least: dict[Part, int] = {"heads": 4, "depth": 2}
+    wanted = count_parameters(model) - 2000
     smaller, _ = cut_to_parameters(model, wanted, own_text(model), least=least)
 
     assert part_size(smaller, "heads") == 4

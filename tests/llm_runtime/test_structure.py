@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pruning_models import FAMILIES, WIDTH, logits, model_of, tiny_model, tokens, train_step
+from pruning_models import FAMILIES, WIDTH, layers, logits, model_of, tiny_model, tokens, train_step
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PhiConfig, PreTrainedModel, Qwen2Config
 
@@ -42,7 +42,7 @@ def grouped_model(family: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def zero_groups(model: PreTrainedModel, groups: list[int], size: int) -> None:
@@ -55,8 +55,8 @@ def zero_groups(model: PreTrainedModel, groups: list[int], size: int) -> None:
 
 def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     model.save_pretrained(folder)
-    loaded: Any
-    loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    answer: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded, report = answer
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
@@ -90,7 +90,7 @@ def test_a_cut_block_is_a_block_that_is_passed_over(family: str, tmp_path: Path)
     torch.manual_seed(2)
     model = model_of(config).eval()  # type: ignore[no-untyped-call]
     expected = copy.deepcopy(model)
-    blocks(expected)[1].forward = lambda hidden_states, *_, **__: hidden_states
+    layers(expected)[1].forward = lambda hidden_states, *_, **__: hidden_states
 
     remove_blocks(model, None, 2, torch.tensor([0.3, 0.1, 0.2]))
 
@@ -103,11 +103,11 @@ def test_a_cut_block_is_a_block_that_is_passed_over(family: str, tmp_path: Path)
     assert generated.shape == (2, 7)
 
 
-def test_the_optimiser_follows_heads_and_blocks() -> None:
+def test_the_optimiser_follows_heads_and_layers() -> None:
     model = grouped_model("qwen2")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     train_step(model, optimizer)
-    query, key = blocks(model)[0].self_attn.q_proj.weight, blocks(model)[0].self_attn.k_proj.weight
+    query, key = layers(model)[0].self_attn.q_proj.weight, layers(model)[0].self_attn.k_proj.weight
     momenta = optimizer.state[query]["exp_avg"].clone(), optimizer.state[key]["exp_avg"].clone()
 
     remove_groups(model, optimizer, 2, [torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])] * 3)
@@ -169,7 +169,7 @@ def test_heads_count_by_the_norm_of_their_columns() -> None:
 def test_a_block_that_changes_nothing_has_no_influence(family: str) -> None:
     model = tiny_model(family)
     with torch.no_grad():
-        for name, parameter in blocks(model)[0].named_parameters():
+        for name, parameter in layers(model)[0].named_parameters():
             if any(end in name for end in ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2")):
                 parameter.zero_()
 
@@ -183,11 +183,11 @@ def test_a_block_that_changes_nothing_has_no_influence(family: str) -> None:
 def test_activations_keep_other_channels_than_weights() -> None:
     # The first channel has large weights and a bias that silences it; the second is small and speaks.
     model = tiny_model("opt")
-    for block in blocks(model):
+    for block in layers(model):
         with torch.no_grad():
-            block.fc1.weight[:2] = torch.tensor([5.0, 0.01])[:, None]  # type: ignore[index]
-            block.fc1.bias[:2] = torch.tensor([-1e4, 50.0])  # type: ignore[index]
-            block.fc2.weight[:, :2] = torch.tensor([5.0, 0.01])  # type: ignore[index]
+            block.fc1.weight[:2] = torch.tensor([5.0, 0.01])[:, None]
+            block.fc1.bias[:2] = torch.tensor([-1e4, 50.0])
+            block.fc2.weight[:, :2] = torch.tensor([5.0, 0.01])
     by_weight = copy.deepcopy(model)
     found = channel_activations(model, tokens(), at_once=2)
     assert all(float(each[0]) == 0 for each in found)
@@ -196,8 +196,8 @@ def test_activations_keep_other_channels_than_weights() -> None:
     remove_channels(model, None, 1, found)
     remove_channels(by_weight, None, 1)
 
-    assert [block.fc1.bias[0].item() for block in blocks(model)] == [50.0, 50.0]  # type: ignore[index]
-    assert [block.fc1.bias[0].item() for block in blocks(by_weight)] == [-1e4, -1e4]  # type: ignore[index]
+    assert [block.fc1.bias[0].item() for block in layers(model)] == [50.0, 50.0]
+    assert [block.fc1.bias[0].item() for block in layers(by_weight)] == [-1e4, -1e4]
 
 
 def test_importance_of_another_shape_is_refused_and_nothing_changes() -> None:
