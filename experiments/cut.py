@@ -11,9 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
-from trainpilot.experiments.export.command import check_out
 from trainpilot.experiments.export.job import quiet
-from trainpilot.experiments.export.source import Source, model_folder_of, read_source
+from trainpilot.experiments.export.source import Source, check_out, model_folder_of, read_source
 from trainpilot.experiments.options import CutOptions
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.cuts import (

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainpilot.llm_runtime.model_folder import teacher_folder, weights_digest
-from trainpilot.llm_runtime.models import LoadedModel, load_saved
 from trainpilot.llm_runtime.ranges import Range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from trainpilot.llm_runtime.models import LoadedModel
 
 IGNORED = -100
 """Label of a position that has nothing to predict, as in transformers."""
@@ -97,6 +98,8 @@ class Teacher:
         Raises:
             ValueError: there is no model with weights in the folder, or it has another vocabulary than the student.
         """
+        from trainpilot.llm_runtime.models import load_saved
+
         place = teacher_folder(folder)
         try:
             loaded = load_saved(place, own_precision=True)

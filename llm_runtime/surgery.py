@@ -6,14 +6,20 @@ optimiser steps, with no backward pass pending.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 Slice = tuple[nn.Parameter, int]
 """A parameter, and the dimension along which it is cut."""
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module is transformers' `Conv1D`, whose weights are [in, out]: only where that is loaded."""
+    layers = sys.modules.get("transformers.pytorch_utils")
+    return layers is not None and isinstance(module, layers.Conv1D)
 
 
 def output_dim(linear: nn.Module) -> int:
@@ -22,7 +28,7 @@ def output_dim(linear: nn.Module) -> int:
     Raises:
         ValueError: If the layer is of another kind.
     """
-    if isinstance(linear, Conv1D):
+    if is_transposed(linear):
         return 1
     if isinstance(linear, nn.Linear):
         return 0

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from trainpilot.llm_runtime.surgery import Slice, check_state, cut, output_dim, replace_content
+from trainpilot.llm_runtime.surgery import Slice, check_state, cut, is_transposed, output_dim, replace_content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,9 +207,9 @@ def _note_width(model: PreTrainedModel, layout: FfnLayout, width: int) -> None:
     for block in ffn_blocks(model):
         for name in layout.opening:
             linear = getattr(block, name)
-            setattr(linear, "nf" if isinstance(linear, Conv1D) else "out_features", width)
+            setattr(linear, "nf" if is_transposed(linear) else "out_features", width)
         closing = getattr(block, layout.closing)
-        setattr(closing, "nx" if isinstance(closing, Conv1D) else "in_features", width)
+        setattr(closing, "nx" if is_transposed(closing) else "in_features", width)
         if hasattr(block, "intermediate_size"):
             setattr(block, "intermediate_size", width)  # noqa: B010  mypy takes module attributes for tensors
     setattr(model.config, layout.width_field, width)

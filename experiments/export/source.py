@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainpilot.experiments.one_writer import lock_file
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.batches import Batch, fixed_batch
 from trainpilot.llm_runtime.data.corpus import load_corpus
 from trainpilot.llm_runtime.live_run import EVALUATION_SHARE, MAX_EVALUATION_TOKENS, MIN_EVALUATION_TOKENS
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_saved
 from trainpilot.llm_runtime.plain_values import read_json
+
+RESULT = "export.json"
+"""File that marks a folder as an export."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,23 @@ def read_source(path: Path, text: tuple[str, ...] | None, sequence_length: int |
         trained_tokens=tokens or None,
         run_test_loss=summary.get("final_test_loss") if own else None,
     )
+
+
+def check_out(out: Path, source: Path, marker: str = RESULT, earlier: str = "an earlier export") -> None:
+    """Refuse a folder with anything in it but an earlier result, which will be replaced.
+
+    Args:
+        out: The folder.
+        source: Folder of the model that is read.
+        marker: File that marks a folder as an earlier result.
+        earlier: What such a result is called.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {out}")
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"out must not hold the model that is read, got {out}; choose another --out")
+    if out.is_dir() and set(out.iterdir()) - {lock_file(out)} and not (out / marker).is_file():
+        raise ValueError(f"out must be new, empty or {earlier}, got {out}; choose another --out")
 
 
 def _read(file: Path) -> dict[str, Any]:
