@@ -33,6 +33,7 @@ from trainpilot.experiments.one_writer import one_writer
 from trainpilot.experiments.options import (
     CalibrateOptions,
     CompareOptions,
+    CutOptions,
     DemoOptions,
     DoctorOptions,
     ExportOptions,
@@ -53,6 +54,7 @@ COMMANDS = {
     "compare": CompareOptions,
     "calibrate": CalibrateOptions,
     "fit-sweep": FitSweepOptions,
+    "cut": CutOptions,
     "export": ExportOptions,
     "doctor": DoctorOptions,
     "inspect": InspectOptions,
@@ -106,7 +108,7 @@ def main() -> None:
 
 def _check_out(options: object) -> None:
     """Raise `OSError` where a command could not write its results, which it would find out after measuring."""
-    if isinstance(options, CalibrateOptions | FitSweepOptions | ExportOptions):
+    if isinstance(options, CalibrateOptions | FitSweepOptions | CutOptions | ExportOptions):
         check_writable(options.out)
     elif isinstance(options, CompareOptions):
         check_writable(options.folder)
@@ -148,6 +150,10 @@ def _run(options: object) -> None:
         from trainpilot.experiments.fit_sweep import fit_sweep
 
         fit_sweep(options, console)
+    elif isinstance(options, CutOptions):
+        from trainpilot.experiments.cut import cut
+
+        cut(options, console)
     elif isinstance(options, ExportOptions):
         from trainpilot.experiments.export.command import export
 

@@ -13,7 +13,7 @@ from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
 from trainpilot.llm_runtime.budget import Budget
-from trainpilot.llm_runtime.config import BYTES, MAX_VOCABULARY, Precision, Pruning, RunConfig
+from trainpilot.llm_runtime.config import BYTES, MAX_VOCABULARY, Precision, Pruning, PruningImportance, RunConfig
 from trainpilot.llm_runtime.ranges import Range, Whole, check_ranges, ranges_of
 from trainpilot.llm_runtime.schedules import ScheduleName
 
@@ -161,6 +161,16 @@ class ReplayOptions(Options):
     """Starting precision of the matrix products."""
     pruning: Pruning = RunConfig.pruning
     """What the policy may prune: nothing, weight masks (magnitude or evolution), or feed-forward channels (width)."""
+    pruning_importance: PruningImportance = RunConfig.pruning_importance
+    """Which channels `width` keeps: those of largest weights, or of largest activations on the validation text, which
+    costs less loss."""
+    teacher: str | None = RunConfig.teacher
+    """Folder of a larger model, or of a run that left one, whose predictions the run learns from too (distillation),
+    for example the model that --model was cut from. It must have the same vocabulary."""
+    distillation_weight: float = RunConfig.distillation_weight
+    """Share w of the teacher: (1 - w) x cross-entropy + w x T^2 x KL(teacher || model)."""
+    distillation_temperature: float = RunConfig.distillation_temperature
+    """T, by which both models' logits are divided before they are compared."""
     decisions: int | None = None
     """Decisions per run; by default as many as the policy was trained with, 50 without a policy."""
     preference: str = str(Preference())
@@ -386,6 +396,50 @@ class ReportOptions(Options):
     """The page to write, an .html file; an earlier one is replaced."""
     reference: Path | None = None
     """Folder of a run that the others are drawn against; by default the reference that `replay --reference` made."""
+
+
+Share = Annotated[float, Range(0, 1, above=True, below=True)]
+
+
+@with_ranges
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(Options):
+    """Cut a trained model down to a smaller one of the same architecture, by what does least on a held text.
+
+    Feed-forward channels go by their mean absolute activation, heads in whole groups by that of their outputs, and
+    blocks by how little they turn the hidden state (Minitron). Every block keeps the same sizes, so plain transformers
+    loads the result. Where several cuts are open, each is tried, and the one that adds least loss per parameter comes
+    first. Let the result learn from the model that it was cut from: replay --model OUT --teacher FOLDER.
+
+    Try for instance:
+
+      trainpilot cut runs/base --ffn 0.5 --out runs/narrow
+      trainpilot cut runs/base --ffn 0.5 --depth 0.67 --out runs/small
+      trainpilot cut my-llama --parameters 0.5 --text docs/*.md --out my-half-llama
+    """
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished run, or a model folder that save_pretrained wrote."""
+    out: Out
+    """Folder for the smaller model and cut.json. It must be new or an earlier cut, which is replaced."""
+    ffn: Share | None = None
+    """Share of the feed-forward channels that is kept."""
+    heads: Share | None = None
+    """Share of the groups of heads (key-value heads with their query heads) that is kept. GPT-2, GPT-NeoX and OPT
+    cannot lose heads."""
+    depth: Share | None = None
+    """Share of the blocks that is kept."""
+    parameters: Annotated[float, Range(0, 1e13, above=True)] | None = None
+    """Cut whatever costs least until so many parameters are left, or below 1 such a share of them. The three shares
+    above then say how far each part may be cut at most."""
+    text: tuple[str, ...] | None = None
+    """Text: its validation split says what does least, its test split what that costs; by default the run's, `stdlib`
+    for a model folder."""
+    sequence_length: int | None = None
+    """Tokens per sequence of that text; by default the run's, 128 for a model folder."""
+    device: Device = RunConfig.device
+    threads: Threads = 0
+    """Torch threads; 0 takes all cores."""
 
 
 @with_ranges

@@ -60,6 +60,7 @@ def summarise(
         "model": options.model,
         "pretrained": run.loaded.pretrained,
         "n_parameters": run.loaded.n_parameters,
+        **_teacher(run),
         "text": list(options.text),
         "vocabulary": run.corpus.vocabulary,
         "bytes_per_token": run.corpus.bytes_per_token,
@@ -82,6 +83,21 @@ def summarise(
     if reference is not None:
         summary["reference"] = _against(reference, summary)
     return summary
+
+
+def _teacher(run: LiveRun) -> dict[str, Any]:
+    """Return what the run learned from beside its text."""
+    teacher = run.trainer.teacher
+    if teacher is None:
+        return {}
+    n_parameters = sum(p.numel() for p in teacher.model.parameters())
+    return {
+        "teacher": run.config.teacher,
+        "teacher_digest": teacher.digest,
+        "teacher_parameters": n_parameters,
+        "distillation_weight": teacher.weight,
+        "distillation_temperature": teacher.temperature,
+    }
 
 
 def _cost(run: LiveRun, records: Sequence[DecisionRecord], options: ReplayOptions) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from trainpilot.llm_runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trainpilot.llm_runtime.config import ControlLimits, Controls, RunConfig
+    from trainpilot.llm_runtime.distillation import distillation_loss
     from trainpilot.llm_runtime.energy import EnergyMeter, EnergyReading, select_meter
     from trainpilot.llm_runtime.layers import body_parameters
     from trainpilot.llm_runtime.live_run import LiveRun
@@ -31,6 +32,7 @@ __all__ = [
     "Schedule",
     "Telemetry",
     "body_parameters",
+    "distillation_loss",
     "load_model",
     "select_meter",
     "step_law",
@@ -38,6 +40,7 @@ __all__ = [
 
 _NAMES = {
     "config": ["ControlLimits", "Controls", "RunConfig"],
+    "distillation": ["distillation_loss"],
     "energy": ["EnergyMeter", "EnergyReading", "select_meter"],
     "layers": ["body_parameters"],
     "live_run": ["LiveRun"],

@@ -27,6 +27,9 @@ Pruning = Literal["none", "magnitude", "evolution", "width"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 PRUNINGS: tuple[Pruning, ...] = get_args(Pruning)
 
+PruningImportance = Literal["weight", "activation"]
+PRUNING_IMPORTANCES: tuple[PruningImportance, ...] = get_args(PruningImportance)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Controls(JsonRecord):
@@ -142,7 +145,10 @@ OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 class RunConfig(JsonRecord):
     """One run, also called a case: one training of one model on one corpus under one budget."""
 
-    left_out_at_default: ClassVar[tuple[str, ...]] = ("vocabulary", "budget", "warmup_share")
+    left_out_at_default: ClassVar[tuple[str, ...]] = (
+        *("vocabulary", "budget", "warmup_share", "pruning_importance"),
+        *("teacher", "distillation_weight", "distillation_temperature"),
+    )
 
     model: str = "llama-nano"
     """A preset or config JSON (trained from scratch), a folder (fine-tuned if it holds weights) or a Hub id."""
@@ -171,6 +177,9 @@ class RunConfig(JsonRecord):
     """Starting precision."""
     pruning: Pruning = "none"
     """What the pruning control does: nothing, weight masks by magnitude or evolution, or feed-forward width."""
+    pruning_importance: PruningImportance = "weight"
+    """Which feed-forward channels `width` keeps: those of largest weights, or those of largest activations on the
+    validation text, which costs less loss."""
     decisions: Annotated[int, Whole(1, MAX_DECISIONS)] = 50
     """Decisions per run, at equal shares of the budget."""
     optimizer: OptimizerName = "adamw"
@@ -184,6 +193,14 @@ class RunConfig(JsonRecord):
     """AdamW's second-moment decay at the starting batch size; its half-life in tokens is kept."""
     gradient_clip: Annotated[float, Range(0, above=True)] = 1.0
     """Largest Euclidean norm of the gradient."""
+    teacher: str | None = None
+    """Folder of a larger model, or of a run that left one, whose predictions the run learns from too (distillation).
+    It must have the run's vocabulary, and is not trained."""
+    distillation_weight: Annotated[float, Range(0, 1)] = 0.5
+    """Share w of the teacher in the gradient: (1 - w) x cross-entropy + w x T^2 x KL(teacher || model). With 0 the
+    teacher is not even read. All losses that are reported are plain cross-entropy."""
+    distillation_temperature: Annotated[float, Range(0, above=True)] = 1.0
+    """T: both models' logits are divided by it before they are compared."""
     seed: Annotated[int, Whole(0, MAX_INT)] = 0
     """Seeds the initial weights and the data order."""
     device: str = "auto"
@@ -194,6 +211,7 @@ class RunConfig(JsonRecord):
         self._check_choices()
         self._check_vocabulary()
         self._check_optimiser()
+        self._check_teacher()
         self._check_warmup()
         if self.measured_budget() is not None:
             return
@@ -217,12 +235,29 @@ class RunConfig(JsonRecord):
             )
 
     def _check_choices(self) -> None:
-        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "pruning": PRUNINGS, "optimizer": OPTIMIZERS}
+        choices = {
+            "schedule": SCHEDULES,
+            "precision": PRECISIONS,
+            "pruning": PRUNINGS,
+            "pruning_importance": PRUNING_IMPORTANCES,
+            "optimizer": OPTIMIZERS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.pruning_importance != "weight" and self.pruning != "width":
+            raise ValueError(
+                f"pruning_importance must be 'weight' where pruning is not 'width', got {self.pruning_importance!r}"
+            )
         if not self.text:
             raise ValueError("text must name at least one source, got none; the default is 'stdlib'")
+
+    def _check_teacher(self) -> None:
+        if self.teacher is not None and not self.teacher.strip():
+            raise ValueError(f"teacher must name a folder, got {self.teacher!r}; leave it out to learn from text alone")
+        for name in ("distillation_weight", "distillation_temperature"):
+            if self.teacher is None and (value := getattr(self, name)) != getattr(RunConfig, name):
+                raise ValueError(f"{name} must be left out without a teacher, got {value}; give teacher a folder")
 
     def _check_vocabulary(self) -> None:
         size = self.vocabulary

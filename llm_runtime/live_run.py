@@ -37,15 +37,18 @@ from trainpilot.llm_runtime.config import (
 )
 from trainpilot.llm_runtime.data.batches import BatchStream, fixed_batch
 from trainpilot.llm_runtime.data.corpus import Corpus, load_corpus
+from trainpilot.llm_runtime.distillation import Teacher
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, NoMeter
 from trainpilot.llm_runtime.energy.plausible import plausible_meter
 from trainpilot.llm_runtime.files import cache_dir, digest
+from trainpilot.llm_runtime.importance import channel_activations
 from trainpilot.llm_runtime.interval import StepRecord
 from trainpilot.llm_runtime.layers import body_parameters
 from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_memory
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model_of
 from trainpilot.llm_runtime.optimizer import averaged_weights
+from trainpilot.llm_runtime.plain_values import shown
 from trainpilot.llm_runtime.precision import kept_step_seconds, lacking, masked_precisions, measured_on, synchronise
 from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices
 from trainpilot.llm_runtime.probe import ProbeResult
@@ -99,6 +102,8 @@ class Trainer(ControlledLoop):
         self.scaler = self._new_scaler()
         self.micro_batch_size: int | None = None
         """Sequences that go through the model at once, once memory has run out; until then a whole batch."""
+        self.teacher: Teacher | None = None
+        """A model whose predictions the gradient is of too; `None` where the text alone is learned."""
         self.attach()
 
     def _new_scaler(self) -> torch.amp.GradScaler:
@@ -122,17 +127,21 @@ class Trainer(ControlledLoop):
     def _gradient(self, batch: torch.Tensor, precision: Precision) -> torch.Tensor:
         """Add up the batch's gradient in micro-batches, and return its mean loss, a scalar.
 
-        Where memory runs out, the micro-batch is halved and this batch is started again.
+        The gradient is of a mixture where there is a teacher; the loss is always the cross-entropy. Where memory runs
+        out, the micro-batch is halved and this batch is started again.
         """
         while True:
             micro = min(self.micro_batch_size or len(batch), len(batch))
             total = torch.zeros((), device=self.device)
             try:
                 for part in torch.split(batch, micro):  # (b, T + 1)
+                    share = len(part) / len(batch)
                     with self.autocast(precision):
-                        loss = self.loss(part) * (len(part) / len(batch))
-                    torch.autograd.backward(self.scaler.scale(loss))
-                    total += loss.detach()
+                        logits = self._logits(part)
+                        loss = _cross_entropy(logits, part)
+                        aim = loss if self.teacher is None else self.teacher.mixed(loss, logits, part)
+                    torch.autograd.backward(self.scaler.scale(aim * share))
+                    total += loss.detach() * share
                 return total
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -141,8 +150,12 @@ class Trainer(ControlledLoop):
 
     def loss(self, sequences: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy of the next token, in nats/token, for sequences of shape (b, T + 1)."""
-        logits = self.model(input_ids=sequences[:, :-1], use_cache=False).logits  # (b, T, V)
-        return F.cross_entropy(logits.float().flatten(0, 1), sequences[:, 1:].flatten())
+        return _cross_entropy(self._logits(sequences), sequences)
+
+    def _logits(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Return the logits for all but the last token of sequences of shape (b, T + 1), of shape (b, T, V)."""
+        logits: torch.Tensor = self.model(input_ids=sequences[:, :-1], use_cache=False).logits
+        return logits
 
     def _shrink_micro_batch(self, micro: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,6 +235,11 @@ class Trainer(ControlledLoop):
         self.micro_batch_size = snapshot["micro_batch_size"]
 
 
+def _cross_entropy(logits: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of the next token, a scalar, for logits (b, T, V) of sequences of shape (b, T + 1)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), sequences[:, 1:].flatten())
+
+
 def progress_of(config: RunConfig) -> BudgetProgress:
     """Return the beginning of a run's budget."""
     budget, length = config.measured_budget(), config.sequence_length
@@ -241,6 +259,8 @@ TokenArray = NDArray[np.unsignedinteger[Any]]
 EVALUATION_SHARE = 0.02
 """An evaluation takes this share of the run's tokens, within the two bounds below."""
 MIN_EVALUATION_TOKENS, MAX_EVALUATION_TOKENS = 8_192, 262_144
+IMPORTANCE_TOKENS = 8_192
+"""Tokens of validation text, at most, on which the importance of feed-forward channels is measured."""
 STEP_VISIT_S = 0.05
 """Seconds for which steps are timed on end before a run under a budget in seconds or joules."""
 
@@ -276,11 +296,16 @@ class LiveRun:
         self.random_state = RandomState(self.device, config.seed)
         with self.random_state.apart():
             self.loaded: LoadedModel = load_model_of(config)
-        _check_context(self.loaded, config)
+            teacher = self._teacher()
+        for each in (self.loaded.model, *([teacher.model] if teacher is not None else [])):
+            _check_context(each, config)
         self.corpus: Corpus = load_corpus(config.text, self.loaded.tokenizer)
         self.stream = BatchStream(self.corpus.train, config.sequence_length, config.seed)
         self.meter = plausible_meter(meter if meter is not None else select_meter(str(self.device)))
         self.trainer = Trainer(self.loaded.model, config, self.device, self.meter, self.clock)
+        self.trainer.teacher = teacher
+        if config.pruning_importance == "activation":
+            self.trainer.channel_importance = self._channel_importance
         self.progress = self.trainer.progress
         self.target_share = 0.0
         """Share of the budget at which the newest interval ends."""
@@ -289,6 +314,13 @@ class LiveRun:
         self.validation_loss: float | None = None
         self.tokens = self._expected_tokens()
         """Tokens of the whole run; under a budget in seconds or joules an estimate, from the cost of a first step."""
+
+    def _teacher(self) -> Teacher | None:
+        config = self.config
+        if config.teacher is None or config.distillation_weight == 0:
+            return None
+        weight, temperature = config.distillation_weight, config.distillation_temperature
+        return Teacher.load(config.teacher, self.loaded, self.device, weight, temperature)
 
     def _expected_tokens(self) -> int:
         """Return the tokens of the whole run, and begin a budget in seconds or joules with the cost of a step."""
@@ -431,6 +463,13 @@ class LiveRun:
         windows = fixed_batch(tokens, self.config.sequence_length, self.evaluation_sequences)
         return self.trainer.evaluate(windows)
 
+    def _channel_importance(self) -> list[torch.Tensor]:
+        """Return how much each feed-forward channel does on windows of the validation text."""
+        count = min(max(IMPORTANCE_TOKENS // self.config.sequence_length, 1), self.evaluation_sequences)
+        windows = fixed_batch(self.corpus.validation, self.config.sequence_length, count)
+        sequences = torch.from_numpy(windows[:, :-1]).to(self.device)
+        return channel_activations(self.loaded.model, sequences, self.trainer.micro_batch)
+
     def save(self, folder: Path) -> None:
         """Write the model as `evaluate` sees it (schedule-free's averaged weights), for plain transformers."""
         with averaged_weights(self.trainer.optimizer):
@@ -445,7 +484,12 @@ class LiveRun:
             **self.progress.state_dict(),
             "target_share": self.target_share,
             "validation_loss": self.validation_loss,
+            **self._teacher_digest(),
         }
+
+    def _teacher_digest(self) -> dict[str, str]:
+        teacher = self.trainer.teacher
+        return {} if teacher is None else {"teacher": teacher.digest}
 
     def is_finite(self) -> bool:
         """Return whether all weights are finite numbers, so that a run can go on from them."""
@@ -455,6 +499,9 @@ class LiveRun:
         """Raise `ValueError` for a snapshot from a file that `restore` cannot go back to, or that is no snapshot."""
         SavedRun.from_json(snapshot)
         self.progress.check_state(snapshot)
+        own, theirs = self._teacher_digest().get("teacher"), snapshot.get("teacher")
+        if own != theirs:
+            raise ValueError(f"teacher must be the one that the run began with, {shown(theirs)}, got {shown(own)}")
         self.trainer.check_snapshot(snapshot["trainer"])
         self.random_state.check_state(snapshot["random_state"])
 
@@ -471,8 +518,9 @@ class LiveRun:
     @property
     def _key(self) -> str:
         """What the seconds of a step depend on, besides the device."""
-        config = self.config
-        return f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
+        config, teacher = self.config, self.trainer.teacher
+        key = f"{self.loaded.model.config.to_json_string()}|{config.batch_size}|{config.sequence_length}"
+        return key if teacher is None else f"{key}|{teacher.model.config.to_json_string()}"
 
     def _masked_precisions(self) -> dict[Precision, str]:
         config = self.config
@@ -547,8 +595,8 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _check_context(loaded: LoadedModel, config: RunConfig) -> None:
-    limit = context_length(loaded.model.config)
+def _check_context(model: PreTrainedModel, config: RunConfig) -> None:
+    limit = context_length(model.config)
     if limit is not None and config.sequence_length > limit:
         raise ValueError(
             f"sequence_length must not exceed the model's context of {limit} tokens, got {config.sequence_length}"

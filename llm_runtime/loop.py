@@ -120,6 +120,8 @@ class ControlledLoop:
         self.pruning = pruning
         self.masks = WeightMasks(model, pruning) if pruning in ("magnitude", "evolution") else None
         self.start_width = channels.ffn_width(self._transformer()) if pruning == "width" else 0
+        self.channel_importance: Callable[[], list[Tensor]] | None = None
+        """Measures the importance of each feed-forward channel, layer by layer; by default the norm of its weights."""
         rates = [_first_rate(group) for group in optimizer.param_groups]
         self.peak = max(rates)
         """Peak of the base schedule: the highest learning rate among the optimizer's groups at the beginning."""
@@ -219,7 +221,8 @@ class ControlledLoop:
         if self.start_width:
             keep = channels.channels_for(controls.sparsity, self.start_width)
             if keep < channels.ffn_width(self._transformer()):
-                channels.remove_channels(self._transformer(), self.optimizer, keep)
+                importance = None if self.channel_importance is None else self.channel_importance()
+                channels.remove_channels(self._transformer(), self.optimizer, keep, importance)
 
     def check_precision(self, precision: Precision) -> None:
         """Raise `ValueError` if the device lacks a precision."""

@@ -107,10 +107,14 @@ def load_model(name: str, seed: int) -> LoadedModel:
     return blueprint.build(seed, blueprint.tokenizer or ByteTokenizer())
 
 
-def load_saved(folder: Path) -> LoadedModel:
+def load_saved(folder: Path, *, own_precision: bool = False) -> LoadedModel:
     """Return a model from the folder that `LoadedModel.save` or plain transformers wrote.
 
     One without a tokenizer is taken for a model of bytes if its vocabulary is theirs.
+
+    Args:
+        folder: The folder.
+        own_precision: Keep the number format that the weights are stored in, instead of float32.
 
     Raises:
         ValueError: the model cannot be loaded, is quantised already, or has no tokenizer.
@@ -119,10 +123,11 @@ def load_saved(folder: Path) -> LoadedModel:
     if "quantization_config" in config:
         raise ValueError(f"model: {folder} is quantised already; give the model that it was made from")
     if holds_tokenizer(folder):
-        return _from_pretrained(str(folder), of_bytes=ByteTokenizer.lies_in(folder))
+        of_bytes = ByteTokenizer.lies_in(folder)
+        return _from_pretrained(str(folder), of_bytes=of_bytes, own_precision=own_precision)
     if config.get("vocab_size") != ByteTokenizer.vocabulary:
         raise ValueError(f"model: {folder} has no tokenizer; save it there with tokenizer.save_pretrained")
-    return _from_pretrained(str(folder), of_bytes=True)
+    return _from_pretrained(str(folder), of_bytes=True, own_precision=own_precision)
 
 
 def load_model_of(config: RunConfig) -> LoadedModel:
@@ -261,9 +266,9 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
 
 
-def _from_pretrained(name: str, *, of_bytes: bool = False) -> LoadedModel:
+def _from_pretrained(name: str, *, of_bytes: bool = False, own_precision: bool = False) -> LoadedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if own_precision else torch.float32)
         tokenizer = ByteTokenizer() if of_bytes else PretrainedTokenizer(AutoTokenizer.from_pretrained(name))
     except Exception as error:  # offline, gated, missing, damaged: the Hub client has a class for each
         if Path(name).is_dir():
@@ -308,13 +313,14 @@ def _fault(model: PreTrainedModel) -> str | None:
     if not bool(torch.isfinite(logits).all()):
         return "computes values that are not finite; look for a number in its config that is none"
     before = logits[:, :-1]
-    if before.numel() and float((before[0] - before[1]).abs().max()) > NOISE * float(logits.abs().max()):
+    noise = max(NOISE, 4 * torch.finfo(logits.dtype).eps)
+    if before.numel() and float((before[0] - before[1]).abs().max()) > noise * float(logits.abs().max()):
         return "sees the tokens that it is to predict, as an encoder does; take a causal model (llama, gpt2, ...)"
     return None
 
 
 NOISE = 1e-4
-"""Largest change of logits, over the largest of them, that is put down to rounding."""
+"""Largest change of logits, over the largest of them, that is put down to rounding, at least."""
 
 
 def _one_line(error: Exception) -> str:

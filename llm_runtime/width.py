@@ -11,6 +11,7 @@ parameters, such as DistributedDataParallel, must be made again afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainpilot.llm_runtime.layers import is_transposed
+from trainpilot.llm_runtime.surgery import Slice, check_state, cut, output_dim, replace_content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +45,7 @@ FFN_LAYOUTS: dict[str, FfnLayout] = {
     "llama": _GATED,
     "mistral": _GATED,
     "opt": FfnLayout(opening=("fc1",), closing="fc2", width_field="ffn_dim"),
+    "phi": FfnLayout(opening=("fc1",), closing="fc2"),
     "qwen2": _GATED,
     "qwen3": _GATED,
 }
@@ -79,40 +82,74 @@ def ffn_width(model: PreTrainedModel) -> int:
         ValueError: If the model type has no layout here.
     """
     layout = _layout(model)
-    parameter, dim = _channel_parameters(_blocks(model, layout)[0], layout)[0]
+    parameter, dim = _channel_parameters(ffn_blocks(model)[0], layout)[0]
     return parameter.shape[dim]
 
 
-@torch.no_grad()
-def remove_channels(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, n_keep: int) -> None:
-    """Keep the `n_keep` channels of largest norm in every layer, in their order, and remove the others.
+def ffn_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules that own the feed-forward layers, in the order of the model.
 
-    The norm of a channel is the root of the sum of the squared weights it has in all matrices and biases of
-    its block; of two equal ones the lower index is kept. Optimiser state tensors that have the shape of a
-    parameter are cut in the same way; the gradients of cut parameters become `None`.
+    Raises:
+        ValueError: If the model type has no layout here.
+    """
+    layout = _layout(model)
+    names = {*layout.opening, layout.closing}
+    return [module for module in model.modules() if names <= {name for name, _ in module.named_children()}]
+
+
+def closing_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the last layer of each feed-forward block, whose inputs are the activations of the channels.
+
+    Raises:
+        ValueError: If the model type has no layout here.
+    """
+    name = _layout(model).closing
+    return [getattr(block, name) for block in ffn_blocks(model)]
+
+
+@torch.no_grad()
+def remove_channels(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer | None,
+    n_keep: int,
+    importance: Sequence[Tensor] | None = None,
+) -> None:
+    """Keep the `n_keep` most important channels in every layer, in their order, and remove the others.
+
+    Of two equal ones the lower index is kept. Optimiser state tensors that have the shape of a parameter are cut
+    in the same way; the gradients of cut parameters become `None`.
 
     Args:
         model: The model; its matrices, module attributes and config change in place.
         optimizer: The optimiser of these parameters, or `None`.
         n_keep: Channels per layer to keep, in [1, `ffn_width(model)`].
+        importance: Importance of each channel, of shape [width] for each layer, such as `channel_activations`
+            returns. By default the norm of its weights: the root of the sum of the squared weights that a channel
+            has in all matrices and biases of its block.
 
     Raises:
-        ValueError: If the model type has no layout here, `n_keep` is out of its range, or the optimiser keeps
-            factored state, which cannot be cut. The model is unchanged then.
+        ValueError: If the model type has no layout here, `n_keep` or the shape of `importance` is wrong, or the
+            optimiser keeps factored state, which cannot be cut. The model is unchanged then.
     """
     layout, width = _layout(model), ffn_width(model)
     if not 1 <= n_keep <= width:
         raise ValueError(f"n_keep must be in [1, {width}], the channels of the model, got {n_keep}")
+    groups = [_channel_parameters(block, layout) for block in ffn_blocks(model)]
+    if importance is not None and [tuple(each.shape) for each in importance] != [(width,)] * len(groups):
+        raise ValueError(
+            f"importance must be a number for each of {width} channels in each of {len(groups)} layers, got "
+            f"{[tuple(each.shape) for each in importance]}"
+        )
     if n_keep == width:
         return
-    groups = [_channel_parameters(block, layout) for block in _blocks(model, layout)]
-    _check_state(optimizer, groups)
-    for group in groups:
-        order = _channel_norms(group).argsort(descending=True, stable=True)
+    check_state(optimizer, [each for group in groups for each in group])
+    if importance is None:
+        importance = [_channel_norms(group) for group in groups]
+    for group, values in zip(groups, importance, strict=True):
+        order = values.argsort(descending=True, stable=True)
         kept = order[:n_keep].sort().values  # [n_keep]
         for parameter, dim in group:
-            _cut_state(optimizer, parameter, dim, kept)
-            _replace(parameter, parameter.detach().index_select(dim, kept))
+            cut(optimizer, parameter, dim, kept)
     _note_width(model, layout, n_keep)
 
 
@@ -130,11 +167,11 @@ def resize(model: PreTrainedModel, width: int) -> None:
     layout = _layout(model)
     if width == ffn_width(model):
         return
-    for block in _blocks(model, layout):
+    for block in ffn_blocks(model):
         for parameter, dim in _channel_parameters(block, layout):
             shape = list(parameter.shape)
             shape[dim] = width
-            _replace(parameter, parameter.new_zeros(shape))
+            replace_content(parameter, parameter.new_zeros(shape))
     _note_width(model, layout, width)
 
 
@@ -145,34 +182,19 @@ def _layout(model: PreTrainedModel) -> FfnLayout:
     return FFN_LAYOUTS[kind]
 
 
-def _blocks(model: PreTrainedModel, layout: FfnLayout) -> list[nn.Module]:
-    """List the modules that own the layout's layers, in the order of the model."""
-    names = {*layout.opening, layout.closing}
-    return [module for module in model.modules() if names <= {name for name, _ in module.named_children()}]
-
-
-def _channel_parameters(block: nn.Module, layout: FfnLayout) -> list[tuple[nn.Parameter, int]]:
+def _channel_parameters(block: nn.Module, layout: FfnLayout) -> list[Slice]:
     """List the parameters of a block that hold channels, each with the dimension the channels lie along."""
-    found: list[tuple[nn.Parameter, int]] = []
+    found: list[Slice] = []
     for name in layout.opening:
         linear = getattr(block, name)
-        found.append((linear.weight, _output_dim(linear)))
+        found.append((linear.weight, output_dim(linear)))
         if linear.bias is not None:
             found.append((linear.bias, 0))
     closing = getattr(block, layout.closing)
-    return [*found, (closing.weight, 1 - _output_dim(closing))]
+    return [*found, (closing.weight, 1 - output_dim(closing))]
 
 
-def _output_dim(linear: nn.Module) -> int:
-    """Return the dimension of the outputs: weights are [out, in] in `nn.Linear` and [in, out] in `Conv1D`."""
-    if is_transposed(linear):
-        return 1
-    if isinstance(linear, nn.Linear):
-        return 0
-    raise ValueError(f"feed-forward layers must be nn.Linear or Conv1D, got {type(linear).__name__}")
-
-
-def _channel_norms(group: list[tuple[nn.Parameter, int]]) -> Tensor:
+def _channel_norms(group: list[Slice]) -> Tensor:
     """Return the L2 norm of each channel over the parameters of its block, [width]."""
     squares = [
         parameter.detach().movedim(dim, 0).reshape(parameter.shape[dim], -1).float().square().sum(dim=1)
@@ -181,41 +203,9 @@ def _channel_norms(group: list[tuple[nn.Parameter, int]]) -> Tensor:
     return torch.stack(squares).sum(dim=0).sqrt()
 
 
-def _check_state(optimizer: torch.optim.Optimizer | None, groups: list[list[tuple[nn.Parameter, int]]]) -> None:
-    if optimizer is None:
-        return
-    for parameter, _ in (pair for group in groups for pair in group):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
-                raise ValueError(
-                    f"optimizer state must have its parameter's shape {tuple(parameter.shape)} to be cut, "
-                    f"{type(optimizer).__name__} keeps {name!r} as {tuple(value.shape)}"
-                )
-
-
-def _cut_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, dim: int, kept: Tensor) -> None:
-    """Cut the state tensors of `parameter`, which still has its old shape, to the channels `kept`."""
-    if optimizer is None or parameter not in optimizer.state:
-        return
-    state = optimizer.state[parameter]
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            state[name] = value.index_select(dim, kept.to(value.device))
-
-
-def _replace(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give `parameter` new content of another shape and drop its gradient."""
-    parameter.grad = None
-    # Autograd keeps the old shape as long as any loss of this model exists, and the next backward pass would
-    # fail on it. Only a change of dtype or device clears it: hence the empty tensor in between.
-    passing = torch.float32 if data.dtype == torch.float16 else torch.float16
-    parameter.data = data.new_empty(0, dtype=passing)
-    parameter.data = data
-
-
 def _note_width(model: PreTrainedModel, layout: FfnLayout, width: int) -> None:
     """Write the new width where modules and config state it."""
-    for block in _blocks(model, layout):
+    for block in ffn_blocks(model):
         for name in layout.opening:
             linear = getattr(block, name)
             setattr(linear, "nf" if is_transposed(linear) else "out_features", width)

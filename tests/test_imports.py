@@ -106,6 +106,7 @@ EXTRA_OF = {
     "experiments.replay": "train",
     "experiments.calibrate.command": "train",
     "experiments.fit_sweep": "train",
+    "experiments.cut": "train",
     "experiments.doctor": "train",
     "experiments.report.run_page": "report",
     "experiments.train_agent": "agent",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         schedule_of,
         shipped_policies,
     )
+    from trainpilot.llm_runtime import distillation_loss
 
 __all__ = [
     "BaseSchedule",
@@ -33,9 +34,12 @@ __all__ = [
     "Steering",
     "SteeringSettings",
     "batches",
+    "distillation_loss",
     "schedule_of",
     "shipped_policies",
 ]
+_OF_RUNTIME = ("distillation_loss",)
+"""Names that come from `llm_runtime`; the others come from `agents`."""
 
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "envs").is_dir():  # in a checkout the sub-packages stand beside this folder, not in it
@@ -57,7 +61,8 @@ if not TYPE_CHECKING:
             return _version()
         if name not in __all__:
             raise AttributeError(f"module 'trainpilot' has no attribute {name!r}")
-        return getattr(import_module("trainpilot.agents"), name)
+        package = "trainpilot.llm_runtime" if name in _OF_RUNTIME else "trainpilot.agents"
+        return getattr(import_module(package), name)
 
     def __dir__() -> list[str]:
         """Return the public names."""

@@ -30,8 +30,10 @@ from trainpilot.llm_runtime.schedules import ScheduleName
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 UNKNOWN = "unknown"
 """Architecture of a model whose config is not on this machine."""
-COMMON_FIELDS = tuple(f.name for f in fields(RunConfig) if f.name != "seed")
-"""Fields that a case may set; seeds are set by the comparison."""
+NO_CASE_FIELDS = ("seed", "teacher", "distillation_weight", "distillation_temperature")
+"""Fields that a case may not set: seeds are set by the comparison, and cost tables know of no teacher."""
+COMMON_FIELDS = tuple(f.name for f in fields(RunConfig) if f.name not in NO_CASE_FIELDS)
+"""Fields that a case may set."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,8 @@ from trainpilot.experiments.export.result import (
     heading,
     markdown,
 )
-from trainpilot.experiments.export.source import Source, model_folder_of, read_source
+from trainpilot.experiments.export.source import RESULT, Source, check_out, model_folder_of, read_source
 from trainpilot.experiments.inspect_policy import titled_table
-from trainpilot.experiments.one_writer import lock_file
 from trainpilot.experiments.options import ExportOptions
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.export.formats import FORMATS, format_fault
@@ -31,8 +30,6 @@ from trainpilot.llm_runtime.models import context_length
 from trainpilot.llm_runtime.precision import device_name
 from trainpilot.llm_runtime.process import use_threads
 
-RESULT = "export.json"
-"""File that marks a folder as an export."""
 ALL = "all"
 
 
@@ -92,16 +89,6 @@ def _wanted(formats: str) -> list[str]:
         if name not in FORMATS:
             raise ValueError(f"format must be {ALL}, or among {', '.join(FORMATS)}, got {name!r}")
     return list(dict.fromkeys(names))
-
-
-def check_out(out: Path, source: Path) -> None:
-    """Refuse a folder with anything in it but an earlier export, which will be replaced."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got the file {out}")
-    if source.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"out must not hold the model that is exported, got {out}; choose another --out")
-    if out.is_dir() and set(out.iterdir()) - {lock_file(out)} and not (out / RESULT).is_file():
-        raise ValueError(f"out must be new, empty or an earlier export, got {out}; choose another --out")
 
 
 def _check_counts(options: ExportOptions) -> None:

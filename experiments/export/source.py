@@ -1,4 +1,4 @@
-"""Read what is to be exported: a run's folder or a model folder, and the text that its loss is measured on."""
+"""Read a trained model that is to be exported or cut, from a run's folder or a model folder, and its held text."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainpilot.experiments.one_writer import lock_file
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.batches import Batch, fixed_batch
 from trainpilot.llm_runtime.data.corpus import load_corpus
 from trainpilot.llm_runtime.live_run import EVALUATION_SHARE, MAX_EVALUATION_TOKENS, MIN_EVALUATION_TOKENS
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_saved
 from trainpilot.llm_runtime.plain_values import read_json
+
+RESULT = "export.json"
+"""File that marks a folder as an export."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class Source:
     text: tuple[str, ...]
     windows: Batch
     """Evenly spaced over the test split, shape (n, T + 1)."""
+    validation: Batch
+    """The same of the validation split."""
     trained_tokens: int | None
     """Tokens that the run has trained on; `None` for a model folder."""
     run_test_loss: float | None
@@ -75,17 +81,35 @@ def read_source(path: Path, text: tuple[str, ...] | None, sequence_length: int |
         raise ValueError(f"sequence_length must be in [1, {limit}], the model's context in tokens, got {length}")
     tokens = summary.get("tokens") or int(run.get("tokens", 0))
     wanted = min(max(EVALUATION_SHARE * int(run.get("tokens", 0)), MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
-    test = load_corpus(sources, loaded.tokenizer).test
+    corpus, count = load_corpus(sources, loaded.tokenizer), max(int(wanted) // length, 1)
     own = text is None and sequence_length is None
     return Source(
         path=path,
         model_folder=folder,
         loaded=loaded,
         text=sources,
-        windows=fixed_batch(test, length, max(int(wanted) // length, 1)),
+        windows=fixed_batch(corpus.test, length, count),
+        validation=fixed_batch(corpus.validation, length, count),
         trained_tokens=tokens or None,
         run_test_loss=summary.get("final_test_loss") if own else None,
     )
+
+
+def check_out(out: Path, source: Path, marker: str = RESULT, earlier: str = "an earlier export") -> None:
+    """Refuse a folder with anything in it but an earlier result, which will be replaced.
+
+    Args:
+        out: The folder.
+        source: Folder of the model that is read.
+        marker: File that marks a folder as an earlier result.
+        earlier: What such a result is called.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {out}")
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"out must not hold the model that is read, got {out}; choose another --out")
+    if out.is_dir() and set(out.iterdir()) - {lock_file(out)} and not (out / marker).is_file():
+        raise ValueError(f"out must be new, empty or {earlier}, got {out}; choose another --out")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainpilot.llm_runtime.config import RunConfig
-from trainpilot.llm_runtime.model_folder import holds_tokenizer, holds_weights
+from trainpilot.llm_runtime.model_folder import holds_tokenizer, holds_weights, teacher_folder, weights_digest
 
 DOCUMENT_END = "\0"
 """Separates two documents; a file that contains it is not accepted as text, so no document does."""
@@ -217,19 +217,21 @@ def _load_rows(source: str, parts: re.Match[str]) -> Any:
 
 
 def content_digest(config: RunConfig) -> str:
-    """Return a digest of the run's text and of its model's local files.
+    """Return a digest of the run's text, of its model's local files, and of its teacher if it has one.
 
-    A config JSON counts by its content, so that the digest is the same on every machine; the files of a folder, which
-    may be large, count by name, size and date.
+    A config JSON counts by its content, so that the digest is the same on every machine, and so does a teacher; the
+    files of a model's folder, which may be large, count by name, size and date.
 
     Raises:
-        ValueError: the text or the model's config cannot be read.
+        ValueError: the text, the model's config or the teacher cannot be read.
     """
     digest = blake2b(digest_size=8)
     for document in read_documents(config.text):
         digest.update(document.encode("utf-8"))
         digest.update(b"\0")
     digest.update(_model_content(Path(config.model)))
+    if config.teacher is not None and config.distillation_weight:
+        digest.update(weights_digest(teacher_folder(config.teacher)).encode())
     return digest.hexdigest()
 
 

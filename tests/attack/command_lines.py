@@ -108,6 +108,10 @@ WRONG_REPLAY: dict[str, st.SearchStrategy[str]] = {
     "schedule": _words(),
     "precision": _words(),
     "pruning": _words(),
+    "pruning-importance": _words(),
+    "teacher": _words(),
+    "distillation-weight": _no_share(),
+    "distillation-temperature": _no_positive(),
     "mode": _words(),
     "device": _words(),
     "policy": _words(),
@@ -323,21 +327,38 @@ def _fit_sweep(seed: int) -> Iterator[Line]:
     yield arguments("fit-sweep", base)
 
 
+NO_MODELS = (
+    "",
+    "nosuch",
+    "folder",
+    "text.txt",
+    "binary",
+    "fifo",
+    "loop",
+    "taken-run",
+    "taken-list",
+    ".",
+    "x" * 300,
+)
+
+
+def _cut(seed: int) -> Iterator[Line]:
+    base: Options = {"out": "out", "ffn": "0.5"}
+    for name in NO_MODELS:
+        yield arguments("cut", base, (name,))
+    for number, name in enumerate(("ffn", "heads", "depth")):
+        for value in drawn(_no_share(), 3, seed + number):
+            yield arguments("cut", changed(base, {name: value}), ("taken-run",))
+    for value in drawn(_no_positive(), 3, seed):
+        yield arguments("cut", changed(base, {"parameters": value}), ("taken-run",))
+    for options in ({"ffn": False}, {"device": "tpu"}, {"out": "text.txt"}, {"out": "."}, {"out": "taken-other"},
+                    {"threads": "-1"}, {"out": False}):  # fmt: skip
+        yield arguments("cut", changed(base, options), ("taken-run",))
+
+
 def _export(seed: int) -> Iterator[Line]:
     base: Options = {"out": "out"}
-    for name in (
-        "",
-        "nosuch",
-        "folder",
-        "text.txt",
-        "binary",
-        "fifo",
-        "loop",
-        "taken-run",
-        "taken-list",
-        ".",
-        "x" * 300,
-    ):
+    for name in NO_MODELS:
         yield arguments("export", base, (name,))
     for value in drawn(_words(), 3, seed):
         yield arguments("export", changed(base, {"format": value}), ("taken-run",))
@@ -377,7 +398,7 @@ def _others(seed: int) -> Iterator[Line]:
 
 
 LISTS: tuple[Callable[[int], Iterator[Line]], ...] = (
-    _replay, _train_agent, _compare, _calibrate, _fit_sweep, _export, _inspect, _others,
+    _replay, _train_agent, _compare, _calibrate, _fit_sweep, _cut, _export, _inspect, _others,
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from trainpilot.experiments import cli, one_writer
-from trainpilot.experiments.export.command import check_out
+from trainpilot.experiments.export.source import check_out
 from trainpilot.experiments.one_writer import NAME, lock_file
 
 
@@ -123,6 +123,7 @@ WRITERS = {
     "compare": (),
     "calibrate": (),
     "fit-sweep": ("sweep.csv",),
+    "cut": ("model",),
     "export": ("model",),
 }
 

@@ -13,11 +13,14 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
+
+from trainpilot.llm_runtime.structure import blocks
 
 VOCABULARY = 32
 WIDTH = 24
@@ -44,6 +47,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     ),
     "gpt_neox": GPTNeoXConfig(**_SHARED, intermediate_size=WIDTH, max_position_embeddings=32),
+    "phi": PhiConfig(
+        **_GATED | {"partial_rotary_factor": 0.5}, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0
+    ),
     "opt": OPTConfig(
         **_SHARED, ffn_dim=WIDTH, word_embed_proj_dim=12, max_position_embeddings=32, dropout=0.0
     ),
@@ -65,6 +71,11 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def layers(model: PreTrainedModel) -> list[Any]:
+    """Return the blocks of a model, whose parts mypy does not know."""
+    return list(blocks(model))
 
 
 def tokens(seed: int = 0) -> Tensor:

@@ -41,6 +41,12 @@ BAD: list[tuple[str, Any, str]] = [
     ("schedule", "poly", "schedule must be one of linear, cosine, wsd, constant, got 'poly'"),
     ("precision", "fp8", "precision must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
     ("pruning", "random", "pruning must be one of none, magnitude, evolution, width, got 'random'"),
+    ("pruning_importance", "size", "pruning_importance must be one of weight, activation, got 'size'"),
+    (
+        "pruning_importance",
+        "activation",
+        "pruning_importance must be 'weight' where pruning is not 'width', got 'activation'",
+    ),
     ("optimizer", "sgd", "optimizer must be one of adamw, schedule-free, prodigy, got 'sgd'"),
     ("text", (), "text must name at least one source, got none; the default is 'stdlib'"),
     ("warmup_tokens", -1, "warmup_tokens must be in [0, tokens), got -1"),

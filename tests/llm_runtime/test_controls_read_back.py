@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from live_runs import GPT2, LLAMA, advance, case, live_run, same_bits, weights
+from pruning_models import layers
 from torch import Tensor, nn
 
 from trainpilot.llm_runtime.config import Controls, Precision
+from trainpilot.llm_runtime.data.batches import fixed_batch
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.optimizer import update_direction
 
@@ -300,6 +302,32 @@ def test_width_counted_in_the_matrices(tmp_path: Path) -> None:
             assert shape == ((16, width) if "down_proj" in name else (width, 16)), name
         assert telemetry.sparsity == 1 - width / 32
         assert not telemetry.diverged
+
+
+def test_activations_on_the_validation_text_choose_the_channels(tmp_path: Path) -> None:
+    run, plain = (live_run(case(tmp_path, pruning="width", pruning_importance=by)) for by in ("activation", "weight"))
+    for each in (run, plain):
+        advance(each)
+    assert same_bits(weights(run), weights(plain))  # nothing is measured before something is removed
+    windows = fixed_batch(run.corpus.validation, 16, run.evaluation_sequences)
+    inputs = torch.from_numpy(windows[:, :-1])
+    before, kept = weights(run), {}
+    for layer, block in enumerate(layers(run.loaded.model)):
+        seen: list[Tensor] = []
+        handle = block.mlp.down_proj.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        with torch.no_grad():
+            run.loaded.model(input_ids=inputs)
+        handle.remove()
+        largest = seen[0].abs().mean(dim=(0, 1)).argsort(descending=True)[:16]
+        kept[f"model.layers.{layer}.mlp.up_proj.weight"] = largest.sort().values
+
+    for each in (run, plain):
+        each.trainer.apply(Controls(batch_size=2, sparsity=0.5))
+
+    after = weights(run)
+    assert all(torch.equal(after[name], before[name][rows]) for name, rows in kept.items())
+    assert not same_bits(after, weights(plain))
+    assert not advance(run, sparsity=0.5).diverged
 
 
 def test_sparsity_without_pruning_is_refused(tmp_path: Path) -> None:

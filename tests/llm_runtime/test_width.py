@@ -25,6 +25,7 @@ CHANNELS: dict[str, dict[str, int]] = {
     "gpt2": {"c_fc.weight": 1, "c_fc.bias": 0, "mlp.c_proj.weight": 0},
     "gpt_neox": {"dense_h_to_4h.weight": 0, "dense_h_to_4h.bias": 0, "dense_4h_to_h.weight": 1},
     "opt": {"fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1},
+    "phi": {"fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1},
 }
 CONFIG_FIELD = {"gpt2": "n_inner", "opt": "ffn_dim"}
 
@@ -261,7 +262,7 @@ def test_faulty_arguments_are_named_and_change_nothing() -> None:
         channels_for(0.5, 64, 0)
     setattr(model.config, "model_type", "bloom")  # noqa: B010  a class variable by its annotation
     for call in (lambda: ffn_width(model), lambda: remove_channels(model, None, 8), lambda: resize(model, 8)):
-        with pytest.raises(ValueError, match=r"gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3 .* got 'bloom'"):
+        with pytest.raises(ValueError, match=r"gpt2, gpt_neox, llama, mistral, opt, phi, qwen2, qwen3 .* got 'bloom'"):
             call()
     assert torch.equal(logits(model), before)
 

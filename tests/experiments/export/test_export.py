@@ -257,5 +257,5 @@ def test_no_other_folder_is_replaced(
     assert call(monkeypatch, run, "--out", tmp_path / "mine") == 2
     assert "out must be new, empty or an earlier export" in capsys.readouterr().err
     assert call(monkeypatch, run, "--out", run.parent) == 2
-    assert "out must not hold the model that is exported" in capsys.readouterr().err
+    assert "out must not hold the model that is read" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
