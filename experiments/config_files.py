@@ -27,15 +27,16 @@ def read_mapping(what: str, name: str, shipped: Traversable) -> dict[str, Any]:
     """
     known = {file.name.removesuffix(".yaml"): file for file in shipped.iterdir() if file.name.endswith(".yaml")}
     source = known.get(name, Path(name))
+    is_json = source.name.endswith(".json")
     try:
-        if source.name.endswith(".json"):
-            content = _parsed_json(f"{what}: {name}", read_text(source))
-        else:
-            content = parse_yaml(f"{what}: {name}", read_text(source, MAX_YAML))
+        text = read_text(source) if is_json else read_text(source, MAX_YAML)
     except OSError:
         raise ValueError(f"{what} must be one of {', '.join(sorted(known))} or a YAML file, got {name!r}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{what}: {name} is not readable YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{what}: {name} cannot be read: {error}") from error
+    content = _parsed_json(f"{what}: {name}", text) if is_json else parse_yaml(f"{what}: {name}", text)
     if not isinstance(content, dict):
         raise ValueError(f"{what}: {name} must hold names and values, got {type(content).__name__}")
     return content

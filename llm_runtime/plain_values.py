@@ -53,6 +53,11 @@ def shown(value: object) -> str:
     return printable(text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}...")
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_plain(content: object, *, most: int = MAX_VALUES) -> None:
     """Check that content is plain values - mappings, lists, texts, numbers, booleans, None - within the bounds.
 
@@ -122,7 +127,14 @@ def parse_json(text: str | bytes, most: int = MAX_VALUES) -> Any:
 
 
 def read_bytes(path: Path | Traversable, most: int = MAX_BYTES) -> bytes:
-    """Return the content of a file of at most `most` bytes. Raises `OSError`, or `ValueError` for a larger one."""
+    """Return the content of a file of at most `most` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or a pipe.
+    """
+    if isinstance(path, Path) and path.is_fifo():  # reading waits until somebody writes into it
+        raise ValueError("it is a pipe; save what comes out of it in a file")
     with path.open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:

@@ -20,6 +20,7 @@ import numpy as np
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.steering.power_law import PowerLaw
 from trainpilot.agents.steering.withheld import LATE, STEP, ReferenceFall
+from trainpilot.llm_runtime.plain_values import is_number
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 SMOOTHING = 3
@@ -100,14 +101,14 @@ class QualityContract:
     def __post_init__(self) -> None:
         for name in ("max_loss_increase", "max_slowdown"):
             value = getattr(self, name)
-            if not (_is_number(value) and math.isfinite(value) and value >= 0):
+            if not (is_number(value) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}")
-        if not (_is_number(self.evidence_share) and 0 < self.evidence_share < GIVE_UP):
+        if not (is_number(self.evidence_share) and 0 < self.evidence_share < GIVE_UP):
             raise ValueError(f"evidence_share must be in (0, {GIVE_UP}), got {self.evidence_share!r}")
         if self.reference is not None:
             _check_reference(self.reference)
         pace = self.reference_s_per_token
-        if pace is not None and not (_is_number(pace) and math.isfinite(pace) and pace > 0):
+        if pace is not None and not (is_number(pace) and math.isfinite(pace) and pace > 0):
             raise ValueError(f"reference_s_per_token must be a number of seconds above 0 or None, got {pace!r}")
 
 
@@ -404,12 +405,8 @@ def _check_reference(reference: Any) -> None:
 def _is_reference(reference: Any) -> bool:
     if isinstance(reference, str) or not isinstance(reference, Sequence) or len(reference) < 2:
         return False
-    if not all(isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_number, pair)) for pair in reference):
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair)) for pair in reference):
         return False
     rising = all(one[0] < other[0] for one, other in pairwise(reference))
     within = reference[0][0] >= 0 and reference[-1][0] <= 1 + 1e-6
     return rising and within and all(math.isfinite(loss) and loss > 0 for _, loss in reference)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

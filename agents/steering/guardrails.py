@@ -25,6 +25,7 @@ from trainpilot.envs.action import (
     Action,
     Situation,
 )
+from trainpilot.llm_runtime.plain_values import is_number
 from trainpilot.llm_runtime.ranges import Range
 from trainpilot.llm_runtime.schedules import neutral_factor
 from trainpilot.llm_runtime.telemetry import Telemetry
@@ -162,11 +163,13 @@ class GuardrailSettings:
         _check_range("learning_rate_range", self.learning_rate_range)
         _check_range("batch_size_range", self.batch_size_range)
         for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
+            if not (is_number(getattr(self, name)) and getattr(self, name) >= least):
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}")
-        if not 0 <= self.finish_from <= 1:
+        if not (is_number(self.finish_from) and 0 <= self.finish_from <= 1):
             raise ValueError(f"finish_from must be a share in [0, 1], got {self.finish_from!r}")
         Range(0, 1).check("throughput_floor", self.throughput_floor)
+        if not isinstance(self.cautious, bool):
+            raise ValueError(f"cautious must be True or False, got {self.cautious!r}")
 
 
 _LEAST: Mapping[str, float] = {
@@ -522,7 +525,10 @@ def _counted_down(held: Mapping[str, int]) -> dict[str, int]:
 
 
 def _check_range(name: str, bounds: tuple[float, float] | None) -> None:
-    if bounds is not None and not (len(bounds) == 2 and 0 < bounds[0] <= bounds[1]):
+    if bounds is None:
+        return
+    pair = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(is_number, bounds))
+    if not (pair and 0 < bounds[0] <= bounds[1]):
         raise ValueError(f"{name} must be two numbers above 0, the lower first, got {bounds!r}")
 
 

@@ -28,6 +28,7 @@ from trainpilot.llm_runtime.config import (
 )
 from trainpilot.llm_runtime.layers import body_parameters
 from trainpilot.llm_runtime.loop import ControlledLoop, MaskPruning
+from trainpilot.llm_runtime.plain_values import is_number
 from trainpilot.llm_runtime.precision import lacking
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress, TokenProgress
 from trainpilot.llm_runtime.scaling_laws import step_law
@@ -97,27 +98,34 @@ class SteeringSettings:
             raise ValueError(
                 "sequences, the budget, must be given, got None; or give a budget such as '600s' or '50kJ'"
             )
-        _check_policy(self.policy)
-        _check_base_schedule(self.base_schedule)
-        _check_word("mode", self.mode, get_args(Mode))
-        _check_word("pruning", self.pruning, get_args(MaskPruning))
-        _check_kind("guardrails", self.guardrails, GuardrailSettings)
-        _check_kind("contract", self.contract or QualityContract(), QualityContract)
+        self._check_kinds()
         for name in ("batch_size", "sequence_length"):
             _check_count(name, getattr(self, name))
         for name in ("sequences", "epoch_sequences", "decisions", "min_batch_size", "max_batch_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise ValueError(f"gradient_clip must be above 0, got {self.gradient_clip}; None clips nothing")
-        if not self.precisions or any(name not in PRECISIONS for name in self.precisions):
-            raise ValueError(f"precisions must be some of {', '.join(PRECISIONS)}, got {self.precisions}")
-        if "fp16" in self.precisions:
-            raise ValueError("precisions must be without fp16, whose loss scaler is the loop's; offer bf16")
         if self.max_batch_size is not None and self.max_batch_size < self.batch_size:
             raise ValueError(f"max_batch_size must be at least batch_size {self.batch_size}, got {self.max_batch_size}")
         if self.min_batch_size is not None and self.min_batch_size > self.batch_size:
             raise ValueError(f"min_batch_size must be at most batch_size {self.batch_size}, got {self.min_batch_size}")
+
+    def _check_kinds(self) -> None:
+        """Raise `ValueError` for a value of the wrong kind, the counts apart."""
+        _check_policy(self.policy)
+        _check_base_schedule(self.base_schedule)
+        _check_word("mode", self.mode, get_args(Mode))
+        _check_word("pruning", self.pruning, get_args(MaskPruning))
+        for name in ("probe", "strict_domain", "fine_tuning"):
+            _check_word(name, getattr(self, name), (True, False) + (None,) * (name == "fine_tuning"))
+        _check_precisions(self.precisions)
+        _check_kind("guardrails", self.guardrails, GuardrailSettings)
+        if self.contract is not None:
+            _check_kind("contract", self.contract, QualityContract)
+        if not isinstance(self.preference, str):
+            raise ValueError(f"preference must be text such as quality=0.5,energy=0.5, got {self.preference!r}")
+        clip = self.gradient_clip
+        if clip is not None and not (is_number(clip) and clip > 0):
+            raise ValueError(f"gradient_clip must be above 0, got {clip!r}; None clips nothing")
 
     def measured_budget(self) -> Budget | None:
         """Return the budget in seconds or joules; `None` where it is in sequences.
@@ -125,6 +133,8 @@ class SteeringSettings:
         Raises:
             ValueError: `budget` is not in seconds or joules.
         """
+        if not isinstance(self.budget, str | None):
+            raise ValueError(f"budget must be text such as '600s' or '50kJ', got {self.budget!r}")
         return None if self.budget is None else Budget.parse_measured(self.budget, "sequences instead")
 
     def known_sequences(self) -> int:
@@ -168,14 +178,21 @@ def _check_base_schedule(base: Any) -> None:
         )
 
 
-def _check_word(name: str, value: Any, words: tuple[str, ...]) -> None:
-    if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}")
+def _check_word(name: str, value: Any, words: tuple[str | bool | None, ...]) -> None:
+    if not any(type(value) is type(word) and value == word for word in words):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, words))}, got {value!r}")
 
 
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_precisions(value: Any) -> None:
+    if not isinstance(value, list | tuple) or not value or any(name not in PRECISIONS for name in value):
+        raise ValueError(f"precisions must be some of {', '.join(PRECISIONS)}, got {value!r}")
+    if "fp16" in value:
+        raise ValueError("precisions must be without fp16, whose loss scaler is the loop's; offer bf16")
 
 
 def _check_kind(name: str, value: Any, kind: type) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -78,3 +79,11 @@ def test_a_file_has_a_largest_size(tmp_path: Path) -> None:
         file.truncate(2**30)
     with pytest.raises(ValueError, match="it is larger than 16 MiB"):
         read_json(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no names here")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(ValueError, match="it is a pipe"):
+        read_json(tmp_path / "pipe")

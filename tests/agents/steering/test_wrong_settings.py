@@ -1,0 +1,48 @@
+"""Settings of the wrong kind are refused by their name when they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trainpilot.agents.steering.guardrails import GuardrailSettings
+from trainpilot.agents.steering.settings import SteeringSettings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("budget", 5, "text such as"),
+        ("preference", None, "text such as"),
+        ("contract", {}, r"QualityContract\(...\)"),
+        ("fine_tuning", "yes", "one of True, False, None"),
+        ("probe", 1, "one of True, False"),
+        ("gradient_clip", "1", "above 0"),
+        ("precisions", 7, "some of fp32"),
+        ("precisions", "fp32", "some of fp32"),
+        ("mode", ["advise"], "one of steer, advise"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_refused(name: str, value: Any, rule: str) -> None:
+    settings: dict[str, Any] = {"sequences": 900, "batch_size": 4, "sequence_length": 8, name: value}
+
+    with pytest.raises(ValueError, match=f"^{name} must be {rule}"):
+        SteeringSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate_range", 7),
+        ("batch_size_range", "ab"),
+        ("max_rise", "2"),
+        ("max_rollbacks", None),
+        ("finish_from", None),
+        ("cautious", 1),
+        ("throughput_floor", "0.8"),
+    ],
+)
+def test_a_guardrail_of_the_wrong_kind_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        GuardrailSettings(**{name: value})
