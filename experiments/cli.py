@@ -43,7 +43,7 @@ from trainpilot.experiments.options import (
     ReportOptions,
     TrainAgentOptions,
 )
-from trainpilot.llm_runtime.busy import wait_passively
+from trainpilot.llm_runtime.busy import wait_briefly
 from trainpilot.llm_runtime.files import check_writable
 from trainpilot.llm_runtime.plain_values import one_line
 
@@ -244,7 +244,7 @@ def _prepare_process() -> None:
         if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
             stream.reconfigure(errors="replace")  # what the locale lacks becomes a question mark, not an error
     threading.excepthook = _say_nothing_of_logs
-    wait_passively()
+    wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from loky import BrokenProcessPool, ProcessPoolExecutor
 
-from trainpilot.llm_runtime.busy import wait_passively
+from trainpilot.llm_runtime.busy import wait_briefly
 from trainpilot.llm_runtime.process import use_threads
 
 Result = TypeVar("Result")
@@ -74,7 +74,7 @@ class Workers(Generic[Result]):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.function, self.jobs, self.threads, self.attempts = function, jobs, threads, attempts
         self._on_death = on_death or self._raise
-        wait_passively()  # the processes inherit it; in them it would come after torch
+        wait_briefly()  # the processes inherit it; in them it would come after torch
         self._reports: MutableSequence[float] = _CONTEXT.RawArray("d", jobs)
         """What the running task of each worker has reported."""
         self._reported = 0.0

@@ -1,4 +1,4 @@
-"""Share a machine with other work: OpenMP's threads wait without using the core, and a busy machine is noticed.
+"""Share a machine with other work: OpenMP's threads spin only briefly while they wait, and a busy machine is noticed.
 
 Imports nothing heavy: how OpenMP waits has to be set before torch is loaded.
 """
@@ -8,21 +8,23 @@ from __future__ import annotations
 import os
 import time
 
-WAITING = "OMP_WAIT_POLICY"
+SPINS = "10000"
+"""Turns that a thread spins before it sleeps. A sleep at once would make idle cores slower."""
 IDLE_SHARE = 0.7
 """A process that computes on the CPU and gets less than this share of a core waits for other programs."""
 CROWDED = 1.25
 """Load average over the cores above which the machine is busy; the process's own threads are in it."""
 
 
-def wait_passively() -> None:
-    """Have OpenMP's threads sleep while they wait for each other, unless the user has set how they wait.
+def wait_briefly() -> None:
+    """Have OpenMP's threads spin only briefly while they wait for each other, unless the user has set how they wait.
 
-    By default they spin. Where another program holds the core that the last thread needs, all others keep theirs busy
-    with waiting, and a step takes ten times as long. It holds for this process if torch is not loaded yet, and for all
-    that it starts. PyTorch's libgomp obeys it; `GOMP_SPINCOUNT`, where it is set, comes before it.
+    By default they spin for long. Where another program holds the core that the last thread needs, all others keep
+    theirs busy with waiting, and a step takes ten times as long. It holds for this process if torch is not loaded yet,
+    and for all that it starts. PyTorch's libgomp obeys it.
     """
-    os.environ.setdefault(WAITING, "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 class BusyWatch:

@@ -155,7 +155,7 @@ class GuardrailSettings:
     cautious: bool = True
     """Whether curvature and losses must bear out a learning rate far from the starting one, a change of it that falls
     behind is taken back, and a run for quality alone does not end while its loss falls (`course.py`)."""
-    throughput_floor: float = 0.8
+    throughput_floor: float = 0.85
     """No batch below the starting one that gives less than this share of the best tokens/s seen; 0 for no floor. Runs
     for quality alone under a budget in tokens have none, as clocks are hidden from them."""
 

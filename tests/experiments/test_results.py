@@ -64,16 +64,26 @@ def test_a_key_is_a_file_name_and_the_same_on_every_machine() -> None:
     assert SPEC.key("content") == "39a0929f6a3c7518848b"
 
 
+COMPANIONS: dict[str, tuple[dict[str, Any], Any]] = {
+    "budget": ({"warmup_tokens": None}, "60s"),
+    "warmup_share": ({"warmup_tokens": None}, 0.3),
+    "pruning_importance": ({"pruning": "width"}, "activation"),
+    "teacher": ({}, "teacher"),
+    "distillation_weight": ({"teacher": "teacher"}, 0.3),
+    "distillation_temperature": ({"teacher": "teacher"}, 2.0),
+}
+"""The same for fields that not every value of the others goes with: the others' values first."""
+
+
 def test_the_key_tells_what_every_field_of_the_run_is() -> None:
-    shares: dict[str, Any] = {"budget": "60s", "warmup_share": 0.3}  # neither goes with a warm-up in tokens
-    assert {field.name for field in fields(RunConfig)} == {*OTHER, *shares, "model", "text"}
+    assert {field.name for field in fields(RunConfig)} == {*OTHER, *COMPANIONS, "model", "text"}
 
     keys = [RunSpec(config=replace(CONFIG, **{name: value})).key("content") for name, value in OTHER.items()]
-    without = replace(CONFIG, warmup_tokens=None)
-    of_shares = [RunSpec(config=replace(without, **{name: value})).key("content") for name, value in shares.items()]
-    assert len({RunSpec(config=without).key("content"), *of_shares}) == 1 + len(shares)
-
     assert len({SPEC.key("content"), *keys}) == 1 + len(OTHER)
+    for name, (others, value) in COMPANIONS.items():
+        base = replace(CONFIG, **others)
+        changed = replace(base, **{name: value})
+        assert RunSpec(config=changed).key("content") != RunSpec(config=base).key("content"), name
 
 
 def test_model_and_text_count_by_their_content_and_not_by_their_place() -> None:

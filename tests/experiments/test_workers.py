@@ -87,13 +87,16 @@ class Made:
         return found
 
 
-def test_worker_processes_wait_without_spinning_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for chosen in ("", "ACTIVE"):
-        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
-        if not chosen:
-            monkeypatch.delenv("OMP_WAIT_POLICY")
-        Made(monkeypatch, 1)
-        assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+def test_worker_processes_spin_briefly_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # what is set in this test does not outlive it
+        monkeypatch.delenv(name)
+    Made(monkeypatch, 1)
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    Made(monkeypatch, 1)
+    assert os.environ["GOMP_SPINCOUNT"] == "5"
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("jobs", (0, 1)), ("threads", (1, 0)), ("jobs", (-2, 1))])
