@@ -1,6 +1,6 @@
 """Compare the shipped policy within guardrails with the same policy without them, run by run.
 
-    python benchmarks/guardrails.py [--policy default] [--out runs/guardrails] [--seeds 3] [--jobs 0]
+    python benchmarks/guardrails.py [--policy default] [--out runs/guardrails] [--preferences quality=1] [--seeds 3]
 
 Both steer the test cases from 0.1 to 10 times the tuned learning rate in `results/baselines.json`, with the same seeds.
 Final losses are compared pair by pair. They are also converted to tokens by the tuned static's budget curve of the same
@@ -41,14 +41,14 @@ def main() -> None:
     parser.add_argument("--policy", default="default", help="a bundle's file, or the name of one that is shipped")
     parser.add_argument("--out", type=Path, default=Path("runs/guardrails"))
     parser.add_argument("--cases", nargs="*", help="names of test cases; all of them by default")
+    parser.add_argument("--preferences", nargs="+", default=list(dict.fromkeys(PREFERENCES.values())))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=0)
     options = parser.parse_args()
     baselines = json.loads((RESULTS / "baselines.json").read_text(encoding="utf-8"))
     cases = options.cases or list(baselines["tuned"])
     write_cases(options.out / "cases.yaml", baselines, cases)
-    preferences = list(dict.fromkeys(PREFERENCES.values()))
-    methods = [f"policy:{options.policy}@{p}{form}" for p in preferences for form in ("", "@unguarded")]
+    methods = [f"policy:{options.policy}@{p}{form}" for p in options.preferences for form in ("", "@unguarded")]
     command = ["compare", "--cases", str(options.out / "cases.yaml"), "--methods", ",".join(methods)]
     command += ["--out", str(options.out), "--seeds", str(options.seeds), "--jobs", str(options.jobs)]
     subprocess.run([sys.executable, "-m", "trainpilot.experiments.cli", *command], check=True)
@@ -57,7 +57,8 @@ def main() -> None:
         "policy": {"name": options.policy, "digest": policy_digest(policy_path(options.policy))},
         "compare": {"cases": cases, "starts": STARTS, "seeds": list(runs.comparison.seeds)},
         "preferences": {
-            preference: compared(runs, baselines, cases, options.policy, preference) for preference in preferences
+            preference: compared(runs, baselines, cases, options.policy, preference)
+            for preference in options.preferences
         },
     }
     print(write_result("guardrails", result, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
