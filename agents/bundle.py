@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from trainpilot.llm_runtime.config import MAX_DECISIONS, RunConfig
 from trainpilot.llm_runtime.files import digest, whole_file
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.plain_values import check_plain, parse_json, printable, shown
+from trainpilot.llm_runtime.ranges import Range, check_ranges
 from trainpilot.llm_runtime.schedules import SCHEDULES, ScheduleName
 
 POLICIES = Path(__file__).with_name("policies")
@@ -86,15 +87,13 @@ class BaseSchedule:
 
     schedule: ScheduleName
     """Name of the decay."""
-    warmup_share: float
-    """Share of the budget that is linear warm-up, in [0, 1)."""
+    warmup_share: Annotated[float, Range(0, 1, below=True)]
+    """Share of the budget that is linear warm-up."""
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        share = self.warmup_share
-        if not (_is_number(share) and 0 <= share < 1):
-            raise ValueError(f"warmup_share must be a number in [0, 1), got {share!r}")
+        check_ranges(self)
 
     def on(self, config: RunConfig) -> RunConfig:
         """Return a run with this base schedule."""

@@ -315,7 +315,7 @@ class SimulatorStage:
     """Instances that runs are drawn from."""
     seeds: Annotated[int, Whole(1, 1000)] = 2
     """Number of agents that are trained, with seeds from `ppo.seed` on."""
-    keep: int | None = None
+    keep: Annotated[int, Whole(0, 2**32 - 1)] | None = None
     """Seed of the agent whose policy is saved; by default the best on the validation runs."""
     calibrations: str | tuple[str, ...] = "shipped"
     """Calibrations that instances are drawn around: `shipped`, or files that `trainpilot calibrate` wrote."""
@@ -344,7 +344,7 @@ class SimulatorStage:
     """Groups of observation fields that the agent has beside the basic ones."""
     hide: tuple[str, ...] = ()
     """Observation fields that are hidden from the agent."""
-    stack: int = N_STACK
+    stack: Annotated[int, Whole(1, N_STACK)] = N_STACK
     """Number of the newest observations that it sees."""
     privileged_critic: bool = True
     """Whether the value network sees the instance too: its best setting, its edge and the loss left to gain."""

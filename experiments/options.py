@@ -13,8 +13,8 @@ from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.carbon import DEFAULT_GRID_INTENSITY_G_PER_KWH
 from trainpilot.llm_runtime.budget import Budget
-from trainpilot.llm_runtime.config import BYTES, MAX_VOCABULARY, Precision, Pruning, PruningImportance, RunConfig
-from trainpilot.llm_runtime.ranges import Range, Whole, check_ranges, ranges_of
+from trainpilot.llm_runtime.config import Precision, Pruning, PruningImportance, RunConfig
+from trainpilot.llm_runtime.ranges import Range, Whole, check_ranges, range_in, ranges_of
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 Effort = Literal["quick", "standard"]
@@ -61,9 +61,10 @@ Text = Annotated[
 ]
 Tokens = Annotated[
     int | None,
+    ranges_of(RunConfig)["tokens"],
     PrimitiveConstructorSpec(
         nargs=1,
-        metavar="TOKENS",
+        metavar=f"TOKENS {ranges_of(RunConfig)['tokens']}",
         instance_from_str=lambda args: tokens_in(args[0]),
         is_instance=lambda value: value is None or isinstance(value, int),
         str_from_instance=lambda value: [str(value)],
@@ -72,9 +73,8 @@ Tokens = Annotated[
 Vocabulary = Annotated[
     int,
     tyro.conf.arg(
-        metavar=f"INT {Whole(BYTES, MAX_VOCABULARY)}",
         help="256 for bytes; more, such as 2048, for a byte-level BPE tokenizer of that size, trained on the text's "
-        "training split. Only for models trained from scratch.",
+        "training split. Only for models trained from scratch."
     ),
 ]
 SequenceLength = Annotated[int, tyro.conf.arg(help="Tokens per sequence.")]
@@ -99,14 +99,14 @@ C = TypeVar("C", bound=type[Options])
 
 
 def with_ranges(options: C) -> C:
-    """Show the ranges of a command's numbers in its help: their own, or those of the run's settings of that name."""
-    hints = get_type_hints(options, include_extras=True)
-    kind: Any = options
-    for name, allowed in (ranges_of(RunConfig) | ranges_of(kind)).items():
-        if name in hints and hints[name] is not Tokens:
-            words = "|auto" if "auto" in str(hints[name]) else ""
+    """Give a command's numbers the ranges of the run's settings of that name, if they have none, and show them."""
+    of_run = ranges_of(RunConfig)
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        allowed = range_in(hint) or of_run.get(name)
+        if allowed is not None and hint is not Tokens:
+            words = "|auto" if "auto" in str(hint) else ""
             metavar = f"{'INT' if isinstance(allowed, Whole) else 'FLOAT'} {allowed}{words}"
-            options.__annotations__[name] = Annotated[hints[name], tyro.conf.arg(metavar=metavar)]
+            options.__annotations__[name] = Annotated[hint, allowed, tyro.conf.arg(metavar=metavar)]
     return options
 
 

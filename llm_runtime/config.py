@@ -154,7 +154,7 @@ class RunConfig(JsonRecord):
     """A preset or config JSON (trained from scratch), a folder (fine-tuned if it holds weights) or a Hub id."""
     text: tuple[str, ...] = ("stdlib",)
     """`stdlib`, parts of it (`stdlib:asyncio,json`), `python-docs`, UTF-8 files, folders, globs, `hub:OWNER/NAME`."""
-    vocabulary: int = BYTES
+    vocabulary: Annotated[int, Whole(BYTES, MAX_VOCABULARY)] = BYTES
     """256 for bytes; more, up to 65,536, for a byte-level BPE tokenizer of that size, trained on the text's training
     split. Only for a model that is trained from scratch and whose folder holds no tokenizer."""
     tokens: Annotated[int, Whole(1, 10**15)] = 1_000_000
@@ -169,7 +169,7 @@ class RunConfig(JsonRecord):
     """Peak of the base schedule at the starting batch size."""
     schedule: ScheduleName = "linear"
     """Base schedule: linear (to zero), cosine (to 10 %), wsd (last 20 % to zero) or constant."""
-    warmup_tokens: int | None = None
+    warmup_tokens: Annotated[int, Whole(0, 10**15)] | None = None
     """Tokens of linear warm-up; by default 2 % of the budget."""
     warmup_share: Annotated[float, Range(0, 1, below=True)] | None = None
     """The same as a share of the budget in [0, 1), whatever that is counted in."""
@@ -209,7 +209,6 @@ class RunConfig(JsonRecord):
     def __post_init__(self) -> None:
         check_ranges(self)
         self._check_choices()
-        self._check_vocabulary()
         self._check_optimiser()
         self._check_teacher()
         self._check_warmup()
@@ -222,7 +221,7 @@ class RunConfig(JsonRecord):
                 f"{self.batch_size} x sequence_length {self.sequence_length} = {needed:,}, got {self.tokens:,}; "
                 "raise the budget or lower one of the three"
             )
-        if self.warmup_tokens is not None and not 0 <= self.warmup_tokens < self.tokens:
+        if self.warmup_tokens is not None and self.warmup_tokens >= self.tokens:
             raise ValueError(f"warmup_tokens must be in [0, tokens), got {self.warmup_tokens}")
 
     def _check_warmup(self) -> None:
@@ -258,13 +257,6 @@ class RunConfig(JsonRecord):
         for name in ("distillation_weight", "distillation_temperature"):
             if self.teacher is None and (value := getattr(self, name)) != getattr(RunConfig, name):
                 raise ValueError(f"{name} must be left out without a teacher, got {value}; give teacher a folder")
-
-    def _check_vocabulary(self) -> None:
-        size = self.vocabulary
-        if not (isinstance(size, int) and BYTES <= size <= MAX_VOCABULARY):
-            raise ValueError(
-                f"vocabulary must be a whole number from {BYTES} (bytes) to {MAX_VOCABULARY:,}, got {size!r}"
-            )
 
     def _check_optimiser(self) -> None:
         if self.optimizer != "adamw" and self.pruning != "none":

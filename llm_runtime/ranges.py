@@ -103,14 +103,14 @@ def ranges_of(kind: type) -> dict[str, Range]:
 def _declarations(kind: type) -> dict[str, tuple[Range, bool]]:
     """Return the ranges that a dataclass declares, by field, and whether a word may stand for the number."""
     hints = get_type_hints(kind, include_extras=True)
-    found = {name: (_declared(hint), _takes_words(hint)) for name, hint in hints.items()}
+    found = {name: (range_in(hint), _takes_words(hint)) for name, hint in hints.items()}
     return {name: (declared, words) for name, (declared, words) in found.items() if declared is not None}
 
 
-def _declared(hint: Any) -> Range | None:
+def range_in(hint: Any) -> Range | None:
     """Return the range in a type, or in the types that it is made of: `Annotated[int, Range(...)] | None`."""
     own = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Range)]
-    return own[0] if own else next((found for each in get_args(hint) if (found := _declared(each)) is not None), None)
+    return own[0] if own else next((found for each in get_args(hint) if (found := range_in(each)) is not None), None)
 
 
 def _takes_words(hint: Any) -> bool:

@@ -42,7 +42,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def hparams(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Flatten settings into the numbers, booleans and texts that TensorBoard's HPARAMS tab accepts."""
     flat = flatten(settings)
-    return {key: value if isinstance(value, bool | int | float) else text(value) for key, value in flat.items()}
+    return {text(key): value if isinstance(value, bool | int | float) else text(value) for key, value in flat.items()}
 
 
 def text(value: Any) -> str:
@@ -64,7 +64,12 @@ def markdown_table(settings: Mapping[str, Any]) -> str:
 
 def _cell(value: Any) -> str:
     """Format a value for a cell of a Markdown table, in which it is neither a border nor HTML."""
-    return html.escape(text(value), quote=False).replace("|", chr(92) + "|")
+    return _plain(value).replace("|", chr(92) + "|")
+
+
+def _plain(value: Any) -> str:
+    """Format a value for Markdown, in which it is no HTML."""
+    return html.escape(text(value), quote=False)
 
 
 Scalars = dict[str, float | None]
@@ -136,11 +141,11 @@ class RunWriter:
             return
         values = _of_telemetry(telemetry, self._totals) | _of_record(record, self._totals)
         self._scalars(self._writer, values, telemetry.tokens)
-        self._text("energy/source", telemetry.energy_source or "unknown")
-        reasons = "\n".join(f"* {choice}: {why}" for choice, why in record.masked.items())
+        self._text("energy/source", _plain(telemetry.energy_source))
+        reasons = "\n".join(f"* {_plain(choice)}: {_plain(why)}" for choice, why in record.masked.items())
         self._text("masks/masked_reasons", reasons or "nothing is masked")
         if record.refusals:
-            self._text("masks/refused_reasons", "\n".join(f"* {reason}" for reason in record.refusals))
+            self._text("masks/refused_reasons", "\n".join(f"* {_plain(reason)}" for reason in record.refusals))
         self._try(self._writer.flush)
 
     def write_reference(self, reference: Reference) -> None:

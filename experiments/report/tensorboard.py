@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from trainpilot.agents.logging.run_log import hparams
+from trainpilot.agents.logging.run_log import hparams, text
 from trainpilot.agents.logging.tags import TAGS
 from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.experiments.results import IntervalResult, Row, RunResult
@@ -86,4 +86,5 @@ def _hparams(row: Row, result: RunResult) -> Summary:
     """Return the run's settings for the HPARAMS tab; its metrics are the `final/` scalars."""
     config = asdict(result.spec.config)
     settings = {"case": row.case, "method": row.method, **{name: config[name] for name in SETTINGS}}
-    return summary_v2.hparams_pb(hparams(settings), trial_id=f"{row.case} {row.method} {row.seed}", start_time_secs=0.0)
+    trial = text(f"{row.case} {row.method} {row.seed}")
+    return summary_v2.hparams_pb(hparams(settings), trial_id=trial, start_time_secs=0.0)

@@ -225,8 +225,8 @@ def test_a_bundle_brings_its_base_schedule(tmp_path: Path) -> None:
     [
         ({"schedule": "wave", "warmup_share": 0.1}, "schedule must be one of .*, got 'wave'"),
         ({"schedule": ["wsd"], "warmup_share": 0.1}, "schedule must be one of"),
-        ({"schedule": "wsd", "warmup_share": 1.0}, r"warmup_share must be a number in \[0, 1\), got 1.0"),
-        ({"schedule": "wsd", "warmup_share": "much"}, "warmup_share must be a number"),
+        ({"schedule": "wsd", "warmup_share": 1.0}, r"warmup_share must be in \[0, 1\), got 1.0"),
+        ({"schedule": "wsd", "warmup_share": "much"}, r"warmup_share must be in \[0, 1\), got 'much'"),
         ({"schedule": "wsd"}, "base_schedule: .*warmup_share"),
         ("wsd", "base_schedule"),
     ],

@@ -53,6 +53,7 @@ def test_tables_of_another_form(tmp_path: Path, fields: object) -> None:
         ('"x"', "provenance must hold names and values"),
         ("null", "provenance must hold names and values"),
         ("[1]", "provenance must hold names and values"),
+        ("5", "provenance must hold names and values"),
         ('{"decisions": "x"}', "decisions must be a whole number"),
         ('{"decisions": [1]}', "decisions must be a whole number"),
         ('{"decisions": null}', "decisions must be a whole number"),

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -27,6 +28,8 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "usage: trainpilot" in said
     if command in ("replay", "train-agent"):
         assert f"trainpilot {command} --" in said  # an example to copy
+    plain = " ".join(said.replace("│", " ").split())
+    assert not re.search(r"\b(INT|FLOAT|TOKENS)\b(?! [\[(>])", plain), "a number without its range"
 
 
 @pytest.mark.parametrize("argument", ["--help", "--polcy"])

@@ -77,7 +77,7 @@ def test_changes_reach_the_simulator_stage() -> None:
         ("simulator: {runs: 3}\n", [], "simulator.*runs"),
         ("simulator: {seeds: 0}\n", [], "simulator.seeds must be a whole number of at least 1, got 0"),
         ("simulator: {hide: [colour]}\n", [], "hide must name observation fields .*got 'colour'"),
-        ("simulator: {stack: 7}\n", [], r"stack must be in \[1, 6\], got 7"),
+        ("simulator: {stack: 7}\n", [], "stack must be a whole number of at most 6, got 7"),
         ("simulator: {start_rates: [10, 1]}\n", [], "start_rates must be two rising positive numbers"),
         ("simulator: {utility: best}\n", [], "simulator.utility must be one of linear"),
         ("simulator: {validation: {seed: 1}}\n", [], "validation.seed must be none of the agents' own seeds, got 1"),

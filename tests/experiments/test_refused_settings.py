@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
+from policies import random_weights
+from safetensors.numpy import save_file
+from torch import nn
 
+from trainpilot.agents.bundle import field_tables
+from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.steering import Steering
 from trainpilot.experiments import cli
 from trainpilot.experiments.compare.methods import choose_methods
+from trainpilot.experiments.recipe import Recipe
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.models import load_model
+from trainpilot.llm_runtime.ranges import ranges_of
 
 TINY = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
@@ -107,6 +118,13 @@ def test_texts_and_models_of_a_recipe_are_read_before_anything_starts(
         (("calibrate", "--out", "/proc/x"), "/proc"),
         (("calibrate", "--out", "o", "--base-learning-rate", "1e300"), "base_learning_rate must be at most 1000"),
         (("fit-sweep", "sweep.csv", "--out", "/proc/x"), "/proc"),
+        (("train-agent", "--recipe", "deep.yaml", "--out", "o"), "is not readable YAML: it is nested too deep"),
+        (("replay", "--model", "deep.json", "--text", "text.txt", "--out", "o"), "it is nested more than"),
+        (("replay", "--model", "nan.json", "--text", "text.txt", "--out", "o"), "values that are not finite"),
+        (("calibrate", "--model", "none.json", "--text", "text.txt", "--out", "o"), "at least one layer, got 0"),
+        (("cut", "model", "--out", "o", "--sequence-length", "0"), "sequence_length must be a whole number of at"),
+        (("export", "model", "--out", "o", "--sequence-length", "0"), "sequence_length must be a whole number of at"),
+        (("demo", "--out", "o", "--seed", "-1"), "seed must be a whole number of at least 0, got -1"),
     ],
 )
 def test_options(
@@ -122,7 +140,25 @@ def test_options(
     anchors = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
     Path("bomb.yaml").write_text("a0: &a0 [x]\n" + anchors)
     Path("large.yaml").write_text("#" * 70_000)
+    Path("nan.json").write_text(json.dumps(TINY | {"rms_norm_eps": float("nan")}))
+    Path("none.json").write_text(json.dumps(TINY | {"num_hidden_layers": 0}))
     assert message in refused(monkeypatch, capsys, *arguments)
+
+
+def test_a_bundle_is_refused_alike_wherever_it_is_given(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = {"format": 1, "fields": field_tables(), "provenance": {"decisions": 0}}
+    save_file(random_weights(), "p.safetensors", {"trainpilot": json.dumps(header)})
+    message = "decisions must be a whole number"
+    for method in ("policy:p.safetensors", "open-loop:p.safetensors"):
+        assert message in refused(monkeypatch, capsys, "compare", "--out", "o", "--methods", method)
+    assert message in refused(monkeypatch, capsys, "replay", "--out", "o", "--policy", "p.safetensors")
+    assert message in refused(monkeypatch, capsys, "inspect", "p.safetensors")
+    model = nn.Linear(2, 1)
+    settings = SteeringSettings(sequences=100, batch_size=2, policy="p.safetensors")
+    with pytest.raises(ValueError, match=message):
+        Steering(model, torch.optim.AdamW(model.parameters()), settings)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +206,30 @@ def test_help_says_the_ranges(
         cli.main()
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(each in said for each in ranges)
+
+
+def holds_numbers(hint: Any) -> bool:
+    return hint in (int, float) or (get_origin(hint) is not Literal and any(map(holds_numbers, get_args(hint))))
+
+
+def records_in(hint: Any) -> Iterator[type]:
+    """Yield the dataclasses of trainpilot in a type."""
+    if isinstance(hint, type) and is_dataclass(hint) and hint.__module__.startswith("trainpilot"):
+        yield hint
+    for each in get_args(hint):
+        yield from records_in(each)
+
+
+@pytest.mark.parametrize("kind", [*cli.COMMANDS.values(), RunConfig, Recipe])
+def test_every_number_declares_its_range(kind: Any) -> None:
+    todo, missing = [kind], []
+    while todo:
+        record = todo.pop()
+        for name, hint in get_type_hints(record, include_extras=True).items():
+            if holds_numbers(hint) and name not in ranges_of(record):
+                missing.append(f"{record.__name__}.{name}")
+            todo += records_in(hint)
+    assert missing == []
 
 
 def test_true_is_no_number() -> None:

@@ -151,7 +151,7 @@ def test_a_tokenizer_is_trained_for_a_vocabulary(
     assert "test loss, bits/byte" in capsys.readouterr().out
     assert (workplace / "run" / "model" / "tokenizer.json").is_file()
     assert run_here(command(workplace, "bytes", "--vocabulary", "1", decisions=2), monkeypatch) == 2
-    assert "vocabulary must be a whole number from 256" in capsys.readouterr().err
+    assert "vocabulary must be a whole number of at least 256, got 1" in capsys.readouterr().err
     assert not (workplace / "bytes").exists()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from live_runs import GPT2, LLAMA, advance, case, live_run, text_by_rule
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -187,6 +188,18 @@ def test_unknown_name_is_refused_quickly() -> None:
         load_model("nobody/no-such-model", seed=0)
     assert time.monotonic() - start < 5
     assert "download it first and give its folder" in one_line(raised)
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere, waits = "http://127.0.0.1:9", list[float]()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(time, "sleep", waits.append)  # the Hub's client waits between two tries
+    with pytest.raises(ValueError, match="could not be loaded as a Hub id") as raised:
+        load_model("nobody/no-such-model", seed=0)
+    assert one_line(raised)
+    assert waits == []
 
 
 def test_sequences_longer_than_the_context(tmp_path: Path) -> None:

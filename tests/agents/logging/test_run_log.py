@@ -173,15 +173,36 @@ def test_hparams_carry_settings_and_final_metrics_in_the_same_run(tmp_path: Path
     assert scalars(events, "final/validation_loss") == [(1000, 2.5)]
     assert scalars(events, "final/time_s") == [(1000, 8.0)]
     assert "final/energy_j" not in events.Tags()["scalars"]
-    start = plugin_data_pb2.HParamsPluginData.FromString(
-        events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    )
-    settings = start.session_start_info.hparams
+    settings = session(events)
     assert settings["seed"].number_value == 3
     assert settings["text"].string_value == "stdlib, a.txt"
     assert settings["warmup_tokens"].string_value == "unknown"
     assert settings["ppo.clip_range"].number_value == 0.2
     assert [path.name for path in tmp_path.iterdir()] == ["steered"], "no run of its own for the table"
+
+
+def session(events: EventAccumulator) -> Any:
+    """Return what the HPARAMS tab knows of a run."""
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    return plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+
+
+def test_nothing_becomes_html_or_acts_on_what_is_shown(tmp_path: Path) -> None:
+    nasty = "<script>alert(1)</script> \x1b[2J \u202e"
+    writer = RunWriter(tmp_path)
+    writer.write(decision_record(0, refusals=(nasty,), masked={nasty: nasty}, energy_source=nasty))
+    writer.write_summary({nasty: nasty})
+    writer.write_hparams({nasty: nasty}, {"time_s": 8.0})
+    writer.close()
+
+    events = read(tmp_path / "steered")
+    tags = ("masks/refused_reasons", "masks/masked_reasons", "energy/source", "run/summary")
+    told = "\n".join(shown for tag in tags for _, shown in texts(events, tag))
+    assert told.count("&lt;script&gt;") == 6
+    assert "<" not in told
+    assert told.replace("\n", "").isprintable()
+    [(name, value)] = session(events).items()
+    assert name == value.string_value == "<script>alert(1)</script> \\x1b[2J \\u202e", "that tab shows no HTML"
 
 
 def test_the_layout_shows_requested_beside_effective(tmp_path: Path) -> None:

@@ -148,6 +148,17 @@ def test_names_are_escaped() -> None:
     assert "<b>cosine to 10 %</b> & so" in seen(html).words
 
 
+def test_names_that_no_chart_can_draw_are_written_out() -> None:
+    small = report_input(1, ("policy:agent", "tuned"), seeds=(1,))
+    title = "policy m$\\frac{x$ \x1b[2J \ud800"
+    notes = tuple(replace(note, title=f"{title}{index}") for index, note in enumerate(small.comparison.methods))
+
+    html = render(ReportData(replace(small.comparison, methods=notes), *small.all()[1:]))
+
+    assert "policy m$\\frac{x$ \\x1b[2J \\ud8000" in seen(html).words
+    assert html.replace("\n", "").isprintable()
+
+
 def test_a_comparison_without_any_run_makes_a_page() -> None:
     small = report_input(2, ("cosine", "tuned"), seeds=(1,))
     empty = Figures(

@@ -594,18 +594,22 @@ class Rows:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Put a data set package in place whose `load_dataset` is `answer`; returns the calls it got."""
+    """Put a data set package in place whose `load_dataset` is `answer`; returns the calls it got.
+
+    There is no network, so the package is told to look into its cache alone.
+    """
 
     def install(answer):
-        calls = []
+        calls, config = [], types.SimpleNamespace(HF_HUB_OFFLINE=False)
 
         def load_dataset(*names, split):
+            assert config.HF_HUB_OFFLINE
             calls.append((*names, split))
             if isinstance(answer, Exception):
                 raise answer
             return answer
 
-        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, config=config))
         return calls
 
     return install
@@ -644,6 +648,7 @@ def test_hub_offline(hub):
         "text 'hub:owner/name' is not reachable: ConnectionError: Couldn't reach the Hub; "
         "check name, configuration, split, access and network, or use --text FILE"
     )
+    assert not sys.modules["datasets"].config.HF_HUB_OFFLINE
 
 
 def test_hub_without_its_package(monkeypatch):
