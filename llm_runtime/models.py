@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +17,7 @@ from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.bpe import trained_tokenizer
 from trainpilot.llm_runtime.data.corpus import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from trainpilot.llm_runtime.files import system_errors
-from trainpilot.llm_runtime.hub import hub_answers
+from trainpilot.llm_runtime.hub import asked_once
 from trainpilot.llm_runtime.layers import body_parameters
 from trainpilot.llm_runtime.model_folder import holds_tokenizer, holds_weights
 from trainpilot.llm_runtime.plain_values import one_line, read_json, shown
@@ -268,10 +269,10 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def _from_pretrained(name: str, *, of_bytes: bool = False, own_precision: bool = False) -> LoadedModel:
-    where: dict[str, Any] = {"local_files_only": not Path(name).is_dir() and not hub_answers(name, "model")}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if own_precision else torch.float32, **where)
-        tokenizer = ByteTokenizer() if of_bytes else PretrainedTokenizer(AutoTokenizer.from_pretrained(name, **where))
+        with nullcontext() if Path(name).is_dir() else asked_once(name, "model"):
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if own_precision else torch.float32)
+            tokenizer = ByteTokenizer() if of_bytes else PretrainedTokenizer(AutoTokenizer.from_pretrained(name))
     except Exception as error:  # offline, gated, missing, damaged: the Hub client has a class for each
         if Path(name).is_dir():
             raise ValueError(f"model: {name} cannot be loaded ({type(error).__name__}: {_one_line(error)})") from error

@@ -84,7 +84,7 @@ def label(text: str) -> str:
 
 def name_x(axes: Axes, text: str) -> None:
     """Name the x-axis, below its right end. The page names y above the panel, where nobody has to turn their head."""
-    axes.set_xlabel(text, loc="right", color=ink("soft"), fontsize=TEXT, labelpad=3)
+    axes.set_xlabel(label(text), loc="right", color=ink("soft"), fontsize=TEXT, labelpad=3)
 
 
 def to_svg(drawn: Panel, name: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainpilot.llm_runtime.config import RunConfig
-from trainpilot.llm_runtime.hub import hub_answers
+from trainpilot.llm_runtime.hub import asked_once
 from trainpilot.llm_runtime.model_folder import holds_tokenizer, holds_weights, teacher_folder, weights_digest
 
 DOCUMENT_END = "\0"
@@ -207,18 +207,15 @@ def _load_rows(source: str, parts: re.Match[str]) -> Any:
             f"text {source!r} needs the package datasets, got no such package; "
             'run: pip install "trainpilot[hub]", or use --text FILE'
         ) from error
-    offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = offline or not hub_answers(parts["name"], "dataset")
     try:
-        return datasets.load_dataset(parts["name"], parts["configuration"], split=parts["split"] or "train")
+        with asked_once(parts["name"], "dataset"):
+            return datasets.load_dataset(parts["name"], parts["configuration"], split=parts["split"] or "train")
     except Exception as error:  # `datasets` lets the errors of its network, file and parser packages through
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"text {source!r} is not reachable: {type(error).__name__}: {reason}; "
             "check name, configuration, split, access and network, or use --text FILE"
         ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def content_digest(config: RunConfig) -> str:

@@ -5,12 +5,14 @@ import string
 import sys
 import sysconfig
 import threading
+import time
 import types
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from trainpilot.llm_runtime import files
 from trainpilot.llm_runtime.config import RunConfig
@@ -594,22 +596,18 @@ class Rows:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Put a data set package in place whose `load_dataset` is `answer`; returns the calls it got.
-
-    There is no network, so the package is told to look into its cache alone.
-    """
+    """Put a data set package in place whose `load_dataset` is `answer`; returns the calls it got."""
 
     def install(answer):
-        calls, config = [], types.SimpleNamespace(HF_HUB_OFFLINE=False)
+        calls = []
 
         def load_dataset(*names, split):
-            assert config.HF_HUB_OFFLINE
             calls.append((*names, split))
             if isinstance(answer, Exception):
                 raise answer
-            return answer
+            return answer() if callable(answer) else answer
 
-        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, config=config))
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
         return calls
 
     return install
@@ -648,7 +646,15 @@ def test_hub_offline(hub):
         "text 'hub:owner/name' is not reachable: ConnectionError: Couldn't reach the Hub; "
         "check name, configuration, split, access and network, or use --text FILE"
     )
-    assert not sys.modules["datasets"].config.HF_HUB_OFFLINE
+
+
+def test_hub_out_of_reach_leaves_the_cache(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(time, "sleep", None)  # the Hub's client waits between two tries
+    hub(lambda: Rows(text=["cached" if constants.HF_HUB_OFFLINE else "tried"]))
+    assert read_documents(["hub:owner/name"]) == ["cached"]
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_hub_without_its_package(monkeypatch):
