@@ -20,7 +20,7 @@ from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, policy_path
 from trainpilot.agents.controller import Policy
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
-from trainpilot.envs.action import KEEP, N_CHOICES, Action
+from trainpilot.envs.action import ACTION_FIELDS, KEEP, N_CHOICES, Action
 from trainpilot.llm_runtime.energy.meter import NoMeter
 
 SEQUENCES, BATCH, LENGTH, CONTEXT, DECISIONS = 2_400, 8, 32, 8, 50
@@ -28,11 +28,15 @@ TUNED_RATE = 1.6e-2
 """Learning rate at which the base schedule ends lowest, of powers of two (`benchmarks/hostile_policies.py --tune`)."""
 BASE = BaseSchedule(schedule="wsd", warmup_share=0.1)
 
-UP: Action = (6, *KEEP[1:])
-DOWN: Action = (0, *KEEP[1:])
-FINISH: Action = (*KEEP[:4], 1)
-SMALLER: Action = (KEEP[0], 0, *KEEP[2:])
-LARGER: Action = (KEEP[0], 2, *KEEP[2:])
+
+def _only(name: str, choice: int, action: Action = KEEP) -> Action:
+    """Return an action with another choice of one control."""
+    return tuple(choice if each.name == name else own for each, own in zip(ACTION_FIELDS, action, strict=True))
+
+
+UP, DOWN = _only("learning_rate", 6), _only("learning_rate", 0)
+SMALLER, LARGER = _only("batch_size", 0), _only("batch_size", 2)
+FINISH = _only("finish", 1)
 
 
 class Scripted:
@@ -56,7 +60,7 @@ def _drawn(seed: int, finishes: bool) -> Policy:
 
     def action(_: int) -> Action:
         drawn = tuple(int(random.integers(n)) for n in N_CHOICES)
-        return drawn if finishes else (*drawn[:4], 0)
+        return drawn if finishes else _only("finish", 0, drawn)
 
     return Scripted(action)
 

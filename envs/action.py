@@ -160,6 +160,8 @@ class Rule:
     """One limit on one action field."""
 
     field: str
+    when: str
+    """When it masks a choice, for the documentation."""
     masked: Callable[[SituationBatch], Bools]
     """Returns the masked choices, shape (choices, n_runs), or (n_runs,) for all but the one that changes nothing."""
     reason: Callable[[Situation, int], str]
@@ -280,22 +282,26 @@ def _says(text: str) -> Callable[[Situation, int], str]:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("learning_rate", _scale_leaves_its_range, _scale_reason),
-    Rule("batch_size", _batch_is_no_whole_number,
+    Rule("learning_rate", f"the scale would leave [1/{1 / LEARNING_RATE_SCALE_RANGE[0]:g}, "
+         f"{LEARNING_RATE_SCALE_RANGE[1]:g}]", _scale_leaves_its_range, _scale_reason),
+    Rule("batch_size", "the batch is odd and cannot be halved", _batch_is_no_whole_number,
          lambda s, choice: f"{s.controls.batch_size} sequences cannot be halved"),
-    Rule("batch_size", _batch_leaves_its_limits, _batch_reason),
-    Rule("precision", _precision_is_in_force, _says("already in force")),
-    Rule("precision", lambda s: s.precision_switches >= MAX_PRECISION_SWITCHES,
+    Rule("batch_size", "it would exceed the run's limits", _batch_leaves_its_limits, _batch_reason),
+    Rule("precision", "it is already in force", _precision_is_in_force, _says("already in force")),
+    Rule("precision", f"{MAX_PRECISION_SWITCHES} switches were made",
+         lambda s: s.precision_switches >= MAX_PRECISION_SWITCHES,
          _says(f"at most {MAX_PRECISION_SWITCHES} switches per run")),
-    Rule("precision", _precision_is_not_offered,
-         lambda s, choice: s.limits.masked_precisions[PRECISIONS[choice - 1]]),
-    Rule("pruning", lambda s: ~s.limits.prunes, _says("this run does not prune")),
-    Rule("pruning", _is_outside_the_pruning_window,
+    Rule("precision", "the device does not support it; it was measured not to save time there",
+         _precision_is_not_offered, lambda s, choice: s.limits.masked_precisions[PRECISIONS[choice - 1]]),
+    Rule("pruning", "the case does not prune", lambda s: ~s.limits.prunes, _says("this run does not prune")),
+    Rule("pruning", f"outside {PRUNING_WINDOW[0]:.0%} to {PRUNING_WINDOW[1]:.0%} of the budget",
+         _is_outside_the_pruning_window,
          _says(f"only between {PRUNING_WINDOW[0]:.0%} and {PRUNING_WINDOW[1]:.0%} of the budget")),
-    Rule("pruning", _sparsity_is_at_its_most, _says(f"at most {MAX_SPARSITY:.0%}")),
-    Rule("finish", lambda s: ~s.may_finish, _says("left out of this environment (finish=False)")),
-    Rule("finish", lambda s: s.controls.finish, _says("the cool-down has begun")),
-    Rule("finish", lambda s: s.budget_used < FINISH_FROM,
+    Rule("pruning", f"the sparsity would exceed {MAX_SPARSITY:.0%}", _sparsity_is_at_its_most,
+         _says(f"at most {MAX_SPARSITY:.0%}")),
+    Rule("finish", "`finish=False`", lambda s: ~s.may_finish, _says("left out of this environment (finish=False)")),
+    Rule("finish", "the cool-down has begun", lambda s: s.controls.finish, _says("the cool-down has begun")),
+    Rule("finish", f"before {FINISH_FROM:.0%} of the budget", lambda s: s.budget_used < FINISH_FROM,
          _says(f"not before {FINISH_FROM:.0%} of the budget")),
 )  # fmt: skip
 """All mask rules; if several mask a choice, the reason of the first is reported."""

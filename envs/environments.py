@@ -34,7 +34,7 @@ from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.drive import DrivenInterval, drive
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.runs import OnePlant
-from trainpilot.llm_runtime.telemetry import Plant, Telemetry
+from trainpilot.llm_runtime.telemetry import READ_BACK, Plant, Telemetry
 
 if TYPE_CHECKING:
     from trainpilot.envs.picture import RunPicture
@@ -145,13 +145,7 @@ class TrainingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self.state.action_masks()
 
     def _info(self, decision: Decision, telemetry: Telemetry, terms: RewardTerms, loss: float) -> dict[str, Any]:
-        effective = {
-            "learning_rate": telemetry.learning_rate,
-            "batch_size": telemetry.batch_size,
-            "precision": telemetry.precision,
-            "sparsity": telemetry.sparsity,
-            "finishing": telemetry.finishing,
-        }
+        effective = {name: getattr(telemetry, name) for name in READ_BACK}
         finite = math.isfinite(loss)
         weighing = RewardInfo(
             preference=self.state.preference.weights(),

@@ -24,6 +24,7 @@ from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.logging.tags import opening_link
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.experiments.inspect_policy import print_policy, print_reasons, titled_table
+from trainpilot.experiments.report.controls import CONTROLS, Curve
 from trainpilot.experiments.stored_run import (
     StoredRun,
     cost_parts,
@@ -50,12 +51,10 @@ KEY_FIGURES = (
     ("time over the reference", "time_ratio", ".3f"),
     ("energy over the reference", "energy_ratio", ".3f"),
 )
-CURVES: tuple[tuple[str, Value, str], ...] = (
+CURVES: tuple[Curve, ...] = (
     ("training loss, nats/token", lambda t: t.train_loss, ".3f"),
     ("validation loss, nats/token", lambda t: t.validation_loss, ".3f"),
-    ("learning rate", lambda t: t.learning_rate, ".2e"),
-    ("batch, sequences", lambda t: t.batch_size, ".0f"),
-    ("sparsity, %", lambda t: 100 * t.sparsity, ".0f"),
+    *(control.curve for control in CONTROLS if control.curve is not None),
     ("noise scale, sequences", lambda t: t.noise_scale, ".3g"),
     ("speed, tokens/s", lambda t: t.tokens_per_s, ",.0f"),
     ("energy, mJ/token", lambda t: _times(t.energy_per_token_j, 1000), ".3g"),

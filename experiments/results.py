@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from trainpilot.llm_runtime.config import RunConfig
+from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.files import digest
 from trainpilot.llm_runtime.json_records import JsonForm, JsonRecord, null_if_not_finite
 from trainpilot.llm_runtime.schedules import EVALUATE_EVERY
@@ -93,6 +93,16 @@ class IntervalResult(JsonRecord):
     evaluation_energy_j: float | None
     rolled_back: bool = False
     """The run was later restored to a snapshot from before this interval."""
+
+    def controls(self) -> Controls:
+        """Return the controls of the interval, in whole sequences per step."""
+        return Controls(
+            learning_rate_scale=self.learning_rate_scale,
+            batch_size=max(1, round(self.batch_size)),
+            precision=self.precision,  # type: ignore[arg-type]
+            sparsity=self.sparsity,
+            finish=self.finishing,
+        )
 
 
 def _columns(intervals: Sequence[IntervalResult]) -> dict[str, list[Any]]:

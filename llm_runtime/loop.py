@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -524,18 +524,13 @@ class ControlledLoop:
 
     def snapshot(self) -> Snapshot:
         """Return a copy of what training changes: weights, buffers, optimizer, masks, width and controls."""
-        controls = self.controls
         return {
             "weights": {name: tensor.detach().clone() for name, tensor in self._changing().items()},
             "width": channels.ffn_width(self._transformer()) if self.start_width else 0,
             "optimizer": clone_state(self.optimizer.state_dict()),
             "masks": self.masks.state_dict() if self.masks is not None else {},
             "effective_precision": self._output_precision,
-            "precision": controls.precision,
-            "batch_size": int(controls.batch_size),
-            "learning_rate_scale": float(controls.learning_rate_scale),
-            "sparsity": float(controls.sparsity),
-            "finish": bool(controls.finish),
+            **{name: _plain(value) for name, value in asdict(self.controls).items()},
         }
 
     def check_snapshot(self, snapshot: Snapshot) -> None:
@@ -566,8 +561,8 @@ class ControlledLoop:
         self.optimizer.load_state_dict(clone_state(snapshot["optimizer"]))
         if self.masks is not None:
             self.masks.load_state_dict(clone_state(snapshot["masks"]))
-        names = ("learning_rate_scale", "batch_size", "precision", "sparsity", "finish")
-        self.controls = replace(self.controls, **{name: snapshot[name] for name in names if name in snapshot})
+        names = {each.name for each in fields(Controls)}
+        self.controls = replace(self.controls, **{name: snapshot[name] for name in names & snapshot.keys()})
         self._output_precision = snapshot["effective_precision"]
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
 
@@ -810,6 +805,11 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy as one of Python, which any `torch.load` reads."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def is_out_of_memory(error: Exception) -> bool:

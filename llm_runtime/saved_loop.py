@@ -6,7 +6,7 @@ The states of version 0.1 lack some fields; these have defaults.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from trainpilot.llm_runtime.config import Controls, Precision
@@ -131,21 +131,18 @@ class SavedLoop(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedSnapshot(JsonRecord):
-    """A snapshot of what training changes."""
+class SavedSnapshot(Controls):
+    """A snapshot of what training changes, the controls among it."""
 
     weights: dict[str, Any]
     width: Count
     optimizer: dict[str, Any]
+    precision: Precision = field()
+    """Unlike in `Controls`, it has to be there."""
     masks: dict[str, Any]
     scaler: dict[str, Any]
     effective_precision: str
-    precision: Precision
-    batch_size: Annotated[int, Range(1, MAX_INT)]
     micro_batch_size: Annotated[int, Range(1, MAX_INT)] | None
-    learning_rate_scale: NotNegative | None = None
-    sparsity: Annotated[float, Range(0, 1)] | None = None
-    finish: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

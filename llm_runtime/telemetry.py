@@ -112,6 +112,9 @@ class Telemetry(JsonRecord):
         return None if self.energy_j is None else self.energy_j / max(self.interval_tokens, 1)
 
 
+READ_BACK = ("learning_rate", "batch_size", "precision", "sparsity", "finishing")
+"""Fields of `Telemetry` that say what became of each control, in the order of the actions."""
+
 Snapshot = dict[str, Any]
 """Everything that a continued run depends on: tensors, numbers, text and containers of these."""
 

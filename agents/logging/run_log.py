@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.logging.tags import TAGS, multiline
+from trainpilot.agents.logging.tags import NAMES, TAGS, run_layout
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.envs.reward import OBJECTIVES, Reference, RewardTerms
 from trainpilot.llm_runtime.config import PRECISIONS
@@ -130,7 +130,7 @@ class RunWriter:
 
     def _begin(self, purge_step: int | None) -> None:
         self._writer = _event_writer(self.folder / "steered", purge_step)
-        self._writer.add_custom_scalars(layout())
+        self._writer.add_custom_scalars(run_layout())
 
     def write(self, record: DecisionRecord) -> None:
         """Write one decision and the telemetry of the interval that followed it."""
@@ -209,57 +209,15 @@ class RunWriter:
             self._failed = True
 
 
-def layout() -> dict[str, dict[str, list[object]]]:
-    """Return the layout of TensorBoard's tab Custom scalars."""
-    requested, effective = "controls_requested", "controls_effective"
-    return {
-        "Loss": {
-            "loss, training and validation (nats/token)": multiline("loss/train", "loss/validation"),
-            "spread and largest step loss (nats/token)": multiline("loss/train_std", "loss/train_max"),
-        },
-        "Controls": {
-            "learning-rate scale requested, and advised": multiline(
-                f"{requested}/learning_rate_scale", "advice/learning_rate_scale"
-            ),
-            "learning rate in force": multiline(f"{effective}/learning_rate"),
-            "batch requested and in force (sequences)": multiline(f"{requested}/batch_size", f"{effective}/batch_size"),
-            f"precision ({', '.join(f'{i} {name}' for i, name in enumerate(PRECISIONS))})": multiline(
-                f"{requested}/precision", f"{effective}/precision"
-            ),
-            "sparsity requested and counted (share)": multiline(f"{requested}/sparsity", f"{effective}/sparsity"),
-        },
-        "Energy and time": {
-            "energy so far (J)": multiline("energy/total"),
-            "power (W)": multiline("energy/power"),
-            "energy per token (J/token)": multiline("energy/per_token"),
-            "time so far (s)": multiline("speed/total"),
-        },
-        "Reward": {
-            "per interval": multiline(*(f"reward/{name}" for name in OBJECTIVES)),
-            "so far": multiline(*(f"reward/{name}_total" for name in OBJECTIVES)),
-        },
-    }
-
-
 def _of_telemetry(telemetry: Telemetry, totals: Totals) -> Scalars:
     """Return the values that are logged for steered runs and reference runs alike."""
-    t, requested = telemetry, telemetry.requested
+    t = telemetry
     return {
         "loss/train": t.train_loss,
         "loss/train_std": t.train_loss_std,
         "loss/train_max": t.train_loss_max,
         "loss/validation": t.validation_loss,
-        "controls_requested/learning_rate_scale": requested.learning_rate_scale,
-        "controls_requested/batch_size": requested.batch_size,
-        "controls_requested/precision": _code(requested.precision),
-        "controls_requested/sparsity": requested.sparsity,
-        "controls_requested/finish": requested.finish,
-        "controls_effective/learning_rate": t.learning_rate,
-        "controls_effective/batch_size": t.batch_size,
-        "controls_effective/micro_batch_size": t.micro_batch_size,
-        "controls_effective/precision": _code(t.precision),
-        "controls_effective/sparsity": t.sparsity,
-        "controls_effective/finishing": t.finishing,
+        **_of_controls(t),
         "energy/interval": t.energy_j,
         "energy/total": totals.energy_j,
         "energy/power": t.power_w,
@@ -302,34 +260,35 @@ def _of_record(record: DecisionRecord, totals: Totals) -> Scalars:
 def _of_advice(record: DecisionRecord) -> Scalars:
     if record.advice is None:
         return {}
-    controls = record.advice.controls
-    return {
-        "advice/learning_rate_scale": controls.learning_rate_scale,
-        "advice/batch_size": controls.batch_size,
-        "advice/precision": _code(controls.precision),
-        "advice/sparsity": controls.sparsity,
-        "advice/finish": controls.finish,
-    }
+    return tagged("advice", record.advice.controls, NAMES["advice"])
+
+
+def _of_controls(telemetry: Telemetry) -> Scalars:
+    requested, effective = "controls_requested", "controls_effective"
+    return tagged(requested, telemetry.requested, NAMES[requested]) | tagged(effective, telemetry, NAMES[effective])
+
+
+def tagged(prefix: str, record: object, names: Iterable[str]) -> Scalars:
+    """Return fields of a record by the tags that have their names; a precision becomes its code."""
+    values = {f"{prefix}/{name}": getattr(record, name) for name in names}
+    return {tag: _code(value) if isinstance(value, str) else value for tag, value in values.items()}
 
 
 def _code(precision: str) -> float | None:
     return float(PRECISIONS.index(precision)) if precision in PRECISIONS else None
 
 
+LEFT_OUT = ("controls_requested/finish", "controls_effective/micro_batch_size", "controls_effective/precision")
+"""Tags of controls that `scalars` leaves out, to be short."""
+
+
 def scalars(record: DecisionRecord) -> dict[str, float]:
     """Return the values of one decision by tag; the tags are explained in `docs/metrics.md`."""
-    telemetry, requested = record.telemetry, record.telemetry.requested
+    telemetry = record.telemetry
     values: dict[str, float | None] = {
         "loss/train": telemetry.train_loss,
         "loss/validation": telemetry.validation_loss,
-        "controls_requested/learning_rate_scale": requested.learning_rate_scale,
-        "controls_requested/batch_size": requested.batch_size,
-        "controls_requested/precision": PRECISIONS.index(requested.precision),
-        "controls_requested/sparsity": requested.sparsity,
-        "controls_effective/learning_rate": telemetry.learning_rate,
-        "controls_effective/batch_size": telemetry.batch_size,
-        "controls_effective/sparsity": telemetry.sparsity,
-        "controls_effective/finishing": telemetry.finishing,
+        **_of_controls(telemetry),
         "gradient/norm": telemetry.gradient_norm,
         "gradient/noise_scale": telemetry.noise_scale,
         "energy/interval": telemetry.energy_j,
@@ -340,5 +299,6 @@ def scalars(record: DecisionRecord) -> dict[str, float]:
         "run/decision": telemetry.decision,
         **_of_advice(record),
     }
-    known = {TAGS[name].name: float(value) for name, value in values.items() if value is not None}
+    shown = {name: value for name, value in values.items() if value is not None and name not in LEFT_OUT}
+    known = {TAGS[name].name: float(value) for name, value in shown.items()}
     return {name: value for name, value in known.items() if math.isfinite(value)}

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from trainpilot.envs.action import ACTION_FIELDS, ActionField
 from trainpilot.envs.observation import OBSERVATION_FIELDS
+from trainpilot.envs.reward import OBJECTIVES
 from trainpilot.llm_runtime.config import PRECISIONS
 
 Writer = Literal["run", "agent", "simulator"]
@@ -61,6 +62,15 @@ _NATS = "nats/token"
 _SHARE = "share"
 _REFERENCE = "share of the reference"
 
+_CONTROLS = (
+    ("learning_rate_scale", "ratio", "factor on the base schedule at the starting batch"),
+    ("batch_size", "sequences", "sequences per optimiser step"),
+    ("precision", "code", f"number format of the matrix products: {_CODE}"),
+    ("sparsity", _SHARE, "zero weights or removed channels to reach by the interval's end"),
+    ("finish", "0 or 1", "1 asks for the cool-down"),
+)
+"""The fields of `Controls`. The effective values have the names of `Telemetry`."""
+
 _RUN_GROUPS = (
     _group(
         "loss", "run", "Mean cross-entropy of the next token.",
@@ -77,11 +87,7 @@ _RUN_GROUPS = (
     ),
     _group(
         "controls_requested", "run", "Controls requested for the interval.",
-        ("learning_rate_scale", "ratio", "factor on the base schedule at the starting batch"),
-        ("batch_size", "sequences", "sequences per optimiser step"),
-        ("precision", "code", f"number format of the matrix products: {_CODE}"),
-        ("sparsity", _SHARE, "zero weights or removed channels to reach by the interval's end"),
-        ("finish", "0 or 1", "1 asks for the cool-down"),
+        *_CONTROLS,
     ),
     _group(
         "controls_effective", "run", "The same controls, read back from optimiser, batches and model.",
@@ -95,11 +101,7 @@ _RUN_GROUPS = (
     _group(
         "advice", "run", "Written only where the policy advises and does not steer: the controls that its choices "
         "would have made of those in force. `controls_requested` are then those of the base schedule.",
-        ("learning_rate_scale", "ratio", "factor on the base schedule at the starting batch"),
-        ("batch_size", "sequences", "sequences per optimiser step"),
-        ("precision", "code", f"number format of the matrix products: {_CODE}"),
-        ("sparsity", _SHARE, "zero weights or removed channels"),
-        ("finish", "0 or 1", "1 asks for the cool-down"),
+        *_CONTROLS,
     ),
     _group(
         "energy", "run", "Joules; missing while unknown, never 0.",
@@ -245,6 +247,40 @@ _SIMULATOR_GROUPS = (
 GROUPS: tuple[Group, ...] = _RUN_GROUPS + _AGENT_GROUPS + _SIMULATOR_GROUPS
 TAGS: dict[str, Tag] = {tag.name: tag for group in GROUPS for tag in group.tags}
 """Every tag by its name; looking up an unknown name raises `KeyError`."""
+NAMES: dict[str, tuple[str, ...]] = {
+    group.prefix: tuple(tag.name.removeprefix(f"{group.prefix}/") for tag in group.tags) for group in GROUPS
+}
+"""The tags of each prefix, without it."""
+
+
+def run_layout() -> dict[str, dict[str, list[object]]]:
+    """Return the layout of TensorBoard's tab Custom scalars for a run."""
+    requested, effective = "controls_requested", "controls_effective"
+    return {
+        "Loss": {
+            "loss, training and validation (nats/token)": multiline("loss/train", "loss/validation"),
+            "spread and largest step loss (nats/token)": multiline("loss/train_std", "loss/train_max"),
+        },
+        "Controls": {
+            "learning-rate scale requested, and advised": multiline(
+                f"{requested}/learning_rate_scale", "advice/learning_rate_scale"
+            ),
+            "learning rate in force": multiline(f"{effective}/learning_rate"),
+            "batch requested and in force (sequences)": multiline(f"{requested}/batch_size", f"{effective}/batch_size"),
+            f"precision ({_CODE})": multiline(f"{requested}/precision", f"{effective}/precision"),
+            "sparsity requested and counted (share)": multiline(f"{requested}/sparsity", f"{effective}/sparsity"),
+        },
+        "Energy and time": {
+            "energy so far (J)": multiline("energy/total"),
+            "power (W)": multiline("energy/power"),
+            "energy per token (J/token)": multiline("energy/per_token"),
+            "time so far (s)": multiline("speed/total"),
+        },
+        "Reward": {
+            "per interval": multiline(*(f"reward/{name}" for name in OBJECTIVES)),
+            "so far": multiline(*(f"reward/{name}_total" for name in OBJECTIVES)),
+        },
+    }
 
 
 OPENING = ("loss/train", "loss/validation", "controls_effective/learning_rate", "controls_effective/batch_size")

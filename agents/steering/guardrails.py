@@ -117,8 +117,8 @@ ROUNDED = 1.02
 BATCH = [each.name for each in ACTION_FIELDS].index("batch_size")
 GROWN_BACK = "batch grown back"
 """How the reason begins for which a batch was raised that nobody asked for."""
-MOVED = ("learning_rate", "batch_size")
-"""Controls that can oscillate; the others can change only a limited number of times."""
+MOVED = tuple(each.name for each in ACTION_FIELDS if each.keep > 0)
+"""Controls that go both ways and so can oscillate; the others can change only a limited number of times."""
 INSISTENCE = 3
 """So many requests in a row for a larger batch are heard although the batch is held after oscillating: a batch held at
 its lower end would slow the run down, and one that goes up alone does not oscillate."""

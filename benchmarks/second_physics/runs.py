@@ -395,10 +395,7 @@ class MultiPowerRuns:
         masked[:, PRECISIONS.index("bf16")] = self.cases.bf16_speed < LEAST_BF16_GAIN
         smallest, largest = batch_limits(start, self.cases.n_sequences // self.decisions)
         return LimitBatch(
-            start=ControlBatch(
-                learning_rate_scale=np.ones(n), batch_size=start.copy(), precision=np.zeros(n, dtype=np.int64),
-                sparsity=np.zeros(n), finish=np.zeros(n, dtype=np.bool_),
-            ),
+            start=ControlBatch.at_start(start),
             min_batch_size=smallest,
             max_batch_size=largest,
             masked_precisions=masked,

@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from trainpilot.envs import action
-from trainpilot.envs.action import ACTION_FIELDS, SPARSITY_STEP
+from trainpilot.envs.action import ACTION_FIELDS, RULES, SPARSITY_STEP
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.envs.reward import DIVERGED_QUALITY, MAX_QUALITY
@@ -57,20 +56,11 @@ def observation_table() -> str:
 
 def mask_table() -> str:
     """Return the table of mask rules, with the position of each action's choices in the flat mask."""
-    low, high = action.LEARNING_RATE_SCALE_RANGE
-    window = f"{action.PRUNING_WINDOW[0]:.0%} to {action.PRUNING_WINDOW[1]:.0%} of the budget"
-    rules = {
-        "learning_rate": f"the scale would leave [1/{1 / low:g}, {high:g}]",
-        "batch_size": "the batch would exceed the run's limits, or is odd and cannot be halved",
-        "precision": "it is already in force; the device does not support it; it was measured not to save time there; "
-        f"{action.MAX_PRECISION_SWITCHES} switches were made",
-        "pruning": f"the case does not prune; outside {window}; the sparsity would exceed {action.MAX_SPARSITY:.0%}",
-        "finish": f"before {action.FINISH_FROM:.0%} of the budget; the cool-down has begun; `finish=False`",
-    }
     rows, start = [], 0
     for field in ACTION_FIELDS:
         end = start + len(field.choices)
-        rows.append((f"`[{start}:{end}]`", f"`{field.name}`", rules[field.name]))
+        masked_if = "; ".join(rule.when for rule in RULES if rule.field == field.name)
+        rows.append((f"`[{start}:{end}]`", f"`{field.name}`", masked_if))
         start = end
     return table(("Mask", "Action", "A choice other than keep is masked if"), rows)
 

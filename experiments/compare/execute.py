@@ -19,7 +19,7 @@ from trainpilot.experiments.results import IntervalResult, RunResult, RunSpec, S
 from trainpilot.llm_runtime.drive import RunController, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.live_run import LiveRun
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.telemetry import READ_BACK, Telemetry
 
 
 def make_controller(steering: SteeringSpec, run: LiveRun) -> RunController:
@@ -178,12 +178,8 @@ class _Execution:
             steps=telemetry.steps,
             train_loss=telemetry.train_loss if math.isfinite(telemetry.train_loss) else None,
             validation_loss=evaluation.loss if evaluation is not None and math.isfinite(evaluation.loss) else None,
-            learning_rate=telemetry.learning_rate,
             learning_rate_scale=telemetry.requested.learning_rate_scale,
-            finishing=telemetry.finishing,
-            batch_size=telemetry.batch_size,
-            precision=telemetry.precision,
-            sparsity=telemetry.sparsity,
+            **{name: getattr(telemetry, name) for name in READ_BACK},
             probe_sequences=self.run.sequences_probed,
             evaluation_sequences=evaluation.sequences if evaluation is not None else 0,
             time_s=telemetry.time_s,

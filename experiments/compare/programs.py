@@ -49,7 +49,7 @@ from trainpilot.experiments.results import (
     cost_key,
 )
 from trainpilot.experiments.run_store import run_key
-from trainpilot.llm_runtime.config import Controls, Precision, RunConfig
+from trainpilot.llm_runtime.config import Precision, RunConfig
 from trainpilot.llm_runtime.schedules import ScheduleName
 
 
@@ -366,17 +366,7 @@ def _average(results: Sequence[RunResult]) -> list[dict[str, Any]]:
 
 
 def _steered(result: RunResult) -> ControlledRun:
-    controls = [
-        Controls(
-            learning_rate_scale=interval.learning_rate_scale,
-            batch_size=max(1, round(interval.batch_size)),
-            precision=interval.precision,  # type: ignore[arg-type]
-            sparsity=interval.sparsity,
-            finish=interval.finishing,
-        )
-        for interval in result.intervals
-        if not interval.rolled_back
-    ]
+    controls = [interval.controls() for interval in result.intervals if not interval.rolled_back]
     return ControlledRun(start_batch_size=result.spec.config.batch_size, controls=controls)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trainpilot.experiments.report.controls import CONTROLS, FLOOR, ShownControl
 from trainpilot.experiments.report.drawing import (
     DASHES,
     MARKERS,
@@ -30,26 +31,12 @@ from trainpilot.llm_runtime.config import PRECISIONS, RunConfig
 
 N_METHODS = 3
 """Methods whose controls are shown."""
-FLOOR = 0.01
-"""Learning rates below this share of the starting one are not distinguished, as a schedule ends at zero."""
 GRID = tuple(index / 50 for index in range(51))
 """Shares of the budget at which the median over runs is taken."""
 HALF_STEP = 0.01
 
-Value = Callable[[IntervalResult, RunConfig], float]
 Course = tuple[list[float], list[float]]
 """Shares of the budget, and the control that holds from each on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """One of the four controls, as a chart shows it."""
-
-    name: str
-    y: str
-    value: Value
-    keeps: Callable[[RunResult], bool]
-    """Whether a run never moved it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,42 +47,6 @@ class ControlChanges:
     panels: tuple[Panel, ...]
     unmoved: tuple[str, ...]
     """Controls that it never changed in any run."""
-
-
-def _batch(interval: IntervalResult, config: RunConfig) -> float:
-    return interval.batch_size / config.batch_size
-
-
-def _one(values: Sequence[object]) -> bool:
-    return len(set(values)) <= 1
-
-
-CONTROLS = (
-    Control(
-        name="learning rate",
-        y="over the peak of the base schedule",
-        value=lambda interval, config: max(interval.learning_rate / config.base_learning_rate, FLOOR / 10),
-        keeps=lambda run: _one([i.learning_rate_scale for i in run.intervals]) and not _finishes(run),
-    ),
-    Control(
-        name="batch",
-        y="over the starting batch",
-        value=_batch,
-        keeps=lambda run: _one([round(_batch(i, run.spec.config), 1) for i in run.intervals]),
-    ),
-    Control(
-        name="precision",
-        y="of the matrix products",
-        value=lambda interval, config: float(PRECISIONS.index(interval.precision)),
-        keeps=lambda run: _one([i.precision for i in run.intervals]),
-    ),
-    Control(
-        name="sparsity",
-        y="share of zero weights or removed channels",
-        value=lambda interval, config: interval.sparsity,
-        keeps=lambda run: _one([i.sparsity for i in run.intervals]),
-    ),
-)
 
 
 def control_changes(data: ReportData, looks: MethodStyles) -> list[ControlChanges]:
@@ -119,10 +70,6 @@ def _all_runs(data: ReportData, method: str) -> list[RunResult]:
     return [run for case in data.case_names for run in data.runs(case, method) if run.intervals]
 
 
-def _finishes(run: RunResult) -> bool:
-    return any(interval.finishing for interval in run.intervals)
-
-
 def _moves(data: ReportData, look: MethodStyle) -> ControlChanges:
     runs = _all_runs(data, look.method)
     moved = [control for control in CONTROLS if not all(control.keeps(run) for run in runs)]
@@ -133,16 +80,16 @@ def _moves(data: ReportData, look: MethodStyle) -> ControlChanges:
     )
 
 
-def _panel(control: Control, look: MethodStyle, runs: Sequence[RunResult]) -> Panel:
-    drawn = panel(control.name, control.y, about=f"{control.name} over the budget, {look.title}")
+def _panel(control: ShownControl, look: MethodStyle, runs: Sequence[RunResult]) -> Panel:
+    drawn = panel(control.name, control.compared_y, about=f"{control.name} over the budget, {look.title}")
     courses = [_course(control, run) for run in runs]
-    if control.name == "precision":
+    if control.axis == "names":
         courses = _ranked(drawn, courses)
     else:
         _scale(drawn, control, [value for _, values in courses for value in values])
     plain_axis(drawn.axes, "x", (0, 1), percent)
     name_x(drawn.axes, "share of the budget")
-    if control.name == "learning rate":
+    if control.axis == "rate":
         _base(drawn, runs)
     for shares, values in courses:
         drawn.axes.plot(shares, values, color=ink(look.color), linewidth=0.7, alpha=0.35, drawstyle="steps-post")
@@ -151,11 +98,11 @@ def _panel(control: Control, look: MethodStyle, runs: Sequence[RunResult]) -> Pa
     return drawn
 
 
-def _course(control: Control, run: RunResult) -> Course:
+def _course(control: ShownControl, run: RunResult) -> Course:
     """Return the shares of the budget at which intervals begin, and the control in each; the last one twice."""
     config = run.spec.config
     ends = [interval.tokens / config.tokens for interval in run.intervals]
-    values = [control.value(interval, config) for interval in run.intervals]
+    values = [control.compared(interval, config) for interval in run.intervals]
     return [0.0, *ends], [*values, values[-1]]
 
 
@@ -189,13 +136,13 @@ def _ranked(drawn: Panel, courses: Sequence[Course]) -> list[Course]:
     return [(shares, [float(used.index(value)) for value in values]) for shares, values in courses]
 
 
-def _scale(drawn: Panel, control: Control, values: Sequence[float]) -> None:
+def _scale(drawn: Panel, control: ShownControl, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
-    if control.name == "learning rate":
+    if control.axis == "rate":
         limits = (FLOOR, max(high, 1.0) * 1.3)
         ticks = [tick for tick in log_ticks(*limits, most=6) if tick > 1.5 * FLOOR]
         log_axis(drawn.axes, "y", limits, times, ticks)
-    elif control.name == "batch":
+    elif control.axis == "doublings":
         limits = (min(low, 1.0) / 1.2, max(high, 1.0) * 1.2)
         doublings = [2.0**k for k in range(-8, 12) if limits[0] <= 2.0**k <= limits[1]]
         log_axis(drawn.axes, "y", limits, times, doublings)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
-from trainpilot.envs.decision import Advice
+from trainpilot.experiments.report.controls import CONTROLS, ShownControl
 from trainpilot.experiments.report.drawing import (
     DASHES,
     MARKERS,
@@ -41,7 +41,7 @@ EARLY = 0.1
 """The range of a loss axis comes from the losses from this share of the run on; what lies before would flatten it."""
 LOWEST = 1e-3
 """Learning rates below this share of the highest are drawn there, as a schedule ends at zero."""
-EFFECT_INKS = ("s1", "s2", "s3", "s4", "s5")
+EFFECT_INKS = ("s1", "s2", "s3", "s4", "s5", "s6")
 """Colours of the action fields, in their order."""
 ROOM = 1.16
 """Length of an axis of bars over the longest bar, for the figures behind them."""
@@ -169,62 +169,6 @@ def refused_controls(run: StoredRun, place: int) -> list[bool]:
 # Controls -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunControl:
-    """One control, as a chart shows it."""
-
-    name: str
-    y: str
-    fields: tuple[str, ...]
-    """Action fields whose choices are marked on it."""
-    value: Callable[[Telemetry], float]
-    advised: Callable[[Advice, Telemetry], float]
-    """What the advice would have made of it."""
-
-
-RATE, BATCH, PRECISION = "learning rate", "batch", "precision"
-
-
-def _precision_code(name: str) -> float:
-    return float(PRECISIONS.index(name)) if name in PRECISIONS else -1.0
-
-
-def _advised_rate(advice: Advice, telemetry: Telemetry) -> float:
-    asked, given = advice.controls, telemetry.requested
-    batch = math.sqrt(asked.batch_size / max(given.batch_size, 1))
-    return telemetry.learning_rate * asked.learning_rate_scale / given.learning_rate_scale * batch
-
-
-CONTROLS = (
-    RunControl(
-        name=RATE,
-        y="of the last step",
-        fields=("learning_rate", "finish"),
-        value=lambda t: t.learning_rate,
-        advised=_advised_rate,
-    ),
-    RunControl(
-        name=BATCH,
-        y="sequences",
-        fields=("batch_size",),
-        value=lambda t: float(t.requested.batch_size),
-        advised=lambda advice, _: float(advice.controls.batch_size),
-    ),
-    RunControl(
-        name=PRECISION,
-        y="of the matrix products",
-        fields=("precision",),
-        value=lambda t: _precision_code(t.precision),
-        advised=lambda advice, _: _precision_code(advice.controls.precision),
-    ),
-    RunControl(
-        name="sparsity",
-        y="share of zero weights or removed channels",
-        fields=("pruning",),
-        value=lambda t: t.sparsity,
-        advised=lambda advice, _: advice.controls.sparsity,
-    ),
-)
 FIELDS = [field.name for field in ACTION_FIELDS]
 
 Numbers = Sequence[tuple[int, int, str]]
@@ -238,12 +182,12 @@ def control_panels(shown: Sequence[Drawn], numbers: Numbers = ()) -> tuple[list[
         shown: The runs.
         numbers: Decisions of the last of the runs that are numbered.
     """
-    moved = [control for control in CONTROLS if control.name == RATE or any(_moves(control, each) for each in shown)]
+    moved = [control for control in CONTROLS if control.axis == "rate" or any(_moves(control, each) for each in shown)]
     panels = [one for control in moved if (one := _control_panel(control, shown, numbers)) is not None]
     return panels, [control.name for control in CONTROLS if control not in moved]
 
 
-def _moves(control: RunControl, each: Drawn) -> bool:
+def _moves(control: ShownControl, each: Drawn) -> bool:
     run = each.run
     values = {control.value(record.telemetry) for record in run.records}
     advised = {control.advised(r.advice, r.telemetry) for r in run.records if r.advice is not None}
@@ -252,7 +196,7 @@ def _moves(control: RunControl, each: Drawn) -> bool:
     return len(values | advised) > 1 or asked
 
 
-def _control_panel(control: RunControl, shown: Sequence[Drawn], numbers: Numbers) -> Panel | None:
+def _control_panel(control: ShownControl, shown: Sequence[Drawn], numbers: Numbers) -> Panel | None:
     values = [v for each in shown for v in _values(control, each.run) if math.isfinite(v)]
     if not values:
         return None
@@ -267,24 +211,24 @@ def _control_panel(control: RunControl, shown: Sequence[Drawn], numbers: Numbers
     return drawn
 
 
-def _values(control: RunControl, run: StoredRun) -> list[float]:
+def _values(control: ShownControl, run: StoredRun) -> list[float]:
     values = [control.value(run.records[place].telemetry) for place in run.standing]
     records = (run.records[place] for place in run.standing)
     return values + [control.advised(r.advice, r.telemetry) for r in records if r.advice is not None]
 
 
-def _axis(drawn: Panel, control: RunControl, values: Sequence[float]) -> Callable[[float], float]:
+def _axis(drawn: Panel, control: ShownControl, values: Sequence[float]) -> Callable[[float], float]:
     """Set the y-axis, and return where on it a value stands."""
     low, high = min(values), max(values)
-    if control.name == RATE and high > 0:
+    if control.axis == "rate" and high > 0:
         least = max(low, high * LOWEST)
         log_axis(drawn.axes, "y", (least / 1.25, high * 1.6), rate)
         return lambda value: max(value, least)
-    if control.name == BATCH and low > 0:
+    if control.axis == "doublings" and low > 0:
         doublings = [2.0**k for k in range(30) if low / 1.3 <= 2.0**k <= high * 1.3]
         log_axis(drawn.axes, "y", (low / 1.4, high * 1.6), lambda value: f"{value:g}", doublings or sorted({low, high}))
         return lambda value: value
-    if control.name == PRECISION:
+    if control.axis == "names":
         used = sorted(set(values))
         drawn.axes.set_ylim(-0.5, len(used) - 0.4)
         names = [PRECISIONS[int(code)] if code >= 0 else "another" for code in used]
@@ -294,7 +238,7 @@ def _axis(drawn: Panel, control: RunControl, values: Sequence[float]) -> Callabl
     return lambda value: value
 
 
-def _draw_control(drawn: Panel, control: RunControl, each: Drawn, place_of: Callable[[float], float]) -> None:
+def _draw_control(drawn: Panel, control: ShownControl, each: Drawn, place_of: Callable[[float], float]) -> None:
     run, color = each.run, ink(each.look.color)
     places = [place for place in run.standing if math.isfinite(control.value(run.records[place].telemetry))]
     if not places:
@@ -336,7 +280,7 @@ def _spans(telemetry: Sequence[Telemetry]) -> tuple[list[float], list[float]]:
 
 
 def _write_numbers(
-    drawn: Panel, control: RunControl, run: StoredRun, numbers: Numbers, place_of: Callable[[float], float]
+    drawn: Panel, control: ShownControl, run: StoredRun, numbers: Numbers, place_of: Callable[[float], float]
 ) -> None:
     """Write the numbers of explained changes above the curve, beside each other where they are close."""
     taken: list[float] = []

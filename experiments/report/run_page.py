@@ -15,6 +15,7 @@ from rich.console import Console
 from trainpilot.agents.logging.run_log import flatten, text
 from trainpilot.envs.action import ACTION_FIELDS
 from trainpilot.experiments.options import ReportOptions
+from trainpilot.experiments.report.controls import CONTROLS
 from trainpilot.experiments.report.drawing import N_COLOURED, PART_INKS, PART_NAMES
 from trainpilot.experiments.report.formatting import (
     Cell,
@@ -207,15 +208,7 @@ def _moves(run: StoredRun) -> str:
     if run.advised:
         return ""
     telemetry = [run.records[place].telemetry for place in run.standing]
-    scales = [t.requested.learning_rate_scale for t in telemetry]
-    batches = [t.requested.batch_size for t in telemetry]
-    parts = []
-    if min(scales) != max(scales):
-        parts.append(f"learning rate at {ratio(min(scales))} to {ratio(max(scales))} times the base schedule")
-    if min(batches) != max(batches):
-        parts.append(f"batch between {min(batches)} and {max(batches)} sequences, {batches[-1]} at the end")
-    if telemetry[-1].sparsity > telemetry[0].sparsity:
-        parts.append(f"sparsity up to {percent(telemetry[-1].sparsity)}")
+    parts = [told for control in CONTROLS if (told := control.told(telemetry))]
     cooled = [place for place in run.standing if taken(run.records[place])[FINISH] == 1]
     if cooled:
         parts.append(f"cool-down from {percent(run.began_at(cooled[0]))} of the budget")

@@ -16,17 +16,19 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from trainpilot.agents.logging.run_log import hparams, text
+from trainpilot.agents.logging.run_log import hparams, tagged, text
 from trainpilot.agents.logging.tags import TAGS
 from trainpilot.experiments.report.report_data import ReportData
 from trainpilot.experiments.results import IntervalResult, Row, RunResult
-from trainpilot.llm_runtime.config import PRECISIONS
 from trainpilot.llm_runtime.files import digest, whole_folder
+from trainpilot.llm_runtime.telemetry import READ_BACK
 
 LONGEST_NAME = 60
 """Characters of a folder's name, before a digest stands for the rest; some letters take four bytes of a file system's
 255."""
 SETTINGS = ("tokens", "batch_size", "base_learning_rate", "schedule", "precision", "optimizer", "seed")
+EFFECTIVE = tuple(name for name in READ_BACK if name != "finishing")
+"""Controls that are written as they were read back."""
 
 
 def write_events(folder: Path, data: ReportData) -> None:
@@ -64,15 +66,11 @@ def _scalars(result: RunResult) -> Iterator[tuple[int, dict[str, float | None]]]
 
 
 def _of_interval(interval: IntervalResult) -> dict[str, float | None]:
-    known = interval.precision in PRECISIONS
     return {
         "loss/train": interval.train_loss,
         "loss/validation": interval.validation_loss,
         "controls_requested/learning_rate_scale": interval.learning_rate_scale,
-        "controls_effective/learning_rate": interval.learning_rate,
-        "controls_effective/batch_size": interval.batch_size,
-        "controls_effective/precision": float(PRECISIONS.index(interval.precision)) if known else None,
-        "controls_effective/sparsity": interval.sparsity,
+        **tagged("controls_effective", interval, EFFECTIVE),
     }
 
 

@@ -85,6 +85,12 @@ class ControlBatch(Rows):
             finish=np.array([c.finish for c in controls], dtype=np.bool_),
         )
 
+    @classmethod
+    def at_start(cls, batch_size: Ints) -> ControlBatch:
+        """Return the controls of untouched base schedules in fp32, at these batches."""
+        each = cls.of([Controls(batch_size=1)]).take(np.zeros(len(batch_size), dtype=np.int64))
+        return replace(each, batch_size=batch_size.copy())
+
     def row(self, index: int) -> Controls:
         """Return the controls of one run."""
         return Controls(

@@ -307,15 +307,8 @@ class SimulatedRuns:
         low, high = self.instances.batch_limits(self.start.decisions)
         n, start_batch = self.n_runs, self.instances.start_batch
         advised_rate, advised_batch = (self._advice() * self.advice_error).T
-        begin = ControlBatch(
-            learning_rate_scale=np.ones(n),
-            batch_size=self.instances.start_batch.copy(),
-            precision=np.zeros(n, dtype=np.int64),
-            sparsity=np.zeros(n),
-            finish=np.zeros(n, dtype=np.bool_),
-        )
         return LimitBatch(
-            start=begin,
+            start=ControlBatch.at_start(start_batch),
             min_batch_size=low,
             max_batch_size=high,
             masked_precisions=self.instances.hardware.masked.copy(),

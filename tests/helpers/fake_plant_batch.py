@@ -41,17 +41,10 @@ class ToyPlants:
     def limits(self) -> LimitBatch:
         """Return limits that differ from run to run."""
         n, tight = self.n_runs, self.best_scale > 4
-        start = ControlBatch(
-            learning_rate_scale=np.ones(n),
-            batch_size=np.full(n, 8),
-            precision=np.zeros(n, dtype=np.int64),
-            sparsity=np.zeros(n),
-            finish=np.zeros(n, dtype=np.bool_),
-        )
         masked = np.repeat(tight[:, None], len(PRECISIONS), axis=1)
         masked[:, 0] = False
         return LimitBatch(
-            start=start,
+            start=ControlBatch.at_start(np.full(n, 8)),
             min_batch_size=np.full(n, 2),
             max_batch_size=np.where(tight, 8, 32),
             masked_precisions=masked,
