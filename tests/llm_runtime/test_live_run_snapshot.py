@@ -11,6 +11,7 @@ import pytest
 import torch
 from live_runs import DROPOUT, GPT2, LLAMA, advance, case, live_run, same_bits, weights
 
+from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import Snapshot
 
@@ -141,3 +142,20 @@ def test_snapshot_holds_nothing_that_could_run_code(tmp_path: Path) -> None:
     loaded: Snapshot = torch.load(tmp_path / "snapshot.pt", weights_only=True)
 
     assert loaded["trainer"]["batch_size"] == 4
+
+
+def test_a_snapshot_holds_the_controls_as_plain_numbers(tmp_path: Path) -> None:
+    run = live_run(case(tmp_path))
+    run.trainer.controls = Controls(batch_size=np.int64(2), learning_rate_scale=np.float64(1.4))
+    snapshot = run.snapshot()
+    kept = {name: snapshot["trainer"][name] for name in asdict(run.trainer.controls)}
+
+    assert repr(kept) == repr(asdict(Controls(batch_size=2, learning_rate_scale=1.4)))
+    run.check_snapshot(snapshot)
+    for name, value in (("learning_rate_scale", -1.0), ("sparsity", 1.5), ("finish", "perhaps"), ("precision", "fp64")):
+        with pytest.raises(ValueError, match=name):
+            run.check_snapshot({**snapshot, "trainer": {**snapshot["trainer"], name: value}})
+    for name in ("batch_size", "precision"):
+        without = {key: value for key, value in snapshot["trainer"].items() if key != name}
+        with pytest.raises(ValueError, match=f"missing or unknown: {name}"):
+            run.check_snapshot({**snapshot, "trainer": without})
