@@ -146,7 +146,8 @@ def test_snapshot_holds_nothing_that_could_run_code(tmp_path: Path) -> None:
 
 def test_a_snapshot_holds_the_controls_as_plain_numbers(tmp_path: Path) -> None:
     run = live_run(case(tmp_path))
-    run.trainer.controls = Controls(batch_size=np.int64(2), learning_rate_scale=np.float64(1.4))
+    numbers: dict[str, Any] = {"batch_size": np.int64(2), "learning_rate_scale": np.float64(1.4)}
+    run.trainer.controls = Controls(**numbers)
     snapshot = run.snapshot()
     kept = {name: snapshot["trainer"][name] for name in asdict(run.trainer.controls)}
 
