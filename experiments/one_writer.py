@@ -1,7 +1,8 @@
 """Let one process at a time write into a folder, by a lock that the system releases when the process dies.
 
 The lock is a file in the folder while a command runs. It moves no other file, is removed at the end, and one that a
-killed process has left behind is free. Reading needs no lock.
+killed process has left behind is free. Reading needs no lock. Whoever takes it first removes the temporary files that
+killed processes have left in the folder and in the cache.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainpilot.llm_runtime.files import remove_leftovers
+from trainpilot.llm_runtime.files import cache_dir, remove_abandoned, remove_leftovers
 
 NAME = ".trainpilot.lock"
 _ELSEWHERE = 1 << 30
@@ -42,6 +43,7 @@ def one_writer(folder: Path) -> Iterator[None]:
         try:
             _sign(handle)
             remove_leftovers(folder)
+            remove_abandoned(cache_dir(), "*/.*")  # others may fill it now
             yield
         finally:
             _release(handle, path)

@@ -42,13 +42,14 @@ class TrustedClock:
         """Return what is wrong with the clock, if anything is, and its seconds."""
         try:
             found = self._clock()
-        except Exception as error:  # whatever a clock does, the run goes on
+            found_s = float(found) if isinstance(found, Real) else math.nan
+        except (Exception, SystemExit) as error:  # whatever a clock does, the run goes on
             return f"raised {type(error).__name__}: {error}", 0.0
-        if not isinstance(found, Real) or not math.isfinite(found):
+        if not math.isfinite(found_s):
             return f"must return a finite number of seconds, got {found!r}", 0.0
-        if self._last_s is not None and found < self._last_s:
-            return f"went back from {self._last_s:g} s to {float(found):g} s", 0.0
-        return None, found
+        if self._last_s is not None and found_s < self._last_s:
+            return f"went back from {self._last_s:g} s to {found_s:g} s", 0.0
+        return None, found_s
 
 
 def trusted_clock(clock: Callable[[], float]) -> TrustedClock:

@@ -1,6 +1,7 @@
 """Write files, folders, JSON and checkpoints atomically: to a temporary name first, then renamed.
 
-A crash therefore leaves no half-written file. Checkpoints are read with `weights_only`, so that they run no code.
+A crash therefore leaves no half-written file. What it leaves under a temporary name, the next write into the same
+folder removes. Checkpoints are read with `weights_only`, so that they run no code.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,8 @@ def cache_dir() -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which replaces `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    remove_abandoned(path.parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix(path.name), dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -50,7 +54,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which replaces `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    remove_abandoned(path.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path.name), dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -64,18 +69,82 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+# Temporary files whose writer has died --------------------------------------------------------------------------------
+
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
-"""How `tempfile` names the temporary files and folders above."""
+"""How `tempfile` names the temporary files and folders above, and those of version 0.1."""
+_SIGNED = re.compile(r"\..+\.([0-9a-f]{16})-([0-9]{1,9})\.[a-z0-9_]{8}")
+"""The same with machine and process of the writer, which version 0.1 did not write."""
+NAME_LENGTH = 40
+"""Characters of a file's name in its temporary one, which must not become too long for the system."""
+ABANDONED_S = 7 * 86_400.0
+"""Seconds without a change after which a temporary file is given up where nobody knows whether its writer lives."""
+
+
+def _prefix(name: str) -> str:
+    """Return how the temporary name of a file begins: it says which process writes it, and on which machine."""
+    return f".{name[:NAME_LENGTH]}.{_machine() or '0' * 16}-{os.getpid()}."
+
+
+def _machine() -> str | None:
+    """Return a digest of host, start of the system and container, in which a process is known by its number.
+
+    `None` where the system does not say so: all but Linux.
+    """
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return None  # what is seen here are the processes of another container
+        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        return digest([socket.gethostname(), started, os.readlink("/proc/self/ns/pid")])
+    except OSError:
+        return None
+
+
+def remove_abandoned(folder: Path, pattern: str = ".*") -> None:
+    """Remove the temporary files and folders whose writers have died; others may write into the folder meanwhile.
+
+    The writer is known to have died if it was a process of this machine, or container, which the system no longer
+    has. Others may live: on another machine that shares the folder, or in another container. Theirs are removed once
+    nothing in them has changed for a week. An error is ignored, as nothing depends on it.
+
+    Args:
+        folder: The folder.
+        pattern: Which paths in it are looked at, as in `Path.glob`.
+    """
+    with suppress(OSError):
+        for path in list(folder.glob(pattern)):
+            if (found := _SIGNED.fullmatch(path.name)) and _is_abandoned(path, found[1], int(found[2])):
+                _remove(path)
+
+
+def _is_abandoned(path: Path, machine: str, process: int) -> bool:
+    """Return whether nobody writes a temporary file any more."""
+    if machine == _machine():
+        try:
+            os.kill(process, 0)
+        except OSError as error:
+            return error.errno == errno.ESRCH
+        return False
+    try:
+        changed = [each.lstat().st_mtime for each in (path, *path.rglob("*"))]
+    except OSError:  # somebody is at work there
+        return False
+    return time.time() - max(changed) > ABANDONED_S
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders that a process which was killed has left; nobody else may write there."""
     for path in list(folder.rglob(".*")):
         if _TEMPORARY.fullmatch(path.name):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -84,7 +153,8 @@ def check_writable(folder: Path) -> None:
     while not place.exists() and place != place.parent:
         place = place.parent
     if place.is_dir():  # another kind of error is for whoever looks at the folder itself
-        with tempfile.TemporaryDirectory(prefix=".trainpilot.", dir=place):
+        remove_abandoned(place)
+        with tempfile.TemporaryDirectory(prefix=_prefix("trainpilot"), dir=place):
             pass
 
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from trainpilot.llm_runtime import optimizer as adam
 from trainpilot.llm_runtime.energy.meter import EnergyReading, energy_between
+from trainpilot.llm_runtime.energy.plausible import too_much
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process_group import IntervalShare, OneProcess, ProcessGroup
@@ -325,15 +326,25 @@ class IntervalRecorder:
         return [loss for loss, _ in made], [norm for _, norm in made]
 
     def _cost(self) -> dict[str, Any]:
-        """Return the fields of time and energy; of several processes, average their losses and probes too."""
+        """Return the fields of time and energy; of several processes, average their losses and probes too.
+
+        Joules are unknown where they cannot be those of the interval: none in a positive time, which is a counter that
+        stands still, or more than the power limit allows in that time, which is a meter or a clock that is wrong.
+        """
         assert self._start is not None, "an open interval has begun"
         start_s, before = self._start
         end_s, after = self.stopwatch.read()
         time_s, (energy_j, source) = end_s - start_s, energy_between(before, after)
         power_w = after.power_w
+        if energy_j is not None and too_much(energy_j, time_s, before, after, self.stopwatch.meter.resolution_s):
+            energy_j = None
         if self.ranks.world_size > 1:
             time_s, energy_j = self._all_reduce(time_s, energy_j)
             power_w = None
+        if energy_j is not None and energy_j <= 0 < time_s:
+            energy_j = None
+        if energy_j is None:
+            source = None
         return {
             "time_s": time_s,
             "probe_time_s": self.probe_s,

@@ -699,13 +699,16 @@ class Stateful(Protocol):
 class RollbackCopy:
     """One copy of a loop's state to go back to, with the position of its data and of torch's random numbers.
 
+    Data whose position cannot be copied or restored, in one of the processes, go on after a rollback.
+
     Args:
         loop: The loop.
         data: Position of the data; without it the data go on after a rollback.
+        warn: Told of data that fail.
     """
 
-    def __init__(self, loop: ControlledLoop, data: Stateful | None) -> None:
-        self._loop, self._data = loop, data
+    def __init__(self, loop: ControlledLoop, data: Stateful | None, warn: Callable[[str], None]) -> None:
+        self._loop, self._data, self._warn = loop, data, warn
         self._copy: dict[str, Any] | None = None
         self.rolled_back: list[int] = []
         """Intervals that were taken back."""
@@ -716,7 +719,9 @@ class RollbackCopy:
 
         Where the same interval went wrong before, the data are to blame: then the data and the budget go on.
         """
-        return self._data is not None and self._loop.progress.decision not in self.rolled_back
+        if self._data is None or (self._copy is not None and "data" not in self._copy):
+            return False
+        return self._loop.progress.decision not in self.rolled_back
 
     @property
     def exists(self) -> bool:
@@ -727,10 +732,11 @@ class RollbackCopy:
         """Copy the loop's state."""
         self._copy = None  # or there would be two copies at once
         taken: dict[str, Any] = {"loop": self._loop.snapshot(), "progress": self._loop.progress.state_dict()}
-        if self._data is not None:
+        position: list[Any] = []
+        if self._of_data("state_dict", lambda data: position.append(data.state_dict())):
             device = self._loop.device
             cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            taken |= {"data": self._data.state_dict(), "random": (torch.get_rng_state(), cuda)}
+            taken |= {"data": position[0], "random": (torch.get_rng_state(), cuda)}
         self._copy = taken
 
     def restore(self) -> None:
@@ -739,14 +745,23 @@ class RollbackCopy:
         copied, progress = self._copy, self._loop.progress
         here, rewinds = progress.decision, self.rewinds
         self._loop.restore(copied["loop"])
-        if rewinds:
-            assert self._data is not None
-            self._data.load_state_dict(copied["data"])
+        if rewinds and self._of_data("load_state_dict", lambda data: data.load_state_dict(copied["data"])):
             self._restore_random(*copied["random"])
             progress.load_state_dict(copied["progress"])
         else:
             progress.load_state_dict({**progress.state_dict(), "cooldown": copied["progress"]["cooldown"]})
         self.rolled_back.append(here)
+
+    def _of_data(self, method: str, call: Callable[[Stateful], object]) -> bool:
+        """Return whether the data of every process can do what is asked of them."""
+        able = self._data is not None
+        if self._data is not None:
+            try:
+                call(self._data)
+            except (Exception, SystemExit) as error:  # the position of the data may not cost the run
+                able, fault = False, f"{type(error).__name__}: {error}"
+                self._warn(f"data.{method} raised {fault}; the data go on where the weights are taken back")
+        return all(self._loop.ranks.all_gather(able))
 
     def _restore_random(self, cpu: Tensor, cuda: Tensor | None) -> None:
         torch.set_rng_state(cpu)

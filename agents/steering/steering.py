@@ -136,7 +136,7 @@ class Steering:
             probes=settings.probe,
         )
         self.progress = self.loop.progress
-        self.rollback_copy, self._data = RollbackCopy(self.loop, data), data
+        self.rollback_copy, self._data = RollbackCopy(self.loop, data, self._warn_of_data), data
         preference = Preference.parse(settings.preference)
         self.fine_tuning = is_pretrained(model) if settings.fine_tuning is None else settings.fine_tuning
         limits = control_limits(settings, self.loop, resolved.decisions)
@@ -423,7 +423,7 @@ class Steering:
     def _log(self, on_decision: Callable[[DecisionRecord], None], record: DecisionRecord) -> None:
         try:
             on_decision(record)
-        except Exception as error:  # a log may not stop a run
+        except (Exception, SystemExit) as error:  # a log may not stop a run
             self._warn_once(
                 "on_decision",
                 f"on_decision raised {type(error).__name__}: {error}; the run goes on without this entry",
@@ -434,8 +434,15 @@ class Steering:
         """Return the passes over the data: by the settings, or as the data say."""
         if self.settings.epoch_sequences is not None:
             return self.sequences / self.settings.epoch_sequences
-        seen = getattr(self._data, "epochs_seen", None)
-        return float(seen) if isinstance(seen, int | float) else None
+        try:
+            seen = getattr(self._data, "epochs_seen", None)
+            if seen is None or (math.isfinite(seen) and seen >= 0):
+                return None if seen is None else float(seen)
+            fault = f"must be at least 0, got {seen}"
+        except (Exception, SystemExit) as error:  # the position of the data may not cost the run
+            fault = f"raised {type(error).__name__}: {error}"
+        self._warn_of_data(f"data.epochs_seen {fault}; the passes over the data are unknown")
+        return None
 
     def _decide(self, telemetry: Telemetry) -> None:
         """Decide after an interval, and apply the decision. A run whose weights are lost is taken back even at its end.
@@ -469,6 +476,9 @@ class Steering:
                 f"steering has ended at decision {self.controller.fallen_back_at}, the run goes on under its base "
                 f"schedule: {self.controller.fallen_back}",
             )
+
+    def _warn_of_data(self, message: str) -> None:
+        self._warn_once("data", message, RuntimeWarning)
 
     def _warn_once(self, subject: str, message: str, category: type[Warning] = UserWarning) -> None:
         if self.ranks.is_first and subject not in self._warned:

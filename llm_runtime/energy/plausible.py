@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from trainpilot.llm_runtime.energy.meter import (
     SOURCES,
@@ -34,6 +34,10 @@ LEAST_SHARE = 0.01
 """A counter that adds less than this share of power times seconds has been frozen for most of the time."""
 MOST_W = 1e6
 """No machine that trains in one process draws more than a megawatt."""
+NUMBERS = ("time_s", "energy_j", "power_w", "power_limit_w", "utilisation", "memory_used_bytes", "memory_total_bytes")
+"""Fields of a reading that are numbers; all but the first two may be left out where they cannot be true."""
+
+Found = TypeVar("Found")
 
 
 def fault_of(
@@ -111,37 +115,37 @@ class PlausibleMeter(EnergyMeter):
         self._lost: str | None = None
         self._warned = False
 
-    def _has(self, name: str, default: Any) -> Any:
+    def _told(self, name: str, default: Found, of: Callable[[Any], Found]) -> Found:
+        """Return what the meter says of itself, `of` turned into its type; the default where that fails."""
         try:
-            return getattr(self.meter, name, default)
-        except Exception:  # a property of somebody else's
+            return of(getattr(self.meter, name, default))
+        except (Exception, SystemExit):  # a property of somebody else's
             return default
 
     @property
     def scope(self) -> EnergyScope:
         """Whose joules are counted."""
-        scope: EnergyScope = self._has("scope", "process")
-        return scope
+        return self._told("scope", "process", _scope)
 
     @property
     def uuids(self) -> Sequence[str]:
         """The devices of a meter of scope `device`."""
-        return tuple(self._has("uuids", ()))
+        return self._told("uuids", (), lambda names: tuple(map(str, names)))
 
     @property
     def idle_w(self) -> float:
         """Watts of the machine's idle draw in the joules of one process."""
-        return float(self._has("idle_w", 0.0))
+        return self._told("idle_w", 0.0, _amount)
 
     @property
     def resolution_s(self) -> float:
         """Seconds that a window must last for the difference of its two readings to be meaningful."""
-        return float(self._has("resolution_s", 0.0))
+        return self._told("resolution_s", 0.0, _amount)
 
     @property
     def description(self) -> str:
         """One line for people: what is measured, and how."""
-        described = str(self._has("description", type(self.meter).__name__))
+        described = self._told("description", type(self.meter).__name__, str)
         return f"{described}; energy unknown, {self._lost}" if self._lost else described
 
     def read(self) -> EnergyReading:
@@ -149,7 +153,7 @@ class PlausibleMeter(EnergyMeter):
         try:
             found = self.meter.read()
             fault = _malformed(found)
-        except Exception as error:  # a meter may not stop a run
+        except (Exception, SystemExit) as error:  # a meter may not stop a run
             return self._unknown(f"raised {type(error).__name__}: {error}")
         if fault is not None:
             return self._unknown(fault)
@@ -207,12 +211,15 @@ class PlausibleMeter(EnergyMeter):
 
     def _without_odd_values(self, reading: EnergyReading) -> EnergyReading:
         """Return a reading without power, limit, utilisation and memory that cannot be true."""
-        names = ("power_w", "power_limit_w", "utilisation", "memory_used_bytes", "memory_total_bytes")
-        odd = [name for name in names if (value := getattr(reading, name)) is not None and not _is_amount(value)]
+        known = {name: value for name in NUMBERS if (value := getattr(reading, name)) is not None}
+        odd = [name for name in NUMBERS[2:] if name in known and not _is_amount(known[name])]
         if odd:
             self._warn(f"returned {odd[0]} {getattr(reading, odd[0])!r}, which is left out")
             without: dict[str, Any] = dict.fromkeys(odd)
             reading = replace(reading, **without)
+        others = [name for name, value in known.items() if name not in odd and type(value) not in (int, float)]
+        if others:  # NumPy's numbers, which JSON cannot hold
+            reading = replace(reading, **{name: float(known[name]) for name in others})
         if (fault := power_fault(reading.power_w, reading.power_limit_w)) is not None:
             self._warn(f"{fault}, which is left out")
             reading = replace(reading, power_w=None)
@@ -228,8 +235,12 @@ class PlausibleMeter(EnergyMeter):
             warnings.warn(f"energy meter {type(self.meter).__name__} {fault}", RuntimeWarning, stacklevel=4)
 
     def close(self) -> None:
-        """Release what the meter holds."""
-        self._has("close", lambda: None)()
+        """Release what the meter holds. Never raises."""
+        try:
+            if hasattr(self.meter, "close"):
+                self.meter.close()
+        except (Exception, SystemExit) as error:  # the run is over, and its results are not to be lost
+            self._warn(f"raised {type(error).__name__}: {error}")
 
 
 def plausible_meter(meter: EnergyMeter) -> PlausibleMeter:
@@ -241,17 +252,33 @@ def _malformed(found: Any) -> str | None:
     """Return what makes something no reading of joules at all."""
     if not isinstance(found, EnergyReading):
         return f"must return an EnergyReading, got {type(found).__name__}"
-    if not isinstance(found.time_s, Real) or not math.isfinite(found.time_s):
+    if not (isinstance(found.time_s, Real) and math.isfinite(found.time_s)):
         return f"returned the time {found.time_s!r}"
     if found.energy_j is not None and not _is_amount(found.energy_j):
         return f"returned {found.energy_j!r} J"
-    if found.source is not None and found.source not in SOURCES:
+    if found.source not in SOURCES and (found.source, found.energy_j) != (None, None):
         return f"returned the source {found.source!r}, must be one of {', '.join(SOURCES)}"
     return None
 
 
 def _is_amount(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value) and float(value) >= 0
+    try:
+        return isinstance(value, Real) and math.isfinite(value) and float(value) >= 0
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _amount(value: Any) -> float:
+    if not _is_amount(value):
+        raise ValueError(f"must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def _scope(value: Any) -> EnergyScope:
+    if value not in (scopes := get_args(EnergyScope)):
+        raise ValueError(f"must be one of {', '.join(scopes)}, got {value!r}")
+    scope: EnergyScope = value
+    return scope
 
 
 def _by_power(before: EnergyReading, after: EnergyReading, seconds: float) -> float | None:
@@ -265,3 +292,11 @@ def _by_power(before: EnergyReading, after: EnergyReading, seconds: float) -> fl
 def _limit(before: EnergyReading, after: EnergyReading) -> float | None:
     """Return the higher of the power limits at two readings, as it may be changed in between."""
     return max((each.power_limit_w for each in (before, after) if each.power_limit_w), default=None)
+
+
+def too_much(
+    energy_j: float, seconds: float, before: EnergyReading, after: EnergyReading, resolution_s: float = UPDATE_S
+) -> bool:
+    """Return whether joules between two readings are more than the power limit allows in so many seconds."""
+    limit_w = _limit(before, after)
+    return energy_j > most_j(seconds, MOST_W if limit_w is None else limit_w, max(resolution_s, UPDATE_S))

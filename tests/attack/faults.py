@@ -221,6 +221,23 @@ def _callbacks(known: Mapping[str, Any]) -> Iterator[Attempt]:
     for name, make_data in POSITIONS.items():
         run = partial(_undisturbed, "callbacks", known, "keep", partial(_positioned, make_data))
         yield Attempt(name=f"data {name}", promises=("callbacks", "plausible"), run=run)
+    for name in ("whose state_dict raises", "whose load_state_dict raises"):
+        run = partial(_taken_back, POSITIONS[name])
+        yield Attempt(name=f"data {name}, in a run that is taken back", promises=("callbacks",), run=run)
+
+
+def _taken_back(make_data: Callable[[], Any], place: Path) -> Failures:
+    """Spoil most of an interval of a run, and compare with a run that has no data to take back."""
+
+    def backward(run: FaultyRun, number: int, step: Any, rows: Tensor) -> None:
+        (_times(math.nan) if 40 <= number < 44 else plain)(run, number, step, rows)
+
+    run, other = (FaultyRun(keep, data=data, **SHORT).train(backward) for data in (make_data(), None))
+    if not other.steering.summary()["rollbacks"]:
+        raise RuntimeError("the run was not taken back")
+    if run.errors:
+        return {"callbacks": f"{run.errors} exceptions in the loop"}
+    return {} if run.weights() == other.weights() else {"callbacks": "other weights than without data"}
 
 
 def _policies(known: Mapping[str, Any]) -> Iterator[Attempt]:

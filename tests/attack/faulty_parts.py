@@ -73,6 +73,13 @@ class Broken:
         raise RuntimeError(f"no {name}")
 
 
+class Nonsense(Meter):
+    """A meter that measures rightly, and says nothing sensible of itself."""
+
+    scope, uuids, idle_w, resolution_s = "galaxy", 7, "none", math.nan  # type: ignore[assignment]
+    description = None  # type: ignore[assignment]
+
+
 METERS: Mapping[str, Callable[[TickingClock], Any]] = {
     "a meter that raises": _lies(lambda n, true: _raise(RuntimeError("no meter"))),
     "a meter that raises later": _lies(_later(lambda true: _raise(OSError("gone")))),
@@ -91,6 +98,10 @@ METERS: Mapping[str, Callable[[TickingClock], Any]] = {
         lambda n, true: replace(true, energy_j=(true.energy_j or 0.0) - (500 if n > 9 else 0))
     ),
     "a frozen counter": _lies(_later(_energy(60.0))),
+    "a counter that stops": _lies(lambda n, true: replace(true, energy_j=min(true.energy_j or 0.0, 60.0))),
+    "a counter that stops, without a power": _lies(
+        lambda n, true: replace(true, energy_j=min(true.energy_j or 0.0, 60.0), power_w=None)
+    ),
     "a counter that is always 0": _lies(lambda n, true: replace(true, energy_j=0.0)),
     "a counter that becomes 2^63": _lies(_later(_energy(2.0**63 / 1e3))),
     "joules that jump beyond the power limit": _lies(
@@ -102,11 +113,21 @@ METERS: Mapping[str, Callable[[TickingClock], Any]] = {
     "a power of NaN": _lies(lambda n, true: replace(true, power_w=math.nan)),
     "a negative power": _lies(lambda n, true: replace(true, power_w=-5.0)),
     "a time of NaN": _lies(_later(lambda true: replace(true, time_s=math.nan))),
+    "a time that jumps a year": _lies(_later(lambda true: replace(true, time_s=true.time_s + 3e7))),
+    "a time in milliseconds": _lies(
+        lambda n, true: replace(true, time_s=1e3 * true.time_s, energy_j=1e3 * (true.energy_j or 0.0))
+    ),
+    "numbers beyond any float": _lies(_later(lambda true: replace(true, energy_j=10**400, power_w=10**400))),
+    "a power beyond any float": _lies(_later(lambda true: replace(true, power_w=10**400))),
+    "NumPy's numbers": _lies(
+        lambda n, true: replace(true, energy_j=np.float32(true.energy_j), power_w=np.float32(DRAW_W))  # type: ignore[arg-type]
+    ),
     "a time that goes back": _lies(lambda n, true: replace(true, time_s=-true.time_s)),
     "memory of more than there is": _lies(
         lambda n, true: replace(true, memory_used_bytes=2**50, memory_total_bytes=2**30, utilisation=7.0)
     ),
     "a meter without a single part": lambda clock: Broken(),
+    "a meter that knows nothing of itself": lambda clock: Nonsense(clock, lambda n, true: true),
 }
 
 
@@ -134,6 +155,9 @@ CLOCKS: Mapping[str, Callable[[], Callable[[], Any]]] = {
     "a clock of NaN": _clock(lambda n, now: math.nan),
     "a clock of NaN later": _clock(lambda n, now: now if n < 20 else math.nan),
     "a clock of infinity": _clock(lambda n, now: now if n < 20 else math.inf),
+    "a clock of NumPy's numbers": _clock(lambda n, now: np.float32(now)),
+    "a clock beyond any float": _clock(lambda n, now: now if n < 20 else 10**400),
+    "a clock that exits": _clock(lambda n, now: now if n < 20 else _raise(SystemExit(1))),
     "a clock that raises": _clock(lambda n, now: _raise(OSError("no clock"))),
     "a clock that raises later": _clock(lambda n, now: now if n < 20 else _raise(OSError("no clock"))),
     "a clock that tells text": _clock(lambda n, now: str(now)),
@@ -154,6 +178,7 @@ OUTCOMES: Mapping[str, Callable[..., Any]] = {
     "returns a complex number": lambda *_: 1 + 2j,
     "returns 0": lambda *_: 0.0,
     "returns 1e300": lambda *_: 1e300,
+    "returns a number beyond any float": lambda *_: 10**400,
     "takes no argument that it is given": lambda a, b, c: 1.0,
 }
 _NO_FUNCTION: Any = 7
@@ -185,14 +210,17 @@ class Position:
 
 POSITIONS: Mapping[str, Callable[[], Any]] = {
     "whose state_dict raises": lambda: Position(state=lambda: _raise(RuntimeError("no state"))),
+    "whose load_state_dict raises": lambda: Position(state={}),
+    "whose state_dict exits": lambda: Position(state=lambda: _raise(SystemExit(1))),
     "whose state_dict returns nothing": lambda: Position(state=None),
     "whose state cannot be copied": lambda: Position(state=lambda: {"a": (i for i in range(3))}),
     "whose epochs_seen raises": lambda: Position(state={}, seen=lambda: _raise(RuntimeError("no epoch"))),
+    "whose epochs_seen exits": lambda: Position(state={}, seen=lambda: _raise(SystemExit(1))),
+    "whose epochs_seen is beyond any float": lambda: Position(state={}, seen=10**400),
     "whose epochs_seen is NaN": lambda: Position(state={}, seen=math.nan),
     "whose epochs_seen is negative": lambda: Position(state={}, seen=-5.0),
     "whose epochs_seen is infinite": lambda: Position(state={}, seen=math.inf),
     "whose epochs_seen is a text": lambda: Position(state={}, seen="2"),
-    "that has no state_dict": object,
 }
 
 

@@ -79,6 +79,7 @@ def attempts() -> list[Attempt]:
         for name, values in settings.items():
             found += [_attempt(f"{kind}({name}={value!r})", partial(_made, kind, name, value)) for value in values]
     found += [_attempt(f"Steering of {name}", partial(_steered, make)) for name, make in OPTIMIZERS.items()]
+    found.append(_attempt("Steering of data that have no state_dict", _without_position))
     return found
 
 
@@ -145,6 +146,13 @@ OPTIMIZERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "no optimizer": lambda: (nn.Linear(2, 1), None),
     "no model": lambda: (None, torch.optim.AdamW(nn.Linear(2, 1).parameters(), lr=1e-3)),
 }
+
+
+def _without_position(place: Path) -> Failures:
+    model, optimizer = _optimizer(1e-3)()
+    settings = SteeringSettings(sequences=100, batch_size=2, policy="none")
+    data: Any = object()
+    return _refused_by_name(lambda: Steering(model, optimizer, settings, data=data), "data")
 
 
 def _steered(make: Callable[[], tuple[Any, Any]], place: Path) -> Failures:

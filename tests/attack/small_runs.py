@@ -117,6 +117,8 @@ def _faults(told: Telemetry, most_w: float) -> Iterator[str | None]:
         yield f"{joules:.3g} J in {seconds:.3g} s as {source} in {where}, at a limit of {most_w:g} W"
     if joules == 0 and seconds > 0:
         yield f"0 J in {seconds:.3g} s as {source} in {where}"
+    if (seen := told.epochs_seen) is not None:
+        yield _not_an_amount("epochs_seen", seen, where)
 
 
 def _not_an_amount(name: str, value: Any, where: str) -> str | None:

@@ -16,6 +16,7 @@ import pytest
 from trainpilot.experiments import cli, one_writer
 from trainpilot.experiments.export.source import check_out
 from trainpilot.experiments.one_writer import NAME, lock_file
+from trainpilot.llm_runtime import files
 
 
 def refused(folder: Path) -> str:
@@ -170,3 +171,19 @@ def test_what_a_killed_writer_left_behind_is_removed(tmp_path: Path) -> None:
         found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
 
     assert found == {*kept, one_writer.NAME}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say which process lives")
+def test_what_a_killed_writer_left_in_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINPILOT_CACHE", str(tmp_path / "cache"))
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
+        pass
+    left, live = (f".entry.{files._machine()}-{number}.abcd1234" for number in (process.pid, os.getpid()))
+    for name in (f"tokens/{left}/train.ids", f"step_cost/{left}", f"step_cost/{live}", "prices/entry.json"):
+        (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache" / name).touch()
+
+    with one_writer.one_writer(tmp_path / "out"):
+        found = {str(path.relative_to(tmp_path / "cache")) for path in (tmp_path / "cache").glob("*/*")}
+
+    assert found == {f"step_cost/{live}", "prices/entry.json"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trainpilot.llm_runtime.clock import TrustedClock, trusted_clock
@@ -14,6 +16,10 @@ from trainpilot.llm_runtime.clock import TrustedClock, trusted_clock
 
 def raises() -> float:
     raise OSError("no clock")
+
+
+def exits() -> float:
+    raise SystemExit(1)
 
 
 def scripted(*values: Any) -> Callable[[], float]:
@@ -43,6 +49,8 @@ def test_a_good_clock_is_passed_on() -> None:
         (None, "got None"),
         ("noon", "got 'noon'"),
         (raises, "raised OSError: no clock"),
+        (exits, "raised SystemExit: 1"),
+        (10**400, "raised OverflowError: int too large"),
     ],
 )
 def test_a_bad_clock_is_replaced_from_its_last_good_reading(bad: Any, says: str) -> None:
@@ -53,6 +61,13 @@ def test_a_bad_clock_is_replaced_from_its_last_good_reading(bad: Any, says: str)
     assert len(caught) == 1
     assert told == sorted(told)
     assert 100.0 <= told[0] <= told[-1] < 160.0
+
+
+def test_seconds_are_plain_numbers() -> None:
+    clock = TrustedClock(scripted(np.float32(1.5), Fraction(7, 4)))
+    told = [clock(), clock()]
+    assert told == [1.5, 1.75]
+    assert {type(each) for each in told} == {float}
 
 
 def test_a_clock_that_never_worked_counts_from_zero() -> None:

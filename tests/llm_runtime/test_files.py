@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +16,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from trainpilot.llm_runtime.files import load_checkpoint, save_checkpoint, system_errors, whole_file, whole_folder
+from trainpilot.llm_runtime import files
+from trainpilot.llm_runtime.files import (
+    check_writable,
+    load_checkpoint,
+    save_checkpoint,
+    system_errors,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 
 
 class Usage(NamedTuple):
@@ -70,3 +83,68 @@ def test_torchs_error_is_a_full_disk_if_the_disk_is_full(
     kept = load_checkpoint(tmp_path / "checkpoint.pt")
     assert kept is not None
     assert torch.equal(kept["at"], torch.ones(2)), "the earlier one stays"
+
+
+# Temporary files whose writer has died --------------------------------------------------------------------------------
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say which process lives")
+KILLED_IN_WRITING = """
+import sys, time
+from pathlib import Path
+from trainpilot.llm_runtime.files import whole_file, whole_folder
+
+with whole_folder(Path(sys.argv[1]) / "folder") as folder, whole_file(folder / "inner") as file:
+    with whole_file(Path(sys.argv[1]) / ("a long name " * 10)):
+        file.write_text("half")
+        print("writing", flush=True)
+        time.sleep(600)
+"""
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "write", [lambda place: write_json(place / "other", 1), check_writable], ids=["write", "check"]
+)
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    command = [sys.executable, "-c", KILLED_IN_WRITING, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        left = names(tmp_path)
+        assert len(left) == 2
+        write(tmp_path)
+        assert left <= names(tmp_path), "it still writes"
+        process.send_signal(signal.SIGKILL)
+    write(tmp_path)
+    assert names(tmp_path) <= {"other"}
+
+
+def test_only_what_is_abandoned_for_certain_is_removed(tmp_path: Path) -> None:
+    here, elsewhere, gone = files._machine() or "0" * 16, "f" * 16, 999_999_999
+    kept = [
+        f".a.{here}-{os.getpid()}.abcd1234", f".b.{here}-1.abcd1234", f".c.{elsewhere}-{gone}.abcd1234",
+        ".d.abcd1234", ".config.settings", f"e.{here}-{gone}.abcd1234",
+    ]  # fmt: skip
+    old = [f".f.{elsewhere}-{gone}.abcd1234", f".g.{elsewhere}-{gone}.abcd1234"]
+    for name in (*kept, *old[:1]):
+        (tmp_path / name).touch()
+    (tmp_path / old[1]).mkdir()
+    (tmp_path / old[1] / "part").touch()
+    for name in (old[0], f"{old[1]}/part", old[1], kept[3], kept[4]):
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / f".h.{elsewhere}-{gone}.abcd1234").mkdir()
+    (tmp_path / f".h.{elsewhere}-{gone}.abcd1234" / "part").touch()  # somebody writes into an old folder
+    os.utime(tmp_path / f".h.{elsewhere}-{gone}.abcd1234", (0, 0))
+
+    files.remove_abandoned(tmp_path)
+
+    assert names(tmp_path) == {*kept, f".h.{elsewhere}-{gone}.abcd1234"}
+
+
+def test_a_name_as_long_as_the_system_allows_can_be_written(tmp_path: Path) -> None:
+    write_json(tmp_path / ("n" * 255), [1])
+    assert names(tmp_path) == {"n" * 255}

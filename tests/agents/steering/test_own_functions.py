@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,30 @@ def test_where_the_power_is_known_joules_stay_between_zero_and_the_limit(fault: 
     assert records[-1].energy_j == pytest.approx(300 * records[-1].time_s)
 
 
+def test_a_counter_that_stands_still_counts_no_zero_joules() -> None:
+    clock = SetClock()
+    records = trained(meter=Counter(clock, lambda true: changed(true, energy_j=1200.0)), real=clock)
+    assert records[0].energy_j == 300 * records[0].time_s
+    assert {(each.energy_j, each.energy_source, each.power_w) for each in records[3:]} == {(None, None, None)}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda true: changed(true, time_s=true.time_s + 3e7),
+        lambda true: changed(true, time_s=1e3 * true.time_s, energy_j=1e3 * true.energy_j),
+    ],
+    ids=["a year on", "milliseconds"],
+)
+def test_more_joules_than_the_power_limit_allows_are_unknown(fault: Any) -> None:
+    clock = SetClock()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        records = trained(meter=Counter(clock, fault, powered=True), real=clock)
+    assert None in [each.energy_j for each in records]
+    assert all(each.energy_j is None or each.energy_j <= LIMIT_W * each.time_s for each in records)
+
+
 def test_a_good_meter_and_a_good_clock_give_no_warning() -> None:
     clock = SetClock()
     with warnings.catch_warnings():
@@ -202,17 +227,55 @@ def test_a_validation_that_fails_or_lies_is_unknown(result: Any, says: str) -> N
     assert {each.validation_loss for each in records} == {None}
 
 
-def test_a_log_that_fails_costs_its_entries_and_not_the_run() -> None:
+@pytest.mark.parametrize("error", [OSError("disk full"), SystemExit("disk full")], ids=["error", "exit"])
+def test_a_log_that_fails_costs_its_entries_and_not_the_run(error: BaseException) -> None:
     seen = []
 
     def fails(record: Any) -> None:
         seen.append(record)
-        raise OSError("disk full")
+        raise error
 
-    with pytest.warns(RuntimeWarning, match="on_decision raised OSError: disk full") as caught:
+    with pytest.warns(RuntimeWarning, match=f"on_decision raised {type(error).__name__}: disk full") as caught:
         trained(on_decision=fails)
     assert len(caught) == 1
     assert len(seen) == 10
+
+
+class Position:
+    """A position of data that knows no more than how often they have been seen, if it does."""
+
+    def __init__(self, seen: Callable[[], Any]) -> None:
+        self.seen = seen
+
+    @property
+    def epochs_seen(self) -> Any:
+        return self.seen()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Stay where the data are."""
+
+
+@pytest.mark.parametrize(
+    ("seen", "says"),
+    [
+        (lambda: 1 / 0, "raised ZeroDivisionError"),
+        (lambda: sys.exit(1), "raised SystemExit"),
+        (lambda: math.nan, "must be at least 0, got nan"),
+        (lambda: math.inf, "got inf"),
+        (lambda: -5.0, "got -5.0"),
+        (lambda: "2", "raised TypeError"),
+        (lambda: 10**400, "raised OverflowError"),
+    ],
+    ids=["raises", "exits", "not a number", "infinite", "negative", "text", "huge"],
+)
+def test_epochs_that_cannot_be_are_unknown(seen: Any, says: str) -> None:
+    with pytest.warns(RuntimeWarning, match=f"data.epochs_seen {says}") as caught:
+        records = trained(data=Position(seen))
+    assert len(caught) == 1
+    assert {each.epochs_seen for each in records} == {None}
 
 
 def test_a_person_can_still_end_a_run() -> None:

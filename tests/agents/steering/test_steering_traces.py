@@ -20,7 +20,7 @@ from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.agents.steering.settings import SteeringSettings
 from trainpilot.agents.steering.steering import Steering
 from trainpilot.envs.action import KEEP, Action
-from trainpilot.llm_runtime.energy.meter import EnergyReading, NoMeter
+from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, NoMeter
 
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 FASTER_AND_LARGER: list[Action] = [(4, 2, 0, 0, 0), KEEP]
@@ -135,6 +135,25 @@ def test_a_loss_that_breaks_in_the_last_interval_is_taken_back(data: bool) -> No
     run = Steered(data=data).go(loss=spoilt(*range(93, 100)))
     assert run.sound
     assert run.rollbacks == 1
+
+
+@pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_data_whose_position_fails_go_on(method: str, error: type[BaseException]) -> None:
+    def fails(*_: Any) -> Any:
+        raise error("no position")
+
+    run, other = Steered(data=True), Steered()
+    setattr(run.rows, method, fails)
+    with pytest.warns(RuntimeWarning, match=f"data.{method} raised {error.__name__}: no position") as caught:
+        run.go(loss=spoilt(*range(93, 100)))
+    assert len(caught) == 1
+    other.go(loss=spoilt(*range(93, 100)))
+    assert run.rollbacks == other.rollbacks == 1
+    assert run.rows.at == other.rows.at
+    assert all(
+        torch.equal(mine, its) for mine, its in zip(run.model.parameters(), other.model.parameters(), strict=True)
+    )
 
 
 def test_data_that_spoil_the_run_each_time_are_passed_by() -> None:
@@ -294,14 +313,14 @@ def test_what_lies_between_two_intervals_is_off_the_clock() -> None:
 
 
 def test_joules_of_a_pause_are_left_out() -> None:
-    class Counter:
+    class Counter(EnergyMeter):
         description = "ten watts"
 
         def read(self) -> EnergyReading:
             return EnergyReading(time_s=run.now, energy_j=10 * run.now, source="measured_counter")
 
     run = Steered()
-    run.steering.loop.recorder.stopwatch.meter = Counter()  # type: ignore[assignment]
+    run.steering.loop.recorder.stopwatch.meter = Counter()
     run.go(5)
     run.steering.pause()
     run.now += 1000

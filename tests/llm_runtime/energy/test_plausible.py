@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, energy_between
@@ -33,7 +35,7 @@ class Played(EnergyMeter):
 
     def read(self) -> EnergyReading:
         found = self.left.pop(0)
-        if isinstance(found, Exception):
+        if isinstance(found, BaseException):
             raise found
         return found  # type: ignore[no-any-return]
 
@@ -85,6 +87,10 @@ def test_a_meter_with_nothing_but_readings_will_do() -> None:
         (reading(1.0, "5"), "returned '5' J"),
         (reading(math.nan, 5.0), "returned the time nan"),
         (reading(1.0, 5.0, source="guessed"), "returned the source 'guessed'"),
+        (reading(1.0, 5.0, source=None), "returned the source None"),
+        (SystemExit(1), "raised SystemExit: 1"),
+        (reading(10**400, 5.0), "raised OverflowError"),
+        (reading(1.0, 10**400), "returned 1"),
     ],
 )
 def test_a_reading_that_is_none_is_unknown_and_the_next_one_counts(bad: Any, says: str) -> None:
@@ -134,12 +140,45 @@ def test_a_weaker_source_stays_what_it_is() -> None:
     assert (told.energy_j, told.source) == (3100.0, "estimated")
 
 
-@pytest.mark.parametrize("power_w", [math.nan, -1.0, 4_294_967.295])
+@pytest.mark.parametrize("power_w", [math.nan, -1.0, 4_294_967.295, 10**400])
 def test_a_power_that_cannot_be_is_left_out(power_w: float) -> None:
     with pytest.warns(RuntimeWarning, match="left out"):
         first, told = all_of(powered(0.0, 1.0), replace(powered(1.0, 301.0), power_w=power_w))
     assert told.power_w is None
     assert energy_between(first, told) == (300.0, "measured_counter")
+
+
+class Nonsense:
+    """A meter that says nothing sensible of itself."""
+
+    scope, uuids, idle_w, resolution_s = "galaxy", 7, "none", math.nan
+
+    @property
+    def description(self) -> str:
+        raise RuntimeError("no words")
+
+    def read(self) -> EnergyReading:
+        return powered(0.0, 1.0)
+
+    def close(self) -> None:
+        raise OSError("stuck")
+
+
+def test_what_a_meter_says_of_itself_is_checked_too() -> None:
+    meter = PlausibleMeter(Nonsense())  # type: ignore[arg-type]
+    assert (meter.scope, meter.uuids, meter.idle_w, meter.resolution_s) == ("process", (), 0.0, 0.0)
+    assert meter.description == "Nonsense"
+    assert [meter.read().energy_j for _ in range(2)] == [1.0, 1.0]
+    with pytest.warns(RuntimeWarning, match="energy meter Nonsense raised OSError: stuck"):
+        meter.close()
+
+
+def test_readings_hold_plain_numbers() -> None:
+    odd = reading(np.float64(1.0), np.float32(2.5), power_w=Fraction(3, 2), memory_used_bytes=np.int64(4))
+    (told,) = all_of(odd)
+    values = (told.time_s, told.energy_j, told.power_w, told.memory_used_bytes)
+    assert values == (1.0, 2.5, 1.5, 4)
+    assert {type(each) for each in values} == {float}
 
 
 def test_a_meter_without_a_clock_is_judged_by_the_systems() -> None:
