@@ -252,11 +252,11 @@ def _malformed(found: Any) -> str | None:
     """Return what makes something no reading of joules at all."""
     if not isinstance(found, EnergyReading):
         return f"must return an EnergyReading, got {type(found).__name__}"
-    if not (isinstance(found.time_s, Real) and math.isfinite(found.time_s)):
+    if not isinstance(found.time_s, Real) or not math.isfinite(found.time_s):
         return f"returned the time {found.time_s!r}"
     if found.energy_j is not None and not _is_amount(found.energy_j):
         return f"returned {found.energy_j!r} J"
-    if found.source not in SOURCES and (found.source, found.energy_j) != (None, None):
+    if found.source not in SOURCES and not (found.source is None and found.energy_j is None):
         return f"returned the source {found.source!r}, must be one of {', '.join(SOURCES)}"
     return None
 
