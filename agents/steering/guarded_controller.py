@@ -192,10 +192,31 @@ class GuardedController:
             self._fall_back(verdict.reason, telemetry.decision + 1)
         if (reason := verdict.reason or broken) is None:
             return False, []
-        harmed = verdict.kind != "go_on" or (self.watch is not None and self.watch.harmed and self._is_worth_it())
+        spoilt = verdict.kind != "go_on" and not self._may_pass(telemetry)
+        harmed = spoilt or (self.watch is not None and self.watch.harmed and self._is_worth_it())
         if roll_back := harmed and self._rollback_point is not None:
             self._rollbacks.append({"after_decision": telemetry.decision, "reason": reason})
         return roll_back, [reason]
+
+    def _may_pass(self, telemetry: Telemetry) -> bool:
+        """Return whether a spike is put down to a bad batch for now, so that the run goes on from it.
+
+        That is where no control has changed since before the snapshot, and the budget would not go back: a rollback
+        would lose what was trained on since. Weights that were really harmed spike in the next interval too.
+        """
+        if self._rewinds() or self._rollback_point is None or is_lost(telemetry):
+            return False
+        known = [self.records[place].telemetry for place in self._seen]
+        since = known[max(len(self._rollback_point.seen) - 1, 0) :]
+        if any(each.requested != telemetry.requested for each in since):
+            return False
+        return not self._spiked(2)
+
+    def _spiked(self, ago: int = 1) -> bool:
+        """Return whether the newest interval was a spike, or the one before that for 2."""
+        if len(self._seen) < ago:
+            return False
+        return self.guardrails.is_spike(self.records[self._seen[-ago]].telemetry.train_loss)
 
     def _is_worth_it(self) -> bool:
         """Return whether to take weights back that broke the contract.
@@ -272,6 +293,8 @@ class GuardedController:
 
     def _wants_snapshot(self, action: Action) -> bool:
         if not self.guardrails.needs_snapshot(action):
+            return False
+        if self._rollback_point is not None and self.fallen_back is None and self._spiked():
             return False
         if self._rollback_point is None or self.watch is None:
             return True

@@ -424,7 +424,7 @@ class Guardrails:
         loss, past = telemetry.train_loss, self.past
         if is_lost(telemetry):
             return "training loss is not finite"
-        if self._rise(loss) > 1:
+        if self.is_spike(loss):
             return f"training loss {loss:.3f} is a spike above {past.losses.level():.3f}"
         error = telemetry.train_loss_std / math.sqrt(max(telemetry.steps, 1))
         new_low = past.losses.take(loss, error, telemetry.requested.learning_rate_scale)
@@ -446,6 +446,10 @@ class Guardrails:
             excess=losses.excess(),
             bend=_bend(telemetry),
         )
+
+    def is_spike(self, loss: float) -> bool:
+        """Return whether a training loss lies so far above the recent level that the run may not go on from it."""
+        return self._rise(loss) > 1
 
     def _rise(self, loss: float) -> float:
         """Return how far a loss lies above the recent level; a spike from 1 on."""

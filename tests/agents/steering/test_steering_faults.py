@@ -152,7 +152,7 @@ class DyingMeter(EnergyMeter):
 
     def read(self) -> EnergyReading:
         self.left -= 1
-        known = float(self.left) if self.left > 0 else None
+        known = 100.0 - self.left if self.left > 0 else None
         return EnergyReading(time_s=0.0, energy_j=known, source="measured_counter" if known else None)
 
     def close(self) -> None:

@@ -137,23 +137,33 @@ def test_a_loss_that_breaks_in_the_last_interval_is_taken_back(data: bool) -> No
     assert run.rollbacks == 1
 
 
-@pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
-@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
-def test_data_whose_position_fails_go_on(method: str, error: type[BaseException]) -> None:
+@pytest.mark.parametrize(("method", "error"), [("state_dict", RuntimeError), ("load_state_dict", SystemExit)])
+def test_data_whose_position_fails_go_on(
+    method: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any) -> Any:
         raise error("no position")
 
-    run, other = Steered(data=True), Steered()
-    setattr(run.rows, method, fails)
+    monkeypatch.setattr(Rows, method, fails)
     with pytest.warns(RuntimeWarning, match=f"data.{method} raised {error.__name__}: no position") as caught:
-        run.go(loss=spoilt(*range(93, 100)))
+        run = Steered(data=True).go(loss=spoilt(*range(93, 100)))
     assert len(caught) == 1
-    other.go(loss=spoilt(*range(93, 100)))
+    other = Steered().go(loss=spoilt(*range(93, 100)))
     assert run.rollbacks == other.rollbacks == 1
     assert run.rows.at == other.rows.at
-    assert all(
-        torch.equal(mine, its) for mine, its in zip(run.model.parameters(), other.model.parameters(), strict=True)
-    )
+    assert all(map(torch.equal, run.model.parameters(), other.model.parameters()))
+
+
+@pytest.mark.parametrize(("bad", "data", "taken_back"), [(1, False, 0), (1, True, 1), (2, False, 1)])
+def test_what_a_bad_batch_spoils_is_taken_back_where_that_costs_nothing(bad: int, data: bool, taken_back: int) -> None:
+    def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        spoils = 240 < run.rows.at <= 240 + 40 * bad  # as many intervals
+        return loss_of(model, rows) * (100.0 if spoils else 1.0)
+
+    run = Steered(data=data)
+    run.go(loss=loss)
+    assert run.rollbacks == taken_back
+    assert run.steering.finished
 
 
 def test_data_that_spoil_the_run_each_time_are_passed_by() -> None:
