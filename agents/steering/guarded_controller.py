@@ -192,7 +192,7 @@ class GuardedController:
             self._fall_back(verdict.reason, telemetry.decision + 1)
         if (reason := verdict.reason or broken) is None:
             return False, []
-        spoilt = verdict.kind != "go_on" and not self._may_pass(telemetry)
+        spoilt = verdict.kind == "fall_back" or (verdict.kind == "roll_back" and not self._may_pass(telemetry))
         harmed = spoilt or (self.watch is not None and self.watch.harmed and self._is_worth_it())
         if roll_back := harmed and self._rollback_point is not None:
             self._rollbacks.append({"after_decision": telemetry.decision, "reason": reason})

@@ -219,7 +219,8 @@ class PlausibleMeter(EnergyMeter):
             reading = replace(reading, **without)
         others = [name for name, value in known.items() if name not in odd and type(value) not in (int, float)]
         if others:  # NumPy's numbers, which JSON cannot hold
-            reading = replace(reading, **{name: float(known[name]) for name in others})
+            plain: dict[str, Any] = {name: float(known[name]) for name in others}
+            reading = replace(reading, **plain)
         if (fault := power_fault(reading.power_w, reading.power_limit_w)) is not None:
             self._warn(f"{fault}, which is left out")
             reading = replace(reading, power_w=None)
