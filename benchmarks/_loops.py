@@ -33,7 +33,7 @@ from trainpilot.llm_runtime.models import load_model
 from trainpilot.llm_runtime.optimizer import full_tensor
 
 Batch = dict[str, Tensor]
-BATCH, MICRO_BATCHES, LENGTH, RATE = 8, 2, 128, 3e-3
+BATCH, MICRO_BATCHES, LENGTH, RATE = 8, 2, 64, 3e-3
 """Sequences of a step, of all processes; micro-batches that they come in; tokens of a sequence; peak learning rate."""
 ROWS = 256
 """Sequences of the data: fewer than are trained on, so that epochs end within the run."""
@@ -224,8 +224,9 @@ def accelerate(work: Work, is_steered: bool) -> None:
     scheduler = accelerator.prepare(scheduler)
     stream = chain.from_iterable(repeat(loader))
     for _ in range(work.steps * MICRO_BATCHES):
+        batch = next(stream)  # before `accumulate`, which asks whether it is the epoch's last
         with accelerator.accumulate(model):
-            loss = work.loss_of(model, next(stream))
+            loss = work.loss_of(model, batch)
             accelerator.backward(loss)
             work.losses.append(loss.detach())
             if accelerator.sync_gradients:
@@ -310,7 +311,8 @@ def sft(work: Work, is_steered: bool) -> None:
     fast: Any = PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, "<eos>"))
     tokenizer = fast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-    texts = [row[: LENGTH // 2 + 5 * (index % 8)].tolist() for index, row in enumerate(work.rows)]
+    # Their packed rows fill whole steps: the plain Trainer cuts an epoch's last step short, which steering does not.
+    texts = [row[: LENGTH // 2 + 4 * (index % 8)].tolist() for index, row in enumerate(work.rows)]
     packing = {"packing": True, "packing_strategy": "wrapped", "max_length": LENGTH}
     arguments = SFTConfig(**_arguments(work), **packing, bf16=False, gradient_checkpointing=False)
     more = {"steering": _steering(work)} if is_steered else {}
@@ -418,7 +420,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 """Packages of a loop that may not be installed."""
 REMARKS = {
     "plain loop, bf16 autocast, torch.compile": "the probe compiles once more; float rounding of bf16",
-    "SFTTrainer, packing": 'packing_strategy="wrapped"',
+    "SFTTrainer, packing": '`packing_strategy="wrapped"`; the batch divides the epoch',
     "torchrun, DDP": "two gloo processes on one core",
     "torchrun, FSDP2": "two gloo processes on one core",
     "Muon and AdamW": "one scale for both rates",

@@ -5,7 +5,7 @@ while one computes, the other sleeps. Compared are the losses of all micro-batch
 from the third interval on, where everything is warm. An interval has ten steps of about a tenth of a second, so that
 steering weighs more than in a run of hours. What steering refuses is shown with the line that it says.
 
-    python benchmarks/loops.py [--only "Muon and AdamW" DeepSpeed] [--steps 80] [--model llama-micro]
+    python benchmarks/loops.py [--only "Muon and AdamW" DeepSpeed] [--steps 60] [--model llama-micro]
 
 This takes about five minutes on one core. With `--only`, the other rows of the results stay as they are.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -179,6 +180,7 @@ def preload() -> None:
     for package in ("accelerate", "datasets", "peft", "trl", "lightning.pytorch"):
         if find_spec(package.partition(".")[0]) is not None:
             __import__(package)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # importing it sets another level
 
 
 def line(row: dict[str, Any]) -> str:
@@ -206,10 +208,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="ROW", help=", ".join(names))
     parser.add_argument("--model", default="llama-micro")
-    parser.add_argument("--steps", type=int, default=80, help=f"optimiser steps, a multiple of {INTERVAL}")
+    parser.add_argument("--steps", type=int, default=60, help=f"optimiser steps, a multiple of {INTERVAL}")
     options = parser.parse_args()
     if options.steps < 4 * INTERVAL or options.steps % INTERVAL:
-        parser.error(f"--steps must be a multiple of {INTERVAL} from {4 * INTERVAL} on, got {options.steps}; e.g. 80")
+        parser.error(f"--steps must be a multiple of {INTERVAL} from {4 * INTERVAL} on, got {options.steps}; e.g. 60")
     began, rows = time.monotonic(), _rows_before(options)
     preload()
     run: Callable[[str], dict[str, Any]]
@@ -217,13 +219,18 @@ def main() -> None:
         run = (lambda each: compared(each, options)) if name in LOOPS else (lambda each: refused(each, options))
         rows[name] = run(name)
         print(f"{time.monotonic() - began:4.0f} s  {line(rows[name])}", file=sys.stderr, flush=True)
+        write(rows, options)
+    print(table([rows[name] for name in names if name in rows]))
+
+
+def write(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the rows so far."""
     made = {"model": options.model, "steps": options.steps, "steps_per_interval": INTERVAL, "batch_size": BATCH}
     made |= {"micro_batches": MICRO_BATCHES, "sequence_length": LENGTH}
-    found = [rows[name] for name in names if name in rows]
+    found = [rows[name] for name in (*LOOPS, *REFUSED) if name in rows]
     equal = [row["loss_difference"] <= EQUAL for row in found if "loss_difference" in row]
     made |= {"equal_within": EQUAL, "equal": sum(equal), "compared": len(equal), "rows": found}
-    print(table(found))
-    print(write_result("loops", made, torch.device("cpu"), command="python benchmarks/loops.py"))
+    write_result("loops", made, torch.device("cpu"), command="python benchmarks/loops.py")
 
 
 def _rows_before(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ def own_optimizer(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
     for part in parts:
         check_optimizer(part)
         if type(part).__module__.startswith("deepspeed.runtime"):  # by name, as DeepSpeed need not be installed
-            raise ValueError(_shared_otherwise("optimizer", f"{type(part).__name__} of DeepSpeed"))
+            raise ValueError(_shared_otherwise("optimizer", f"{type(part).__name__} (DeepSpeed)"))
     return parts[0] if len(parts) == 1 else JointOptimizer(parts)
 
 
@@ -86,23 +86,21 @@ def check_parallel(model: nn.Module) -> None:
     Under tensor parallelism a tensor is divided by more than the one dimension of `fully_shard`, or without that.
     """
     if any(each.__module__.partition(".")[0] == "deepspeed" for each in type(model).__mro__):
-        raise ValueError(_shared_otherwise("model", f"{type(model).__name__} of DeepSpeed"))
+        raise ValueError(_shared_otherwise("model", f"{type(model).__name__} (DeepSpeed)"))
     modules = list(model.modules())
     if any(isinstance(module, FullyShardedDataParallel) for module in modules):
-        raise ValueError(_shared_otherwise("model", "FullyShardedDataParallel, which is FSDP1"))
+        raise ValueError(_shared_otherwise("model", "FullyShardedDataParallel (FSDP1)"))
     fully_sharded = any(isinstance(module, FSDPModule) for module in modules)
     for name, parameter in model.named_parameters():
         divided = [str(each) for each in getattr(parameter, "placements", ()) if not each.is_replicate()]
         if len(divided) > fully_sharded:
-            raise ValueError(
-                _shared_otherwise("model", f"{name} divided by {' and '.join(divided)}: tensor parallelism")
-            )
+            raise ValueError(_shared_otherwise("model", f"tensor parallelism, {name} in {' and '.join(divided)}"))
 
 
 def _shared_otherwise(name: str, got: str) -> str:
     return (
-        f"{name} must be shared by processes in DistributedDataParallel or fully_shard (FSDP2), got {got}, which is "
-        "not supported; train in one of these two, or without steering"
+        f"{name} must be shared by processes in DistributedDataParallel or fully_shard (FSDP2), got {got}; "
+        "train in one of these two, or without steering"
     )
 
 

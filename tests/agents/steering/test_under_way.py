@@ -22,7 +22,7 @@ from trainpilot.envs.observation import OBSERVATION_FIELDS
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
 
-WHOLE, DONE, BATCH = 400, 120, 4
+WHOLE, DONE, BATCH = 200, 60, 4
 """Sequences of the whole run and of the part that is done, and of a step."""
 LARGER: Action = (KEEP[0], 2, *KEEP[2:])
 USED = [each.name for each in OBSERVATION_FIELDS].index("budget_used")
@@ -42,14 +42,14 @@ def taken_over(config: RunConfig, policy: Any, **settings: Any) -> Loop:
 
 def gone_on(config: RunConfig, first: Loop, policy: Any, **settings: Any) -> Loop:
     """Return a loop that has another's weights and position, and is steered from there."""
-    loop = Loop(config, policy, **settings)
+    loop = Loop(config, "none", **settings)
     loop.steering.close()
     loop.model.load_state_dict(first.model.state_dict())
     loop.optimizer.load_state_dict(first.optimizer.state_dict())
     for group in loop.optimizer.param_groups:
         group["lr"] = config.base_learning_rate  # the peak, as for any run
     loop.stream.load_state_dict(first.stream.state_dict())
-    wanted = replace(loop.steering.settings, sequences_done=DONE)
+    wanted = replace(loop.steering.settings, policy=policy, sequences_done=DONE)
     loop.steering = Steering(loop.model, loop.optimizer, wanted, meter=NoMeter("a test"))
     return loop
 
@@ -69,9 +69,9 @@ def test_what_is_measured_counts_from_the_beginning_of_the_run(config: RunConfig
     loop.train()
     told = [record.telemetry for record in loop.steering.records]
     assert len(told) == 35  # of 50 decisions, as 70 % of the budget are left
-    assert [each.steps for each in told] == [2] * 35  # 280 sequences in 35 intervals of 8
-    assert told[0].budget_used == pytest.approx((DONE + 8) / WHOLE)
-    assert told[0].tokens == (DONE + 8) * config.sequence_length
+    assert [each.steps for each in told] == [1] * 35  # 140 sequences in 35 intervals of 4
+    assert told[0].budget_used == pytest.approx((DONE + 4) / WHOLE)
+    assert told[0].tokens == (DONE + 4) * config.sequence_length
     assert (told[-1].budget_used, told[-1].finished) == (1.0, True)
     assert loop.steering.summary()["sequences"] == WHOLE
 
@@ -103,16 +103,16 @@ def test_it_goes_on_at_its_own_learning_rate(config: RunConfig, tmp_path: Path) 
     zigzag_bundle(tmp_path / "policy.safetensors", start_scale=0.5)
     policy = tmp_path / "policy.safetensors"
     schedule = BaseSchedule(schedule="constant", warmup_share=0.0)
-    assert Loop(config, policy, base_schedule=schedule).steering.controls.learning_rate_scale == 0.5
     loop = taken_over(config, policy, base_schedule=schedule)
-    assert loop.steering.controls.learning_rate_scale == 1.0
+    loop.one_step()
+    assert loop.rates == [config.base_learning_rate]
 
 
 def test_a_run_that_was_taken_over_is_saved_and_goes_on(config: RunConfig) -> None:
     whole = taken_over(config, Script([LARGER] * 50), max_batch_size=8)
     whole.train()
     first = taken_over(config, Script([LARGER] * 50), max_batch_size=8)
-    first.train(20)
+    first.train(12)
     state = first.steering.state_dict()
     second = gone_on(config, first, Script([LARGER] * 50), max_batch_size=8)
     second.optimizer.load_state_dict(first.optimizer.state_dict())
@@ -123,7 +123,7 @@ def test_a_run_that_was_taken_over_is_saved_and_goes_on(config: RunConfig) -> No
 
 def test_a_state_is_loaded_only_where_as_much_was_done(config: RunConfig) -> None:
     state = taken_over(config, keep).steering.state_dict()
-    with pytest.raises(ValueError, match="sequences_done must be what it was when the state was saved, 120, got 0"):
+    with pytest.raises(ValueError, match="sequences_done must be what it was when the state was saved, 60, got 0"):
         Loop(config, keep).steering.load_state_dict(state)
     earlier = Loop(config, keep).steering.state_dict()
     del earlier["settings"]["sequences_done"]  # as earlier versions saved it
