@@ -419,7 +419,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 """Packages of a loop that may not be installed."""
 REMARKS = {
-    "plain loop, bf16 autocast, torch.compile": "the probe compiles once more; float rounding of bf16",
+    "plain loop, bf16 autocast, torch.compile": "compiling is not timed; the probe compiles once more",
     "SFTTrainer, packing": '`packing_strategy="wrapped"`; the batch divides the epoch',
     "torchrun, DDP": "two gloo processes on one core",
     "torchrun, FSDP2": "two gloo processes on one core",
