@@ -113,11 +113,14 @@ class Controller:
         policy: `keep`, `PolicyBundle.act`, or any function of observation and masks.
         limits: Range of each control in this run.
         preference: Weights on quality, energy and time. For quality alone the policy is blind to clocks and meters.
+        begun_at: Share of the budget that was used before the first decision. A run that is under way goes on at the
+            learning rate that it has, and not at the one that the policy's runs begin with.
     """
 
-    def __init__(self, policy: Policy, limits: ControlLimits, preference: Preference) -> None:
+    def __init__(self, policy: Policy, limits: ControlLimits, preference: Preference, *, begun_at: float = 0.0) -> None:
         self.policy = policy
-        self.state = DecisionState(limits, preference, seen_by(policy), start_scale_of(policy))
+        scale = 1.0 if begun_at else start_scale_of(policy)
+        self.state = DecisionState(limits, preference, seen_by(policy), scale, begun_at=begun_at)
         self.decision: Decision | None = None
 
     @classmethod

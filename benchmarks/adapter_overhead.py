@@ -21,9 +21,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import socket
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -36,47 +34,17 @@ import torch
 import torch.distributed as dist
 from _adapters import BATCH, FORMS, INTERVAL, LENGTH, MICRO_BATCHES, Training, meet
 from _common import write_result
+from _turns import SIDES, TURN, Timed, Turns, alternate, free_port, speed_ratio
 from rich.console import Console
 
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.llm_runtime.process import available_cores, use_threads
 
 TARGET = 0.97
-SIDES = ("alone", "steered")
-Timed = dict[str, list[float]]
-"""Seconds of each turn, by side."""
-TURN = 2
-"""Optimiser steps per turn."""
 KEPT_HEAP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 """Environment variables that make glibc keep freed memory for the next step."""
 SPARE = 20
 """Untimed extra steps: the first step is not timed, and the Trainer's callback rounds its budget down."""
-
-
-class Turns:
-    """Blocks a training until its turn, and reports the seconds of each turn.
-
-    Args:
-        connection: Connection to the controlling process; only in rank 0.
-    """
-
-    def __init__(self, connection: Connection | None) -> None:
-        self.connection = connection
-        self.done = 0
-        self.began = 0.0
-
-    def tick(self) -> None:
-        """Count a step; the first is not timed."""
-        self.done += 1
-        if (self.done - 1) % TURN:
-            return
-        seconds = time.perf_counter() - self.began
-        if self.connection is not None:
-            self.connection.send(seconds if self.done > 1 else None)
-            self.connection.recv()
-        if dist.is_initialized():
-            dist.barrier()
-        self.began = time.perf_counter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +80,7 @@ def train(side: Side, rank: int, connection: Connection) -> None:
 
 def start(form: str, steered: bool, options: argparse.Namespace) -> tuple[Connection, list[BaseProcess]]:
     """Start the processes of one side; return the connection to rank 0 and the processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    side = Side(form=form, steered=steered, model=options.model, steps=options.steps, port=port)
+    side = Side(form=form, steered=steered, model=options.model, steps=options.steps, port=free_port())
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     processes: list[BaseProcess] = [
@@ -142,20 +107,12 @@ def timed(form: str, options: argparse.Namespace, pair: int, advance: Callable[[
         links[side], started = start(form, side == "steered", options)
         processes += started
     try:
-        for link in links.values():
-            link.recv()
-        seconds: Timed = {side: [] for side in SIDES}
         turns = options.steps // TURN
-        for turn in range(turns):
-            for side in SIDES if turn % 2 else reversed(SIDES):
-                links[side].send("go")
-                seconds[side].append(links[side].recv())
-            advance(pair * turns + turn + 1, "")
+        return alternate(links, turns, lambda done: advance(pair * turns + done, ""))
     finally:
         for process in processes:
             process.kill()
             process.join()
-    return seconds
 
 
 def figures(form: str, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -166,18 +123,14 @@ def figures(form: str, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
         seconds: Seconds of the turns of each side; shape (pairs, turns).
     """
     alone, steered = seconds["alone"], seconds["steered"]
-    pairs, turns = alone.shape
     tokens = alone.size * TURN * BATCH * LENGTH
-    ratio = float(alone.sum() / steered.sum())
-    draws = np.random.default_rng(0)
-    which, when = draws.integers(0, pairs, (2_000, pairs, 1)), draws.integers(0, turns, (2_000, pairs, turns))
-    drawn_ratios = alone[which, when].sum((1, 2)) / steered[which, when].sum((1, 2))
+    ratio, ratio_95 = speed_ratio(alone, steered)
     return {
         "form": form,
         "alone_tokens_per_s": tokens / float(alone.sum()),
         "steered_tokens_per_s": tokens / float(steered.sum()),
         "ratio": ratio,
-        "ratio_95": [float(q) for q in np.percentile(drawn_ratios, [2.5, 97.5])],
+        "ratio_95": ratio_95,
         "pairs": [float(ratio) for ratio in alone.sum(1) / steered.sum(1)],
         "target": TARGET,
         "target_met": ratio >= TARGET,

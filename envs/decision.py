@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,6 +176,7 @@ class DecisionStates:
         fields: Observation fields that the policy sees, in its order.
         start_scale: Learning-rate scale in force before the first decision.
         finish: Whether a cool-down may be begun before the budget's end.
+        begun_at: Share of the budget that was used before the first decision.
     """
 
     def __init__(
@@ -185,6 +187,7 @@ class DecisionStates:
         start_scale: float = 1.0,
         *,
         finish: bool = True,
+        begun_at: float = 0.0,
     ) -> None:
         n_runs = len(limits.decisions)
         self.start_scale, self.may_finish = start_scale, finish
@@ -197,7 +200,7 @@ class DecisionStates:
         if start_scale != 1.0:
             self.controls = replace(limits.start, learning_rate_scale=np.full(n_runs, start_scale))
         groups = {field.group for field in fields}
-        self.history = RunHistory(n_runs, summarised="history" in groups)
+        self.history = RunHistory(n_runs, summarised="history" in groups, begun_at=begun_at)
         self.prices = PriceBook(self.limits) if "prices" in groups else None
         self.precision_switches: Ints = np.zeros(n_runs, dtype=np.int64)
         self.last_action: Ints = np.tile(KEEP, (n_runs, 1))
@@ -259,7 +262,7 @@ class DecisionStates:
         return SituationBatch(
             limits=self.limits,
             controls=self.controls,
-            budget_used=np.where(self.history.started, self.history.newest("budget_used"), 0.0),
+            budget_used=self.history.budget_used,
             precision_switches=self.precision_switches,
             may_finish=np.full(len(self.precision_switches), self.may_finish),
         )
@@ -336,9 +339,10 @@ class DecisionState:
         start_scale: float = 1.0,
         *,
         finish: bool = True,
+        begun_at: float = 0.0,
     ) -> None:
-        weights = preference.weights()[None]
-        self._states = DecisionStates(LimitBatch.of([limits]), weights, fields, start_scale, finish=finish)
+        weights, batch = preference.weights()[None], LimitBatch.of([limits])
+        self._states = DecisionStates(batch, weights, fields, start_scale, finish=finish, begun_at=begun_at)
         self.limits = limits.untimed() if self.blind else limits
         self.preference = preference
         self.telemetry: list[Telemetry] = []
@@ -347,8 +351,8 @@ class DecisionState:
         """Return the state of the same run before its first decision, with another scale or limits if given."""
         states = self._states
         scale = states.start_scale if start_scale is None else start_scale
-        fields = states.table.fields
-        return DecisionState(limits or self.limits, self.preference, fields, scale, finish=states.may_finish)
+        options: dict[str, Any] = {"finish": states.may_finish, "begun_at": states.history.begun_at}
+        return DecisionState(limits or self.limits, self.preference, states.table.fields, scale, **options)
 
     @property
     def blind(self) -> bool:
@@ -414,7 +418,7 @@ class DecisionState:
         return Situation(
             limits=self.limits,
             controls=self.controls,
-            budget_used=self.telemetry[-1].budget_used if self.telemetry else 0.0,
+            budget_used=self.telemetry[-1].budget_used if self.telemetry else self._states.history.begun_at,
             precision_switches=self.precision_switches,
             may_finish=self._states.may_finish,
         )

@@ -40,9 +40,11 @@ class RunHistory:
     Args:
         n_runs: Number of runs.
         summarised: Whether the summary of the whole runs is kept, too; else all of it stays unknown.
+        begun_at: Share of the budget that was used before the first interval.
     """
 
-    def __init__(self, n_runs: int, *, summarised: bool = True) -> None:
+    def __init__(self, n_runs: int, *, summarised: bool = True, begun_at: float = 0.0) -> None:
+        self.begun_at = begun_at
         self.intervals: Ints = np.zeros(n_runs, dtype=np.int64)
         """Intervals so far of each run."""
         self.validation_loss: Floats = np.full(n_runs, np.nan)
@@ -60,6 +62,11 @@ class RunHistory:
     def started(self) -> Bools:
         """Whether a run has had an interval."""
         return self.intervals > 0
+
+    @property
+    def budget_used(self) -> Floats:
+        """Share of the budget that is used."""
+        return np.where(self.started, self.newest("budget_used"), self.begun_at)
 
     def newest(self, name: str) -> Floats:
         """Return a value of the newest interval: any number of `TelemetryBatch`, or one of `BEST`."""

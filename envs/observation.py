@@ -125,7 +125,7 @@ def _ratio(values: Floats, over: Floats) -> Floats:
 
 
 def _budget_used(view: RunView) -> Floats:
-    return np.where(view.history.started, view.history.newest("budget_used"), 0.0)
+    return view.history.budget_used
 
 
 def _slope(view: RunView, old: Callable[[str], Floats]) -> Floats:

@@ -167,6 +167,8 @@ class TokenProgress(BudgetProgress):
     """Sequences of the whole run."""
     grain: int = 1
     """Intervals and the run end only after a multiple of this number of sequences."""
+    first: int = 0
+    """Sequences trained on before the first interval."""
     _end_share: float | None = field(default=None, init=False)
 
     @property
@@ -205,7 +207,7 @@ class TokenProgress(BudgetProgress):
     def _interval_end(self) -> int:
         """Sequences at which the present interval ends."""
         if self._end_share is None:
-            return self._end_of((self.decision + 1) * self.budget / self.decisions)
+            return self._end_of(self.first + (self.decision + 1) * (self.budget - self.first) / self.decisions)
         return self._end_of(self._end_share * self.budget)
 
     def _end_of(self, sequences: float) -> int:

@@ -303,6 +303,11 @@ def merge_settings(
         ValueError: what is given contradicts the framework's arguments.
     """
     wanted = settings_fields(given)
+    if done := wanted.get("sequences_done"):
+        raise ValueError(
+            f"sequences_done must be 0 under a framework's Trainer, which begins and resumes runs itself, got {done}; "
+            "a plain loop takes it: Steering(model, optimizer, SteeringSettings(...))"
+        )
     batch_size, gradient_clip = wanted.get("batch_size"), wanted.get("gradient_clip")
     if batch_size is not None and batch_size != steps.batch_size and steps.accumulate != 1:
         raise ValueError(

@@ -114,6 +114,7 @@ class GuardedController:
         guardrails: The bounds.
         contract: Bounds on what steering may cost in loss and time; `None` for none.
         rewinds: Returns whether a rollback would now take the data and the budget back with the weights.
+        watches: Intervals that are left to the base schedule before the policy may change anything.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class GuardedController:
         contract: QualityContract | None = None,
         *,
         rewinds: Callable[[], bool] = lambda: True,
+        watches: int = 0,
     ) -> None:
         self.controller = controller
         self.guardrails = guardrails
@@ -139,7 +141,7 @@ class GuardedController:
         """The first decision under the base schedule."""
         self._seen: list[int] = []
         """Indices in `records` of the intervals that the controller knows: those that were not rolled back."""
-        self._recorded, self._rewinds = True, rewinds
+        self._recorded, self._rewinds, self._watches = True, rewinds, watches
         self._policy = FaultTolerantPolicy()
         self._refusals: Counter[str] = Counter()
         self._rollbacks: list[dict[str, Any]] = []
@@ -319,6 +321,8 @@ class GuardedController:
     def _reviewed(self, action: Action) -> tuple[Action, list[str]]:
         if self.watch is not None and self.watch.observing and action != KEEP:
             return KEEP, ["everything refused: the quality contract gathers evidence under the base schedule"]
+        if len(self._seen) < self._watches and action != KEEP:
+            return KEEP, [f"everything refused: the run is under way, and is watched for {self._watches} intervals"]
         allowed, refusals = self.guardrails.review(action, self.controller.state.situation())
         if allowed[FINISH] != KEEP[FINISH] and (reason := self._refuses_finish()):
             allowed, refusals = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -36,6 +36,8 @@ def own_optimizer(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
         raise ValueError(f"optimizer must be a torch optimizer, or several, got {type(strange[0]).__name__}")
     for part in parts:
         check_optimizer(part)
+        if type(part).__module__.startswith("deepspeed.runtime"):  # by name, as DeepSpeed need not be installed
+            raise ValueError(_shared_otherwise("optimizer", f"{type(part).__name__} (DeepSpeed)"))
     return parts[0] if len(parts) == 1 else JointOptimizer(parts)
 
 
@@ -76,6 +78,30 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"{float(cycled[0]['max_lr']):.4g}; make the optimizer at that rate and leave the scheduler out, as "
             "steering has the base schedule in it"
         )
+
+
+def check_parallel(model: nn.Module) -> None:
+    """Raise `ValueError` for a model that processes share in another way than by DDP or `fully_shard`.
+
+    Under tensor parallelism a tensor is divided by more than the one dimension of `fully_shard`, or without that.
+    """
+    if any(each.__module__.partition(".")[0] == "deepspeed" for each in type(model).__mro__):
+        raise ValueError(_shared_otherwise("model", f"{type(model).__name__} (DeepSpeed)"))
+    modules = list(model.modules())
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise ValueError(_shared_otherwise("model", "FullyShardedDataParallel (FSDP1)"))
+    fully_sharded = any(isinstance(module, FSDPModule) for module in modules)
+    for name, parameter in model.named_parameters():
+        divided = [str(each) for each in getattr(parameter, "placements", ()) if not each.is_replicate()]
+        if len(divided) > fully_sharded:
+            raise ValueError(_shared_otherwise("model", f"tensor parallelism, {name} in {' and '.join(divided)}"))
+
+
+def _shared_otherwise(name: str, got: str) -> str:
+    return (
+        f"{name} must be shared by processes in DistributedDataParallel or fully_shard (FSDP2), got {got}; "
+        "train in one of these two, or without steering"
+    )
 
 
 def check_alone(model: nn.Module) -> None:

@@ -44,6 +44,10 @@ class SteeringSettings:
     sequences: int | None = None
     """Budget in sequences; a sequence that is seen twice counts twice. Under a `budget` in seconds or joules an
     estimate, which bounds the largest batch; it may be left out then."""
+    sequences_done: int = 0
+    """Sequences of the budget that were trained on before: the run is under way, and is steered from here on. The
+    schedule, the share of the budget and the decisions go on from there. At first the policy only watches, for a fifth
+    of the decisions that are left and at most six: what changes is held against that."""
     budget: str | None = None
     """Budget in seconds or joules, such as `600s`, `2h` or `50kJ`; by default it is in `sequences`."""
     batch_size: int
@@ -64,7 +68,7 @@ class SteeringSettings:
     preference: str = "quality=1"
     """Weights of quality, energy and time, as `quality=0.5,energy=0.5`."""
     decisions: int | None = None
-    """Decisions in the run; by default as many as the policy was trained with, but no more than there are steps."""
+    """Decisions in the whole run; by default as many as the policy was trained with, at most as many as steps."""
     base_schedule: BaseSchedule | FactorOf | None = None
     """Schedule that the policy's learning-rate scale multiplies; by default the one that it was trained with. Any
     function from the share of the budget to a factor on the optimizer's learning rate will do; `schedule_of` makes one
@@ -104,10 +108,26 @@ class SteeringSettings:
         for name in ("sequences", "epoch_sequences", "decisions", "min_batch_size", "max_batch_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        self._check_done()
         if self.max_batch_size is not None and self.max_batch_size < self.batch_size:
             raise ValueError(f"max_batch_size must be at least batch_size {self.batch_size}, got {self.max_batch_size}")
         if self.min_batch_size is not None and self.min_batch_size > self.batch_size:
             raise ValueError(f"min_batch_size must be at most batch_size {self.batch_size}, got {self.min_batch_size}")
+
+    def _check_done(self) -> None:
+        """Raise `ValueError` for a number of sequences done that leaves nothing of the budget, or is none."""
+        done, whole = self.sequences_done, self.sequences
+        if not isinstance(done, int) or isinstance(done, bool) or done < 0:
+            raise ValueError(f"sequences_done must be a whole number of at least 0, got {done!r}")
+        if done and self.budget is not None:
+            raise ValueError(
+                f"sequences_done must be 0 under a budget in seconds or joules, got {done:,}; give what is left of the "
+                "budget, and a base_schedule that begins where the run stands"
+            )
+        if whole is not None and done >= whole:
+            raise ValueError(
+                f"sequences_done must be below sequences {whole:,}, the budget of the whole run, got {done:,}"
+            )
 
     def _check_kinds(self) -> None:
         """Raise `ValueError` for a value of the wrong kind, the counts apart."""
@@ -148,6 +168,13 @@ class SteeringSettings:
         if self.budget is not None:
             return decisions
         return max(min(decisions, self.known_sequences() // self.batch_size), 1)
+
+    def decisions_left(self, decisions: int) -> int:
+        """Return how many of a whole run's decisions fall into what is left of it."""
+        if not self.sequences_done:
+            return decisions
+        whole = self.known_sequences()
+        return max(decisions * (whole - self.sequences_done) // whole, 1)
 
     def check_steps(self, decisions: int) -> None:
         """Raise `ValueError` if the budget in sequences is too small for a step in every interval."""
@@ -214,7 +241,7 @@ class ResolvedSettings:
     base: BaseSchedule | FactorOf
     """Base schedule, which the policy's learning-rate scale multiplies."""
     decisions: int
-    """Decisions in the run."""
+    """Decisions in the whole run."""
     usual_decisions: int
     """Decisions that it would have if it were long enough."""
 
@@ -233,7 +260,7 @@ class ResolvedSettings:
         return cls(bundle, policy, base, decisions, usual)
 
     def progress(self, settings: SteeringSettings, grain: int) -> BudgetProgress:
-        """Return the budget of a run of which nothing is used."""
+        """Return the budget of a run of which nothing is used, but for what the settings say."""
         length, measured = settings.sequence_length, settings.measured_budget()
         if measured is not None:
             return MeasuredProgress(
@@ -248,7 +275,9 @@ class ResolvedSettings:
             schedule=self._schedule(sequences * length),
             budget=sequences,
             sequence_length=length,
-            decisions=self.decisions,
+            decisions=settings.decisions_left(self.decisions),
+            sequences=settings.sequences_done,
+            first=settings.sequences_done,
             grain=grain,
         )
 

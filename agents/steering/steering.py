@@ -26,7 +26,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.advice import AdvisingController
 from trainpilot.agents.steering.domain import RunFacts, check_domain
@@ -36,6 +35,7 @@ from trainpilot.agents.steering.loader_batches import first_sequences, sequences
 from trainpilot.agents.steering.loop_checks import RowWatch, check_repeatable
 from trainpilot.agents.steering.model_checks import (
     check_alone,
+    check_parallel,
     is_pretrained,
     looks_trained,
     near_learning_rate,
@@ -56,13 +56,19 @@ from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, 
 from trainpilot.llm_runtime.plain_values import printable, shown
 from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGroup
 from trainpilot.llm_runtime.saved_loop import SavedLevers
-from trainpilot.llm_runtime.schedules import FactorOf, validation_due
+from trainpilot.llm_runtime.schedules import validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 MUST_STAY = (
-    "sequences", "budget", "batch_size", "sequence_length", "preference", "decisions", "gradient_clip", "pruning",
+    "sequences", "sequences_done", "budget", "batch_size", "sequence_length", "preference", "decisions",
+    "gradient_clip", "pruning",
 )  # fmt: skip
 """Settings that must be the same where a run goes on from a saved state."""
+EARLIER = {"sequences_done": 0}
+"""Values of those that states of earlier versions do not hold."""
+WATCHED, WATCHED_PART = 6, 5
+"""Decisions that change nothing where a run is under way: six are what a forecast of its losses needs, and no more than
+a fifth of those that are left."""
 
 
 class Steering:
@@ -116,6 +122,7 @@ class Steering:
                 f"data must have state_dict and load_state_dict, got {type(data).__name__}; wrap a data loader in "
                 "batches(loader), or leave data out"
             )
+        check_parallel(model)
         if ranks is None:
             check_alone(model)
         self.ranks: ProcessGroup = ranks if ranks is not None else OneProcess()
@@ -141,11 +148,15 @@ class Steering:
         self.fine_tuning = is_pretrained(model) if settings.fine_tuning is None else settings.fine_tuning
         limits = control_limits(settings, self.loop, resolved.decisions)
         limits = self._with_law(limits, self.loop.peak, fine_tuning=self.fine_tuning)
-        controller = Controller(resolved.policy, limits, preference)
+        done = 0.0 if settings.sequences is None else settings.sequences_done / settings.sequences
+        controller = Controller(resolved.policy, limits, preference, begun_at=done)
         bounds = self._bounds(self.loop.peak, fine_tuning=self.fine_tuning)
         guardrails = Guardrails(bounds, base_learning_rate=self.loop.peak)
         kind = AdvisingController if self.advises else GuardedController
-        self.controller = kind(controller, guardrails, settings.contract, rewinds=lambda: self.rollback_copy.rewinds)
+        watches = min(WATCHED, max(self.progress.decisions // WATCHED_PART, 1)) if done else 0
+        self.controller = kind(
+            controller, guardrails, settings.contract, rewinds=lambda: self.rollback_copy.rewinds, watches=watches
+        )
         self.validation_loss: float | None = None
         """Latest validation loss, in nats/token."""
         self._step_open = False
@@ -153,7 +164,7 @@ class Steering:
         self.domain_warnings: list[str] = []
         """How the run differs from those that the policy was trained on."""
         if resolved.bundle is not None:
-            facts = self._facts(resolved.base)
+            facts = self._facts(resolved)
             self.domain_warnings = check_domain(resolved.bundle, facts, require=settings.strict_domain)
         if self.domain_warnings and self.ranks.is_first:
             message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
@@ -181,7 +192,7 @@ class Steering:
         bounds = self.settings.guardrails
         return near_learning_rate(bounds, peak) if fine_tuning else bounds
 
-    def _facts(self, base: BaseSchedule | FactorOf) -> RunFacts:
+    def _facts(self, resolved: ResolvedSettings) -> RunFacts:
         """Return the facts of the run that are compared with the policy's training."""
         settings, loop = self.settings, self.loop
         return RunFacts(
@@ -191,9 +202,9 @@ class Steering:
             batch_size=settings.batch_size,
             sequence_length=settings.sequence_length,
             optimizer=loop.optimizer_name,
-            decisions=self.progress.decisions,
+            decisions=resolved.decisions,
             device_type=loop.device.type,
-            base_schedule=base,
+            base_schedule=resolved.base,
             fine_tuning=self.fine_tuning,
         )
 
@@ -534,7 +545,9 @@ class Steering:
 
     def _begin_interval(self, controls: Controls, before_apply: Callable[[], None] | None = None) -> None:
         # What happens between the constructor and the first step is no cost of the run.
-        self.loop.begin_interval(controls, at_first_step=not self.sequences, before_apply=before_apply)
+        self.loop.begin_interval(
+            controls, at_first_step=self.sequences == self.settings.sequences_done, before_apply=before_apply
+        )
 
     # Saving and resuming ---------------------------------------------------------------------------------------------
 
@@ -606,7 +619,7 @@ class Steering:
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
         for name, value in self._saved_settings().items():
-            if saved.get(name) != value:
+            if saved.get(name, EARLIER.get(name)) != value:
                 raise ValueError(
                     f"{name} must be what it was when the state was saved, {shown(saved.get(name))}, got {value!r}"
                 )
