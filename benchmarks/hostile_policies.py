@@ -3,9 +3,10 @@
     python benchmarks/hostile_policies.py [--seeds 2] [--policies "always up,flips"] [--contracts none,reference]
 
 Every policy of `_hostile.HOSTILE` steers a run of seconds (`_hostile.SmallRun`), once without a contract and once under
-each kind of contract. Figures are validation losses minus that of the base schedule of the same seed, in nats/token.
-The shipped policy steers the same runs, and runs that start at a tenth of the tuned rate and at ten times it. `--tune`
-searches the rate. It takes about half an hour.
+each kind of contract. Figures are validation losses minus that of the base schedule of the same seed, in nats/token;
+what a paired contract trains twice is a share of the plain run's sequences and seconds. The shipped policy steers the
+same runs, and runs that start at a tenth of the tuned rate and at ten times it. `--tune` searches the rate. It takes
+about half an hour.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from _common import RESULTS, write_result
-from _hostile import HOSTILE, TUNED_RATE, SmallRun, default
+from _hostile import HOSTILE, SEQUENCES, TUNED_RATE, SmallRun, default
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.steering.contract import QualityContract
@@ -45,8 +46,13 @@ CONTRACTS: Mapping[str, tuple[Callable[[Records], QualityContract | None], bool]
     "reference, data": (_against, True),
     "reference, from_start, data": (lambda base: _against(base, from_start=True), True),
     "own evidence": (lambda base: QualityContract(**_terms()), False),
+    "paired 0.1": (lambda base: QualityContract(paired=0.1, **_terms()), True),
+    "paired 0.2": (lambda base: QualityContract(paired=0.2, **_terms()), True),
+    "paired 1": (lambda base: QualityContract(paired=1.0, **_terms()), True),
 }
 """By name: the contract, from the records of the base schedule's run; and whether a rollback takes the data back."""
+SHIPPED_PAIRED = ("paired 0.2", "paired 1")
+"""Paired contracts under which the shipped policy steers, too."""
 RATES = (0.1, 1.0, 10.0)
 """Starts of the shipped policy over the tuned rate."""
 RATES_TRIED = tuple(1e-3 * 2.0**power for power in range(8))
@@ -92,11 +98,16 @@ def main() -> None:
         "seed_noise": rounded(noise),
         "shipped_policy": {f"{rate:g}": [shipped(rate, seed) for seed in seeds] for rate in RATES},
         "shipped_policy_under_contract": {
-            f"{rate:g}": [shipped(rate, seed, contract=True) for seed in seeds] for rate in RATES
+            f"{rate:g}": [shipped(rate, seed, "reference") for seed in seeds] for rate in RATES
+        },
+        "shipped_policy_paired": {
+            kind: {f"{rate:g}": [shipped(rate, seed, kind) for seed in seeds] for rate in RATES}
+            for kind in SHIPPED_PAIRED
         },
         "runs": hostile,
     }
-    print(json.dumps({**result["summary"], "shipped": result["shipped_policy_under_contract"]}, indent=1))
+    told = ("summary", "shipped_policy", "shipped_policy_under_contract", "shipped_policy_paired")
+    print(json.dumps({name: result[name] for name in told}, indent=1))
     if not options.dry:
         print(write_result("hostile_policies", result, torch.device("cpu")))
 
@@ -116,14 +127,15 @@ def attack(name: str, kind: str, base_loss: float, base: Records, seed: int) -> 
     return {"policy": name, "seed": seed, "increase": rounded(found["loss"] - base_loss), **found}
 
 
-def shipped(rate: float, seed: int, *, contract: bool = False) -> dict[str, Any]:
-    """Return how the shipped policy does from a start at `rate` times the tuned rate."""
-    terms = None
-    if contract:
-        base = SmallRun("none", seed, rate=rate)
-        base.train()
-        terms = CONTRACTS["reference"][0](base.steering.records)
-    run = SmallRun(default(seed), seed, rate=rate, contract=terms)
+def shipped(rate: float, seed: int, kind: str = "none") -> dict[str, Any]:
+    """Return how the shipped policy does from a start at `rate` times the tuned rate, under a kind of contract."""
+    base: Records = ()
+    if kind == "reference":
+        plain = SmallRun("none", seed, rate=rate)
+        plain.train()
+        base = plain.steering.records
+    make, rewinds = CONTRACTS[kind]
+    run = SmallRun(default(seed), seed, rate=rate, rewinds=rewinds, contract=make(base))
     return {"seed": seed, **outcome(run, run.train())}
 
 
@@ -138,6 +150,17 @@ def outcome(run: SmallRun, loss: float) -> dict[str, Any]:
         "rollbacks": len(told["rollbacks"]),
         "refusals": sum(told["refusals"].values()),
         "fallen_back_at": told["fallen_back_at_decision"],
+        **({} if contract is None or "paired" not in contract else trials(contract["paired"], told)),
+    }
+
+
+def trials(paired: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the trials of a run under a paired contract, and their cost over that of the rest of the run."""
+    return {
+        "trials_passed": paired["passed"],
+        "trials_lost": paired["lost"],
+        "extra_sequences": rounded(paired["sequences"] / SEQUENCES),
+        "extra_seconds": rounded(paired["time_s"] / (told["time_s"] - paired["time_s"])),
     }
 
 
@@ -153,6 +176,12 @@ def summary(runs: Sequence[Mapping[str, Any]], noise: float) -> dict[str, Any]:
         "over_agreed": sum(increase > MAX_LOSS_INCREASE for increase in increases),
         "over_agreed_and_noise": sum(increase > MAX_LOSS_INCREASE + noise for increase in increases),
         "most_sequences": max(run["sequences_trained"] for run in runs),
+        **{
+            f"{which}_{name}": rounded(figure(run[name] for run in runs))
+            for name in ("extra_sequences", "extra_seconds")
+            for which, figure in (("mean", fmean), ("most", max))
+            if name in runs[0]
+        },
     }
 
 
