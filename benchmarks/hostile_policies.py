@@ -46,12 +46,11 @@ CONTRACTS: Mapping[str, tuple[Callable[[Records], QualityContract | None], bool]
     "reference, data": (_against, True),
     "reference, from_start, data": (lambda base: _against(base, from_start=True), True),
     "own evidence": (lambda base: QualityContract(**_terms()), False),
-    "paired 0.1": (lambda base: QualityContract(paired=0.1, **_terms()), True),
     "paired 0.2": (lambda base: QualityContract(paired=0.2, **_terms()), True),
-    "paired 1": (lambda base: QualityContract(paired=1.0, **_terms()), True),
+    "paired 0.5": (lambda base: QualityContract(paired=0.5, **_terms()), True),
 }
 """By name: the contract, from the records of the base schedule's run; and whether a rollback takes the data back."""
-SHIPPED_PAIRED = ("paired 0.2", "paired 1")
+SHIPPED_PAIRED = ("paired 0.2", "paired 0.5")
 """Paired contracts under which the shipped policy steers, too."""
 RATES = (0.1, 1.0, 10.0)
 """Starts of the shipped policy over the tuned rate."""

@@ -6,8 +6,9 @@ than was agreed, the run goes on from its weights, under the base schedule for a
 stood theirs are held. So what a policy does is measured, and no reference run is needed.
 
 Over a few intervals a low learning rate looks too good, as it has less noise, and a high one too bad. A high one has to
-pay within its trial all the same. What a low one withholds is counted as against a reference (`withheld.py`), by the
-fall of the run's own losses, and shares what was agreed with what the trials have cost.
+pay within its trial all the same, or from what earlier trials have gained: a lead in budget, which is worth less as the
+losses flatten. What a low one withholds is counted as against a reference (`withheld.py`), by the fall of the run's own
+losses, and shares what was agreed with what the trials have cost.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from trainpilot.agents.controller import DecisionRecord
-from trainpilot.agents.steering.contract import JUDGED_FROM, SMOOTHING, ContractWatch, QualityContract
+from trainpilot.agents.steering.contract import ALMOST, JUDGED_FROM, SMOOTHING, ContractWatch, QualityContract
 from trainpilot.agents.steering.guardrails import is_lost
 from trainpilot.agents.steering.saved_state import SavedTrial
 from trainpilot.agents.steering.withheld import ReferenceFall
@@ -51,7 +52,9 @@ class PairedWatch(ContractWatch):
         self.round = math.ceil(TRIAL / contract.paired - 1e-9)
         """Intervals from the beginning of a trial that was passed to that of the next."""
         self.cost = 0.0
-        """What the trials that were passed have cost, in nats/token; what they have gained is not saved up."""
+        """What the trials that were passed have cost, in nats/token, less what later ones have gained; at least 0."""
+        self.lead = 0.0
+        """What they have gained at no lower speed than the base schedule's, as a share of the budget that it saves."""
         self.newest: float | None = None
         """Loss less the shadow's in the newest trial that was passed, in nats/token."""
         self.on_trial, self.hold = False, 0
@@ -102,15 +105,36 @@ class PairedWatch(ContractWatch):
                 are lost, and `None` where the shadow's are.
         """
         cost = self.cost if difference is None else max(self.cost + difference, 0.0)
-        passed = difference is None or cost + self.withheld() <= self.contract.max_loss_increase  # False for NaN
+        rate = self._fall.rate if self._fall is not None else 0.0
+        passed = difference is None or self._is_better(difference)
+        passed = passed or self._is_within(cost + self.withheld() - self.lead * rate)
         if passed:
             self.cost, self.newest, self.lost_running = cost, difference, 0
+            if difference is not None and rate and self._slow() > ALMOST:
+                self.lead += max(-difference, 0.0) / rate
         else:
             self.newest, self.lost_running = None, min(self.lost_running + 1, LONGEST)
         self.trials["passed" if passed else "lost"] += 1
         self.on_trial = False
         self.hold = self.round * 2 ** max(self.lost_running - 1, 0) - TRIAL + 1
         return passed
+
+    def _slow(self) -> float:
+        """Return the speed of the newest interval over the base schedule's, at most 1."""
+        return min(self._rows[-1]["speed"], 1.0) if self._rows else 1.0
+
+    def _is_better(self, difference: float) -> bool:
+        """Return whether a trial ended better than its shadow, by more than a lower rate can hide."""
+        left = self._fall.left(self._rows[-1]["share"], self._rows[-1]["loss"]) if self._fall is not None else 0.0
+        return difference + (1 - self._slow()) * left < 0
+
+    def least_speed(self, speed: float, present: float, started: float) -> float:
+        """Return the speed at which the next interval is to learn: the one chosen while a trial measures it."""
+        return speed if self.on_trial else super().least_speed(speed, present, started)
+
+    def _is_within(self, increase: float) -> bool:
+        """Return whether an increase of the loss is no more than was agreed; NaN is more."""
+        return increase <= self.contract.max_loss_increase + 1e-9
 
     def note_shadow(self, telemetry: Telemetry) -> None:
         """Note the speed of a shadow's interval."""
@@ -149,9 +173,9 @@ class PairedWatch(ContractWatch):
         """Return whether the contract was kept by its trials, and what they cost, as plain JSON values."""
         withheld, slowdown = self.withheld(), self.slowdown()
         total = self.cost + withheld
-        in_time = slowdown is None or slowdown <= self.contract.max_slowdown
+        kept = self._is_within(total) and (slowdown is None or slowdown <= self.contract.max_slowdown)
         return super().summary() | {
-            "held": self.broken is None and in_time and total <= self.contract.max_loss_increase,
+            "held": False if self.broken is not None else kept or None,
             "evidence": f"{sum(self.trials.values())} trials against a shadow of the base schedule",
             "loss_increase": total,
             "standard_error": None,
@@ -186,7 +210,8 @@ class PairedWatch(ContractWatch):
 
 
 _SAVED = (
-    "cost", "newest", "on_trial", "hold", "lost_running", "trials", "sequences", "not_kept", "unrecorded", "paces",
+    "cost", "lead", "newest", "on_trial", "hold", "lost_running", "trials", "sequences", "not_kept", "unrecorded",
+    "paces",
 )  # fmt: skip
 
 

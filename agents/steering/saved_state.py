@@ -174,6 +174,7 @@ class SavedPairs(JsonRecord):
     """What the trials of a paired contract have shown and cost: the fields of `paired.PairedWatch`."""
 
     cost: Annotated[float, Range(0)]
+    lead: Annotated[float, Range(0)]
     newest: Number | None
     on_trial: bool
     hold: Count

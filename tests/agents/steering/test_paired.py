@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,9 @@ class Run:
         """Train; `loss` is added to each step's, by its learning-rate scale."""
         while not self.steering.finished and steps:
             with self.steering.step() as step:
+                self.now += 1
                 rows, more = self.rows.take(step.batch_size), loss(self.steering.loop.controls.learning_rate_scale)
                 step.backward(lambda batch: (self.model(batch)[:, 0] - batch.sum(1)).square().mean() + more, batch=rows)  # noqa: B023
-            self.now += 1
             self.steps += 1
             steps -= 1
         return self
@@ -109,7 +110,7 @@ def watched(share: float = 0.5, agreed: float = 0.01) -> PairedWatch:
 # What a trial decides ----------------------------------------------------------------------------------------------
 
 
-def test_costs_of_trials_add_up_and_gains_are_not_saved() -> None:
+def test_costs_of_trials_add_up() -> None:
     watch = watched()
     assert watch.judge(0.004)
     assert watch.judge(0.005)
@@ -117,8 +118,37 @@ def test_costs_of_trials_add_up_and_gains_are_not_saved() -> None:
     assert watch.cost == pytest.approx(0.009)
     assert watch.judge(-0.5)
     assert watch.cost == 0
+    assert watch.lead == 0  # how fast the losses fall is not known yet
     assert not watch.judge(0.011)
     assert watch.trials == {"passed": 3, "lost": 2}
+
+
+def line(watch: PairedWatch, count: int, fall: float = 1.0, speed: float = 1.0) -> PairedWatch:
+    """Observe so many intervals in which the loss falls by `fall` over the whole budget, the last one at a speed."""
+    for index in range(1, count + 1):
+        share = index / 50
+        telemetry = make_telemetry(decision=index, budget_used=share, train_loss=9 - fall * share)
+        watch.observe(telemetry, speed=speed if index == count else 1.0)
+    return watch
+
+
+def test_a_gain_is_a_lead_in_budget_that_is_worth_less_later() -> None:
+    watch = line(watched(), 10, fall=5.0)
+    assert watch.judge(-0.05)
+    assert watch.lead == pytest.approx(0.01)  # the losses fall by 5 nats/token over the whole budget
+    assert watch.judge(0.059)
+    later = line(watched(), 10)
+    later.lead = 0.01
+    assert not later.judge(0.021)
+    assert later.judge(0.019)
+
+
+def test_a_low_rate_is_better_only_by_more_than_it_hides() -> None:
+    watch = line(watched(agreed=0.0), 20, speed=0.5)
+    assert not watch.judge(-0.24)  # half of the 0.5 nats that are left in the later half
+    assert watch.judge(-0.26)
+    assert watch.lead == 0
+    assert line(watched(agreed=0.0), 20, speed=2.0).judge(-0.001)
 
 
 def test_lost_weights_lose_a_trial_and_lost_shadows_win_it() -> None:
@@ -130,7 +160,7 @@ def test_lost_weights_lose_a_trial_and_lost_shadows_win_it() -> None:
 def test_controls_are_held_for_the_rest_of_a_round() -> None:
     watch = watched(share=0.2)  # a trial of two intervals in ten
     watch.judge(0.0)
-    held = [observed(watch) for _ in range(10)]
+    held = [observed(watch, 0.1 + index / 100) for index in range(10)]
     assert held == [True] * 8 + [False] * 2  # the first is the trial's own last interval
 
 
@@ -142,22 +172,19 @@ def test_the_wait_doubles_with_each_loss_in_a_row() -> None:
     assert waits == [0, 2, 6, 0]
 
 
-def observed(watch: PairedWatch, share: float = 0.1) -> bool:
+def observed(watch: PairedWatch, share: float) -> bool:
     watch.observe(make_telemetry(budget_used=share, train_loss=2.0))
     return watch.holds is not None
 
 
 def test_withheld_learning_shares_what_was_agreed() -> None:
-    watch = watched()
-    for index in range(1, 21):  # falls by 1 nat/token over the whole budget; the newest two at half of the speed
-        watch.observe(
-            make_telemetry(decision=index, budget_used=index / 50, train_loss=4 - index / 50),
-            speed=0.5 if index > 19 else 1.0,
-        )
+    watch = line(watched(), 20, speed=0.5)
     assert watch.withheld() == pytest.approx(0.01)  # 1 nat x a half of a fiftieth of the budget
     assert watch.judge(0.0)
     assert not watch.judge(0.001)
     assert watch.least_speed(0.5, 1.0, 1.0) == 1.0
+    watch.on_trial = True
+    assert watch.least_speed(0.5, 1.0, 1.0) == 0.5  # the trial will tell
     assert watch.summary()["loss_increase"] == pytest.approx(0.01)
     assert watch.summary()["held"] is True
 
@@ -165,7 +192,7 @@ def test_withheld_learning_shares_what_was_agreed() -> None:
 def test_lost_time_breaks_a_paired_contract() -> None:
     watch = PairedWatch(QualityContract(paired=0.2, max_slowdown=0.1))
     watch.note_shadow(make_telemetry(time_s=2.0))
-    broken = [watch.observe(make_telemetry(budget_used=0.5, time_s=3.0)) for _ in range(4)]
+    broken = [watch.observe(make_telemetry(budget_used=0.5 + i / 50, time_s=3.0)) for i in range(4)]
     assert broken[2] is None
     assert broken[3] == "50% more seconds per token than the base schedule, agreed 10%"
     assert not watch.harmed
@@ -237,10 +264,12 @@ def test_a_shadow_that_is_lost_leaves_the_run_as_it_is() -> None:
 
 
 def test_a_trial_at_the_very_end_is_decided_too() -> None:
-    keeps = [KEEP] * 19
-    run = Run(plan(*keeps, TWICE), contract=paired(agreed=0.0)).go(loss=lambda scale: float(scale != 1))
-    assert torch.equal(run.weights(), Run().go().weights())
-    assert run.steering.summary()["contract"]["paired"]["lost"] == 1
+    run = Run(plan(KEEP, KEEP, KEEP, TWICE), contract=paired(agreed=1.0))
+    run.go(loss=lambda scale: 5.0 if scale != 1 and run.steering.sequences >= 380 else 0.0)
+    assert run.scales() == [1.0] * 3 + [2.0] * 16 + [1.0]
+    assert run.steering.finished
+    told = run.steering.summary()["contract"]["paired"]
+    assert (told["passed"], told["lost"]) == (4, 1)  # the trials begin at the decisions 3, 7, 11, 15 and 19
 
 
 def wanders(observation: np.ndarray, masks: np.ndarray) -> Action:
@@ -268,12 +297,16 @@ def resumed(run: Run, state: tuple[Any, ...]) -> Run:
     return run
 
 
-@pytest.mark.parametrize("steps", [5, 15, 20, 25, 35, 40, 45, 105, 215])
-@pytest.mark.parametrize("agreed", [0.0, 0.05, 1e9])
+@cache
+def whole_run(agreed: float) -> Run:
+    return Run(wanders, decisions=10, contract=paired(agreed=agreed)).go()
+
+
+@pytest.mark.parametrize(("steps", "agreed"), [(10, 0.05), (30, 0.0), (40, 0.05), (50, 0.05), (70, 0.0), (90, 0.05)])
 def test_a_killed_run_goes_on_to_the_last_bit(steps: int, agreed: float) -> None:
-    whole = Run(wanders, contract=paired(agreed=agreed)).go()
-    part = Run(wanders, contract=paired(agreed=agreed)).go(steps)
-    again = resumed(Run(wanders, contract=paired(agreed=agreed)), saved(part)).go()
+    whole = whole_run(agreed)
+    state = saved(Run(wanders, decisions=10, contract=paired(agreed=agreed)).go(steps))
+    again = resumed(Run(wanders, decisions=10, contract=paired(agreed=agreed)), state).go()
     assert torch.equal(again.weights(), whole.weights())
     assert [r.telemetry.train_loss for r in again.steering.records] == [
         r.telemetry.train_loss for r in whole.steering.records
