@@ -50,8 +50,13 @@ CONTRACTS: Mapping[str, tuple[Callable[[Records], QualityContract | None], bool]
     "paired 0.5": (lambda base: QualityContract(paired=0.5, **_terms()), True),
 }
 """By name: the contract, from the records of the base schedule's run; and whether a rollback takes the data back."""
-SHIPPED_PAIRED = ("paired 0.2", "paired 0.5")
-"""Paired contracts under which the shipped policy steers, too."""
+SHIPPED = {
+    "shipped_policy": "none",
+    "shipped_policy_under_contract": "reference",
+    "shipped_policy_paired_0.2": "paired 0.2",
+    "shipped_policy_paired_0.5": "paired 0.5",
+}
+"""By its name in the result: the kind of contract under which the shipped policy steers."""
 RATES = (0.1, 1.0, 10.0)
 """Starts of the shipped policy over the tuned rate."""
 RATES_TRIED = tuple(1e-3 * 2.0**power for power in range(8))
@@ -66,7 +71,7 @@ def main() -> None:
     parser.add_argument("--policies", help="names of hostile policies with commas between them; by default all")
     parser.add_argument("--contracts", default=";".join(CONTRACTS), help="kinds of contract with semicolons between")
     parser.add_argument("--tune", action="store_true", help="search the learning rate instead")
-    parser.add_argument("--add", action="store_true", help="keep the other kinds of contract that the result holds")
+    parser.add_argument("--add", action="store_true", help="keep what else the result holds")
     parser.add_argument("--dry", action="store_true", help="write no result")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,8 +85,8 @@ def main() -> None:
     contracts = [name.strip() for name in options.contracts.split(";")]
     bases = [base_run(seed) for seed in seeds]
     path = RESULTS / "hostile_policies.json"
-    hostile = json.loads(path.read_text(encoding="utf-8"))["runs"] if options.add and path.exists() else {}
-    hostile |= {
+    before = json.loads(path.read_text(encoding="utf-8")) if options.add and path.exists() else {}
+    hostile = before.get("runs", {}) | {
         kind: [
             attack(name, kind, *bases[seed], seed)
             for name in names
@@ -95,18 +100,13 @@ def main() -> None:
         "base": [rounded(loss) for loss, _ in bases],
         "summary": {kind: summary(runs, noise) for kind, runs in hostile.items()},
         "seed_noise": rounded(noise),
-        "shipped_policy": {f"{rate:g}": [shipped(rate, seed) for seed in seeds] for rate in RATES},
-        "shipped_policy_under_contract": {
-            f"{rate:g}": [shipped(rate, seed, "reference") for seed in seeds] for rate in RATES
-        },
-        "shipped_policy_paired": {
-            kind: {f"{rate:g}": [shipped(rate, seed, kind) for seed in seeds] for rate in RATES}
-            for kind in SHIPPED_PAIRED
+        **{
+            name: before.get(name) or {f"{rate:g}": [shipped(rate, seed, kind) for seed in seeds] for rate in RATES}
+            for name, kind in SHIPPED.items()
         },
         "runs": hostile,
     }
-    told = ("summary", "shipped_policy", "shipped_policy_under_contract", "shipped_policy_paired")
-    print(json.dumps({name: result[name] for name in told}, indent=1))
+    print(json.dumps({name: result[name] for name in ("summary", *SHIPPED)}, indent=1))
     if not options.dry:
         print(write_result("hostile_policies", result, torch.device("cpu")))
 

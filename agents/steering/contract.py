@@ -3,7 +3,8 @@
 The base schedule is not trained beside the run, so its losses are forecast. Either the user knows them from an earlier
 run, or the first part of this run follows the base schedule, and a `PowerLaw` through its losses is extrapolated. A run
 that breaks its contract is rolled back to a state that has proven itself, and left to the base schedule. Against an
-earlier run, a contract also bounds how long the run may learn more slowly than that one (`withheld.py`).
+earlier run, a contract also bounds how long the run may learn more slowly than that one (`withheld.py`). In the paired
+mode parts of the run are trained a second time under the base schedule instead (`paired.py`).
 """
 
 from __future__ import annotations

@@ -513,9 +513,16 @@ class RollbackController:
     Args:
         guarded: Decides, and asks for snapshots and rollbacks.
         plant: The run that it controls.
+
+    Raises:
+        ValueError: the contract is paired, which only `Steering` can carry out.
     """
 
     def __init__(self, guarded: GuardedController, plant: Plant) -> None:
+        if isinstance(guarded.watch, PairedWatch):
+            raise ValueError(
+                "contract must be without paired for a plant, got a paired one; steer a plain loop with it"
+            )
         self.guarded = guarded
         self.plant = plant
         self.snapshot: Snapshot | None = None

@@ -340,6 +340,11 @@ class Pairing:
             self._count(self._shadow, recorded=False)
         self.watch.on_trial = False
 
+    def drop(self) -> None:
+        """Free the copies."""
+        self._start.drop()
+        self._end.drop()
+
     def _count(self, intervals: Sequence[Telemetry], *, recorded: bool) -> None:
         tokens, length = sum(each.interval_tokens for each in intervals), self._loop.progress.sequence_length
         joules = sum_known(each.energy_j for each in intervals)

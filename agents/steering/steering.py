@@ -78,8 +78,9 @@ class Steering:
         settings: Budget, start, policy and bounds.
         validate: Returns the validation loss in nats/token. Called every tenth decision; leave it out if it is
             expensive.
-        data: Position of the data, restored with the model when a change of controls goes wrong. Without it the data
-            go on. Its `epochs_seen`, if it has that, tells the policy how often the data have been seen.
+        data: Position of the data, restored with the model when a change of controls goes wrong, and after the shadows
+            of a paired contract. Without it the data go on. Its `epochs_seen`, if it has that, tells the policy how
+            often the data have been seen.
         meter: Energy meter; by default the best one that the device has.
         clock: Returns seconds; replaced in tests.
         ranks: The processes that train the model together; by default this one alone.
@@ -676,6 +677,8 @@ class Steering:
     def close(self) -> None:
         """Release model and optimizer, unchanged but for their training; another controller may take them."""
         self.rollback_copy.drop()
+        if self.pairing is not None:
+            self.pairing.drop()
         if self._rows is not None:
             self._rows.close()
         self.loop.detach()

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import make_telemetry
+from fakes import ToyPlant, make_telemetry
 from torch import nn
 
 from trainpilot.agents.bundle import BaseSchedule
 from trainpilot.agents.controller import Policy, keep
 from trainpilot.agents.steering.contract import QualityContract
+from trainpilot.agents.steering.guarded_controller import RollbackController
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.agents.steering.paired import HELD, LOST, PairedWatch
 from trainpilot.agents.steering.saved_state import SavedContract
@@ -350,6 +351,8 @@ def test_what_cannot_be_trained_on_twice_is_refused_in_a_line() -> None:
         Steering(model, optimizer, SteeringSettings(sequences=400, **plain), data=Rows(), ranks=Two())
     with pytest.raises(ValueError, match="without paired where a framework makes the loop"):
         Run(contract=paired()).steering.expect_external_scheduler()
+    with pytest.raises(ValueError, match="without paired for a plant"):
+        RollbackController(Run(contract=paired()).steering.controller, ToyPlant())
 
 
 def test_advice_under_a_paired_contract_trains_nothing_twice() -> None:
