@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, median
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -28,8 +28,10 @@ from trainpilot.agents.steering.saved_state import SavedTrial
 from trainpilot.agents.steering.withheld import ReferenceFall
 from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.energy.meter import sum_known
-from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful
 from trainpilot.llm_runtime.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful
 
 TRIAL = 2
 """Intervals of a trial. Its last one decides, when what a change stirs up has settled a little."""
@@ -225,6 +227,8 @@ class Pairing:
     """
 
     def __init__(self, watch: PairedWatch, loop: ControlledLoop, data: Stateful) -> None:
+        from trainpilot.llm_runtime.loop import RollbackCopy  # guarded controllers load without torch
+
         self.watch, self._loop, self._start_controls = watch, loop, loop.controls
         self._start, self._end = RollbackCopy(loop, data), RollbackCopy(loop, data)
         """The run before the trial under way, and after its shadow: one of the two is held."""
