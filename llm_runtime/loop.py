@@ -17,7 +17,7 @@ import math
 import random
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -771,6 +771,27 @@ class RollbackCopy:
     def drop(self) -> None:
         """Free the copy."""
         self._copy = None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the copy, which `torch.save` can write; `None` where there is none."""
+        return self._copy
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for a copy from a file that this loop cannot go back to, or that is none."""
+        if missing := {"loop", "progress", "data", "random"} - state.keys():
+            raise ValueError(f"copy of a run must hold {min(missing)}, got one without")
+        if not isinstance(state["loop"], Mapping):
+            raise ValueError(f"copy of a run must hold a snapshot of the loop, got {shown(state['loop'])}")
+        self._loop.check_snapshot({"scaler": {}, "micro_batch_size": None, **state["loop"]})
+        self._loop.progress.check_state(state["progress"])
+        random, n_bytes = state["random"], torch.get_rng_state().numel()
+        cpu = random[0] if isinstance(random, Sequence) and len(random) == 2 else None
+        if not (isinstance(cpu, Tensor) and cpu.dtype == torch.uint8 and cpu.numel() == n_bytes):
+            raise ValueError(f"copy of a run must hold the state of torch's random numbers, got {shown(random)}")
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take the copy that `state_dict` returned."""
+        self._copy = None if state is None else dict(state)
 
 
 def clone_state(state: Any) -> Any:

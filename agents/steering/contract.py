@@ -3,7 +3,8 @@
 The base schedule is not trained beside the run, so its losses are forecast. Either the user knows them from an earlier
 run, or the first part of this run follows the base schedule, and a `PowerLaw` through its losses is extrapolated. A run
 that breaks its contract is rolled back to a state that has proven itself, and left to the base schedule. Against an
-earlier run, a contract also bounds how long the run may learn more slowly than that one (`withheld.py`).
+earlier run, a contract also bounds how long the run may learn more slowly than that one (`withheld.py`). In the paired
+mode parts of the run are trained a second time under the base schedule instead (`paired.py`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ EVIDENCE_INTERVALS = 4
 """Fewer losses than these determine no power law."""
 ALMOST = 0.99
 """Share of the base schedule's speed that counts as the same."""
+PAIRED_RANGE = (0.05, 1.0)
+"""Least and largest share of the intervals that may be trained a second time."""
 GIVE_UP = 0.5
 """A base schedule that still warms up at this share of the budget leaves nothing to extrapolate from."""
 
@@ -69,6 +72,11 @@ class QualityContract:
     """
     reference_s_per_token: float | None = None
     """Seconds per token of the base schedule on this machine; without it, a `reference` says nothing of time."""
+
+    paired: float | None = None
+    """Share of the intervals that may be trained a second time, under the base schedule from the same state and on the
+    same data, in [0.05, 1]: the policy's controls are tried against that, and no reference is needed (`paired.py`). It
+    needs `data` in `Steering`. `None` pairs nothing."""
 
     from_start: bool = False
     """Take a run that breaks its contract back to its beginning, so that nothing done to it stays.
@@ -107,9 +115,26 @@ class QualityContract:
             raise ValueError(f"evidence_share must be in (0, {GIVE_UP}), got {self.evidence_share!r}")
         if self.reference is not None:
             _check_reference(self.reference)
+        self._check_paired()
         pace = self.reference_s_per_token
         if pace is not None and not (is_number(pace) and math.isfinite(pace) and pace > 0):
             raise ValueError(f"reference_s_per_token must be a number of seconds above 0 or None, got {pace!r}")
+
+    def _check_paired(self) -> None:
+        """Raise `ValueError` for a share of pairs that makes no sense, or beside what it replaces."""
+        least, most = PAIRED_RANGE
+        if self.paired is None:
+            return
+        if not (is_number(self.paired) and least <= self.paired <= most):
+            raise ValueError(
+                f"paired must be a share of the intervals in [{least}, {most}] or None, got {self.paired!r}"
+            )
+        for name in ("reference", "from_start"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"paired must be None beside {name}, got {self.paired!r}: trials take the place of "
+                    f"{'a reference' if value is not True else 'the way back to the start'}; leave one of the two out"
+                )
 
 
 class ContractWatch:

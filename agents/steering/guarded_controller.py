@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -20,6 +20,7 @@ from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.steering.contract import ALMOST, SMOOTHING, ContractWatch, QualityContract
 from trainpilot.agents.steering.guardrails import ROUNDED, Guardrails, GuardrailSettings, is_lost
+from trainpilot.agents.steering.paired import LOST, PairedWatch
 from trainpilot.agents.steering.saved_state import SavedController, SavedStanding
 from trainpilot.agents.steering.throughput import Throughput
 from trainpilot.agents.steering.withheld import at_speed, relative_speed
@@ -106,6 +107,13 @@ TOO_FAST = "learning rate and batch held by the quality contract: faster than th
 FINISH = [each.name for each in ACTION_FIELDS].index("finish")
 
 
+def watch_of(contract: QualityContract | None) -> ContractWatch | None:
+    """Return what watches over a contract; `None` without one."""
+    if contract is None:
+        return None
+    return ContractWatch(contract) if contract.paired is None else PairedWatch(contract)
+
+
 class GuardedController:
     """A controller whose decisions are bounded by guardrails, and rolled back where they go wrong.
 
@@ -132,7 +140,7 @@ class GuardedController:
         least = guardrails.least_scale(controller.state.situation())
         if controller.state.controls.learning_rate_scale < least:  # a policy that begins lower keeps the bounds too
             controller.state = controller.state.anew(min(least, 1.0))
-        self.watch = ContractWatch(contract) if contract is not None else None
+        self.watch = watch_of(contract)
         self.records: list[DecisionRecord] = []
         """Every interval that was recorded, those taken back included."""
         self.fallen_back: str | None = None
@@ -323,6 +331,8 @@ class GuardedController:
             return KEEP, ["everything refused: the quality contract gathers evidence under the base schedule"]
         if len(self._seen) < self._watches and action != KEEP:
             return KEEP, [f"everything refused: the run is under way, and is watched for {self._watches} intervals"]
+        if isinstance(self.watch, PairedWatch) and (held := self.watch.holds) and action != KEEP:
+            return KEEP, [held]
         allowed, refusals = self.guardrails.review(action, self.controller.state.situation())
         if allowed[FINISH] != KEEP[FINISH] and (reason := self._refuses_finish()):
             allowed, refusals = (
@@ -405,6 +415,30 @@ class GuardedController:
         self.guardrails.load_past_state(point.guardrails)
         if self.watch is not None and point.contract is not None:
             self.watch.load_past_state(point.contract)
+
+    def before_decision(self) -> dict[str, Any]:
+        """Return what was known before the present decision, as plain JSON values, for `take_over`."""
+        point = self._before
+        assert point is not None, "a trial begins with a decision"
+        return {"seen": list(point.seen), "guardrails": point.guardrails, "contract": point.contract}
+
+    def take_over(self, point: Mapping[str, Any], shadow: Sequence[Telemetry]) -> list[DecisionRecord]:
+        """Go back to `before_decision`, and from there on through the intervals of a shadow; return their records.
+
+        The last one is still to be given to `decide`. The snapshot, which may be of what was left, is forgotten.
+        """
+        self._go_back(RollbackPoint(tuple(point["seen"]), point["guardrails"], point["contract"]))
+        self._rollback_point, self.guardrails.past.since_snapshot = None, None
+        records = []
+        for telemetry in shadow:
+            self._carry_out(Decision(KEEP, KEEP, self.controls, [LOST]), telemetry.requested)
+            records.append(self.record(telemetry))
+            if telemetry is not shadow[-1]:
+                self._seen.append(len(self.records) - 1)
+                self._judge(telemetry)
+                self.controller.observe(telemetry)
+        self._since = []
+        return records
 
     def _replay(self, seen: list[int]) -> None:
         """Give the controller a new state that has made these decisions and observed these intervals."""
@@ -506,9 +540,16 @@ class RollbackController:
     Args:
         guarded: Decides, and asks for snapshots and rollbacks.
         plant: The run that it controls.
+
+    Raises:
+        ValueError: the contract is paired, which only `Steering` can carry out.
     """
 
     def __init__(self, guarded: GuardedController, plant: Plant) -> None:
+        if isinstance(guarded.watch, PairedWatch):
+            raise ValueError(
+                "contract must be without paired for a plant, got a paired one; steer a plain loop with it"
+            )
         self.guarded = guarded
         self.plant = plant
         self.snapshot: Snapshot | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.steering.course import Course
@@ -20,6 +20,7 @@ from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.plain_values import shown
 from trainpilot.llm_runtime.ranges import COUNT, Range
+from trainpilot.llm_runtime.telemetry import Telemetry
 
 Count = Annotated[int, COUNT]
 Number = Annotated[float, Range()]
@@ -169,12 +170,32 @@ class SavedIntervals(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedPairs(JsonRecord):
+    """What the trials of a paired contract have shown and cost: the fields of `paired.PairedWatch`."""
+
+    cost: Annotated[float, Range(0)]
+    lead: Annotated[float, Range(0)]
+    newest: Number | None
+    on_trial: bool
+    hold: Count
+    lost_running: Annotated[int, Range(0, 64)]
+    trials: dict[Literal["passed", "lost"], Count]
+    sequences: Count
+    not_kept: tuple[Annotated[float, Range(0)], Annotated[float, Range(0)] | None]
+    unrecorded: tuple[Annotated[float, Range(0)], Annotated[float, Range(0)] | None]
+    paces: list[Annotated[float, Range(0)]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SavedContract(JsonRecord):
     """The state of a contract."""
+
+    left_out_at_default: ClassVar[tuple[str, ...]] = ("pairs",)
 
     past: SavedIntervals
     broken: tuple[str, Count] | None
     steers: bool = True
+    pairs: SavedPairs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +222,33 @@ class SavedStanding(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedPoint(JsonRecord):
+    """What a controller knew before a decision."""
+
+    seen: list[Count]
+    guardrails: SavedPast
+    contract: SavedIntervals
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTrial(JsonRecord):
+    """A trial under way: `start` and `end` are copies of the run before the trial and after its shadow."""
+
+    n_records: Count
+    snapshot: bool
+    shadow: list[Telemetry]
+    point: SavedPoint
+    start: dict[str, Any] | None
+    end: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        if (self.start is None) == (self.end is None):
+            raise ValueError("start or end must be held, and one of the two alone")
+        if self.end is not None and not self.shadow:
+            raise ValueError("shadow must hold the intervals before end, got none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SavedController(SavedStanding):
     """The whole state of a guarded controller."""
 
@@ -223,6 +271,7 @@ class SavedSteering(JsonRecord):
     spoilt: list[Count]
     validation_loss: Number | None
     controller: dict[str, Any]
+    trial: SavedTrial | None = None
 
     @classmethod
     def of(cls, state: object) -> SavedSteering:

@@ -41,6 +41,7 @@ from trainpilot.agents.steering.model_checks import (
     near_learning_rate,
     own_optimizer,
 )
+from trainpilot.agents.steering.paired import Pairing
 from trainpilot.agents.steering.saved_state import SavedSteering
 from trainpilot.agents.steering.settings import (
     ResolvedSettings,
@@ -83,8 +84,9 @@ class Steering:
         settings: Budget, start, policy and bounds.
         validate: Returns the validation loss in nats/token. Called every tenth decision; leave it out if it is
             expensive.
-        data: Position of the data, restored with the model when a change of controls goes wrong. Without it the data
-            go on. Its `epochs_seen`, if it has that, tells the policy how often the data have been seen.
+        data: Position of the data, restored with the model when a change of controls goes wrong, and after the shadows
+            of a paired contract. Without it the data go on. Its `epochs_seen`, if it has that, tells the policy how
+            often the data have been seen.
         meter: Energy meter; by default the best one that the device has.
         clock: Returns seconds; replaced in tests.
         ranks: The processes that train the model together; by default this one alone.
@@ -157,6 +159,7 @@ class Steering:
         self.controller = kind(
             controller, guardrails, settings.contract, rewinds=lambda: self.rollback_copy.rewinds, watches=watches
         )
+        self.pairing = Pairing.of(self.controller.watch, self.loop, data) if not self.advises else None
         self.validation_loss: float | None = None
         """Latest validation loss, in nats/token."""
         self._step_open = False
@@ -321,7 +324,16 @@ class Steering:
     # For adapters of frameworks --------------------------------------------------------------------------------------
 
     def expect_external_scheduler(self) -> None:
-        """Accept that a scheduler writes the learning rate too: one that takes it from `learning_rate`."""
+        """Accept that a scheduler writes the learning rate too: one that takes it from `learning_rate`.
+
+        Raises:
+            ValueError: the contract is paired, and the framework's own counts would not go back with a trial.
+        """
+        if self.pairing is not None:
+            raise ValueError(
+                "contract must be without paired where a framework makes the loop, got a paired one; "
+                "steer a plain loop, or give a reference"
+            )
         self.loop.exclusive_learning_rate = False
 
     def apply_learning_rate(self) -> None:
@@ -414,14 +426,34 @@ class Steering:
 
     def _end_interval(self) -> None:
         telemetry = self.loop.end_interval(validation_loss=self.validation_loss, epochs_seen=self._epochs_seen())
+        if self.pairing is not None and self.pairing.shadowing:
+            self._go_on_with_shadow(self.pairing, telemetry)
+            return
         if telemetry.decision == 0:
             self._look_at_first_loss(telemetry)
-        record = self.controller.record(telemetry)
+        records = [self.controller.record(telemetry)]
         try:
-            self._decide(telemetry)
+            if self.pairing is not None and self.pairing.ends(telemetry):
+                records += self._end_trial(self.pairing)
+            self._decide(records[-1].telemetry)
         finally:
             if self.on_decision is not None and self.ranks.is_first:
-                self._log(self.on_decision, record)
+                for record in records:
+                    self._log(self.on_decision, record)
+
+    def _go_on_with_shadow(self, pairing: Pairing, telemetry: Telemetry) -> None:
+        """Record an interval of a trial's shadow; after the last one, go back and do what the policy has decided."""
+        if pairing.goes_on(telemetry):
+            self._begin_interval(pairing.base_controls())
+        else:
+            self._begin_interval(self.controller.controls, self._copy if pairing.snapshot else None)
+
+    def _end_trial(self, pairing: Pairing) -> list[DecisionRecord]:
+        """End a trial; return the records of the shadow's intervals where the run goes on from its end."""
+        if pairing.passed(self.records):
+            return []
+        self.rollback_copy.drop()
+        return self.controller.take_over(pairing.point, pairing.take_shadow())
 
     def _look_at_first_loss(self, telemetry: Telemetry) -> None:
         """Keep the learning rate near the user's where the first loss shows that the model comes trained."""
@@ -466,6 +498,8 @@ class Steering:
         decision = self._broadcast(lambda: self.controller.decide(telemetry))
         self._warn(decision)
         if decision.roll_back:
+            if self.pairing is not None:
+                self.pairing.abandon()
             self.rollback_copy.restore()
             self._begin_interval(self._broadcast(self.controller.rolled_back))
             return
@@ -536,7 +570,13 @@ class Steering:
         return loss
 
     def _apply(self, decision: GuardedDecision) -> None:
-        """Begin an interval under a decision's controls. Before a risky decision, copy the run."""
+        """Begin an interval under a decision's controls, or their trial. Before a risky decision, copy the run."""
+        pairing = self.pairing
+        if pairing is not None and pairing.is_due(decision.controls):
+            point = self.controller.before_decision()
+            begin = partial(pairing.begin, point, snapshot=decision.snapshot, n_records=len(self.records))
+            self._begin_interval(pairing.base_controls(), begin)
+            return
         self._begin_interval(decision.controls, self._copy if decision.snapshot else None)
 
     def _copy(self) -> None:
@@ -573,6 +613,7 @@ class Steering:
             "validation_loss": self.validation_loss,
             **self.loop.state_dict(),
             "controller": self.controller.state_dict(),
+            **({} if self.pairing is None else {"trial": self.pairing.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -595,6 +636,10 @@ class Steering:
                 f"state of a sharded model must be loaded by the process that saved it, {saved.process[0]} of "
                 f"{saved.process[1]}, got process {process[0]} of {process[1]}; save one file per process"
             )
+        if self.pairing is not None:
+            self.pairing.check_state(saved.trial)
+        elif saved.trial is not None:
+            raise ValueError("contract must have paired, as when the state was saved, in the middle of a trial")
         # Each process has its own losses of an interval: with another one's state it is measured anew.
         same = not any(self.ranks.all_gather(saved.process != process))
         self.loop.check_state(state, same_interval=same)
@@ -608,7 +653,13 @@ class Steering:
         self._step_open = False
         self.rollback_copy.rolled_back = list(saved.spoilt)
         self.rollback_copy.drop()
-        if not self.finished and self.controller.snapshotted_here():
+        if self.pairing is not None:
+            self.pairing.load_state_dict(saved.trial)
+        if self.finished:
+            return
+        if self.pairing is not None and self.pairing.shadowing:
+            self.pairing.snapshot = self.controller.snapshotted_here()  # taken when the run has gone back
+        elif self.controller.snapshotted_here():
             self.rollback_copy.take()
 
     def _saved_settings(self) -> dict[str, Any]:
@@ -627,6 +678,7 @@ class Steering:
     def summary(self) -> dict[str, Any]:
         """Return what was steered, what it cost and what the guardrails did, as plain JSON values."""
         intervals = [record.telemetry for record in self.records]
+        shadow_s, shadow_j = (0.0, 0.0) if self.pairing is None else self.pairing.watch.unrecorded
         return {
             "policy": name_of(self.settings.policy),
             "mode": self.settings.mode,
@@ -636,8 +688,8 @@ class Steering:
             "tokens": self.progress.tokens,
             "budget": self.settings.budget,
             "budget_used": self.progress.used,
-            "time_s": sum(each.time_s for each in intervals),
-            "energy_j": sum_known(each.energy_j for each in intervals),
+            "time_s": sum(each.time_s for each in intervals) + shadow_s,
+            "energy_j": sum_known([*(each.energy_j for each in intervals), shadow_j]),
             "skipped_steps": self.loop.recorder.skipped_steps,
             "energy_source": intervals[-1].energy_source if intervals else None,
             "validation_loss": self.validation_loss,
@@ -648,6 +700,8 @@ class Steering:
     def close(self) -> None:
         """Release model and optimizer, unchanged but for their training; another controller may take them."""
         self.rollback_copy.drop()
+        if self.pairing is not None:
+            self.pairing.drop()
         if self._rows is not None:
             self._rows.close()
         self.loop.detach()

@@ -49,6 +49,7 @@ WRONG: Mapping[str, Mapping[str, Sequence[Any]]] = {
                       ((0.1, -5.0), (0.2, -5.0)), ((0.1, 1e9), (0.2, 1e9)), ((0.1, 0.0), (0.2, 0.0)),
                       ((-1.0, 2.0), (0.2, 2.0)), ((0.1, 2.0), (5.0, 2.0)), ((0.1, "2"), (0.2, "2")), (1, 2)),
         "reference_s_per_token": (0.0, -1.0, math.nan, math.inf, "x"),
+        "paired": (0, -1, 1.5, math.nan, math.inf, "x", True),
     },
     "GuardrailSettings": {
         "learning_rate_range": ((1e-2, 1e-3), (-1, 1), (math.nan, 1), 7, "x", (1e-3,)),
