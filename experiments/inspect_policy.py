@@ -23,7 +23,7 @@ from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.explain import Explanation, Push, explain, input_shares
 from trainpilot.agents.logging.run_log import flatten, text
 from trainpilot.envs.action import ACTION_FIELDS, LEARNING_RATE_FACTORS
-from trainpilot.experiments.stored_run import StoredRun, read_run
+from trainpilot.experiments.stored_run import StoredRun
 from trainpilot.llm_runtime.plain_values import one_line, printable
 
 MAX_LISTED = 6
@@ -231,9 +231,8 @@ def reasons_of(run: StoredRun) -> RunReasons | None:
     return RunReasons(explanation=explanation, warning=warning.strip())
 
 
-def print_reasons(folder: Path, console: Console) -> None:
-    """Print which observation fields caused the decisions of the run in `folder`, if a policy took them."""
-    run = read_run(folder)
+def print_reasons(run: StoredRun, console: Console) -> None:
+    """Print which observation fields caused the decisions of a run, if a policy took them."""
     try:
         reasons = reasons_of(run)
     except (ValueError, OSError) as error:

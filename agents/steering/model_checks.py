@@ -24,6 +24,12 @@ MAX_FALL = 1e-3
 """Smallest factor: a learning rate that is too low costs time and nothing else."""
 
 
+def check_model(model: object) -> None:
+    """Raise `ValueError` for what is no model of torch."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}; give the model that is trained")
+
+
 def own_optimizer(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
     """Return the optimizer that steering steps: the given one, without Accelerate's wrapper, or several as one.
 

@@ -17,16 +17,13 @@ from trainpilot.agents.steering.throughput import Throughput
 from trainpilot.envs.action import LEARNING_RATE_SCALE_RANGE, Action, check_action
 from trainpilot.envs.decision import Advice, Decision
 from trainpilot.llm_runtime.config import Controls
-from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.plain_values import shown
-from trainpilot.llm_runtime.ranges import COUNT, Range
-
-Count = Annotated[int, COUNT]
-Number = Annotated[float, Range()]
+from trainpilot.llm_runtime.ranges import Range
+from trainpilot.llm_runtime.saved_loop import Count, NotNegative, Number, Positive, SavedRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedDecision(JsonRecord):
+class SavedDecision(SavedRecord):
     """The decision in force."""
 
     requested: Action
@@ -47,13 +44,13 @@ class SavedDecision(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedLosses(JsonRecord):
+class SavedLosses(SavedRecord):
     """The recent losses that spikes are told from."""
 
     losses: list[Number]
-    errors: list[Annotated[float, Range(0)]]
+    errors: list[NotNegative]
     lowest: Number | None
-    paid_scale: Annotated[float, Range(0)]
+    paid_scale: NotNegative
 
     def __post_init__(self) -> None:
         if len(self.losses) != len(self.errors):
@@ -61,24 +58,24 @@ class SavedLosses(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedLearning(JsonRecord):
+class SavedLearning(SavedRecord):
     """How the run has learnt, for the rules against slow damage: the fields of `course.Course`."""
 
-    start_scale: Annotated[float, Range(0)] | None
-    tokens: list[Annotated[float, Range(0)]]
+    start_scale: NotNegative | None
+    tokens: list[NotNegative]
     losses: list[Number]
-    errors: list[Annotated[float, Range(0)]]
-    scales: list[Annotated[float, Range(0)]]
+    errors: list[NotNegative]
+    scales: list[NotNegative]
     settled: Count
-    used: Annotated[float, Range(0)]
-    rate_before: Annotated[float, Range(0)]
+    used: NotNegative
+    rate_before: NotNegative
     since_low: Count
     risen: Count
     grace: Count
-    floor: Annotated[float, Range(0)] | None
-    bends: list[Number]
-    peak: Annotated[float, Range(0)]
-    trusted: Annotated[float, Range(0)] | None
+    floor: NotNegative | None
+    bends: list[Annotated[float, Range()]]
+    peak: NotNegative
+    trusted: NotNegative | None
     trusted_until: Count
 
     def __post_init__(self) -> None:
@@ -89,7 +86,7 @@ class SavedLearning(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedPast(JsonRecord):
+class SavedPast(SavedRecord):
     """What the guardrails know of the run so far."""
 
     moves: dict[str, list[Annotated[int, Range(-1, 1)]]]
@@ -105,24 +102,24 @@ class SavedPast(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedHistory(JsonRecord):
+class SavedHistory(SavedRecord):
     """The rollbacks so far."""
 
     rollbacks: Count
     held: dict[str, Count]
     corrections: Count = 0
-    ceiling: Annotated[float, Range(0)] = RollbackHistory.ceiling
+    ceiling: NotNegative = RollbackHistory.ceiling
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedThroughput(JsonRecord):
+class SavedThroughput(SavedRecord):
     """How fast each batch is: the fields of `throughput.Throughput`."""
 
-    costs: dict[Annotated[int, Range(1)], Annotated[float, Range(0, above=True)]]
+    costs: dict[Annotated[int, Range(1)], Positive]
     batch_size: Count
     stayed: Count
-    newest: list[Annotated[float, Range(0, above=True)]]
-    machine: Annotated[float, Range(0, above=True)] | None
+    newest: list[Positive]
+    machine: Positive | None
 
     def __post_init__(self) -> None:
         if self.stayed and not self.newest:
@@ -130,7 +127,7 @@ class SavedThroughput(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedGuardrails(JsonRecord):
+class SavedGuardrails(SavedRecord):
     """The state of the guardrails."""
 
     past: SavedPast
@@ -147,21 +144,21 @@ class SavedGuardrails(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedRow(JsonRecord):
+class SavedRow(SavedRecord):
     """One interval as the contract knows it."""
 
-    share: Annotated[float, Range(0)]
-    tokens: Annotated[float, Range(0)]
-    end_tokens: Annotated[float, Range(0)]
+    share: NotNegative
+    tokens: NotNegative
+    end_tokens: NotNegative
     loss: Number
-    error: Annotated[float, Range(0, above=True)]
+    error: Positive
     s_per_token: Number
     learning_rate: Number
-    speed: Annotated[float, Range(0)] = 1.0
+    speed: NotNegative = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedIntervals(JsonRecord):
+class SavedIntervals(SavedRecord):
     """The intervals that the contract knows."""
 
     rows: list[SavedRow]
@@ -169,7 +166,7 @@ class SavedIntervals(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedContract(JsonRecord):
+class SavedContract(SavedRecord):
     """The state of a contract."""
 
     past: SavedIntervals
@@ -178,7 +175,7 @@ class SavedContract(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedRollback(JsonRecord):
+class SavedRollback(SavedRecord):
     """One rollback, for the summary."""
 
     after_decision: Count
@@ -186,7 +183,7 @@ class SavedRollback(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedStanding(JsonRecord):
+class SavedStanding(SavedRecord):
     """The state of a guarded controller but for its records."""
 
     seen: list[Count]
@@ -213,7 +210,7 @@ class SavedController(SavedStanding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedSteering(JsonRecord):
+class SavedSteering(SavedRecord):
     """The state of a steered loop but for the loop's own and the controller's, which check theirs."""
 
     settings: dict[str, Any]

@@ -35,6 +35,7 @@ from trainpilot.agents.steering.loader_batches import first_sequences, sequences
 from trainpilot.agents.steering.loop_checks import RowWatch, check_repeatable
 from trainpilot.agents.steering.model_checks import (
     check_alone,
+    check_model,
     check_parallel,
     is_pretrained,
     looks_trained,
@@ -109,8 +110,11 @@ class Steering:
         on_decision: Callable[[DecisionRecord], None] | None = None,
         grain: int = 1,
     ) -> None:
-        self.settings = settings
+        check_model(model)
         optimizer = own_optimizer(optimizer)
+        if not isinstance(settings, SteeringSettings):
+            raise ValueError(f"settings must be SteeringSettings, got {type(settings).__name__}")
+        self.settings = settings
         self.advises = settings.mode == "advise"
         if settings.contract is not None and settings.contract.from_start and data is None and not self.advises:
             raise ValueError(
