@@ -200,10 +200,15 @@ class Change:
     """Index of the decision to explain; for a move, the (first) one with the largest factor."""
     control: int
     """Index of the control."""
-    factor: float = 1.0
-    """Factor of the whole move on the learning rate."""
+    octaves: float = 0.0
+    """Binary logarithm of the factor of the whole move on the learning rate."""
     n_decisions: int = 1
     """Number of decisions in the move."""
+
+    @property
+    def factor(self) -> float:
+        """Factor of the whole move on the learning rate, within what a float holds."""
+        return float(2.0 ** max(min(self.octaves, 1000.0), -1000.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +297,7 @@ def _push_text(push: Push) -> str:
 
 def changes_to_explain(records: Sequence[DecisionRecord]) -> list[Change]:
     """Return the largest moves of the learning rate (the earlier of equal ones) and all other changes, by decision."""
-    moves = sorted(_moves(records), key=lambda move: -round(abs(math.log2(move.factor)), 1))[:LARGEST_MOVES]
+    moves = sorted(_moves(records), key=lambda move: -round(abs(move.octaves), 1))[:LARGEST_MOVES]
     others = [
         Change(decision=decision, control=control)
         for decision, record in enumerate(records)
@@ -311,7 +316,7 @@ def _moves(records: Sequence[DecisionRecord]) -> Iterator[Change]:
             yield Change(
                 decision=max(stretch, key=lambda decision: abs(octaves[decision])),
                 control=RATE,
-                factor=2 ** sum(octaves[decision] for decision in stretch),
+                octaves=sum(octaves[decision] for decision in stretch),
                 n_decisions=len(stretch),
             )
 

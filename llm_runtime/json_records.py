@@ -108,9 +108,9 @@ LARGEST = 1e39
 """No number in float32 is as large; what is measured counts as not finite from here on."""
 
 
-def null_if_not_finite(value: float | None) -> float | None:
+def null_if_not_finite(value: float | None, least: float = -LARGEST) -> float | None:
     """Return the number; `None` for NaN, which JSON does not have, and for what is infinite or as good as that."""
-    return value if value is not None and abs(value) < LARGEST else None
+    return value if value is not None and least <= value < LARGEST else None
 
 
 def _measured(value: Any, least: float = -LARGEST) -> Any:
@@ -128,9 +128,10 @@ Float = Annotated[float, JsonForm(write=null_if_not_finite, read=_nan_if_null)]
 """A number that JSON holds as null where it is not finite; read back as NaN."""
 KnownFloat = Annotated[float | None, JsonForm(write=null_if_not_finite, read=_measured)]
 """A number that is `None` where it is unknown, and after JSON also where it was not finite."""
-Amount = Annotated[float, JsonForm(write=null_if_not_finite, read=partial(_nan_if_null, least=0.0))]
+_amount_or_null = partial(null_if_not_finite, least=0.0)
+Amount = Annotated[float, JsonForm(write=_amount_or_null, read=partial(_nan_if_null, least=0.0))]
 """The same as `Float`, of what cannot be negative."""
-KnownAmount = Annotated[float | None, JsonForm(write=null_if_not_finite, read=partial(_measured, least=0.0))]
+KnownAmount = Annotated[float | None, JsonForm(write=_amount_or_null, read=partial(_measured, least=0.0))]
 """The same as `KnownFloat`, of what cannot be negative."""
 
 

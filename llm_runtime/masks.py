@@ -202,10 +202,10 @@ class WeightMasks:
                 raise ValueError(f"{what} of the state must fit the model's matrices, they differ in {names}")
         if odd := [name for name, mask in saved.masks.items() if mask.dtype != torch.bool]:
             raise ValueError(f"masks of the state must be bool, got {saved.masks[odd[0]].dtype}")
-        for name, own in zip(self._names, self._mean, strict=False):
+        for name, present in zip(self._names, self._mean, strict=False):
             mean = saved.mean[name]
-            if mean.dtype != own.dtype or not bool(torch.isfinite(mean).all()):
-                raise ValueError(f"mean of the state must hold finite numbers of {own.dtype} for {name}")
+            if mean.dtype != present.dtype or not bool(torch.isfinite(mean).all()):
+                raise ValueError(f"mean of the state must hold finite numbers of {present.dtype} for {name}")
 
 
 def _widened(weight: Tensor) -> Tensor:

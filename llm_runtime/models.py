@@ -267,7 +267,7 @@ class _Blueprint:
 def _unremarked() -> Iterator[None]:
     """Keep transformers from remarking on a config, of an encoder for example, whose model we look at ourselves."""
     before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -54,8 +54,8 @@ def test_a_number_that_nothing_measures_is_refused(telemetry: Telemetry, name: s
 
 
 def test_what_no_float32_holds_is_written_as_null(telemetry: Telemetry) -> None:
-    record = replace(telemetry, train_loss_std=3.4e38, noise_scale=1e39).to_json()
-    assert (record["train_loss_std"], record["noise_scale"]) == (3.4e38, None)
+    record = replace(telemetry, train_loss_std=3.4e38, noise_scale=1e39, epochs_seen=-1.0).to_json()
+    assert (record["train_loss_std"], record["noise_scale"], record["epochs_seen"]) == (3.4e38, None, None)
     assert Telemetry.from_json(record).train_loss_std == 3.4e38
 
 
