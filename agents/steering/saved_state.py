@@ -207,6 +207,8 @@ class SavedController(SavedStanding):
         seen = self.seen
         if seen != sorted(set(seen)) or (seen and seen[-1] >= len(self.records)):
             raise ValueError(f"seen must be rising places in the {len(self.records)} records, got {shown(seen)}")
+        if (most := max(map(len, self.guardrails.past.moves.values()))) > len(seen) + 1:
+            raise ValueError(f"moves must be of the {len(seen) + 1} decisions so far, got {most}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,7 @@ def test_texts_and_models_of_a_recipe_are_read_before_anything_starts(
         (("calibrate", "--out", "/proc/x"), "/proc"),
         (("calibrate", "--out", "o", "--base-learning-rate", "1e300"), "base_learning_rate must be at most 1000"),
         (("fit-sweep", "sweep.csv", "--out", "/proc/x"), "/proc"),
-        (("train-agent", "--recipe", "deep.yaml", "--out", "o"), "is not readable YAML: it is nested too deep"),
+        (("train-agent", "--recipe", "deep.yaml", "--out", "o"), "is not readable YAML: it is nested more than 32"),
         (("replay", "--model", "deep.json", "--text", "text.txt", "--out", "o"), "it is nested more than"),
         (("replay", "--model", "nan.json", "--text", "text.txt", "--out", "o"), "values that are not finite"),
         (("calibrate", "--model", "none.json", "--text", "text.txt", "--out", "o"), "at least one layer, got 0"),

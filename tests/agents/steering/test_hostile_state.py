@@ -136,6 +136,7 @@ def refusal(steering: Steering, state: Any) -> str | None:
         (("controller", "records", 0, "telemetry", "precision"), "fp8"),
         (("controller", "records", 0, "telemetry", "tokens"), -5),
         (("controller", "guardrails", "past", "moves"), {"learning_rate": [1]}),
+        (("controller", "guardrails", "past", "moves", "learning_rate"), [1] * 9),
         (("controller", "guardrails", "scars", "rollbacks"), -3),
         (("settings", "sequences"), 5),
     ],
