@@ -35,7 +35,6 @@ from trainpilot.agents.steering.loader_batches import first_sequences, sequences
 from trainpilot.agents.steering.loop_checks import RowWatch, check_repeatable
 from trainpilot.agents.steering.model_checks import (
     check_alone,
-    check_model,
     check_parallel,
     is_pretrained,
     looks_trained,
@@ -110,7 +109,6 @@ class Steering:
         on_decision: Callable[[DecisionRecord], None] | None = None,
         grain: int = 1,
     ) -> None:
-        check_model(model)
         optimizer = own_optimizer(optimizer)
         if not isinstance(settings, SteeringSettings):
             raise ValueError(f"settings must be SteeringSettings, got {type(settings).__name__}")
