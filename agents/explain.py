@@ -19,6 +19,8 @@ from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import ObservationField
 
 CONTROLS = tuple(field.name for field in ACTION_FIELDS)
+AT_ONCE = 512
+"""Decisions that are computed at once: every field of each is replaced in a copy of all of them."""
 ROUNDING = 1e-3
 """Effects below this log-odds difference may come from the summation order in float32."""
 
@@ -97,7 +99,14 @@ def explain(bundle: PolicyBundle, records: Sequence[DecisionRecord]) -> Explanat
     logits = bundle.logits(stacks.reshape(len(stacks), -1))
     rivals = _rivals(logits, choices, np.array([_allowed(record) for record in records]))
     odds = _log_odds(logits, choices, rivals)
-    without = _log_odds(bundle.logits(_ablated(stacks)), choices[:, None], rivals[:, None])  # (D, F, A)
+    means = stacks[:, -1].mean(axis=0)
+    parts = [slice(begin, begin + AT_ONCE) for begin in range(0, len(stacks), AT_ONCE)]
+    without = np.concatenate(
+        [
+            _log_odds(bundle.logits(_ablated(stacks[part], means)), choices[part, None], rivals[part, None])
+            for part in parts
+        ]
+    )  # (D, F, A)
     return Explanation(
         fields=bundle.fields,
         observations=newest,
@@ -137,10 +146,9 @@ def _stacks(newest: np.ndarray) -> np.ndarray:
     return np.asarray(newest[np.maximum(before, 0)])
 
 
-def _ablated(stacks: np.ndarray) -> np.ndarray:
+def _ablated(stacks: np.ndarray, means: np.ndarray) -> np.ndarray:
     """Return the stacks with each field in turn replaced by its mean over the run, of shape (D, F, N_STACK * F)."""
     n, n_fields = len(stacks), stacks.shape[-1]
-    means = stacks[:, -1].mean(axis=0)
     ablated = np.repeat(stacks[:, None], n_fields, axis=1)
     for index in range(n_fields):
         ablated[:, index, :, index] = means[index]

@@ -27,6 +27,7 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.files import load_checkpoint, resuming, save_checkpoint
 from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.optimizer import check_state
+from trainpilot.llm_runtime.plain_values import shown
 from trainpilot.llm_runtime.process import global_random_state, set_global_random_state
 from trainpilot.llm_runtime.ranges import COUNT, Range, Whole, check_ranges
 
@@ -205,12 +206,13 @@ def train(
     """
     model = make_ppo(env, config, privileged)
     if start is not None:
+        check_weights(model.policy, start)
         model.policy.load_state_dict(start)
     bookkeeping = _CheckpointAndCost(folder / "checkpoint.pt", progress, config.time_limit_s, callbacks, meter)
-    bookkeeping.load(model)
-    model.set_logger(Logger(str(folder / "tb"), [EventLog(folder / "tb")]))
     everyone = CallbackList([*callbacks, bookkeeping])
     everyone.init_callback(model)
+    bookkeeping.load(model)
+    model.set_logger(Logger(str(folder / "tb"), [EventLog(folder / "tb")]))
     left = config.total_decisions - model.num_timesteps
     if left > 0:
         model.learn(left, callback=everyone, reset_num_timesteps=False)
@@ -285,7 +287,7 @@ class _CheckpointAndCost(BaseCallback):
             return
         with resuming(self.path):
             saved = _SavedTraining.from_json(state)
-            _check_policy(model, saved.policy)
+            check_weights(model.policy, saved.policy)
             check_state(model.policy.optimizer, saved.optimizer)
             model.policy.load_state_dict(saved.policy)
             model.policy.optimizer.load_state_dict(saved.optimizer)
@@ -322,12 +324,15 @@ class _SavedTraining(JsonRecord):
             raise ValueError(f"cost must name {', '.join(sorted(missing))}")
 
 
-def _check_policy(model: MaskablePPO, weights: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for weights from a file that are not the agent's, or not finite."""
-    for name, own in model.policy.state_dict().items():
+def check_weights(policy: torch.nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for weights from a file that are not those of an agent's policy, or not finite."""
+    expected = policy.state_dict()
+    if strange := sorted(map(str, weights.keys() - expected.keys())):
+        raise ValueError(f"policy must hold the weights of this agent alone, got {shown(strange[0])}")
+    for name, own in expected.items():
         other = weights.get(name)
-        if not isinstance(other, torch.Tensor) or other.shape != own.shape:
-            raise ValueError(f"policy must hold {name} of shape {tuple(own.shape)}")
+        if not isinstance(other, torch.Tensor) or (other.shape, other.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"policy must hold {name} of shape {tuple(own.shape)} in {own.dtype}")
         if not bool(torch.isfinite(other).all()):
             raise ValueError(f"policy holds values that are not finite in {name}")
 

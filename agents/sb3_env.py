@@ -18,7 +18,7 @@ from gymnasium.spaces import Box
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn, VecEnvWrapper
 
 from trainpilot.agents.bundle import FIRST_LAYER, PolicyBundle
-from trainpilot.envs.array_state import restore_state, state_of
+from trainpilot.envs.array_state import check_state, restore_state, state_of
 from trainpilot.envs.decision import N_STACK
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.reward import OBJECTIVES, RewardInfo, Scalariser
@@ -63,8 +63,14 @@ class ScalarVecEnv(VecEnv):
         return {"env": state_of(self.env), "rewards": state_of(self._scalariser)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned for as many runs of the same pool; the next `reset` goes on from there."""
+        """Restore what `state` returned for as many runs of the same pool; the next `reset` goes on from there.
+
+        Raises:
+            ValueError: it is the state of other runs, or none.
+        """
         self.reset()  # makes what is filled now
+        check_state(self.env, state["env"])
+        check_state(self._scalariser, state["rewards"])
         restore_state(self.env, state["env"])
         restore_state(self._scalariser, state["rewards"])
         self._restored = True

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from sb3_contrib import MaskablePPO
@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from trainpilot.agents.bundle import BaseSchedule, PolicyBundle
 from trainpilot.agents.logging.tags import TAGS
 from trainpilot.agents.logging.training_log import TrainingLog
-from trainpilot.agents.ppo import PPOConfig, RememberedCallback, bundle_of, train
+from trainpilot.agents.ppo import PPOConfig, RememberedCallback, bundle_of, check_weights, train
 from trainpilot.agents.sb3_env import PrivilegedVecEnv, ScalarVecEnv, hidden_from, seen_inputs, without_inputs
 from trainpilot.envs.decision import N_STACK, Preference
 from trainpilot.envs.observation import GROUPS, OBSERVATION_FIELDS, ObservationField, fields_of
@@ -30,8 +30,8 @@ from trainpilot.llm_runtime.budget import Currency
 from trainpilot.llm_runtime.config import MAX_DECISIONS
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.files import load_checkpoint, resuming
-from trainpilot.llm_runtime.json_records import JsonRecord
-from trainpilot.llm_runtime.ranges import COUNT, Range, Whole, check_ranges
+from trainpilot.llm_runtime.ranges import Range, Whole, check_ranges
+from trainpilot.llm_runtime.saved_loop import Count, NotNegative, SavedRecord
 from trainpilot.llm_runtime.schedules import BUDGET_SHARES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.instances import Widening
@@ -181,22 +181,33 @@ class _Outcomes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SavedBest(JsonRecord):
+class _SavedScores(SavedRecord):
+    """The scores that are shown and kept in the bundle, which holds all of them."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}
+
+    multiplier: NotNegative
+    multiplier_p10: NotNegative
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SavedBest(SavedRecord):
     """The best weights so far, and what they scored."""
 
-    score: float
-    scores: dict[str, Any]
-    decisions: Annotated[int, COUNT]
+    score: NotNegative
+    scores: _SavedScores
+    decisions: Count
     policy: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SavedValidation(JsonRecord):
+class _SavedValidation(SavedRecord):
     """The form of a validation's state."""
 
-    rollouts: Annotated[int, COUNT]
+    rollouts: Count
     last: int
-    best: _SavedBest | dict[str, None]
+    best: dict[str, Any]
+    """Empty before the first validation."""
 
 
 class Validation(RememberedCallback):
@@ -232,8 +243,9 @@ class Validation(RememberedCallback):
         return {"rollouts": self.rollouts, "last": self.last, "best": self.best}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned. Raises `ValueError` for anything else."""
-        _SavedValidation.from_json(state)
+        """Restore what `state` returned. Raises `ValueError` for anything else, or weights of another policy."""
+        if best := _SavedValidation.from_json(state).best:
+            check_weights(self.model.policy, _SavedBest.from_json(best).policy)
         self.rollouts, self.last, self.best = state["rollouts"], state["last"], state["best"]
 
     def best_bundle(self, model: MaskablePPO) -> PolicyBundle:
@@ -357,6 +369,8 @@ class SimulatorStage:
         check_ranges(self, "simulator.")
         if not self.start_rates[0] <= self.start_rates[1]:
             raise ValueError(f"simulator.start_rates must be two rising positive numbers, got {self.start_rates}")
+        if not self.calibrations:
+            raise ValueError(f"simulator.calibrations must name at least one, or be shipped, got {self.calibrations!r}")
         if self.ppo.seed + self.seeds > 2**32:
             raise ValueError(f"simulator.ppo.seed must leave room for {self.seeds} seeds, got {self.ppo.seed}")
         if self.validation.seed in self.agents:

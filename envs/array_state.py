@@ -17,6 +17,10 @@ import numpy as np
 from trainpilot.llm_runtime.simulator.records import Rows
 
 _PLAIN = (bool, int, float, str, type(None))
+COMPUTED = ("_over_present", "_masks")
+"""Attributes that are computed from the others where they are `None`. They are no part of a state."""
+NOT_USED = ("_np_random_seed",)
+"""Attributes that nothing depends on, neither."""
 
 
 def state_of(owner: object) -> dict[str, Any]:
@@ -27,8 +31,32 @@ def state_of(owner: object) -> dict[str, Any]:
     return _taken(owner, set())
 
 
+def check_state(owner: object, state: object) -> None:
+    """Raise `ValueError` for a state from a file that is not one of an object of this kind and size."""
+    _check(state_of(owner), state, "state")
+
+
+def _check(own: Any, other: Any, name: str) -> None:
+    """Raise `ValueError` where a part of a state has another form than our own."""
+    if _form(own) != _form(other):
+        raise ValueError(f"{name} must be {_form(own)}, got {_form(other)}")
+    if isinstance(own, bool | int | float) and own != other:  # a setting: what changes is in arrays
+        raise ValueError(f"{name} must be {own}, got {other}")
+    if isinstance(own, dict):
+        for each, value in own.items():
+            _check(value, other[each], f"{name}.{each}")
+
+
+def _form(value: object) -> str:
+    """Return the form of a part of a state in words."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {value.shape}"
+    return f"a dictionary of {', '.join(map(str, value))}" if isinstance(value, dict) else type(value).__name__
+
+
 def restore_state(owner: object, state: Mapping[str, Any]) -> None:
     """Put back what `state_of` returned for an object of the same kind and size."""
+    vars(owner).update(dict.fromkeys(vars(owner).keys() & COMPUTED))
     for name, value in state.items():
         vars(owner)[name] = _restored(vars(owner).get(name), value)
 
@@ -37,7 +65,7 @@ def _taken(owner: object, seen: set[int]) -> dict[str, Any]:
     seen.add(id(owner))
     state = {}
     for name, value in vars(owner).items():
-        if (kept := _kept(value, seen)) is not _NOTHING:
+        if name not in COMPUTED + NOT_USED and (kept := _kept(value, seen)) is not _NOTHING:
             state[name] = kept
     return state
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.json_records import first_fault
-from trainpilot.llm_runtime.plain_values import check_plain, one_line, parse_json, read_text, shown
+from trainpilot.llm_runtime.plain_values import MAX_DEPTH, check_plain, one_line, parse_json, read_text, shown
 
 T = TypeVar("T")
 MAX_YAML = 64 * 2**10
@@ -49,13 +49,28 @@ def parse_yaml(where: str, text: str) -> Any:
         ValueError: it is no YAML, names types of a language, or holds too much; the message begins with `where`.
     """
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _ShallowLoader)
         check_plain(content)
     except RecursionError:
         raise ValueError(f"{where} is not readable YAML: it is nested too deep") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: too much, or a date that no calendar has
         raise ValueError(f"{where} is not readable YAML: {one_line(error)}") from error
     return content
+
+
+class _ShallowLoader(yaml.SafeLoader):
+    """Refuses content that is nested too deep while it is read: the deeper the nesting, the longer PyYAML takes."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Return the next node with all that is in it."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _parsed_json(where: str, text: str) -> Any:

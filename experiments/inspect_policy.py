@@ -23,7 +23,7 @@ from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.explain import Explanation, Push, explain, input_shares
 from trainpilot.agents.logging.run_log import flatten, text
 from trainpilot.envs.action import ACTION_FIELDS, LEARNING_RATE_FACTORS
-from trainpilot.experiments.stored_run import StoredRun, read_run
+from trainpilot.experiments.stored_run import StoredRun
 from trainpilot.llm_runtime.plain_values import one_line, printable
 
 MAX_LISTED = 6
@@ -200,10 +200,15 @@ class Change:
     """Index of the decision to explain; for a move, the (first) one with the largest factor."""
     control: int
     """Index of the control."""
-    factor: float = 1.0
-    """Factor of the whole move on the learning rate."""
+    octaves: float = 0.0
+    """Binary logarithm of the factor of the whole move on the learning rate."""
     n_decisions: int = 1
     """Number of decisions in the move."""
+
+    @property
+    def factor(self) -> float:
+        """Factor of the whole move on the learning rate, within what a float holds."""
+        return float(2.0 ** max(min(self.octaves, 1000.0), -1000.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +236,8 @@ def reasons_of(run: StoredRun) -> RunReasons | None:
     return RunReasons(explanation=explanation, warning=warning.strip())
 
 
-def print_reasons(folder: Path, console: Console) -> None:
-    """Print which observation fields caused the decisions of the run in `folder`, if a policy took them."""
-    run = read_run(folder)
+def print_reasons(run: StoredRun, console: Console) -> None:
+    """Print which observation fields caused the decisions of a run, if a policy took them."""
     try:
         reasons = reasons_of(run)
     except (ValueError, OSError) as error:
@@ -293,7 +297,7 @@ def _push_text(push: Push) -> str:
 
 def changes_to_explain(records: Sequence[DecisionRecord]) -> list[Change]:
     """Return the largest moves of the learning rate (the earlier of equal ones) and all other changes, by decision."""
-    moves = sorted(_moves(records), key=lambda move: -round(abs(math.log2(move.factor)), 1))[:LARGEST_MOVES]
+    moves = sorted(_moves(records), key=lambda move: -round(abs(move.octaves), 1))[:LARGEST_MOVES]
     others = [
         Change(decision=decision, control=control)
         for decision, record in enumerate(records)
@@ -312,7 +316,7 @@ def _moves(records: Sequence[DecisionRecord]) -> Iterator[Change]:
             yield Change(
                 decision=max(stretch, key=lambda decision: abs(octaves[decision])),
                 control=RATE,
-                factor=2 ** sum(octaves[decision] for decision in stretch),
+                octaves=sum(octaves[decision] for decision in stretch),
                 n_decisions=len(stretch),
             )
 

@@ -68,8 +68,8 @@ FLAT = 0.005
 """Values that differ by less than this share are drawn as a flat line."""
 
 
-def print_run(folder: Path, console: Console) -> None:
-    """Print a run's results, costs and decisions.
+def print_run(folder: Path, console: Console) -> StoredRun:
+    """Print a run's results, costs and decisions, and return it.
 
     Raises:
         ValueError: the folder has no `telemetry.jsonl`, or an empty one.
@@ -92,6 +92,7 @@ def print_run(folder: Path, console: Console) -> None:
         console.print(
             Text(f"for details: tensorboard --logdir {folder / 'tb'}\nthen open {opening_link()}"), soft_wrap=True
         )
+    return run
 
 
 def _heading(summary: Mapping[str, Any], last: Telemetry) -> Text:
@@ -290,8 +291,7 @@ def inspect_path(path: Path, console: Console, *, everything: bool = False) -> N
     if path.is_file():
         print_policy(path, console, everything=everything)
     elif (path / "telemetry.jsonl").is_file():
-        print_run(path, console)
-        print_reasons(path, console)
+        print_reasons(print_run(path, console), console)
     elif (path / "policy.safetensors").is_file():
         print_policy(path / "policy.safetensors", console, everything=everything)
         console.print(f"training curves: tensorboard --logdir {path / 'tb'}", soft_wrap=True)

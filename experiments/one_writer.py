@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainpilot.llm_runtime.files import cache_dir, remove_abandoned, remove_leftovers
+from trainpilot.llm_runtime.files import cache_dir, real_path, remove_abandoned, remove_leftovers
 
 NAME = ".trainpilot.lock"
 _ELSEWHERE = 1 << 30
@@ -57,7 +57,7 @@ def lock_file(folder: Path) -> Path:
     """Return the file that is locked: in the folder, or on Windows, which cannot replace a folder then, beside it."""
     if sys.platform != "win32":
         return folder / NAME
-    folder = folder.resolve()
+    folder = real_path(folder)
     return folder.with_name(f"{NAME}-{folder.name}")
 
 

@@ -30,20 +30,40 @@ def tokens_in(text: str) -> int:
     return int(budget.amount)
 
 
-def _folder(arguments: list[str]) -> Path:
+def _path(arguments: list[str]) -> Path:
     if not arguments[0].strip():
-        raise ValueError("it must name a folder, got an empty text; `.` is the current one")
+        raise ValueError("it must name a file or a folder, got an empty text; `.` is the current folder")
     return Path(arguments[0])
 
 
-Out = Annotated[
+GivenPath = Annotated[
     Path,
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=_folder,
+        instance_from_str=_path,
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
+    ),
+]
+GivenPathOrNone = Annotated[
+    Path | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_path,
+        is_instance=lambda value: value is None or isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+GivenPaths = Annotated[
+    tuple[Path, ...],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="PATH [PATH ...]",
+        instance_from_str=lambda arguments: tuple(_path([each]) for each in arguments),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(each) for each in value],
     ),
 ]
 Model = Annotated[
@@ -128,7 +148,7 @@ class ReplayOptions(Options):
       trainpilot replay --policy runs/agent/policy.safetensors --model gpt2-micro --out runs/mine
     """
 
-    out: Out
+    out: GivenPath
     """Folder for summary.json, telemetry.jsonl, tb/ and model/. An interrupted run in it is resumed."""
     policy: str = "none"
     """`none` for the plain base schedule, `default` for the policy that comes with trainpilot, or a bundle's file."""
@@ -276,7 +296,7 @@ class TrainAgentOptions(Options):
 
     recipe: str
     """Name of a recipe that comes with trainpilot (default, demo, tiny), or a YAML file of your own."""
-    out: Out
+    out: GivenPath
     """Folder for policy.safetensors, recipe.json, checkpoint.pt, tb/ and simulator/."""
     set: tuple[str, ...] = ()
     """Changes to the recipe, as key=value with dots for levels: ppo.seed=1 simulator.hide=[curvature]."""
@@ -307,7 +327,7 @@ class CompareOptions(Options):
 
     cases: str = "quick"
     """`quick`, `test`, `large` or `train`, which come with trainpilot, or a YAML or JSON file of your own."""
-    out: Out | None = None
+    out: GivenPathOrNone = None
     """Folder for report.html, three CSV files, JSON, runs/, costs/ and tensorboard/; runs/compare-CASES by default."""
     methods: str = "default"
     """Names with commas between them; `default` is everything but tuned-tpe, tuned-halving, nsga2 and policies."""
@@ -343,7 +363,7 @@ class DemoOptions(Options):
     also where the steered run is worse.
     """
 
-    out: Out = Path("runs/demo")
+    out: GivenPath = Path("runs/demo")
     """Folder for everything; an interrupted demo in it is resumed."""
     seed: int = 0
     """Seeds the runs."""
@@ -370,7 +390,7 @@ class InspectOptions(Options):
     Of several runs it prints one line each.
     """
 
-    path: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    path: Annotated[GivenPaths, tyro.conf.Positional]
     """A bundle (policy.safetensors), `default` for the one that comes with trainpilot, the folder of an agent, or the
     folders of one or several runs."""
     all: bool = False
@@ -390,11 +410,11 @@ class ReportOptions(Options):
       trainpilot report runs/steered runs/mine --reference runs/base --out comparison.html
     """
 
-    path: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    path: Annotated[GivenPaths, tyro.conf.Positional]
     """Folders of runs: of `replay`, or of `FolderTracker` in a training loop of your own."""
-    out: Path
+    out: GivenPath
     """The page to write, an .html file; an earlier one is replaced."""
-    reference: Path | None = None
+    reference: GivenPathOrNone = None
     """Folder of a run that the others are drawn against; by default the reference that `replay --reference` made."""
 
 
@@ -418,9 +438,9 @@ class CutOptions(Options):
       trainpilot cut my-llama --parameters 0.5 --text docs/*.md --out my-half-llama
     """
 
-    path: Annotated[Path, tyro.conf.Positional]
+    path: Annotated[GivenPath, tyro.conf.Positional]
     """Folder of a finished run, or a model folder that save_pretrained wrote."""
-    out: Out
+    out: GivenPath
     """Folder for the smaller model and cut.json. It must be new or an earlier cut, which is replaced."""
     ffn: Share | None = None
     """Share of the feed-forward channels that is kept."""
@@ -458,9 +478,9 @@ class ExportOptions(Options):
       trainpilot export my-llama --text docs/*.md --format gguf-q8 --out exports/my-llama
     """
 
-    path: Annotated[Path, tyro.conf.Positional]
+    path: Annotated[GivenPath, tyro.conf.Positional]
     """Folder of a finished run, or a model folder that save_pretrained wrote."""
-    out: Out
+    out: GivenPath
     """Folder for a folder per format, export.json, export.md and export.png. It must be new or an earlier export, which
     is replaced."""
     format: str = "all"
@@ -498,7 +518,7 @@ class CalibrateOptions(Options):
       trainpilot calibrate --model gpt2-nano --text docs/*.md --tokens 200000 --out runs/my-calibration
     """
 
-    out: Out
+    out: GivenPath
     """Folder for calibration.json, cost_table.json and runs/."""
     model: Model = RunConfig.model
     text: Text = RunConfig.text
@@ -543,11 +563,11 @@ class FitSweepOptions(Options):
       trainpilot fit-sweep sweep.csv --out runs/sweep --predict larger.csv
     """
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[GivenPath, tyro.conf.Positional]
     """The sweep."""
-    out: Out
+    out: GivenPath
     """Folder for physics.json and predictions.csv."""
-    predict: Path | None = None
+    predict: GivenPathOrNone = None
     """CSV file of settings to predict: the same columns without final_loss; other budgets, schedules and sizes are
     allowed. OUT/predictions.csv repeats its rows with a column predicted_loss."""
     schedule: ScheduleName = "cosine"

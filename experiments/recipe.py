@@ -52,6 +52,8 @@ class Recipe:
             raise ValueError(f"utility must be one of {', '.join(UTILITIES)}, got {self.utility!r}")
         if self.cases is not None and (self.common or self.vary):
             raise ValueError(f"cases cannot be combined with common or vary, got {self.cases!r}; remove one of them")
+        if empty := [name for name, values in self.vary.items() if not values]:
+            raise ValueError(f"vary must list at least one value of {empty[0]}, got none; leave it out")
         if self.simulator is None and self.ppo.total_decisions < 1:
             raise ValueError("ppo.total_decisions must be at least 1 where there is no simulator stage, got 0")
 

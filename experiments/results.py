@@ -298,9 +298,11 @@ class PolicyName:
         file, *options = (part.strip() for part in rest.split("@"))
         if not file:
             raise ValueError(f"methods: {name!r} must name a bundle, as in {kind}:runs/agent/policy.safetensors")
+        if "" in options:
+            raise ValueError(f"methods: an option must follow each @, got {name!r}; leave the @ out")
         starts = [option for option in options if option.startswith(START)]
         unguarded = [option for option in options if option == WITHOUT_GUARDRAILS]
-        preferences = [option for option in options if option and option not in (*starts, *unguarded)]
+        preferences = [option for option in options if option not in (*starts, *unguarded)]
         if max(len(starts), len(preferences), len(unguarded)) > 1:
             raise ValueError(
                 f"methods: {name!r} may hold one preference and one start, as in policy:FILE@time=1, "

@@ -21,6 +21,7 @@ from trainpilot.envs.action import KEEP, Action
 from trainpilot.envs.reward import Reference
 from trainpilot.experiments.run_store import read_records
 from trainpilot.llm_runtime.energy.meter import sum_known
+from trainpilot.llm_runtime.files import real_path
 from trainpilot.llm_runtime.plain_values import one_line, printable, printable_values, read_json
 from trainpilot.llm_runtime.telemetry import Telemetry
 
@@ -65,12 +66,13 @@ class StoredRun:
         standing: list[int] = []
         rollbacks = []
         for place, record in enumerate(self.records):
-            kept = [each for each in standing if self.records[each].telemetry.decision < record.telemetry.decision]
-            dropped = tuple(standing[len(kept) :])
+            dropped: list[int] = []
+            while standing and self.records[standing[-1]].telemetry.decision >= record.telemetry.decision:
+                dropped.insert(0, standing.pop())
             back = next((reason for reason in record.refusals if reason.startswith(TAKEN_BACK)), None)
             if dropped and back is not None:  # else the run was resumed from before them
-                rollbacks.append(Rollback(intervals=dropped, reason=back.removeprefix(f"{TAKEN_BACK}: ")))
-            standing = [*kept, place]
+                rollbacks.append(Rollback(intervals=tuple(dropped), reason=back.removeprefix(f"{TAKEN_BACK}: ")))
+            standing.append(place)
         return tuple(standing), tuple(rollbacks)
 
     @property
@@ -227,7 +229,7 @@ def read_run(folder: Path, name: str = "") -> StoredRun:
     if not records:
         raise ValueError(f"path must hold at least one decision, got an empty telemetry.jsonl in {folder}")
     return StoredRun(
-        name=one_line(name or folder.resolve().name) or "?",
+        name=one_line(name or real_path(folder).name) or "?",
         folder=folder,
         records=tuple(records),
         summary=printable_values(read_object(folder / "summary.json")),
@@ -242,8 +244,8 @@ def read_runs(folders: Sequence[Path]) -> list[StoredRun]:
     Raises:
         ValueError: as `read_run`.
     """
-    names = Counter(folder.resolve().name for folder in folders)
-    return [read_run(folder, str(folder) if names[folder.resolve().name] > 1 else "") for folder in folders]
+    names = Counter(real_path(folder).name for folder in folders)
+    return [read_run(folder, str(folder) if names[real_path(folder).name] > 1 else "") for folder in folders]
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from trainpilot.experiments.workers import Workers, report
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.drive import drive
-from trainpilot.llm_runtime.files import load_checkpoint
+from trainpilot.llm_runtime.files import load_checkpoint, resuming
 from trainpilot.llm_runtime.models import load_model_of
 from trainpilot.llm_runtime.process import available_cores, use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
@@ -272,8 +272,11 @@ def _groups(recipe: Recipe, out: Path) -> Sequence[str]:
     """Return the groups of observation fields of the live stage, which goes on with those that it began with."""
     if recipe.simulator is not None:
         return recipe.simulator.observe
-    checkpoint = load_checkpoint(out / "checkpoint.pt")
-    inputs = None if checkpoint is None else checkpoint["policy"]["mlp_extractor.policy_net.0.weight"].shape[1]
+    checkpoint, inputs = load_checkpoint(out / "checkpoint.pt"), None
+    if checkpoint is not None:
+        with resuming(out / "checkpoint.pt"):
+            policy = checkpoint["policy"]
+            inputs = policy.get("mlp_extractor.policy_net.0.weight", policy["action_net.weight"]).shape[1]
     return BASIC if inputs == N_STACK * len(fields_of(BASIC)) else GROUPS  # version 0.2 had the basic fields alone
 
 

@@ -147,6 +147,11 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def real_path(path: Path) -> Path:
+    """Return a path without links in it. Unlike `Path.resolve`, it passes over a link that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def check_writable(folder: Path) -> None:
     """Raise `OSError` where no file can be written into a folder, which need not be there yet; nothing is left."""
     place = folder

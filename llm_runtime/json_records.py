@@ -10,11 +10,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.plain_values import printable, read_json, shown
+from trainpilot.llm_runtime.plain_values import is_number, printable, read_json, shown
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -103,19 +104,35 @@ class JsonForm:
         return schema
 
 
-def null_if_not_finite(value: float | None) -> float | None:
-    """Return the number; `None` for NaN and infinity, which JSON does not have."""
-    return value if value is not None and math.isfinite(value) else None
+LARGEST = 1e39
+"""No number in float32 is as large; what is measured counts as not finite from here on."""
 
 
-def _nan_if_null(value: Any) -> Any:
-    return math.nan if value is None else value
+def null_if_not_finite(value: float | None, least: float = -LARGEST) -> float | None:
+    """Return the number; `None` for NaN, which JSON does not have, and for what is infinite or as good as that."""
+    return value if value is not None and least <= value < LARGEST else None
+
+
+def _measured(value: Any, least: float = -LARGEST) -> Any:
+    """Return a value from JSON; raise `ValueError` for a number that `null_if_not_finite` does not write."""
+    if isinstance(value, str) or (is_number(value) and not least <= value < LARGEST):
+        raise ValueError(f"must be {'a finite number' if least < 0 else 'a number >= 0'} or null, got {shown(value)}")
+    return value
+
+
+def _nan_if_null(value: Any, least: float = -LARGEST) -> Any:
+    return math.nan if value is None else _measured(value, least)
 
 
 Float = Annotated[float, JsonForm(write=null_if_not_finite, read=_nan_if_null)]
 """A number that JSON holds as null where it is not finite; read back as NaN."""
-KnownFloat = Annotated[float | None, JsonForm(write=null_if_not_finite)]
+KnownFloat = Annotated[float | None, JsonForm(write=null_if_not_finite, read=_measured)]
 """A number that is `None` where it is unknown, and after JSON also where it was not finite."""
+_amount_or_null = partial(null_if_not_finite, least=0.0)
+Amount = Annotated[float, JsonForm(write=_amount_or_null, read=partial(_nan_if_null, least=0.0))]
+"""The same as `Float`, of what cannot be negative."""
+KnownAmount = Annotated[float | None, JsonForm(write=_amount_or_null, read=partial(_measured, least=0.0))]
+"""The same as `KnownFloat`, of what cannot be negative."""
 
 
 def first_fault(error: ValidationError, where: str) -> str:

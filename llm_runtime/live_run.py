@@ -592,6 +592,9 @@ def resolve_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise ValueError(f"device: {name!r} is not there, as torch sees {count} of that type; use {device.type!r}")
     return device
 
 

@@ -539,12 +539,15 @@ class ControlledLoop:
         own = {name: each for name, each in self._changing().items() if isinstance(each, nn.Parameter)}
         for name, parameter in own.items():
             weights = saved.weights.get(name)
-            if not isinstance(weights, Tensor) or (weights.ndim != parameter.ndim):
-                raise ValueError(f"weights must hold {name} as a tensor of {parameter.ndim} dimensions")
+            if not isinstance(weights, Tensor) or (weights.ndim, weights.dtype) != (parameter.ndim, parameter.dtype):
+                raise ValueError(f"weights must hold {name} in {parameter.dtype} and {parameter.ndim} dimensions")
             if not saved.width and weights.shape != parameter.shape:
                 raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(weights.shape)}")
             if not bool(torch.isfinite(weights).all()):
                 raise ValueError(f"{name} holds values that are not finite")
+        for name, buffer in self.model.named_buffers():
+            if name in saved.weights and form_of(saved.weights[name]) != form_of(buffer):
+                raise ValueError(f"weights must hold {name} as {form_of(buffer)}, got {form_of(saved.weights[name])}")
         adam.check_state(self.optimizer, saved.optimizer, resized=bool(saved.width))
         if self.masks is not None:
             self.masks.check_state(saved.masks)
@@ -605,8 +608,8 @@ class ControlledLoop:
         if self.masks is not None:
             self.masks.check_state(levers.masks)
         if same_interval and saved.readings.before:
-            wanted = [tuple(each.shape) for each in self.parameters()]
-            if (got := [tuple(getattr(each, "shape", ())) for each in saved.readings.before]) != wanted:
+            wanted = [form_of(each) for each in self.parameters()]
+            if (got := [form_of(each) for each in saved.readings.before]) != wanted:
                 raise ValueError(f"before must hold the weights of the {len(wanted)} parameters, got {shown(got)}")
 
     def load_state_dict(self, state: Mapping[str, Any], *, same_interval: bool = True) -> None:
@@ -792,6 +795,11 @@ class RollbackCopy:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take the copy that `state_dict` returned."""
         self._copy = None if state is None else dict(state)
+
+
+def form_of(value: object) -> str:
+    """Return number format and shape of a tensor, or the type of anything else, in words."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def clone_state(state: Any) -> Any:

@@ -7,16 +7,15 @@ loads without this package. Masks save neither memory nor time; `width` does, be
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.layers import is_linear
 from trainpilot.llm_runtime.optimizer import full_tensor, laid_out_like
 from trainpilot.llm_runtime.plain_values import printable, shown
-from trainpilot.llm_runtime.ranges import COUNT, Range
+from trainpilot.llm_runtime.saved_loop import Count, Number, SavedRecord
 
 Criterion = Literal["magnitude", "evolution"]
 
@@ -40,12 +39,12 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SavedMasks(JsonRecord):
+class _SavedMasks(SavedRecord):
     """The form of the masks' state."""
 
     criterion: str
-    steps: Annotated[int, COUNT]
-    threshold_r: Annotated[float, Range()] | None
+    steps: Count
+    threshold_r: Number | None
     masks: dict[str, Any]
     mean: dict[str, Any]
 
@@ -203,6 +202,10 @@ class WeightMasks:
                 raise ValueError(f"{what} of the state must fit the model's matrices, they differ in {names}")
         if odd := [name for name, mask in saved.masks.items() if mask.dtype != torch.bool]:
             raise ValueError(f"masks of the state must be bool, got {saved.masks[odd[0]].dtype}")
+        for name, present in zip(self._names, self._mean, strict=False):
+            mean = saved.mean[name]
+            if mean.dtype != present.dtype or not bool(torch.isfinite(mean).all()):
+                raise ValueError(f"mean of the state must hold finite numbers of {present.dtype} for {name}")
 
 
 def _widened(weight: Tensor) -> Tensor:

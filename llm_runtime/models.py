@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -172,7 +173,7 @@ def body_parameters_of(name: str) -> int | None:
         return None
     config = blueprint.config(blueprint.tokenizer or ByteTokenizer())
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _unremarked():
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except Exception as error:  # as below
         raise ValueError(f"model: no causal model can be built from this config: {_one_line(error)}") from error
@@ -250,7 +251,8 @@ class _Blueprint:
         state = torch.get_rng_state()
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            with _unremarked():
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
             fault = _fault(model)  # some sizes only show there that they do not divide
         except Exception as error:  # sizes that do not divide, architectures without a causal head, ...
             raise ValueError(f"model: no causal model can be built from this config: {_one_line(error)}") from error
@@ -259,6 +261,17 @@ class _Blueprint:
         if fault is not None:
             raise ValueError(f"model: {self.name} {fault}")
         return LoadedModel(model, tokenizer, pretrained=False)
+
+
+@contextmanager
+def _unremarked() -> Iterator[None]:
+    """Keep transformers from remarking on a config, of an encoder for example, whose model we look at ourselves."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:

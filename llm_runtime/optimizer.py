@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from trainpilot.llm_runtime.config import RunConfig
-from trainpilot.llm_runtime.plain_values import shown
+from trainpilot.llm_runtime.plain_values import is_number, shown
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of Adam's moments."""
+MOVING = ("lr", "initial_lr", "betas")
+"""Settings of Adam that change in the course of a run."""
 BETAS = (0.9, 0.999)
 """Decay rates that both packages recommend; a beta2 as short as AdamW's 0.95 would also shorten Prodigy's estimate."""
 
@@ -334,18 +338,38 @@ def check_state(optimizer: Optimizer, state: Mapping[str, Any], *, resized: bool
         raise ValueError(f"optimizer must have {len(own['param_groups'])} parameter groups, each with its settings")
     for group, wanted in zip(groups, own["param_groups"], strict=True):
         for name, value in wanted.items():
-            if not isinstance(group, Mapping) or not _alike(group.get(name, value), value):
-                raise ValueError(f"optimizer must have {name} like {shown(value)} in its parameter groups")
+            given = group.get(name, value) if isinstance(group, Mapping) else None
+            moves = name != "params" and (name in MOVING or not isinstance(optimizer, Adam))
+            if not (_alike(given, value) if moves else given == value):
+                raise ValueError(f"optimizer must have {name} {'like ' * moves}{shown(value)} in its parameter groups")
+        if not (0 <= group.get("lr", 0) < math.inf and all(0 <= beta < 1 for beta in group.get("betas", ()))):
+            raise ValueError("optimizer must have lr >= 0 and betas in [0, 1) in its parameter groups")
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     for index, each in moments.items():
         if not (isinstance(index, int) and 0 <= index < len(parameters) and isinstance(each, Mapping)):
             raise ValueError(f"optimizer must hold states of {len(parameters)} parameters, got {shown(index)}")
-        for name in ("exp_avg", "exp_avg_sq"):
-            tensor, shape = each.get(name, parameters[index]), parameters[index].shape
-            if not isinstance(tensor, torch.Tensor) or not (resized or tensor.shape == shape):
-                raise ValueError(f"optimizer must hold {name} of shape {tuple(shape)} for parameter {index}")
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"optimizer holds {name} with values that are not finite for parameter {index}")
+        if isinstance(optimizer, Adam) and (missing := {"step", *MOMENTS} - {*each}):
+            raise ValueError(f"optimizer must hold {', '.join(sorted(missing))} for parameter {index}")
+        _check_moments(each, parameters[index], index, resized=resized)
+
+
+def _check_moments(state: Mapping[str, Any], parameter: Tensor, index: int, *, resized: bool) -> None:
+    """Raise `ValueError` for moments or a step count that cannot be those of a parameter."""
+    for name in MOMENTS:
+        tensor, shape = state.get(name, parameter), parameter.shape
+        if not isinstance(tensor, Tensor) or tensor.dtype != parameter.dtype or not (resized or tensor.shape == shape):
+            raise ValueError(
+                f"optimizer must hold {name} of shape {tuple(shape)} in {parameter.dtype} for parameter {index}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"optimizer holds {name} with values that are not finite for parameter {index}")
+    if bool((state.get("exp_avg_sq", parameter**2) < 0).any()):
+        raise ValueError(f"optimizer holds exp_avg_sq with negative values for parameter {index}")
+    step = state.get("step", 0)
+    if isinstance(step, Tensor) and step.is_floating_point() and step.ndim == 0:
+        step = float(step)
+    if not (is_number(step) and 0 <= step < math.inf):
+        raise ValueError(f"optimizer must hold step as a count of steps for parameter {index}, got {shown(step)}")
 
 
 def _alike(value: Any, wanted: Any) -> bool:

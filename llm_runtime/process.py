@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainpilot.llm_runtime.plain_values import shown
+
 
 def use_threads(n_threads: int) -> int:
     """Set the threads of torch's operations, 0 for all cores, and return their number. Raises `ValueError` below 0."""
@@ -47,12 +49,14 @@ def global_random_state() -> dict[str, Any]:
 
 
 def set_global_random_state(state: Mapping[str, Any]) -> None:
-    """Restore what `global_random_state` returned."""
+    """Restore what `global_random_state` returned. Raises for anything else, of which NumPy looks at too little."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     numpys = state["numpy"]
-    key = numpys["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state({**numpys, "state": {"key": key, "pos": numpys["state"]["pos"]}})
+    key, position = numpys["state"]["key"], numpys["state"]["pos"]
+    if key.dtype != torch.int64 or not (isinstance(position, int) and 0 <= position <= len(key)):
+        raise ValueError(f"random must hold the state of NumPy's generator, got position {shown(position)}")
+    np.random.set_state({**numpys, "state": {"key": key.numpy().astype(np.uint32), "pos": position}})
     torch.set_rng_state(state["torch"])
 
 

@@ -6,21 +6,51 @@ The states of version 0.1 lack some fields; these have defaults.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, ClassVar, Self
 
 from trainpilot.llm_runtime.config import Controls, Precision
-from trainpilot.llm_runtime.json_records import JsonRecord
+from trainpilot.llm_runtime.json_records import LARGEST, JsonRecord
 from trainpilot.llm_runtime.plain_values import MAX_INT, shown
 from trainpilot.llm_runtime.ranges import COUNT, Range
 
 Count = Annotated[int, COUNT]
-Number = Annotated[float, Range()]
-NotNegative = Annotated[float, Range(0)]
+Number = Annotated[float, Range(-LARGEST, LARGEST)]
+NotNegative = Annotated[float, Range(0, LARGEST)]
+Positive = Annotated[float, Range(0, LARGEST, above=True)]
+
+
+class SavedRecord(JsonRecord):
+    """Base of the parts of a saved state. Its numbers are used as they are, so a text is taken for none."""
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the record. Raises `ValueError` as `JsonRecord.from_json`, and for a number that is given as text."""
+        record = super().from_json(content)
+        _check_numbers(record, content, "state")
+        return record
+
+
+def _check_numbers(read: Any, given: Any, name: str) -> None:
+    """Raise `ValueError` where a number was read from a text, however deep inside."""
+    if read is given:
+        return
+    if isinstance(given, str | bytes) and isinstance(read, int | float):
+        raise ValueError(f"{name} must be a number, got the text {shown(given)}")
+    if is_dataclass(read) and isinstance(given, Mapping):
+        for each in fields(read):
+            if each.name in given:
+                _check_numbers(getattr(read, each.name), given[each.name], f"{name}.{each.name}")
+    elif isinstance(read, Mapping):
+        for key, one, other in zip(read, read.values(), given.values(), strict=True):
+            _check_numbers(one, other, f"{name}.{key}")
+    elif isinstance(read, list | tuple):
+        for one, other in zip(read, given, strict=True):
+            _check_numbers(one, other, name)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedCooldown(JsonRecord):
+class SavedCooldown(SavedRecord):
     """The cool-down, once it has begun."""
 
     start_tokens: Count
@@ -29,7 +59,7 @@ class SavedCooldown(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedCourse(JsonRecord):
+class SavedCourse(SavedRecord):
     """Where the run stands in its budget."""
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}
@@ -55,11 +85,11 @@ class SavedMeasuredCourse(SavedCourse):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedLevers(JsonRecord):
+class SavedLevers(SavedRecord):
     """The learning rates, the masks and the number format."""
 
     masks: dict[str, Any] | None
-    peak: Annotated[float, Range(0, above=True)]
+    peak: Positive
     ratios: list[NotNegative]
     set: list[NotNegative]
     output_precision: str
@@ -73,7 +103,7 @@ class SavedLevers(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedProbe(JsonRecord):
+class SavedProbe(SavedRecord):
     """The result of a curvature probe."""
 
     linear: float
@@ -82,7 +112,7 @@ class SavedProbe(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedInterval(JsonRecord):
+class SavedInterval(SavedRecord):
     """What has been measured of an interval that is under way. A loss of a diverged run is not finite."""
 
     losses: list[float]
@@ -101,7 +131,7 @@ class SavedInterval(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedReadings(JsonRecord):
+class SavedReadings(SavedRecord):
     """What the recorder of the intervals holds."""
 
     start_sequences: Count
@@ -119,7 +149,7 @@ class SavedReadings(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedLoop(JsonRecord):
+class SavedLoop(SavedRecord):
     """The whole state of a loop, but for its model and optimizer."""
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}
@@ -131,7 +161,7 @@ class SavedLoop(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedSnapshot(Controls):
+class SavedSnapshot(SavedRecord, Controls):
     """A snapshot of what training changes, the controls among it."""
 
     weights: dict[str, Any]
@@ -146,14 +176,14 @@ class SavedSnapshot(Controls):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedPosition(JsonRecord):
+class SavedPosition(SavedRecord):
     """A position in a stream of batches, in sequences."""
 
     position: Count
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedRun(JsonRecord):
+class SavedRun(SavedRecord):
     """A snapshot of a live run; its position in the budget is checked apart."""
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "ignore"}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol
 
 from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.energy.meter import EnergySource
-from trainpilot.llm_runtime.json_records import Float, JsonForm, JsonRecord, KnownFloat
+from trainpilot.llm_runtime.json_records import Amount, Float, JsonForm, JsonRecord, KnownAmount, KnownFloat
 from trainpilot.llm_runtime.plain_values import shown
 from trainpilot.llm_runtime.ranges import COUNT
 
@@ -32,7 +32,7 @@ class Telemetry(JsonRecord):
 
     decision: Count
     """Which interval, from 0."""
-    budget_used: Float
+    budget_used: Amount
     """Share of the budget used at the interval's end, in [0, 1]: of its tokens, or of its seconds or joules."""
     tokens: Count
     """Tokens trained on since the run's start."""
@@ -40,25 +40,25 @@ class Telemetry(JsonRecord):
     """Tokens trained on in this interval."""
     steps: Count
     """Optimiser steps in this interval."""
-    epochs_seen: KnownFloat
+    epochs_seen: KnownAmount
     """Passes over the training split since the start."""
 
     train_loss: Float
     """Mean training loss over the interval, in nats/token; NaN when the run diverged."""
-    train_loss_std: Float
+    train_loss_std: Amount
     """Standard deviation of the per-step training loss around its trend, in nats/token."""
     train_loss_max: Float
     """Largest per-step training loss, in nats/token."""
     validation_loss: KnownFloat
     """Latest validation loss, in nats/token; may be from an earlier interval."""
 
-    gradient_norm: Float
+    gradient_norm: Amount
     """Mean Euclidean norm of the gradient before clipping."""
-    clipped_share: Float
+    clipped_share: Amount
     """Share of the steps whose gradient was clipped."""
-    noise_scale: KnownFloat
+    noise_scale: KnownAmount
     """Gradient noise scale tr(Sigma)/|G|^2, in sequences (McCandlish et al. 2018)."""
-    relative_update: KnownFloat
+    relative_update: KnownAmount
     """Norm of the last update over the norm of the weights."""
     probe_linear: KnownFloat
     """Loss change along the last update predicted by the slope, in nats/token; negative is downhill."""
@@ -67,15 +67,15 @@ class Telemetry(JsonRecord):
 
     requested: Controls
     """Controls that were requested."""
-    learning_rate: Float
+    learning_rate: Amount
     """Learning rate of the last step, read back from the optimiser."""
-    batch_size: Float
+    batch_size: Amount
     """Mean sequences per step, from the tokens really consumed."""
     micro_batch_size: Count
     """Sequences that go through the model at once."""
     precision: PrecisionRead
     """Number format of a matrix product, read back from its output."""
-    sparsity: Float
+    sparsity: Amount
     """Share of zero weights or of removed channels, counted in the model."""
     finishing: bool
     """The cool-down has begun."""
@@ -84,21 +84,21 @@ class Telemetry(JsonRecord):
     diverged: bool
     """The training loss was not finite."""
 
-    time_s: Float
+    time_s: Amount
     """Seconds of this interval, probe and switching included, evaluation apart."""
-    probe_time_s: Float
+    probe_time_s: Amount
     """Seconds of it spent on the curvature probe."""
-    switch_time_s: Float
+    switch_time_s: Amount
     """Seconds of it spent on changing controls."""
-    evaluation_time_s: Float
+    evaluation_time_s: Amount
     """Seconds spent on evaluation since the last interval, not part of `time_s`."""
-    energy_j: KnownFloat
+    energy_j: KnownAmount
     """Joules of this interval."""
     energy_source: EnergySource | None
     """Where `energy_j` comes from."""
-    power_w: KnownFloat
+    power_w: KnownAmount
     """Mean draw over the interval, in watts."""
-    memory_share: KnownFloat
+    memory_share: KnownAmount
     """Peak memory over the device's memory, in [0, 1]."""
 
     @property

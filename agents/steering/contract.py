@@ -43,6 +43,8 @@ ALMOST = 0.99
 """Share of the base schedule's speed that counts as the same."""
 PAIRED_RANGE = (0.05, 1.0)
 """Least and largest share of the intervals that may be trained a second time."""
+MOST_LOSS = 1e6
+"""Nats/token. A larger loss is none of a base schedule that a run could be held against."""
 GIVE_UP = 0.5
 """A base schedule that still warms up at this share of the budget leaves nothing to extrapolate from."""
 
@@ -423,7 +425,8 @@ def _check_reference(reference: Any) -> None:
         shown = repr(reference if plain else list(reference))
         raise ValueError(
             "reference must be at least two (share of the budget, loss) in rising order of shares from 0 on, with "
-            f"finite losses above 0, got {shown[:200]}; QualityContract.against(steering.records) makes it"
+            f"losses above 0 and at most {MOST_LOSS:g} nats/token, got {shown[:200]}; "
+            "QualityContract.against(steering.records) makes it"
         )
 
 
@@ -434,4 +437,4 @@ def _is_reference(reference: Any) -> bool:
         return False
     rising = all(one[0] < other[0] for one, other in pairwise(reference))
     within = reference[0][0] >= 0 and reference[-1][0] <= 1 + 1e-6
-    return rising and within and all(math.isfinite(loss) and loss > 0 for _, loss in reference)
+    return rising and within and all(0 < loss <= MOST_LOSS for _, loss in reference)

@@ -81,10 +81,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def check_parallel(model: nn.Module) -> None:
-    """Raise `ValueError` for a model that processes share in another way than by DDP or `fully_shard`.
+    """Raise `ValueError` for what is no model, or one that processes share in another way than by DDP or `fully_shard`.
 
     Under tensor parallelism a tensor is divided by more than the one dimension of `fully_shard`, or without that.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}; give the model that is trained")
     if any(each.__module__.partition(".")[0] == "deepspeed" for each in type(model).__mro__):
         raise ValueError(_shared_otherwise("model", f"{type(model).__name__} (DeepSpeed)"))
     modules = list(model.modules())

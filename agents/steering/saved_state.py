@@ -17,17 +17,14 @@ from trainpilot.agents.steering.throughput import Throughput
 from trainpilot.envs.action import LEARNING_RATE_SCALE_RANGE, Action, check_action
 from trainpilot.envs.decision import Advice, Decision
 from trainpilot.llm_runtime.config import Controls
-from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.plain_values import shown
-from trainpilot.llm_runtime.ranges import COUNT, Range
+from trainpilot.llm_runtime.ranges import Range
+from trainpilot.llm_runtime.saved_loop import Count, NotNegative, Number, Positive, SavedRecord
 from trainpilot.llm_runtime.telemetry import Telemetry
-
-Count = Annotated[int, COUNT]
-Number = Annotated[float, Range()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedDecision(JsonRecord):
+class SavedDecision(SavedRecord):
     """The decision in force."""
 
     requested: Action
@@ -48,13 +45,13 @@ class SavedDecision(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedLosses(JsonRecord):
+class SavedLosses(SavedRecord):
     """The recent losses that spikes are told from."""
 
     losses: list[Number]
-    errors: list[Annotated[float, Range(0)]]
+    errors: list[NotNegative]
     lowest: Number | None
-    paid_scale: Annotated[float, Range(0)]
+    paid_scale: NotNegative
 
     def __post_init__(self) -> None:
         if len(self.losses) != len(self.errors):
@@ -62,24 +59,24 @@ class SavedLosses(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedLearning(JsonRecord):
+class SavedLearning(SavedRecord):
     """How the run has learnt, for the rules against slow damage: the fields of `course.Course`."""
 
-    start_scale: Annotated[float, Range(0)] | None
-    tokens: list[Annotated[float, Range(0)]]
+    start_scale: NotNegative | None
+    tokens: list[NotNegative]
     losses: list[Number]
-    errors: list[Annotated[float, Range(0)]]
-    scales: list[Annotated[float, Range(0)]]
+    errors: list[NotNegative]
+    scales: list[NotNegative]
     settled: Count
-    used: Annotated[float, Range(0)]
-    rate_before: Annotated[float, Range(0)]
+    used: NotNegative
+    rate_before: NotNegative
     since_low: Count
     risen: Count
     grace: Count
-    floor: Annotated[float, Range(0)] | None
-    bends: list[Number]
-    peak: Annotated[float, Range(0)]
-    trusted: Annotated[float, Range(0)] | None
+    floor: NotNegative | None
+    bends: list[Annotated[float, Range()]]
+    peak: NotNegative
+    trusted: NotNegative | None
     trusted_until: Count
 
     def __post_init__(self) -> None:
@@ -90,7 +87,7 @@ class SavedLearning(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedPast(JsonRecord):
+class SavedPast(SavedRecord):
     """What the guardrails know of the run so far."""
 
     moves: dict[str, list[Annotated[int, Range(-1, 1)]]]
@@ -106,24 +103,24 @@ class SavedPast(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedHistory(JsonRecord):
+class SavedHistory(SavedRecord):
     """The rollbacks so far."""
 
     rollbacks: Count
     held: dict[str, Count]
     corrections: Count = 0
-    ceiling: Annotated[float, Range(0)] = RollbackHistory.ceiling
+    ceiling: NotNegative = RollbackHistory.ceiling
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedThroughput(JsonRecord):
+class SavedThroughput(SavedRecord):
     """How fast each batch is: the fields of `throughput.Throughput`."""
 
-    costs: dict[Annotated[int, Range(1)], Annotated[float, Range(0, above=True)]]
+    costs: dict[Annotated[int, Range(1)], Positive]
     batch_size: Count
     stayed: Count
-    newest: list[Annotated[float, Range(0, above=True)]]
-    machine: Annotated[float, Range(0, above=True)] | None
+    newest: list[Positive]
+    machine: Positive | None
 
     def __post_init__(self) -> None:
         if self.stayed and not self.newest:
@@ -131,7 +128,7 @@ class SavedThroughput(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedGuardrails(JsonRecord):
+class SavedGuardrails(SavedRecord):
     """The state of the guardrails."""
 
     past: SavedPast
@@ -148,21 +145,21 @@ class SavedGuardrails(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedRow(JsonRecord):
+class SavedRow(SavedRecord):
     """One interval as the contract knows it."""
 
-    share: Annotated[float, Range(0)]
-    tokens: Annotated[float, Range(0)]
-    end_tokens: Annotated[float, Range(0)]
+    share: NotNegative
+    tokens: NotNegative
+    end_tokens: NotNegative
     loss: Number
-    error: Annotated[float, Range(0, above=True)]
+    error: Positive
     s_per_token: Number
     learning_rate: Number
-    speed: Annotated[float, Range(0)] = 1.0
+    speed: NotNegative = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedIntervals(JsonRecord):
+class SavedIntervals(SavedRecord):
     """The intervals that the contract knows."""
 
     rows: list[SavedRow]
@@ -170,24 +167,24 @@ class SavedIntervals(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedPairs(JsonRecord):
+class SavedPairs(SavedRecord):
     """What the trials of a paired contract have shown and cost: the fields of `paired.PairedWatch`."""
 
-    cost: Annotated[float, Range(0)]
-    lead: Annotated[float, Range(0)]
+    cost: NotNegative
+    lead: NotNegative
     newest: Number | None
     on_trial: bool
     hold: Count
     lost_running: Annotated[int, Range(0, 64)]
     trials: dict[Literal["passed", "lost"], Count]
     sequences: Count
-    not_kept: tuple[Annotated[float, Range(0)], Annotated[float, Range(0)] | None]
-    unrecorded: tuple[Annotated[float, Range(0)], Annotated[float, Range(0)] | None]
-    paces: list[Annotated[float, Range(0)]]
+    not_kept: tuple[NotNegative, NotNegative | None]
+    unrecorded: tuple[NotNegative, NotNegative | None]
+    paces: list[NotNegative]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedContract(JsonRecord):
+class SavedContract(SavedRecord):
     """The state of a contract."""
 
     left_out_at_default: ClassVar[tuple[str, ...]] = ("pairs",)
@@ -199,7 +196,7 @@ class SavedContract(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedRollback(JsonRecord):
+class SavedRollback(SavedRecord):
     """One rollback, for the summary."""
 
     after_decision: Count
@@ -207,7 +204,7 @@ class SavedRollback(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedStanding(JsonRecord):
+class SavedStanding(SavedRecord):
     """The state of a guarded controller but for its records."""
 
     seen: list[Count]
@@ -222,7 +219,7 @@ class SavedStanding(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedPoint(JsonRecord):
+class SavedPoint(SavedRecord):
     """What a controller knew before a decision."""
 
     seen: list[Count]
@@ -231,7 +228,7 @@ class SavedPoint(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedTrial(JsonRecord):
+class SavedTrial(SavedRecord):
     """A trial under way: `start` and `end` are copies of the run before the trial and after its shadow."""
 
     n_records: Count
@@ -258,10 +255,12 @@ class SavedController(SavedStanding):
         seen = self.seen
         if seen != sorted(set(seen)) or (seen and seen[-1] >= len(self.records)):
             raise ValueError(f"seen must be rising places in the {len(self.records)} records, got {shown(seen)}")
+        if (most := max(map(len, self.guardrails.past.moves.values()))) > len(seen) + 1:
+            raise ValueError(f"moves must be of the {len(seen) + 1} decisions so far, got {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedSteering(JsonRecord):
+class SavedSteering(SavedRecord):
     """The state of a steered loop but for the loop's own and the controller's, which check theirs."""
 
     settings: dict[str, Any]

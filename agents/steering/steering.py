@@ -111,19 +111,12 @@ class Steering:
         on_decision: Callable[[DecisionRecord], None] | None = None,
         grain: int = 1,
     ) -> None:
-        self.settings = settings
         optimizer = own_optimizer(optimizer)
+        if not isinstance(settings, SteeringSettings):
+            raise ValueError(f"settings must be SteeringSettings, got {type(settings).__name__}")
+        self.settings = settings
         self.advises = settings.mode == "advise"
-        if settings.contract is not None and settings.contract.from_start and data is None and not self.advises:
-            raise ValueError(
-                "contract must be without from_start=True where the data cannot go back to the start, got no data; "
-                "give Steering(data=...), an object with state_dict and load_state_dict, or leave from_start out"
-            )
-        if data is not None and not (hasattr(data, "state_dict") and hasattr(data, "load_state_dict")):
-            raise ValueError(
-                f"data must have state_dict and load_state_dict, got {type(data).__name__}; wrap a data loader in "
-                "batches(loader), or leave data out"
-            )
+        _check_data(data, settings)
         check_parallel(model)
         if ranks is None:
             check_alone(model)
@@ -822,3 +815,17 @@ def _probed(
     if probe_loss is not None:
         return partial(probe_loss, count)
     return loss if batch is None else partial(loss, first_sequences(batch, count, sequences))
+
+
+def _check_data(data: object, settings: SteeringSettings) -> None:
+    """Raise `ValueError` for data that cannot go back, where that is needed or asked for."""
+    if settings.contract is not None and settings.contract.from_start and data is None and settings.mode != "advise":
+        raise ValueError(
+            "contract must be without from_start=True where the data cannot go back to the start, got no data; "
+            "give Steering(data=...), an object with state_dict and load_state_dict, or leave from_start out"
+        )
+    if data is not None and not (hasattr(data, "state_dict") and hasattr(data, "load_state_dict")):
+        raise ValueError(
+            f"data must have state_dict and load_state_dict, got {type(data).__name__}; wrap a data loader in "
+            "batches(loader), or leave data out"
+        )

@@ -10,6 +10,7 @@ from trainpilot.experiments.one_writer import lock_file
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.batches import Batch, fixed_batch
 from trainpilot.llm_runtime.data.corpus import load_corpus
+from trainpilot.llm_runtime.files import real_path
 from trainpilot.llm_runtime.live_run import EVALUATION_SHARE, MAX_EVALUATION_TOKENS, MIN_EVALUATION_TOKENS
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_saved
 from trainpilot.llm_runtime.plain_values import read_json
@@ -106,7 +107,7 @@ def check_out(out: Path, source: Path, marker: str = RESULT, earlier: str = "an 
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, got the file {out}")
-    if source.resolve().is_relative_to(out.resolve()):
+    if real_path(source).is_relative_to(real_path(out)):
         raise ValueError(f"out must not hold the model that is read, got {out}; choose another --out")
     if out.is_dir() and set(out.iterdir()) - {lock_file(out)} and not (out / marker).is_file():
         raise ValueError(f"out must be new, empty or {earlier}, got {out}; choose another --out")

@@ -47,7 +47,7 @@ from trainpilot.experiments.stored_run import (
     reference_of,
     taken,
 )
-from trainpilot.llm_runtime.files import whole_file
+from trainpilot.llm_runtime.files import real_path, whole_file
 
 N_DESCRIBED = 3
 """Runs that the top of the page describes in a sentence each."""
@@ -72,7 +72,7 @@ def report(options: ReportOptions, console: Console) -> None:
         raise ValueError(f"out must be a file, got the folder {options.out}")
     reference = read_run(options.reference) if options.reference is not None else None
     paths = [
-        path for path in options.path if options.reference is None or path.resolve() != options.reference.resolve()
+        path for path in options.path if options.reference is None or real_path(path) != real_path(options.reference)
     ]
     page = render(read_runs(paths or options.path), reference if paths else None)
     with whole_file(options.out) as temporary:

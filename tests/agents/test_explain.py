@@ -20,6 +20,7 @@ from explained_runs import (
     steered,
 )
 
+from trainpilot.agents import explain as explanations
 from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.explain import CONTROLS, explain, input_shares
 from trainpilot.envs.action import ACTION_FIELDS, KEEP
@@ -48,6 +49,13 @@ def test_effects_by_hand(run: list[DecisionRecord]) -> None:
     others = np.delete(explanation.effects[:, batch], NOISE, axis=1)
     assert np.abs(others).max() < 1e-5
     assert explanation.n_repeated == 4
+
+
+def test_a_long_run_is_explained_in_parts(run: list[DecisionRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = explain(planted(), steered(run, planted()))
+    monkeypatch.setattr(explanations, "AT_ONCE", 3)
+    parts = explain(planted(), steered(run, planted()))
+    np.testing.assert_allclose(parts.effects, whole.effects, rtol=0, atol=1e-5)
 
 
 def test_a_push_tells_the_value_in_its_own_unit(run: list[DecisionRecord]) -> None:

@@ -148,6 +148,13 @@ def test_training_begins_with_given_weights_and_may_have_no_decisions(tmp_path: 
     for name, value in model.policy.state_dict().items():
         torch.testing.assert_close(value, other[name], rtol=0, atol=0)
     assert cost["decisions"] == 0
+    with pytest.raises(ValueError, match=r"^policy must hold value_net.bias of shape \(1,\) in torch.float32$"):
+        train(
+            toy_env(1),
+            PPOConfig(total_decisions=0),
+            tmp_path / "new",
+            start={**other, "value_net.bias": torch.zeros(0)},
+        )
 
 
 def test_a_meter_counts_what_simulated_runs_do_not_cost(tmp_path: Path) -> None:
@@ -184,6 +191,7 @@ def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> N
     cost = {"decisions": 1.0, "episodes": 0.0, "energy_j": math.nan, "time_s": 1.0}
     good = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "num_timesteps": 1,
             "n_updates": 1, "cost": cost}  # fmt: skip
+    drawn = global_random_state()
     save_checkpoint(tmp_path / "checkpoint.pt", good)
     assert train(env, config, tmp_path)[0].num_timesteps == 1
     name, weights = next(iter(policy.state_dict().items()))
@@ -191,6 +199,9 @@ def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> N
         {"policy": {}},
         {"policy": {**policy.state_dict(), name: weights * math.nan}},
         {"policy": {**policy.state_dict(), name: weights[:1]}},
+        {"policy": {**policy.state_dict(), name: weights.long()}},
+        {"policy": {**policy.state_dict(), "another": weights}},
+        {"random": {**drawn, "numpy": {**drawn["numpy"], "state": {**drawn["numpy"]["state"], "pos": -5}}}, "env": {}},
         {"optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}},
         {"num_timesteps": -5},
         {"n_updates": "many"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -38,7 +39,7 @@ from trainpilot.envs.vector import VectorSimulatedTraining
 from trainpilot.experiments import train_agent, workers
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.train_agent import physics_of, total_cost, train_agents
-from trainpilot.llm_runtime.files import digest, load_checkpoint
+from trainpilot.llm_runtime.files import digest, load_checkpoint, save_checkpoint
 from trainpilot.llm_runtime.simulator.records import Bools, Ints
 from trainpilot.llm_runtime.simulator.runs import PRIVILEGED, Pool, SimulatedRuns, Start, default_pool
 
@@ -122,6 +123,34 @@ def test_a_trained_agent_is_not_trained_again(agent: SimulatorAgent, folder: Pat
     assert again.scores == agent.scores
     for name, value in agent.bundle.weights.items():
         np.testing.assert_array_equal(again.bundle.weights[name], value)
+
+
+def test_a_checkpoint_of_other_runs_is_refused_before_anything_is_written(
+    agent: SimulatorAgent, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = default_pool(16)
+    monkeypatch.setattr(SimulatorStage, "pool", lambda *_: pool)
+    content = load_checkpoint(folder / "checkpoint.pt")
+    assert content is not None
+    runs, validation = content["env"]["runs"]["env"], content["callbacks"]["Validation"]
+    best, physics = validation["best"], runs["plants"]["instances"]["physics"]["values"]
+
+    def refusal(holder: dict[str, Any], name: str, value: object) -> str:
+        kept, holder[name] = holder[name], value
+        save_checkpoint(tmp_path / "checkpoint.pt", content)
+        holder[name] = kept
+        with pytest.raises(ValueError, match="cannot be resumed") as caught:
+            train_in_simulator(TINY, 0, (), tmp_path)
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoint.pt"]
+        return str(caught.value)
+
+    states, weights = runs["runs"]["states"], best["policy"]
+    assert "state.runs.states.history must be a dictionary of" in refusal(states, "history", [states["history"]])
+    assert "slow_noise must be float64 of shape" in refusal(physics, "slow_noise", physics["slow_noise"][None])
+    assert "outcome must be float64 of shape (8, 3)" in refusal(runs["runs"], "outcome", torch.zeros(8, 3))
+    assert "policy must hold value_net.bias" in refusal(weights, "value_net.bias", torch.zeros(0))
+    assert "score" in refusal(best, "score", math.nan)
+    assert "best fields missing" in refusal(validation, "best", {"x": None})
 
 
 def test_the_best_weights_are_kept_with_those_of_the_value_network(agent: SimulatorAgent, folder: Path) -> None:

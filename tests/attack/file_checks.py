@@ -227,7 +227,7 @@ def cost_file(path: Path, mutation: Mutation | None) -> Failures:
     from trainpilot.experiments.costs.table import CostTable
 
     judge = Judge()
-    table = judge.loaded(lambda: CostTable.from_json(json.loads(path.read_text(encoding="utf-8"))))
+    table = judge.loaded(lambda: CostTable.read(path))
     if table is None:
         return judge.failures
     return judge.sound(lambda: _prices(table))

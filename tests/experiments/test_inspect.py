@@ -107,6 +107,14 @@ def test_the_largest_moves_of_the_rate_and_all_other_changes_are_explained() -> 
     assert factors == pytest.approx([2.38, 0.5, 2.82, 1.0])
 
 
+@pytest.mark.parametrize(("rate", "factor"), [(0, 2.0**-1000), (6, 2.0**1000)])
+def test_a_move_beyond_all_bounds_is_still_a_move(rate: int, factor: float) -> None:
+    step = (rate, *KEEP[1:])
+    records = [decision_record(decision % 4, requested=step, allowed=step) for decision in range(1500)]
+    (move,) = changes_to_explain(records)
+    assert (move.n_decisions, move.factor) == (1500, factor)
+
+
 def test_a_policy_shows_where_it_comes_from_and_what_it_reads(tmp_path: Path) -> None:
     provenance = {
         "recipe": "default",

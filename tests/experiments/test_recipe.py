@@ -99,6 +99,8 @@ def test_changes_reach_the_simulator_stage() -> None:
         ("common: {tokens: -5}\n", [], "tokens must be a whole number of at least 1, got -5$"),
         ("ppo: {gamma: high}\n", [], "ppo.gamma"),
         ("ppo: {gama: 1}\n", [], "gama"),
+        ("simulator: {calibrations: []}\n", [], r"simulator.calibrations must name at least one, .* got \(\)"),
+        ("vary: {seed: []}\n", [], "vary must list at least one value of seed, got none"),
         ("utility: best\n", [], "utility must be one of linear"),
         ("vary: {decisions: [10, 20]}\n", [], "decisions must be the same"),
         ("{}\n", ["ppo"], "set must look like key=value, got 'ppo'"),

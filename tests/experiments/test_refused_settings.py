@@ -62,7 +62,7 @@ TRAIN = ("train-agent", "--recipe", "default", "--out", "o", "--set")
     [
         ("simulator.ppo.total_decisions=[1", "set: simulator.ppo.total_decisions is not readable YAML"),
         ('ppo.seed=!!python/object/apply:os.system ["x"]', "set: ppo.seed is not readable YAML"),
-        ("ppo.seed=" + "[" * 5_000, "nested too deep"),
+        ("ppo.seed=" + "[" * 5_000, "it is nested more than 32 levels deep"),
         ("ppo.seed=2020-01-01", "it holds a date"),
         ("simulator.ppo.gamma=2", "ppo.gamma must be in [0, 1], got 2"),
         ("simulator.ppo.clip_range=-1", "ppo.clip_range must be in (0, 1], got -1"),
@@ -101,7 +101,21 @@ def test_texts_and_models_of_a_recipe_are_read_before_anything_starts(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("replay", "--out", ""), "--out: it must name a folder"),
+        (("replay", "--out", ""), "--out: it must name a file or a folder"),
+        (("inspect", ""), "it must name a file or a folder, got an empty text"),
+        (("inspect", "a", " "), "it must name a file or a folder"),
+        (("inspect", "loop", "other/loop"), "path must hold a run's telemetry.jsonl, got loop"),
+        (("report", "", "--out", "o.html"), "it must name a file or a folder"),
+        (("report", "loop", "--reference", "loop", "--out", "o.html"), "path must hold a run's telemetry.jsonl"),
+        (("report", "run", "--out", ""), "--out: it must name a file or a folder"),
+        (("report", "run", "--reference", "", "--out", "o.html"), "--reference: it must name a file or a folder"),
+        (("cut", "", "--out", "o", "--ffn", "0.5"), "it must name a file or a folder"),
+        (("cut", "loop", "--out", "o", "--ffn", "0.5"), "path must be a run's folder or a model folder, got loop"),
+        (("export", "", "--out", "o"), "it must name a file or a folder"),
+        (("export", "loop", "--out", "o"), "path must be a run's folder or a model folder, got loop"),
+        (("fit-sweep", "", "--out", "o"), "it must name a file or a folder"),
+        (("fit-sweep", "sweep.csv", "--predict", "", "--out", "o"), "--predict: it must name a file or a folder"),
+        (("replay", "--out", "o", "--device", "cpu:1"), "device: 'cpu:1' is not there, as torch sees 1 of that type"),
         (("replay", "--out", "o", "--threads", "1000000"), "threads must be a whole number of at most 1024"),
         (("replay", "--out", "o", "--device", "meta"), "device must be auto, cpu or cuda, got 'meta'"),
         (("replay", "--out", "o", "--seed", "-1"), "seed must be a whole number of at least 0, got -1"),
@@ -111,14 +125,14 @@ def test_texts_and_models_of_a_recipe_are_read_before_anything_starts(
         (("compare", "--out", "o", "--methods", "tuned,,cosine"), "methods must be names with commas between them"),
         (("compare", "--out", "o", "--seeds", "0"), "seeds must be a whole number of at least 1, got 0"),
         (("compare", "--out", "o", "--cases", "long.json"), "name must be made of at most 64 of a-z"),
-        (("compare", "--out", "o", "--cases", "deep.yaml"), "is not readable YAML: it is nested too deep"),
+        (("compare", "--out", "o", "--cases", "deep.yaml"), "is not readable YAML: it is nested more than 32"),
         (("compare", "--out", "o", "--cases", "deep.json"), "is not readable JSON: it is nested more than"),
         (("compare", "--out", "o", "--cases", "bomb.yaml"), "it holds more than 100,000 values"),
         (("compare", "--out", "o", "--cases", "large.yaml"), "it is larger than"),
         (("calibrate", "--out", "/proc/x"), "/proc"),
         (("calibrate", "--out", "o", "--base-learning-rate", "1e300"), "base_learning_rate must be at most 1000"),
         (("fit-sweep", "sweep.csv", "--out", "/proc/x"), "/proc"),
-        (("train-agent", "--recipe", "deep.yaml", "--out", "o"), "is not readable YAML: it is nested too deep"),
+        (("train-agent", "--recipe", "deep.yaml", "--out", "o"), "is not readable YAML: it is nested more than 32"),
         (("replay", "--model", "deep.json", "--text", "text.txt", "--out", "o"), "it is nested more than"),
         (("replay", "--model", "nan.json", "--text", "text.txt", "--out", "o"), "values that are not finite"),
         (("calibrate", "--model", "none.json", "--text", "text.txt", "--out", "o"), "at least one layer, got 0"),
@@ -142,6 +156,9 @@ def test_options(
     Path("large.yaml").write_text("#" * 70_000)
     Path("nan.json").write_text(json.dumps(TINY | {"rms_norm_eps": float("nan")}))
     Path("none.json").write_text(json.dumps(TINY | {"num_hidden_layers": 0}))
+    Path("other").mkdir()
+    for link in ("loop", "other/loop"):
+        Path(link).symlink_to("loop")
     assert message in refused(monkeypatch, capsys, *arguments)
 
 
@@ -172,11 +189,12 @@ def test_a_bundle_is_refused_alike_wherever_it_is_given(
         (TINY | {"model_type": ["llama"]}, "must be a transformers config with a 'model_type'"),
     ],
 )
-def test_model_config(place: Path, config: dict[str, Any], message: str) -> None:
+def test_model_config(place: Path, capfd: pytest.CaptureFixture[str], config: dict[str, Any], message: str) -> None:
     Path("model.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"^model: ") as caught:
         load_model("model.json", 0)
     assert message in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_config_with_fields_of_older_transformers_is_built(place: Path) -> None:

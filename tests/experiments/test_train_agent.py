@@ -19,6 +19,7 @@ from trainpilot.experiments.inspect_run import inspect_path
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.recipe import load_recipe
 from trainpilot.experiments.train_agent import train_agent
+from trainpilot.llm_runtime.files import save_checkpoint
 
 CONFIG = {
     "model_type": "llama",
@@ -54,6 +55,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not (place / "out" / "policy.safetensors").exists()
     train_agent(options, Console(file=StringIO()))
     return place
+
+
+def test_a_checkpoint_without_a_policy_is_one_line(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny")
+    for policy in ({}, 5, {"action_net.weight": None}):
+        save_checkpoint(tmp_path / "checkpoint.pt", {"policy": policy})
+        with pytest.raises(ValueError, match="cannot be resumed"):
+            module._groups(recipe, tmp_path)
 
 
 def _interrupt(*_: object) -> None:

@@ -158,7 +158,11 @@ def test_a_mac_s_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert resolve_device("auto").type == "cuda"
+    assert resolve_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match=r"^device: 'cuda:2' is not there, as torch sees 2 .*; use 'cuda'$"):
+        resolve_device("cuda:2")
 
 
 def test_can_be_read_without_torch() -> None:

@@ -36,6 +36,29 @@ def test_what_is_not_finite_is_null(telemetry: Telemetry) -> None:
     assert again.diverged
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_loss_std", 1e308),
+        ("train_loss", -1e300),
+        ("validation_loss", math.inf),
+        ("gradient_norm", math.nan),
+        ("energy_j", -1.0),
+        ("time_s", -1e-9),
+        ("power_w", "12.5"),
+    ],
+)
+def test_a_number_that_nothing_measures_is_refused(telemetry: Telemetry, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"telemetry: {name} must be a"):
+        Telemetry.from_json(telemetry.to_json() | {name: value})
+
+
+def test_what_no_float32_holds_is_written_as_null(telemetry: Telemetry) -> None:
+    record = replace(telemetry, train_loss_std=3.4e38, noise_scale=1e39, epochs_seen=-1.0).to_json()
+    assert (record["train_loss_std"], record["noise_scale"], record["epochs_seen"]) == (3.4e38, None, None)
+    assert Telemetry.from_json(record).train_loss_std == 3.4e38
+
+
 def test_missing_and_unknown_fields_are_named(telemetry: Telemetry) -> None:
     record = telemetry.to_json() | {"colour": "blue"}
     del record["train_loss"]

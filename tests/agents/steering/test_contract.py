@@ -239,6 +239,7 @@ def test_an_earlier_run_whose_clock_stood_still_says_nothing_of_time() -> None:
      ("reference", [(0.2, 2.0), (0.1, 1.9)]), ("reference", "losses"), ("reference", [0.1, 0.2]),
      ("reference", [("a", 2.0), ("b", 1.0)]), ("reference", [(0.1, 0.0), (0.2, 1.0)]),
      ("reference", [(0.1, -5.0), (0.2, 1.0)]), ("reference", [(0.1, math.inf), (0.2, 1.0)]),
+     ("reference", [(0.1, 1e9), (0.2, 1e9)]), ("reference", [(0.1, 10**400), (0.2, 1.0)]),
      ("reference_s_per_token", 0.0), ("reference_s_per_token", math.nan), ("reference_s_per_token", -1.0),
      ("reference_s_per_token", "fast"), ("max_slowdown", "none"), ("evidence_share", None)],
 )  # fmt: skip

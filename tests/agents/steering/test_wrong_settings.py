@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.agents.steering.settings import SteeringSettings
+from trainpilot.agents.steering.steering import Steering
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,20 @@ def test_a_setting_of_the_wrong_kind_is_refused(name: str, value: Any, rule: str
 
     with pytest.raises(ValueError, match=f"^{name} must be {rule}"):
         SteeringSettings(**settings)
+
+
+@pytest.mark.parametrize("model", [None, "llama-nano", [nn.Linear(2, 1)]])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    optimizer = torch.optim.AdamW(nn.Linear(2, 1).parameters())
+    with pytest.raises(ValueError, match=r"^model must be a torch.nn.Module, got "):
+        Steering(model, optimizer, SteeringSettings(sequences=100, batch_size=2, policy="none"))
+
+
+def test_what_are_no_settings_is_refused() -> None:
+    settings: Any = None
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"^settings must be SteeringSettings, got NoneType$"):
+        Steering(model, torch.optim.AdamW(model.parameters()), settings)
 
 
 @pytest.mark.parametrize(

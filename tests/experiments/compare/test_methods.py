@@ -102,6 +102,8 @@ def test_names_are_taken_in_their_order_with_spaces(tmp_path: Path) -> None:
         ("policy:a.b@start=inf", "start must be a factor above 0"),
         ("policy:a.b@start=fast", "got 'fast' in 'policy:a.b@start=fast'"),
         ("policy:a.b@start=1@start=2", "may hold one preference and one start"),
+        ("policy:a.b@", "an option must follow each @, got 'policy:a.b@'"),
+        ("open-loop:a.b@@unguarded", "an option must follow each @"),
         ("policy:a.b@time=1@energy=1", "may hold one preference and one start"),
         ("policy:a.b@unguarded@unguarded", "may hold one preference and one start, .*, and @unguarded once"),
         ("open-loop:a.b@start=1", "an open loop has no start of its own, .*; leave out @start=1"),
