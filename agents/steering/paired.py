@@ -14,7 +14,7 @@ losses, and shares what was agreed with what the trials have cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Self
@@ -71,6 +71,8 @@ class PairedWatch(ContractWatch):
         self.unrecorded: tuple[float, float | None] = (0.0, 0.0)
         self.paces: list[float] = []
         """Seconds per token of the newest shadows."""
+        self.impossible: str | None = None
+        """Why there can be no further trial; the contract is broken then, as nothing measures the policy any more."""
 
     @property
     def observing(self) -> bool:
@@ -80,7 +82,7 @@ class PairedWatch(ContractWatch):
     @property
     def holds(self) -> str | None:
         """Why the policy may change nothing now; `None` where it may."""
-        return HELD if self.hold and not self.on_trial else None
+        return HELD if (self.hold and not self.on_trial) or self.impossible else None
 
     def observe(self, telemetry: Telemetry, *, steers: bool = True, speed: float = 1.0) -> str | None:
         """Record an interval; return why the contract is broken, which here only lost time can do."""
@@ -157,6 +159,8 @@ class PairedWatch(ContractWatch):
         return None if self.newest is None else (self.newest, 0.0)
 
     def _breach(self) -> str | None:
+        if self.impossible:
+            return self.impossible
         slowdown, agreed = self.slowdown(), self.contract.max_slowdown
         if self._rows[-1]["share"] < JUDGED_FROM - 1e-9 or slowdown is None or slowdown <= agreed:
             return None
@@ -224,13 +228,18 @@ class Pairing:
         watch: Judges the trials.
         loop: The loop, before any control was changed.
         data: Position of the data, which goes back with the run.
+        warn: Told of data that fail, after which there is no further trial.
     """
 
-    def __init__(self, watch: PairedWatch, loop: ControlledLoop, data: Stateful) -> None:
+    def __init__(self, watch: PairedWatch, loop: ControlledLoop, data: Stateful, warn: Callable[[str], None]) -> None:
         from trainpilot.llm_runtime.loop import RollbackCopy  # guarded controllers load without torch
 
+        def fails(message: str) -> None:
+            watch.impossible = message
+            warn(message)
+
         self.watch, self._loop, self._start_controls = watch, loop, loop.controls
-        self._start, self._end = RollbackCopy(loop, data), RollbackCopy(loop, data)
+        self._start, self._end = RollbackCopy(loop, data, fails), RollbackCopy(loop, data, fails)
         """The run before the trial under way, and after its shadow: one of the two is held."""
         self.snapshot = False
         """Whether the decision on trial asks for a snapshot."""
@@ -241,7 +250,9 @@ class Pairing:
         self._shadow: list[Telemetry] = []
 
     @classmethod
-    def of(cls, watch: ContractWatch | None, loop: ControlledLoop, data: Stateful | None) -> Self | None:
+    def of(
+        cls, watch: ContractWatch | None, loop: ControlledLoop, data: Stateful | None, warn: Callable[[str], None]
+    ) -> Self | None:
         """Return the trials of a contract; `None` where it is not paired.
 
         Raises:
@@ -264,7 +275,7 @@ class Pairing:
                 f"contract must be without paired in several processes, got {loop.ranks.world_size}; "
                 "train in one process, or give a reference"
             )
-        return cls(watch, loop, data)
+        return cls(watch, loop, data, warn)
 
     @property
     def shadowing(self) -> bool:
@@ -278,7 +289,8 @@ class Pairing:
 
     def is_due(self, controls: Controls) -> bool:
         """Return whether these controls have to stand a trial before the run goes on with them."""
-        return not self.watch.on_trial and not self.watch.hold and controls != self.base_controls()
+        waits = self.watch.on_trial or self.watch.hold or self.watch.impossible
+        return not waits and controls != self.base_controls()
 
     def begin(self, point: Mapping[str, Any], *, snapshot: bool, n_records: int) -> None:
         """Begin a trial with its shadow.

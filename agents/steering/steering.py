@@ -152,7 +152,8 @@ class Steering:
         self.controller = kind(
             controller, guardrails, settings.contract, rewinds=lambda: self.rollback_copy.rewinds, watches=watches
         )
-        self.pairing = Pairing.of(self.controller.watch, self.loop, data) if not self.advises else None
+        watch = None if self.advises else self.controller.watch
+        self.pairing = Pairing.of(watch, self.loop, data, self._warn_of_data)
         self.validation_loss: float | None = None
         """Latest validation loss, in nats/token."""
         self._step_open = False

@@ -337,7 +337,7 @@ def test_pairs_stand_alone(beside: dict[str, Any]) -> None:
 def test_what_cannot_be_trained_on_twice_is_refused_in_a_line() -> None:
     model = nn.Linear(4, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    plain = {"batch_size": 2, "decisions": 20, "contract": paired()}
+    plain: dict[str, Any] = {"batch_size": 2, "decisions": 20, "contract": paired()}
     with pytest.raises(ValueError, match=r"without paired .* got no data; give Steering\(data=...\)"):
         Steering(model, optimizer, SteeringSettings(sequences=400, **plain), meter=NoMeter("a test"))
     settings = SteeringSettings(budget="60s", **plain)
@@ -386,3 +386,26 @@ def test_a_damaged_trial_is_refused_and_changes_nothing(steps: int) -> None:
         assert not other.steering.pairing.shadowing or other.steering.sequences == 0  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="contract must have paired"):
         Run(plan(TWICE)).steering.load_state_dict(state)
+
+
+@pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
+def test_data_that_fail_leave_the_run_to_its_base_schedule(method: str) -> None:
+    run = Run(plan(TWICE, KEEP, KEEP, KEEP, TWICE, KEEP, KEEP, KEEP), contract=paired(0.5, agreed=10.0)).go(45)
+    pairing = run.steering.pairing
+    assert pairing is not None
+    assert pairing.watch.sequences
+
+    def broken(*_: object) -> Any:
+        raise OSError("gone")
+
+    run.rows.__dict__[method] = broken
+    pairing.watch.hold = 0
+    with pytest.warns(UserWarning, match="the run goes on under its base schedule") as told:
+        run.go()
+    assert any(f"data.{method} raised OSError: gone" in str(each.message) for each in told)
+    assert run.steering.finished
+    assert run.steering.progress.sequences == 400
+    scales = [each.telemetry.requested.learning_rate_scale for each in run.steering.records]
+    assert scales[-4:] == [1.0] * 4
+    contract = run.steering.summary()["contract"]
+    assert contract["held"] is False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,9 +22,9 @@ def of_deepspeed(name: str, module: str, base: type) -> Any:
 
 def divided(*placements: Any) -> nn.Module:
     """Return a model whose weight says how it is divided, as a DTensor does."""
-    model = nn.Sequential(nn.Linear(2, 2))
+    model: Any = nn.Sequential(nn.Linear(2, 2))
     model[0].weight.placements = placements
-    return model
+    return cast("nn.Module", model)
 
 
 def refused(model: nn.Module, optimizer: Any = None) -> str:
