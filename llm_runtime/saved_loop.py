@@ -5,8 +5,9 @@ The states of version 0.1 lack some fields; these have defaults.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from itertools import count
 from typing import Annotated, Any, ClassVar, Self
 
 from trainpilot.llm_runtime.config import Controls, Precision
@@ -27,26 +28,33 @@ class SavedRecord(JsonRecord):
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Return the record. Raises `ValueError` as `JsonRecord.from_json`, and for a number that is given as text."""
         record = super().from_json(content)
-        _check_numbers(record, content, "state")
+        _check_numbers(record, content)
         return record
 
 
-def _check_numbers(read: Any, given: Any, name: str) -> None:
+def _check_numbers(read: Any, given: Any) -> None:
     """Raise `ValueError` where a number was read from a text, however deep inside."""
     if read is given:
         return
-    if isinstance(given, str | bytes) and isinstance(read, int | float):
-        raise ValueError(f"{name} must be a number, got the text {shown(given)}")
-    if is_dataclass(read) and isinstance(given, Mapping):
-        for each in fields(read):
-            if each.name in given:
-                _check_numbers(getattr(read, each.name), given[each.name], f"{name}.{each.name}")
-    elif isinstance(read, Mapping):
-        for key, one, other in zip(read, read.values(), given.values(), strict=True):
-            _check_numbers(one, other, f"{name}.{key}")
-    elif isinstance(read, list | tuple):
-        for one, other in zip(read, given, strict=True):
-            _check_numbers(one, other, name)
+    pairs: Iterable[tuple[Any, Any, Any]]
+    if isinstance(given, Mapping):
+        own = read if isinstance(read, Mapping) else vars(read)
+        pairs = ((name, own.get(name), value) for name, value in given.items())
+    else:
+        pairs = zip(count(), read, given)
+    for name, one, value in pairs:
+        if type(value) in _NUMBERS:  # as most of what a long run's state holds
+            continue
+        if isinstance(value, str | bytes):
+            if isinstance(one, int | float):
+                raise ValueError(f"state must hold {name} as a number, got the text {shown(value)}")
+        elif isinstance(value, Mapping | list | tuple) and (
+            isinstance(one, Mapping | list | tuple) or is_dataclass(one)
+        ):
+            _check_numbers(one, value)
+
+
+_NUMBERS = frozenset({int, float, bool, type(None)})
 
 
 @dataclass(frozen=True, kw_only=True)
