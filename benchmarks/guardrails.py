@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--preferences", nargs="+", default=list(dict.fromkeys(PREFERENCES.values())))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=0)
+    parser.add_argument("--name", default="guardrails", help="name of the result file")
     options = parser.parse_args()
     baselines = json.loads((RESULTS / "baselines.json").read_text(encoding="utf-8"))
     cases = options.cases or list(baselines["tuned"])
@@ -61,7 +62,7 @@ def main() -> None:
             for preference in options.preferences
         },
     }
-    print(write_result("guardrails", result, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    print(write_result(options.name, result, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     for preference, found in result["preferences"].items():
         print(f"{preference}: {found['all']}")
 
