@@ -42,13 +42,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/guardrails"))
     parser.add_argument("--cases", nargs="*", help="names of test cases; all of them by default")
     parser.add_argument("--preferences", nargs="+", default=list(dict.fromkeys(PREFERENCES.values())))
+    parser.add_argument("--starts", nargs="+", default=STARTS, help="factors of the tuned learning rate")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=0)
     parser.add_argument("--name", default="guardrails", help="name of the result file")
     options = parser.parse_args()
     baselines = json.loads((RESULTS / "baselines.json").read_text(encoding="utf-8"))
     cases = options.cases or list(baselines["tuned"])
-    write_cases(options.out / "cases.yaml", baselines, cases)
+    write_cases(options.out / "cases.yaml", baselines, cases, options.starts)
     methods = [f"policy:{options.policy}@{p}{form}" for p in options.preferences for form in ("", "@unguarded")]
     command = ["compare", "--cases", str(options.out / "cases.yaml"), "--methods", ",".join(methods)]
     command += ["--out", str(options.out), "--seeds", str(options.seeds), "--jobs", str(options.jobs)]
@@ -56,9 +57,9 @@ def main() -> None:
     runs = load(options.out)
     result = {
         "policy": {"name": options.policy, "digest": policy_digest(policy_path(options.policy))},
-        "compare": {"cases": cases, "starts": STARTS, "seeds": list(runs.comparison.seeds)},
+        "compare": {"cases": cases, "starts": options.starts, "seeds": list(runs.comparison.seeds)},
         "preferences": {
-            preference: compared(runs, baselines, cases, options.policy, preference)
+            preference: compared(runs, baselines, cases, options.policy, preference, options.starts)
             for preference in options.preferences
         },
     }
@@ -67,7 +68,7 @@ def main() -> None:
         print(f"{preference}: {found['all']}")
 
 
-def write_cases(path: Path, baselines: dict[str, Any], names: Sequence[str]) -> None:
+def write_cases(path: Path, baselines: dict[str, Any], names: Sequence[str], starts: Sequence[str]) -> None:
     """Write the test cases once for each start, with the corresponding learning rates."""
     text = files("trainpilot.experiments.compare").joinpath("sets/test.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
@@ -79,7 +80,7 @@ def write_cases(path: Path, baselines: dict[str, Any], names: Sequence[str]) -> 
         }
         for case in content["cases"]
         if (name := case["name"]) in names
-        for start in STARTS
+        for start in starts
     ]
     with whole_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -91,7 +92,7 @@ def tuned_rate(baselines: dict[str, Any], case: str) -> float:
 
 
 def compared(
-    runs: Runs, baselines: dict[str, Any], cases: Sequence[str], policy: str, preference: str
+    runs: Runs, baselines: dict[str, Any], cases: Sequence[str], policy: str, preference: str, starts: Sequence[str]
 ) -> dict[str, Any]:
     """Return all pairs of runs, with summaries by start, with and without an intervention, and over all."""
     pairs = []
@@ -99,7 +100,7 @@ def compared(
         curve = next(
             c for c in baselines["curves"] if (c["case"], c["baseline"], c["axis"]) == (case, "tuned", "tokens")
         )
-        for start in STARTS:
+        for start in starts:
             forms = (f"policy:{policy}@{preference}", f"policy:{policy}@{preference}@unguarded")
             held, bare = ({run.row.seed: run.result for run in runs.of(f"{case}.start-{start}", m)} for m in forms)
             pairs += [
@@ -112,7 +113,7 @@ def compared(
     }
     return {
         "all": summary(pairs),
-        "by_start": {start: summary([p for p in pairs if p["start"] == start]) for start in STARTS},
+        "by_start": {start: summary([p for p in pairs if p["start"] == start]) for start in starts},
         "by_intervention": {name: summary(found) for name, found in interventions.items()},
         "pairs": pairs,
     }
