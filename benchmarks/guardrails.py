@@ -59,7 +59,7 @@ def main() -> None:
         "policy": {"name": options.policy, "digest": policy_digest(policy_path(options.policy))},
         "compare": {"cases": cases, "starts": options.starts, "seeds": list(runs.comparison.seeds)},
         "preferences": {
-            preference: compared(runs, baselines, cases, options.policy, preference, options.starts)
+            preference: compared(runs, baselines, cases, options.starts, f"policy:{options.policy}@{preference}")
             for preference in options.preferences
         },
     }
@@ -92,7 +92,7 @@ def tuned_rate(baselines: dict[str, Any], case: str) -> float:
 
 
 def compared(
-    runs: Runs, baselines: dict[str, Any], cases: Sequence[str], policy: str, preference: str, starts: Sequence[str]
+    runs: Runs, baselines: dict[str, Any], cases: Sequence[str], starts: Sequence[str], method: str
 ) -> dict[str, Any]:
     """Return all pairs of runs, with summaries by start, with and without an intervention, and over all."""
     pairs = []
@@ -101,7 +101,7 @@ def compared(
             c for c in baselines["curves"] if (c["case"], c["baseline"], c["axis"]) == (case, "tuned", "tokens")
         )
         for start in starts:
-            forms = (f"policy:{policy}@{preference}", f"policy:{policy}@{preference}@unguarded")
+            forms = (method, f"{method}@unguarded")
             held, bare = ({run.row.seed: run.result for run in runs.of(f"{case}.start-{start}", m)} for m in forms)
             pairs += [
                 {"case": case, "start": start, "seed": seed, **pair(held[seed], bare[seed], curve)}
