@@ -85,7 +85,7 @@ class PairedWatch(ContractWatch):
         return HELD if (self.hold and not self.on_trial) or self.impossible else None
 
     def observe(self, telemetry: Telemetry, *, steers: bool = True, speed: float = 1.0) -> str | None:
-        """Record an interval; return why the contract is broken, which here only lost time can do."""
+        """Record an interval; return why the contract is broken: by lost time, or as there can be no further trial."""
         broken = super().observe(telemetry, steers=steers, speed=speed)
         self.hold = max(self.hold - 1, 0)
         self._fall = self._own_fall()

@@ -13,7 +13,7 @@ from policies import N_INPUTS, random_weights
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
-from trainpilot.agents.bundle import PolicyBundle, field_tables
+from trainpilot.agents.bundle import BaseSchedule, PolicyBundle, field_tables
 
 TABLES = field_tables()
 
@@ -109,3 +109,9 @@ def test_the_largest_weights_give_finite_logits(tmp_path: Path) -> None:
     PolicyBundle(weights).save(tmp_path / "p.safetensors")
     loaded = PolicyBundle.load(tmp_path / "p.safetensors")
     assert np.isfinite(loaded.logits(np.ones(N_INPUTS, np.float32))).all()
+
+
+@pytest.mark.parametrize("share", [None, "0.1", True, float("nan")])
+def test_a_warm_up_that_is_no_number_is_refused(share: Any) -> None:
+    with pytest.raises(ValueError, match=r"^warmup_share must be in \[0, 1\), got "):
+        BaseSchedule(schedule="wsd", warmup_share=share)
