@@ -93,8 +93,6 @@ class BaseSchedule:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if not _is_number(self.warmup_share):  # a range lets `None` pass
-            raise ValueError(f"warmup_share must be in [0, 1), got {self.warmup_share!r}")
         check_ranges(self)
 
     def on(self, config: RunConfig) -> RunConfig:

@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 from trainpilot.agents.controller import Controller, Policy
-from trainpilot.envs.action import FINISH_FROM, LEARNING_RATE_SCALE_RANGE, MAX_SPARSITY, Action, split_choices
+from trainpilot.envs.action import FINISH_FROM, MAX_SPARSITY, Action, split_choices
 from trainpilot.envs.decision import Preference
-from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls, Precision, RunConfig
+from trainpilot.llm_runtime.config import (
+    LEARNING_RATE_SCALE_RANGE,
+    PRECISIONS,
+    ControlLimits,
+    Controls,
+    Precision,
+    RunConfig,
+)
 from trainpilot.llm_runtime.schedules import EVALUATE_EVERY, cubic_sparsity
 from trainpilot.llm_runtime.telemetry import Telemetry
 

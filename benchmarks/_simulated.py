@@ -22,14 +22,13 @@ from trainpilot.envs.action import (
     BATCH_FACTORS,
     FINISH_FROM,
     LEARNING_RATE_FACTORS,
-    LEARNING_RATE_SCALE_RANGE,
     MAX_SPARSITY,
 )
 from trainpilot.envs.decision import DecisionStates, Preference
 from trainpilot.envs.reward import budget_for_loss, worth
 from trainpilot.envs.runs import ReferencedPlants
 from trainpilot.experiments.analysis.pareto import on_front
-from trainpilot.llm_runtime.config import PRECISIONS
+from trainpilot.llm_runtime.config import LEARNING_RATE_SCALE_RANGE, PRECISIONS
 from trainpilot.llm_runtime.schedules import (
     BUDGET_SHARES,
     SCHEDULES,

@@ -32,13 +32,13 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvStepRetu
 from trainpilot.agents.bundle import PolicyBundle, policy_path
 from trainpilot.agents.heuristics import HEURISTICS
 from trainpilot.agents.sb3_env import ScalarVecEnv
-from trainpilot.envs.action import KEEP, LEARNING_RATE_SCALE_RANGE, split_choices
+from trainpilot.envs.action import KEEP, split_choices
 from trainpilot.envs.decision import draw_weights
 from trainpilot.envs.discrete import ONE_AT_A_TIME
 from trainpilot.envs.observation import OBSERVATION_FIELDS, ObservationField
 from trainpilot.envs.runs import SteeredRuns, reference_batch
 from trainpilot.envs.vector import VectorSimulatedTraining
-from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.config import LEARNING_RATE_SCALE_RANGE, ControlLimits, Controls
 from trainpilot.llm_runtime.drive import RunController, evaluation_due
 from trainpilot.llm_runtime.process import use_threads
 from trainpilot.llm_runtime.schedules import EVALUATE_EVERY

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainpilot.llm_runtime.config import PRECISIONS, ControlLimits, Controls
+from trainpilot.llm_runtime.config import LEARNING_RATE_SCALE_RANGE, PRECISIONS, ControlLimits, Controls
 from trainpilot.llm_runtime.simulator.records import Bools, ControlBatch, Floats, Ints, LimitBatch
 
 SPARSITY_STEP = 0.05
@@ -104,8 +104,6 @@ def check_action(action: Choices) -> None:
     check_actions(np.asarray(action)[None])
 
 
-LEARNING_RATE_SCALE_RANGE = (2.0**-6, 2.0**6)
-"""Bounds on the learning-rate scale, for starts that are up to 30 times too low or too high."""
 MAX_PRECISION_SWITCHES = 2
 PRUNING_WINDOW = (0.2, 0.8)
 """Shares of the budget between which pruning is allowed: after the weights have formed, and early enough to recover

@@ -104,6 +104,8 @@ class ControlLimits:
         )
 
 
+LEARNING_RATE_SCALE_RANGE = (2.0**-6, 2.0**6)
+"""Bounds on the learning-rate scale, for starts that are up to 30 times too low or too high."""
 BATCH_RANGE = 16
 """The batch size stays within this factor of the one at the start."""
 STEPS_PER_INTERVAL = 4

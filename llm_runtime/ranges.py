@@ -96,15 +96,15 @@ def _number(value: float) -> str:
 @lru_cache(maxsize=64)
 def ranges_of(kind: type) -> dict[str, Range]:
     """Return the ranges that a dataclass declares, by field."""
-    return {name: declared for name, (declared, _) in _declarations(kind).items()}
+    return {name: declared for name, (declared, _, _) in _declarations(kind).items()}
 
 
 @lru_cache(maxsize=64)
-def _declarations(kind: type) -> dict[str, tuple[Range, bool]]:
-    """Return the ranges that a dataclass declares, by field, and whether a word may stand for the number."""
+def _declarations(kind: type) -> dict[str, tuple[Range, bool, bool]]:
+    """Return the ranges that a dataclass declares, by field, and whether a word or `None` may stand for the number."""
     hints = get_type_hints(kind, include_extras=True)
-    found = {name: (range_in(hint), _takes_words(hint)) for name, hint in hints.items()}
-    return {name: (declared, words) for name, (declared, words) in found.items() if declared is not None}
+    ranges = {name: found for name, hint in hints.items() if (found := range_in(hint)) is not None}
+    return {name: (found, _takes_words(hints[name]), _takes_none(hints[name])) for name, found in ranges.items()}
 
 
 def range_in(hint: Any) -> Range | None:
@@ -117,8 +117,12 @@ def _takes_words(hint: Any) -> bool:
     return get_origin(hint) is Literal or any(map(_takes_words, get_args(hint)))
 
 
+def _takes_none(hint: Any) -> bool:
+    return hint is type(None) or any(map(_takes_none, get_args(hint)))
+
+
 def check_ranges(record: Any, prefix: str = "") -> None:
-    """Check every number of a dataclass whose type declares a range; `None`, and a word that the type has, pass.
+    """Check every number of a dataclass whose type declares a range; `None` and a word pass where the type has them.
 
     Args:
         record: The dataclass.
@@ -128,8 +132,8 @@ def check_ranges(record: Any, prefix: str = "") -> None:
         ValueError: a number is out of its range.
     """
     kind: Any = type(record)
-    for name, (allowed, words) in _declarations(kind).items():
+    for name, (allowed, words, none) in _declarations(kind).items():
         value = getattr(record, name)
         for each in value if isinstance(value, tuple) else (value,):
-            if each is not None and not (words and isinstance(each, str)):
+            if not (none and each is None) and not (words and isinstance(each, str)):
                 allowed.check(f"{prefix}{name}", each)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, is_dataclass
 from itertools import count
 from typing import Annotated, Any, ClassVar, Self
 
-from trainpilot.llm_runtime.config import Controls, Precision
+from trainpilot.llm_runtime.config import LEARNING_RATE_SCALE_RANGE, Controls, Precision
 from trainpilot.llm_runtime.json_records import LARGEST, JsonRecord
 from trainpilot.llm_runtime.plain_values import MAX_INT, shown
 from trainpilot.llm_runtime.ranges import COUNT, Range
@@ -156,6 +156,12 @@ class SavedReadings(SavedRecord):
     before: list[Any]
 
 
+def check_saved_controls(controls: Controls) -> None:
+    """Raise `ValueError` for a learning-rate scale that no controller can have set, as it would overflow."""
+    if (scale := controls.learning_rate_scale) > LEARNING_RATE_SCALE_RANGE[1]:
+        raise ValueError(f"learning_rate_scale must be at most {LEARNING_RATE_SCALE_RANGE[1]:g}, got {scale:g}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedLoop(SavedRecord):
     """The whole state of a loop, but for its model and optimizer."""
@@ -166,6 +172,9 @@ class SavedLoop(SavedRecord):
     controls: Controls
     levers: SavedLevers
     readings: SavedReadings
+
+    def __post_init__(self) -> None:
+        check_saved_controls(self.controls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +190,10 @@ class SavedSnapshot(SavedRecord, Controls):
     scaler: dict[str, Any]
     effective_precision: str
     micro_batch_size: Annotated[int, Range(1, MAX_INT)] | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_saved_controls(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ from trainpilot.agents.steering.paired import LOST, PairedWatch
 from trainpilot.agents.steering.saved_state import SavedController, SavedStanding
 from trainpilot.agents.steering.throughput import Throughput
 from trainpilot.agents.steering.withheld import at_speed, relative_speed
-from trainpilot.envs.action import ACTION_FIELDS, KEEP, LEARNING_RATE_SCALE_RANGE, Action, allow, check_action
+from trainpilot.envs.action import ACTION_FIELDS, KEEP, Action, allow, check_action
 from trainpilot.envs.decision import Decision, Preference
 from trainpilot.envs.reward import RewardTerms
-from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.config import LEARNING_RATE_SCALE_RANGE, ControlLimits, Controls
 from trainpilot.llm_runtime.telemetry import Plant, Snapshot, Telemetry
 
 

@@ -14,12 +14,12 @@ from trainpilot.agents.controller import DecisionRecord
 from trainpilot.agents.steering.course import Course
 from trainpilot.agents.steering.guardrails import MOVED, LossLevel, Past, RollbackHistory
 from trainpilot.agents.steering.throughput import Throughput
-from trainpilot.envs.action import LEARNING_RATE_SCALE_RANGE, Action, check_action
+from trainpilot.envs.action import Action, check_action
 from trainpilot.envs.decision import Advice, Decision
 from trainpilot.llm_runtime.config import Controls
 from trainpilot.llm_runtime.plain_values import shown
 from trainpilot.llm_runtime.ranges import Range
-from trainpilot.llm_runtime.saved_loop import Count, NotNegative, Number, Positive, SavedRecord
+from trainpilot.llm_runtime.saved_loop import Count, NotNegative, Number, Positive, SavedRecord, check_saved_controls
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 
@@ -36,8 +36,7 @@ class SavedDecision(SavedRecord):
     def __post_init__(self) -> None:
         check_action(self.requested)
         check_action(self.allowed)
-        if (scale := self.controls.learning_rate_scale) > LEARNING_RATE_SCALE_RANGE[1]:
-            raise ValueError(f"learning_rate_scale must be at most {LEARNING_RATE_SCALE_RANGE[1]:g}, got {scale:g}")
+        check_saved_controls(self.controls)
 
     def decision(self) -> Decision:
         """Return the decision."""

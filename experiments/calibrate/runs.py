@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS, LEARNING_RATE_SCALE_RANGE
+from trainpilot.envs.action import BATCH_FACTORS, LEARNING_RATE_FACTORS
 from trainpilot.experiments.calibrate.design import PRUNED_SHARE, CalibrationSetting, planned
-from trainpilot.llm_runtime.config import ControlLimits, Controls
+from trainpilot.llm_runtime.config import LEARNING_RATE_SCALE_RANGE, ControlLimits, Controls
 from trainpilot.llm_runtime.drive import drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergySource, energy_between
 from trainpilot.llm_runtime.files import digest

@@ -18,8 +18,8 @@ from trainpilot.agents.ppo import _CheckpointAndCost
 from trainpilot.experiments import run_store
 from trainpilot.experiments.run_store import RunFolder
 
-STEERED = {**REPLAY, "policy": "./policy.safetensors", "pruning": "magnitude", "throughput-floor": "0"}
-"""A replay under a policy that moves every control, from inputs that repeat exactly; a floor would look at a clock."""
+STEERED = {**REPLAY, "policy": "./policy.safetensors", "pruning": "magnitude", "preference": "quality=1"}
+"""A replay under a policy that moves every control that no clock had to judge: for quality alone a run repeats exactly."""
 AGENT = {"recipe": "recipe.yaml", "out": "agent"}
 MEASURED = ("time_s", "energy_j", "probe_time_s", "switch_time_s", "evaluation_time_s", "power_w", "memory_share")
 """Fields of telemetry that no two runs have alike."""

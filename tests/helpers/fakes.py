@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import PreTrainedModel
+
 from trainpilot.llm_runtime.config import ControlLimits, Controls, RunConfig
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, RecordedMeter
 from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
@@ -75,6 +80,30 @@ class FixedClock:
     def __call__(self) -> float:
         self._calls += 1
         return self._calls * self._step_s
+
+
+class PassClock:
+    """Advances by the same time with each pass through a language model, however busy the machine is.
+
+    A pass without gradients takes a tenth of it. Use it as a context manager, in which the passes are counted.
+    """
+
+    def __init__(self, pass_s: float = 0.01) -> None:
+        self.pass_s, self.now_s = pass_s, 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def __enter__(self) -> PassClock:
+        self._hook = register_module_forward_hook(self._passed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _passed(self, module: nn.Module, *_: Any) -> None:
+        if isinstance(module, PreTrainedModel) and module.can_generate():  # the whole model, no part of it
+            self.now_s += self.pass_s if torch.is_grad_enabled() else self.pass_s / 10
 
 
 class SetClock:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,7 +44,13 @@ class Loop:
     """A plain PyTorch loop over the model, optimiser and data of a live run that is never advanced itself."""
 
     def __init__(
-        self, config: RunConfig, policy: str | Policy, micro: int = 64, rewinds: bool = False, **settings: Any
+        self,
+        config: RunConfig,
+        policy: str | Policy,
+        micro: int = 64,
+        rewinds: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+        **settings: Any,
     ) -> None:
         run = live_run(config)
         self.config, self.micro = config, micro
@@ -62,7 +70,7 @@ class Loop:
         meter = NoMeter("a test")
         wanted = SteeringSettings(**options | settings)
         data = self.stream if rewinds else None
-        self.steering = Steering(self.model, self.optimizer, wanted, meter=meter, data=data)
+        self.steering = Steering(self.model, self.optimizer, wanted, meter=meter, data=data, clock=clock)
         self.rates: list[float] = []
 
     def loss(self, batch: torch.Tensor) -> torch.Tensor:

@@ -169,7 +169,7 @@ def test_a_budget_in_seconds_ends_all_processes_at_the_same_step(results: Result
     assert first["steps"] == second["steps"]
     assert far(first, second) == 0.0
     assert first["summary"]["budget_used"] == pytest.approx(1.0, abs=0.02)
-    assert first["wall_s"] == pytest.approx(SECONDS, rel=0.15)
+    assert second["wall_s"] == pytest.approx(SECONDS, rel=0.02)  # the longest time counts
 
 
 @pytest.mark.slow

@@ -214,3 +214,11 @@ def test_loading_computes_only_observations_that_are_seen(monkeypatch: pytest.Mo
     again.load_state_dict(state)
     assert len(calls) == N_STACK + 1
     assert np.array_equal(again.controller.state.observation(), guarded.controller.state.observation())
+
+
+@pytest.mark.parametrize("scale", [1e308, 65.0])
+def test_a_learning_rate_scale_that_nobody_can_have_set_is_refused(scale: float) -> None:
+    other = steered(3)
+    message = refusal(other, changed(steered(17).state_dict(), ("controls", "learning_rate_scale"), scale))
+    assert message is not None
+    assert f"learning_rate_scale must be at most 64, got {scale:g}" in message

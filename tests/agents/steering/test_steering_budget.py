@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import SetClock, SetMeter
+from fakes import PassClock, SetClock, SetMeter
 from live_runs import LLAMA, case
 from steering_loops import Loop
 from torch import nn
@@ -110,11 +110,19 @@ def test_a_saved_loop_goes_on_with_what_was_left() -> None:
 
 
 def test_a_loop_in_seconds_ends_with_them(config: RunConfig) -> None:
-    loop = Loop(config, keep, sequences=None, budget="2s")
+    with PassClock() as clock:
+        loop = Loop(config, keep, sequences=None, budget="2s", clock=clock)
+        loop.train()
+    assert clock.now_s == pytest.approx(2.0, abs=0.01)
+    assert loop.rates[-1] < 0.02 * config.base_learning_rate
+
+
+def test_by_the_system_s_clock_a_loop_takes_its_seconds(config: RunConfig) -> None:
+    loop = Loop(config, keep, sequences=None, budget="0.5s")
     start_s = time.perf_counter()
     loop.train()
-    assert time.perf_counter() - start_s == pytest.approx(2.0, rel=0.15)
-    assert loop.rates[-1] < 0.05 * config.base_learning_rate
+    assert time.perf_counter() - start_s > 0.4  # a busy machine may take longer
+    assert loop.steering.finished
 
 
 def test_the_largest_batch_follows_the_estimate_if_there_is_one() -> None:

@@ -177,14 +177,12 @@ def test_a_precision_that_was_not_measured_is_refused() -> None:
         modelled_cost(result(interval(precision="fp16")), table())
 
 
-def test_a_real_run_costs_no_more_than_it_took(tmp_path: Path) -> None:
+def test_a_real_run_has_a_cost_for_each_of_its_parts(tmp_path: Path) -> None:
     config = case(tmp_path)
     measured = measure_cost_table(config, batch_sizes=(2, 8), precisions=("fp32",), limit_s=0.1)
     run = execute(RunSpec(config=config, steering=SteeringSpec(probe=True)), "a key")
     assert run.failure is None
 
     found = modelled_cost(run, measured)
-    took = sum(i.time_s + i.evaluation_time_s for i in run.intervals)
-    assert found.time_s < 3 * took  # loose, and no bound below: other programs may have had the core meanwhile
     assert all(found.time_parts_s[name] > 0 for name in ("training", "probe", "evaluation"))
     assert modelled_cost(replace(run, intervals=run.intervals[:5]), measured).time_s < found.time_s

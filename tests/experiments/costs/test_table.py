@@ -207,8 +207,8 @@ def test_a_real_table_is_positive_and_grows_with_the_batch(tmp_path: Path) -> No
     )
 
     small, large = (measured.step(batch, "fp32") for batch in (1, 256))
-    assert 0 < small.time_s < large.time_s
-    assert 0 < measured.evaluation(1, 1).time_s < measured.evaluation(256, 256).time_s < large.time_s
+    assert 0 < small.time_s < large.time_s  # by a factor of about fifty, which a busy machine does not hide
+    assert 0 < measured.evaluation(1, 1).time_s < measured.evaluation(256, 256).time_s
     assert {row.removed for row in measured.rows} == {0.0, 0.5}
     assert set(measured.extras) == {"magnitude"}
     assert set(measured.switches) == {"batch", "width", "magnitude"}
