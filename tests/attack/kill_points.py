@@ -20,8 +20,8 @@ TITLE = "kills and resumes"
 PROMISES = {
     "same result": Promise(
         "Killed at any moment, the same command goes on, and ends with the same result to the last bit.",
-        "`replay` under its base schedule and, for quality alone, under a policy, `train-agent` in the simulator, `compare` and "
-        "`calibrate` die at one of the writes, renames and removals that they make, every other time in the middle of "
+        "`replay` under its base schedule and, for quality alone, under a policy, `train-agent` in the simulator, "
+        "`compare` and `calibrate` die at one of the writes, renames and removals that they make, every other time in the middle of "
         "it, and some a second time on the way; weights, losses and decisions are compared with those of an "
         "undisturbed run, without measured seconds and joules",
     ),

@@ -59,6 +59,7 @@ class SharedLoop:
         config: RunConfig,
         kind: str,
         rank: int = 0,
+        *,
         energy_of: Any = None,
         budget: str | None = None,
         clock: Callable[[], float] = time.perf_counter,
