@@ -21,9 +21,9 @@ PROMISES = {
     "same result": Promise(
         "Killed at any moment, the same command goes on, and ends with the same result to the last bit.",
         "`replay` under its base schedule and, for quality alone, under a policy, `train-agent` in the simulator, "
-        "`compare` and `calibrate` die at one of the writes, renames and removals that they make, every other time in the middle of "
-        "it, and some a second time on the way; weights, losses and decisions are compared with those of an "
-        "undisturbed run, without measured seconds and joules",
+        "`compare` and `calibrate` die at one of the writes, renames and removals that they make, every other time in "
+        "the middle of it, and some a second time on the way; weights, losses and decisions are compared with those of "
+        "an undisturbed run, without measured seconds and joules",
     ),
     "no rests": Promise(
         "No temporary file stays behind once the command has ended.",

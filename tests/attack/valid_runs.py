@@ -19,7 +19,7 @@ from trainpilot.experiments import run_store
 from trainpilot.experiments.run_store import RunFolder
 
 STEERED = {**REPLAY, "policy": "./policy.safetensors", "pruning": "magnitude", "preference": "quality=1"}
-"""A replay under a policy that moves every control which no clock has to judge: for quality alone it repeats exactly."""
+"""A replay under a policy that moves every control which no clock has to judge; for quality alone it repeats."""
 AGENT = {"recipe": "recipe.yaml", "out": "agent"}
 MEASURED = ("time_s", "energy_j", "probe_time_s", "switch_time_s", "evaluation_time_s", "power_w", "memory_share")
 """Fields of telemetry that no two runs have alike."""
