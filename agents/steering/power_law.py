@@ -33,18 +33,17 @@ class PowerLaw:
     @classmethod
     def fit(cls, tokens: Floats, losses: Floats, errors: Floats) -> PowerLaw:
         """Fit losses that have standard errors; losses that scatter more widen the band."""
-        fits = [_fit_line((tokens / tokens[0]) ** -s, losses, errors) for s in EXPONENTS]
-        squares = np.array([each[2] for each in fits])
+        falls = (tokens / tokens[0]) ** -EXPONENTS[:, None]
+        lines, covariances, squares = _fit_lines(falls, losses, errors)
         excess = max(float(squares.min()) / max(len(losses) - 3, 1), 1.0)
         weights = np.exp(-(squares - squares.min()) / (2 * excess))
-        lines = np.array([each[0] for each in fits])
         return cls(
             first_tokens=float(tokens[0]),
             exponents=EXPONENTS,
             weights=weights / weights.sum(),
             floors=lines[:, 0],
             amplitudes=lines[:, 1],
-            covariances=excess * np.array([each[1] for each in fits]),
+            covariances=excess * covariances,
             excess=excess,
         )
 
@@ -58,17 +57,24 @@ class PowerLaw:
         return mean, math.sqrt(max(float(self.weights @ (variances + (means - mean) ** 2)), 0.0))
 
 
-def _fit_line(falls: Floats, losses: Floats, errors: Floats) -> tuple[Floats, Floats, float]:
-    """Return floor and amplitude, both >= 0, their covariance, and the sum of squared errors."""
-    design = np.stack([np.ones_like(falls), falls], axis=1) / errors[:, None]
+def _fit_lines(falls: Floats, losses: Floats, errors: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return floor and amplitude, both >= 0, their covariance, and the sum of squared errors for each row of `falls`.
+
+    Args:
+        falls: What the amplitude is multiplied by, shape (n_rows, n_losses).
+        losses: Shape (n_losses,).
+        errors: Standard errors of the losses, shape (n_losses,).
+    """
+    design = np.stack([np.ones_like(falls), falls], axis=2) / errors[:, None]
     target = losses / errors
-    inverse = np.linalg.pinv(design.T @ design)
-    line = inverse @ design.T @ target
-    if line.min() < 0:  # then the other one alone; all that it can do is stated by the larger sum of squares
-        kept = 1 - int(line.argmin())
-        column = design[:, kept]
-        line = np.zeros(2)
-        line[kept] = column @ target / (column @ column)
-        inverse = np.zeros((2, 2))
-        inverse[kept, kept] = 1 / (column @ column)
-    return line, inverse, float(np.sum((design @ line - target) ** 2))
+    inverses = np.linalg.pinv(np.einsum("knp,knq->kpq", design, design))
+    projected = np.einsum("knp,n->kp", design, target)
+    lines = np.einsum("kpq,kq->kp", inverses, projected)
+    (below,) = np.nonzero(lines.min(axis=1) < 0)
+    if len(below):  # then the other one alone; all that it can do is stated by the larger sum of squares
+        kept = 1 - lines[below].argmin(axis=1)
+        lengths = np.square(design[below, :, kept]).sum(axis=1)
+        lines[below], inverses[below] = 0.0, 0.0
+        lines[below, kept] = projected[below, kept] / lengths
+        inverses[below, kept, kept] = 1 / lengths
+    return lines, inverses, np.square(np.einsum("knp,kp->kn", design, lines) - target).sum(axis=1)
