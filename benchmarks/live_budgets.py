@@ -7,9 +7,10 @@ search; the best setting is judged with other seeds, at the whole and at half of
 and 10 times the tuned learning rate (`--starts`) at the case's own batch, within guardrails, and are asked for quality
 alone; so does `greedy`, transformers' GreedyLR, while `law` is the static setting that Step Law advises. A run's
 multiplier is the share of the budget that the tuned static needs for its loss: in the logarithm it is interpolated
-between both budgets, and extrapolated beyond them. With `--seconds`, policies (not `greedy` and `law`) also get the
-seconds that the static tuned for seconds takes, as measured in the same command, and are compared with that one. Runs
-lie in OUT; the same command resumes.
+between both budgets, and extrapolated beyond them. With `--seconds`, policies (not `greedy` and `law`) are also
+compared with the static tuned for seconds: both have the same budget in seconds, those in which that static trains on
+the case's tokens in this very command, and both pay for the same evaluations out of it. Runs lie in OUT; the same
+command resumes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.results import Case, RunResult, RunSpec, SteeringSpec
 from trainpilot.experiments.run_store import RunStore
 from trainpilot.llm_runtime.process import use_threads
-from trainpilot.llm_runtime.schedules import neutral_factor
+from trainpilot.llm_runtime.schedules import EVALUATE_EVERY, neutral_factor
 
 BASELINES = Path(__file__).parent / "results" / "baselines.json"
 SEARCH_SEED = 1_000
@@ -65,7 +66,7 @@ class CaseAtBudget:
     policies: Mapping[str, Mapping[float, Method]]
     """Methods by policy and start."""
     seconds: float | None = None
-    """Budget in seconds, where it is not in tokens: what the tuned static takes."""
+    """Budget in seconds, where it is not in tokens: what the tuned static takes for the case's tokens."""
     in_seconds: bool = False
     tuned: StaticSetting | None = None
     tried: dict[StaticSetting, float] = field(default_factory=dict)
@@ -83,16 +84,17 @@ class CaseAtBudget:
     def estimated_runs(self) -> int:
         """Number of runs, where the search moves once."""
         starts = sum(len(methods) for methods in self.policies.values())
-        return len(self.seeds) * (2 + starts) + (self.budget != 1) * (len(RATES) * len(BATCHES) + 4)
+        return len(self.seeds) * (2 + self.in_seconds + starts) + (self.budget != 1) * (len(RATES) * len(BATCHES) + 4)
 
     def program(self) -> Program:
         """Tune, judge the tuned static, and run the policies from every start."""
         self.tuned = yield from self._tune()
+        if self.in_seconds:
+            results = yield [self._spec(self.tuned, seed, 1.0) for seed in self.seeds]
+            self.seconds = median(seconds_of(result) for result in results)
         for share in (HALF, 1.0):
-            results = yield [self._spec(self.tuned, seed, share) for seed in self.seeds]
+            results = yield [self._within(self._spec(self.tuned, seed, share), share) for seed in self.seeds]
             self.static[share] = [final_loss(result) for result in results]
-            if self.in_seconds:
-                self.seconds = median(seconds_of(result) for result in results)
         for policy, methods in self.policies.items():
             for start, method in methods.items():
                 placed = method if method.start is None else method.placed(self.first)
@@ -100,13 +102,14 @@ class CaseAtBudget:
                 results = yield specs
                 self.steered.setdefault(policy, {})[start] = results
 
-    def _within(self, spec: RunSpec) -> RunSpec:
-        """Return a run with the budget in seconds, where there is one."""
+    def _within(self, spec: RunSpec, share: float = 1.0) -> RunSpec:
+        """Return a run with a share of the budget in seconds, where there is one, and everybody's evaluations."""
         if self.seconds is None:
             return spec
-        share = spec.config.warmup() / spec.config.tokens
-        config = replace(spec.config, budget=f"{self.seconds:.2f}s", warmup_tokens=None, warmup_share=share)
-        return replace(spec, config=config)
+        warmup_share = spec.config.warmup() / spec.config.tokens
+        budget = f"{share * self.seconds:.2f}s"
+        config = replace(spec.config, budget=budget, warmup_tokens=None, warmup_share=warmup_share)
+        return replace(spec, config=config, steering=replace(spec.steering, evaluate_every=EVALUATE_EVERY))
 
     def _tune(self) -> Wave:
         if self.budget == 1:
@@ -235,7 +238,7 @@ def summary(cases: Sequence[Mapping[str, Any]], policy: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing, and write `results/live_budgets.json`."""
+    """Run what is missing, and write `results/live_budgets.json`, or another name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 8.0])
     parser.add_argument("--seconds", action="store_true", help="budgets in seconds too, at the cases' own size")
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/live_budgets"))
+    parser.add_argument("--name", default="live_budgets", help="name of the result's file")
     parser.add_argument("--dry", action="store_true", help="write no result")
     options = parser.parse_args()
     use_threads(1)
@@ -290,7 +294,7 @@ def main() -> None:
     }
     print(json.dumps(result["summary"], indent=2))
     if not options.dry:
-        print(write_result("live_budgets", result, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+        print(write_result(options.name, result, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def run(programs: Sequence[CaseAtBudget], out: Path, jobs: int) -> None:
