@@ -286,7 +286,7 @@ def work(rank: int, config: RunConfig, folder: Path, jobs: list[str], name: str)
     os._exit(0)
 
 
-TIMEOUT_S = 240
+TIMEOUT_S = 400
 """On a machine that is busy with other things."""
 
 
