@@ -31,7 +31,8 @@ from trainpilot.llm_runtime.energy.meter import sum_known
 from trainpilot.llm_runtime.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful
+    from trainpilot.llm_runtime.loop import ControlledLoop
+    from trainpilot.llm_runtime.rollback import RollbackCopy, Stateful
 
 TRIAL = 2
 """Intervals of a trial. Its last one decides, when what a change stirs up has settled a little."""
@@ -232,7 +233,7 @@ class Pairing:
     """
 
     def __init__(self, watch: PairedWatch, loop: ControlledLoop, data: Stateful, warn: Callable[[str], None]) -> None:
-        from trainpilot.llm_runtime.loop import RollbackCopy  # guarded controllers load without torch
+        from trainpilot.llm_runtime.rollback import RollbackCopy  # guarded controllers load without torch
 
         def fails(message: str) -> None:
             watch.impossible = message

@@ -53,9 +53,10 @@ from trainpilot.agents.steering.settings import (
 from trainpilot.envs.decision import Preference
 from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, sum_known
-from trainpilot.llm_runtime.loop import ControlledLoop, RollbackCopy, Stateful, eval_mode, unchanged
+from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, unchanged
 from trainpilot.llm_runtime.plain_values import printable, shown
 from trainpilot.llm_runtime.process_group import Content, OneProcess, ProcessGroup
+from trainpilot.llm_runtime.rollback import RollbackCopy, Stateful
 from trainpilot.llm_runtime.saved_loop import SavedLevers
 from trainpilot.llm_runtime.schedules import validation_due
 from trainpilot.llm_runtime.telemetry import Telemetry
