@@ -119,6 +119,7 @@ OPTIONAL = {
     "plotext": ("charts in `trainpilot inspect`", "trainpilot[report]"),
     "mo-gymnasium": ("multi-objective wrappers", "trainpilot[mo]"),
     "nvidia-ml-py": ("energy of NVIDIA GPUs", "trainpilot[nvml]"),
+    "zeus": ("energy of AMD GPUs, Apple silicon and Jetsons", "trainpilot[zeus]"),
     "accelerate": ("Hugging Face Trainer", "accelerate"),
     "lightning": ("Lightning", "lightning"),
 }
@@ -223,6 +224,7 @@ def _way_out(reason: str) -> str:
         "/sys/class/powercap/intel-rapl*/*/energy_uj (until the next boot)",
         "no RAPL counter": "use a machine that exposes them; many virtual machines do not",
         "nvidia-ml-py is not installed": 'pip install "trainpilot[nvml]"',
+        "Zeus is not installed": 'pip install "trainpilot[zeus]", or set TRAINPILOT_ZEUS_PYTHON to a Python that has it',
         "NVML does not start": "needs an NVIDIA GPU and its driver; nvidia-smi must work",
     }
     return next((hint for key, hint in hints.items() if key in reason), "see the reason")
