@@ -44,6 +44,7 @@ from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.plain_values import shown
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
+from trainpilot.llm_runtime.process import device_random, random_apart, set_device_random
 from trainpilot.llm_runtime.process_group import IntervalShare, OneProcess, ProcessGroup
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress
 from trainpilot.llm_runtime.saved_loop import SavedLoop, SavedSnapshot
@@ -499,7 +500,7 @@ class ControlledLoop:
         self.record_probe(probe)
 
     def _probe_loss(self, loss: Callable[[], Tensor]) -> Tensor:
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):  # equal noise, thrice
+        with random_apart(self.device):  # equal noise, thrice
             value = loss().detach().float()
         self.ranks.reshard(self.model)
         return value
@@ -737,9 +738,7 @@ class RollbackCopy:
         taken: dict[str, Any] = {"loop": self._loop.snapshot(), "progress": self._loop.progress.state_dict()}
         position: list[Any] = []
         if self._of_data("state_dict", lambda data: position.append(data.state_dict())):
-            device = self._loop.device
-            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            taken |= {"data": position[0], "random": (torch.get_rng_state(), cuda)}
+            taken |= {"data": position[0], "random": (torch.get_rng_state(), device_random(self._loop.device))}
         self._copy = taken
 
     def restore(self) -> None:
@@ -766,10 +765,9 @@ class RollbackCopy:
                 self._warn(f"data.{method} raised {fault}; the data go on where the weights are taken back")
         return all(self._loop.ranks.all_gather(able))
 
-    def _restore_random(self, cpu: Tensor, cuda: Tensor | None) -> None:
+    def _restore_random(self, cpu: Tensor, on_device: Tensor | None) -> None:
         torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, self._loop.device)
+        set_device_random(self._loop.device, on_device)
 
     def drop(self) -> None:
         """Free the copy."""
@@ -841,7 +839,7 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     python, arrays = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with random_apart(device):
             yield
     finally:
         random.setstate(python)

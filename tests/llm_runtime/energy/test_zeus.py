@@ -75,7 +75,7 @@ def by_script(tmp_path: Path, text: str) -> list[str]:
     return [str(shell)]
 
 
-ABOUT = "print('{\"what\": \"a GPU\", \"scope\": \"device\", \"uuids\": [], \"resolution_s\": 0.5}', flush=True)\n"
+ABOUT = 'print(\'{"what": "a GPU", "scope": "device", "uuids": [], "resolution_s": 0.5}\', flush=True)\n'
 
 
 # What is read -----------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_gpus_that_rocr_renumbers_are_refused(monkeypatch: pytest.MonkeyPatch) -
         ("time.sleep(60)\n", "its process did not answer for 0.5 s"),
         ("sys.stdin.readline(); print('no JSON', flush=True); time.sleep(60)\n", "it answered 'no JSON"),
         ("sys.stdin.readline(); print('[1]', flush=True); time.sleep(60)\n", r"it answered \[1\]"),
-        ("sys.stdin.readline(); print('{\"error\": \"lost the GPU\"}', flush=True)\n", "lost the GPU"),
+        ('sys.stdin.readline(); print(\'{"error": "lost the GPU"}\', flush=True)\n', "lost the GPU"),
     ],
 )
 def test_a_process_that_fails_ends_no_run(tmp_path: Path, then: str, reason: str) -> None:
@@ -259,7 +259,7 @@ def test_what_the_process_began_ends_with_it(tmp_path: Path) -> None:
     begin = (
         "import subprocess\n"
         "pid = subprocess.Popen(['sleep', '60'], stdin=-3, stdout=-3).pid\n"
-        "print('{\"what\": \"%d\", \"scope\": \"machine\", \"uuids\": [], \"resolution_s\": 1}' % pid, flush=True)\n"
+        'print(\'{"what": "%d", "scope": "machine", "uuids": [], "resolution_s": 1}\' % pid, flush=True)\n'
         "sys.stdin.readline()\n"
     )
     closed, dropped = (ZeusMeter("soc", command=by_script(tmp_path, begin)) for _ in range(2))
@@ -281,7 +281,9 @@ def test_what_the_process_began_ends_with_it(tmp_path: Path) -> None:
 # Who gets it ------------------------------------------------------------------------------------------------
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, system: str, arm: bool = True, rocm: bool = False) -> None:
+def machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, system: str, arm: bool = True, rocm: bool = False
+) -> None:
     """Pretend another machine."""
     monkeypatch.setattr(energy_zeus, "sys", SimpleNamespace(platform=system, modules={}, executable=sys.executable))
     monkeypatch.setattr(energy_zeus.platform, "machine", lambda: "arm64" if arm else "x86_64")
