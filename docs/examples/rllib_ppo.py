@@ -23,7 +23,7 @@ ENV_ID = "trainpilot.envs:trainpilot/SimulatedTraining-Scalar-v0"  # the first h
 N_ENVS, N_STEPS = 64, 50
 
 
-def make_ppo(preference: str | None = None, seed: int = 0, n_envs: int = N_ENVS) -> Algorithm:
+def make_ppo(preference: str | None, seed: int) -> Algorithm:
     """Return an untrained agent whose runs are stepped as arrays.
 
     RLlib resets a run that has ended in the step after, hence `autoreset_mode`. It knows no masks of actions: one that
@@ -35,24 +35,26 @@ def make_ppo(preference: str | None = None, seed: int = 0, n_envs: int = N_ENVS)
         .environment(ENV_ID, env_config=settings)
         .env_runners(
             num_env_runners=0,  # in this process
-            num_envs_per_env_runner=n_envs,
+            num_envs_per_env_runner=N_ENVS,
             gym_env_vectorize_mode="vector_entry_point",
             rollout_fragment_length=N_STEPS,
             batch_mode="truncate_episodes",
         )
         .learners(num_learners=0)
         .training(
-            train_batch_size_per_learner=n_envs * N_STEPS,
-            minibatch_size=n_envs * 10,
+            train_batch_size_per_learner=N_ENVS * N_STEPS,
+            minibatch_size=N_ENVS * 10,
             num_epochs=6,
             lr=5e-4,
             gamma=1.0,  # no discount: what counts is the outcome of the run
             lambda_=0.97,
             entropy_coeff=0.001,
-            vf_clip_param=10.0,
+            clip_param=0.2,
+            grad_clip=0.5,
+            vf_loss_coeff=0.5,
             use_kl_loss=False,
         )
-        .rl_module(model_config=DefaultModelConfig(fcnet_hiddens=[64, 64], fcnet_activation="tanh"))
+        .rl_module(model_config=DefaultModelConfig(fcnet_hiddens=[64, 64], vf_share_layers=False))
         .debugging(seed=seed, log_level="ERROR")
     )
     return config.build_algo()
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preference", help="such as quality=0.7,energy=0.15,time=0.15; by default drawn per run")
     options = parser.parse_args()
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     algorithm = make_ppo(options.preference, options.seed)
     for _ in range(options.iterations):
         found = algorithm.train()

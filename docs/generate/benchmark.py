@@ -52,6 +52,8 @@ def _learned(result: Mapping[str, Any]) -> str:
     return f"""\
 {table(columns, rows)}
 
+![Learning curves: mean return on the scored runs by decisions, each seed and their mean](images/rl_baselines.png)
+
 Every agent learned from {result["decisions_of_each_agent"]:,} decisions, with {result["seeds"]} seeds. That is little:
 published results of such algorithms take millions. The settings, in `docs/examples/rl_zoo/`, were not tuned. Learning
 curves, as the mean return on the scored runs by decisions so far:

@@ -157,7 +157,8 @@ observations, infos = many.reset(seed=0)
   docs/examples/rl_zoo/ppo.yml`.
 * **CleanRL's style**: [examples/ppo.py](examples/ppo.py) is PPO in one file, with torch and Gymnasium alone. What it
   reaches, and what other learners and fixed rules do, is on the page [Baselines](benchmark.md).
-* **RLlib** pins an older Gymnasium: install it without `constraints.txt`, in an environment of its own."""
+* **RLlib**: [examples/rllib_ppo.py](examples/rllib_ppo.py) is its PPO on runs that are stepped as arrays. RLlib pins an
+  older Gymnasium: install it without `constraints.txt`, in an environment of its own."""
 
 
 def _speed() -> str:
