@@ -73,8 +73,8 @@ def block_influences(model: PreTrainedModel, sequences: Tensor, at_once: int) ->
     def note(index: int, _block: nn.Module, positional: Sequence[Tensor], named: dict[str, Any], output: Any) -> None:
         before = positional[0] if positional else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        pair = (each.to(sums.device).double() for each in (before, after))
-        sums[index] += F.cosine_similarity(*pair, dim=-1).sum()
+        one, other = before.to(sums.device).double(), after.to(sums.device).double()
+        sums[index] += F.cosine_similarity(one, other, dim=-1).sum()
 
     handles = [
         block.register_forward_hook(partial(note, index), with_kwargs=True) for index, block in enumerate(layers)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
+import platform
 import sys
 import time
 import warnings
@@ -173,7 +175,7 @@ def test_an_interpreter_without_zeus_is_named(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(MeterUnavailableError, match="No module named 'zeus'"):
         ZeusMeter("soc", command=[sys.executable, "-S"])
     monkeypatch.delenv(PYTHON)
-    monkeypatch.setattr(energy_zeus.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MeterUnavailableError, match="Zeus is not installed, and TRAINPILOT_ZEUS_PYTHON names no"):
         ZeusMeter("soc")
 
@@ -282,11 +284,18 @@ def test_what_the_process_began_ends_with_it(tmp_path: Path) -> None:
 
 
 def machine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, system: str, arm: bool = True, rocm: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    *,
+    system: str,
+    arm: bool = True,
+    rocm: bool = False,
+    torch: Any = None,
 ) -> None:
     """Pretend another machine."""
-    monkeypatch.setattr(energy_zeus, "sys", SimpleNamespace(platform=system, modules={}, executable=sys.executable))
-    monkeypatch.setattr(energy_zeus.platform, "machine", lambda: "arm64" if arm else "x86_64")
+    loaded = {} if torch is None else {"torch": torch}
+    monkeypatch.setattr(energy_zeus, "sys", SimpleNamespace(platform=system, modules=loaded, executable=sys.executable))
+    monkeypatch.setattr(platform, "machine", lambda: "arm64" if arm else "x86_64")
     monkeypatch.setattr(energy_zeus, "JETSON", (tmp_path / "tegra",))
     (tmp_path / "kfd").touch()
     monkeypatch.setattr(energy_zeus, "ROCM_DRIVER", tmp_path / ("kfd" if rocm else "no-kfd"))
@@ -318,9 +327,8 @@ def test_each_machine_has_its_hardware(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_cuda_is_amd_where_torch_is_made_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hip: str | None, expected: str | None
 ) -> None:
-    machine(monkeypatch, tmp_path, system="linux", rocm=True)
     torch = SimpleNamespace(version=SimpleNamespace(hip=hip))
-    monkeypatch.setitem(energy_zeus.sys.modules, "torch", torch)
+    machine(monkeypatch, tmp_path, system="linux", rocm=True, torch=torch)
 
     assert found_here()["cuda"] == expected
 
