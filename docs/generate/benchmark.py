@@ -102,9 +102,9 @@ Gymnasium 1.2.2, with other lines between:
 ```text
 {RLLIB_CURVE}```
 
-These are returns of the runs that it learned from, whose choices are drawn. With the end of the budget left a truncation,
-behind which a value is expected, the same agent had 0.01 between 64,000 and 80,000 decisions instead of 0.10 (means of
-five lines, one seed each).
+These are returns of the runs that it learned from, whose choices are drawn. With the end of the budget left a
+truncation, behind which a value is expected, the same agent had 0.01 between 64,000 and 80,000 decisions, not 0.10
+(means of five lines, one seed each).
 """
 
 
