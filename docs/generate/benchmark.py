@@ -45,7 +45,7 @@ def _means(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def _learned(result: Mapping[str, Any]) -> str:
     columns = ("Learner", "Return, lowest and highest seed", "Quality", "Energy", "Time", "Diverged", "What it is")
     if not result["learners"]:
-        return "Not measured yet: `python benchmarks/rl_baselines.py` takes about ten minutes of one core."
+        return "Not measured yet: `python benchmarks/rl_baselines.py` takes about twenty minutes of one core."
     rows = [(name, *_cells(result["learners"][name]), meaning) for name, meaning in LEARNERS.items()]
     points = [at for at, _ in result["learners"]["PPO"]["runs"][0]["curve"]]
     curves = [(name, *_means(found["runs"])) for name, found in result["learners"].items()]
@@ -54,9 +54,9 @@ def _learned(result: Mapping[str, Any]) -> str:
 
 ![Learning curves: mean return on the scored runs by decisions, each seed and their mean](images/rl_baselines.png)
 
-Every agent learned from {result["decisions_of_each_agent"]:,} decisions, with {result["seeds"]} seeds. That is little:
-published results of such algorithms take millions. The settings, in `docs/examples/rl_zoo/`, were not tuned. Learning
-curves, as the mean return on the scored runs by decisions so far:
+Each agent learned from about {result["decisions_of_each_agent"]:,} decisions, with {result["seeds"]} seeds (thin
+lines; their mean is thick). That is little: published results of such algorithms take millions. The settings, in
+`docs/examples/rl_zoo/`, were not tuned. The means by decisions so far:
 
 {table(("Learner", *(f"{at:,}" for at in points)), curves)}"""
 
