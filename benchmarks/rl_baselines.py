@@ -1,28 +1,33 @@
 """Score reinforcement learners and fixed rules on simulated training runs that no agent was trained on.
 
 python benchmarks/rl_baselines.py [--decisions 120000] [--seeds 5] [--runs 256]
+python benchmarks/rl_baselines.py --redraw    (the picture alone, from the result)
 
 Every learner starts from scratch with the settings of `docs/examples/rl_zoo/` and meets runs of the 256 instances that
 `trainpilot/SimulatedTraining-Scalar-v0` draws from. What is scored are runs of 512 other instances, the same ones for
 everybody, with the most likely action. The score is the sum of an episode's rewards under the utility `linear` and a
-preference drawn for each run, as in that environment. The result is written after each seed.
+preference drawn for each run, as in that environment. The result is written after each seed. The picture shows the
+learning curves.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import matplotlib
 import numpy as np
 import torch
 import yaml
-from _common import write_result
+from _common import RESULTS, write_result
 from _simulated import estimate, rounded, unseen_pool
 from gymnasium.spaces import Discrete
+from matplotlib.figure import Figure
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -51,6 +56,11 @@ ENV_ID = "trainpilot/SimulatedTraining-Scalar-v0"
 TEST_RUNS_SEED = 7_000
 """Seeds the draw of the scored runs and of their preferences."""
 CURVE_POINTS = 8
+IMAGE = Path(__file__).parents[1] / "docs" / "images" / "rl_baselines.png"
+SOFT = "#62676f"
+INKS = {"PPO": "#0a3d7a", "PPO, finish=False": "#2a9d8f", "recurrent PPO": "#c7772b", "DQN": "#8a4fa3"}
+LEVELS = {"shipped policy": "-.", "keep": ":"}
+"""Rules that are drawn as levels beside the learning curves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,13 +332,39 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Write the picture of the learning curves: each seed a thin line, their mean a thick one."""
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+    panel = figure.subplots()
+    for name, found in result["learners"].items():
+        curves = np.array([run["curve"] for run in found["runs"]])
+        thousands = curves[0, :, 0] / 1_000
+        panel.plot(thousands, curves[:, :, 1].T, color=INKS[name], linewidth=0.7, alpha=0.4)
+        panel.plot(
+            thousands, curves[:, :, 1].mean(axis=0), "o-", color=INKS[name], linewidth=2, markersize=4, label=name
+        )
+    for name, style in LEVELS.items():
+        panel.axhline(result["rules"][name]["return"]["value"], color=SOFT, linestyle=style, linewidth=1.2, label=name)
+    panel.set_xlabel("decisions learned from, thousands", fontsize=9.5)
+    panel.set_ylabel("mean return on the scored runs", fontsize=9.5)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "trainpilot"}):
+        figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
 def main() -> None:
-    """Score everybody and write `results/rl_baselines.json`."""
+    """Score everybody, and write `results/rl_baselines.json` and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decisions", type=int, default=120_000, help="that every agent learns from")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=int, default=256, help="that everybody is scored on")
+    parser.add_argument("--redraw", action="store_true", help="draw the picture alone, from the result that is there")
     options = parser.parse_args()
+    if options.redraw:
+        draw(json.loads((RESULTS / "rl_baselines.json").read_text(encoding="utf-8")), IMAGE)
+        return
     use_threads(1)
     start_s, test = time.process_time(), TestRuns.draw(options.runs)
     rules = fixed_rules(test)
@@ -344,6 +380,7 @@ def main() -> None:
             "learners": {name: over_seeds(found) for name, found in learned.items() if found},
         }
         print(write_result("rl_baselines", summary, torch.device("cpu")), flush=True)
+        draw(summary, IMAGE)
 
     write(0)
     for seed in range(options.seeds):

@@ -119,6 +119,7 @@ OPTIONAL = {
     "plotext": ("charts in `trainpilot inspect`", "trainpilot[report]"),
     "mo-gymnasium": ("multi-objective wrappers", "trainpilot[mo]"),
     "nvidia-ml-py": ("energy of NVIDIA GPUs", "trainpilot[nvml]"),
+    "zeus": ("energy of AMD GPUs, Apple silicon and Jetsons", "trainpilot[zeus]"),
     "accelerate": ("Hugging Face Trainer", "accelerate"),
     "lightning": ("Lightning", "lightning"),
 }
@@ -223,6 +224,7 @@ def _way_out(reason: str) -> str:
         "/sys/class/powercap/intel-rapl*/*/energy_uj (until the next boot)",
         "no RAPL counter": "use a machine that exposes them; many virtual machines do not",
         "nvidia-ml-py is not installed": 'pip install "trainpilot[nvml]"',
+        "Zeus is not installed": 'pip install "trainpilot[zeus]", or TRAINPILOT_ZEUS_PYTHON=PYTHON-WITH-ZEUS',
         "NVML does not start": "needs an NVIDIA GPU and its driver; nvidia-smi must work",
     }
     return next((hint for key, hint in hints.items() if key in reason), "see the reason")
@@ -335,7 +337,7 @@ class Device:
 
     name: str
     kind: str
-    """Torch's name for it: `cpu`, `cuda:0`."""
+    """Torch's name for it: `cpu`, `cuda:0`, `mps`."""
     memory_bytes: int | None
     compute_capability: str | None
     """Compute capability of an NVIDIA GPU, for example 9.0."""
@@ -344,6 +346,9 @@ class Device:
 def devices() -> list[Device]:
     """Return the devices available to torch, the host processor last."""
     found = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if torch.backends.mps.is_available():
+        memory = torch.mps.recommended_max_memory()
+        found.append(Device(name="Apple GPU", kind="mps", memory_bytes=memory, compute_capability=None))
     return [*found, _host()]
 
 

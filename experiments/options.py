@@ -98,7 +98,7 @@ Vocabulary = Annotated[
     ),
 ]
 SequenceLength = Annotated[int, tyro.conf.arg(help="Tokens per sequence.")]
-Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda.")]
+Device = Annotated[str, tyro.conf.arg(help="auto (cuda if there is such a GPU, otherwise cpu), cpu, cuda or mps.")]
 
 if TYPE_CHECKING:
     from trainpilot.agents.bundle import BaseSchedule

@@ -206,7 +206,7 @@ class RunConfig(JsonRecord):
     seed: Annotated[int, Whole(0, MAX_INT)] = 0
     """Seeds the initial weights and the data order."""
     device: str = "auto"
-    """`auto` (a GPU if there is one), `cpu` or `cuda`."""
+    """`auto` (`cuda` if there is such a GPU, otherwise `cpu`), `cpu`, `cuda` or `mps` (Apple silicon)."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

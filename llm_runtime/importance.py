@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from trainpilot.llm_runtime.loop import eval_mode
+from trainpilot.llm_runtime.precision import double_device
 from trainpilot.llm_runtime.structure import blocks, output_layers
 from trainpilot.llm_runtime.width import closing_layers
 
@@ -67,12 +68,13 @@ def block_influences(model: PreTrainedModel, sequences: Tensor, at_once: int) ->
         ValueError: The architecture is not known here.
     """
     layers = blocks(model)
-    sums = torch.zeros(len(layers), dtype=torch.float64, device=sequences.device)
+    sums = torch.zeros(len(layers), dtype=torch.float64, device=double_device(sequences.device))
 
     def note(index: int, _block: nn.Module, positional: Sequence[Tensor], named: dict[str, Any], output: Any) -> None:
         before = positional[0] if positional else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        sums[index] += F.cosine_similarity(before.double(), after.double(), dim=-1).sum()
+        one, other = before.to(sums.device).double(), after.to(sums.device).double()
+        sums[index] += F.cosine_similarity(one, other, dim=-1).sum()
 
     handles = [
         block.register_forward_hook(partial(note, index), with_kwargs=True) for index, block in enumerate(layers)
@@ -88,7 +90,8 @@ def _mean_inputs(model: PreTrainedModel, layers: Sequence[nn.Module], sequences:
     sums: list[Tensor] = [torch.zeros(())] * len(layers)
 
     def note(index: int, _layer: nn.Module, inputs: Sequence[Tensor]) -> None:
-        own = inputs[0].detach().abs().flatten(0, -2).sum(dim=0, dtype=torch.float64)
+        sizes = inputs[0].detach().abs().flatten(0, -2)
+        own = sizes.to(double_device(sizes.device)).sum(dim=0, dtype=torch.float64)
         sums[index] = sums[index].to(own.device) + own
 
     with _watched([layer.register_forward_pre_hook(partial(note, index)) for index, layer in enumerate(layers)]):

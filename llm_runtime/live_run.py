@@ -49,7 +49,14 @@ from trainpilot.llm_runtime.loop import ControlledLoop, eval_mode, is_out_of_mem
 from trainpilot.llm_runtime.models import LoadedModel, context_length, load_model_of
 from trainpilot.llm_runtime.optimizer import averaged_weights
 from trainpilot.llm_runtime.plain_values import shown
-from trainpilot.llm_runtime.precision import kept_step_seconds, lacking, masked_precisions, measured_on, synchronise
+from trainpilot.llm_runtime.precision import (
+    double_device,
+    kept_step_seconds,
+    lacking,
+    masked_precisions,
+    measured_on,
+    synchronise,
+)
 from trainpilot.llm_runtime.prices import affordable_rounds, batch_prices
 from trainpilot.llm_runtime.probe import ProbeResult
 from trainpilot.llm_runtime.process import RandomState
@@ -207,7 +214,8 @@ class Trainer(ControlledLoop):
     def _mean_loss(self, batch: torch.Tensor, at_once: int) -> torch.Tensor:
         """Return the mean loss of a batch of any size, taken through the model in parts, a scalar."""
         parts = torch.split(batch, at_once)
-        losses = [self.loss(part).double() * (len(part) / len(batch)) for part in parts]
+        exact = double_device(self.device)
+        losses = [self.loss(part).to(exact).double() * (len(part) / len(batch)) for part in parts]
         return torch.stack(losses).sum()
 
     def apply(self, controls: Controls) -> None:
@@ -579,7 +587,10 @@ class LiveRun:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` takes a GPU if there is one. Raises `ValueError` if it is not there."""
+    """Return the device called `name`. Raises `ValueError` if it is not there.
+
+    `auto` is `cuda` where torch sees such a GPU, and otherwise `cpu`: `mps`, Apple's GPU, is taken by name alone.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -591,7 +602,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {name!r}")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
         raise ValueError(f"device: {name!r} is not there, as torch sees {count} of that type; use {device.type!r}")

@@ -44,6 +44,7 @@ from trainpilot.llm_runtime.masks import WeightMasks
 from trainpilot.llm_runtime.plain_values import shown
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.probe import ProbeResult, probe_curvature
+from trainpilot.llm_runtime.process import random_apart
 from trainpilot.llm_runtime.process_group import IntervalShare, OneProcess, ProcessGroup
 from trainpilot.llm_runtime.progress import BudgetProgress, MeasuredProgress
 from trainpilot.llm_runtime.saved_loop import SavedLoop, SavedSnapshot
@@ -499,7 +500,7 @@ class ControlledLoop:
         self.record_probe(probe)
 
     def _probe_loss(self, loss: Callable[[], Tensor]) -> Tensor:
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):  # equal noise, thrice
+        with random_apart(self.device):  # equal noise, thrice
             value = loss().detach().float()
         self.ranks.reshard(self.model)
         return value
@@ -733,7 +734,7 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     python, arrays = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with random_apart(device):
             yield
     finally:
         random.setstate(python)

@@ -33,9 +33,25 @@ def lacking(device: torch.device) -> dict[Precision, str]:
     reasons: dict[Precision, str] = {"tf32": f"tf32 is an NVIDIA GPU format; this is {device.type}"}
     if device.type == "cpu":
         reasons["fp16"] = "on a cpu fp16 is slower than fp32 and needs loss scaling"
+    elif device.type == "mps":
+        reasons["fp16"] = "not tried on mps; bf16 has the same speed and needs no loss scaling"
+        if not _macos_has_bf16():
+            reasons["bf16"] = "needs macOS 14"
     else:
         reasons["bf16"] = reasons["fp16"] = f"not tried on {device.type}"
     return reasons
+
+
+def _macos_has_bf16() -> bool:
+    try:
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    except RuntimeError:  # no torch for Apple silicon
+        return False
+
+
+def double_device(device: torch.device) -> torch.device:
+    """Return the device itself, or the CPU where the device has no float64, as Apple's GPU."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
@@ -118,6 +134,8 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def device_name(device: torch.device) -> str:

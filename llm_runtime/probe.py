@@ -63,7 +63,7 @@ def probe_curvature(updates: list[tuple[nn.Parameter, torch.Tensor]], loss: Call
     finally:
         for parameter, before in zip(parameters, saved, strict=True):  # shards have no _foreach_copy_
             parameter.copy_(before)
-    l_ahead, l_centre, l_behind = torch.stack([ahead, centre, behind]).double().tolist()
+    l_ahead, l_centre, l_behind = torch.stack([ahead, centre, behind]).tolist()
     return ProbeResult(
         linear=(l_ahead - l_behind) / 2,
         quadratic=(l_ahead + l_behind) / 2 - l_centre,

@@ -60,6 +60,34 @@ def set_global_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
 
 
+def device_random(device: torch.device) -> torch.Tensor | None:
+    """Return the state of the random generator on a device; `None` for the CPU, whose is torch's own."""
+    if device.type == "mps":
+        return torch.mps.get_rng_state()
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_device_random(device: torch.device, state: torch.Tensor | None) -> None:
+    """Restore what `device_random` returned."""
+    if state is None:
+        return
+    if device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def random_apart(device: torch.device) -> Iterator[None]:
+    """Put torch's random numbers, those of the device too, back after a `with` block."""
+    before = device_random(device)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        set_device_random(device, before)
+
+
 class RandomState:
     """The state of torch's random generators for one run, from which dropout draws, separate from other users.
 
@@ -76,22 +104,20 @@ class RandomState:
 
     def apart(self) -> AbstractContextManager[None]:
         """Return a context after which torch's generators are as they were before."""
-        return torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
+        return random_apart(self._device)
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Use the run's own random numbers in a `with` block."""
         with self.apart():
-            cpu, cuda = self._state
+            cpu, on_device = self._state
             torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda, self._device)
+            set_device_random(self._device, on_device)
             yield
             self._state = self._read()
 
     def _read(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return torch.get_rng_state(), cuda
+        return torch.get_rng_state(), device_random(self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, for a snapshot."""

@@ -62,9 +62,7 @@ class RollbackCopy:
         taken: dict[str, Any] = {"loop": self._loop.snapshot(), "progress": self._loop.progress.state_dict()}
         position: list[Any] = []
         if self._of_data("state_dict", lambda data: position.append(data.state_dict())):
-            device = self._loop.device
-            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            taken |= {"data": position[0], "random": (torch.get_rng_state(), cuda)}
+            taken |= {"data": position[0], "random": (torch.get_rng_state(), device_random(self._loop.device))}
         self._copy = taken
 
     def restore(self) -> None:
@@ -91,10 +89,9 @@ class RollbackCopy:
                 self._warn(f"data.{method} raised {fault}; the data go on where the weights are taken back")
         return all(self._loop.ranks.all_gather(able))
 
-    def _restore_random(self, cpu: Tensor, cuda: Tensor | None) -> None:
+    def _restore_random(self, cpu: Tensor, on_device: Tensor | None) -> None:
         torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, self._loop.device)
+        set_device_random(self._loop.device, on_device)
 
     def drop(self) -> None:
         """Free the copy."""

@@ -157,7 +157,8 @@ observations, infos = many.reset(seed=0)
   docs/examples/rl_zoo/ppo.yml`.
 * **CleanRL's style**: [examples/ppo.py](examples/ppo.py) is PPO in one file, with torch and Gymnasium alone. What it
   reaches, and what other learners and fixed rules do, is on the page [Baselines](benchmark.md).
-* **RLlib** pins an older Gymnasium: install it without `constraints.txt`, in an environment of its own."""
+* **RLlib**: [examples/rllib_ppo.py](examples/rllib_ppo.py) is its PPO on runs that are stepped as arrays. RLlib pins an
+  older Gymnasium: install it without `constraints.txt`, in an environment of its own."""
 
 
 def _speed() -> str:
@@ -261,7 +262,8 @@ all. A budget in the currency that is cared for needs neither: quality alone, un
 `trainpilot/SimulatedTraining-v0` draws a simulated run instead, or uses `"plant_seed": i`.
 
 * **Terminated**: the run diverged (its loss is not finite), or a cool-down that the agent started is complete.
-* **Truncated**: the budget is used up.
+* **Truncated**: the budget is used up. Every run ends there, and observations say how near that is. Without discount an
+  algorithm should treat it as an end, as `ScalarVecEnv` and the examples do: a value expected behind it has no anchor.
 
 `info` of a step: `requested` and `effective` controls, `refusals`, `reward_terms`, `preference` (w), `loss` and
 `loss_increase` over the reference's final loss in nats/token (10 if diverged), `time_s`, `energy_j`, `energy_source`

@@ -16,12 +16,15 @@ from trainpilot.llm_runtime.energy.meter import (
     MeterUnavailableError,
     NoMeter,
     RecordedMeter,
+    WrongMachineError,
 )
+from trainpilot.llm_runtime.energy.plausible import plausible_meter
 from trainpilot.llm_runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trainpilot.llm_runtime.energy.host import CpuEstimateMeter, RaplMeter
     from trainpilot.llm_runtime.energy.nvml import NvmlMeter
+    from trainpilot.llm_runtime.energy.zeus import ZeusMeter
 
 __all__ = [
     "CANDIDATES",
@@ -34,10 +37,11 @@ __all__ = [
     "NvmlMeter",
     "RaplMeter",
     "RecordedMeter",
+    "ZeusMeter",
     "select_meter",
 ]
 
-_NAMES = {"host": ["CpuEstimateMeter", "RaplMeter"], "nvml": ["NvmlMeter"]}
+_NAMES = {"host": ["CpuEstimateMeter", "RaplMeter"], "nvml": ["NvmlMeter"], "zeus": ["ZeusMeter"]}
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(__name__, _NAMES)
@@ -58,7 +62,7 @@ class OpenMeter(Protocol):
             clock: Returns the seconds over which an estimate counts the idle draw; by default wall seconds.
 
         Raises:
-            MeterUnavailableError: this machine does not have the meter.
+            MeterUnavailableError: this machine does not have the meter; `WrongMachineError` where it cannot have it.
         """
 
 
@@ -69,7 +73,7 @@ class MeterCandidate:
     name: str
     """Name in reports."""
     device_type: str
-    """Kind of device that it measures, as torch names it: `cpu`, `cuda`."""
+    """Kind of device that it measures, as torch names it: `cpu`, `cuda` (also an AMD GPU), `mps`."""
     open: OpenMeter
 
 
@@ -94,8 +98,28 @@ def _open_cpu_estimate(device: str | None = None, *, why: str = "", clock: Clock
     return CpuEstimateMeter(why=why, clock=clock or time.monotonic)
 
 
+def _open_zeus_gpu(device: str | None = None, *, why: str = "", clock: Clock | None = None) -> EnergyMeter:
+    from trainpilot.llm_runtime.energy.nvml import current_index
+    from trainpilot.llm_runtime.energy.zeus import ZeusMeter, hardware_for
+
+    hardware = hardware_for("cuda")
+    if device is None or hardware == "soc":
+        return plausible_meter(ZeusMeter(hardware))
+    index = device.partition(":")[2]
+    return plausible_meter(ZeusMeter(hardware, [int(index) if index else current_index()]))
+
+
+def _open_zeus_soc(device: str | None = None, *, why: str = "", clock: Clock | None = None) -> EnergyMeter:
+    from trainpilot.llm_runtime.energy.zeus import ZeusMeter, hardware_for
+
+    return plausible_meter(ZeusMeter(hardware_for("cpu")))
+
+
 CANDIDATES = (
+    MeterCandidate("zeus_gpu", "cuda", _open_zeus_gpu),  # first, as NVML opens on a Jetson and reads nothing there
     MeterCandidate("nvml", "cuda", _open_nvml),
+    MeterCandidate("zeus_soc", "mps", _open_zeus_soc),
+    MeterCandidate("zeus_soc", "cpu", _open_zeus_soc),
     MeterCandidate("rapl", "cpu", _open_rapl),
     MeterCandidate("cpu_estimate", "cpu", _open_cpu_estimate),
 )
@@ -111,14 +135,16 @@ def select_meter(device: str, *, clock: Clock | None = None) -> EnergyMeter:
         device: `cpu`, `cuda` (the current GPU), `cuda:1`, `mps` and so on, as torch names them.
         clock: Returns the seconds over which an estimate counts the idle draw; by default wall seconds.
     """
-    why = f"no meter reads the device {device!r}"
+    reasons: list[str] = []
     for candidate in CANDIDATES:
         if candidate.device_type != device.partition(":")[0]:
             continue
         try:
-            return candidate.open(device, why=why, clock=clock)
+            return candidate.open(device, why="; ".join(reasons), clock=clock)
+        except WrongMachineError:
+            continue
         except MeterUnavailableError as error:
-            why = str(error)
+            reasons.append(str(error))
         except Exception as error:  # whatever a driver or its bindings do wrong, the run continues
             return NoMeter(str(error) or type(error).__name__)
-    return NoMeter(why)
+    return NoMeter("; ".join(reasons) or f"no meter reads the device {device!r}")

@@ -1,7 +1,7 @@
 """Read joules through one protocol, `EnergyMeter`, and record readings to a file that can be played back.
 
-The meters of devices are in `nvml.py` (NVIDIA GPUs) and `host.py` (RAPL counters, and an estimate for other CPUs);
-`select_meter` of this package picks the best one for a device.
+The meters of devices are in `nvml.py` (NVIDIA GPUs), `host.py` (RAPL counters, and an estimate for other CPUs) and
+`zeus.py` (AMD GPUs, Apple silicon, Jetsons); `select_meter` of this package picks the best one for a device.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ EnergyScope = Literal["process", "device", "machine"]
 
 class MeterUnavailableError(RuntimeError):
     """A meter cannot be made on this machine; the message gives the reason."""
+
+
+class WrongMachineError(MeterUnavailableError):
+    """A meter is for hardware that this machine does not have, so it is no reason why something is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,14 +27,26 @@ def test_curves_are_means_over_seeds() -> None:
     assert benchmark._means(runs) == ["0.20", "0.60"]
 
 
-def test_the_example_in_one_file_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    few = default_pool(8)  # the usual pool takes seconds
+@pytest.fixture
+def _few_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw from few instances: the usual pool takes seconds."""
+    few = default_pool(8)
     monkeypatch.setattr("trainpilot.envs.environments._pool", lambda: few)
-    spec = importlib.util.spec_from_file_location("ppo_example", DOCS / "examples" / "ppo.py")
+
+
+def loaded(name: str) -> Any:
+    """Return an example as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+@pytest.mark.usefixtures("_few_instances")
+def test_the_example_in_one_file_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = loaded("ppo")
     monkeypatch.setattr(example, "N_ENVS", 4)
     monkeypatch.setattr("sys.argv", ["ppo.py", "--decisions", "200", "--preference", "quality=1"])
     example.main()
@@ -44,3 +57,16 @@ def test_the_example_in_one_file_runs(monkeypatch: pytest.MonkeyPatch, capsys: p
         r"new runs, the agent's likeliest action: -?\d\.\d{3}\n",
         capsys.readouterr().out,
     )
+
+
+@pytest.mark.usefixtures("_few_instances")
+def test_the_example_of_rllib_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray.rllib", reason="RLlib is installed in an environment of its own")
+    example = loaded("rllib_ppo")
+    monkeypatch.setattr(example, "N_ENVS", 4)
+    monkeypatch.setattr("sys.argv", ["rllib_ppo.py", "--iterations", "2", "--preference", "quality=1"])
+    example.main()
+
+    first, second = re.findall(r"^ +(\d+) decisions: return -?\d\.\d{3}$", capsys.readouterr().out, flags=re.M)
+    assert int(first) == 4 * 50
+    assert int(second) == 2 * int(first)

@@ -77,6 +77,12 @@ def test_devices_threads_and_corpora_are_named(report: dict[str, Any]) -> None:
     assert report["corpora"]["hub"]["network_tried"] is False
 
 
+def test_a_mac_s_gpu_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.mps.recommended_max_memory", lambda: 2**34)
+    assert [(each.kind, each.memory_bytes) for each in doctor.devices()][-2] == ("mps", 2**34)
+
+
 def test_the_estimate_is_called_one(report: dict[str, Any]) -> None:
     estimate = report["energy"]["meters"]["cpu_estimate"]
 

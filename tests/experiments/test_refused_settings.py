@@ -117,7 +117,7 @@ def test_texts_and_models_of_a_recipe_are_read_before_anything_starts(
         (("fit-sweep", "sweep.csv", "--predict", "", "--out", "o"), "--predict: it must name a file or a folder"),
         (("replay", "--out", "o", "--device", "cpu:1"), "device: 'cpu:1' is not there, as torch sees 1 of that type"),
         (("replay", "--out", "o", "--threads", "1000000"), "threads must be a whole number of at most 1024"),
-        (("replay", "--out", "o", "--device", "meta"), "device must be auto, cpu or cuda, got 'meta'"),
+        (("replay", "--out", "o", "--device", "meta"), "device must be auto, cpu, cuda or mps, got 'meta'"),
         (("replay", "--out", "o", "--seed", "-1"), "seed must be a whole number of at least 0, got -1"),
         (("replay", "--out", "o", "--base-learning-rate", "1e300"), "base_learning_rate must be at most 1000"),
         (("replay", "--out", "o", "--preference", "quality=1,quality=2"), "preference must weigh quality once"),

@@ -139,7 +139,7 @@ def test_start_touches_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["tpu", "cpu:x", ""])
 def test_unknown_device(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^device must be auto, cpu or cuda, got '{name}'$"):
+    with pytest.raises(ValueError, match=f"^device must be auto, cpu, cuda or mps, got '{name}'$"):
         resolve_device(name)
 
 
@@ -154,6 +154,15 @@ def test_a_mac_s_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     with pytest.raises(ValueError, match=r"^device: 'mps' needs a Mac with Apple silicon .* use 'cpu' or 'auto'$"):
         resolve_device("mps")
+
+
+def test_a_mac_s_gpu_is_taken_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert resolve_device("mps").type == "mps"
+    assert resolve_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match=r"^device: 'mps:1' is not there, as torch sees 1 of that type; use 'mps'$"):
+        resolve_device("mps:1")
 
 
 def test_a_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,12 @@ from trainpilot.llm_runtime.config import PRECISIONS, Precision
 from trainpilot.llm_runtime.precision import (
     autocast,
     cached_step_seconds,
+    double_device,
     lacking,
     masked_precisions,
     measure_step_seconds,
     name_of,
+    synchronise,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -82,7 +84,30 @@ def test_gpus(capability: tuple[int, int], missing: set[str], monkeypatch: pytes
 
 
 def test_other_devices_train_in_fp32_alone() -> None:
+    assert set(lacking(torch.device("xpu"))) == set(PRECISIONS) - {"fp32"}
+
+
+@pytest.mark.parametrize(("macos", "missing"), [(15, {"tf32", "fp16"}), (13, {"tf32", "fp16", "bf16"})])
+def test_apple_s_gpu_has_bf16_from_macos_14_on(macos: int, missing: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (macos, 0) >= (major, minor))
+    assert set(lacking(torch.device("mps"))) == missing
+
+
+def test_a_torch_without_apple_s_gpu_has_none_of_its_precisions() -> None:
     assert set(lacking(torch.device("mps"))) == set(PRECISIONS) - {"fp32"}
+
+
+def test_float64_of_apple_s_gpu_is_on_the_cpu() -> None:
+    assert double_device(torch.device("mps")) == CPU
+    assert double_device(CUDA) == CUDA
+
+
+def test_apple_s_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[bool] = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(True))
+    synchronise(torch.device("mps"))
+    synchronise(CPU)
+    assert waited == [True]
 
 
 # Formats ----------------------------------------------------------------------------------------------------

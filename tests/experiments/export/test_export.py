@@ -193,7 +193,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         (("--prompt-tokens", "60", "--new-tokens", "4"), "prompt_tokens + new_tokens must stay below the model's"),
         (("--new-tokens", "0"), "new_tokens must be a whole number of at least 1, got 0"),
         (("--text", "nowhere.txt"), "text must be an existing file, folder or glob"),
-        (("--device", "abacus"), "device must be auto, cpu or cuda, got 'abacus'"),
+        (("--device", "abacus"), "device must be auto, cpu, cuda or mps, got 'abacus'"),
     ],
 )
 def test_bad_options_are_one_line(
