@@ -52,7 +52,9 @@ def test_the_listed_packages_are_the_folders_of_code_and_of_data() -> None:
     inits = [path.parent.relative_to(ROOT) for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/__init__.py")]
     found = {import_name(folder) for folder in inits}
     setup = pyproject()["tool"]["setuptools"]
-    patterns = [(package, Path(pattern).parent.parts) for package, of in setup["package-data"].items() for pattern in of]
+    patterns = [
+        (package, Path(pattern).parent.parts) for package, of in setup["package-data"].items() for pattern in of
+    ]
     of_data = {".".join((package, *parts)) for package, parts in patterns if parts}
 
     assert set(setup["packages"]) == found | of_data
