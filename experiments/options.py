@@ -122,7 +122,9 @@ C = TypeVar("C", bound=type[Options])
 
 def _help_texts() -> dict[tuple[str, str], str]:
     """Return the text below each option, on one line, by class and name. Tyro would keep its line breaks."""
-    classes = [node for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body if type(node) is ast.ClassDef]
+    classes = [
+        node for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body if type(node) is ast.ClassDef
+    ]
     return {
         (each.name, ast.unparse(option.target)): " ".join(str(text.value.value).split())
         for each in classes

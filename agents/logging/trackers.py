@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
@@ -163,13 +164,17 @@ class MlflowTracker(Tracker):
 
     def _end(self, summary: dict[str, Any]) -> None:
         for name, value in _figures(summary).items():
-            self._client.log_metric(self._run, f"summary/{name}", value)
+            self._client.log_metric(self._run, f"summary/{NO_METRIC.sub('', name)}"[:LONGEST_METRIC], value)
         self._client.log_dict(self._run, summary, "summary.json")
         self._client.set_terminated(self._run)
 
 
 LONGEST_PARAM = 6000
 """Characters that MLflow takes for a parameter."""
+LONGEST_METRIC = 250
+"""Characters that it takes for the name of a metric."""
+NO_METRIC = re.compile(r"[^\w\-. /]")
+"""What it refuses in such a name; the reasons of refusals have commas and brackets."""
 
 
 class AimTracker(Tracker):
