@@ -135,7 +135,7 @@ def test_the_reference_stands_beside_the_run_under_the_same_tags(tmp_path: Path)
     writer.write_reference(reference_run(3))
     writer.close()
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "steered"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "run"]
     events = read(tmp_path / "reference")
     assert scalars(events, "loss/train") == [(1000, 6.0), (2000, 5.0), (3000, 4.0)], (
         "the second takes the first's place"
@@ -188,7 +188,7 @@ def test_hparams_carry_settings_and_final_metrics_in_the_same_run(tmp_path: Path
     assert settings["text"].string_value == "stdlib, a.txt"
     assert settings["warmup_tokens"].string_value == "unknown"
     assert settings["ppo.clip_range"].number_value == 0.2
-    assert [path.name for path in tmp_path.iterdir()] == ["steered"], "no run of its own for the table"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "no run of its own for the table"
 
 
 def session(events: EventAccumulator) -> Any:
