@@ -73,7 +73,8 @@ def check_plain(content: object, *, most: int = MAX_VALUES) -> None:
     Raises:
         ValueError: there is something else, or too much.
     """
-    level, count = [content], 1
+    level: list[Any] = [content]
+    count = 1
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
