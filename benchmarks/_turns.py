@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -15,6 +19,38 @@ Timed = dict[str, list[float]]
 """Seconds of each turn, by side."""
 TURN = 2
 """Optimiser steps per turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the two trainings that are compared."""
+
+    name: str
+    """Name of the loop or adapter."""
+    steered: bool
+    model: str
+    steps: int
+    processes: int
+    """Number of processes that train one model."""
+    port: int
+    """Port of the process group, if there are several processes."""
+
+
+Train = Callable[[Side, int, Connection], None]
+"""Trains in one process of a side, given its rank and a connection to the controlling process."""
+
+
+def start(side: Side, train: Train, method: Literal["fork", "spawn"]) -> tuple[Connection, list[BaseProcess]]:
+    """Start the processes of one side; return the connection to rank 0 and the processes."""
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    processes: list[BaseProcess] = [
+        context.Process(target=train, args=(side, rank, there), daemon=True) for rank in range(side.processes)
+    ]
+    for process in processes:
+        process.start()
+    there.close()
+    return here, processes
 
 
 class Turns:

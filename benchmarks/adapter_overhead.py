@@ -19,11 +19,9 @@ This takes about half an hour on two otherwise idle cores.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,7 +32,7 @@ import torch
 import torch.distributed as dist
 from _adapters import BATCH, FORMS, INTERVAL, LENGTH, MICRO_BATCHES, Training, meet
 from _common import write_result
-from _turns import SIDES, TURN, Timed, Turns, alternate, free_port, speed_ratio
+from _turns import SIDES, TURN, Side, Timed, Turns, alternate, free_port, speed_ratio, start
 from rich.console import Console
 
 from trainpilot.experiments.progress import progress_bar
@@ -47,23 +45,6 @@ SPARE = 20
 """Untimed extra steps: the first step is not timed, and the Trainer's callback rounds its budget down."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """One of the two trainings that are compared."""
-
-    form: str
-    steered: bool
-    model: str
-    steps: int
-    port: int
-    """Port of the process group, if there are several processes."""
-
-    @property
-    def processes(self) -> int:
-        """Number of processes that train one model."""
-        return 2 if self.form.startswith("DDP") else 1
-
-
 def train(side: Side, rank: int, connection: Connection) -> None:
     """Train in this process, one turn at a time."""
     use_threads(max(available_cores() // side.processes, 1))
@@ -71,25 +52,11 @@ def train(side: Side, rank: int, connection: Connection) -> None:
         meet(rank, side.processes, side.port)
     turns = Turns(connection if rank == 0 else None)
     with tempfile.TemporaryDirectory() as folder:
-        FORMS[side.form](Training(side.model, side.steps + SPARE, rank), side.steered, turns.tick, Path(folder))
+        FORMS[side.name](Training(side.model, side.steps + SPARE, rank), side.steered, turns.tick, Path(folder))
     if side.processes > 1:
         dist.destroy_process_group()
     if turns.connection is not None:
         turns.connection.close()
-
-
-def start(form: str, steered: bool, options: argparse.Namespace) -> tuple[Connection, list[BaseProcess]]:
-    """Start the processes of one side; return the connection to rank 0 and the processes."""
-    side = Side(form=form, steered=steered, model=options.model, steps=options.steps, port=free_port())
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    processes: list[BaseProcess] = [
-        context.Process(target=train, args=(side, rank, there), daemon=True) for rank in range(side.processes)
-    ]
-    for process in processes:
-        process.start()
-    there.close()
-    return here, processes
 
 
 def compare(form: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -104,7 +71,15 @@ def timed(form: str, options: argparse.Namespace, pair: int, advance: Callable[[
     links: dict[str, Connection] = {}
     processes: list[BaseProcess] = []
     for side in SIDES if pair % 2 else reversed(SIDES):  # the side that starts first is a little faster
-        links[side], started = start(form, side == "steered", options)
+        training = Side(
+            name=form,
+            steered=side == "steered",
+            model=options.model,
+            steps=options.steps,
+            processes=2 if form.startswith("DDP") else 1,
+            port=free_port(),
+        )
+        links[side], started = start(training, train, "spawn")
         processes += started
     try:
         turns = options.steps // TURN

@@ -22,7 +22,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -37,7 +36,7 @@ import torch.distributed as dist
 from _adapters import meet
 from _common import RESULTS, write_result
 from _loops import BATCH, INTERVAL, LENGTH, LOOPS, MICRO_BATCHES, NEEDS, REFUSED, REMARKS, UNDER_WAY, Work
-from _turns import SIDES, TURN, Turns, alternate, free_port, speed_ratio
+from _turns import SIDES, TURN, Side, Turns, alternate, free_port, speed_ratio, start
 
 EQUAL = 1e-6
 """Largest relative difference of the losses that float rounding explains, where the arithmetic is the same."""
@@ -45,23 +44,6 @@ WARM = 2
 """Intervals that are not timed: compilers and allocators warm up, and every interval is probed."""
 Outcome = tuple[list[float], list[np.ndarray]]
 """Losses of the micro-batches of rank 0, and the final weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """One of the two trainings that are compared."""
-
-    name: str
-    steered: bool
-    model: str
-    steps: int
-    port: int
-    """Port of the process group, if there are several processes."""
-
-    @property
-    def processes(self) -> int:
-        """Number of processes that train one model."""
-        return 2 if self.name.startswith("torchrun") else 1
 
 
 def train(side: Side, rank: int, connection: Connection) -> None:
@@ -81,22 +63,6 @@ def train(side: Side, rank: int, connection: Connection) -> None:
         dist.destroy_process_group()
 
 
-def start(side: Side) -> tuple[Connection, list[BaseProcess]]:
-    """Start the processes of one side; return the connection to rank 0 and the processes.
-
-    They are forked, so that the libraries are imported once.
-    """
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    started: list[BaseProcess] = [
-        context.Process(target=train, args=(side, rank, there), daemon=True) for rank in range(side.processes)
-    ]
-    for process in started:
-        process.start()
-    there.close()
-    return here, started
-
-
 def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run both sides of a loop in turns, and return the row of the table."""
     missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
@@ -105,8 +71,15 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
     links: dict[str, Connection] = {}
     processes: list[BaseProcess] = []
     for side in SIDES:
-        shape = {"name": name, "model": options.model, "steps": options.steps, "port": free_port()}
-        links[side], started = start(Side(**shape, steered=side == "steered"))
+        training = Side(
+            name=name,
+            steered=side == "steered",
+            model=options.model,
+            steps=options.steps,
+            processes=2 if name.startswith("torchrun") else 1,
+            port=free_port(),
+        )
+        links[side], started = start(training, train, "fork")  # so that the libraries are imported once
         processes += started
     try:
         steps = options.steps - (round(UNDER_WAY * options.steps) if "from 30 %" in name else 0)

@@ -76,6 +76,14 @@ EXTRAS = {
 }
 """Extras of the installation by the packages that they bring along. Without any, a command has its help only."""
 Command: Any = reduce(or_, (Annotated[options, subcommand(name)] for name, options in COMMANDS.items()))
+Overview: Any = reduce(
+    or_,
+    (
+        Annotated[options, subcommand(name, description=(options.__doc__ or "").partition("\n\n")[0])]
+        for name, options in COMMANDS.items()
+    ),
+)
+"""The commands, each with the first sentence of its help only."""
 
 
 def main() -> None:
@@ -195,7 +203,7 @@ def _parse(arguments: list[str]) -> object:
     try:
         with contextlib.redirect_stderr(captured):
             return tyro.cli(
-                Command,
+                Command if arguments[:1] and arguments[0] in COMMANDS else Overview,
                 prog="trainpilot",
                 description=DESCRIPTION,
                 args=arguments,
@@ -204,7 +212,7 @@ def _parse(arguments: list[str]) -> object:
     except SystemExit as stop:
         if stop.code:
             command = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
-            said = re.sub(r"^Error parsing \w+Options: ", "", _first_block(captured.getvalue()))
+            said = re.sub(r"^Error parsing \w+Options: | \(applied to [^)]*\)", "", _first_block(captured.getvalue()))
             _refuse(f"{said.rstrip('.')}{_meant(arguments)}; see trainpilot {command}--help")
         raise
 

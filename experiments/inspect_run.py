@@ -217,7 +217,7 @@ def _speaks_unicode(console: Console) -> bool:
 
 def _tokens(count: float) -> str:
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
+        if count >= 0.9995 * limit:  # 999,936 are 1 M, not 1e+03 k
             return f"{count / limit:.3g} {letter}"
     return f"{count:.0f}"
 

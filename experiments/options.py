@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -118,15 +120,45 @@ class Options:
 C = TypeVar("C", bound=type[Options])
 
 
+def _help_texts() -> dict[tuple[str, str], str]:
+    """Return the text below each option, on one line, by class and name. Tyro would keep its line breaks."""
+    classes = [
+        node for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body if type(node) is ast.ClassDef
+    ]
+    return {
+        (each.name, ast.unparse(option.target)): " ".join(str(text.value.value).split())
+        for each in classes
+        for option, text in pairwise(each.body)
+        if isinstance(option, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+HELP_TEXTS = _help_texts()
+METAVARS: dict[Any, str] = {str | None: "STR", tuple[str, ...] | None: "STR [STR ...]"}
+"""How the help shows types that may be `None`, which nobody has to write."""
+
+
+def _default_shown(default: str) -> str:
+    """Return how the help names a default. Where it is nothing, the text of the option says what happens."""
+    return "" if default in ("None", "") else f"(default: {default})"
+
+
 def with_ranges(options: C) -> C:
     """Give a command's numbers the ranges of the run's settings of that name, if they have none, and show them."""
     of_run = ranges_of(RunConfig)
     for name, hint in get_type_hints(options, include_extras=True).items():
         allowed = range_in(hint) or of_run.get(name)
+        shown: dict[str, Any] = {"help_behavior_hint": _default_shown}
+        if text := HELP_TEXTS.get((options.__name__, name)):
+            shown["help"] = text
+        if hint in METAVARS:
+            shown["metavar"] = METAVARS[hint]
+        extras: list[Any] = []
         if allowed is not None and hint is not Tokens:
             words = "|auto" if "auto" in str(hint) else ""
-            metavar = f"{'INT' if isinstance(allowed, Whole) else 'FLOAT'} {allowed}{words}"
-            options.__annotations__[name] = Annotated[hint, allowed, tyro.conf.arg(metavar=metavar)]
+            shown["metavar"] = f"{'INT' if isinstance(allowed, Whole) else 'FLOAT'} {allowed}{words}"
+            extras = [allowed]
+        options.__annotations__[name] = Annotated[hint, *extras, tyro.conf.arg(**shown)]
     return options
 
 
@@ -140,7 +172,6 @@ class ReplayOptions(Options):
     watts.
 
     Try for instance:
-
       trainpilot replay --policy none --model llama-micro --out runs/base
       trainpilot replay --policy default --mode advise --model llama-micro --out runs/advised
       trainpilot replay --policy default --model gpt2-micro --text docs/*.md --out runs/steered
@@ -288,7 +319,6 @@ class TrainAgentOptions(Options):
     result to the last bit. Watch it: tensorboard --logdir OUT
 
     Try for instance:
-
       trainpilot train-agent --recipe default --out runs/agent
       trainpilot train-agent --recipe default --out runs/one --set simulator.seeds=1
       trainpilot train-agent --recipe tiny --out runs/live --set ppo.total_decisions=2000 ppo.learning_rate=1e-3
@@ -319,7 +349,6 @@ class CompareOptions(Options):
     schedule, without feedback.
 
     Try for instance:
-
       trainpilot compare --cases quick
       trainpilot compare --cases test --methods cosine,tuned,policy:runs/agent/policy.safetensors --out runs/mine
       trainpilot compare --cases my-cases.yaml --methods default --seeds 5 --out runs/mine
@@ -405,7 +434,6 @@ class ReportOptions(Options):
     The page is one HTML file that needs no network and reads on a phone, too.
 
     Try for instance:
-
       trainpilot report runs/steered --out steered.html
       trainpilot report runs/steered runs/mine --reference runs/base --out comparison.html
     """
@@ -432,7 +460,6 @@ class CutOptions(Options):
     first. Let the result learn from the model that it was cut from: replay --model OUT --teacher FOLDER.
 
     Try for instance:
-
       trainpilot cut runs/base --ffn 0.5 --out runs/narrow
       trainpilot cut runs/base --ffn 0.5 --depth 0.67 --out runs/small
       trainpilot cut my-llama --parameters 0.5 --text docs/*.md --out my-half-llama
@@ -472,7 +499,6 @@ class ExportOptions(Options):
     tokens/s of prefill and of decoding, joules per token with their source, and the score P^1.5 (aT + bE).
 
     Try for instance:
-
       trainpilot export runs/base --out exports/base
       trainpilot export runs/base --format int4,gguf-q4 --out exports/base
       trainpilot export my-llama --text docs/*.md --format gguf-q8 --out exports/my-llama
@@ -513,7 +539,6 @@ class CalibrateOptions(Options):
     Every finished run is a file of its own: killed at any moment, the same command goes on where it was.
 
     Try for instance:
-
       trainpilot calibrate --effort quick --out runs/calibration
       trainpilot calibrate --model gpt2-nano --text docs/*.md --tokens 200000 --out runs/my-calibration
     """
@@ -558,7 +583,6 @@ class FitSweepOptions(Options):
     for 400 runs.
 
     Try for instance:
-
       trainpilot fit-sweep sweep.csv --out runs/sweep
       trainpilot fit-sweep sweep.csv --out runs/sweep --predict larger.csv
     """

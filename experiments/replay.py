@@ -158,6 +158,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         console.print(f"advice in {summary['n_decisions']} decisions: {escape(times)}", highlight=False)
     if summary["diverged"]:
         console.print("[red]the run diverged: its loss is not finite; lower --base-learning-rate[/red]")
+    if remark := summary.get("busy_machine"):
+        console.print(f"[dim]{escape(str(remark))}[/dim]", highlight=False)
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
@@ -218,10 +220,10 @@ def replay(options: ReplayOptions, console: Console) -> dict[str, Any]:
     with steered.kept_on_failure():
         summary = summarise(run, steered.records, steered.initial_loss, reference, options)
         summary |= used | controller.summary()
+        if remark is not None:
+            summary["busy_machine"] = remark
         steered.finish(summary)
     print_summary(summary, console)
-    if remark is not None:
-        console.print(f"[dim]{remark}[/dim]", highlight=False)
     return summary
 
 

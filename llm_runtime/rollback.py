@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainpilot.llm_runtime.plain_values import shown
+from trainpilot.llm_runtime.process import device_random, set_device_random
 
 if TYPE_CHECKING:
     from trainpilot.llm_runtime.loop import ControlledLoop

@@ -33,9 +33,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    pip = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation", "--no-index"]
     outcome = subprocess.run([*pip, "--wheel-dir", out, source], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "Warning" not in outcome.stdout + outcome.stderr
     (built,) = out.glob("*.whl")
     return built
 
@@ -46,12 +47,17 @@ def contents(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_the_listed_packages_are_the_folders_with_an_init() -> None:
+def test_the_listed_packages_are_the_folders_of_code_and_of_data() -> None:
     tops = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     inits = [path.parent.relative_to(ROOT) for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/__init__.py")]
     found = {import_name(folder) for folder in inits}
+    setup = pyproject()["tool"]["setuptools"]
+    patterns = [
+        (package, Path(pattern).parent.parts) for package, of in setup["package-data"].items() for pattern in of
+    ]
+    of_data = {".".join((package, *parts)) for package, parts in patterns if parts}
 
-    assert set(pyproject()["tool"]["setuptools"]["packages"]) == found
+    assert set(setup["packages"]) == found | of_data
     assert tops == set(FOLDERS)
 
 

@@ -318,8 +318,8 @@ def aligned_settings(
     clip = wanted.pop("gradient_clip", SteeringSettings.gradient_clip)
     if args.max_grad_norm:
         raise ValueError(
-            f"max_grad_norm must be 0 with SteeringCallback, which clips by gradient_clip={clip} itself, "
-            f"got {args.max_grad_norm}"
+            f"max_grad_norm must be 0 with SteeringCallback, which clips itself, by gradient_clip={clip} of its "
+            f"settings, got {args.max_grad_norm}; give TrainingArguments max_grad_norm=0"
         )
     if has_length(loader):
         most = drawn(requested, args, loader)

@@ -1,6 +1,6 @@
 """Write a steered run and its reference run to TensorBoard.
 
-The x-axis counts tokens. The events are written to two folders, `steered` and `reference`, under the same tags, so that
+The x-axis counts tokens. The events are written to two folders, `run` and `reference`, under the same tags, so that
 TensorBoard draws both runs into one chart. The tags are explained in `tags`. `scalars` returns the same numbers as a
 dictionary, for frameworks that have a logger of their own.
 """
@@ -110,7 +110,7 @@ class RunWriter:
     A write error (a full disk, for example) ends the logging with a warning; the run continues.
 
     Args:
-        folder: Folder in which `steered` and `reference` are created.
+        folder: Folder in which `run` and `reference` are created; a run that version 0.2 began goes on in `steered`.
         purge_step: Number of tokens from which an interrupted run resumes; TensorBoard hides events written after it.
         earlier: The records before that point, from which the running totals are restored.
     """
@@ -129,7 +129,8 @@ class RunWriter:
         self._try(lambda: self._begin(purge))
 
     def _begin(self, purge_step: int | None) -> None:
-        self._writer = _event_writer(self.folder / "steered", purge_step)
+        began_as = self.folder / "steered"  # also without a policy, so that the name misled
+        self._writer = _event_writer(began_as if began_as.is_dir() else self.folder / "run", purge_step)
         self._writer.add_custom_scalars(run_layout())
 
     def write(self, record: DecisionRecord) -> None:

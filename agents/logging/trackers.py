@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
@@ -154,22 +156,28 @@ class MlflowTracker(Tracker):
         found = client.get_experiment_by_name(name)
         experiment = found.experiment_id if found is not None else client.create_experiment(name)
         self._run = client.create_run(experiment, **options).info.run_id
+        self._metric = library.entities.Metric
         for key, value in flatten(config).items():
             client.log_param(self._run, key, text(value)[:LONGEST_PARAM])
 
     def _log(self, values: dict[str, float], tokens: int) -> None:
-        for name, value in values.items():
-            self._client.log_metric(self._run, name, value, step=tokens)
+        """Log all values at once: a store on disk takes as long for one."""
+        now = int(1000 * time.time())
+        self._client.log_batch(self._run, [self._metric(name, value, now, tokens) for name, value in values.items()])
 
     def _end(self, summary: dict[str, Any]) -> None:
-        for name, value in _figures(summary).items():
-            self._client.log_metric(self._run, f"summary/{name}", value)
+        figures = {NO_METRIC.sub("", name): value for name, value in _figures(summary).items()}
+        self._log({f"summary/{name}"[:LONGEST_METRIC]: value for name, value in figures.items()}, 0)
         self._client.log_dict(self._run, summary, "summary.json")
         self._client.set_terminated(self._run)
 
 
 LONGEST_PARAM = 6000
 """Characters that MLflow takes for a parameter."""
+LONGEST_METRIC = 250
+"""Characters that it takes for the name of a metric."""
+NO_METRIC = re.compile(r"[^\w\-. /]")
+"""What it refuses in such a name; the reasons of refusals have commas and brackets."""
 
 
 class AimTracker(Tracker):

@@ -41,6 +41,18 @@ def own_optimizer(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
     return parts[0] if len(parts) == 1 else JointOptimizer(parts)
 
 
+def rounded_weights(optimizer: Optimizer) -> str | None:
+    """Return a remark about weights that have fewer digits than float32, or `None` where none are stepped."""
+    kinds = {weight.dtype for group in optimizer.param_groups for weight in group["params"]}
+    few = sorted(str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point and kind.itemsize < 4)
+    if not few:
+        return None
+    return (
+        f"weights are {', '.join(few)}, in which small updates are lost and the curvature probe sees rounding; the "
+        "policy was trained on float32: load the model in it, and take precisions=('bf16',) for bf16 in the products"
+    )
+
+
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer that Accelerate has wrapped, or the given one.
 

@@ -40,6 +40,7 @@ from trainpilot.agents.steering.model_checks import (
     looks_trained,
     near_learning_rate,
     own_optimizer,
+    rounded_weights,
 )
 from trainpilot.agents.steering.paired import Pairing
 from trainpilot.agents.steering.saved_state import SavedSteering
@@ -164,21 +165,28 @@ class Steering:
         if resolved.bundle is not None:
             facts = self._facts(resolved)
             self.domain_warnings = check_domain(resolved.bundle, facts, require=settings.strict_domain)
-        if self.domain_warnings and self.ranks.is_first:
-            message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
-            warnings.warn(message, stacklevel=2)
-        if resolved.decisions < resolved.usual_decisions:
-            self._warn_once(
-                "decisions",
-                f"decisions: {resolved.decisions} instead of {resolved.usual_decisions}, as the budget has no more "
-                f"steps at batch_size {settings.batch_size}; a smaller batch_size gives more",
-            )
+        self._warn_at_start(resolved)
         self._checks_loss = True
         self._rows: RowWatch | None = None
         decision = self._broadcast(lambda: self.controller.decide(None))
         self._warn(decision)
         self._apply(decision)
         self.loop.attach()
+
+    def _warn_at_start(self, resolved: ResolvedSettings) -> None:
+        """Warn of what may be other than the user means, and is allowed."""
+        if self.domain_warnings and self.ranks.is_first:
+            message = "policy outside of what it was trained on: " + "; ".join(self.domain_warnings)
+            warnings.warn(message, stacklevel=3)
+        if resolved.decisions < resolved.usual_decisions:
+            self._warn_once(
+                "decisions",
+                f"decisions: {resolved.decisions} instead of {resolved.usual_decisions}, as the budget has no more "
+                f"steps at batch_size {self.settings.batch_size}; a smaller batch_size gives more",
+                stacklevel=4,
+            )
+        if rounded := rounded_weights(self.loop.optimizer):
+            self._warn_once("weights", rounded, stacklevel=4)
 
     def _with_law(self, limits: ControlLimits, peak: float, *, fine_tuning: bool) -> ControlLimits:
         return with_law(limits, self.settings, self.loop, peak=peak, fine_tuning=fine_tuning)
@@ -520,9 +528,11 @@ class Steering:
     def _warn_of_data(self, message: str) -> None:
         self._warn_once("data", message, RuntimeWarning)
 
-    def _warn_once(self, subject: str, message: str, category: type[Warning] = UserWarning) -> None:
+    def _warn_once(
+        self, subject: str, message: str, category: type[Warning] = UserWarning, *, stacklevel: int = 3
+    ) -> None:
         if self.ranks.is_first and subject not in self._warned:
-            warnings.warn(printable(message), category, stacklevel=3)
+            warnings.warn(printable(message), category, stacklevel=stacklevel)
         self._warned.add(subject)
 
     def _broadcast(self, call: Callable[[], Content]) -> Content:

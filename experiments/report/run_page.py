@@ -234,15 +234,25 @@ def _cautions(runs: Sequence[StoredRun], reference: StoredRun | None) -> list[st
     if differing:
         names = listed([name.replace("_", " ") for name in differing])
         found.append(f"The runs differ in {names}: their losses cannot be compared.")
-    if reference is None:
-        several = any(run.reference is not None for run in runs)
-        why = "The runs have different reference runs" if several else "There is no reference run"
-        found.append(f"{why}: what the same training reaches without steering is not shown. Add --reference.")
+    if reference is None and any(run.policy != "none" for run in runs):
+        found.append(_without_reference(runs))
     if any(run.energy_source == "estimated" for run in runs):
         found.append("Joules are estimated from time and typical watts; no meter measured them.")
     if len(everyone) > 1:
         found.append("Each run is one seed: differences may be chance. trainpilot compare runs several.")
     return found
+
+
+def _without_reference(runs: Sequence[StoredRun]) -> str:
+    if any(run.reference is not None for run in runs):
+        why = "The runs have different reference runs"
+    elif unsteered := [run for run in runs if run.policy == "none"]:
+        return (
+            f"No run is the reference of the others: to compare them with {unsteered[0].name}, give it as --reference."
+        )
+    else:
+        why = "There is no reference run"
+    return f"{why}: what the same training reaches without steering is not shown. Add --reference."
 
 
 def _cautions_of(run: StoredRun) -> list[str]:
@@ -254,6 +264,8 @@ def _cautions_of(run: StoredRun) -> list[str]:
     if summary.get("fallen_back"):
         at = summary.get("fallen_back_at_decision")
         found.append(f"{run.name} was left to its base schedule from decision {at} on: {summary['fallen_back']}.")
+    if isinstance(busy := summary.get("busy_machine"), str):
+        found.append(f"{run.name}: {busy}.")
     contract = summary.get("contract")
     if isinstance(contract, dict) and contract.get("held") is False:
         found.append(f"{run.name} broke its quality contract.")

@@ -30,6 +30,25 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         assert f"trainpilot {command} --" in said  # an example to copy
     plain = " ".join(said.replace("│", " ").split())
     assert not re.search(r"\b(INT|FLOAT|TOKENS)\b(?! [\[(>])", plain), "a number without its range"
+    assert "None" not in plain.replace("{None,", ""), "a default that says nothing"
+
+
+def test_the_overview_has_a_sentence_for_each_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) < 40
+    assert re.findall(r"• ([a-z-]+) ", said) == list(cli.COMMANDS)
+    assert "Try for instance" not in said
+
+
+def test_a_help_text_of_two_lines_is_one_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert call(monkeypatch, "replay", "--help") == 0
+    assert "to the last bit the run of the base schedule. The first step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argument", ["--help", "--polcy"])
@@ -49,7 +68,7 @@ def test_help_and_typing_errors_load_nothing_heavy(argument: str) -> None:
     [
         ((), "trainpilot"),
         (("fly",), "Unrecognized options: fly; see trainpilot --help"),
-        (("replya", "--out", "x"), "did you mean replay?; see trainpilot --help"),
+        (("replya", "--out", "x"), "options: replya --out x; did you mean replay?; see trainpilot --help"),
         (("replay", "--polcy", "none", "--out", "x"), "--polcy, none; did you mean --policy?; see trainpilot replay"),
         (("replay", "--batch_sise=8", "--out", "x"), "did you mean --batch-size?"),
         (("replay",), "--out"),

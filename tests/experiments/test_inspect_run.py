@@ -13,7 +13,7 @@ from rich.console import Console
 from trainpilot.agents.logging.tags import opening_link
 from trainpilot.envs.action import KEEP
 from trainpilot.experiments.inspect_policy import print_bundle
-from trainpilot.experiments.inspect_run import inspect_paths, print_run, sparkline
+from trainpilot.experiments.inspect_run import _tokens, inspect_paths, print_run, sparkline
 
 SUMMARY = {
     "model": "llama-nano",
@@ -168,6 +168,13 @@ def test_a_bundle_shows_its_provenance() -> None:
     assert row(text, "ppo.n_steps")[-1] == "100"
     assert row(text, "training_cases")[-1] == "2; model llama-nano, gpt2-nano"
     assert row(text, "created")[-1] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"), [(999, "999"), (999_936, "1 M"), (250_000, "250 k"), (1_234_567, "1.23 M"), (999_400, "999 k")]
+)
+def test_tokens_have_three_digits_and_the_right_unit(tokens: int, shown: str) -> None:
+    assert _tokens(tokens) == shown
 
 
 def test_several_runs_are_a_line_each(tmp_path: Path) -> None:

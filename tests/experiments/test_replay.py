@@ -127,7 +127,7 @@ def test_advice_changes_nothing_and_is_written_beside_the_run(
     asked = [line["advice"]["controls"]["learning_rate_scale"] for line in lines]
     assert set(asked) != {1.0}
     assert {line["telemetry"]["requested"]["learning_rate_scale"] for line in lines} == {1.0}
-    events = EventAccumulator(str(workplace / "advised" / "tb" / "steered"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(workplace / "advised" / "tb" / "run"), size_guidance={"scalars": 0})
     events.Reload()
     assert [event.value for event in events.Scalars("advice/learning_rate_scale")] == pytest.approx(asked)
     assert {event.value for event in events.Scalars("decision/learning_rate_allowed")} == {0.0}

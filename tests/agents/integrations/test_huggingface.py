@@ -382,7 +382,7 @@ def test_a_batch_whose_rows_are_not_its_sequences_is_not_divided() -> None:
     with pytest.raises(ValueError, match="one row of pixels for each of 2 sequences, got 3"):
         cut({"input_ids": torch.ones(2, 1), "pixels": torch.ones(3, 1)}, 0, 1)
     flat = [{"input_ids": torch.ones(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])}]
-    with pytest.raises(ValueError, match="one row for each sequence"):
+    with pytest.raises(ValueError, match=r"one row for each sequence, .* set TRL's packing_strategy='wrapped' or"):
         SampleStream(flat, 2).take(1)  # type: ignore[arg-type]
 
 

@@ -296,7 +296,7 @@ def a_stream_that_is_over(loop: WholeLoop, folder: Path) -> None:
 
 
 BAD: list[tuple[Callable[[WholeLoop, Path], None], str]] = [
-    (clipping_twice, "max_grad_norm must be 0"),
+    (clipping_twice, "max_grad_norm must be 0 .* got 1.0; give TrainingArguments max_grad_norm=0"),
     (a_stream_that_ends, "must not end before the budget"),
     (too_few_steps, "max_steps must be at least 100"),
     (precision_without_trainer, "set callback.trainer"),

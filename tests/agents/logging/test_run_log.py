@@ -39,7 +39,7 @@ def test_values_stand_at_the_tokens_trained_on(tmp_path: Path) -> None:
         writer.write(record)
     writer.close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     assert scalars(events, "loss/train") == [(1000, 5.0), (2000, 4.0), (3000, 3.0)]
     assert scalars(events, "loss/validation") == [(2000, 4.1), (3000, 3.1)], "unknown is left out, not 0"
     assert scalars(events, "controls_requested/learning_rate_scale")[0] == (1000, 2.0)
@@ -54,12 +54,22 @@ def test_values_stand_at_the_tokens_trained_on(tmp_path: Path) -> None:
     assert scalars(events, "observation/noise_scale")[0] == (1000, 0.5)
 
 
+def test_a_run_that_version_0_2_began_goes_on_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "steered").mkdir()
+    writer = RunWriter(tmp_path)
+    writer.write(decision_record(0))
+    writer.close()
+
+    assert scalars(read(tmp_path / "steered"), "loss/train") == [(1000, 5.0)]
+    assert not (tmp_path / "run").exists()
+
+
 def test_decisions_count_from_keep(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
     writer.write(decision_record(0, requested=(1, 2, 0, 1, 0), allowed=(1, 1, 0, 0, 0)))
     writer.close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     assert scalars(events, "decision/learning_rate") == [(1000, -2.0)]
     assert scalars(events, "decision/batch_size") == [(1000, 1.0)]
     assert scalars(events, "decision/batch_size_allowed") == [(1000, 0.0)]
@@ -73,7 +83,7 @@ def test_advice_stands_beside_what_was_done(tmp_path: Path) -> None:
     writer.write(record)
     writer.close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     known = {name: value for name, value in logged(record).items() if name.startswith("advice/")}
     assert known == {
         "advice/learning_rate_scale": 4.0, "advice/batch_size": 16.0, "advice/precision": 0.0, "advice/sparsity": 0.1,
@@ -91,7 +101,7 @@ def test_what_is_unknown_or_not_finite_is_left_out(tmp_path: Path) -> None:
     writer.write(decision_record(1, train_loss=math.nan, diverged=True))
     writer.close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     assert scalars(events, "loss/train") == [(1000, 5.0)]
     assert scalars(events, "run/diverged") == [(1000, 0.0), (2000, 1.0)]
     assert scalars(events, "energy/interval") == [(2000, 10.0)]
@@ -107,7 +117,7 @@ def test_reasons_are_written_as_text_when_they_change(tmp_path: Path) -> None:
     writer.write(decision_record(3, masked={}))
     writer.close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     assert texts(events, "masks/masked_reasons") == [
         (1000, "* precision tf32: an NVIDIA GPU format"),
         (3000, "* finish cool down: not before 20% of the budget"),
@@ -125,7 +135,7 @@ def test_the_reference_stands_beside_the_run_under_the_same_tags(tmp_path: Path)
     writer.write_reference(reference_run(3))
     writer.close()
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "steered"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "run"]
     events = read(tmp_path / "reference")
     assert scalars(events, "loss/train") == [(1000, 6.0), (2000, 5.0), (3000, 4.0)], (
         "the second takes the first's place"
@@ -146,7 +156,7 @@ def test_going_on_hides_what_was_written_beyond_and_keeps_the_sums(tmp_path: Pat
         writer.write(record)
     writer.close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     assert scalars(events, "loss/train") == [(1000, 5.0), (2000, 4.0), (3000, 2.5), (4000, 2.0)]
     assert scalars(events, "energy/total") == [(1000, 10.0), (2000, 20.0), (3000, 30.0), (4000, 40.0)]
     assert scalars(events, "reward/time_total")[-1] == (4000, -0.4)
@@ -157,7 +167,7 @@ def test_the_summary_is_a_table_at_the_end_of_the_run(tmp_path: Path) -> None:
     writer.write_summary({"model": "llama-nano", "energy_j": None, "versions": {"python": "3.11"}})
     writer.close()
 
-    [(step, table)] = texts(read(tmp_path / "steered"), "run/summary")
+    [(step, table)] = texts(read(tmp_path / "run"), "run/summary")
     assert step == 4000
     assert table.splitlines()[2:] == ["| model | llama-nano |", "| energy_j | unknown |", "| versions.python | 3.11 |"]
 
@@ -169,7 +179,7 @@ def test_hparams_carry_settings_and_final_metrics_in_the_same_run(tmp_path: Path
     writer.write_hparams(config, {"final_validation_loss": 2.5, "time_s": 8.0, "energy_j": None})
     writer.close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     assert scalars(events, "final/validation_loss") == [(1000, 2.5)]
     assert scalars(events, "final/time_s") == [(1000, 8.0)]
     assert "final/energy_j" not in events.Tags()["scalars"]
@@ -178,7 +188,7 @@ def test_hparams_carry_settings_and_final_metrics_in_the_same_run(tmp_path: Path
     assert settings["text"].string_value == "stdlib, a.txt"
     assert settings["warmup_tokens"].string_value == "unknown"
     assert settings["ppo.clip_range"].number_value == 0.2
-    assert [path.name for path in tmp_path.iterdir()] == ["steered"], "no run of its own for the table"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "no run of its own for the table"
 
 
 def session(events: EventAccumulator) -> Any:
@@ -195,7 +205,7 @@ def test_nothing_becomes_html_or_acts_on_what_is_shown(tmp_path: Path) -> None:
     writer.write_hparams({nasty: nasty}, {"time_s": 8.0})
     writer.close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     tags = ("masks/refused_reasons", "masks/masked_reasons", "energy/source", "run/summary")
     told = "\n".join(shown for tag in tags for _, shown in texts(events, tag))
     assert told.count("&lt;script&gt;") == 6
@@ -208,7 +218,7 @@ def test_nothing_becomes_html_or_acts_on_what_is_shown(tmp_path: Path) -> None:
 def test_the_layout_shows_requested_beside_effective(tmp_path: Path) -> None:
     RunWriter(tmp_path).close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     [event] = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for part in layout.category for chart in part.chart}
@@ -271,7 +281,7 @@ def test_an_unknown_precision_leaves_no_value(tmp_path: Path) -> None:
     writer.write(decision_record(0, precision="fp8"))
     writer.close()
 
-    events = read(tmp_path / "steered")
+    events = read(tmp_path / "run")
     assert "controls_effective/precision" not in events.Tags()["scalars"]
     assert scalars(events, "controls_requested/precision") == [(1000, 2.0)]
 

@@ -38,7 +38,7 @@ def test_a_steered_run_writes_every_tag_of_the_table_and_no_other(tmp_path: Path
     writer.write_hparams({"seed": 0}, FINAL)
     writer.close()
 
-    assert written_tags(tmp_path / "steered") == {tag.name for tag in tags_of("run")}
+    assert written_tags(tmp_path / "run") == {tag.name for tag in tags_of("run")}
 
 
 def test_the_reference_writes_tags_of_the_steered_run(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,7 +28,11 @@ from trainpilot.agents.logging.trackers import Tracker, run_settings
 from trainpilot.experiments.stored_run import read_run
 
 SETTINGS = SteeringSettings(sequences=1_600, batch_size=8)
-SUMMARY = {"tokens": 4000, "policy": "default", "contract": {"held": True}, "loss": float("nan"), "time_s": 8.0}
+REFUSED = "learning_rate x1.19 refused: more than x16, above which the loss fell behind (100 %)" + " of it" * 40
+SUMMARY = {
+    "tokens": 4000, "policy": "default", "contract": {"held": True}, "loss": float("nan"), "time_s": 8.0,
+    "refusals": {REFUSED: 2},
+}  # fmt: skip
 TRACKERS = {
     "wandb": WandbTracker,
     "trackio": TrackioTracker,
@@ -49,9 +54,19 @@ class Library:
             return lambda _: None
         if name == "create_run":
             return lambda *_, **__: SimpleNamespace(info=SimpleNamespace(run_id="7"))
+        if name == "entities":
+            return SimpleNamespace(Metric=lambda *each: each)
+        if name == "log_batch":
+            return self._log_batch
         if name in ("summary", "MlflowClient"):
             return self if name == "summary" else lambda **_: self
         return lambda *args, **options: self.calls.append((name, args, options)) or self  # type: ignore[func-returns-value]
+
+    def _log_batch(self, run: str, metrics: list[tuple[str, float, int, int]]) -> None:
+        for name, *_ in metrics:
+            if re.fullmatch(r"[/\w.\- ]{1,250}", name) is None:  # what MLflow takes on every system
+                raise RuntimeError(f"Invalid value {name!r} for parameter 'name' supplied")
+        self.calls.append(("log_batch", (run, metrics), {}))
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.items[name] = value
@@ -83,7 +98,7 @@ def told(name: str, library: Library) -> tuple[dict[str, Any], list[tuple[float,
         return library.named("init")[0][1]["config"], [(row["tokens"], row[loss]) for row in rows], closing
     if name == "mlflow":
         params = {args[1]: args[2] for args, _ in library.named("log_param")}
-        steps = [(o["step"], a[2]) for a, o in library.named("log_metric") if a[1] == loss]
+        steps = [(at, value) for a, _ in library.named("log_batch") for key, value, _, at in a[1] if key == loss]
         return params, steps, closing
     if name == "aim":
         steps = [(o["step"], a[0]) for a, o in library.named("track") if o["name"] == loss]

@@ -194,6 +194,13 @@ def test_a_peak_that_a_scheduler_hides_is_refused() -> None:
         Steering(model, optimizer, settings)
 
 
+def test_weights_of_few_digits_are_told() -> None:
+    model = nn.Linear(2, 1).bfloat16()
+    settings = SteeringSettings(sequences=400, batch_size=8, policy="none")
+    with pytest.warns(UserWarning, match="^weights are bfloat16, in which small updates are lost .* on float32:"):
+        Steering(model, torch.optim.AdamW(model.parameters()), settings, meter=NoMeter("a test"))
+
+
 def test_a_short_run_has_fewer_decisions_and_says_so() -> None:
     with pytest.warns(
         UserWarning, match="decisions: 40 instead of 50, as the budget has no more steps at batch_size 8"

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import ToyPlant, make_telemetry
+from random_rows import Rows
 from torch import nn
 
 from trainpilot.agents.bundle import BaseSchedule
@@ -31,24 +32,6 @@ from trainpilot.llm_runtime.process_group import OneProcess
 
 TWICE, HALF = (6, *KEEP[1:]), (0, *KEEP[1:])
 FREE = GuardrailSettings(cautious=False, max_reversals=99)
-
-
-class Rows:
-    """Random rows, the same at the same place."""
-
-    def __init__(self) -> None:
-        self.at = 0
-
-    def take(self, count: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.at)
-        self.at += count
-        return torch.randn(count, 4, generator=generator)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.at = state["at"]
 
 
 class Run:

@@ -236,7 +236,7 @@ def no_such_policy(mine: Loop) -> None:
 
 
 BAD: list[tuple[Callable[[Loop], None], str]] = [
-    (two_controllers, "one controller"),
+    (two_controllers, "one controller, .* or make the optimizer anew, as in a notebook cell that is run twice"),
     (another_scheduler, "something else writes it"),
     (two_steps_at_once, "one `with steering.step"),
     (too_few_sequences, "add up to the step's batch_size"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from random_rows import Rows
 from torch import nn
 
 from trainpilot.agents.bundle import BaseSchedule
@@ -24,24 +25,6 @@ from trainpilot.llm_runtime.energy.meter import EnergyMeter, EnergyReading, NoMe
 
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 FASTER_AND_LARGER: list[Action] = [(4, 2, 0, 0, 0), KEEP]
-
-
-class Rows:
-    """Random rows, the same at the same place."""
-
-    def __init__(self) -> None:
-        self.at = 0
-
-    def take(self, count: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.at)
-        self.at += count
-        return torch.randn(count, 4, generator=generator)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.at = state["at"]
 
 
 class Drift(nn.Module):

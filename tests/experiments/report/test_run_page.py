@@ -129,6 +129,29 @@ def test_runs_are_compared_with_a_run_that_is_given(tmp_path: Path) -> None:
     assert "seed 0 1" in text
 
 
+@pytest.mark.parametrize(
+    ("policies", "says"),
+    [
+        (("none", "default"), "No run is the reference of the others: to compare them with a, give it as --reference."),
+        (("default",), "There is no reference run: what the same training reaches without steering is not shown."),
+        (("none",), None),
+    ],
+)
+def test_what_a_page_without_reference_lacks_is_said(
+    tmp_path: Path, policies: tuple[str, ...], says: str | None
+) -> None:
+    folders = [stored(tmp_path / n, decision_records(), policy=p) for n, p in zip("ab", policies, strict=False)]
+    text = read_page(render([read_run(folder) for folder in folders])).text
+
+    assert (says in text) if says else ("reference" not in text)
+
+
+def test_seconds_of_a_busy_machine_are_doubted(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "a", decision_records(), policy="none", busy_machine="the machine was busy (a test)")
+
+    assert "a: the machine was busy (a test)." in read_page(render([read_run(folder)])).text
+
+
 def test_everything_from_files_is_escaped(tmp_path: Path) -> None:
     folder = tmp_path / 'x<b>"$\\frac{'
     refusals = (f"batch_size {NASTY}", f"taken back: {NASTY}")
