@@ -216,6 +216,10 @@ class SavedStanding(SavedRecord):
     refusals: dict[str, Count]
     rollbacks: list[SavedRollback]
 
+    def __post_init__(self) -> None:
+        if self.decision is None and not self.recorded:
+            raise ValueError("decision must be held while its interval is not recorded, got none")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SavedPoint(SavedRecord):
@@ -251,6 +255,7 @@ class SavedController(SavedStanding):
     records: list[DecisionRecord]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         seen = self.seen
         if seen != sorted(set(seen)) or (seen and seen[-1] >= len(self.records)):
             raise ValueError(f"seen must be rising places in the {len(self.records)} records, got {shown(seen)}")

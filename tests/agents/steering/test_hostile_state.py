@@ -216,6 +216,12 @@ def test_loading_computes_only_observations_that_are_seen(monkeypatch: pytest.Mo
     assert np.array_equal(again.controller.state.observation(), guarded.controller.state.observation())
 
 
+def test_a_state_without_the_decision_in_force_is_refused() -> None:
+    message = refusal(steered(3), changed(steered(17).state_dict(), ("controller", "decision"), None))
+    assert message is not None
+    assert "decision must be held while its interval is not recorded" in message
+
+
 @pytest.mark.parametrize("scale", [1e308, 65.0])
 def test_a_learning_rate_scale_that_nobody_can_have_set_is_refused(scale: float) -> None:
     other = steered(3)
