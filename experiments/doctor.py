@@ -121,6 +121,8 @@ OPTIONAL = {
     "nvidia-ml-py": ("energy of NVIDIA GPUs", "trainpilot[nvml]"),
     "accelerate": ("Hugging Face Trainer", "accelerate"),
     "lightning": ("Lightning", "lightning"),
+    "ray": ("`--on ray` of compare and calibrate", "trainpilot[ray]"),
+    "submitit": ("`--on slurm` of compare and calibrate", "trainpilot[slurm]"),
 }
 """By optional package: what it is used for, and what to install."""
 
