@@ -102,6 +102,8 @@ def _connect(address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report them to its makers
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     own = {"num_cpus": available_cores(), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    if address == "local":
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default, which starves runs on a busy machine
     with _own_signals():
         try:
             ray.init(address, **quiet, **(own if address == "local" else {}))
