@@ -167,8 +167,9 @@ def test_room_is_counted_and_its_lack_is_one_line(cluster: Any) -> None:
 
 
 CASES = """
-- {name: one, text: [TEXT], model: llama-nano, tokens: 640, batch_size: 2, sequence_length: 16, decisions: 5,
-   base_learning_rate: 0.01, device: cpu}
+cases:
+  - {name: one, text: [TEXT], model: llama-nano, tokens: 640, batch_size: 2, sequence_length: 16, decisions: 5,
+     base_learning_rate: 0.01, device: cpu}
 """
 
 
@@ -197,6 +198,5 @@ def test_the_command_ends_by_sigterm_goes_on_and_finds_the_same(cluster: Any, tm
 
     subprocess.run([*command, there, *remote], env=environment, check=True)
     subprocess.run([*command, here, "--jobs", "1"], env=environment, check=True)
-    assert len(losses(there)) == 6
     assert losses(there) == losses(here)
     assert losses(there).items() >= kept.items()
