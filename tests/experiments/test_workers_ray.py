@@ -34,7 +34,7 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 from trainpilot.experiments.workers_ray import RayEngine  # noqa: E402, it imports ray
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 
