@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
@@ -106,8 +107,11 @@ def _connect(address: str) -> None:
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default, which starves runs on a busy machine
     with _own_signals():
         try:
+            host, _, port = address.rpartition(":")
+            if host and "/" not in host and port.isdigit():  # Ray itself waits for minutes where nobody answers
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address, **quiet, **(own if address == "local" else {}))
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"ray_address: no Ray cluster of this version answers at {address} ({_last_line(error)}); start one "
                 "with `ray start --head`, or leave the address out for one of this machine alone"
