@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 FOLDERS := llm_runtime envs agents experiments
 TYPING := .typing/trainpilot/__init__.py
 # Not those that need a GPU, a model or packages to be installed first, or that take many hours.
-BENCHMARKS := $(filter-out benchmarks/gpu_check.py benchmarks/smollm2.py benchmarks/fine_tuning.py benchmarks/export_formats.py benchmarks/live_budgets.py benchmarks/_%.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/gpu_check.py benchmarks/smollm2.py benchmarks/fine_tuning.py benchmarks/export_formats.py benchmarks/live_budgets.py benchmarks/engines.py benchmarks/_%.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: setup demo test lint types bench attack gpu-check docs docs-site clean help

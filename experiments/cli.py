@@ -73,6 +73,8 @@ EXTRAS = {
     "sb3_contrib": "agent",
     "optuna": "compare",
     "pymoo": "compare",
+    "ray": "ray",
+    "submitit": "slurm",
 }
 """Extras of the installation by the packages that they bring along. Without any, a command has its help only."""
 Command: Any = reduce(or_, (Annotated[options, subcommand(name)] for name, options in COMMANDS.items()))

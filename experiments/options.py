@@ -107,6 +107,32 @@ if TYPE_CHECKING:
 
 LearningRate = Annotated[float, Range(0, 1000, above=True)]
 Jobs = Annotated[int, Whole(0, 1024)]
+On = Annotated[
+    Literal["local", "ray", "slurm"],
+    tyro.conf.arg(
+        help="Where the runs are executed: in processes of this machine, as tasks of a Ray cluster, or as jobs of "
+        "Slurm. Other machines need the same versions and, under the same paths, the files that runs read."
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Address of the Ray cluster, `auto` for the one that this machine belongs to; by default RAY_ADDRESS, "
+        "else one of this machine alone."
+    ),
+]
+GpusPerRun = Annotated[
+    float | None,
+    Range(0, 1024),
+    tyro.conf.arg(
+        help="GPUs of each run on Ray (also a fraction) and Slurm; by default one where the device is cuda, else none. "
+        "A run occupies as many cores as it has threads."
+    ),
+]
+SlurmPartition = Annotated[str | None, tyro.conf.arg(help="Partition of Slurm; by default Slurm's own choice.")]
+SlurmMinutes = Annotated[
+    int | None, Whole(1, 100_000), tyro.conf.arg(help="Time limit of each run on Slurm in minutes; 60 by default.")
+]
 Threads = Annotated[int, Whole(0, 1024)]
 
 
@@ -363,13 +389,18 @@ class CompareOptions(Options):
     seeds: Annotated[int, Whole(1, 1000)] = 3
     """Paired seeds per case and method: 3 for a look, 5 for a claim."""
     jobs: Jobs = 0
-    """Runs side by side; 0 takes as many as there are cores for."""
+    """Runs side by side; 0 takes as many as there are cores for. Slurm needs a number."""
     threads: Annotated[int, Whole(1, 1024)] = 1
     """Torch threads of each run. Unlike jobs it changes the last digits of a loss: keep it within one folder."""
     plan: bool = False
     """Say how many runs and how long, measure the cost tables, and stop."""
     report_only: bool = False
     """Run nothing; write the report from the runs that are there, while others may still be running."""
+    on: On = "local"
+    ray_address: RayAddress = None
+    gpus_per_run: GpusPerRun = None
+    slurm_partition: SlurmPartition = None
+    slurm_minutes: SlurmMinutes = None
     tensorboard: bool = True
     """Write the runs for TensorBoard too."""
     optuna_storage: str | None = None
@@ -560,7 +591,12 @@ class CalibrateOptions(Options):
     decisions: int = RunConfig.decisions
     """Intervals per run."""
     jobs: Jobs = 0
-    """Runs side by side, each in a process of one thread; 0 takes as many as there are cores."""
+    """Runs side by side, each in a process of one thread; 0 takes as many as there are cores. Slurm needs a number."""
+    on: On = "local"
+    ray_address: RayAddress = None
+    gpus_per_run: GpusPerRun = None
+    slurm_partition: SlurmPartition = None
+    slurm_minutes: SlurmMinutes = None
     seed: int = 0
     """Seeds the initial weights and the data order of every run."""
     device: Device = RunConfig.device

@@ -1,7 +1,8 @@
 """Run a function on many arguments in worker processes; a process that dies costs its own task and no other.
 
 The processes are loky's, which can be killed together with all that they started. Every worker is an executor of its
-own with one process, because an executor gives up all of its tasks when one of its processes dies.
+own with one process, because an executor gives up all of its tasks when one of its processes dies. An executor of
+another kind, such as those of `workers_ray` and `workers_slurm`, runs the tasks on other machines.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from loky import BrokenProcessPool, ProcessPoolExecutor
+from loky import ProcessPoolExecutor
 
 from trainpilot.llm_runtime.busy import wait_briefly
 from trainpilot.llm_runtime.process import use_threads
@@ -30,6 +31,16 @@ REPORT_EVERY_S = 0.5
 """Seconds between two calls of a progress callback."""
 
 _CONTEXT = get_context("spawn")  # its processes have a handle on their parent, which loky's own have not
+
+
+class TaskExecutor(Protocol):
+    """What runs tasks; loky's executors are of this kind."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Begin a task. Its future raises `BrokenExecutor` if what ran it has died, so that it may be tried again."""
+
+    def shutdown(self, wait: bool = True, kill_workers: bool = False) -> None:
+        """Take no further task; kill what runs if `kill_workers`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Workers(Generic[Result]):
         attempts: How often a task is tried in all when its process dies.
         on_death: Called with the arguments of a task whose last attempt died; returns its result or raises. By default
             it raises `ValueError`.
+        executor: Runs the tasks instead of processes of this machine; `jobs` of them at once.
 
     Raises:
         ValueError: `jobs`, `threads` or `attempts` is below 1.
@@ -68,12 +80,14 @@ class Workers(Generic[Result]):
         *,
         attempts: int = 1,
         on_death: Callable[..., Result] | None = None,
+        executor: TaskExecutor | None = None,
     ) -> None:
         for name, value in (("jobs", jobs), ("threads", threads), ("attempts", attempts)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.function, self.jobs, self.threads, self.attempts = function, jobs, threads, attempts
         self._on_death = on_death or self._raise
+        self._elsewhere = executor
         wait_briefly()  # the processes inherit it; in them it would come after torch
         self._reports: MutableSequence[float] = _CONTEXT.RawArray("d", jobs)
         """What the running task of each worker has reported."""
@@ -151,7 +165,7 @@ class Workers(Generic[Result]):
         task = self._running.pop(future)
         try:
             result = future.result()
-        except BrokenProcessPool:
+        except BrokenExecutor:
             self._renew(task.slot)
             if task.attempt < self.attempts:
                 self._submit(replace(task, attempt=task.attempt + 1))
@@ -170,7 +184,7 @@ class Workers(Generic[Result]):
         self._reports[task.slot] = 0.0
         try:
             future = self._executors[task.slot].submit(self.function, *task.arguments)
-        except BrokenProcessPool:  # its process died while it had nothing to do
+        except BrokenExecutor:  # its process died while it had nothing to do
             self._renew(task.slot)
             future = self._executors[task.slot].submit(self.function, *task.arguments)
         self._running[future] = task
@@ -179,8 +193,10 @@ class Workers(Generic[Result]):
         self._executors[slot].shutdown(wait=False)
         self._executors[slot] = self._executor(slot)
 
-    def _executor(self, slot: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
+    def _executor(self, slot: int) -> TaskExecutor:
+        if self._elsewhere is not None:
+            return self._elsewhere
+        return ProcessPoolExecutor(  # type: ignore[no-any-return]
             1, context=_CONTEXT, initializer=_begin, initargs=(self.threads, self._reports, slot)
         )
 

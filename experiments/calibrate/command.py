@@ -6,15 +6,17 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trainpilot.experiments import elsewhere
 from trainpilot.experiments.calibrate.calibration import (
     FILE_NAME,
     BestRate,
@@ -31,6 +33,8 @@ from trainpilot.experiments.calibrate.design import CalibrationSetting, design
 from trainpilot.experiments.calibrate.runs import EVALUATE_EVERY, WIDE_PROBE_SEQUENCES, RunFile, carry_out, run_key
 from trainpilot.experiments.costs.measure import measure_cost_table
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.elsewhere import check_same
+from trainpilot.experiments.engines import Engine, engine_of
 from trainpilot.experiments.options import CalibrateOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.run_store import versions
@@ -136,6 +140,8 @@ class PreparedCalibration:
     table: CostTable
     evaluation_sequences: int
     jobs: int
+    engine: Engine | None
+    """Where the runs are carried out, if not on this machine."""
 
 
 def calibrate(options: CalibrateOptions, console: Console) -> None:
@@ -145,7 +151,8 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
         ValueError: an option cannot be used (checked before the first run), or a run failed.
     """
     prepared = prepare(options, console)
-    files = _run(prepared, options.out / "runs", console)
+    with nullcontext() if prepared.engine is None else closing(prepared.engine):
+        files = _run(prepared, options.out / "runs", console)
     calibration = _fit(prepared, files, options, console)
     path = options.out / FILE_NAME
     calibration.write(path)
@@ -160,6 +167,7 @@ def prepare(options: CalibrateOptions, console: Console) -> PreparedCalibration:
     use_threads(1)  # as in the runs
     base = options.run_config()
     design(base, options.effort)  # checks that the budget is large enough
+    engine = engine_of(options, [base.device], options.out)
     with console.status("model, text and precisions") as status:
         run = LiveRun(base, probe=False)
         precisions = _precisions(base, run)
@@ -174,7 +182,8 @@ def prepare(options: CalibrateOptions, console: Console) -> PreparedCalibration:
         keys={setting.name: run_key(setting, content) for setting in settings},
         table=table,
         evaluation_sequences=run.evaluation_sequences,
-        jobs=options.jobs or available_cores(),
+        jobs=options.jobs or (available_cores() if engine is None else engine.jobs),
+        engine=engine,
     )
 
 
@@ -228,7 +237,7 @@ def _run(prepared: PreparedCalibration, folder: Path, console: Console) -> dict[
     failures: list[str] = []
     with progress_bar(console, "runs", len(prepared.settings)) as advance:
         work = [(setting, prepared.keys[setting.name]) for setting in missing]
-        for setting, result in run_all(work, prepared.jobs):
+        for setting, result in run_all(work, prepared.jobs, prepared.engine):
             if isinstance(result, str):
                 failures.append(f"{setting.name}: {result}")
                 continue
@@ -241,7 +250,7 @@ def _run(prepared: PreparedCalibration, folder: Path, console: Console) -> dict[
 
 
 def run_all(
-    work: Sequence[tuple[CalibrationSetting, str]], jobs: int
+    work: Sequence[tuple[CalibrationSetting, str]], jobs: int, engine: Engine | None = None
 ) -> Iterator[tuple[CalibrationSetting, RunFile | str]]:
     """Run settings in processes of one thread, and yield each setting with its run as the runs end.
 
@@ -257,12 +266,31 @@ def run_all(
             f"was, got {jobs}; fewer need less"
         )
 
-    with Workers(partial(_attempt, jobs=jobs), jobs, on_death=killed) as workers:
+    if engine is None:
+        workers = Workers(partial(_attempt, jobs=jobs), jobs, on_death=killed)
+    else:
+        attempt = partial(_attempt_elsewhere, jobs=engine.share_meter)
+        workers = Workers(attempt, jobs, attempts=elsewhere.ATTEMPTS, on_death=killed, executor=engine)
+    with workers:
         for (setting, _), result in workers.run(work):
             yield setting, result
 
 
-def _attempt(setting: CalibrationSetting, key: str, *, jobs: int) -> RunFile | str:
+@cache
+def _content(text: tuple[str, ...], model: str) -> str:
+    return content_digest(RunConfig(text=text, model=model))
+
+
+def _attempt_elsewhere(setting: CalibrationSetting, key: str, *, jobs: int | None) -> RunFile | str:
+    config = setting.config
+    content = partial(_content, config.text, config.model)
+    check_same(
+        lambda: run_key(setting, content()), key, f"the text {' '.join(config.text)} and the model {config.model}"
+    )
+    return _attempt(setting, key, jobs=jobs)
+
+
+def _attempt(setting: CalibrationSetting, key: str, *, jobs: int | None) -> RunFile | str:
     try:
         return carry_out(setting, key, jobs=jobs)
     except (ValueError, RuntimeError, MemoryError, OSError) as error:

@@ -48,13 +48,16 @@ def run_key(setting: CalibrationSetting, content: str) -> str:
     return digest(decisive)
 
 
-def carry_out(setting: CalibrationSetting, key: str, *, jobs: int = 1, meter: EnergyMeter | None = None) -> RunFile:
+def carry_out(
+    setting: CalibrationSetting, key: str, *, jobs: int | None = 1, meter: EnergyMeter | None = None
+) -> RunFile:
     """Train the run of a setting to its end, and return it with its cost.
 
     Args:
         setting: Configuration and controls of the run.
         key: Digest of the run, from `run_key`.
-        jobs: Number of parallel runs, among which the joules of a meter of the whole device are divided equally.
+        jobs: Number of parallel runs, among which the joules of a meter of the whole device are divided equally; `None`
+            if it is unknown, and so are the joules then.
         meter: Energy meter; by default the best one that the device has.
 
     Raises:
@@ -68,7 +71,7 @@ def carry_out(setting: CalibrationSetting, key: str, *, jobs: int = 1, meter: En
     return RunFile(
         key=key,
         time_s=run.clock() - start,
-        energy_j=None if used is None else used / shared,
+        energy_j=None if used is None or shared is None else used / shared,
         energy_source=source,
         run=record,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -37,6 +37,7 @@ from trainpilot.experiments.compare.scheduler import Program, Scheduler, run_wor
 from trainpilot.experiments.compare.search import StudyStorage
 from trainpilot.experiments.costs.measure import cost_tables, precisions_that_pay
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.engines import Engine, engine_of
 from trainpilot.experiments.options import CompareOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.results import UNTUNED, Case, Comparison, RunResult, cost_key
@@ -114,6 +115,8 @@ class PreparedComparison:
     ledger: ComparisonLedger
     tables: dict[str, CostTable]
     jobs: int
+    engine: Engine | None
+    """Where the runs are executed, if not on this machine."""
 
 
 def compare(options: CompareOptions, console: Console) -> None:
@@ -124,17 +127,10 @@ def compare(options: CompareOptions, console: Console) -> None:
     """
     start = time.monotonic()
     prepared = prepare(options, console)
-    plan = estimate_workload(prepared.cases, prepared.chosen.names, options.seeds, prepared.tables, prepared.jobs)
-    console.print(
-        f"{len(prepared.cases)} cases x {len(prepared.chosen.names)} methods x {options.seeds} seeds: about "
-        f"{plan.n_runs:,} runs, about {_duration(plan.time_s)} with {prepared.jobs} side by side; "
-        f"what is in {options.folder} is not run again",
-        soft_wrap=True,
-    )
-    if options.plan:
+    with nullcontext() if prepared.engine is None else closing(prepared.engine):
+        results = _runs(prepared, options, console)
+    if results is None:
         return
-    store = RunStore(options.folder / "runs")
-    results = _run(prepared, store, options, console)
     comparison = Comparison(
         cases=prepared.cases,
         methods=prepared.chosen.notes({row.method for row in prepared.ledger.rows}),
@@ -147,13 +143,26 @@ def compare(options: CompareOptions, console: Console) -> None:
     _report(comparison, results, prepared, options, console)
 
 
+def _runs(prepared: PreparedComparison, options: CompareOptions, console: Console) -> dict[str, RunResult] | None:
+    """Say how much there is to do, and do it unless only that was asked; return every result by key."""
+    plan = estimate_workload(prepared.cases, prepared.chosen.names, options.seeds, prepared.tables, prepared.jobs)
+    console.print(
+        f"{len(prepared.cases)} cases x {len(prepared.chosen.names)} methods x {options.seeds} seeds: about "
+        f"{plan.n_runs:,} runs, about {_duration(plan.time_s)} with {prepared.jobs} side by side; "
+        f"what is in {options.folder} is not run again",
+        soft_wrap=True,
+    )
+    if options.plan:
+        return None
+    return _run(prepared, RunStore(options.folder / "runs"), options, console)
+
+
 def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
     """Validate all options before the first run, and measure the cost tables."""
     if options.folder.exists() and not options.folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {options.folder}")
     studies = StudyStorage(options.optuna_storage)
     use_threads(options.threads)
-    jobs = options.jobs or max(1, available_cores() // options.threads)
     cases = load_cases(options.cases)
     chosen = choose_methods(options.methods)
     for case in cases:
@@ -164,6 +173,10 @@ def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
             )
         run_key(chosen.any_spec(case))  # checks that the text can be read
         _check_search(case, chosen)
+    devices = [case.config.device for case in cases]
+    engine = None if options.report_only else engine_of(options, devices, options.folder, options.threads)
+    here = max(1, available_cores() // options.threads)
+    jobs = options.jobs or (here if engine is None else engine.jobs)
     with console.status("precisions") as status:
         precisions = {case.name: precisions_that_pay(case) for case in cases}
         configs = {case.name: all_sizes(case.config) if chosen.varies_size else [case.config] for case in cases}
@@ -171,7 +184,7 @@ def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
     seeds = range(options.seeds)
     warn = _warner(console)
     ledger = ComparisonLedger(seeds, TUNING_SEEDS, tables, precisions, warn, studies=studies)
-    return PreparedComparison(cases=cases, chosen=chosen, ledger=ledger, tables=tables, jobs=jobs)
+    return PreparedComparison(cases=cases, chosen=chosen, ledger=ledger, tables=tables, jobs=jobs, engine=engine)
 
 
 def _check_search(case: Case, chosen: Chosen) -> None:
@@ -193,7 +206,9 @@ def _run(
     done = 0.0
     with (
         progress_bar(console, "runs", total) as advance,
-        nullcontext() if options.report_only else run_workers(prepared.jobs, options.threads) as workers,
+        nullcontext()
+        if options.report_only
+        else run_workers(prepared.jobs, options.threads, prepared.engine) as workers,
     ):
 
         def take(result: RunResult, kept: bool) -> None:

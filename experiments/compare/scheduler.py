@@ -10,8 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
+from trainpilot.agents.bundle import policy_digest
+from trainpilot.experiments import elsewhere
 from trainpilot.experiments.compare.execute import execute, failed
+from trainpilot.experiments.elsewhere import check_same
+from trainpilot.experiments.engines import Engine
 from trainpilot.experiments.results import RunResult, RunSpec
 from trainpilot.experiments.run_store import RunStore, run_key
 from trainpilot.experiments.workers import Workers
@@ -24,16 +29,39 @@ ATTEMPTS = 2
 """Attempts per run: a run whose process died is tried once more."""
 
 
-def run_workers(jobs: int, threads: int) -> Workers[RunResult]:
-    """Return `jobs` processes of `threads` torch threads that execute runs; start one by its spec and its key."""
-    reason = f"its process was killed {ATTEMPTS} times, perhaps for lack of memory"
+def run_workers(jobs: int, threads: int, engine: Engine | None = None) -> Workers[RunResult]:
+    """Return `jobs` processes of `threads` torch threads that execute runs; start one by its spec and its key.
+
+    Args:
+        jobs: Runs side by side.
+        threads: Torch threads of each.
+        engine: Where they run, if not on this machine.
+    """
+    attempts = ATTEMPTS if engine is None else elsewhere.ATTEMPTS
+    reason = f"its process was killed {attempts} times, perhaps for lack of memory"
+    shared = jobs > 1 if engine is None else engine.share_meter != 1
     return Workers(
-        partial(execute, energy_shared=jobs > 1),
+        partial(execute if engine is None else execute_elsewhere, energy_shared=shared),
         jobs,
         threads,
-        attempts=ATTEMPTS,
+        attempts=attempts,
         on_death=lambda spec, key: failed(spec, key, reason),
+        executor=engine,
     )
+
+
+def execute_elsewhere(spec: RunSpec, key: str, *, energy_shared: bool) -> RunResult:
+    """Execute a run on another machine than that of the command, as `execute` does.
+
+    Raises:
+        ValueError: the run's text, model or policy is not the same on this machine.
+    """
+    config, settings = spec.config, spec.steering.settings
+    check_same(lambda: run_key(spec), key, f"the text {' '.join(config.text)} and the model {config.model}")
+    if spec.steering.kind == "policy":
+        path = Path(settings["path"])
+        check_same(lambda: policy_digest(path), settings["digest"], f"the policy {path}")
+    return execute(spec, key, energy_shared=energy_shared)
 
 
 @dataclass(eq=False)

@@ -139,13 +139,13 @@ def _one_process() -> None:
     from trainpilot.experiments.compare.execute import execute
     from trainpilot.experiments.costs import measure
 
-    def run_all(work: Sequence[tuple[Any, str]], jobs: int) -> Iterator[tuple[Any, Any]]:
+    def run_all(work: Sequence[tuple[Any, str]], jobs: int, engine: None) -> Iterator[tuple[Any, Any]]:
         for setting, key in work:
             yield setting, carry_out(setting, key)
 
     patches: Mapping[Any, Mapping[str, Any]] = {
         measure: {"measure_cost_table": _cost_table},
-        compare: {"precisions_that_pay": lambda case: ("fp32",), "run_workers": lambda jobs, threads: Here(execute)},
+        compare: {"precisions_that_pay": lambda case: ("fp32",), "run_workers": lambda *_: Here(execute)},
         calibrate: {
             "measure_cost_table": _cost_table, "run_all": run_all, "_precisions": lambda base, run: ["fp32"],
             "fit": lambda runs: load_calibrations(SHIPPED)[0].physics,

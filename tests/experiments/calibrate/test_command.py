@@ -111,7 +111,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
     tool = Tool(tmp_path, FakeFitting(), [], [])
 
     def run_all(
-        work: Sequence[tuple[CalibrationSetting, str]], jobs: int
+        work: Sequence[tuple[CalibrationSetting, str]], jobs: int, engine: None = None
     ) -> Iterator[tuple[CalibrationSetting, RunFile | str]]:
         for setting, key in work:
             tool.ran.append(setting.name)
@@ -233,7 +233,7 @@ def test_other_settings_are_not_mistaken_for_kept_runs(tool: Tool) -> None:
 
 def test_a_failed_run_is_named_and_tried_again(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_all(
-        work: Sequence[tuple[CalibrationSetting, str]], jobs: int
+        work: Sequence[tuple[CalibrationSetting, str]], jobs: int, engine: None = None
     ) -> Iterator[tuple[CalibrationSetting, RunFile | str]]:
         for setting, key in work:
             yield setting, "RuntimeError: no memory" if setting.walk == 0 else made_run(setting, key)

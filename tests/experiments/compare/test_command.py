@@ -67,7 +67,7 @@ class Tool:
         self.patch.setattr(sys, "argv", ["trainpilot", "compare"])
         self.cases()
 
-    def _workers(self, jobs: int, threads: int) -> FakeWorkers:
+    def _workers(self, jobs: int, threads: int, engine: None) -> FakeWorkers:
         self.workers.append(FakeWorkers(self.run, jobs))
         return self.workers[-1]
 
@@ -218,7 +218,7 @@ def test_it_may_be_interrupted(tool: Tool) -> None:
             return super().finished()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "run_workers", lambda jobs, threads: Interrupted(Bowl(), jobs))
+        patch.setattr(command, "run_workers", lambda jobs, *_: Interrupted(Bowl(), jobs))
         with pytest.raises(KeyboardInterrupt):
             tool.compare()
     before = tool.files
