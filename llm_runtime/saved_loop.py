@@ -6,7 +6,7 @@ The states of version 0.1 lack some fields; these have defaults.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import count
 from typing import Annotated, Any, ClassVar, Self
 
@@ -26,19 +26,21 @@ class SavedRecord(JsonRecord):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Return the record. Raises `ValueError` as `JsonRecord.from_json`, and for a number that is given as text."""
+        """Return the record. Raises `ValueError` as `JsonRecord.from_json`, and where a value was made up or turned."""
         record = super().from_json(content)
-        _check_numbers(record, content)
+        _check_as_given(record, content)
         return record
 
 
-def _check_numbers(read: Any, given: Any) -> None:
-    """Raise `ValueError` where a number was read from a text, however deep inside."""
+def _check_as_given(read: Any, given: Any) -> None:
+    """Raise `ValueError` where a number was read from a text, or a control that is missing has its default."""
     if read is given:
         return
     pairs: Iterable[tuple[Any, Any, Any]]
     if isinstance(given, Mapping):
         own = read if isinstance(read, Mapping) else vars(read)
+        if type(read) is Controls and (missing := _CONTROLS - given.keys()):
+            raise ValueError(f"controls must hold {min(missing)}, got none")
         pairs = ((name, own.get(name), value) for name, value in given.items())
     else:
         pairs = zip(count(), read, given)
@@ -51,10 +53,11 @@ def _check_numbers(read: Any, given: Any) -> None:
         elif isinstance(value, Mapping | list | tuple) and (
             isinstance(one, Mapping | list | tuple) or is_dataclass(one)
         ):
-            _check_numbers(one, value)
+            _check_as_given(one, value)
 
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
+_CONTROLS = frozenset(each.name for each in fields(Controls))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -499,6 +499,7 @@ class GuardedController:
         Raises:
             ValueError: it is damaged, or no such state; nothing has changed then.
         """
+        _check_length(state, (limits or self.controller.state.limits).decisions, self.guardrails.settings.max_rollbacks)
         saved = SavedController.from_json(state)
         controller = self.controller.repeated([saved.records[place] for place in saved.seen], limits)
         self.records, self._seen, self.controller = saved.records, saved.seen, controller
@@ -532,6 +533,16 @@ class GuardedController:
             "fallen_back_at_decision": self.fallen_back_at,
             "contract": self.watch.summary() if self.watch is not None else None,
         }
+
+
+def _check_length(state: Mapping[str, Any], decisions: int, max_rollbacks: int) -> None:
+    """Raise `ValueError` for more records than a run can have, before each of them is checked.
+
+    Every rollback takes back less than a run, and so do the trials of a paired contract.
+    """
+    records, most = state.get("records"), 2 * (max_rollbacks + 2) * decisions
+    if isinstance(records, list | tuple) and len(records) > most:
+        raise ValueError(f"records must be at most {most} for {decisions} decisions, got {len(records)}")
 
 
 class RollbackController:

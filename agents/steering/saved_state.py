@@ -219,6 +219,8 @@ class SavedStanding(SavedRecord):
     def __post_init__(self) -> None:
         if self.decision is None and not self.recorded:
             raise ValueError("decision must be held while its interval is not recorded, got none")
+        if (self.fallen_back[0] is None) != (self.fallen_back[1] is None):
+            raise ValueError(f"fallen_back must be a reason and a decision, or neither, got {shown(self.fallen_back)}")
 
 
 @dataclass(frozen=True, kw_only=True)

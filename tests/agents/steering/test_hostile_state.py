@@ -198,8 +198,9 @@ def test_repeated_intervals_leave_the_same_state_as_one_by_one() -> None:
 
 def test_loading_computes_only_observations_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """It took 5 ms for each record; now two thousand of them take less than a second."""
-    guarded = GuardedController(Controller(keep, make_limits(), Preference()), Guardrails())
-    controls = Controls(batch_size=make_limits().start.batch_size)
+    limits = make_limits(decisions=200)
+    guarded = GuardedController(Controller(keep, limits, Preference()), Guardrails())
+    controls = Controls(batch_size=limits.start.batch_size)
     for index in range(200):
         guarded.decide(guarded.records[-1].telemetry if guarded.records else None)
         guarded.record(replace(decision_record(index % 4).telemetry, decision=index, requested=controls))
@@ -209,7 +210,7 @@ def test_loading_computes_only_observations_that_are_seen(monkeypatch: pytest.Mo
         calls.append(view)
         return encode(self, view)
 
-    again = GuardedController(Controller(keep, make_limits(), Preference()), Guardrails())
+    again = GuardedController(Controller(keep, limits, Preference()), Guardrails())
     monkeypatch.setattr(ObservationTable, "encode", counted)
     again.load_state_dict(state)
     assert len(calls) == N_STACK + 1
@@ -228,3 +229,23 @@ def test_a_learning_rate_scale_that_nobody_can_have_set_is_refused(scale: float)
     message = refusal(other, changed(steered(17).state_dict(), ("controls", "learning_rate_scale"), scale))
     assert message is not None
     assert f"learning_rate_scale must be at most 64, got {scale:g}" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        (("controls", "learning_rate_scale"), DELETED, "controls must hold learning_rate_scale"),
+        (("controller", "decision", "controls", "sparsity"), DELETED, "controls must hold sparsity"),
+        (("controller", "fallen_back"), ["a reason", None], "fallen_back must be a reason and a decision, or neither"),
+    ],
+)
+def test_a_state_that_would_train_on_differently_is_refused(path: tuple[Any, ...], value: Any, rule: str) -> None:
+    message = refusal(steered(3), changed(steered(17).state_dict(), path, value))
+    assert message is not None
+    assert rule in message
+
+
+def test_more_records_than_a_run_can_have_are_refused_unread() -> None:
+    state = steered(17).state_dict()
+    many = changed(state, ("controller", "records"), [{}] * 20_000)
+    assert "must be at most 100 for 10 decisions, got 20000" in (refusal(steered(3), many) or "")
