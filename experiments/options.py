@@ -177,8 +177,9 @@ def with_ranges(options: C) -> C:
         shown: dict[str, Any] = {"help_behavior_hint": _default_shown}
         if text := HELP_TEXTS.get((options.__name__, name)):
             shown["help"] = text
-        if hint in METAVARS:
-            shown["metavar"] = METAVARS[hint]
+        named = any(getattr(each, "metavar", None) for each in getattr(hint, "__metadata__", ()))
+        if not named and (bare := getattr(hint, "__origin__", hint)) in METAVARS:
+            shown["metavar"] = METAVARS[bare]
         extras: list[Any] = []
         if allowed is not None and hint is not Tokens:
             words = "|auto" if "auto" in str(hint) else ""
