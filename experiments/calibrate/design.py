@@ -68,6 +68,10 @@ PRUNED_SHARE = 0.2
 SCHEDULES: tuple[ScheduleName, ...] = ("cosine", "constant", "linear")
 HELD_OUT_SCHEDULES: tuple[tuple[ScheduleName, float], ...] = (("cosine", 1 / 3), ("linear", 2.0))
 """Schedules with the factors on the learning rate at which they are held out."""
+LONGER = 8
+"""Budget of the longer runs, over that of the others."""
+LONGER_RATE = 3 / 5
+"""Factor on the learning rate of the longer runs whose controls change."""
 HELD_OUT_WALK = 1
 HELD_OUT_PLAN: ControlPlan = "half-ramp"
 RATE_DIGITS = 12
@@ -87,7 +91,9 @@ class Amount:
     between: tuple[tuple[float, float], ...]
     """Further rates and batches outside of the grid, near the best settings."""
     plans: tuple[ControlPlan, ...]
-    doubled_budget: bool
+    longer: tuple[tuple[float, float], ...]
+    """Rates and batches of runs of `LONGER` times the budget."""
+    longer_held_out: tuple[tuple[float, float], ...]
 
 
 AMOUNTS: Mapping[Effort, Amount] = {
@@ -99,7 +105,8 @@ AMOUNTS: Mapping[Effort, Amount] = {
         walk_rates=(1 / 10, 2 / 3),
         between=(),
         plans=(),
-        doubled_budget=False,
+        longer=(),
+        longer_held_out=(),
     ),
     "standard": Amount(
         rates=(1 / 30, 1 / 10, 1 / 3, 1.0, 10 / 3, 10.0),
@@ -109,7 +116,8 @@ AMOUNTS: Mapping[Effort, Amount] = {
         walk_rates=(1 / 10, 2 / 3, 20 / 3),
         between=((1 / 2, 1.0), (1 / 3, 1 / 4)),
         plans=("ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"),
-        doubled_budget=True,
+        longer=((3 / 5, 1.0), (1 / 3, 1 / 4), (9 / 5, 1.0), (1.0, 1 / 4), (1 / 5, 1.0), (1.0, 4.0)),
+        longer_held_out=((1.0, 1 / 4), (1 / 5, 1.0)),
     ),
 }
 
@@ -156,6 +164,7 @@ def design(
         _walks(base, amount),
         _planned(base, amount),
         _singles(base, amount, precisions, prunes),
+        _longer(base, amount),
     )
     return tuple(setting for group in groups for setting in group)
 
@@ -232,9 +241,19 @@ def _singles(
         if precision != base.precision:
             config = _wsd(replace(base, precision=precision), 1.0, _scaled(base.batch_size, 0.5))
             yield CalibrationSetting(name=_name(precision, config), config=config, role="fit")
-    if amount.doubled_budget:
-        longer = _wsd(replace(base, tokens=2 * base.tokens), 2 / 3, _scaled(base.batch_size, 0.5))
-        yield CalibrationSetting(name=_name("double", longer), config=longer, role="fit")
+
+
+def _longer(base: RunConfig, amount: Amount) -> Iterator[CalibrationSetting]:
+    """Yield runs of a far larger budget: shorter ones do not say how far the loss falls, nor at which rates."""
+    long = replace(base, tokens=LONGER * base.tokens)
+    for rate, factor in amount.longer:
+        config = _wsd(long, rate, _scaled(base.batch_size, factor))
+        role: Role = "held-out" if (rate, factor) in amount.longer_held_out else "fit"
+        yield CalibrationSetting(name=_name("longer", config), config=config, role=role)
+    if amount.longer:
+        config = _wsd(long, LONGER_RATE, base.batch_size)
+        yield CalibrationSetting(name=_name("longer-walk", config), config=config, role="fit", walk=0)
+        yield CalibrationSetting(name=_name("longer-drop", config), config=config, role="fit", plan="drop")
 
 
 def _wsd(base: RunConfig, rate: float, batch_size: int) -> RunConfig:

@@ -164,7 +164,8 @@ LIVE_TOLERANCE = 0.03
 FINAL_WEIGHT = 3.0
 """The last loss of a live run is to be met this many times as exactly as the others."""
 GOOD_WITHIN = 0.15
-"""Live runs within this distance of the best one, in nats/token, are met up to 1 + `GOOD_WEIGHT` times as exactly."""
+"""Live runs within this distance of the best one of their budget, in nats/token, are met up to 1 + `GOOD_WEIGHT` times
+as exactly."""
 GOOD_WEIGHT = 2.0
 
 
@@ -182,7 +183,9 @@ def of_live_runs(runs: Sequence[CalibrationRun]) -> Evidence:
         for decision, value in run.validation:
             found.losses[row, decision] = value
     final = np.array([_last_known(losses) for losses in found.losses])
-    weights = 1.0 + GOOD_WEIGHT * np.exp(-(final - np.nanmin(final)) / GOOD_WITHIN)
+    budgets = np.array([run.config.tokens for run in runs])
+    best = np.array([np.nanmin(final[budgets == budget], initial=np.inf) for budget in budgets])
+    weights = 1.0 + GOOD_WEIGHT * np.exp(-(final - best) / GOOD_WITHIN)
     found.tolerance[:] = LIVE_TOLERANCE / np.where(np.isnan(weights), 1.0, weights)[:, None]
     for row, losses in enumerate(found.losses):
         found.tolerance[row, np.flatnonzero(np.isfinite(losses))[-1:]] /= FINAL_WEIGHT

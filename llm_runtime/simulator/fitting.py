@@ -19,6 +19,7 @@ from trainpilot.llm_runtime.json_records import JsonRecord
 from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, Evidence, of_live_runs
 from trainpilot.llm_runtime.simulator.physics import (
     ADDED,
+    LATE,
     NAMES,
     NOT_FITTED,
     PARAMETERS,
@@ -185,16 +186,16 @@ _ANNEALING = (
 """Parameters of noise and annealing, which only curves under different schedules determine."""
 
 SCALE_PRIOR = Prior(
-    centre=_TYPICAL | {"gradient_noise": 30.0, "floor": 0.9, "noise": 3.0, "settling": 0.1},
+    centre=_TYPICAL | {"gradient_noise": 30.0, "floor": 0.9, "noise": 3.0, "settling": 0.1, "late": ADDED["late"]},
     width=dict.fromkeys(NAMES, 1.5)
     | dict.fromkeys(_ANNEALING, 1.0)
     | {"spectrum": 0.5, "gradient_power": 0.5, "gradient_noise": 2.5, "floor": 0.3}
-    | dict.fromkeys((*NOT_FITTED, "update"), NEARLY_FIXED),
+    | dict.fromkeys((*NOT_FITTED, *LATE, "update"), NEARLY_FIXED),
     exponent={"floor": -0.07, "rate": 0.7, "update": 0.7, "stall_rate": -0.7},
     exponent_width={"floor": 0.015},
     deviation={"floor": 0.05, "spectrum": 0.08}
     | dict.fromkeys(_ANNEALING, 0.2)
-    | dict.fromkeys((*NOT_FITTED, "update"), NEARLY_FIXED),
+    | dict.fromkeys((*NOT_FITTED, *LATE, "update"), NEARLY_FIXED),
 )
 """For models of 10 M parameters and more. The best learning rate falls as about the 0.7th power of the weights (Li et
 al. 2025, arXiv 2503.04715), which `rate` and `stall_rate` express; the floor falls slowly (Hoffmann et al. 2022).
@@ -361,8 +362,8 @@ class _Problem:
         at = self._data(logarithms)
         n, many = len(NAMES), len(self.models)
         slopes = np.zeros((len(at), len(x)))
-        for index, name in enumerate(NAMES):
-            if name in NOT_FITTED:
+        for index in range(n):
+            if self.width[index] <= NEARLY_FIXED:
                 continue
             moved = logarithms.copy()
             moved[:, index] += _STEP

@@ -19,7 +19,7 @@ from trainpilot.llm_runtime.config import PRECISIONS, STEPS_PER_INTERVAL, batch_
 from trainpilot.llm_runtime.ranges import Range, check_ranges
 from trainpilot.llm_runtime.schedules import PROBE_PASSES
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
-from trainpilot.llm_runtime.simulator.physics import ADDED, NAMES, PARAMETERS, Physics
+from trainpilot.llm_runtime.simulator.physics import ADDED, LATE, NAMES, PARAMETERS, Physics
 from trainpilot.llm_runtime.simulator.records import Bools, Floats, Ints, Rows
 from trainpilot.llm_runtime.simulator.sensors import Sensors
 
@@ -226,7 +226,8 @@ def draw_instances(
     )
     if widening.noise_batch[1] > 0:
         values, exponent = instances.physics.values, random.uniform(*widening.noise_batch, n_instances)
-        values["noise"] *= CALIBRATED_BATCH ** (exponent * values["noise_power"])
+        change = exponent - values["noise_batch"]
+        values["noise"] *= CALIBRATED_BATCH ** (change * values["noise_power"])
         values["noise_batch"] = exponent
     return instances
 
@@ -234,7 +235,8 @@ def draw_instances(
 def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedPhysics], spread: float) -> Physics:
     """Interpolate between pairs of calibrations (their parameters are correlated), and perturb each parameter.
 
-    Parameters added since version 0.1 are not perturbed, so that instances of older calibrations stay what they were.
+    Parameters added since version 0.1 are not perturbed, so that instances of older calibrations stay what they were,
+    but for the late signal, which those do not have.
     """
     names = [name for name in NAMES if name not in ADDED]
     table = np.log([[each.values[name] for name in names] for each in calibrations])
@@ -250,6 +252,10 @@ def _physics(random: np.random.Generator, n: int, calibrations: Sequence[FittedP
     for name in ADDED:
         added = np.log([each.values[name] for each in calibrations])
         values[name] = np.exp(share * added[one] + (1 - share) * added[other])
+    apart = random.spawn(1)[0]
+    for name in LATE:
+        moved = values[name] * np.exp(width * apart.normal(size=n))
+        values[name] = np.clip(moved, PARAMETERS[name].low, PARAMETERS[name].high)
     values["scar"] = between(random, n, *SCARS)
     first = np.exp(share * initial[one] + (1 - share) * initial[other] + width / 2 * random.normal(size=n))
     values["floor"] = np.clip(values["floor"], 0.15 * first, 0.6 * first)

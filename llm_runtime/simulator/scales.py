@@ -28,6 +28,7 @@ from trainpilot.llm_runtime.simulator.instances import (
 )
 from trainpilot.llm_runtime.simulator.physics import (
     EDGE,
+    LATE,
     NAMES,
     NOT_FITTED,
     PARAMETERS,
@@ -68,6 +69,20 @@ FINE_TUNED_RATES, LORA_RATES = (1e-5, 2e-4), (5e-5, 2e-3)
 """Ranges of best learning rates of fine-tuning, of all weights and of low-rank adapters."""
 LORA_SHARE = 0.3
 """Share of fine-tuning that trains low-rank adapters."""
+FINE_TUNING_SEQUENCES = (1e2, 3e4)
+"""Range of the sequences of a fine-tuning text."""
+SHIFT = (0.01, 0.15)
+"""Range of the share of the used-up signal that the text of a fine-tuning brings back."""
+SLOWNESS = (0.5, 2.5)
+"""Range of how much more of it comes back in slow modes than in fast ones, as a factor on the spectrum's exponent: at 1
+every decade of modes gets as much, so that each tenfold rise of the learning rate gains about as much as the one
+before."""
+FORGETTING = (100.0, 3_000.0)
+"""Range of the factor on the slow noise: too large steps undo what a trained model knows, and it comes back slowly.
+With both, a tenth of the best learning rate loses half of what fine-tuning gains and ten times that rate nearly all of
+it, as in sweeps of a model of 135 M weights (docs/results.md)."""
+LEAST_GAIN = 0.01
+"""Least gain of the best setting of fine-tuning, as a share of the given model's loss."""
 EARLIER_STEPS = 20_000
 """Steps of the training that fine-tuning begins after."""
 EARLIER_MOMENTUM_POWER = 0.1
@@ -91,13 +106,13 @@ def draw_scales(
     tokens = np.minimum(weights * between(random, n, *widening.tokens_per_weight), MOST_TOKENS)
     epochs = np.where(tuned, between(random, n, 1.0, 6.0), 1.0)
     epochs = np.where(~tuned & (random.random(n) < 0.15), between(random, n, 1.0, 6.0), epochs)
-    sequences = np.where(tuned, between(random, n, 1e3, 1e5) * epochs, tokens / length).round()
+    sequences = np.where(tuned, between(random, n, *FINE_TUNING_SEQUENCES) * epochs, tokens / length).round()
     data = np.where(epochs > 1, sequences / epochs, 100 * sequences)
     advised = [step_law(*pair) for pair in zip(weights, sequences * length, strict=True)]
     rate = np.array([each.learning_rate for each in advised])
     batch = np.array([each.batch_tokens for each in advised]) / length
     batch = np.where(tuned, between(random, n, 8.0, 128.0), batch)
-    start, limits, devices = _batches(random, sequences, batch, weights)
+    start, limits, devices = _batches(random, sequences, batch, weights, np.where(tuned, 1, STEPS_PER_INTERVAL))
     physics = _physics(random, weights, sequences * length, length, published, spread=spread)
     known = np.where(tuned[:, None], np.nan, np.stack([rate, batch], axis=1))
     return Instances(
@@ -125,7 +140,8 @@ def place_edges(
     """Return instances with the best learning rates of fine-tuning in their ranges, and with an edge in some.
 
     Where physics were perturbed to a best setting that is far from all that was published, another instance takes their
-    place: about a tenth of them have a spurious optimum at small batches and low rates.
+    place: about a tenth of them have a spurious optimum at small batches and low rates. The same goes for fine-tuning
+    that no setting gains anything by.
 
     Args:
         instances: Instances without edge, of any kind.
@@ -134,11 +150,11 @@ def place_edges(
         widening: Share of instances that get an edge, and its distance from the best learning rate.
     """
     instances, references = instances.copy(), references.copy()
-    odd, others = _odd(instances, references)
-    if others.size:
-        chosen = random.choice(others, odd.size)
-        instances.put(odd, instances.take(chosen))
-        references.put(odd, references.take(chosen))
+    for odd, others in (_odd(instances, references), _useless(instances, references)):
+        if others.size:
+            chosen = random.choice(others, odd.size)
+            instances.put(odd, instances.take(chosen))
+            references.put(odd, references.take(chosen))
     physics, n = instances.physics, len(instances)
     batch, start = references.batch.astype(np.float64), instances.start_batch
     best = references.rate * neutral_factor(batch, start)
@@ -175,6 +191,13 @@ def _odd(instances: Instances, references: References) -> tuple[Ints, Ints]:
     return np.flatnonzero(scratch & far), np.flatnonzero(scratch & ~far)
 
 
+def _useless(instances: Instances, references: References) -> tuple[Ints, Ints]:
+    """Return the rows of fine-tuning that hardly lower the loss under the best setting, and the other such rows."""
+    tuned = instances.kind == FINE_TUNING
+    gained = references.losses[:, -1] < (1.0 - LEAST_GAIN) * instances.physics.initial_loss
+    return np.flatnonzero(tuned & ~gained), np.flatnonzero(tuned & gained)
+
+
 def _physics(
     random: np.random.Generator,
     weights: Floats,
@@ -203,7 +226,8 @@ def _physics(
     for name in NAMES:
         known = np.log([each.values[name] for each in published])
         width = 0.0 if name in NOT_FITTED else spread * PARAMETER_SPREAD
-        values[name] = np.exp(drawn(known) + width * random.normal(size=n))
+        moved = 0.0 if name in LATE else width * random.normal(size=n)
+        values[name] = np.exp(drawn(known) + moved)
         if name != "floor":
             values[name] = np.clip(values[name], PARAMETERS[name].low, PARAMETERS[name].high)
     grown = np.log(weights) - drawn(sizes)
@@ -238,9 +262,13 @@ def _pretrained(random: np.random.Generator, physics: Physics, tuned: Bools, rat
     v, unit = physics.values, rate / RATE_UNIT
     v["noise"] = np.where(tuned, v["noise"] * unit ** (v["noise_power"] - 1.0), v["noise"])
     v["noise_power"] = np.where(tuned, 1.0, v["noise_power"])
-    path, shift = between(random, n, 1e3, 1e6), between(random, n, 0.01, 0.15)
+    v["slow_noise"] = np.where(tuned, v["slow_noise"] * between(random, n, *FORGETTING), v["slow_noise"])
+    path, shift = between(random, n, 1e3, 1e6), between(random, n, *SHIFT)
     used = np.exp(-path[:, None] * RELATIVE_RATES)
-    left = np.where(tuned[:, None], used + shift[:, None] * (1.0 - used), 1.0)
+    back = physics.shares * (1.0 - used)
+    slower = RELATIVE_RATES ** -(random.uniform(*SLOWNESS, n) * v["spectrum"])[:, None]
+    slower *= (shift * back.sum(axis=1) / (back * slower).sum(axis=1))[:, None]
+    left = np.where(tuned[:, None], used + (1.0 - used) * slower, 1.0)
     initial = physics.values["floor"] + physics.amplitude * (physics.shares * left).sum(axis=1)
     return Physics(
         values=physics.values,
@@ -265,11 +293,14 @@ def _grow(physics: Physics, grown: Bools, rate: Floats) -> None:
 
 
 def _batches(
-    random: np.random.Generator, sequences: Floats, advised: Floats, weights: Floats
+    random: np.random.Generator, sequences: Floats, advised: Floats, weights: Floats, least_steps: Ints
 ) -> tuple[Ints, Ints, Floats]:
-    """Return starting batches around the advised ones, what the machine runs, (n, 2), and its number of devices."""
+    """Return starting batches around the advised ones, what the machine runs, (n, 2), and its number of devices.
+
+    At the start an interval has at least `least_steps` steps, unless a batch of one sequence has fewer.
+    """
     n = len(sequences)
-    most = np.minimum(np.log2(sequences / DECISIONS / STEPS_PER_INTERVAL), np.log2(LARGEST_BATCH))
+    most = np.minimum(np.log2(sequences / DECISIONS / least_steps), np.log2(LARGEST_BATCH))
     most = np.floor(np.maximum(most, 0.0))
     start = np.clip(np.round(np.log2(advised) + random.normal(size=n)), 0.0, most)
     devices = np.exp2(np.clip(np.round(np.log2(weights / 2.5e8) + random.uniform(-1.0, 3.0, n)), 0.0, 10.0))

@@ -289,7 +289,7 @@ def test_shipped_calibrations_are_whole_and_name_no_folder_of_a_machine() -> Non
     }
     assert [each.physics for each in shipped] == list(shipped_physics())
     for each in shipped:
-        assert (each.effort, each.held_out.n_runs) == ("standard", 9)
+        assert (each.effort, each.held_out.n_runs) == ("standard", 11)
         assert "/" not in each.command.replace("runs/calibrations/", "")
 
 

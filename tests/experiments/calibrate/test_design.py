@@ -53,7 +53,7 @@ def test_points_of_the_grid_that_are_held_out_lie_between_fitted_ones(
         assert between_rates or (0 < column < len(batches) - 1 and {grid[point] for point in beside} == {"fit"})
 
 
-@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 40, 9)])
+@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 47, 11)])
 def test_about_a_quarter_is_held_out(effort: Effort, n_runs: int, n_held_out: int) -> None:
     chosen = settings(effort)
 
@@ -62,7 +62,7 @@ def test_about_a_quarter_is_held_out(effort: Effort, n_runs: int, n_held_out: in
     assert len({setting.name for setting in chosen}) == n_runs
 
 
-def test_two_of_the_schedules_one_walk_and_one_ramp_are_held_out() -> None:
+def test_two_schedules_a_walk_a_ramp_and_two_longer_runs_are_held_out() -> None:
     held = [setting for setting in settings() if setting.role == "held-out" and not setting.grid]
 
     assert [(setting.config.schedule, setting.config.base_learning_rate, setting.walk) for setting in held] == [
@@ -70,13 +70,31 @@ def test_two_of_the_schedules_one_walk_and_one_ramp_are_held_out() -> None:
         ("linear", 6e-3, None),
         ("wsd", 2e-3, 1),
         ("wsd", 1.5e-3, None),
+        ("wsd", 3e-3, None),
+        ("wsd", 6e-4, None),
     ]
+
+
+def test_some_runs_have_eight_times_the_budget() -> None:
+    longer = [setting for setting in settings() if setting.config.tokens != BASE.tokens]
+
+    assert {setting.config.tokens for setting in longer} == {8 * 131_072}
+    assert {(each.config.base_learning_rate, each.config.batch_size) for each in longer if each.role == "fit"} == {
+        (1.8e-3, 8), (1e-3, 2), (5.4e-3, 8), (3e-3, 32),
+    }  # fmt: skip
+    assert [each.name for each in longer if each.walk is not None or each.plan is not None] == [
+        "longer-walk-lr0.0018-batch8",
+        "longer-drop-lr0.0018-batch8",
+    ]
+    assert {setting.config.warmup() for setting in longer} == {104_857}
 
 
 def test_learning_rates_are_round_where_the_base_is() -> None:
     rates = {setting.config.base_learning_rate for setting in settings()}
 
-    assert rates == {1e-4, 3e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 3.5e-3, 6e-3, 1e-2, 2e-2, 3e-2, 3.5e-2}
+    assert rates == {
+        1e-4, 3e-4, 6e-4, 1e-3, 1.5e-3, 1.8e-3, 2e-3, 3e-3, 3.5e-3, 5.4e-3, 6e-3, 1e-2, 2e-2, 3e-2, 3.5e-2,
+    }  # fmt: skip
 
 
 def test_roles_do_not_depend_on_what_the_device_or_the_model_can_do() -> None:
@@ -90,7 +108,7 @@ def test_roles_do_not_depend_on_what_the_device_or_the_model_can_do() -> None:
 def test_a_start_of_one_sequence_has_no_two_runs_alike() -> None:
     chosen = design(replace(BASE, batch_size=1), "standard")
 
-    assert {setting.config.batch_size for setting in chosen} == {1, 2}
+    assert {setting.config.batch_size for setting in chosen} == {1, 2, 4}
     assert len({run_key(setting, "") for setting in chosen}) == len(chosen)
 
 
@@ -145,7 +163,7 @@ def test_hot_starts_are_cooled_in_three_decisions() -> None:
 
 
 def test_planned_batches_stay_within_their_limits() -> None:
-    [setting] = [setting for setting in settings() if setting.plan == "drop"]
+    setting = next(setting for setting in settings() if setting.plan == "drop")
     decide = pilot(setting, make_limits(min_batch_size=2))
 
     assert {decide(decision).batch_size for decision in range(50)} == {8, 4, 2}

@@ -12,7 +12,7 @@ from fakes import make_telemetry
 
 from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.schedules import Cooldown, ScheduleName
-from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, Evidence, mean_rates
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, Evidence, mean_rates, of_live_runs
 from trainpilot.llm_runtime.simulator.fitting import (
     SCALE_PRIOR,
     Fit,
@@ -108,6 +108,20 @@ UNSEEN = [
     made_run(config(5e-3, 2, "linear"), seed=101),
     made_run(config(2e-3, 4, "constant"), seed=102, scales=(0.5, 0.5, 1, 2, 2, 4, 2, 1, 0.5, 0.2)),
 ]
+
+
+def test_the_best_runs_of_each_budget_count_most() -> None:
+    # The longer run ends far lower. It must not make the best of the shorter ones look bad, whose last loss is to be
+    # met within 0.03 / (1 + 2) / 3.
+    ends = sorted(RUNS, key=lambda run: run.final_loss)
+    good, bad = ends[0], ends[-1]
+    longer = replace(good, config=replace(good.config, tokens=8 * good.config.tokens))
+    longer = replace(longer, validation=(*longer.validation[:-1], (DECISIONS, 1.7)))
+    tolerance = of_live_runs([good, bad, longer]).tolerance[:, -1]
+
+    assert bad.final_loss > good.final_loss + 0.3
+    assert tolerance[[0, 2]] == pytest.approx(0.03 / 3 / 3)
+    assert tolerance[1] > 0.03 / 2 / 3
 
 
 @pytest.fixture(scope="module")

@@ -337,3 +337,21 @@ def test_where_the_signal_dominates_steps_count_and_the_batch_does_not() -> None
 
     assert finals == pytest.approx([finals[0]] * 4, abs=1e-6)
     assert trained(physics, 1e-3, batch=32, sequences=4_000)[-1, 0] > finals[-1] + 0.1  # half as many steps
+
+
+def test_the_late_signal_is_learnt_around_its_own_rate() -> None:
+    # Half of the signal lies around a hundredth of the fastest mode. The path of the steps is 2 x rate x l / root(g) x
+    # steps with g = 1: 2 x 0.05 x 20 = 2 after 20 steps, when nearly nothing of it is learnt (1 - e^-0.02, some more as
+    # the modes spread), and 2,000 after 20,000, when all of it is (e^-20).
+    late = made(
+        late=0.5, late_rate=0.01, spectrum=2.0, rate=0.05, gradient_floor=1.0, noise=0.0, slow_noise=0.0, **PLAIN
+    )
+    begun, ended = stepped(late, 20, 1e-3), stepped(late, 20_000, 1e-3)
+
+    assert late.shares.sum(axis=1) == pytest.approx([1.0])
+    assert 0.45 < ((late.shares * begun.signal)[0, RELATIVE_RATES < 0.1]).sum() < 0.5
+    assert ((late.shares * ended.signal)[0, RELATIVE_RATES > 1e-3]).sum() < 0.02
+
+
+def test_without_a_late_signal_the_shares_are_those_of_the_power_law() -> None:
+    assert made(late=1e-300).shares[0] == pytest.approx(mode_weights(RELATIVE_RATES, 0.35), rel=1e-12)

@@ -224,7 +224,7 @@ def test_fine_tuning_starts_trained_and_wants_low_rates(pool: Pool) -> None:
     rate = best_rate(tuned, references)
     epochs = tuned.sequences / tuned.data
 
-    assert (tuned.physics.initial_loss < 5).all()
+    assert (tuned.physics.initial_loss < 5.5).all()
     assert np.median(tuned.physics.initial_loss - references.losses[:, 2]) > 0.1
     assert FINE_TUNED_RATES[0] / 2 < rate.min()
     assert rate.max() < 2 * LORA_RATES[1]
@@ -246,6 +246,24 @@ def test_rates_far_below_the_best_leave_the_loss_of_the_given_model(pool: Pool) 
     assert np.median(risen[1e-3]) > np.median(risen[1e-2]) > np.median(risen[0.1])
     assert np.quantile(risen[0.1], 0.9) < 0
     assert tuned.physics.values["noise_power"] == pytest.approx(np.ones(len(tuned)))
+
+
+def test_rates_far_from_the_best_lose_much_of_what_fine_tuning_gains(pool: Pool) -> None:
+    # In a sweep of a model of 135 M weights, 1/10, 1/3, 3 and 10 times the best rate lose 0.5, 0.25, 0.05 and 0.5 to
+    # 0.8 of the gain (benchmarks/results/fine_tuning.json).
+    tuned, references = of_kind(pool, FINE_TUNING)
+    batch = references.batch.astype(np.float64)
+    best = static_losses(tuned, best_rate(tuned, references), batch, TABLE)
+    gain = tuned.physics.initial_loss - best
+    lost = {
+        factor: (static_losses(tuned, factor * best_rate(tuned, references), batch, TABLE) - best) / gain
+        for factor in (0.1, 0.3, 10.0)
+    }
+
+    assert (gain > 0).all()
+    assert 0.15 < np.median(lost[0.1]) < 0.6
+    assert 0.05 < np.median(lost[0.3]) < 0.3
+    assert np.median(lost[10.0]) > 0.2
 
 
 def test_what_an_earlier_training_has_left_is_the_signal() -> None:
