@@ -9,8 +9,9 @@ and where they are from. The parts are
 * `horizons`: fit runs of two lengths over learning rate and cool-down, predict the other lengths;
 * `sweep`: fit final losses over learning rate, batch, budget and size together with those runs; then leave out the
   largest budget, a batch, a learning rate, and the largest model, and predict them;
-* `live`: fit live runs of three small models on two texts, predict held-out ones. These are the runs of `trainpilot
-  calibrate`; missing ones are made first, and if the command is interrupted, the same command resumes them.
+* `live`: fit live runs of three small models on two texts, predict held-out ones, also of eight times the budget; and
+  predict these from the shorter runs alone. These are the runs of `trainpilot calibrate`; missing ones are made first,
+  and if the command is interrupted, the same command resumes them.
 
 Parts that are not asked for are kept from the last result, each with its date and versions. All fits take about half an
 hour on one core. `--ship` fits all published runs together and writes the physics that trainpilot ships.
@@ -25,7 +26,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,22 @@ from _published import (
 )
 from rich.console import Console
 
-from trainpilot.experiments.calibrate.calibration import FILE_NAME, Calibration, load_calibrations
+from trainpilot.experiments.calibrate.calibration import (
+    FILE_NAME,
+    CalibratedPhysics,
+    Calibration,
+    fit_error,
+    load_calibrations,
+)
 from trainpilot.experiments.calibrate.command import calibrate
+from trainpilot.experiments.calibrate.design import design
+from trainpilot.experiments.calibrate.runs import RunFile
 from trainpilot.experiments.fit_sweep import predict, usable
 from trainpilot.experiments.options import CalibrateOptions
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.simulator.evidence import Evidence, of_curves
-from trainpilot.llm_runtime.simulator.fitting import Fit, Model, fit
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, Evidence, of_curves
+from trainpilot.llm_runtime.simulator.fitting import Fit, Model, fit, fit_physics
 from trainpilot.llm_runtime.simulator.sweeps import (
     NEAR,
     FinalLoss,
@@ -62,7 +70,10 @@ from trainpilot.llm_runtime.simulator.sweeps import (
     of_final_losses,
 )
 
-MODELS = ("llama-nano", "gpt2-nano", "phi-nano")
+CALIBRATED = (
+    ("llama-nano", "packages"), ("llama-nano", "scripts"), ("gpt2-nano", "packages"), ("phi-nano", "scripts"),
+)  # fmt: skip
+"""Models and texts of the calibrations that trainpilot ships."""
 TEXTS = {
     "scripts": ("stdlib:*.py",),
     "packages": ("stdlib:ctypes,re,collections,zoneinfo,tomllib,sqlite3",),
@@ -76,18 +87,16 @@ RANK_TARGET = 0.9
 
 def live(root: Path) -> dict[str, Any]:
     """Return and print the held-out errors of the calibrations in `root`; missing calibrations are made first."""
-    cases = {f"{model}-{name}": (model, text) for model, (name, text) in product(MODELS, TEXTS.items())}
-    found = {name: case(calibration(root / name, *made_of)) for name, made_of in cases.items()}
-    for name, entry in found.items():
-        print(
-            f"{name}: held-out final losses off by {entry['held_out']['final_loss']:.4f} nats, "
-            f"rank correlation {entry['grid_rank_correlation']:.3f}"
-        )
+    found = {}
+    for model, text in CALIBRATED:
+        name = f"{model}-{text}"
+        found[name] = case(calibration(root / name, model, TEXTS[text]), root / name / "runs")
+        print(name, json.dumps(found[name]["held_out"]), json.dumps(found[name]["longer"]))
     return {"unit": "nats/token", "cases": found, **summary(found)}
 
 
 def calibration(folder: Path, model: str, text: tuple[str, ...]) -> Calibration:
-    """Return the calibration of a folder; missing runs are made first (about five minutes on two cores)."""
+    """Return the calibration of a folder; missing runs are made first (about ten minutes on two cores)."""
     options = CalibrateOptions(out=folder, model=model, text=text, seed=SEED)
     if not (folder / FILE_NAME).is_file():
         calibrate(options, Console())
@@ -97,8 +106,14 @@ def calibration(folder: Path, model: str, text: tuple[str, ...]) -> Calibration:
     return made
 
 
-def case(made: Calibration) -> dict[str, Any]:
-    """Return the held-out errors of one calibration."""
+def case(made: Calibration, folder: Path) -> dict[str, Any]:
+    """Return the held-out errors of one calibration, whose runs lie in `folder`: of all, and by budget."""
+    settings = design(made.config, "standard")
+    files = [RunFile.read(folder / f"{setting.name}.json") for setting in settings]
+    runs = [file.run for file in files if file is not None]
+    short = [run for run in runs if run.config.tokens == made.config.tokens]
+    longer = [run for run in runs if run.config.tokens > made.config.tokens]
+    from_short = fit_physics([run for run in short if run.role == "fit"])
     return {
         "n_fitted": made.fitted.n_runs,
         "n_held_out": made.held_out.n_runs,
@@ -108,11 +123,23 @@ def case(made: Calibration) -> dict[str, Any]:
             "final_loss_range": made.held_out.final_loss_range,
             "diverged": made.held_out.n_diverged,
         },
+        "held_out_of_the_shorter_budget": _error(made.physics, [run for run in short if run.role == "held-out"]),
+        "longer": {
+            "budget": longer[0].config.tokens / made.config.tokens,
+            "held_out": _error(made.physics, [run for run in longer if run.role == "held-out"]),
+            "fitted": _error(made.physics, [run for run in longer if run.role == "fit"]),
+            "all_from_the_shorter_runs_alone": _error(from_short, longer),
+        },
         "fitted_final_loss": made.fitted.final_loss,
         "grid_rank_correlation": made.grid_rank_correlation,
         "command": made.command,
         "date": made.date,
     }
+
+
+def _error(physics: CalibratedPhysics, runs: Sequence[CalibrationRun]) -> float | None:
+    """Return the mean absolute error of the final losses, in nats/token."""
+    return fit_error(physics, runs).final_loss
 
 
 def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -27,7 +27,17 @@ from trainpilot.llm_runtime.simulator.instances import (
     run_keys,
     uniforms,
 )
-from trainpilot.llm_runtime.simulator.physics import DEAD, DIVERGED_FACTOR, RATE_UNIT, PhysicsState, advance, edge, loss
+from trainpilot.llm_runtime.simulator.physics import (
+    DEAD,
+    DIVERGED_FACTOR,
+    EDGE,
+    PARAMETERS,
+    RATE_UNIT,
+    PhysicsState,
+    advance,
+    edge,
+    loss,
+)
 from trainpilot.llm_runtime.simulator.records import (
     PRICED_BATCHES,
     Bools,
@@ -98,6 +108,12 @@ class Pool:
             free = find_references(instances, schedule, warmup_share)
             instances = place_edges(instances, free, random, widening)
         found = {each: find_references(instances, schedule, warmup_share, each) for each in {*currencies, "tokens"}}
+        lost = ~np.logical_and.reduce([np.isfinite(each.losses).all(axis=1) for each in found.values()])
+        if (rows := np.flatnonzero(lost)).size:  # no static setting survives the edge there: it is taken away
+            for name in EDGE:
+                instances.physics.values[name][rows] = PARAMETERS[name].typical
+            for each, references in found.items():
+                references.put(rows, find_references(instances.take(rows), schedule, warmup_share, each))
         return cls(instances=instances, references=found.pop("tokens"), measured=found)
 
     def references_in(self, currency: Currency) -> References:

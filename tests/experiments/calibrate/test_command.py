@@ -284,9 +284,8 @@ def test_calibrations_are_loaded_from_files_folders_and_the_package(tool: Tool) 
 def test_shipped_calibrations_are_whole_and_name_no_folder_of_a_machine() -> None:
     shipped = load_calibrations()
 
-    assert {(each.config.model, each.config.text) for each in shipped} == {
-        (model, text) for model in ("llama-nano", "gpt2-nano", "phi-nano") for text in SHIPPED_TEXTS
-    }
+    assert {each.config.model for each in shipped} == {"llama-nano", "gpt2-nano", "phi-nano"}
+    assert {each.config.text for each in shipped} == set(SHIPPED_TEXTS)
     assert [each.physics for each in shipped] == list(shipped_physics())
     for each in shipped:
         assert (each.effort, each.held_out.n_runs) == ("standard", 11)
