@@ -68,6 +68,8 @@ class CaseAtBudget:
     seconds: float | None = None
     """Budget in seconds, where it is not in tokens: what the tuned static takes for the case's tokens."""
     in_seconds: bool = False
+    known: StaticSetting | None = None
+    """Setting that an earlier search found at this budget."""
     tuned: StaticSetting | None = None
     tried: dict[StaticSetting, float] = field(default_factory=dict)
     """Losses of the search."""
@@ -84,7 +86,8 @@ class CaseAtBudget:
     def estimated_runs(self) -> int:
         """Number of runs, where the search moves once."""
         starts = sum(len(methods) for methods in self.policies.values())
-        return len(self.seeds) * (2 + self.in_seconds + starts) + (self.budget != 1) * (len(RATES) * len(BATCHES) + 4)
+        searched = self.budget != 1 and self.known is None
+        return len(self.seeds) * (2 + self.in_seconds + starts) + searched * (len(RATES) * len(BATCHES) + 4)
 
     def program(self) -> Program:
         """Tune, judge the tuned static, and run the policies from every start."""
@@ -112,8 +115,8 @@ class CaseAtBudget:
         return replace(spec, config=config, steering=replace(spec.steering, evaluate_every=EVALUATE_EVERY))
 
     def _tune(self) -> Wave:
-        if self.budget == 1:
-            return self.first
+        if self.budget == 1 or self.known is not None:
+            return self.known or self.first
         yield from self._try(
             replace(
                 self.first,
@@ -163,7 +166,7 @@ class CaseAtBudget:
                 "batch_size": self.tuned.batch_size,
                 "schedule": self.tuned.schedule,
                 "warmup_share": self.tuned.warmup_share,
-                "n_tried": len(self.tried),
+                "n_tried": len(self.tried) or None,
             },
             "static_losses": {f"{share:g}": [rounded(x) for x in found] for share, found in self.static.items()},
             "policies": {
@@ -200,6 +203,18 @@ def first_setting(baselines: Mapping[str, Any], case: Case, axis: str = "tokens"
         warmup_share=found["warmup_share"],
         precision=found["precision"],
     )
+
+
+def known_settings(path: Path | None) -> dict[tuple[str, float], StaticSetting]:
+    """Return the settings for tokens that a result of this benchmark holds, by case and budget."""
+    if path is None:
+        return {}
+    cases = [case for case in json.loads(path.read_text(encoding="utf-8"))["cases"] if case["axis"] == "tokens"]
+    names = ("learning_rate", "batch_size", "schedule", "warmup_share")
+    return {
+        (case["case"], case["budget"]): StaticSetting(**{name: case["tuned"][name] for name in names}, precision="fp32")
+        for case in cases
+    }
 
 
 def methods_of(name: str, starts: Sequence[float]) -> dict[float, Method]:
@@ -248,6 +263,7 @@ def main() -> None:
     parser.add_argument("--starts", type=float, nargs="+", default=[0.1, 1.0, 10.0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--tuned", type=Path, help="an earlier result whose tuned settings are taken, without a search")
     parser.add_argument("--out", type=Path, default=Path("runs/live_budgets"))
     parser.add_argument("--name", default="live_budgets", help="name of the result's file")
     parser.add_argument("--dry", action="store_true", help="write no result")
@@ -256,7 +272,7 @@ def main() -> None:
     baselines = json.loads(BASELINES.read_text(encoding="utf-8"))
     policies = [name for name in options.policies.split(",") if name]
     chosen = [case for case in load_cases(options.cases) if not options.names or case.name in options.names.split(",")]
-    programs = []
+    programs, known = [], known_settings(options.tuned)
     kinds = [(budget, "tokens") for budget in options.budgets] + [(1.0, "time_s")] * options.seconds
     for budget, axis in kinds:
         for case in chosen:
@@ -272,6 +288,7 @@ def main() -> None:
                     first=setting,
                     policies=methods,
                     in_seconds=axis == "time_s",
+                    known=known.get((case.name, budget)) if axis == "tokens" else None,
                 )
             )
     run(programs, options.out, options.jobs)
