@@ -149,19 +149,10 @@ def test_planned_batches_rise_from_an_eighth_or_drop_to_it() -> None:
         "early-ramp": [4, 2] + [1] * 4 + [2] * 6 + [4] * 8 + [8] * 30,
         "half-ramp": [4, 2] + [1] * 4 + [2] * 9 + [4] * 35,
         "drop": [8] * 20 + [4, 2] + [1] * 28,
+        "swell": [4, 2, 1, 1, 2, 2, 4, 4, 8, 8, 16, 16] + [32] * 24 + [16, 16, 8, 8, 4, 4, 2, 2] + [1] * 6,
         "hot-tenth": [4, 2] + [1] * 48,
         "hot-twentieth": [4, 2] + [1] * 48,
     }
-
-
-def test_a_swelling_batch_rises_to_eight_times_the_start_and_falls_again() -> None:
-    setting = next(setting for setting in settings() if setting.plan == "swell")
-    decide = pilot(setting, make_limits(max_batch_size=128))
-    batches = [decide(decision).batch_size for decision in range(50)]
-
-    assert batches[:5] == [4, 2, 1, 1, 2]
-    assert set(batches[15:34]) == {64}
-    assert batches[34:] == [32, 32, 16, 16, 8, 8, 4, 4, 2, 2, 1, 1, 1, 1, 1, 1]
 
 
 def test_hot_starts_are_cooled_in_three_decisions() -> None:
