@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import torch
 
 from trainpilot.experiments.compare.execution import Evaluation, Execution, finite, make_controller
-from trainpilot.experiments.export.job import quiet
+from trainpilot.experiments.progress import quiet
 from trainpilot.experiments.results import Compression, IntervalResult, RunResult, RunSpec, ranking_sequences
 from trainpilot.llm_runtime.config import Controls, RunConfig
-from trainpilot.llm_runtime.cuts import PARTS, cut_part
+from trainpilot.llm_runtime.cuts import cut_in_training
 from trainpilot.llm_runtime.data.batches import fixed_batch
 from trainpilot.llm_runtime.distillation import Teacher
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between, sum_known
-from trainpilot.llm_runtime.export.formats import load_format, write_format
+from trainpilot.llm_runtime.export.formats import RoundedModel, rounded_model
 from trainpilot.llm_runtime.export.inference import mean_loss
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.optimizer import averaged_weights
 from trainpilot.llm_runtime.precision import synchronise
 from trainpilot.llm_runtime.telemetry import Telemetry
 from trainpilot.llm_runtime.timing import Cost
-
-GROUP_SIZE = 32
-"""Weights that share a scale in formats with groups, as `trainpilot export` has it by default."""
 
 
 class CompressedExecution(Execution):
@@ -80,25 +73,20 @@ class CompressedExecution(Execution):
         if self.compression.taught:
             run.trainer.teacher = Teacher.copy_of(model)
         windows = run.stream.peek(ranking_sequences(run.config))
-        sequences = torch.from_numpy(windows[:, :-1]).to(run.device)
-        for part in PARTS:
-            if part in self.compression.sizes:
-                cut_part(model, part, self.compression.sizes[part], sequences, optimizer=run.trainer.optimizer)
+        cut_in_training(model, run.trainer.optimizer, self.compression.sizes, windows)  # type: ignore[arg-type]
 
     def losses(self) -> tuple[float | None, float | None]:
         """Return the final validation loss and the test loss, in the format in which the model is used."""
         if self.compression.format is None:
             return super().losses()
-        losses: list[float] = []
-        with TemporaryDirectory() as scratch, quiet(), averaged_weights(self.run.trainer.optimizer):
-            folder, name = Path(scratch), self.compression.format
-            cost = self._cost_of(lambda: write_format(name, self.run.loaded, folder, folder, GROUP_SIZE))
-            model = load_format(name, folder).to(self.run.device)  # type: ignore[arg-type]
+        run, found = self.run, list[RoundedModel]()
+        with quiet(), averaged_weights(run.trainer.optimizer):
+            cost = self._cost_of(lambda: found.append(rounded_model(self.compression.format, run.loaded)))
         self.intervals[-1] = _with_cost(self.intervals[-1], cost)
-        for tokens in (self.run.corpus.validation, self.run.corpus.test):
-            windows = fixed_batch(tokens, self.run.config.sequence_length, self.run.evaluation_sequences)
-            losses.append(mean_loss(model, windows))
-        return losses[0], losses[1]
+        model = found[0].model.to(run.device)  # type: ignore[arg-type]
+        length, count = run.config.sequence_length, run.evaluation_sequences
+        windows = [fixed_batch(tokens, length, count) for tokens in (run.corpus.validation, run.corpus.test)]
+        return mean_loss(model, windows[0]), mean_loss(model, windows[1])
 
     def interval_result(self, telemetry: Telemetry, evaluation: Evaluation | None) -> IntervalResult:
         """Return what is kept of an interval, with the cost of a cut before it."""
