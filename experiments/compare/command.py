@@ -40,7 +40,7 @@ from trainpilot.experiments.compare.search import StudyStorage
 from trainpilot.experiments.costs.measure import cost_tables, precisions_that_pay
 from trainpilot.experiments.costs.measure_use import use_costs
 from trainpilot.experiments.costs.table import CostTable
-from trainpilot.experiments.costs.use import Used, UseCost, used_model
+from trainpilot.experiments.costs.use import UseCost, Used, used_model
 from trainpilot.experiments.engines import Engine, engine_of
 from trainpilot.experiments.options import CompareOptions
 from trainpilot.experiments.progress import progress_bar

@@ -147,7 +147,9 @@ class CompressedMethod:
                 f"and one rounding, got {name!r}; leave one of them out"
             )
         if stops and ways - {"small"}:
-            raise ValueError(f"methods: early-stop cannot be joined with a cut or a teacher, got {name!r}; leave it out")
+            raise ValueError(
+                f"methods: early-stop cannot be joined with a cut or a teacher, got {name!r}; leave one out"
+            )
         first = shapes[0] if shapes else named[0]
         note = MethodNote(
             name=name,

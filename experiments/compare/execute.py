@@ -41,5 +41,3 @@ def failed(spec: RunSpec, key: str, reason: str) -> RunResult:
         device="",
         intervals=(),
     )
-
-

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainpilot.experiments.costs.use import Used, UseCost, use_key
+from trainpilot.experiments.costs.use import UseCost, Used, use_key
 from trainpilot.experiments.progress import quiet
 from trainpilot.llm_runtime.config import BYTES, RunConfig
 from trainpilot.llm_runtime.energy import select_meter
