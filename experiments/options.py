@@ -372,9 +372,9 @@ class CompareOptions(Options):
     static setting a search finds), tuned-linear, tuned-cosine, tuned-wsd, tuned-constant, check-self, check-budget,
     check-rate; tuned-tpe, tuned-halving, nsga2; small, small-ffn, small-heads, small-depth, prune-ffn, prune-heads,
     prune-depth, minitron, distil, distil-2x, early-stop, quantise-int8, quantise-int4, shift-add, shift-add-pot, and
-    several of these as in minitron+quantise-int4 (smaller models); policy:FILE for a bundle (or policy:default, which comes with
-    trainpilot), policy:FILE@quality=0.5+energy=0.5 under that preference, policy:FILE@start=0.1 from a tenth of the
-    tuned learning rate, policy:FILE@unguarded without the guardrails of `replay`, open-loop:FILE for its average
+    several of these as in minitron+quantise-int4 (smaller models); policy:FILE for a bundle (or policy:default, which
+    comes with trainpilot), policy:FILE@quality=0.5+energy=0.5 under that preference, policy:FILE@start=0.1 from a tenth
+    of the tuned learning rate, policy:FILE@unguarded without the guardrails of `replay`, open-loop:FILE for its average
     schedule, without feedback.
 
     Try for instance:

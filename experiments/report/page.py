@@ -336,9 +336,7 @@ def _use_energy(data: ReportData) -> str:
     if not sources:
         return "No meter told the joules per generated token."
     if "estimated" in sources:
-        return (
-            "Joules per generated token are estimated: seconds times an assumed power, so that they repeat the latency."
-        )
+        return "Joules per generated token are estimated, seconds times an assumed power: they repeat the latency."
     return f"Joules per generated token are measured ({listed(sorted(map(str, sources)))})."
 
 
