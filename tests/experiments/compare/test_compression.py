@@ -1,4 +1,4 @@
-"""Methods that make a model cheaper: their names, shapes, refusals and phases, and tiny runs that are really trained."""
+"""Methods that make a model cheaper: their names, shapes, refusals and phases, and tiny runs that are trained."""
 
 from __future__ import annotations
 
@@ -151,10 +151,8 @@ def test_the_budget_is_shared_between_the_models(tmp_path: Path) -> None:
 
 def test_a_cut_goes_on_from_the_same_weights_and_is_paid_for(tmp_path: Path) -> None:
     on = case_of(tmp_path)
-    plain, cut, taught = (
-        trained(spec)
-        for spec in (RunSpec(config=on.config), spec_of("prune-ffn+prune-depth", on), spec_of("minitron", on))
-    )
+    specs = (RunSpec(config=on.config), spec_of("prune-ffn+prune-depth", on), spec_of("minitron", on))
+    plain, cut, taught = map(trained, specs)
     small = spec_of("small", on).config.model
 
     assert cut.n_parameters == taught.n_parameters == load_model(small, 0).n_parameters < plain.n_parameters
