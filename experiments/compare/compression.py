@@ -7,6 +7,7 @@ the same budget as all others, of which the whole model takes a part; only `dist
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainpilot.experiments.compare.cases import StaticSetting, content_of, model_file
 from trainpilot.experiments.results import Case, Compression, MethodNote, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import RunConfig
-from trainpilot.llm_runtime.ranges import Range
 
 if TYPE_CHECKING:
     from trainpilot.llm_runtime.cuts import Part  # loads torch
@@ -279,8 +279,9 @@ def _element(name: str, text: str) -> Element:
     try:
         share = float(options[0].removeprefix(KEEP))
     except ValueError:
-        share = 0.0
-    Range(0, 1, above=True, below=True).check(f"methods: keep of {text!r}", share)
+        share = math.nan
+    if not 0 < share < 1:
+        raise ValueError(f"methods: keep must be a share in (0, 1), as in @{KEEP}0.25, got {text!r} in {name!r}")
     return replace(element, parts=dict.fromkeys(element.parts, share))
 
 
