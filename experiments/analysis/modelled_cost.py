@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
@@ -182,7 +182,7 @@ class Run:
     """`None` without a table for the run."""
     table: CostTable | None
     """Of the model that it began with."""
-    tables: Tables = MappingProxyType({})
+    tables: Tables = field(default_factory=dict)
     """All tables, for runs that end with another model."""
 
     @property
