@@ -34,6 +34,7 @@ from trainpilot.experiments.results import Comparison, RunResult, RunSpec
 from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
+from trainpilot.llm_runtime.export import inference
 
 COMMON: dict[str, Any] = {
     "tokens": 12_800,
@@ -306,7 +307,8 @@ def test_a_policy_starts_at_factors_of_the_tuned_rate(tool: Tool, monkeypatch: p
 
 
 def test_cheaper_models_are_trained_and_their_use_is_measured(real: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure_use, "LIMIT_S", 0.0)
+    monkeypatch.setattr(measure_use, "LIMIT_S", 1e-6)
+    monkeypatch.setattr(inference, "VISIT_S", 1e-6)
     monkeypatch.setattr(measure_use, "select_meter", lambda _device: NoMeter("a test"))
     real.compare("linear,small,minitron+shift-add")
     points = {one["method"]: one for one in real.figures()["uses"]}
