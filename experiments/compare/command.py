@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, all_sizes, grid, load_cases
-from trainpilot.experiments.compare.compression import check_compressed
+from trainpilot.experiments.compare.compression import CompressedMethod, check_compressed, is_compressed
 from trainpilot.experiments.compare.methods import (
     CHECKS,
     OPTIONAL_RUNS,
@@ -96,6 +96,7 @@ def runs_on_a_case(case: Case, names: Sequence[str], n_seeds: int) -> float:
         runs += SCHEDULE_RUNS * len(TUNED_SCHEDULES) + sum(n_seeds for name in searched if name in PER_SCHEDULE)
         runs += sum(1.1 * n_seeds for name in searched if name in CHECKS)
         runs += sum(n_seeds for name in searched if starts_from_tuned(name))
+    runs += sum(n_seeds * (CompressedMethod.parse(name).budget - 1) for name in names if is_compressed(name))
     return runs + sum(OPTIONAL_RUNS[name] + n_seeds for name in optional)
 
 

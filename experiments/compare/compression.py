@@ -169,6 +169,11 @@ class CompressedMethod:
             format=formats[0] if formats else None,
         )
 
+    @property
+    def budget(self) -> float:
+        """Budget of a run over the case's own, the whole model's part included."""
+        return self.whole + self.rest if self.way == "student" else 1.0
+
     def fault(self, config: RunConfig) -> str | None:
         """Return why the method cannot be run on a case's config, as one clause; `None` where it can."""
         from trainpilot.llm_runtime.export.formats import format_fault

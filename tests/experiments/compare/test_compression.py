@@ -13,6 +13,7 @@ import pytest
 from live_runs import GPT2, LLAMA, case
 
 from trainpilot.agents.heuristics import EarlyStop
+from trainpilot.experiments.compare.command import runs_on_a_case
 from trainpilot.experiments.compare.compression import CompressedMethod, check_compressed
 from trainpilot.experiments.compare.execute import execute
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS, choose_methods
@@ -147,6 +148,7 @@ def test_the_budget_is_shared_between_the_models(tmp_path: Path) -> None:
     assert [(each.config.tokens, each.decisions) for each in (teacher, student)] == [(1_920, 6), (1_280, 4)]
     assert [each.config.tokens for each in spec_of("distil-2x", on).phases()] == [3_200, 3_200]
     assert len(spec_of("quantise-int8", on).phases()) == 1
+    assert [runs_on_a_case(on, [name], 3) for name in ("distil", "distil-2x", "minitron")] == [3, 6, 3]
 
 
 # Runs
