@@ -190,7 +190,7 @@ def rounded_model(name: str | None, loaded: LoadedModel, group_size: int = GROUP
     n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     if name is None:
         return RoundedModel(loaded.model.eval(), n_parameters, 32.0, 4 * n_parameters)  # type: ignore[no-untyped-call]
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # Windows keeps files that are mapped
         folder = Path(scratch)
         bits = write_format(name, loaded, folder, folder, group_size)
         size = packed_bytes(name, loaded, bits) or weight_bytes(folder)
