@@ -25,13 +25,13 @@ from trainpilot.experiments.report.formatting import Cell, dash, nats, si
 from trainpilot.experiments.report.report_data import ReportData, by_kind
 from trainpilot.experiments.report.tables import Column, Line, Table
 
-AXIS_NAMES: Mapping[str, tuple[str, str]] = {
-    "training_j": ("training, modelled", "J"),
-    "use_j": ("per generated token", "J"),
-    "weight_bytes": ("weights", "B"),
-    "latency_s": ("latency per generated token", "s"),
+AXIS_NAMES: Mapping[str, tuple[str, str, str]] = {
+    "training_j": ("energy of training", "training, modelled", "J"),
+    "use_j": ("energy in use", "per generated token", "J"),
+    "weight_bytes": ("size", "weights", "B"),
+    "latency_s": ("latency", "latency per generated token", "s"),
 }
-"""What stands below each axis, and its unit."""
+"""What stands above each panel and below its axis, and the unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ def _x(point: UsePoint, axis: str) -> float | None:
 
 
 def _plane(points: Sequence[UsePoint], looks: Sequence[MethodStyle], case: str, axis: str) -> Panel:
-    name, unit = AXIS_NAMES[axis]
+    title, name, unit = AXIS_NAMES[axis]
     known = [(x, point) for point in points if (x := _x(point, axis))]
-    drawn = panel(case, LOSS, about=f"final loss against {name} on {case}")
+    drawn = panel(title, LOSS, about=f"final loss against {name} on {case}")
     plain_axis(drawn.axes, "y", window(point.validation_loss for _, point in known))
     log_axis(drawn.axes, "x", log_window([x for x, _ in known], spare=0.12), measured(unit))
     name_x(drawn.axes, name)
@@ -91,7 +91,7 @@ def _plane(points: Sequence[UsePoint], looks: Sequence[MethodStyle], case: str, 
 
 
 def _mark(drawn: Panel, x: float, loss: float, look: MethodStyle, *, best: bool) -> None:
-    """Draw a method: in its colour on the front, grey elsewhere, hollow at the upper edge where it lies above it."""
+    """Draw a method: in its colour on the front, elsewhere grey with an edge in it; hollow where it lies above."""
     top = drawn.axes.get_ylim()[1]
     color = ink(look.color if best else "soft")
     drawn.axes.plot(
@@ -101,7 +101,7 @@ def _mark(drawn: Panel, x: float, loss: float, look: MethodStyle, *, best: bool)
         markersize=6.5,
         color=color,
         markerfacecolor="none" if loss > top else color,
-        markeredgecolor=color if loss > top else ink("paper"),
+        markeredgecolor=ink("paper" if best and loss <= top else look.color),
         markeredgewidth=0.8,
         alpha=1.0 if best else 0.55,
         linestyle="",
