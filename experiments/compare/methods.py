@@ -17,6 +17,8 @@ from trainpilot.agents.heuristics import HEURISTIC_METHODS, HeuristicMethod
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.compare.cases import StaticSetting, rounded
+from trainpilot.experiments.compare.compression import HELP as COMPRESSED_HELP
+from trainpilot.experiments.compare.compression import CompressedMethod, is_compressed
 from trainpilot.experiments.results import (
     TUNED,
     WITHOUT_GUARDRAILS,
@@ -241,7 +243,7 @@ BY_NAME_ALONE = ("law", "greedy")
 """Simple methods that are left out by default."""
 DEFAULT_METHODS = (*(name for name in SIMPLE if name not in BY_NAME_ALONE), *SEARCHED)
 HELP = (
-    f"{', '.join(SIMPLE)}; {', '.join(SEARCHED)}; {', '.join(OPTIONAL)}; "
+    f"{', '.join(SIMPLE)}; {', '.join(SEARCHED)}; {', '.join(OPTIONAL)}; {COMPRESSED_HELP}; "
     "policy:FILE[@quality=0.5+energy=0.5][@start=0.1][@unguarded] for a bundle or the name of one that comes with "
     "trainpilot, started at the case's learning rate or at so many times the tuned static's, within the guardrails "
     "of `replay` or without them; "
@@ -321,6 +323,13 @@ class Chosen:
     """Other searches."""
     open_loop: tuple[tuple[Method, MethodNote], ...]
     """A policy's closed loop, and the note of its average schedule."""
+    compressed: tuple[CompressedMethod, ...] = ()
+    """Methods that make the model smaller or cheaper; they take the tuned static's setting where there is one."""
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the tuned static is searched."""
+        return bool(self.searched or self.started)
 
     @property
     def varies_size(self) -> bool:
@@ -331,6 +340,7 @@ class Chosen:
         """Return the notes of all methods, in the order of their names; those that were added come last."""
         known = {**SEARCHED, **OPTIONAL, **{m.note.name: m.note for m in (*self.direct, *self.started)}}
         known |= {note.name: note for _, note in self.open_loop}
+        known |= {method.note.name: method.note for method in self.compressed}
         named = [known[name] for name in self.names]
         extra = {**SEARCHED, **COST_NOTES, **_front_notes(with_rows)}
         return (*named, *(note for name, note in extra.items() if name in with_rows and name not in self.names))
@@ -369,13 +379,14 @@ def choose_methods(text: str) -> Chosen:
         started=tuple(policy for policy in policies if policy.start is not None),
         optional=tuple(name for name in names if name in OPTIONAL),
         open_loop=tuple((policy_method(name), open_loop_note(name)) for name in open_loop),
+        compressed=tuple(CompressedMethod.parse(name) for name in names if is_compressed(name)),
     )
 
 
 def check_names(names: Sequence[str]) -> None:
     """Raise `ValueError` for a method that does not exist, or is named twice."""
     for name in names:
-        if name not in known_methods() and not is_policy(name):
+        if name not in known_methods() and not is_policy(name) and not is_compressed(name):
             raise ValueError(f"methods must be among {HELP}; got {name!r}")
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"methods must be named once each, got {twice[0]!r} twice")

@@ -432,7 +432,7 @@ def test_without_any_closed_loop_run_there_is_a_warning_and_no_rows(tmp_path: Pa
 
 
 def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
-    from trainpilot.experiments.compare.execute import make_controller
+    from trainpilot.experiments.compare.execution import make_controller
 
     with pytest.raises(ValueError, match=r"steering must be one of keep, plateau, .*, got 'flying'"):
         make_controller(SteeringSpec(kind="flying"), None)  # type: ignore[arg-type]
