@@ -28,6 +28,8 @@ class Engine(TaskExecutor, Protocol):
     """Runs side by side."""
     share_meter: int | None
     """Runs that share an energy meter; `None` if that is unknown."""
+    gpus: float
+    """GPUs of each run."""
 
     def close(self) -> None:
         """End all runs under way, and leave the other machines."""

@@ -373,7 +373,8 @@ class CompareOptions(Options):
     check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE for a bundle (or policy:default, which comes with
     trainpilot), policy:FILE@quality=0.5+energy=0.5 under that preference, policy:FILE@start=0.1 from a tenth of the
     tuned learning rate, policy:FILE@unguarded without the guardrails of `replay`, open-loop:FILE for its average
-    schedule, without feedback.
+    schedule, without feedback; with --on ray also pbt, Ray Tune's Population Based Training of four runs (pbt@8 of
+    eight).
 
     Try for instance:
       trainpilot compare --cases quick
@@ -386,7 +387,7 @@ class CompareOptions(Options):
     out: GivenPathOrNone = None
     """Folder for report.html, three CSV files, JSON, runs/, costs/ and tensorboard/; runs/compare-CASES by default."""
     methods: str = "default"
-    """Names with commas between them; `default` is everything but tuned-tpe, tuned-halving, nsga2 and policies."""
+    """Names with commas between them; `default` is everything but tuned-tpe, tuned-halving, nsga2, pbt and policies."""
     seeds: Annotated[int, Whole(1, 1000)] = 3
     """Paired seeds per case and method: 3 for a look, 5 for a claim."""
     jobs: Jobs = 0

@@ -48,7 +48,10 @@ class RayEngine:
                 f"on: no machine of the Ray cluster has room for a run of {threads} cores and {gpus:g} GPUs; start one "
                 "that has, or lower --threads or --gpus-per-run"
             )
-        self.jobs = jobs or sum(room)
+        self.gpus = gpus
+        self.room = sum(room)
+        """Runs that the cluster has room for."""
+        self.jobs = jobs or self.room
         self.share_meter: int | None = max(1, int(1 / gpus)) if gpus else min(self.jobs, max(room))
         self._home = Home.here(threads)
         # A process keeps the GPU that it has begun with, so that the next run on another GPU needs another process.
@@ -60,7 +63,10 @@ class RayEngine:
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         """Begin a task. Its future raises `BrokenExecutor` if its process or machine has died."""
         future: Future[Any] = Future()
-        reference = self._call.remote(self._home, function, *arguments)
+        task = self._call
+        if any(getattr(each, "members", 1) > 1 for each in arguments):  # it waits for others, and computes nothing
+            task = task.options(num_cpus=0, num_gpus=0)
+        reference = task.remote(self._home, function, *arguments)
         self._under_way[future] = reference
         future.add_done_callback(lambda ended: self._under_way.pop(ended, None))
         reference.future().add_done_callback(partial(_settle, future))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from trainpilot.agents.steering.guarded_controller import GuardedController, Rol
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
+from trainpilot.experiments.elsewhere import check_same
 from trainpilot.experiments.results import IntervalResult, RunResult, RunSpec, SteeringSpec
-from trainpilot.llm_runtime.drive import RunController, drive
+from trainpilot.experiments.run_store import run_key
+from trainpilot.llm_runtime.drive import DrivenInterval, RunController, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import READ_BACK, Telemetry
@@ -66,9 +68,24 @@ def execute(spec: RunSpec, key: str, *, energy_shared: bool = False, meter: Ener
         meter: Energy meter; by default the best one that the device has.
     """
     try:
-        return _Execution(spec, key, energy_shared, meter).result()
-    except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        return failed(spec, key, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return Execution(spec, key, energy_shared, meter).result()
+    except FAILURES as error:
+        return failed(spec, key, said(error))
+
+
+FAILURES = (ValueError, RuntimeError, MemoryError, OSError)
+"""Errors that end a run, but not the command."""
+
+
+def said(error: BaseException) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def check_files(spec: RunSpec, key: str) -> None:
+    """Raise `ValueError` where this machine has not the text and the model of home, by whose content a run has its key."""
+    config = spec.config
+    check_same(lambda: run_key(spec), key, f"the text {' '.join(config.text)} and the model {config.model}")
 
 
 def failed(spec: RunSpec, key: str, reason: str) -> RunResult:
@@ -90,13 +107,13 @@ def failed(spec: RunSpec, key: str, reason: str) -> RunResult:
     )
 
 
-class _Execution:
+class Execution:
     """One run in progress."""
 
     def __init__(self, spec: RunSpec, key: str, energy_shared: bool, meter: EnergyMeter | None) -> None:
         self.spec, self.key, self.energy_shared = spec, key, energy_shared
         self.run = LiveRun(spec.config, meter=meter, probe=spec.steering.probe)
-        self.controller = make_controller(spec.steering, self.run)
+        self.controller: RunController = make_controller(spec.steering, self.run)
         self.evaluation: Evaluation | None = None
         """The last one."""
         self.last: Telemetry | None = None
@@ -106,9 +123,15 @@ class _Execution:
         """Places in `intervals` of those that were not rolled back, by decision."""
 
     def result(self) -> RunResult:
+        """Train the run to its end."""
+        initial = self.run.evaluate()
+        for _ in self.train():
+            pass
+        return self.ended(initial)
+
+    def ended(self, initial: float) -> RunResult:
+        """Return the result of the run as it stands, with the loss before its first step."""
         run = self.run
-        initial = run.evaluate()
-        self._train()
         stopped_early = self.last is None or not (self.last.finished or self.last.diverged)
         if stopped_early:
             self._evaluate_the_end()
@@ -131,12 +154,15 @@ class _Execution:
             guardrails=self.controller.guarded.summary() if isinstance(self.controller, RollbackController) else None,
         )
 
-    def _train(self) -> None:
+    def train(self, last: Telemetry | None = None) -> Iterator[DrivenInterval]:
+        """Record each interval and yield it; a run that goes on begins after the `last` one that was trained."""
         controller, steering = self.controller, self.spec.steering
+        self.last = last
         intervals = drive(
             self.run,
             controller.decide,
             self.spec.config.decisions,
+            last=last,
             can_roll_back=lambda: isinstance(controller, RollbackController) and controller.can_roll_back,
             evaluate=self._evaluate,
             evaluate_every=steering.evaluate_every,
@@ -149,6 +175,7 @@ class _Execution:
             self.standing.append(len(self.intervals))
             evaluation = self.evaluation if interval.validation_loss is not None else None
             self.intervals.append(self._interval_result(self.last, evaluation))
+            yield interval
 
     def _mark_rolled_back(self, decision: int) -> None:
         """Mark the earlier intervals from `decision` on, as that decision has just been trained again."""

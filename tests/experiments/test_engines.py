@@ -42,7 +42,7 @@ class FakeEngine:
     """
 
     def __init__(self, *fates: str, jobs: int = 1, share_meter: int | None = 1) -> None:
-        self.fates, self.jobs, self.share_meter = list(fates), jobs, share_meter
+        self.fates, self.jobs, self.share_meter, self.gpus = list(fates), jobs, share_meter, 0.0
         self.began = 0
         self.killed = False
 
