@@ -357,6 +357,11 @@ class TrainAgentOptions(Options):
     """Folder for policy.safetensors, recipe.json, checkpoint.pt, tb/ and simulator/."""
     set: tuple[str, ...] = ()
     """Changes to the recipe, as key=value with dots for levels: ppo.seed=1 simulator.hide=[curvature]."""
+    on: On = "local"
+    """Where the live runs are executed: in processes of this machine, or on a Ray cluster; Slurm is refused. Simulated
+    runs stay on this machine."""
+    ray_address: RayAddress = None
+    gpus_per_run: GpusPerRun = None
 
 
 @with_ranges

@@ -83,7 +83,7 @@ def said(error: BaseException) -> str:
 
 
 def check_files(spec: RunSpec, key: str) -> None:
-    """Raise `ValueError` where this machine has not the text and the model of home, by whose content a run has its key."""
+    """Raise `ValueError` where this machine has another text or model than home, which a run's key tells."""
     config = spec.config
     check_same(lambda: run_key(spec), key, f"the text {' '.join(config.text)} and the model {config.model}")
 

@@ -23,7 +23,7 @@ SCALES = (LEARNING_RATE_STEP ** LEARNING_RATE_GRID[0], LEARNING_RATE_STEP ** LEA
 
 
 def batches_of(config: RunConfig) -> list[int]:
-    """Return the batch sizes that members may have, ascending: those that the searches try, as far as the run allows."""
+    """Return the batch sizes that members may have, ascending: those of the searches, as far as the run allows."""
     if config.optimizer != "adamw":  # only AdamW can take another batch
         return [config.batch_size]
     smallest, largest = batch_limits(config.batch_size, config.n_sequences() // config.decisions)
