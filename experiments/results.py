@@ -30,7 +30,8 @@ class SteeringSpec(JsonRecord):
     """Kind and settings of the controller of a run."""
 
     kind: str = "keep"
-    """`keep`, `plateau`, `greedy`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `policy`, `open-loop`, `pbt`."""
+    """`keep`, `plateau`, `greedy`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `policy`, `open-loop` or
+    `pbt`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of that kind, as JSON values. `path` is the location of a file and not part of the run's key.
 
