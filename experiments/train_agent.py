@@ -132,12 +132,12 @@ def train_agent(options: TrainAgentOptions, console: Console) -> PolicyBundle:
         ValueError: the recipe is invalid, or the folder belongs to another one.
     """
     recipe = load_recipe(options.recipe, options.set)
-    check_engine_of_envs(options)
     if options.on != "local" and recipe.ppo.total_decisions == 0:
         raise ValueError(
             f"on: recipe {options.recipe} has no live runs to be executed on {options.on}; leave it out, or set "
             "ppo.total_decisions"
         )
+    check_engine_of_envs(options)
     path = options.out / POLICY
     if not path.is_file():
         check_sources(recipe)

@@ -112,6 +112,6 @@ def test_what_members_may_have(tmp_path: Path) -> None:
     config = case(tmp_path)
     assert batches_of(config) == [1, 2, 4]
     assert batches_of(replace(config, optimizer="prodigy")) == [2]
-    assert SCALES == pytest.approx((10**-0.5, 10**1.5))
+    assert list(SCALES) == pytest.approx([10**-0.5, 10**1.5])
     assert allowed({"learning_rate_scale": 100.0, "batch_size": 4}) == {"learning_rate_scale": 64.0, "batch_size": 4}
     assert allowed({"learning_rate_scale": 1.23456})["learning_rate_scale"] == 1.23

@@ -21,7 +21,7 @@ from trainpilot.experiments.run_store import run_key
 
 pytest.importorskip("ray.tune")
 
-from trainpilot.experiments.workers_ray import RayEngine  # noqa: E402, it imports ray
+from trainpilot.experiments.workers_ray import RayEngine
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
