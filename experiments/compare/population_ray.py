@@ -149,7 +149,7 @@ def train_population(spec: RunSpec, key: str, *, energy_shared: bool, threads: i
 def _scale() -> float:
     """Draw a factor on the learning rate, evenly on a logarithmic axis."""
     low, high = map(math.log, SCALES)
-    return allowed({"learning_rate_scale": math.exp(random.uniform(low, high))})["learning_rate_scale"]
+    return float(allowed({"learning_rate_scale": math.exp(random.uniform(low, high))})["learning_rate_scale"])
 
 
 def _failed(spec: RunSpec, key: str, error: BaseException) -> RunResult:
