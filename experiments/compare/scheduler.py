@@ -40,9 +40,11 @@ def run_workers(jobs: int, threads: int, engine: Engine | None = None) -> Worker
     attempts = ATTEMPTS if engine is None else elsewhere.ATTEMPTS
     reason = f"its process was killed {attempts} times, perhaps for lack of memory"
     shared = jobs > 1 if engine is None else engine.share_meter != 1
-    there = {} if engine is None else {"threads": threads, "gpus": engine.gpus}
+    run: Callable[[RunSpec, str], RunResult] = partial(execute, energy_shared=shared)
+    if engine is not None:
+        run = partial(execute_elsewhere, energy_shared=shared, threads=threads, gpus=engine.gpus)
     return Workers(
-        partial(execute if engine is None else execute_elsewhere, energy_shared=shared, **there),
+        run,
         jobs,
         threads,
         attempts=attempts,
