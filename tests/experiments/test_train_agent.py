@@ -115,6 +115,22 @@ def test_inspecting_nothing_is_one_clear_line(tmp_path: Path) -> None:
         inspect_path(tmp_path, Console(file=StringIO()))
 
 
+@pytest.mark.slow
+def test_live_runs_on_a_ray_cluster_train_a_policy(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    options = TrainAgentOptions(
+        recipe=str(trained / "recipe.yaml"),
+        out=trained / "ray",
+        on="ray",
+        set=("ppo.total_decisions=32", "n_envs=1"),
+    )
+    bundle = train_agent(options, Console(file=StringIO()))
+
+    assert bundle.provenance["training_cost"]["decisions"] == 32
+    assert (trained / "ray" / "policy.safetensors").is_file()
+
+
 BOTH_STAGES = """
 simulator: {{n_runs: 8, instances: 16, seeds: 1, decisions: 8, hide: [curvature],
              ppo: {{total_decisions: 128, n_steps: 8, batch_size: 32}}, validation: {{instances: 8, every: 1}}}}
