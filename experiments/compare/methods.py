@@ -290,12 +290,7 @@ def population_method(name: str) -> Method:
         f"Ray Tune's Population Based Training of learning rate and batch: {members} runs, which all count.",
     )
     settings = {"population": members, "milestones": MILESTONES}
-
-    def configure(config: RunConfig) -> RunConfig:
-        fit = config.tokens // (config.batch_size * config.sequence_length)
-        return replace(config, schedule=USUAL_SCHEDULE, decisions=max(1, min(config.decisions, fit)))
-
-    return Method(note, configure, SteeringSpec(kind=POPULATION, settings=settings))
+    return Method(note, _set(schedule=USUAL_SCHEDULE), SteeringSpec(kind=POPULATION, settings=settings))
 
 
 def policy_method(name: str) -> Method:

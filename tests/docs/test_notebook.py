@@ -19,6 +19,7 @@ CELLS = json.loads(TEXT)["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 
 
+@pytest.mark.filterwarnings("ignore:policy outside", "ignore:decisions")
 def test_its_cells_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")
     pyplot = pytest.importorskip("matplotlib.pyplot")
