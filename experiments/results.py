@@ -21,6 +21,8 @@ FORMAT = 1
 """Version of the run files, to be raised when their meaning changes; runs of older versions are repeated."""
 
 Role = Literal["method", "sweep", "curve"]
+POPULATION = "pbt"
+"""Kind of steering, and name of the method, by which several runs are one: Population Based Training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,8 @@ class SteeringSpec(JsonRecord):
     """Kind and settings of the controller of a run."""
 
     kind: str = "keep"
-    """`keep`, `plateau`, `greedy`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `early-stop`, `policy` or
-    `open-loop`."""
+    """`keep`, `plateau`, `greedy`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `early-stop`, `policy`,
+    `open-loop` or `pbt`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of that kind, as JSON values. `path` is the location of a file and not part of the run's key.
 
@@ -139,6 +141,11 @@ class RunSpec(JsonRecord):
             return decisions
         return max(1, min(round(made.whole * decisions), decisions - 1))
 
+    @property
+    def members(self) -> int:
+        """Runs that train side by side and count together, in a population; else 1."""
+        return int(self.steering.settings["population"]) if self.steering.kind == POPULATION else 1
+
     def key(self, content: str) -> str:
         """Return the name of the run's file; `content` is the digest of its text and its model."""
         settings = {name: value for name, value in self.steering.settings.items() if name != "path"}
@@ -186,7 +193,7 @@ class IntervalResult(JsonRecord):
     """Joules measured, evaluation apart."""
     evaluation_energy_j: float | None
     rolled_back: bool = False
-    """The run was later restored to a snapshot from before this interval."""
+    """The run was later restored to a snapshot from before this interval, or a population went on from others."""
 
     def controls(self) -> Controls:
         """Return the controls of the interval, in whole sequences per step."""
@@ -241,7 +248,8 @@ class RunResult(JsonRecord):
     device: str
     """Device, cores and threads."""
     intervals: Annotated[tuple[IntervalResult, ...], JsonForm(write=_columns, read=_rows)]
-    """In the order in which they were trained, those that were rolled back included."""
+    """In the order in which they were trained, those that were rolled back included; of a population those of all
+    members, milestone after milestone."""
     guardrails: Mapping[str, Any] | None = None
     """What the guardrails did, from `GuardedController.summary`; `None` for a run without them."""
     unquantised_validation_loss: float | None = None

@@ -21,6 +21,7 @@ from trainpilot.experiments.compare.methods import (
     PER_SCHEDULE,
     Chosen,
     choose_methods,
+    members_of,
     rests_on_search,
     starts_from_tuned,
 )
@@ -87,7 +88,8 @@ def runs_on_a_case(case: Case, names: Sequence[str], n_seeds: int) -> float:
     """Return the number of runs of one case, in units of runs of the whole budget."""
     searched = [name for name in names if rests_on_search([name])]
     optional = [name for name in names if name in OPTIONAL_RUNS]
-    runs: float = n_seeds * (len(names) - len(searched) - len(optional))
+    alone = [name for name in names if name not in searched and name not in optional]
+    runs: float = n_seeds * sum(map(members_of, alone))
     if UNTUNED in names:
         runs += sum(UNTUNED_CURVE_BUDGETS)
     if searched:
@@ -180,6 +182,8 @@ def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
         run_key(chosen.any_spec(case))  # checks that the text can be read
         _check_search(case, chosen)
     check_compressed(cases, chosen.compressed)
+    if chosen.populations and not options.report_only:
+        _check_ray_tune(chosen.populations[0], options)
     devices = [case.config.device for case in cases]
     engine = None if options.report_only else engine_of(options, devices, options.folder, options.threads)
     here = max(1, available_cores() // options.threads)
@@ -198,6 +202,20 @@ def _models(case: Case, chosen: Chosen) -> list[RunConfig]:
     """Return runs on every model that may be trained on a case, the case's own first."""
     sizes = all_sizes(case.config) if chosen.varies_size else [case.config]
     return list(dict.fromkeys([*sizes, *(each for method in chosen.compressed for each in method.models(case.config))]))
+
+
+def _check_ray_tune(name: str, options: CompareOptions) -> None:
+    """Raise `ValueError` where there is no Ray Tune for a population, or it has no cluster to run on."""
+    extra = 'pip install "trainpilot[ray]"'
+    if options.on != "ray":
+        raise ValueError(
+            f"methods: {name} needs --on ray, got --on {options.on}; without --ray-address that is a cluster of this "
+            f"machine alone ({extra})"
+        )
+    try:
+        import trainpilot.experiments.compare.population_ray  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"methods: {name} needs Ray Tune, which is not installed; {extra}") from error
 
 
 def _check_search(case: Case, chosen: Chosen) -> None:
@@ -227,7 +245,7 @@ def _run(
         def take(result: RunResult, kept: bool) -> None:
             nonlocal done
             results[result.key] = result
-            done = min(done + result.spec.config.tokens, total)
+            done = min(done + result.spec.config.tokens * result.spec.members, total)
             advance(done, f"{len(results):,} runs  {escape(_line(result, kept, prepared.cases))}")
 
         Scheduler(workers, store, take).run(list(_programs(prepared)))

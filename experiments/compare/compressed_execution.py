@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from trainpilot.experiments.compare.execution import Evaluation, Execution, finite, make_controller
@@ -12,6 +12,7 @@ from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.cuts import cut_in_training
 from trainpilot.llm_runtime.data.batches import fixed_batch
 from trainpilot.llm_runtime.distillation import Teacher
+from trainpilot.llm_runtime.drive import DrivenInterval
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between, sum_known
 from trainpilot.llm_runtime.export.formats import RoundedModel, rounded_model
 from trainpilot.llm_runtime.export.inference import mean_loss
@@ -47,9 +48,9 @@ class CompressedExecution(Execution):
         rounded = self.compression.format is not None and not found.diverged
         return replace(found, unquantised_validation_loss=self.run.validation_loss) if rounded else found
 
-    def train(self) -> None:
-        """Train the model, and after it a new small one where there is to be one."""
-        super().train()
+    def train(self, last: Telemetry | None = None) -> Iterator[DrivenInterval]:
+        """Train the model, and after it a new small one where there is to be one, and yield each interval."""
+        yield from super().train(last)
         whole = self.run
         if not self.compression.new or self.last is None or self.last.diverged or not finite(whole.validation_loss):
             return
@@ -58,8 +59,8 @@ class CompressedExecution(Execution):
         if self.compression.taught:
             self.run.trainer.teacher = Teacher.copy_of(whole.loaded.model)
         self.controller = make_controller(self.spec.steering, self.run)
-        self.last, self.standing = None, []
-        super().train()
+        self.standing = []
+        yield from super().train()
 
     def decide(self, telemetry: Telemetry | None) -> Controls | None:
         """Cut the model where that is due, and return the controls of the next interval."""

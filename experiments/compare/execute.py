@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from trainpilot.experiments.compare.compressed_execution import CompressedExecution
 from trainpilot.experiments.compare.execution import Execution
+from trainpilot.experiments.elsewhere import check_same
 from trainpilot.experiments.results import RunResult, RunSpec
+from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 
 
@@ -20,8 +22,23 @@ def execute(spec: RunSpec, key: str, *, energy_shared: bool = False, meter: Ener
     try:
         kind = Execution if spec.compression is None else CompressedExecution
         return kind(spec, key, energy_shared, meter).result()
-    except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        return failed(spec, key, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    except FAILURES as error:
+        return failed(spec, key, said(error))
+
+
+FAILURES = (ValueError, RuntimeError, MemoryError, OSError)
+"""Errors that end a run, but not the command."""
+
+
+def said(error: BaseException) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def check_files(spec: RunSpec, key: str) -> None:
+    """Raise `ValueError` where this machine has another text or model than home, which a run's key tells."""
+    config = spec.config
+    check_same(lambda: run_key(spec), key, f"the text {' '.join(config.text)} and the model {config.model}")
 
 
 def failed(spec: RunSpec, key: str, reason: str) -> RunResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,7 +17,7 @@ from trainpilot.envs.decision import Preference
 from trainpilot.envs.reference import device_label
 from trainpilot.experiments.results import IntervalResult, RunResult, RunSpec, SteeringSpec
 from trainpilot.llm_runtime.config import Controls, RunConfig
-from trainpilot.llm_runtime.drive import RunController, drive
+from trainpilot.llm_runtime.drive import DrivenInterval, RunController, drive
 from trainpilot.llm_runtime.energy.meter import EnergyMeter, energy_between
 from trainpilot.llm_runtime.live_run import LiveRun
 from trainpilot.llm_runtime.telemetry import READ_BACK, Telemetry
@@ -64,7 +64,7 @@ class Execution:
         self.spec, self.key, self.energy_shared = spec, key, energy_shared
         self.meter = meter
         self.run = self.new_run(spec.phases()[0].config)
-        self.controller = make_controller(spec.steering, self.run)
+        self.controller: RunController = make_controller(spec.steering, self.run)
         self.evaluation: Evaluation | None = None
         """The last one."""
         self.last: Telemetry | None = None
@@ -80,7 +80,12 @@ class Execution:
     def result(self) -> RunResult:
         """Train to the end, and return what came out."""
         initial = self.run.evaluate()
-        self.train()
+        for _ in self.train():
+            pass
+        return self.ended(initial)
+
+    def ended(self, initial: float) -> RunResult:
+        """Return the result of the run as it stands, with the loss before its first step."""
         stopped_early = self.last is None or not (self.last.finished or self.last.diverged)
         if stopped_early:
             self._evaluate_the_end()
@@ -114,13 +119,15 @@ class Execution:
         """Return the controls of the next interval, or `None` to end the run."""
         return self.controller.decide(telemetry)
 
-    def train(self) -> None:
-        """Train the present run to its end."""
+    def train(self, last: Telemetry | None = None) -> Iterator[DrivenInterval]:
+        """Record each interval and yield it; a run that goes on begins after the `last` one that was trained."""
         controller, steering = self.controller, self.spec.steering
+        self.last = last
         intervals = drive(
             self.run,
             self.decide,
             self.run.config.decisions,
+            last=last,
             can_roll_back=lambda: isinstance(controller, RollbackController) and controller.can_roll_back,
             evaluate=self._evaluate,
             evaluate_every=steering.evaluate_every,
@@ -133,6 +140,7 @@ class Execution:
             self.standing.append(len(self.intervals))
             evaluation = self.evaluation if interval.validation_loss is not None else None
             self.intervals.append(self.interval_result(self.last, evaluation))
+            yield interval
 
     def _mark_rolled_back(self, decision: int) -> None:
         """Mark the earlier intervals from `decision` on, as that decision has just been trained again."""
