@@ -597,7 +597,7 @@ class CalibrateOptions(Options):
     base_learning_rate: LearningRate = 3e-3
     """Peak learning rate that the tried ones are multiples of."""
     effort: Effort = "standard"
-    """How many runs: quick (about 14), or standard (about 46, eight of which have eight times the budget)."""
+    """How many runs: quick (about 14), or standard (about 47, nine of which have eight times the budget)."""
     decisions: int = RunConfig.decisions
     """Intervals per run."""
     jobs: Jobs = 0

@@ -12,10 +12,11 @@ from trainpilot.llm_runtime.config import ControlLimits, Controls, Precision, Ru
 from trainpilot.llm_runtime.schedules import ScheduleName
 from trainpilot.llm_runtime.simulator.evidence import Role
 
-ControlPlan = Literal["ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"]
+ControlPlan = Literal["ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "swell", "hot-tenth", "hot-twentieth"]
 """`...-ramp`: the batch grows from an eighth of the starting batch to all or half of it, as under policies that save
-time. `drop`: the batch shrinks to an eighth. `hot-...`: the learning rate starts far too high and falls to that
-fraction within three decisions, at an eighth of the batch."""
+time. `drop`: the batch shrinks to an eighth. `swell`: it grows from an eighth to eight times the starting batch and
+shrinks to an eighth again, which physics that were never shown it take for a gain. `hot-...`: the learning rate starts
+far too high and falls to that fraction within three decisions, at an eighth of the batch."""
 
 PLAN_RATES: Mapping[ControlPlan, tuple[float, ...]] = {
     "ramp": (7 / 6,),
@@ -23,6 +24,7 @@ PLAN_RATES: Mapping[ControlPlan, tuple[float, ...]] = {
     "early-ramp": (1 / 3, 2 / 3),
     "half-ramp": (1 / 2,),
     "drop": (7 / 6,),
+    "swell": (1.0,),
     "hot-tenth": (35 / 3,),
     "hot-twentieth": (35 / 3,),
 }
@@ -36,6 +38,8 @@ RAMP_SHARES: Mapping[ControlPlan, tuple[float, ...]] = {
     "half-ramp": (0.12, 0.3),
 }
 """Shares of the budget at which a plan doubles the batch again."""
+SWELL_SHARES = ((0.08, 0.12, 0.16, 0.2, 0.24, 0.28), (0.68, 0.72, 0.76, 0.8, 0.84, 0.88))
+"""Shares of the budget at which `swell` doubles and halves the batch, beside the halvings of its beginning."""
 DROP_SHARE = 0.4
 """Share of the budget at which `drop` begins to halve the batch."""
 COOLING = (0.71, 0.355, 0.177)
@@ -49,13 +53,18 @@ def planned(plan: ControlPlan, decision: int, config: RunConfig, limits: Control
     scale = 1.0
     if plan in COOLED:
         scale = COOLING[decision] if decision < len(COOLING) else COOLED[plan]
-    batch_size = max(limits.min_batch_size, config.batch_size >> _halvings(plan, decision, config.decisions))
+    halvings = _halvings(plan, decision, config.decisions)
+    batch_size = config.batch_size >> halvings if halvings >= 0 else config.batch_size << -halvings
+    batch_size = min(max(limits.min_batch_size, batch_size), max(limits.max_batch_size, config.batch_size))
     return replace(config.start(), learning_rate_scale=scale, batch_size=batch_size)
 
 
 def _halvings(plan: ControlPlan, decision: int, decisions: int) -> int:
     begin = math.ceil(DROP_SHARE * decisions) if plan == "drop" else 0
     halved = min(max(decision - begin + 1, 0), HALVINGS)
+    if plan == "swell":
+        rising, falling = (sum(decision >= share * decisions for share in shares) for shares in SWELL_SHARES)
+        return halved - rising + falling
     doubled = sum(decision >= math.ceil(share * decisions) for share in RAMP_SHARES.get(plan, ()))
     return max(halved - doubled, 0)
 
@@ -254,6 +263,7 @@ def _longer(base: RunConfig, amount: Amount) -> Iterator[CalibrationSetting]:
         config = _wsd(long, LONGER_RATE, base.batch_size)
         yield CalibrationSetting(name=_name("longer-walk", config), config=config, role="fit", walk=0)
         yield CalibrationSetting(name=_name("longer-drop", config), config=config, role="fit", plan="drop")
+        yield CalibrationSetting(name=_name("longer-swell", config), config=config, role="fit", plan="swell")
 
 
 def _wsd(base: RunConfig, rate: float, batch_size: int) -> RunConfig:

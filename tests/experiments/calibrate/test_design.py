@@ -53,7 +53,7 @@ def test_points_of_the_grid_that_are_held_out_lie_between_fitted_ones(
         assert between_rates or (0 < column < len(batches) - 1 and {grid[point] for point in beside} == {"fit"})
 
 
-@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 47, 11)])
+@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 48, 11)])
 def test_about_a_quarter_is_held_out(effort: Effort, n_runs: int, n_held_out: int) -> None:
     chosen = settings(effort)
 
@@ -85,6 +85,7 @@ def test_some_runs_have_eight_times_the_budget() -> None:
     assert [each.name for each in longer if each.walk is not None or each.plan is not None] == [
         "longer-walk-lr0.0018-batch8",
         "longer-drop-lr0.0018-batch8",
+        "longer-swell-lr0.0018-batch8",
     ]
     assert {setting.config.warmup() for setting in longer} == {104_857}
 
@@ -151,6 +152,16 @@ def test_planned_batches_rise_from_an_eighth_or_drop_to_it() -> None:
         "hot-tenth": [4, 2] + [1] * 48,
         "hot-twentieth": [4, 2] + [1] * 48,
     }
+
+
+def test_a_swelling_batch_rises_to_eight_times_the_start_and_falls_again() -> None:
+    setting = next(setting for setting in settings() if setting.plan == "swell")
+    decide = pilot(setting, make_limits(max_batch_size=128))
+    batches = [decide(decision).batch_size for decision in range(50)]
+
+    assert batches[:5] == [4, 2, 1, 1, 2]
+    assert set(batches[15:34]) == {64}
+    assert batches[34:] == [32, 32, 16, 16, 8, 8, 4, 4, 2, 2, 1, 1, 1, 1, 1, 1]
 
 
 def test_hot_starts_are_cooled_in_three_decisions() -> None:
