@@ -27,7 +27,7 @@ from trainpilot.llm_runtime.config import (
     RunConfig,
 )
 from trainpilot.llm_runtime.schedules import EVALUATE_EVERY, cubic_sparsity
-from trainpilot.llm_runtime.telemetry import Telemetry
+from trainpilot.llm_runtime.telemetry import Snapshot, Telemetry
 
 if TYPE_CHECKING:
     from trainpilot.llm_runtime.live_run import LiveRun  # loads torch
@@ -181,6 +181,51 @@ class ReduceOnPlateau(Heuristic):
         if self._since_best_or_cut > self.patience:
             self.scale *= self.factor
             self._since_best_or_cut = 0
+
+
+@heuristic("early-stop")
+class EarlyStop(Heuristic):
+    """End a run whose validation loss has stopped falling, and go back to the weights at which it was lowest.
+
+    The rule is that of Prechelt 1998, "Early stopping - but when?": the controls stay as they are, and the run ends
+    with the `patience`-th reading in a row that is no new lowest one.
+
+    Args:
+        limits: What the run can do.
+        run: The run, whose state is copied at each new lowest loss.
+        patience: Readings in a row without improvement that end the run.
+    """
+
+    def __init__(self, limits: ControlLimits, run: LiveRun, *, patience: int = 3) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1 reading, got {patience}")
+        super().__init__(limits)
+        self.run, self.patience = run, patience
+        self._last: float | None = None
+        self._best = math.inf
+        self._best_state: Snapshot | None = None
+        self._since_best = 0
+
+    @classmethod
+    def of_run(cls, run: LiveRun, **settings: Any) -> Self:
+        """Return the heuristic for a run, with its settings as JSON values."""
+        return cls(run.base_limits(), run, **settings)
+
+    def decide(self, telemetry: Telemetry | None) -> Controls | None:
+        """Return the starting controls, or `None` when the run has stopped improving."""
+        loss = telemetry.validation_loss if telemetry is not None else None
+        if loss is not None and loss != self._last:
+            self._last = loss
+            self._since_best += 1
+            if loss < self._best:
+                self._best, self._best_state, self._since_best = loss, self.run.snapshot(), 0
+        return self.limits.start if self._since_best < self.patience else None
+
+    def restore_best(self) -> None:
+        """Bring the run back to its lowest loss, where its present one is not at least as low."""
+        now = self.run.validation_loss
+        if self._best_state is not None and not (now is not None and now <= self._best):
+            self.run.restore(self._best_state)
 
 
 @heuristic(

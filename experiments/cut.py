@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
-from trainpilot.experiments.export.job import quiet
 from trainpilot.experiments.export.source import Source, check_out, model_folder_of, read_source
 from trainpilot.experiments.options import CutOptions
+from trainpilot.experiments.progress import quiet
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.cuts import (
     PARTS,

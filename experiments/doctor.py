@@ -122,7 +122,7 @@ OPTIONAL = {
     "zeus": ("energy of AMD GPUs, Apple silicon and Jetsons", "trainpilot[zeus]"),
     "accelerate": ("Hugging Face Trainer", "accelerate"),
     "lightning": ("Lightning", "lightning"),
-    "ray": ("`--on ray` of compare and calibrate", "trainpilot[ray]"),
+    "ray": ("`--on ray` of compare, calibrate and train-agent", "trainpilot[ray]"),
     "submitit": ("`--on slurm` of compare and calibrate", "trainpilot[slurm]"),
 }
 """By optional package: what it is used for, and what to install."""

@@ -10,7 +10,8 @@ from trainpilot.experiments.workers import TaskExecutor
 from trainpilot.llm_runtime.live_run import resolve_device
 
 if TYPE_CHECKING:
-    from trainpilot.experiments.options import CalibrateOptions, CompareOptions
+    from trainpilot.experiments.options import CalibrateOptions, CompareOptions, TrainAgentOptions
+    from trainpilot.experiments.workers_ray import RayEngine
 
 BELONGS_TO = {
     "ray_address": ("ray",),
@@ -28,6 +29,8 @@ class Engine(TaskExecutor, Protocol):
     """Runs side by side."""
     share_meter: int | None
     """Runs that share an energy meter; `None` if that is unknown."""
+    gpus: float
+    """GPUs of each run."""
 
     def close(self) -> None:
         """End all runs under way, and leave the other machines."""
@@ -48,15 +51,10 @@ def engine_of(
         ValueError: an option does not belong to the engine, or the engine cannot be reached.
         ModuleNotFoundError: its package is not installed.
     """
-    for name, engines in BELONGS_TO.items():
-        if getattr(options, name) is not None and options.on not in engines:
-            words = " or ".join(f"--on {engine}" for engine in engines)
-            raise ValueError(f"{name} needs {words}, got --on {options.on}")
+    _check_belonging(options)
     if options.on == "local":
         return None
-    gpus = options.gpus_per_run
-    if gpus is None:
-        gpus = float(any(resolve_device(device).type == "cuda" for device in devices))
+    gpus = _gpus(options, devices)
     if options.on == "ray":
         from trainpilot.experiments.workers_ray import RayEngine
 
@@ -71,3 +69,64 @@ def engine_of(
         partition=options.slurm_partition,
         minutes=options.slurm_minutes,
     )
+
+
+def engine_of_envs(
+    options: TrainAgentOptions, devices: Iterable[str], n_envs: int, threads: int = 1
+) -> RayEngine | None:
+    """Return the engine of a training's environments, with room for all of them; `None` for processes of this machine.
+
+    Args:
+        options: The options of the command.
+        devices: Devices of the live runs.
+        n_envs: Environments side by side.
+        threads: Torch threads of each run.
+
+    Raises:
+        ValueError: as `check_engine_of_envs`, or the engine cannot have the environments.
+        ModuleNotFoundError: its package is not installed.
+    """
+    check_engine_of_envs(options)
+    if options.on == "local":
+        return None
+    from trainpilot.experiments.workers_ray import RayEngine
+
+    engine = RayEngine(options.ray_address, jobs=n_envs, threads=threads, gpus=_gpus(options, devices))
+    if engine.room < n_envs:
+        engine.close()
+        raise ValueError(
+            f"n_envs must be at most {engine.room}, as many as the Ray cluster has room for, got {n_envs}; set n_envs, "
+            "or add machines"
+        )
+    return engine
+
+
+def check_engine_of_envs(options: TrainAgentOptions) -> None:
+    """Check what `engine_of_envs` will need, hours before it is called.
+
+    Raises:
+        ValueError: an option does not belong to the engine, or the engine cannot carry environments out.
+        ModuleNotFoundError: its package is not installed.
+    """
+    _check_belonging(options)
+    if options.on == "slurm":
+        raise ValueError(
+            "on: train-agent must be on local or ray, got slurm: PPO waits for all environments at every decision, and "
+            "jobs of Slurm begin and end at different times; start a Ray cluster within one job"
+        )
+    if options.on == "ray":
+        import trainpilot.experiments.workers_ray  # noqa: F401
+
+
+def _check_belonging(options: CompareOptions | CalibrateOptions | TrainAgentOptions) -> None:
+    for name, engines in BELONGS_TO.items():
+        if getattr(options, name, None) is not None and options.on not in engines:
+            words = " or ".join(f"--on {engine}" for engine in engines)
+            raise ValueError(f"{name} needs {words}, got --on {options.on}")
+
+
+def _gpus(options: CompareOptions | CalibrateOptions | TrainAgentOptions, devices: Iterable[str]) -> float:
+    """Return the GPUs of each run, by default one where a device is cuda."""
+    if options.gpus_per_run is not None:
+        return options.gpus_per_run
+    return float(any(resolve_device(device).type == "cuda" for device in devices))

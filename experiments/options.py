@@ -357,6 +357,11 @@ class TrainAgentOptions(Options):
     """Folder for policy.safetensors, recipe.json, checkpoint.pt, tb/ and simulator/."""
     set: tuple[str, ...] = ()
     """Changes to the recipe, as key=value with dots for levels: ppo.seed=1 simulator.hide=[curvature]."""
+    on: On = "local"
+    """Where the live runs are executed: in processes of this machine, or on a Ray cluster; Slurm is refused. Simulated
+    runs stay on this machine."""
+    ray_address: RayAddress = None
+    gpus_per_run: GpusPerRun = None
 
 
 @with_ranges
@@ -370,10 +375,13 @@ class CompareOptions(Options):
     Methods: constant, cosine (the untuned default), linear, wsd, schedule-free, prodigy, plateau, noise-batch, seesaw,
     gradual-pruning, random; not by default: law (Step Law and WSD), greedy (transformers' GreedyLR); tuned (the best
     static setting a search finds), tuned-linear, tuned-cosine, tuned-wsd, tuned-constant, check-self, check-budget,
-    check-rate; tuned-tpe, tuned-halving, nsga2; policy:FILE for a bundle (or policy:default, which comes with
-    trainpilot), policy:FILE@quality=0.5+energy=0.5 under that preference, policy:FILE@start=0.1 from a tenth of the
-    tuned learning rate, policy:FILE@unguarded without the guardrails of `replay`, open-loop:FILE for its average
-    schedule, without feedback.
+    check-rate; tuned-tpe, tuned-halving, nsga2; small, small-ffn, small-heads, small-depth, prune-ffn, prune-heads,
+    prune-depth, minitron, distil, distil-2x, early-stop, quantise-int8, quantise-int4, shift-add, shift-add-pot, and
+    several of these as in minitron+quantise-int4 (smaller models); policy:FILE for a bundle (or policy:default, which
+    comes with trainpilot), policy:FILE@quality=0.5+energy=0.5 under that preference, policy:FILE@start=0.1 from a tenth
+    of the tuned learning rate, policy:FILE@unguarded without the guardrails of `replay`, open-loop:FILE for its average
+    schedule, without feedback; with --on ray also pbt, Ray Tune's Population Based Training of four runs (pbt@8 of
+    eight).
 
     Try for instance:
       trainpilot compare --cases quick
@@ -386,7 +394,8 @@ class CompareOptions(Options):
     out: GivenPathOrNone = None
     """Folder for report.html, three CSV files, JSON, runs/, costs/ and tensorboard/; runs/compare-CASES by default."""
     methods: str = "default"
-    """Names with commas between them; `default` is everything but tuned-tpe, tuned-halving, nsga2 and policies."""
+    """Names with commas between them; `default` is everything but tuned-tpe, tuned-halving, nsga2, smaller models, pbt
+    and policies."""
     seeds: Annotated[int, Whole(1, 1000)] = 3
     """Paired seeds per case and method: 3 for a look, 5 for a claim."""
     jobs: Jobs = 0

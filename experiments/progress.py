@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
 """Called with the work done so far and an optional note."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the progress bars that libraries write to the error stream."""
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from trainpilot.llm_runtime.config import Controls, RunConfig
 from trainpilot.llm_runtime.files import digest
@@ -21,6 +21,8 @@ FORMAT = 1
 """Version of the run files, to be raised when their meaning changes; runs of older versions are repeated."""
 
 Role = Literal["method", "sweep", "curve"]
+POPULATION = "pbt"
+"""Kind of steering, and name of the method, by which several runs are one: Population Based Training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class SteeringSpec(JsonRecord):
     """Kind and settings of the controller of a run."""
 
     kind: str = "keep"
-    """`keep`, `plateau`, `greedy`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `policy` or `open-loop`."""
+    """`keep`, `plateau`, `greedy`, `noise-batch`, `seesaw`, `gradual-pruning`, `random`, `early-stop`, `policy`,
+    `open-loop` or `pbt`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of that kind, as JSON values. `path` is the location of a file and not part of the run's key.
 
@@ -41,17 +44,115 @@ class SteeringSpec(JsonRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compression(JsonRecord):
+    """How a run makes its model smaller on the way, and in which format the model is then used."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Feed-forward channels (`ffn`), groups of heads (`heads`) and blocks (`depth`) that the small model has; empty
+    where the model keeps its shape."""
+    small: str | None = None
+    """Config file of the small model, without weights. Its place is not part of the run's key."""
+    new: bool = False
+    """Whether the small model begins with new weights, instead of as a cut of the whole one."""
+    taught: bool = False
+    """Whether the small model learns from the whole one's predictions too."""
+    whole: float = 1.0
+    """Share of the budget on which the whole model is trained."""
+    rest: float = 0.0
+    """Share of the budget on which the small model is trained afterwards. A cut goes on in the same schedule."""
+    format: str | None = None
+    """Format of `trainpilot export` that the final model is rounded to; `None` is float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a run in which one model is trained."""
+
+    config: RunConfig
+    """Of this part. Its model has the shape that is trained, for cost tables; only a new one is made from it."""
+    decisions: int
+    """Intervals of the part; all that remain in the last one."""
+    teacher: RunConfig | None = None
+    """A run on the model that teaches."""
+    ranked_sequences: int = 0
+    """Sequences that the model before it read, without a gradient, to find what does least."""
+
+
+RANKING_TOKENS = 8_192
+"""Tokens of training text on which it is measured what does least, before each cut of a part."""
+
+
+def ranking_sequences(config: RunConfig) -> int:
+    """Return the sequences on which it is measured what does least."""
+    return max(RANKING_TOKENS // config.sequence_length, 1)
+
+
+def share_of(config: RunConfig, share: float) -> RunConfig:
+    """Return a run on a share of the budget, with the whole schedule in it and about as many tokens per decision."""
+    if share == 1:
+        return config
+    step = config.batch_size * config.sequence_length
+    tokens = max(round(config.tokens * share), step)
+    decisions = max(1, min(round(config.decisions * share), tokens // step))
+    warmup = min(round(config.warmup() * share), tokens - 1)
+    return replace(config, tokens=tokens, decisions=decisions, warmup_tokens=warmup, warmup_share=None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSpec(JsonRecord):
     """Specification of one run. Two specs with the same key are the same run, for any case or method."""
 
+    left_out_at_default: ClassVar[tuple[str, ...]] = ("compression",)
+
     config: RunConfig
     steering: SteeringSpec = field(default_factory=SteeringSpec)
+    compression: Compression | None = None
+    """How the model becomes smaller; `None` where it stays as it is."""
+
+    @property
+    def format(self) -> str | None:
+        """Format that the final model is used in; `None` is float32."""
+        return None if self.compression is None else self.compression.format
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the parts of the run, each with the model that is trained in it."""
+        made, config = self.compression, self.config
+        if made is None or made.small is None:
+            return (Phase(config=config, decisions=config.decisions),)
+        if made.new:
+            first, second = share_of(config, made.whole), share_of(config, made.rest)
+            ranked, decisions = 0, second.decisions
+        else:
+            first, second = config, config
+            ranked = len(made.sizes) * ranking_sequences(config)
+            decisions = config.decisions - self.decisions_before_cut
+        small = replace(second, model=made.small)
+        teacher = config if made.taught else None
+        return (
+            Phase(config=first, decisions=first.decisions if made.new else self.decisions_before_cut),
+            Phase(config=small, decisions=decisions, teacher=teacher, ranked_sequences=ranked),
+        )
+
+    @property
+    def decisions_before_cut(self) -> int:
+        """Intervals before the model is cut; all of them where it is not cut."""
+        made, decisions = self.compression, self.config.decisions
+        if made is None or not made.sizes or made.new:
+            return decisions
+        return max(1, min(round(made.whole * decisions), decisions - 1))
+
+    @property
+    def members(self) -> int:
+        """Runs that train side by side and count together, in a population; else 1."""
+        return int(self.steering.settings["population"]) if self.steering.kind == POPULATION else 1
 
     def key(self, content: str) -> str:
         """Return the name of the run's file; `content` is the digest of its text and its model."""
         settings = {name: value for name, value in self.steering.settings.items() if name != "path"}
         config = {name: value for name, value in self.config.settings().items() if name not in ("model", "text")}
         label = [FORMAT, content, config, asdict(self.steering) | {"settings": settings}]
+        if self.compression is not None:
+            label.append({name: value for name, value in asdict(self.compression).items() if name != "small"})
         return digest(label, 10)
 
 
@@ -92,7 +193,7 @@ class IntervalResult(JsonRecord):
     """Joules measured, evaluation apart."""
     evaluation_energy_j: float | None
     rolled_back: bool = False
-    """The run was later restored to a snapshot from before this interval."""
+    """The run was later restored to a snapshot from before this interval, or a population went on from others."""
 
     def controls(self) -> Controls:
         """Return the controls of the interval, in whole sequences per step."""
@@ -122,13 +223,16 @@ def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 class RunResult(JsonRecord):
     """Result of one run, stored as one JSON file."""
 
+    left_out_at_default: ClassVar[tuple[str, ...]] = ("unquantised_validation_loss",)
+
     key: str
     spec: RunSpec
     n_parameters: int
+    """Of the model at the end."""
     initial_validation_loss: float | None
     """Before training, in nats/token."""
     final_validation_loss: float | None
-    """In nats/token; `None` if the run diverged or failed."""
+    """In nats/token, of the model in the format that it is used in; `None` if the run diverged or failed."""
     final_test_loss: float | None
     """In nats/token; `None` if the run diverged or failed."""
     diverged: bool
@@ -144,9 +248,12 @@ class RunResult(JsonRecord):
     device: str
     """Device, cores and threads."""
     intervals: Annotated[tuple[IntervalResult, ...], JsonForm(write=_columns, read=_rows)]
-    """In the order in which they were trained, those that were rolled back included."""
+    """In the order in which they were trained, those that were rolled back included; of a population those of all
+    members, milestone after milestone."""
     guardrails: Mapping[str, Any] | None = None
     """What the guardrails did, from `GuardedController.summary`; `None` for a run without them."""
+    unquantised_validation_loss: float | None = None
+    """Final validation loss before the model was rounded to its format; `None` where it was not."""
 
     @property
     def tokens(self) -> int:
@@ -228,7 +335,7 @@ class MethodNote(JsonRecord):
     family: str
     """Methods of one family share a Pareto front, as a policy under several preferences does."""
     kind: str
-    """`untuned`, `tuned`, `heuristic`, `tuning-free`, `policy` or `check`."""
+    """`untuned`, `tuned`, `heuristic`, `tuning-free`, `compressed`, `policy` or `check`."""
     training_energy_j: float | None = None
     """Joules that training the policy took; `None` where it is unknown or there is none."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -16,6 +18,7 @@ from trainpilot.agents.bundle import PolicyBundle
 from trainpilot.agents.controller import Controller, DecisionRecord
 from trainpilot.agents.logging.training_log import TrainingLog
 from trainpilot.agents.ppo import bundle_of, end_processes, side_by_side, train
+from trainpilot.agents.remote_env import HostedEnv, MakeEnv, elsewhere
 from trainpilot.agents.sb3_env import hidden_from, seen_inputs, without_inputs
 from trainpilot.agents.simulator_training import SimulatorAgent, SimulatorStage, best_weights, train_in_simulator
 from trainpilot.envs.decision import N_STACK, Preference
@@ -24,11 +27,13 @@ from trainpilot.envs.observation import BASIC, GROUPS, fields_of
 from trainpilot.envs.reference import live_plant, live_reference
 from trainpilot.envs.reward import Reference, RewardMeter, ScalarReward
 from trainpilot.experiments.calibrate.calibration import SHIPPED, load_calibrations
+from trainpilot.experiments.elsewhere import ATTEMPTS, check_same
+from trainpilot.experiments.engines import check_engine_of_envs, engine_of_envs
 from trainpilot.experiments.options import TrainAgentOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.recipe import Recipe, load_recipe
 from trainpilot.experiments.run_store import claim_folder, versions
-from trainpilot.experiments.workers import Workers, report
+from trainpilot.experiments.workers import TaskExecutor, Workers, report
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.data.text_sources import content_digest
 from trainpilot.llm_runtime.drive import drive
@@ -37,6 +42,9 @@ from trainpilot.llm_runtime.models import load_model_of
 from trainpilot.llm_runtime.process import available_cores, use_threads
 from trainpilot.llm_runtime.simulator.fitting import FittedPhysics
 from trainpilot.llm_runtime.simulator.shipped import shipped_physics
+
+if TYPE_CHECKING:
+    from trainpilot.experiments.workers_ray import RayEngine
 
 
 def train_agents(stage: SimulatorStage, folder: Path, console: Console) -> list[SimulatorAgent]:
@@ -124,6 +132,12 @@ def train_agent(options: TrainAgentOptions, console: Console) -> PolicyBundle:
         ValueError: the recipe is invalid, or the folder belongs to another one.
     """
     recipe = load_recipe(options.recipe, options.set)
+    if options.on != "local" and recipe.ppo.total_decisions == 0:
+        raise ValueError(
+            f"on: recipe {options.recipe} has no live runs to be executed on {options.on}; leave it out, or set "
+            "ppo.total_decisions"
+        )
+    check_engine_of_envs(options)
     path = options.out / POLICY
     if not path.is_file():
         check_sources(recipe)
@@ -226,14 +240,48 @@ def live_stage(
     recipe: Recipe, options: TrainAgentOptions, simulated: PolicyBundle | None, console: Console
 ) -> PolicyBundle:
     """Train on live runs, starting from the simulator's best weights if there are any, and return the bundle."""
+    with _engine(options, recipe) as engine:
+        return _live_stage(recipe, options, simulated, console, engine)
+
+
+@contextmanager
+def _engine(options: TrainAgentOptions, recipe: Recipe) -> Iterator[RayEngine | None]:
+    """Yield where the live runs are executed, if not on this machine. A machine that dies ends the command."""
+    devices = [case.device for case in recipe.live_cases()]
+    engine = engine_of_envs(options, devices, recipe.n_envs, recipe.threads)
+    try:
+        yield engine
+    except BrokenExecutor as error:
+        raise ValueError(
+            "on: a machine of the Ray cluster, or a process on it, has died; the same command goes on from the last "
+            "update"
+        ) from error
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def _live_stage(
+    recipe: Recipe,
+    options: TrainAgentOptions,
+    simulated: PolicyBundle | None,
+    console: Console,
+    engine: RayEngine | None,
+) -> PolicyBundle:
     cases, against = recipe.live_cases(), recipe.reference_cases()
-    references = run_references(against, recipe, console)
+    references = run_references(against, recipe, console, engine)
     log = TrainingLog({"recipe": options.recipe, **asdict(recipe.ppo)})
     groups = _groups(recipe, options.out)
     fields = fields_of(groups)
     seen = seen_inputs(fields=fields) if recipe.simulator is None else recipe.simulator.seen()
     start = _start(options.out, simulated, seen.size)
-    env = hidden_from(side_by_side(partial(_make_env, cases, against, recipe, groups), recipe.n_envs), seen)
+    make_env = partial(_make_env, cases, against, recipe, groups)
+    if engine is None:
+        envs = side_by_side(make_env, recipe.n_envs)
+    else:
+        hosted = partial(_hosted, make_env, {case: content_digest(case) for case in (*cases, *against)})
+        envs = elsewhere([engine.begin(hosted) for _ in range(recipe.n_envs)])
+    env = hidden_from(envs, seen)
     try:
         with progress_bar(console, "PPO on live runs, decisions", recipe.ppo.total_decisions) as advance:
             model, cost = train(env, recipe.ppo, options.out, callbacks=[log], progress=advance, start=start)
@@ -254,13 +302,28 @@ def _start(out: Path, simulated: PolicyBundle | None, n_inputs: int) -> dict[str
     return best_weights(out / "simulator" / str(simulated.provenance["simulator_seed"]), n_inputs)
 
 
-def run_references(cases: Sequence[RunConfig], recipe: Recipe, console: Console) -> list[Reference]:
-    """Return every case's reference, from the cache or run now in `recipe.n_envs` processes."""
+def _hosted(make_env: MakeEnv, contents: Mapping[RunConfig, str]) -> HostedEnv:
+    """Return an environment on another machine. Raises `ValueError` where that has other texts or models than home."""
+    for case, content in contents.items():
+        check_same(partial(content_digest, case), content, f"the text {' '.join(case.text)} and the model {case.model}")
+    return HostedEnv(make_env)
+
+
+def run_references(
+    cases: Sequence[RunConfig], recipe: Recipe, console: Console, executor: TaskExecutor | None = None
+) -> list[Reference]:
+    """Return every case's reference, from the cache or run now in `recipe.n_envs` processes, or by an executor."""
     different = list(dict.fromkeys(cases))
     found: dict[RunConfig, Reference] = {}
     with (
         progress_bar(console, "reference runs of the base schedule", len(different)) as advance,
-        Workers(live_reference, recipe.n_envs, recipe.threads) as workers,
+        Workers(
+            live_reference,
+            recipe.n_envs,
+            recipe.threads,
+            attempts=1 if executor is None else ATTEMPTS,
+            executor=executor,
+        ) as workers,
     ):
         for (case,), reference in workers.run((case,) for case in different):
             found[case] = reference

@@ -48,23 +48,34 @@ class RayEngine:
                 f"on: no machine of the Ray cluster has room for a run of {threads} cores and {gpus:g} GPUs; start one "
                 "that has, or lower --threads or --gpus-per-run"
             )
-        self.jobs = jobs or sum(room)
+        self.gpus = gpus
+        self.room = sum(room)
+        """Runs that the cluster has room for."""
+        self.jobs = jobs or self.room
         self.share_meter: int | None = max(1, int(1 / gpus)) if gpus else min(self.jobs, max(room))
         self._home = Home.here(threads)
         # A process keeps the GPU that it has begun with, so that the next run on another GPU needs another process.
         per_process = 1 if gpus else TASKS_PER_PROCESS
         resources = {"num_cpus": threads, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
         self._call = ray.remote(max_retries=0, max_calls=per_process, **resources)(call)
+        self._host = ray.remote(max_restarts=0, **resources)(_Host)
         self._under_way: dict[Future[Any], Any] = {}
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         """Begin a task. Its future raises `BrokenExecutor` if its process or machine has died."""
         future: Future[Any] = Future()
-        reference = self._call.remote(self._home, function, *arguments)
+        task = self._call
+        if any(getattr(each, "members", 1) > 1 for each in arguments):  # it waits for others, and computes nothing
+            task = task.options(num_cpus=0, num_gpus=0)
+        reference = task.remote(self._home, function, *arguments)
         self._under_way[future] = reference
         future.add_done_callback(lambda ended: self._under_way.pop(ended, None))
         reference.future().add_done_callback(partial(_settle, future))
         return future
+
+    def begin(self, make: Callable[[], Any]) -> RayObject:
+        """Begin an object in a process of its own, with the cores and GPUs of a run; `make` is called there."""
+        return RayObject(self._host.remote(self._home, make))
 
     def shutdown(self, wait: bool = True, kill_workers: bool = False) -> None:
         """Kill the tasks under way if `kill_workers`."""
@@ -75,6 +86,43 @@ class RayEngine:
     def close(self) -> None:
         """Leave the cluster, which kills the tasks under way."""
         ray.shutdown()
+
+
+class RayObject:
+    """An object in another process of the cluster, which lives as long as this one is held.
+
+    Args:
+        actor: The actor of its process.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def call(self, method: str, /, *arguments: Any) -> Future[Any]:
+        """Begin a call of a method. Its future raises `BrokenExecutor` if the process or its machine has died."""
+        future: Future[Any] = Future()
+        self._actor.call.remote(method, arguments).future().add_done_callback(partial(_settle, future))
+        return future
+
+
+class _Host:
+    """Holds an object in its process; what making it raises is the answer of the first call."""
+
+    def __init__(self, home: Home, make: Callable[[], Any]) -> None:
+        self._home, self._make = home, make
+        self._made: Any = None
+
+    def call(self, method: str, arguments: tuple[Any, ...]) -> Answer:
+        """Call a method of the object."""
+        if self._made is None:
+            made = call(self._home, self._make)
+            if made.error is not None:
+                return made
+            self._made = made.result
+        try:
+            return Answer(getattr(self._made, method)(*arguments))
+        except Exception as error:
+            return Answer(error=error)
 
 
 def _room(resources: dict[str, float], threads: int, gpus: float) -> int:

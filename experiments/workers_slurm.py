@@ -55,6 +55,7 @@ class SlurmEngine:
         if CLUSTER == "slurm" and shutil.which("sbatch") is None:
             raise ValueError("on: slurm needs the command sbatch, which this machine has not; use a login node")
         self.jobs = jobs
+        self.gpus = gpus
         self.share_meter: int | None = 1 if gpus else None
         self._home = Home.here(threads)
         self._queue = submitit.AutoExecutor(folder=folder, cluster=CLUSTER)

@@ -136,6 +136,44 @@ def cut_part(
         remove_blocks(model, optimizer, size, block_influences(model, sequences, together))
 
 
+def cut_in_training(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, sizes: Mapping[Part, int], windows: Windows
+) -> None:
+    """Cut several parts of a model in training in place, channels first and blocks last, each measured anew.
+
+    Args:
+        model: The model.
+        optimizer: Its optimiser, whose state is cut too.
+        sizes: Size that each part is cut to.
+        windows: Text on which it is measured what does least, token ids of shape (n, T + 1).
+
+    Raises:
+        ValueError: A size is none that the part can have.
+    """
+    sequences = torch.from_numpy(windows[:, :-1]).to(model.device)
+    for part in PARTS:
+        if part in sizes:
+            cut_part(model, part, sizes[part], sequences, optimizer=optimizer)
+
+
+def config_changes(model: PreTrainedModel, sizes: Mapping[Part, int]) -> dict[str, Any]:
+    """Return the fields of a model's config, with their new values, that cuts to these sizes change.
+
+    Args:
+        model: The model; it is left as it is.
+        sizes: Size that each part is cut to.
+
+    Raises:
+        ValueError: A size is none that the part can have.
+    """
+    small = copy.deepcopy(model)
+    nothing = torch.zeros((1, 2), dtype=torch.long, device=model.device)  # the shape does not depend on the text
+    for part, size in sizes.items():
+        cut_part(small, part, size, nothing)
+    before = model.config.to_dict()
+    return {name: value for name, value in small.config.to_dict().items() if before.get(name) != value}
+
+
 def cut_to_sizes(
     model: PreTrainedModel, sizes: Mapping[Part, int], windows: Windows, progress: Progress | None = None
 ) -> tuple[PreTrainedModel, list[Cut]]:

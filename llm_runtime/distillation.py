@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens of a sequence, V vocabulary; `...` any number of d
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,19 @@ class Teacher:
         loaded.model.requires_grad_(requires_grad=False)
         model = loaded.model.to(device).eval()  # type: ignore[arg-type]
         return cls(model, weights_digest(place), weight, temperature)
+
+    @classmethod
+    def copy_of(cls, model: PreTrainedModel, weight: float = 0.5, temperature: float = 1.0) -> Teacher:
+        """Return a model as it is now as a teacher, which has no digest; the model itself may go on.
+
+        Args:
+            model: The model.
+            weight: Share of the teacher in the loss.
+            temperature: Divides the logits.
+        """
+        copied = copy.deepcopy(model)
+        copied.requires_grad_(requires_grad=False)
+        return cls(copied.eval(), "", weight, temperature)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ EXTRA_OF = {
     "experiments.export.command": "export",
 }
 """Extra of the installation that a module needs to be imported, `None` where the plain installation is enough."""
-IMPORT_NAMES = {"pyyaml": "yaml", "transformers": "transformers tokenizers"}
+IMPORT_NAMES = {"pyyaml": "yaml", "ray[tune]": "ray", "transformers": "transformers tokenizers"}
 """Names under which a package is imported, where it is not its own; the tokenizers come with transformers."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median
+from types import MappingProxyType
 
 from trainpilot.experiments.analysis.figures import (
     PRESUMED_BUG,
@@ -22,6 +23,7 @@ from trainpilot.experiments.analysis.modelled_cost import Run, Runs
 from trainpilot.experiments.analysis.multiplier import Baseline, CaseBaselines, case_baselines
 from trainpilot.experiments.analysis.pareto import case_points, family_fronts
 from trainpilot.experiments.analysis.statistics import TIE
+from trainpilot.experiments.analysis.uses import Uses, use_points
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.results import TUNED, UNTUNED, Comparison, MethodNote, PolicyName, RunResult, is_policy
 
@@ -329,7 +331,12 @@ def _sentence(text: str) -> str:
     return f" {text[0].upper()}{text[1:]}." if text else ""
 
 
-def analyse(comparison: Comparison, results: Mapping[str, RunResult], tables: Mapping[str, CostTable]) -> Figures:
+def analyse(
+    comparison: Comparison,
+    results: Mapping[str, RunResult],
+    tables: Mapping[str, CostTable],
+    uses: Uses = MappingProxyType({}),
+) -> Figures:
     """Return the figures of a comparison.
 
     Diverged and failed runs count as worst. Estimates that depend on missing runs have no value.
@@ -338,6 +345,7 @@ def analyse(comparison: Comparison, results: Mapping[str, RunResult], tables: Ma
         comparison: Rows that assign runs to cases and methods.
         results: Runs by key; rows without a run are skipped and reported in `notes`.
         tables: Cost tables by `cost_key`.
+        uses: What models cost in use, by `use_key`; empty where that was not measured.
     """
     runs = Runs(comparison, results, tables)
     names = [case.name for case in comparison.cases]
@@ -363,4 +371,5 @@ def analyse(comparison: Comparison, results: Mapping[str, RunResult], tables: Ma
         sweep_costs={case: baselines[case].search for case in names},
         rests_on=rests_on(runs),
         notes=remarks(runs, baselines, methods),
+        uses=tuple(point for case in names for point in use_points(runs, case, uses)) if uses else (),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trainpilot.llm_runtime.json_records import JsonRecord
 
@@ -127,6 +127,35 @@ class FrontPoint:
     """Whether no other point of the case dominates it in loss and joules (seconds if joules are unknown)."""
 
 
+USE_AXES = ("training_j", "use_j", "weight_bytes", "latency_s")
+"""What a method's loss is weighed against: joules of training and of each generated token, bytes, seconds per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsePoint:
+    """One method on one case: how good its model is, what making it cost, and what it costs in use."""
+
+    case: str
+    method: str
+    validation_loss: float
+    """Median over seeds, in the format in which the model is used."""
+    n_parameters: int
+    weight_bytes: int
+    bits_per_weight: float
+    training_time_s: float | None
+    """Modelled, median over seeds; all that the row needed, a teacher or a whole model before the cut included."""
+    training_j: float | None
+    """The same in joules; `None` where they are unknown."""
+    latency_s: float | None
+    """Seconds per generated token; `None` where nothing runs the format."""
+    use_j: float | None
+    """Joules per generated token; `None` likewise."""
+    energy_source: str | None
+    """Where the joules per generated token come from."""
+    on_front: tuple[str, ...]
+    """Those of `USE_AXES` on which no other method of the case is as good in both, and better in one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilyFront:
     """Quality of a family's set of points, as medians over cases. Objectives are relative to the tuned static."""
@@ -167,6 +196,8 @@ class SanityCheck:
 class Figures(JsonRecord):
     """Everything that the report shows as a number."""
 
+    left_out_at_default: ClassVar[tuple[str, ...]] = ("uses",)
+
     cases: tuple[CaseFigures, ...]
     methods: tuple[MethodFigures, ...]
     points: tuple[FrontPoint, ...]
@@ -181,3 +212,5 @@ class Figures(JsonRecord):
     """Which time and energy the conclusions rest on, and why, in one or two sentences."""
     notes: tuple[str, ...] = field(default_factory=tuple)
     """Caveats for the reader, such as extrapolated curves, optima on an edge of the grid, or shared meters."""
+    uses: tuple[UsePoint, ...] = ()
+    """What the models cost in use; empty where that was not measured."""

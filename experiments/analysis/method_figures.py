@@ -80,7 +80,7 @@ def _between(before: float | None, after: float | None, share: float) -> Bounded
 def _evaluated_losses(run: Run) -> list[EvaluatedLoss]:
     """Return all evaluations of the validation loss, including the one before the first step."""
     result = run.result
-    costs = cumulative(result, run.table) if run.cost is not None and run.table is not None else None
+    costs = cumulative(result, run.table, run.tables) if run.cost is not None and run.table is not None else None
     losses = []
     if result.initial_validation_loss is not None:
         start = {axis: None if spent is None else 0.0 for axis, spent in run.spent.items()}

@@ -7,10 +7,11 @@ looks up the runs of a comparison's rows, each with its modelled cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from types import MappingProxyType
 
 from trainpilot.experiments.analysis.figures import AXES, PARTS
 from trainpilot.experiments.costs.table import CostTable
@@ -42,13 +43,22 @@ class ModelledCost:
     """Joules of each of `PARTS`."""
 
 
-def modelled_cost(result: RunResult, table: CostTable) -> ModelledCost:
+Tables = Mapping[str, CostTable]
+"""Cost tables by `cost_key`."""
+
+
+def modelled_cost(result: RunResult, table: CostTable, others: Tables = MappingProxyType({})) -> ModelledCost:
     """Return the modelled cost of a run, in total and by parts.
 
+    Args:
+        result: The run.
+        table: Of the model that the run begins with.
+        others: Among them those of the models that it goes on with, or learns from.
+
     Raises:
-        ValueError: the table is for another sequence length, or lacks something that the run used.
+        ValueError: a table is missing, is for another sequence length, or lacks something that the run used.
     """
-    intervals = _by_interval(result, table)
+    intervals = _by_interval(result, table, others)
     parts = {name: _sum((costs[name] for costs in intervals), table) for name in PARTS}
     total = _sum(parts.values(), table)
     joules = {name: cost.energy_j for name, cost in parts.items() if cost.energy_j is not None}
@@ -60,18 +70,51 @@ def modelled_cost(result: RunResult, table: CostTable) -> ModelledCost:
     )
 
 
-def cumulative(result: RunResult, table: CostTable) -> tuple[Cost, ...]:
+def cumulative(result: RunResult, table: CostTable, others: Tables = MappingProxyType({})) -> tuple[Cost, ...]:
     """Return the cumulative cost at the end of each interval, including the evaluation there.
+
+    Args:
+        result: The run.
+        table: Of the model that the run begins with.
+        others: As for `modelled_cost`.
 
     Raises:
         ValueError: as `modelled_cost`.
     """
-    return tuple(accumulate(_sum(costs.values(), table) for costs in _by_interval(result, table)))
+    return tuple(accumulate(_sum(costs.values(), table) for costs in _by_interval(result, table, others)))
 
 
-def _by_interval(result: RunResult, table: CostTable) -> list[dict[str, Cost]]:
+def _by_interval(result: RunResult, table: CostTable, others: Tables) -> list[dict[str, Cost]]:
     """Return the cost of each interval by `PARTS`."""
-    config = result.spec.config
+    first, *later = result.spec.phases()
+    found = _of_phase(result.intervals[: first.decisions] if later else result.intervals, first.config, table)
+    whole, begin = table, first.decisions
+    for phase in later:
+        small = _other(phase.config, others)
+        costs = _of_phase(result.intervals[begin:], phase.config, small)
+        if phase.teacher is not None:
+            teacher = _other(phase.teacher, others)
+            for cost, interval in zip(costs, result.intervals[begin:], strict=True):
+                cost["training"] += _teaching(interval, teacher)
+        if costs and phase.ranked_sequences:
+            costs[0]["switching"] += whole.evaluation(phase.ranked_sequences, phase.config.batch_size)
+        found += costs
+    return found
+
+
+def _other(config: RunConfig, tables: Tables) -> CostTable:
+    if (key := cost_key(config)) not in tables:
+        raise ValueError(f"there is no cost table for {key}")
+    return tables[key]
+
+
+def _teaching(interval: IntervalResult, teacher: CostTable) -> Cost:
+    """Return the cost of the teacher's forward passes, one for each step."""
+    return teacher.evaluation(max(round(interval.batch_size), 1), interval.batch_size) * interval.steps
+
+
+def _of_phase(intervals: Sequence[IntervalResult], config: RunConfig, table: CostTable) -> list[dict[str, Cost]]:
+    """Return the cost by `PARTS` of each of the intervals in which one model is trained."""
     if config.sequence_length != table.sequence_length:
         raise ValueError(
             f"table must be for sequences of {config.sequence_length} tokens, as the run's, got "
@@ -79,8 +122,8 @@ def _by_interval(result: RunResult, table: CostTable) -> list[dict[str, Cost]]:
         )
     found = []
     batch_size, precision, sparsity = float(config.batch_size), str(config.precision), 0.0
-    for index, interval in enumerate(result.intervals, start=1):
-        held = _held_batch(interval, batch_size, last=index == len(result.intervals))
+    for index, interval in enumerate(intervals, start=1):
+        held = _held_batch(interval, batch_size, last=index == len(intervals))
         changed = {
             "batch": held != batch_size,
             "precision": interval.precision != precision,
@@ -138,6 +181,9 @@ class Run:
     cost: ModelledCost | None
     """`None` without a table for the run."""
     table: CostTable | None
+    """Of the model that it began with."""
+    tables: Tables = field(default_factory=dict)
+    """All tables, for runs that end with another model."""
 
     @property
     def seed(self) -> int:
@@ -222,10 +268,11 @@ class Runs:
     def own_search(self, case: str, method: str) -> Amounts:
         """Return the costs of finding a method's setting: 0 for methods that need no search.
 
-        Methods that use the result of the tuned static's search (the best per schedule, and the checks) are charged
-        with that search.
+        Methods that use the result of the tuned static's search (the best per schedule, the checks, and compressed ones
+        where there was a search) are charged with that search.
         """
-        if self.note(method).kind not in ("tuned", "check"):
+        uses_search = ("tuned", "check", "compressed") if self.of(case, TUNED, "sweep") else ("tuned", "check")
+        if self.note(method).kind not in uses_search:
             return dict.fromkeys(AXES, 0.0)
         for search in (method, method.rpartition("-")[0]):
             if self.of(case, search, "sweep"):
@@ -236,13 +283,13 @@ class Runs:
         table = self._tables.get(cost_key(result.spec.config))
         if result.key not in self._costs:
             self._costs[result.key] = self._cost(result, table)
-        return Run(row, result, self._costs[result.key], table)
+        return Run(row, result, self._costs[result.key], table, self._tables)
 
     def _cost(self, result: RunResult, table: CostTable | None) -> ModelledCost | None:
         reason = f"there is no cost table for {cost_key(result.spec.config)}"
         if table is not None:
             try:
-                return modelled_cost(result, table)
+                return modelled_cost(result, table, self._tables)
             except ValueError as error:
                 reason = str(error)
         self.unknown_costs[reason] = self.unknown_costs.get(reason, 0) + 1

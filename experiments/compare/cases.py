@@ -272,7 +272,7 @@ def with_size(config: RunConfig, width: float, depth: int) -> RunConfig:
     """
     if width == 1 and depth == 0:
         return config
-    content = _content(config.model)
+    content = content_of(config.model)
     heads = next(int(content[name]) for name in _HEAD_FIELDS if name in content)
     grain = 2 * heads
     changed: dict[str, Any] = dict(content)
@@ -296,13 +296,14 @@ def all_sizes(config: RunConfig) -> tuple[RunConfig, ...]:
 def can_vary(config: RunConfig) -> bool:
     """Return whether the model can be resized: it is trained from scratch, and its config has a number of heads."""
     try:
-        content = _content(config.model)
+        content = content_of(config.model)
     except ValueError:
         return False
     return any(name in content for name in _HEAD_FIELDS)
 
 
-def _content(model: str) -> Mapping[str, Any]:
+def content_of(model: str) -> Mapping[str, Any]:
+    """Return the config of a preset or config file. Raises `ValueError` for a model that comes with its weights."""
     from trainpilot.llm_runtime.models import PRESETS  # loads torch
 
     if model in PRESETS:

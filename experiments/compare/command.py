@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from trainpilot.experiments.compare.cases import TUNED_SCHEDULES, all_sizes, grid, load_cases
+from trainpilot.experiments.compare.compression import CompressedMethod, check_compressed, is_compressed
 from trainpilot.experiments.compare.methods import (
     CHECKS,
     OPTIONAL_RUNS,
     PER_SCHEDULE,
     Chosen,
     choose_methods,
+    members_of,
     rests_on_search,
     starts_from_tuned,
 )
@@ -28,6 +30,7 @@ from trainpilot.experiments.compare.programs import (
     UNTUNED_CURVE_BUDGETS,
     ComparisonLedger,
     TunedStatic,
+    compressed_program,
     direct_program,
     open_loop_program,
     search_program,
@@ -36,12 +39,15 @@ from trainpilot.experiments.compare.programs import (
 from trainpilot.experiments.compare.scheduler import Program, Scheduler, run_workers
 from trainpilot.experiments.compare.search import StudyStorage
 from trainpilot.experiments.costs.measure import cost_tables, precisions_that_pay
+from trainpilot.experiments.costs.measure_use import use_costs
 from trainpilot.experiments.costs.table import CostTable
+from trainpilot.experiments.costs.use import UseCost, Used, used_model
 from trainpilot.experiments.engines import Engine, engine_of
 from trainpilot.experiments.options import CompareOptions
 from trainpilot.experiments.progress import progress_bar
 from trainpilot.experiments.results import UNTUNED, Case, Comparison, RunResult, cost_key
 from trainpilot.experiments.run_store import RunStore, run_key, versions
+from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.process import available_cores, use_threads
 
 REFINEMENT_RUNS = 30
@@ -82,7 +88,8 @@ def runs_on_a_case(case: Case, names: Sequence[str], n_seeds: int) -> float:
     """Return the number of runs of one case, in units of runs of the whole budget."""
     searched = [name for name in names if rests_on_search([name])]
     optional = [name for name in names if name in OPTIONAL_RUNS]
-    runs: float = n_seeds * (len(names) - len(searched) - len(optional))
+    alone = [name for name in names if name not in searched and name not in optional]
+    runs: float = n_seeds * sum(map(members_of, alone))
     if UNTUNED in names:
         runs += sum(UNTUNED_CURVE_BUDGETS)
     if searched:
@@ -91,6 +98,7 @@ def runs_on_a_case(case: Case, names: Sequence[str], n_seeds: int) -> float:
         runs += SCHEDULE_RUNS * len(TUNED_SCHEDULES) + sum(n_seeds for name in searched if name in PER_SCHEDULE)
         runs += sum(1.1 * n_seeds for name in searched if name in CHECKS)
         runs += sum(n_seeds for name in searched if starts_from_tuned(name))
+    runs += sum(n_seeds * (CompressedMethod.parse(name).budget - 1) for name in names if is_compressed(name))
     return runs + sum(OPTIONAL_RUNS[name] + n_seeds for name in optional)
 
 
@@ -173,18 +181,41 @@ def prepare(options: CompareOptions, console: Console) -> PreparedComparison:
             )
         run_key(chosen.any_spec(case))  # checks that the text can be read
         _check_search(case, chosen)
+    check_compressed(cases, chosen.compressed)
+    if chosen.populations and not options.report_only:
+        _check_ray_tune(chosen.populations[0], options)
     devices = [case.config.device for case in cases]
     engine = None if options.report_only else engine_of(options, devices, options.folder, options.threads)
     here = max(1, available_cores() // options.threads)
     jobs = options.jobs or (here if engine is None else engine.jobs)
     with console.status("precisions") as status:
         precisions = {case.name: precisions_that_pay(case) for case in cases}
-        configs = {case.name: all_sizes(case.config) if chosen.varies_size else [case.config] for case in cases}
+        configs = {case.name: _models(case, chosen) for case in cases}
         tables = cost_tables(configs, precisions, options.folder / "costs", status.update)
     seeds = range(options.seeds)
     warn = _warner(console)
     ledger = ComparisonLedger(seeds, TUNING_SEEDS, tables, precisions, warn, studies=studies)
     return PreparedComparison(cases=cases, chosen=chosen, ledger=ledger, tables=tables, jobs=jobs, engine=engine)
+
+
+def _models(case: Case, chosen: Chosen) -> list[RunConfig]:
+    """Return runs on every model that may be trained on a case, the case's own first."""
+    sizes = all_sizes(case.config) if chosen.varies_size else [case.config]
+    return list(dict.fromkeys([*sizes, *(each for method in chosen.compressed for each in method.models(case.config))]))
+
+
+def _check_ray_tune(name: str, options: CompareOptions) -> None:
+    """Raise `ValueError` where there is no Ray Tune for a population, or it has no cluster to run on."""
+    extra = 'pip install "trainpilot[ray]"'
+    if options.on != "ray":
+        raise ValueError(
+            f"methods: {name} needs --on ray, got --on {options.on}; without --ray-address that is a cluster of this "
+            f"machine alone ({extra})"
+        )
+    try:
+        import trainpilot.experiments.compare.population_ray  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"methods: {name} needs Ray Tune, which is not installed; {extra}") from error
 
 
 def _check_search(case: Case, chosen: Chosen) -> None:
@@ -214,7 +245,7 @@ def _run(
         def take(result: RunResult, kept: bool) -> None:
             nonlocal done
             results[result.key] = result
-            done = min(done + result.spec.config.tokens, total)
+            done = min(done + result.spec.config.tokens * result.spec.members, total)
             advance(done, f"{len(results):,} runs  {escape(_line(result, kept, prepared.cases))}")
 
         Scheduler(workers, store, take).run(list(_programs(prepared)))
@@ -244,8 +275,10 @@ def _programs(prepared: PreparedComparison) -> Iterator[Program]:
             yield untuned_curve(ledger, case)
         for name in chosen.optional:
             yield search_program(ledger, case, name)
-        if chosen.searched or chosen.started:
-            yield TunedStatic(ledger, case, chosen.searched, chosen.started).program()
+        if chosen.tunes:
+            yield TunedStatic(ledger, case, chosen.searched, chosen.started, chosen.compressed).program()
+        elif chosen.compressed:
+            yield compressed_program(ledger, case, chosen.compressed)
     for closed, note in chosen.open_loop:
         yield open_loop_program(ledger, prepared.cases, closed, note)
 
@@ -260,12 +293,30 @@ def _report(
     from trainpilot.experiments.analysis.analyse import analyse
     from trainpilot.experiments.report.page import write_report
 
-    with console.status("figures and report"):
-        figures = analyse(comparison, results, prepared.tables)
+    with console.status("figures and report") as status:
+        uses = _uses(comparison, results, prepared, options, status.update)
+        figures = analyse(comparison, results, prepared.tables, uses)
         page = write_report(
             options.folder, comparison, results, prepared.tables, figures, tensorboard=options.tensorboard
         )
     console.print(f"report: {page}", soft_wrap=True)
+
+
+def _uses(
+    comparison: Comparison,
+    results: dict[str, RunResult],
+    prepared: PreparedComparison,
+    options: CompareOptions,
+    progress: Callable[[str], None],
+) -> dict[str, UseCost]:
+    """Return what the models of all judged runs cost in use, measured now; nothing where no method is about that."""
+    if not prepared.chosen.compressed:
+        return {}
+    used: dict[str, list[Used]] = {case.name: [] for case in prepared.cases}
+    for row in comparison.rows:
+        if row.role == "method" and row.key in results and (model := used_model(results[row.key])) is not None:
+            used[row.case].append(model)
+    return use_costs(used, options.folder / "costs", progress, measure=not options.report_only)
 
 
 def _provenance(options: CompareOptions, jobs: int, wall_time_s: float) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from trainpilot.agents.heuristics import HEURISTIC_METHODS, HeuristicMethod
 from trainpilot.agents.steering.guardrails import GuardrailSettings
 from trainpilot.envs.decision import Preference
 from trainpilot.experiments.compare.cases import StaticSetting, rounded
+from trainpilot.experiments.compare.compression import HELP as COMPRESSED_HELP
+from trainpilot.experiments.compare.compression import CompressedMethod, is_compressed
 from trainpilot.experiments.results import (
+    POPULATION,
     TUNED,
     WITHOUT_GUARDRAILS,
     Case,
@@ -241,17 +244,55 @@ BY_NAME_ALONE = ("law", "greedy")
 """Simple methods that are left out by default."""
 DEFAULT_METHODS = (*(name for name in SIMPLE if name not in BY_NAME_ALONE), *SEARCHED)
 HELP = (
-    f"{', '.join(SIMPLE)}; {', '.join(SEARCHED)}; {', '.join(OPTIONAL)}; "
+    f"{', '.join(SIMPLE)}; {', '.join(SEARCHED)}; {', '.join(OPTIONAL)}; {COMPRESSED_HELP}; "
     "policy:FILE[@quality=0.5+energy=0.5][@start=0.1][@unguarded] for a bundle or the name of one that comes with "
     "trainpilot, started at the case's learning rate or at so many times the tuned static's, within the guardrails "
     "of `replay` or without them; "
-    "open-loop:FILE for its average schedule without feedback"
+    "open-loop:FILE for its average schedule without feedback; "
+    f"{POPULATION} or {POPULATION}@8 for Ray Tune's Population Based Training of four runs, or of eight"
 )
 
 
 def known_methods() -> tuple[str, ...]:
     """Return the names that need no file."""
-    return (*SIMPLE, *SEARCHED, *OPTIONAL)
+    return (*SIMPLE, *SEARCHED, *OPTIONAL, POPULATION)
+
+
+MEMBERS, MAX_MEMBERS = 4, 1024
+MILESTONES = 5
+"""Stretches that the budget of a population's runs is divided into; between two of them the worst copy the best."""
+
+
+def is_population(name: str) -> bool:
+    """Return whether a method's name is `pbt`, or `pbt@` with a number."""
+    return name.partition("@")[0] == POPULATION
+
+
+def members_of(name: str) -> int:
+    """Return how many runs a method makes for each seed: those of a population, or 1.
+
+    Raises:
+        ValueError: the size of a population is no whole number in its range.
+    """
+    _, at, size = name.partition("@")
+    if not is_population(name) or not at:
+        return MEMBERS if is_population(name) else 1
+    if not size.isdecimal() or not 2 <= int(size) <= MAX_MEMBERS:
+        raise ValueError(f"methods: a population must have 2 to {MAX_MEMBERS} runs, as in {POPULATION}@8, got {name!r}")
+    return int(size)
+
+
+def population_method(name: str) -> Method:
+    """Return the method `pbt` or `pbt@8`. Raises `ValueError` under the same conditions as `members_of`."""
+    members = members_of(name)
+    note = _note(
+        name,
+        f"PBT of {members}",
+        "heuristic",
+        f"Ray Tune's Population Based Training of learning rate and batch: {members} runs, which all count.",
+    )
+    settings = {"population": members, "milestones": MILESTONES}
+    return Method(note, _set(schedule=USUAL_SCHEDULE), SteeringSpec(kind=POPULATION, settings=settings))
 
 
 def policy_method(name: str) -> Method:
@@ -321,16 +362,29 @@ class Chosen:
     """Other searches."""
     open_loop: tuple[tuple[Method, MethodNote], ...]
     """A policy's closed loop, and the note of its average schedule."""
+    compressed: tuple[CompressedMethod, ...] = ()
+    """Methods that make the model smaller or cheaper; they take the tuned static's setting where there is one."""
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the tuned static is searched."""
+        return bool(self.searched or self.started)
 
     @property
     def varies_size(self) -> bool:
         """Whether models of other sizes than the cases' will run."""
         return "nsga2" in self.optional
 
+    @property
+    def populations(self) -> tuple[str, ...]:
+        """Methods that need Ray Tune."""
+        return tuple(name for name in self.names if is_population(name))
+
     def notes(self, with_rows: Collection[str]) -> tuple[MethodNote, ...]:
         """Return the notes of all methods, in the order of their names; those that were added come last."""
         known = {**SEARCHED, **OPTIONAL, **{m.note.name: m.note for m in (*self.direct, *self.started)}}
         known |= {note.name: note for _, note in self.open_loop}
+        known |= {method.note.name: method.note for method in self.compressed}
         named = [known[name] for name in self.names]
         extra = {**SEARCHED, **COST_NOTES, **_front_notes(with_rows)}
         return (*named, *(note for name, note in extra.items() if name in with_rows and name not in self.names))
@@ -364,18 +418,24 @@ def choose_methods(text: str) -> Chosen:
     open_loop = [name for name in names if name.startswith("open-loop:")]
     return Chosen(
         names=tuple(names),
-        direct=(*(SIMPLE[name] for name in names if name in SIMPLE), *(p for p in policies if p.start is None)),
+        direct=(
+            *(SIMPLE[name] for name in names if name in SIMPLE),
+            *(population_method(name) for name in names if is_population(name)),
+            *(policy for policy in policies if policy.start is None),
+        ),
         searched=tuple(name for name in names if name in SEARCHED),
         started=tuple(policy for policy in policies if policy.start is not None),
         optional=tuple(name for name in names if name in OPTIONAL),
         open_loop=tuple((policy_method(name), open_loop_note(name)) for name in open_loop),
+        compressed=tuple(CompressedMethod.parse(name) for name in names if is_compressed(name)),
     )
 
 
 def check_names(names: Sequence[str]) -> None:
     """Raise `ValueError` for a method that does not exist, or is named twice."""
     for name in names:
-        if name not in known_methods() and not is_policy(name):
+        known = name in known_methods() or is_policy(name) or is_compressed(name) or is_population(name)
+        if not known:
             raise ValueError(f"methods must be among {HELP}; got {name!r}")
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"methods must be named once each, got {twice[0]!r} twice")

@@ -2,6 +2,7 @@
 
 * `TunedStatic`: the tuned static baseline of a case, with its search, judged runs, curve over budgets and checks.
 * `direct_program`: a method that needs no search, with every judged seed.
+* `compressed_program`: methods that make the model cheaper, after that search where there is one.
 * `open_loop_program`: the average schedule of a policy's runs, replayed without observations.
 * `search_program`: Optuna's best setting, or Optuna's front, judged with every seed.
 
@@ -19,6 +20,7 @@ from trainpilot.agents.heuristics import ControlledRun, average_schedule, schedu
 from trainpilot.envs.reward import budget_for_loss
 from trainpilot.experiments.analysis.modelled_cost import modelled_cost
 from trainpilot.experiments.compare.cases import LEARNING_RATE_STEP, TUNED_SCHEDULES, StaticSetting, neighbours
+from trainpilot.experiments.compare.compression import CompressedMethod
 from trainpilot.experiments.compare.methods import CHECKS, PER_SCHEDULE, Method, open_loop_method
 from trainpilot.experiments.compare.scheduler import Program
 from trainpilot.experiments.compare.search import (
@@ -210,6 +212,8 @@ class TunedStatic:
     """Names of the requested methods that need the search."""
     started: Sequence[Method] = ()
     """Policies that start at a factor of the tuned learning rate."""
+    compressed: Sequence[CompressedMethod] = ()
+    """Methods that take the tuned setting and make the model cheaper."""
 
     def program(self) -> Steps:
         """Run the search, then the judged runs of its results."""
@@ -232,6 +236,7 @@ class TunedStatic:
         self._remember(TUNED, "tokens", best, trials)
         yield from self._judge_cost_choices(trials, best, choices)
         yield from self._started(best.setting)
+        yield from compressed_program(self.ledger, self.case, self.compressed, best.setting)
 
     def _note_sweep(self, trials: Trials) -> None:
         for trial in trials.all_trials():
@@ -345,6 +350,16 @@ def direct_program(ledger: ComparisonLedger, case: Case, method: Method) -> Prog
     yield specs
     for spec in specs:
         ledger.row(case, method.note.name, spec)
+
+
+def compressed_program(
+    ledger: ComparisonLedger, case: Case, methods: Sequence[CompressedMethod], setting: StaticSetting | None = None
+) -> Program:
+    """Run methods that make the model cheaper, with the tuned static's setting, or else the case's own."""
+    specs = [(method.note.name, method.spec(case, setting, seed)) for method in methods for seed in ledger.seeds]
+    yield [spec for _, spec in specs]
+    for name, spec in specs:
+        ledger.row(case, name, spec)
 
 
 def open_loop_program(ledger: ComparisonLedger, cases: Sequence[Case], closed: Method, note: MethodNote) -> Program:

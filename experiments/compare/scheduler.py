@@ -14,10 +14,10 @@ from pathlib import Path
 
 from trainpilot.agents.bundle import policy_digest
 from trainpilot.experiments import elsewhere
-from trainpilot.experiments.compare.execute import execute, failed
+from trainpilot.experiments.compare.execute import check_files, execute, failed
 from trainpilot.experiments.elsewhere import check_same
 from trainpilot.experiments.engines import Engine
-from trainpilot.experiments.results import RunResult, RunSpec
+from trainpilot.experiments.results import POPULATION, RunResult, RunSpec
 from trainpilot.experiments.run_store import RunStore, run_key
 from trainpilot.experiments.workers import Workers
 
@@ -40,8 +40,11 @@ def run_workers(jobs: int, threads: int, engine: Engine | None = None) -> Worker
     attempts = ATTEMPTS if engine is None else elsewhere.ATTEMPTS
     reason = f"its process was killed {attempts} times, perhaps for lack of memory"
     shared = jobs > 1 if engine is None else engine.share_meter != 1
+    run: Callable[[RunSpec, str], RunResult] = partial(execute, energy_shared=shared)
+    if engine is not None:
+        run = partial(execute_elsewhere, energy_shared=shared, threads=threads, gpus=engine.gpus)
     return Workers(
-        partial(execute if engine is None else execute_elsewhere, energy_shared=shared),
+        run,
         jobs,
         threads,
         attempts=attempts,
@@ -50,14 +53,27 @@ def run_workers(jobs: int, threads: int, engine: Engine | None = None) -> Worker
     )
 
 
-def execute_elsewhere(spec: RunSpec, key: str, *, energy_shared: bool) -> RunResult:
-    """Execute a run on another machine than that of the command, as `execute` does.
+def execute_elsewhere(
+    spec: RunSpec, key: str, *, energy_shared: bool, threads: int = 1, gpus: float = 0.0
+) -> RunResult:
+    """Execute a run on another machine than that of the command, as `execute` does, or a population on several.
+
+    Args:
+        spec: The run.
+        key: Name of the run's file.
+        energy_shared: Whether other runs share the energy meter and the cores.
+        threads: Torch threads of each member of a population.
+        gpus: GPUs of each member of a population.
 
     Raises:
         ValueError: the run's text, model or policy is not the same on this machine.
     """
-    config, settings = spec.config, spec.steering.settings
-    check_same(lambda: run_key(spec), key, f"the text {' '.join(config.text)} and the model {config.model}")
+    settings = spec.steering.settings
+    check_files(spec, key)
+    if spec.steering.kind == POPULATION:
+        from trainpilot.experiments.compare.population_ray import train_population
+
+        return train_population(spec, key, energy_shared=energy_shared, threads=threads, gpus=gpus)
     if spec.steering.kind == "policy":
         path = Path(settings["path"])
         check_same(lambda: policy_digest(path), settings["digest"], f"the policy {path}")

@@ -9,7 +9,7 @@ from rich.markup import escape
 from safetensors import SafetensorError
 
 from trainpilot.experiments.export.chart import draw_export
-from trainpilot.experiments.export.job import ExportJob, quiet
+from trainpilot.experiments.export.job import ExportJob
 from trainpilot.experiments.export.result import (
     TERMINAL,
     ExportResult,
@@ -22,6 +22,7 @@ from trainpilot.experiments.export.result import (
 from trainpilot.experiments.export.source import RESULT, Source, check_out, model_folder_of, read_source
 from trainpilot.experiments.inspect_policy import titled_table
 from trainpilot.experiments.options import ExportOptions
+from trainpilot.experiments.progress import quiet
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.export.formats import FORMATS, format_fault
 from trainpilot.llm_runtime.files import system_errors, whole_folder, write_json

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +12,7 @@ from rich.console import Console
 from trainpilot.experiments.export.result import FP32, FP32_LLAMA_CPP, ExportRow
 from trainpilot.experiments.export.source import Source
 from trainpilot.experiments.options import ExportOptions
-from trainpilot.experiments.progress import progress_bar
+from trainpilot.experiments.progress import progress_bar, quiet
 from trainpilot.llm_runtime.energy import select_meter
 from trainpilot.llm_runtime.energy.meter import EnergyMeter
 from trainpilot.llm_runtime.export.formats import (
@@ -159,10 +156,3 @@ class ExportJob:
         """Release the meters."""
         for meter in self.meters.values():
             meter.close()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the progress bars that libraries write to the error stream."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield

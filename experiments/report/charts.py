@@ -149,8 +149,10 @@ def _courses(data: ReportData, shown: Sequence[MethodStyle], case: str) -> Panel
 def course(run: RunResult) -> list[tuple[float, float]]:
     """Return tokens and validation loss wherever it was measured."""
     start = [] if run.initial_validation_loss is None else [(0.0, run.initial_validation_loss)]
-    seen = [(float(i.tokens), i.validation_loss) for i in run.intervals if i.validation_loss is not None]
-    return start + seen
+    among = run.intervals
+    if run.spec.members > 1:  # at the tokens of all members, the losses of those that led to the best
+        among = tuple(interval for interval in among if not interval.rolled_back)
+    return start + [(float(i.tokens), i.validation_loss) for i in among if i.validation_loss is not None]
 
 
 def middle(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:

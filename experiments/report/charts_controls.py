@@ -26,7 +26,7 @@ from trainpilot.experiments.report.drawing import (
 )
 from trainpilot.experiments.report.formatting import percent
 from trainpilot.experiments.report.report_data import ReportData
-from trainpilot.experiments.results import TUNED, IntervalResult, PolicyName, RunResult
+from trainpilot.experiments.results import POPULATION, TUNED, IntervalResult, PolicyName, RunResult
 from trainpilot.llm_runtime.config import PRECISIONS, RunConfig
 
 N_METHODS = 3
@@ -63,7 +63,8 @@ def _plain(data: ReportData, name: str) -> MethodStyle:
 
 
 def _steers(data: ReportData, method: str) -> bool:
-    return any(run.spec.steering.kind != "keep" for run in _all_runs(data, method))
+    """Return whether a method's runs are steered one by one; the course of a population is that of several runs."""
+    return any(run.spec.steering.kind not in ("keep", POPULATION) for run in _all_runs(data, method))
 
 
 def _all_runs(data: ReportData, method: str) -> list[RunResult]:

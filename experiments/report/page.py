@@ -22,6 +22,7 @@ from trainpilot.experiments.report.charts import (
     part_panels,
 )
 from trainpilot.experiments.report.charts_controls import AverageSchedule, ControlChanges, control_changes, learnt
+from trainpilot.experiments.report.charts_use import use_charts, use_looks, use_table
 from trainpilot.experiments.report.drawing import PART_INKS, PART_NAMES, MethodStyles, choose
 from trainpilot.experiments.report.formatting import count, listed, percent, ratio
 from trainpilot.experiments.report.report_data import ReportData
@@ -210,6 +211,14 @@ def _test(data: ReportData, method: str, baseline: str) -> SignTest | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UseSection:
+    """What the models of one case cost in use."""
+
+    charts: Charts
+    table: Table
+
+
+@dataclass(frozen=True, kw_only=True)
 class Page:
     """What the template shows, in the order of the page."""
 
@@ -223,6 +232,10 @@ class Page:
     front: Charts
     front_joules: bool
     fronts: Table | None
+    uses: tuple[UseSection, ...]
+    """What the models cost in use, case by case; none where that was not measured."""
+    use_energy: str
+    """Where the joules per generated token come from, as a sentence."""
     courses: Charts
     controls: tuple[Charts, ...]
     learnt: tuple[Charts, ...]
@@ -276,6 +289,8 @@ def build(data: ReportData) -> Page:
         front=draw("front", front_panels(data, looks), looks.chosen),
         front_joules=all(counts_joules(data, point.case) for point in data.figures.points),
         fronts=front_table(data),
+        uses=_uses(data),
+        use_energy=_use_energy(data),
         courses=draw("course", loss_panels(data, looks), (*looks.baselines, *looks.subjects)),
         controls=tuple(_control_charts(moves) for moves in control_changes(data, looks)),
         learnt=tuple(_learnt_charts(index, found) for index, found in enumerate(learnt(data))),
@@ -306,6 +321,23 @@ def second_axis(data: ReportData) -> str | None:
         if any(data.multiplier(name, "tuned", axis).value is not None for name in data.notes):
             return axis
     return None
+
+
+def _uses(data: ReportData) -> tuple[UseSection, ...]:
+    looks = use_looks(data)
+    return tuple(
+        UseSection(charts=draw(f"use{index}x", found.panels, looks, found.case), table=use_table(data, found.case))
+        for index, found in enumerate(use_charts(data, looks))
+    )
+
+
+def _use_energy(data: ReportData) -> str:
+    sources = {point.energy_source for point in data.figures.uses if point.use_j is not None}
+    if not sources:
+        return "No meter told the joules per generated token."
+    if "estimated" in sources:
+        return "Joules per generated token are estimated, seconds times an assumed power: they repeat the latency."
+    return f"Joules per generated token are measured ({listed(sorted(map(str, sources)))})."
 
 
 def _control_charts(moves: ControlChanges) -> Charts:

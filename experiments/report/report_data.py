@@ -16,6 +16,7 @@ KINDS = {
     "untuned": "Untuned",
     "heuristic": "Heuristics",
     "tuning-free": "Tuning-free",
+    "compressed": "Smaller models",
     "check": "Planted checks",
 }
 """Groups of the tables, in their order."""

@@ -558,7 +558,7 @@ def _joules(result: RunResult) -> float | None:
 def _modelled(data: ReportData, result: RunResult) -> dict[str, Any]:
     table = data.tables.get(cost_key(result.spec.config))
     try:
-        cost = modelled_cost(result, table) if table is not None else None
+        cost = modelled_cost(result, table, data.tables) if table is not None else None
     except ValueError:
         cost = None  # the table lacks something that the run used: unknown
     if cost is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 import torch
@@ -34,6 +35,8 @@ from trainpilot.llm_runtime.quantisation import (
 )
 
 GGUF_NAME = "model.gguf"
+GROUP_SIZE = 32
+"""Weights that share a scale in `int4` and `bcq`, by default."""
 BINARY_BITS = 3
 """Sign vectors of `bcq`."""
 SCALE_TYPE = torch.bfloat16
@@ -161,6 +164,37 @@ def load_format(name: str, folder: Path) -> PreTrainedModel:
     file = {"gguf_file": GGUF_NAME} if FORMATS[name].kind == "gguf" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
     return cast("PreTrainedModel", model.eval())  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class RoundedModel:
+    """A model as a format leaves it, to compute in float32, and what its file takes."""
+
+    model: PreTrainedModel
+    n_parameters: int
+    bits_per_weight: float
+    """Of the quantised matrices, with their scales."""
+    weight_bytes: int
+    """Of the files with weights; of a packed file for formats that are written unpacked."""
+
+
+def rounded_model(name: str | None, loaded: LoadedModel, group_size: int = GROUP_SIZE) -> RoundedModel:
+    """Return the model as a format leaves it: written, and loaded again. It is left as it is.
+
+    Args:
+        name: One of `FORMATS` but `int8-torchao`, with which `format_fault` finds no fault; `None` is float32, for
+            which the model itself is returned.
+        loaded: The model.
+        group_size: As in `write_format`.
+    """
+    n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    if name is None:
+        return RoundedModel(loaded.model.eval(), n_parameters, 32.0, 4 * n_parameters)  # type: ignore[no-untyped-call]
+    with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # Windows keeps files that are mapped
+        folder = Path(scratch)
+        bits = write_format(name, loaded, folder, folder, group_size)
+        size = packed_bytes(name, loaded, bits) or weight_bytes(folder)
+        return RoundedModel(load_format(name, folder), n_parameters, bits, size)
 
 
 def packed_bytes(name: str, loaded: LoadedModel, bits_per_weight: float) -> int | None:

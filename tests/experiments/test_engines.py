@@ -42,7 +42,7 @@ class FakeEngine:
     """
 
     def __init__(self, *fates: str, jobs: int = 1, share_meter: int | None = 1) -> None:
-        self.fates, self.jobs, self.share_meter = list(fates), jobs, share_meter
+        self.fates, self.jobs, self.share_meter, self.gpus = list(fates), jobs, share_meter, 0.0
         self.began = 0
         self.killed = False
 
@@ -110,6 +110,64 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(
     assert message in said
     assert said.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "methods: pbt needs --on ray, got --on local; "),
+        (["--on", "slurm"], "methods: pbt needs --on ray, got --on slurm; "),
+        (["--on", "ray"], "methods: pbt needs Ray Tune, which is not installed; "),
+    ],
+)
+def test_a_population_without_ray_is_one_line_that_names_the_extra(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "trainpilot.experiments.compare.population_ray", raising=False)
+    arguments = ["trainpilot", "compare", "--methods", "cosine,pbt", "--out", str(tmp_path / "out"), *arguments]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+
+    said = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert message in said
+    assert "trainpilot[ray]" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--on", "slurm"], "on: train-agent must be on local or ray, got slurm: PPO waits for all environments"),
+        (["--on", "ray"], 'this command needs ray, which is not installed; pip install "trainpilot[ray]"'),
+        (["--ray-address", "auto"], "ray_address needs --on ray, got --on local"),
+    ],
+)
+def test_environments_elsewhere_are_refused_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "trainpilot.experiments.workers_ray", raising=False)
+    arguments = ["trainpilot", "train-agent", "--recipe", "tiny", "--out", str(tmp_path / "out"), *arguments]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+
+    said = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_by_default_runs_stay_on_this_machine() -> None:

@@ -65,6 +65,12 @@ def test_a_checkpoint_without_a_policy_is_one_line(tmp_path: Path) -> None:
             module._groups(recipe, tmp_path)
 
 
+def test_a_training_without_live_runs_stays_on_this_machine(tmp_path: Path) -> None:
+    options = TrainAgentOptions(recipe="default", out=tmp_path / "out", on="ray")
+    with pytest.raises(ValueError, match="on: recipe default has no live runs to be executed on ray; leave it out"):
+        train_agent(options, Console(file=StringIO()))
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -107,6 +113,22 @@ def test_another_recipe_in_the_same_folder_is_refused(trained: Path) -> None:
 def test_inspecting_nothing_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="path must be a bundle"):
         inspect_path(tmp_path, Console(file=StringIO()))
+
+
+@pytest.mark.slow
+def test_live_runs_on_a_ray_cluster_train_a_policy(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    options = TrainAgentOptions(
+        recipe=str(trained / "recipe.yaml"),
+        out=trained / "ray",
+        on="ray",
+        set=("ppo.total_decisions=32", "n_envs=1"),
+    )
+    bundle = train_agent(options, Console(file=StringIO()))
+
+    assert bundle.provenance["training_cost"]["decisions"] == 32
+    assert (trained / "ray" / "policy.safetensors").is_file()
 
 
 BOTH_STAGES = """

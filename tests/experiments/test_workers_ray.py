@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
-from elsewhere_tasks import DEADLY, beginnings, endings, half, marked
+from elsewhere_tasks import DEADLY, Counter, beginnings, broken, endings, half, marked
 from live_runs import case
 
 from trainpilot.experiments.compare.execute import execute
@@ -134,6 +135,22 @@ def test_losses_are_those_of_this_machine_and_faults_too(engine: RayEngine, tmp_
         assert there.final_validation_loss == here.final_validation_loss
         assert there.final_test_loss == here.final_test_loss
         assert [one.train_loss for one in there.intervals] == [one.train_loss for one in here.intervals]
+
+
+def test_an_object_keeps_its_state_in_a_process_of_its_own(engine: RayEngine) -> None:
+    one, other = engine.begin(Counter), engine.begin(Counter)
+    sums = [each.call("add", 2).result() for each in (one, other, one)]
+    assert [total for total, _ in sums] == [2, 2, 4]
+    assert sums[0][1] == sums[2][1]
+    assert len({pid for _, pid in sums} | {os.getpid()}) == 3
+    with pytest.raises(ValueError, match=r"^number must be positive, got -1$"):
+        one.call("add", -1).result()
+    assert one.call("add", 1).result()[0] == 5
+    with pytest.raises(BrokenExecutor):
+        one.call("add", DEADLY).result()
+    del one
+    with pytest.raises(ValueError, match="there is nothing to count"):
+        engine.begin(broken).call("add", 1).result()
 
 
 def test_other_files_there_are_one_clear_error(engine: RayEngine, tmp_path: Path) -> None:

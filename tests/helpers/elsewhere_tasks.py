@@ -36,3 +36,24 @@ def beginnings(folder: Path, number: int) -> list[int]:
 def endings(folder: Path, number: int) -> list[int]:
     """Return the processes that have ended a task of `marked`."""
     return [int(path.name.split("-")[2]) for path in folder.glob(f"ended-{number}-*")]
+
+
+class Counter:
+    """Counts in the process that it was made in; can be told to die."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, number: int) -> tuple[int, int]:
+        """Return the sum so far, and the process."""
+        if number < 0:
+            raise ValueError(f"number must be positive, got {number}")
+        if number == DEADLY:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.count += number
+        return self.count, os.getpid()
+
+
+def broken() -> Counter:
+    """Raise instead of making anything."""
+    raise ValueError("there is nothing to count")

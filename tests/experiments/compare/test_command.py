@@ -27,12 +27,14 @@ from trainpilot.experiments.compare.command import runs_on_a_case
 from trainpilot.experiments.compare.execute import execute, failed
 from trainpilot.experiments.compare.methods import DEFAULT_METHODS
 from trainpilot.experiments.costs import measure as costs
+from trainpilot.experiments.costs import measure_use
 from trainpilot.experiments.costs.table import CostTable
 from trainpilot.experiments.options import CompareOptions
 from trainpilot.experiments.results import Comparison, RunResult, RunSpec
 from trainpilot.experiments.run_store import run_key
 from trainpilot.llm_runtime.config import RunConfig
 from trainpilot.llm_runtime.energy.meter import NoMeter
+from trainpilot.llm_runtime.export import inference
 
 COMMON: dict[str, Any] = {
     "tokens": 12_800,
@@ -299,6 +301,57 @@ def test_a_policy_starts_at_factors_of_the_tuned_rate(tool: Tool, monkeypatch: p
     (tool.out / "runs" / f"{rows[starts[0]]}.json").unlink()
     tool.compare(",".join(["cosine", *starts]), report_only=True)
     assert tool.comparison().baselines["tiny"]  # the tuned static does not wait for what starts at its rate
+
+
+# Methods that make a model cheaper
+
+
+def test_cheaper_models_are_trained_and_their_use_is_measured(real: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_use, "LIMIT_S", 1e-6)
+    monkeypatch.setattr(inference, "VISIT_S", 1e-6)
+    monkeypatch.setattr(measure_use, "select_meter", lambda _device: NoMeter("a test"))
+    real.compare("linear,small,minitron+shift-add")
+    points = {one["method"]: one for one in real.figures()["uses"]}
+    page = (real.out / "report.html").read_text()
+
+    assert set(points) == {"linear", "small", "minitron+shift-add"}
+    assert points["small"]["n_parameters"] == points["minitron+shift-add"]["n_parameters"]
+    assert points["small"]["weight_bytes"] == 4 * points["small"]["n_parameters"]
+    assert points["minitron+shift-add"]["weight_bytes"] < points["small"]["weight_bytes"]
+    assert points["linear"]["latency_s"] > 0
+    assert points["minitron+shift-add"]["latency_s"] is None
+    assert points["linear"]["use_j"] is None
+    assert points["minitron+shift-add"]["training_time_s"] == real.on_case("minitron+shift-add")["time_s"]["value"]
+    assert "Smaller models" in page
+    assert page.count("final loss against") >= 3
+    assert len(real.measured) == 2  # the case's model, and the shape that both methods end with
+
+    monkeypatch.setattr(measure_use, "measure_turn_about", None)  # nothing is measured again
+    real.compare("linear,small,minitron+shift-add")
+    assert real.started == []
+    assert {one["method"]: one for one in real.figures()["uses"]} == points
+
+
+def test_cheaper_models_take_the_tuned_setting_and_pay_for_it(tool: Tool) -> None:
+    tool.patch.setattr(command, "use_costs", lambda *_, **__: {})
+    tool.compare("tuned,early-stop,quantise-int8,prune-ffn")
+    [tuned] = [one.config for one in tool.comparison().baselines["tiny"] if one.axis == "tokens"]
+    rows = {row.method: row.key for row in tool.comparison().rows if row.role == "method"}
+    specs = {run_key(spec): spec for spec in tool.started}
+
+    for name in ("early-stop", "quantise-int8", "prune-ffn"):
+        assert specs[rows[name]].config == replace(tuned, seed=0)
+        worth = tool.on_case(name)["multipliers"]
+        assert worth["tuned_with_sweep"]["tokens"]["value"] == pytest.approx(worth["tuned"]["tokens"]["value"], rel=0.2)
+    assert "uses" not in tool.figures()
+    assert "Loss against what a model costs" not in (tool.out / "report.html").read_text()
+
+
+def test_a_method_that_a_case_does_not_allow_ends_it_before_any_run(tool: Tool) -> None:
+    with pytest.raises(ValueError, match="case tiny: method prune-heads: heads must keep at least one"):
+        tool.compare("linear,prune-heads")
+    assert not tool.workers
+    assert not tool.measured
 
 
 # All methods

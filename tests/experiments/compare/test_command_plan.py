@@ -26,6 +26,7 @@ TABLES = {cost_key(CONFIG): made_table(per_step=0.5, per_row=0.25)}
         (["cosine"], 3 + 0.25 + 0.5 + 2 + 4),
         (["tuned-halving"], 8 + 3),
         (["nsga2", "linear"], 60 + 3 + 3),
+        (["pbt", "pbt@8", "linear"], 3 * (4 + 8 + 1)),
     ],
 )
 def test_runs_without_a_search_are_counted_exactly(names: list[str], runs: float) -> None:

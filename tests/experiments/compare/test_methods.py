@@ -108,6 +108,10 @@ def test_names_are_taken_in_their_order_with_spaces(tmp_path: Path) -> None:
         ("policy:a.b@unguarded@unguarded", "may hold one preference and one start, .*, and @unguarded once"),
         ("open-loop:a.b@start=1", "an open loop has no start of its own, .*; leave out @start=1"),
         ("policy:nobody", "no policy named 'nobody' comes with trainpilot"),
+        ("pbt@", "a population must have 2 to 1024 runs, as in pbt@8, got 'pbt@'"),
+        ("pbt@1", "methods: a population must have 2 to 1024 runs, as in pbt@8, got 'pbt@1'"),
+        ("pbt@many", "got 'pbt@many'"),
+        ("pbt,pbt", "named once each, got 'pbt' twice"),
     ],
 )
 def test_what_cannot_be_asked_for_is_one_line(text: str, message: str) -> None:
@@ -198,6 +202,18 @@ def test_who_steers() -> None:
     assert kinds == {name: name if name in rules else "keep" for name in SIMPLE}
     assert not any(method.steering.probe for method in SIMPLE.values())
     assert SIMPLE["plateau"].steering.evaluate_every == 2
+
+
+def test_a_population_is_one_run_of_several_members() -> None:
+    chosen = choose_methods("cosine,pbt,pbt@8")
+    four, eight = (method.spec(CASE, 3) for method in chosen.direct[1:])
+
+    assert chosen.populations == ("pbt", "pbt@8")
+    assert [method.note.title for method in chosen.direct[1:]] == ["PBT of 4", "PBT of 8"]
+    assert four.config == eight.config == replace(CONFIG, schedule="linear", seed=3)
+    assert four.steering.settings == {"population": 4, "milestones": 5}
+    assert (four.members, eight.members, chosen.direct[0].spec(CASE, 0).members) == (4, 8, 1)
+    assert run_key(four) != run_key(eight)
 
 
 def test_direct_methods_run_with_every_judged_seed() -> None:
@@ -432,7 +448,7 @@ def test_without_any_closed_loop_run_there_is_a_warning_and_no_rows(tmp_path: Pa
 
 
 def test_an_unknown_kind_of_steering_and_too_few_workers_are_refused() -> None:
-    from trainpilot.experiments.compare.execute import make_controller
+    from trainpilot.experiments.compare.execution import make_controller
 
     with pytest.raises(ValueError, match=r"steering must be one of keep, plateau, .*, got 'flying'"):
         make_controller(SteeringSpec(kind="flying"), None)  # type: ignore[arg-type]
