@@ -296,9 +296,9 @@ def fit_physics(runs: Sequence[CalibrationRun], *, starts: int = 2, seed: int = 
 class _Problem:
     """The residuals of a fit, and their derivatives.
 
-    The unknowns are, in this order: the logarithms of the parameters at the mean size; with several models also the
-    exponents of the size, and each model's deviations. A model's logarithms are therefore
-    x[parameter] + x[exponent] log(n / n_mean) + x[deviation].
+    The unknowns are, in this order: the logarithms of the parameters at the mean size, over `origin`; with several
+    models also the exponents of the size, and each model's deviations. A model's logarithms are therefore
+    origin + x[parameter] + x[exponent] log(n / n_mean) + x[deviation].
     """
 
     def __init__(
@@ -331,6 +331,9 @@ class _Problem:
         best = self.evidence.best_of_cell()[~self.evidence.bound]
         high[floor] += math.log(float(best[np.isfinite(best)].max()) / least)
         width = np.array([prior.width[name] for name in NAMES])
+        pinned = np.array([name in LATE for name in NAMES]) & (width <= NEARLY_FIXED)
+        self.origin = np.where(pinned, centre, 0.0)  # a number of -690 would upset the search's first steps
+        centre, low, high = (each - self.origin for each in (centre, low, high))
         parts = [(centre, width, low, high)]
         if len(self.models) > 1:
             many = len(self.models)
@@ -347,10 +350,11 @@ class _Problem:
     def logarithms(self, x: Floats) -> Floats:
         """Return the logarithms of each model's parameters, of shape (n_models, n_parameters)."""
         n = len(NAMES)
+        middle = self.origin + x[:n]
         if len(self.models) == 1:
-            return x[None, :n]
+            return middle[None]
         deviations = x[2 * n :].reshape(len(self.models), n)
-        logarithms: Floats = x[:n] + x[n : 2 * n] * self.sizes[:, None] + deviations
+        logarithms: Floats = middle + x[n : 2 * n] * self.sizes[:, None] + deviations
         return logarithms
 
     def residuals(self, x: Floats) -> Floats:
@@ -409,7 +413,7 @@ class _Problem:
             weight_decay=float(self.decay.mean()),
         )
         law = SizeLaw(
-            reference=self._record(np.exp(x[:n]), covariance[:n, :n], middle),
+            reference=self._record(np.exp(self.origin + x[:n]), covariance[:n, :n], middle),
             exponents=dict(zip(NAMES, x[n : 2 * n].tolist(), strict=True)),
             fitted_sizes=tuple(sorted({model.n_parameters for model in self.models})),
         )

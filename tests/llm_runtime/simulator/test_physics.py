@@ -9,7 +9,9 @@ import pytest
 from numpy.typing import ArrayLike
 
 from trainpilot.llm_runtime.simulator.physics import (
+    ADDED,
     DECADES,
+    LATE,
     N_MODES,
     PARAMETERS,
     RELATIVE_RATES,
@@ -31,9 +33,9 @@ PLAIN = {"gradient_noise": 0.0, "stall_rate": 1e9, "scar": 0.0, "growth": 0.0}
 
 
 def made(n_runs: int = 1, /, *, weight_decay: float = 0.0, **changes: float) -> Physics:
-    """Return typical physics of a loss from 6.0 to 1.5 nats/token, with some parameters replaced."""
+    """Return typical physics of a loss from 6.0 to 1.5 nats/token, without late signal; name what shall differ."""
     values = {name: np.full(n_runs, parameter.typical) for name, parameter in PARAMETERS.items()}
-    values["floor"] = np.full(n_runs, 1.5)
+    values |= {name: np.full(n_runs, ADDED[name]) for name in LATE} | {"floor": np.full(n_runs, 1.5)}
     values |= {name: np.full(n_runs, value, dtype=np.float64) for name, value in changes.items()}
     return Physics(values=values, initial_loss=np.full(n_runs, 6.0), weight_decay=np.full(n_runs, weight_decay))
 
