@@ -19,7 +19,7 @@ from trainpilot.llm_runtime.config import Precision, Pruning, PruningImportance,
 from trainpilot.llm_runtime.ranges import Range, Whole, check_ranges, range_in, ranges_of
 from trainpilot.llm_runtime.schedules import ScheduleName
 
-Effort = Literal["quick", "standard"]
+Effort = Literal["quick", "standard", "long"]
 
 
 def tokens_in(text: str) -> int:
@@ -597,7 +597,7 @@ class CalibrateOptions(Options):
     base_learning_rate: LearningRate = 3e-3
     """Peak learning rate that the tried ones are multiples of."""
     effort: Effort = "standard"
-    """How many runs: quick (about 14), or standard (about 47, nine of which have eight times the budget)."""
+    """How many runs: quick (about 14), standard (about 39), or long (about 47, nine with 8 x the budget)."""
     decisions: int = RunConfig.decisions
     """Intervals per run."""
     jobs: Jobs = 0

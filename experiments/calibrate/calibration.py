@@ -151,6 +151,8 @@ def _or_worst(loss: float) -> float:
 
 FILE_NAME = "calibration.json"
 SHIPPED = "shipped"
+SHIPPED_LONGER = "shipped-longer"
+"""Names of calibrations that come with trainpilot: those of the default policy, and those with longer runs."""
 
 
 def _physics(content: Mapping[str, Any]) -> CalibratedPhysics:
@@ -207,7 +209,7 @@ def fit(runs: Sequence[CalibrationRun]) -> CalibratedPhysics:
 
 
 def load_calibrations(sources: str | Path | Sequence[str | Path] = SHIPPED) -> tuple[Calibration, ...]:
-    """Load the calibrations in `sources`: `shipped` for the ones shipped with trainpilot, files, or their folders.
+    """Load the calibrations in `sources`: `shipped` or `shipped-longer` come with trainpilot; else files or folders.
 
     Raises:
         ValueError: one of the sources has no calibration.
@@ -217,15 +219,16 @@ def load_calibrations(sources: str | Path | Sequence[str | Path] = SHIPPED) -> t
 
 
 def _files(source: str | Path) -> list[Traversable]:
-    if str(source) == SHIPPED:
-        inside = files("trainpilot.llm_runtime.simulator.shipped").iterdir()
+    if str(source) in (SHIPPED, SHIPPED_LONGER):
+        shipped = files("trainpilot.llm_runtime.simulator.shipped")
+        inside = (shipped if str(source) == SHIPPED else shipped / "longer").iterdir()
         return sorted((file for file in inside if file.name.endswith(".json")), key=lambda file: file.name)
     path = Path(source)
     return [path / FILE_NAME if path.is_dir() else path]
 
 
 def _read(file: Traversable) -> Calibration:
-    rule = "calibrations must be 'shipped', or files or folders that trainpilot calibrate wrote"
+    rule = "calibrations must be 'shipped', 'shipped-longer', or files or folders that trainpilot calibrate wrote"
     try:
         return Calibration.from_json(read_json(file))
     except OSError:

@@ -100,11 +100,23 @@ class Amount:
     between: tuple[tuple[float, float], ...]
     """Further rates and batches outside of the grid, near the best settings."""
     plans: tuple[ControlPlan, ...]
-    longer: tuple[tuple[float, float], ...]
-    """Rates and batches of runs of `LONGER` times the budget."""
-    longer_held_out: tuple[tuple[float, float], ...]
+    doubled_budget: bool
+    """Whether there is a run of twice the budget."""
+    longer: tuple[tuple[float, float], ...] = ()
+    """Rates and batches of runs of `LONGER` times the budget; with them come three whose controls change."""
+    longer_held_out: tuple[tuple[float, float], ...] = ()
 
 
+_STANDARD = Amount(
+    rates=(1 / 30, 1 / 10, 1 / 3, 1.0, 10 / 3, 10.0),
+    batches=(1 / 8, 1 / 2, 2.0),
+    held_out=((1 / 10, 1 / 2), (1 / 3, 1 / 2), (1.0, 1 / 8), (1.0, 2.0), (10 / 3, 1 / 2)),
+    schedule_rates=(1 / 3, 2.0),
+    walk_rates=(1 / 10, 2 / 3, 20 / 3),
+    between=((1 / 2, 1.0), (1 / 3, 1 / 4)),
+    plans=("ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"),
+    doubled_budget=True,
+)
 AMOUNTS: Mapping[Effort, Amount] = {
     "quick": Amount(
         rates=(1 / 30, 1 / 5, 3 / 2, 10.0),
@@ -114,17 +126,12 @@ AMOUNTS: Mapping[Effort, Amount] = {
         walk_rates=(1 / 10, 2 / 3),
         between=(),
         plans=(),
-        longer=(),
-        longer_held_out=(),
+        doubled_budget=False,
     ),
-    "standard": Amount(
-        rates=(1 / 30, 1 / 10, 1 / 3, 1.0, 10 / 3, 10.0),
-        batches=(1 / 8, 1 / 2, 2.0),
-        held_out=((1 / 10, 1 / 2), (1 / 3, 1 / 2), (1.0, 1 / 8), (1.0, 2.0), (10 / 3, 1 / 2)),
-        schedule_rates=(1 / 3, 2.0),
-        walk_rates=(1 / 10, 2 / 3, 20 / 3),
-        between=((1 / 2, 1.0), (1 / 3, 1 / 4)),
-        plans=("ramp", "middle-ramp", "early-ramp", "half-ramp", "drop", "hot-tenth", "hot-twentieth"),
+    "standard": _STANDARD,
+    "long": replace(
+        _STANDARD,
+        doubled_budget=False,
         longer=((3 / 5, 1.0), (1 / 3, 1 / 4), (9 / 5, 1.0), (1.0, 1 / 4), (1 / 5, 1.0), (1.0, 4.0)),
         longer_held_out=((1.0, 1 / 4), (1 / 5, 1.0)),
     ),
@@ -250,6 +257,9 @@ def _singles(
         if precision != base.precision:
             config = _wsd(replace(base, precision=precision), 1.0, _scaled(base.batch_size, 0.5))
             yield CalibrationSetting(name=_name(precision, config), config=config, role="fit")
+    if amount.doubled_budget:
+        longer = _wsd(replace(base, tokens=2 * base.tokens), 2 / 3, _scaled(base.batch_size, 0.5))
+        yield CalibrationSetting(name=_name("double", longer), config=longer, role="fit")
 
 
 def _longer(base: RunConfig, amount: Amount) -> Iterator[CalibrationSetting]:

@@ -166,6 +166,9 @@ class Widening:
     """Share of instances of 10 M to 10 B weights around published runs instead, trained from scratch."""
     fine_tuning: Annotated[float, Range(0, 1)] = 0.0
     """Share of instances of that size that fine-tune a trained model."""
+    sharp_fine_tuning: bool = False
+    """Whether its learning rate matters as much as in real sweeps, and its texts may be as short. The default policy
+    was trained without."""
     edges: Annotated[float, Range(0, 1)] = 0.0
     """Share of instances with an edge."""
     edge_over_best: tuple[Annotated[float, Range(1e-3, 1e6)], Annotated[float, Range(1e-3, 1e6)]] = (1.5, 30.0)
@@ -183,6 +186,10 @@ class Widening:
 
     def __post_init__(self) -> None:
         check_ranges(self, "simulator.widening.")
+        if not isinstance(self.sharp_fine_tuning, bool):
+            raise ValueError(
+                f"simulator.widening.sharp_fine_tuning must be true or false, got {self.sharp_fine_tuning!r}"
+            )
         for name in ("budget", "edge_over_best", "weights", "tokens_per_weight"):
             low, high = getattr(self, name)
             if not low <= high:

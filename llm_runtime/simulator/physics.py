@@ -129,7 +129,7 @@ PARAMETERS: Mapping[str, Parameter] = {
     "scar": Parameter(1e-6, 1e-8, 1.0, "lasting stall that an early step of one sequence leaves at three rate units"),
     "youth": Parameter(20.0, 5.0, 100.0, "steps in which a model is that easily hurt"),
     "growth": Parameter(0.006, 1e-6, 1.0, "growth of the squared weights by a step of the rate unit"),
-    "shrinking": Parameter(1.0, 0.05, 30.0, "shrinking by weight decay, over the nominal rate"),
+    "shrinking": Parameter(1.0, 0.05, 4.0, "shrinking by weight decay, over the nominal rate"),
     "growth_power": Parameter(2.0, 0.1, 3.0, "w: how much grown weights slow progress down"),
     "noise": Parameter(0.05, 1e-4, 20.0, "noise floor at the rate unit in steps of one sequence, nats/token"),
     "noise_power": Parameter(0.9, 0.1, 2.0, "e: how the noise floor rises with the learning rate"),

@@ -108,7 +108,7 @@ class Pool:
             free = find_references(instances, schedule, warmup_share)
             instances = place_edges(instances, free, random, widening)
         found = {each: find_references(instances, schedule, warmup_share, each) for each in {*currencies, "tokens"}}
-        lost = ~np.logical_and.reduce([np.isfinite(each.losses).all(axis=1) for each in found.values()])
+        lost = ~np.logical_and.reduce([np.isfinite(each.losses[:, -1]) for each in found.values()])
         if (rows := np.flatnonzero(lost)).size:  # no static setting survives the edge there: it is taken away
             for name in EDGE:
                 instances.physics.values[name][rows] = PARAMETERS[name].typical

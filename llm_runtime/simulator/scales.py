@@ -69,18 +69,18 @@ FINE_TUNED_RATES, LORA_RATES = (1e-5, 2e-4), (5e-5, 2e-3)
 """Ranges of best learning rates of fine-tuning, of all weights and of low-rank adapters."""
 LORA_SHARE = 0.3
 """Share of fine-tuning that trains low-rank adapters."""
-FINE_TUNING_SEQUENCES = (1e2, 3e4)
-"""Range of the sequences of a fine-tuning text."""
+FINE_TUNING_SEQUENCES, SHARP_SEQUENCES = (1e3, 1e5), (1e2, 3e4)
+"""Ranges of the sequences of a fine-tuning text; the second one is that of `Widening.sharp_fine_tuning`."""
 SHIFT = (0.01, 0.15)
 """Range of the share of the used-up signal that the text of a fine-tuning brings back."""
 SLOWNESS = (0.5, 2.5)
-"""Range of how much more of it comes back in slow modes than in fast ones, as a factor on the spectrum's exponent: at 1
-every decade of modes gets as much, so that each tenfold rise of the learning rate gains about as much as the one
-before."""
+"""Range, with `sharp_fine_tuning`, of how much more of it comes back in slow modes than in fast ones: a factor on the
+spectrum's exponent. At 1 every decade of modes gets as much, so that each tenfold rise of the learning rate gains about
+as much as the one before."""
 FORGETTING = (100.0, 3_000.0)
-"""Range of the factor on the slow noise: too large steps undo what a trained model knows, and it comes back slowly.
-With both, a tenth of the best learning rate loses half of what fine-tuning gains and ten times that rate nearly all of
-it, as in sweeps of a model of 135 M weights (docs/results.md)."""
+"""Range, with `sharp_fine_tuning`, of the factor on the slow noise: too large steps undo what a trained model knows,
+which comes back slowly. With both, a tenth of the best learning rate loses about a third of what fine-tuning gains and
+ten times that rate a quarter, against 0.5 and 0.5 to 0.8 in a sweep of a model of 135 M weights (docs/results.md)."""
 LEAST_GAIN = 0.01
 """Least gain of the best setting of fine-tuning, as a share of the given model's loss."""
 EARLIER_STEPS = 20_000
@@ -106,17 +106,20 @@ def draw_scales(
     tokens = np.minimum(weights * between(random, n, *widening.tokens_per_weight), MOST_TOKENS)
     epochs = np.where(tuned, between(random, n, 1.0, 6.0), 1.0)
     epochs = np.where(~tuned & (random.random(n) < 0.15), between(random, n, 1.0, 6.0), epochs)
-    sequences = np.where(tuned, between(random, n, *FINE_TUNING_SEQUENCES) * epochs, tokens / length).round()
+    texts, least_steps = FINE_TUNING_SEQUENCES, np.full(n, STEPS_PER_INTERVAL)
+    if widening.sharp_fine_tuning:
+        texts, least_steps = SHARP_SEQUENCES, np.where(tuned, 1, STEPS_PER_INTERVAL)
+    sequences = np.where(tuned, between(random, n, *texts) * epochs, tokens / length).round()
     data = np.where(epochs > 1, sequences / epochs, 100 * sequences)
     advised = [step_law(*pair) for pair in zip(weights, sequences * length, strict=True)]
     rate = np.array([each.learning_rate for each in advised])
     batch = np.array([each.batch_tokens for each in advised]) / length
     batch = np.where(tuned, between(random, n, 8.0, 128.0), batch)
-    start, limits, devices = _batches(random, sequences, batch, weights, np.where(tuned, 1, STEPS_PER_INTERVAL))
+    start, limits, devices = _batches(random, sequences, batch, weights, least_steps)
     physics = _physics(random, weights, sequences * length, length, published, spread=spread)
     known = np.where(tuned[:, None], np.nan, np.stack([rate, batch], axis=1))
     return Instances(
-        physics=_pretrained(random, physics, tuned, rate),
+        physics=_pretrained(random, physics, tuned, rate, sharp=widening.sharp_fine_tuning),
         sensors=_sensors(random, physics, spread),
         hardware=_hardware(random, weights, length, start, devices),
         sequences=sequences,
@@ -140,8 +143,8 @@ def place_edges(
     """Return instances with the best learning rates of fine-tuning in their ranges, and with an edge in some.
 
     Where physics were perturbed to a best setting that is far from all that was published, another instance takes their
-    place: about a tenth of them have a spurious optimum at small batches and low rates. The same goes for fine-tuning
-    that no setting gains anything by.
+    place: about a tenth of them have a spurious optimum at small batches and low rates. The same goes for sharp
+    fine-tuning that no setting gains anything by.
 
     Args:
         instances: Instances without edge, of any kind.
@@ -150,7 +153,10 @@ def place_edges(
         widening: Share of instances that get an edge, and its distance from the best learning rate.
     """
     instances, references = instances.copy(), references.copy()
-    for odd, others in (_odd(instances, references), _useless(instances, references)):
+    replaced = [_odd(instances, references)]
+    if widening.sharp_fine_tuning:
+        replaced.append(_useless(instances, references))
+    for odd, others in replaced:
         if others.size:
             chosen = random.choice(others, odd.size)
             instances.put(odd, instances.take(chosen))
@@ -250,7 +256,7 @@ def _stretch(values: dict[str, Floats], batch: Floats, steps: Floats) -> None:
     values["youth"] /= steps
 
 
-def _pretrained(random: np.random.Generator, physics: Physics, tuned: Bools, rate: Floats) -> Physics:
+def _pretrained(random: np.random.Generator, physics: Physics, tuned: Bools, rate: Floats, *, sharp: bool) -> Physics:
     """Give a head start to some: their modes are used up as far as an earlier training went, but for a new text.
 
     Their weights have grown in it, at the learning rate `rate`, and are the unit of those to come. Their noise is
@@ -262,13 +268,15 @@ def _pretrained(random: np.random.Generator, physics: Physics, tuned: Bools, rat
     v, unit = physics.values, rate / RATE_UNIT
     v["noise"] = np.where(tuned, v["noise"] * unit ** (v["noise_power"] - 1.0), v["noise"])
     v["noise_power"] = np.where(tuned, 1.0, v["noise_power"])
-    v["slow_noise"] = np.where(tuned, v["slow_noise"] * between(random, n, *FORGETTING), v["slow_noise"])
     path, shift = between(random, n, 1e3, 1e6), between(random, n, *SHIFT)
     used = np.exp(-path[:, None] * RELATIVE_RATES)
-    back = physics.shares * (1.0 - used)
-    slower = RELATIVE_RATES ** -(random.uniform(*SLOWNESS, n) * v["spectrum"])[:, None]
-    slower *= (shift * back.sum(axis=1) / (back * slower).sum(axis=1))[:, None]
-    left = np.where(tuned[:, None], used + (1.0 - used) * slower, 1.0)
+    again = shift[:, None]
+    if sharp:
+        v["slow_noise"] = np.where(tuned, v["slow_noise"] * between(random, n, *FORGETTING), v["slow_noise"])
+        back = physics.shares * (1.0 - used)
+        slower = RELATIVE_RATES ** -(random.uniform(*SLOWNESS, n) * v["spectrum"])[:, None]
+        again = slower * (shift * back.sum(axis=1) / (back * slower).sum(axis=1))[:, None]
+    left = np.where(tuned[:, None], used + again * (1.0 - used), 1.0)
     initial = physics.values["floor"] + physics.amplitude * (physics.shares * left).sum(axis=1)
     return Physics(
         values=physics.values,

@@ -284,12 +284,23 @@ def test_calibrations_are_loaded_from_files_folders_and_the_package(tool: Tool) 
 def test_shipped_calibrations_are_whole_and_name_no_folder_of_a_machine() -> None:
     shipped = load_calibrations()
 
-    assert {each.config.model for each in shipped} == {"llama-nano", "gpt2-nano", "phi-nano"}
-    assert {each.config.text for each in shipped} == set(SHIPPED_TEXTS)
+    assert {(each.config.model, each.config.text) for each in shipped} == {
+        (model, text) for model in ("llama-nano", "gpt2-nano", "phi-nano") for text in SHIPPED_TEXTS
+    }
     assert [each.physics for each in shipped] == list(shipped_physics())
     for each in shipped:
-        assert (each.effort, each.held_out.n_runs) == ("standard", 11)
+        assert (each.effort, each.held_out.n_runs) == ("standard", 9)
         assert "/" not in each.command.replace("runs/calibrations/", "")
+
+
+def test_calibrations_with_longer_runs_come_with_trainpilot_too() -> None:
+    longer = load_calibrations("shipped-longer")
+
+    assert {each.config.model for each in longer} == {"llama-nano", "gpt2-nano", "phi-nano"}
+    for each in longer:
+        assert (each.effort, each.held_out.n_runs) == ("long", 11)
+        assert "/" not in each.command.replace("runs/calibrations/", "")
+        assert each.physics.values["late"] > 0.1
 
 
 @pytest.mark.parametrize(

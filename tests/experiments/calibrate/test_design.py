@@ -53,7 +53,7 @@ def test_points_of_the_grid_that_are_held_out_lie_between_fitted_ones(
         assert between_rates or (0 < column < len(batches) - 1 and {grid[point] for point in beside} == {"fit"})
 
 
-@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 48, 11)])
+@pytest.mark.parametrize(("effort", "n_runs", "n_held_out"), [("quick", 15, 4), ("standard", 40, 9), ("long", 48, 11)])
 def test_about_a_quarter_is_held_out(effort: Effort, n_runs: int, n_held_out: int) -> None:
     chosen = settings(effort)
 
@@ -63,7 +63,7 @@ def test_about_a_quarter_is_held_out(effort: Effort, n_runs: int, n_held_out: in
 
 
 def test_two_schedules_a_walk_a_ramp_and_two_longer_runs_are_held_out() -> None:
-    held = [setting for setting in settings() if setting.role == "held-out" and not setting.grid]
+    held = [setting for setting in settings("long") if setting.role == "held-out" and not setting.grid]
 
     assert [(setting.config.schedule, setting.config.base_learning_rate, setting.walk) for setting in held] == [
         ("cosine", 1e-3, None),
@@ -76,7 +76,7 @@ def test_two_schedules_a_walk_a_ramp_and_two_longer_runs_are_held_out() -> None:
 
 
 def test_some_runs_have_eight_times_the_budget() -> None:
-    longer = [setting for setting in settings() if setting.config.tokens != BASE.tokens]
+    longer = [setting for setting in settings("long") if setting.config.tokens != BASE.tokens]
 
     assert {setting.config.tokens for setting in longer} == {8 * 131_072}
     assert {(each.config.base_learning_rate, each.config.batch_size) for each in longer if each.role == "fit"} == {
@@ -91,7 +91,7 @@ def test_some_runs_have_eight_times_the_budget() -> None:
 
 
 def test_learning_rates_are_round_where_the_base_is() -> None:
-    rates = {setting.config.base_learning_rate for setting in settings()}
+    rates = {setting.config.base_learning_rate for setting in settings("long")}
 
     assert rates == {
         1e-4, 3e-4, 6e-4, 1e-3, 1.5e-3, 1.8e-3, 2e-3, 3e-3, 3.5e-3, 5.4e-3, 6e-3, 1e-2, 2e-2, 3e-2, 3.5e-2,
@@ -107,7 +107,7 @@ def test_roles_do_not_depend_on_what_the_device_or_the_model_can_do() -> None:
 
 
 def test_a_start_of_one_sequence_has_no_two_runs_alike() -> None:
-    chosen = design(replace(BASE, batch_size=1), "standard")
+    chosen = design(replace(BASE, batch_size=1), "long")
 
     assert {setting.config.batch_size for setting in chosen} == {1, 2, 4}
     assert len({run_key(setting, "") for setting in chosen}) == len(chosen)
@@ -136,7 +136,7 @@ def test_the_pruning_run_loses_a_fifth_of_its_channels_at_half_its_budget() -> N
 
 def planned_paths() -> dict[str, list[Controls]]:
     """Return the controls of every run that follows a plan, by its plan."""
-    chosen = {setting.plan: pilot(setting, make_limits()) for setting in settings() if setting.plan}
+    chosen = {setting.plan: pilot(setting, make_limits()) for setting in settings("long") if setting.plan}
     return {plan: [decide(decision) for decision in range(50)] for plan, decide in chosen.items()}
 
 
