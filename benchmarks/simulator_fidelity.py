@@ -1,6 +1,6 @@
 """Measure how well the simulator's physics predicts losses that it was not fitted to.
 
-    python benchmarks/simulator_fidelity.py --published FOLDER [--parts curves horizons sweep live] [--ship]
+    python benchmarks/simulator_fidelity.py --published FOLDER [--parts curves horizons sweep live longer] [--ship]
 
 FOLDER, or the environment variable TRAINPILOT_PUBLISHED, holds runs that others published; `_published.py` says which,
 and where they are from. The parts are
@@ -9,9 +9,11 @@ and where they are from. The parts are
 * `horizons`: fit runs of two lengths over learning rate and cool-down, predict the other lengths;
 * `sweep`: fit final losses over learning rate, batch, budget and size together with those runs; then leave out the
   largest budget, a batch, a learning rate, and the largest model, and predict them;
-* `live`: fit live runs of three small models on two texts, predict held-out ones, also of eight times the budget; and
-  predict these from the shorter runs alone. These are the runs of `trainpilot calibrate`; missing ones are made first,
-  and if the command is interrupted, the same command resumes them.
+* `live`: fit live runs of three small models on two texts, predict held-out ones. These are the runs of `trainpilot
+  calibrate`; missing ones are made first, and if the command is interrupted, the same command resumes them.
+
+* `longer`: the same with runs of eight times the budget (`calibrate --effort long`), of four pairs of a model and a
+  text; and what the shorter runs alone predict for the longer ones.
 
 Parts that are not asked for are kept from the last result, each with its date and versions. All fits take about half an
 hour on one core. `--ship` fits all published runs together and writes the physics that trainpilot ships.
@@ -26,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from _published import (
     schedule_runs,
     step_law,
 )
+from _simulated import rounded
 from rich.console import Console
 
 from trainpilot.experiments.calibrate.calibration import (
@@ -56,10 +60,10 @@ from trainpilot.experiments.calibrate.command import calibrate
 from trainpilot.experiments.calibrate.design import design
 from trainpilot.experiments.calibrate.runs import RunFile
 from trainpilot.experiments.fit_sweep import predict, usable
-from trainpilot.experiments.options import CalibrateOptions
+from trainpilot.experiments.options import CalibrateOptions, Effort
 from trainpilot.experiments.run_store import versions
 from trainpilot.llm_runtime.files import write_json
-from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, Evidence, of_curves
+from trainpilot.llm_runtime.simulator.evidence import CalibrationRun, Evidence, Role, of_curves
 from trainpilot.llm_runtime.simulator.fitting import Fit, Model, fit, fit_physics
 from trainpilot.llm_runtime.simulator.sweeps import (
     NEAR,
@@ -70,10 +74,11 @@ from trainpilot.llm_runtime.simulator.sweeps import (
     of_final_losses,
 )
 
-CALIBRATED = (
-    ("llama-nano", "packages"), ("llama-nano", "scripts"), ("gpt2-nano", "packages"), ("phi-nano", "scripts"),
+MODELS = ("llama-nano", "gpt2-nano", "phi-nano")
+LONGER = (
+    ("gpt2-nano", "packages"), ("llama-nano", "packages"), ("llama-nano", "scripts"), ("phi-nano", "scripts"),
 )  # fmt: skip
-"""Models and texts of the calibrations that trainpilot ships."""
+"""Models and texts of the calibrations with longer runs."""
 TEXTS = {
     "scripts": ("stdlib:*.py",),
     "packages": ("stdlib:ctypes,re,collections,zoneinfo,tomllib,sqlite3",),
@@ -87,17 +92,63 @@ RANK_TARGET = 0.9
 
 def live(root: Path) -> dict[str, Any]:
     """Return and print the held-out errors of the calibrations in `root`; missing calibrations are made first."""
-    found = {}
-    for model, text in CALIBRATED:
-        name = f"{model}-{text}"
-        found[name] = case(calibration(root / name, model, TEXTS[text]), root / name / "runs")
-        print(name, json.dumps(found[name]["held_out"]), json.dumps(found[name]["longer"]))
+    cases = {f"{model}-{name}": (model, text) for model, (name, text) in product(MODELS, TEXTS.items())}
+    found = {name: case(calibration(root / name, *made_of)) for name, made_of in cases.items()}
+    for name, entry in found.items():
+        print(
+            f"{name}: held-out final losses off by {entry['held_out']['final_loss']:.4f} nats, "
+            f"rank correlation {entry['grid_rank_correlation']:.3f}"
+        )
     return {"unit": "nats/token", "cases": found, **summary(found)}
 
 
-def calibration(folder: Path, model: str, text: tuple[str, ...]) -> Calibration:
-    """Return the calibration of a folder; missing runs are made first (about ten minutes on two cores)."""
-    options = CalibrateOptions(out=folder, model=model, text=text, seed=SEED)
+def longer(root: Path) -> dict[str, Any]:
+    """Return and print how well calibrations with longer runs predict runs that were held out, short and long."""
+    found = {}
+    for model, text in LONGER:
+        folder = root / f"{model}-{text}"
+        made = calibration(folder, model, TEXTS[text], "long")
+        found[folder.name] = _by_budget(made, folder / "runs")
+        print(folder.name, json.dumps(found[folder.name]))
+    return {"unit": "nats/token", "cases": found}
+
+
+def _by_budget(made: Calibration, folder: Path) -> dict[str, Any]:
+    """Return the mean errors of final losses by budget; the runs of the calibration lie in `folder`."""
+    files = [RunFile.read(folder / f"{setting.name}.json") for setting in design(made.config, "long")]
+    runs = [file.run for file in files if file is not None]
+    short = [run for run in runs if run.config.tokens == made.config.tokens]
+    longer = [run for run in runs if run.config.tokens > made.config.tokens]
+    from_short = fit_physics([run for run in short if run.role == "fit"])
+
+    def error(physics: CalibratedPhysics, runs: Sequence[CalibrationRun], role: Role | None = None) -> float | None:
+        found = fit_error(physics, [run for run in runs if role in (None, run.role)]).final_loss
+        return None if found is None else rounded(found)
+
+    return {
+        "held_out": error(made.physics, short, "held-out"),
+        "longer": {
+            "budget": longer[0].config.tokens / made.config.tokens,
+            "n": len(longer),
+            "fitted": error(made.physics, longer, "fit"),
+            "held_out": error(made.physics, longer, "held-out"),
+            "from_the_shorter_runs_alone": error(from_short, longer),
+            "from_the_shipped_calibration": error(_shipped(made).physics, longer),
+        },
+    }
+
+
+def _shipped(made: Calibration) -> Calibration:
+    """Return the shipped calibration, without longer runs, of the same model and text."""
+    config = made.config
+    return next(
+        each for each in load_calibrations() if (each.config.model, each.config.text) == (config.model, config.text)
+    )
+
+
+def calibration(folder: Path, model: str, text: tuple[str, ...], effort: Effort = "standard") -> Calibration:
+    """Return the calibration of a folder; missing runs are made first (five to ten minutes on two cores)."""
+    options = CalibrateOptions(out=folder, model=model, text=text, seed=SEED, effort=effort)
     if not (folder / FILE_NAME).is_file():
         calibrate(options, Console())
     [made] = load_calibrations(folder)
@@ -106,14 +157,8 @@ def calibration(folder: Path, model: str, text: tuple[str, ...]) -> Calibration:
     return made
 
 
-def case(made: Calibration, folder: Path) -> dict[str, Any]:
-    """Return the held-out errors of one calibration, whose runs lie in `folder`: of all, and by budget."""
-    settings = design(made.config, "standard")
-    files = [RunFile.read(folder / f"{setting.name}.json") for setting in settings]
-    runs = [file.run for file in files if file is not None]
-    short = [run for run in runs if run.config.tokens == made.config.tokens]
-    longer = [run for run in runs if run.config.tokens > made.config.tokens]
-    from_short = fit_physics([run for run in short if run.role == "fit"])
+def case(made: Calibration) -> dict[str, Any]:
+    """Return the held-out errors of one calibration."""
     return {
         "n_fitted": made.fitted.n_runs,
         "n_held_out": made.held_out.n_runs,
@@ -123,23 +168,11 @@ def case(made: Calibration, folder: Path) -> dict[str, Any]:
             "final_loss_range": made.held_out.final_loss_range,
             "diverged": made.held_out.n_diverged,
         },
-        "held_out_of_the_shorter_budget": _error(made.physics, [run for run in short if run.role == "held-out"]),
-        "longer": {
-            "budget": longer[0].config.tokens / made.config.tokens,
-            "held_out": _error(made.physics, [run for run in longer if run.role == "held-out"]),
-            "fitted": _error(made.physics, [run for run in longer if run.role == "fit"]),
-            "all_from_the_shorter_runs_alone": _error(from_short, longer),
-        },
         "fitted_final_loss": made.fitted.final_loss,
         "grid_rank_correlation": made.grid_rank_correlation,
         "command": made.command,
         "date": made.date,
     }
-
-
-def _error(physics: CalibratedPhysics, runs: Sequence[CalibrationRun]) -> float | None:
-    """Return the mean absolute error of the final losses, in nats/token."""
-    return fit_error(physics, runs).final_loss
 
 
 def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -391,13 +424,14 @@ def ship(root: Path) -> None:
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"curves": curves, "horizons": horizons, "sweep": sweep}
+OWN: dict[str, Callable[[Path], dict[str, Any]]] = {"live": live, "longer": longer}
 
 
 def main() -> None:
     """Fit, predict, and write `results/simulator_fidelity.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", default=os.environ.get("TRAINPILOT_PUBLISHED"), help="folder of published runs")
-    parser.add_argument("--parts", nargs="+", default=[*PARTS, "live"], choices=[*PARTS, "live"])
+    parser.add_argument("--parts", nargs="+", default=[*PARTS, *OWN], choices=[*PARTS, *OWN])
     parser.add_argument(
         "--calibrations", type=Path, default=Path("runs/calibrations"), help="where MODEL-TEXT/calibration.json lie"
     )
@@ -412,9 +446,9 @@ def main() -> None:
         return
     kept = RESULTS / "simulator_fidelity.json"
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    result = {name: known[name] for name in (*PARTS, "live") if name in known}
+    result = {name: known[name] for name in (*PARTS, *OWN) if name in known}
     for name in options.parts:
-        made = live(options.calibrations) if name == "live" else PARTS[name](Path(options.published))
+        made = OWN[name](options.calibrations) if name in OWN else PARTS[name](Path(options.published))
         result[name] = {"date": datetime.now(UTC).date().isoformat(), "versions": versions(), **made}
         print(write_result("simulator_fidelity", result, torch.device("cpu")))
 

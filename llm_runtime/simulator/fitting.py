@@ -186,7 +186,9 @@ _ANNEALING = (
 """Parameters of noise and annealing, which only curves under different schedules determine."""
 
 SCALE_PRIOR = Prior(
-    centre=_TYPICAL | {"gradient_noise": 30.0, "floor": 0.9, "noise": 3.0, "settling": 0.1, "late": ADDED["late"]},
+    centre=_TYPICAL
+    | {name: ADDED[name] for name in LATE}
+    | {"gradient_noise": 30.0, "floor": 0.9, "noise": 3.0, "settling": 0.1},
     width=dict.fromkeys(NAMES, 1.5)
     | dict.fromkeys(_ANNEALING, 1.0)
     | {"spectrum": 0.5, "gradient_power": 0.5, "gradient_noise": 2.5, "floor": 0.3}

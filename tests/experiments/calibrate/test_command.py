@@ -316,7 +316,9 @@ def test_what_is_no_calibration_is_refused_in_one_line(tmp_path: Path, content: 
     path = tmp_path / "some.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match=f"calibrations must be 'shipped', or files .*some.json.*{reason}") as error:
+    with pytest.raises(
+        ValueError, match=f"calibrations must be 'shipped', 'shipped-longer', or files .*some.json.*{reason}"
+    ) as error:
         load_calibrations([path])
     assert "\n" not in str(error.value)
 

@@ -266,7 +266,7 @@ def test_rates_far_from_the_best_lose_much_of_what_sharp_fine_tuning_gains() -> 
     assert tuned.sequences.min() < 1000
     assert 0.15 < np.median(lost[0.1]) < 0.6
     assert 0.05 < np.median(lost[0.3]) < 0.3
-    assert np.median(lost[10.0]) > 0.2
+    assert np.median(lost[10.0]) > 0.1
 
 
 def test_what_an_earlier_training_has_left_is_the_signal() -> None:
