@@ -65,8 +65,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         return self._begun
 
     def step(self) -> dict[str, Any]:
-        """Train up to the next milestone."""
-        stretch = self.member.train(**self.config)
+        """Train up to the next milestone. A copy has its donor's settings, whose member's number is not its own."""
+        own = int(self.trial_id.rpartition("_")[2])
+        stretch = self.member.train(**self.config | {"member": own})
         return {"loss": stretch.score, "stretch": stretch, "done": stretch.result is not None}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
