@@ -76,8 +76,8 @@ def test_episodes_are_those_of_this_process() -> None:
             assert one.dtype == other.dtype  # type: ignore[union-attr]
         assert [info["steps"] for info in there[3]] == [info["steps"] for info in here[3]]
         assert [sorted(info) for info in there[3]] == [sorted(info) for info in here[3]]
-        masks = [np.stack(env.env_method("action_masks")) for env in (remote, local)]
-        assert np.array_equal(*masks)
+        masks, expected = (np.stack(env.env_method("action_masks")) for env in (remote, local))
+        assert np.array_equal(masks, expected)
     remote.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from comparison_runs import CASE, CONFIG, made_interval, made_result
@@ -20,9 +20,10 @@ SMALL = replace(CONFIG, model="small.json")
 
 def table(model: str, step_s: float, forward_s: float) -> CostTable:
     """Return a table in which passes take the same at any batch, and two watts are drawn."""
+    kinds: tuple[tuple[Literal["step", "forward"], float], ...] = (("step", step_s), ("forward", forward_s))
     rows = [
         CostRow(kind=kind, precision="fp32", batch_size=batch, cost=Cost(time_s=time_s, energy_j=2 * time_s))
-        for kind, time_s in (("step", step_s), ("forward", forward_s))
+        for kind, time_s in kinds
         for batch in (1, 64)
     ]
     nothing = Cost(time_s=0.0, energy_j=0.0)
@@ -59,7 +60,7 @@ def test_a_taught_run_pays_its_teacher_too() -> None:
     assert found.time_parts_s["training"] == pytest.approx(180 + 4 * 10 * (1.0 + 1.0))
     assert cumulative(run, TABLES[cost_key(CONFIG)], TABLES)[-1].time_s == pytest.approx(found.time_s)
     student = modelled_cost(compressed(taught=True, new=True), TABLES[cost_key(CONFIG)], TABLES)
-    assert student.time_parts_s == found.time_parts_s | {"switching": 0.0}
+    assert student.time_parts_s == {**found.time_parts_s, "switching": 0.0}
 
 
 def test_without_the_small_models_table_the_cost_is_unknown() -> None:
