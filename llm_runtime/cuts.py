@@ -170,8 +170,11 @@ def config_changes(model: PreTrainedModel, sizes: Mapping[Part, int]) -> dict[st
     nothing = torch.zeros((1, 2), dtype=torch.long, device=model.device)  # the shape does not depend on the text
     for part, size in sizes.items():
         cut_part(small, part, size, nothing)
-    before = model.config.to_dict()
-    return {name: value for name, value in small.config.to_dict().items() if before.get(name) != value}
+    before, after = model.config.to_dict(), small.config.to_dict()
+    changes = {name: value for name, value in after.items() if before.get(name) != value}
+    if "heads" in sizes and "head_dim" in after:  # configs that leave it out derive it from the number of heads
+        changes["head_dim"] = after["head_dim"]
+    return changes
 
 
 def cut_to_sizes(

@@ -170,6 +170,20 @@ def test_a_cut_goes_on_from_the_same_weights_and_is_paid_for(tmp_path: Path) -> 
     assert cut.usable
 
 
+def test_fewer_heads_keep_their_size_where_the_config_leaves_it_out(tmp_path: Path) -> None:
+    # Llama derives the size from the number of heads, so that half of the heads would be twice as large.
+    plain = {name: value for name, value in LLAMA.items() if name != "head_dim"}
+    plain |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    on = case_of(tmp_path, plain)
+    control = load_model(spec_of("small-heads", on).config.model, 0)
+
+    assert (
+        trained(spec_of("prune-heads", on)).n_parameters
+        == control.n_parameters
+        < load_model(on.config.model, 0).n_parameters
+    )
+
+
 def test_a_student_learns_after_its_teacher_in_one_budget(tmp_path: Path) -> None:
     found = trained(spec_of("distil", case_of(tmp_path)))
 
